@@ -1,0 +1,49 @@
+# make quickstart | make test | make env: each creates .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
+JOBS ?= 2
+
+.PHONY: quickstart test env lint types clean help
+
+help:
+	@echo "make quickstart  pretrain a low-rank GPT-2 on synthetic financial news, offline (3 minutes)"
+	@echo "make test        lint, types and tests"
+	@echo "make env         everything that tests, benchmarks and development need"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fingpt: Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) --version 2>&1`; name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "fingpt: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)"; exit 1; }
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-all: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,bench,dev]'
+	@touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/fingpt fit --config configs/quickstart.yaml
+
+env: $(VENV)/.installed-all
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup -q
+
+clean:
+	rm -rf $(VENV) build *.egg-info
