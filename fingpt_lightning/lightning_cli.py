@@ -1,0 +1,290 @@
+"""``fingpt fit|validate|test|predict``: LightningCLI with one folder a run and clear errors.
+
+A setting comes from, weakest first: defaults, checkpoint, config files, command line.
+"""
+
+import os
+import pickle
+import re
+import sys
+import time
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from fingpt_lightning.cli import ConfigError
+
+RUN_FOLDER_VARIABLE = "FINGPT_RUN_FOLDER"
+"""Tells the processes that Lightning starts for other ranks the folder of rank 0."""
+
+_CHECKPOINT_HYPER_PARAMETERS = {
+    "model": "hyper_parameters",
+    "data": "datamodule_hyper_parameters",
+}
+
+
+def run_trainer_command(words: list[str]) -> None:
+    """Parses, builds and runs one Trainer command.
+
+    Args:
+        words: The command and its options.
+
+    Raises:
+        ConfigError: The command line or a config is wrong.
+    """
+    # Blocks are read from memory-mapped files: workers would cost more than they bring.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+    keep = os.environ.get(RUN_FOLDER_VARIABLE)
+    try:
+        FinGPTCLI(words)
+    finally:
+        if keep is None:
+            os.environ.pop(RUN_FOLDER_VARIABLE, None)
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line without usage and internal type names."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(_readable(message)) from ex
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes ``config.yaml`` and ``tokenizer/`` into the run folder, and the config to W&B.
+
+    Lightning's own callback refuses a second run into the same logger folder, which ends a sweep.
+    """
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = self.parser.dump(self.config, skip_none=False)
+        (folder / "config.yaml").write_text(text)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                settings = {"cli": yaml.safe_load(text)}
+                logger.experiment.config.update(settings, allow_val_change=True)
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / "tokenizer")
+
+
+class FinGPTCLI(LightningCLI):
+    """LightningCLI with our defaults; parses, builds and runs when made.
+
+    Args:
+        words: The command and its options.
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        self.command = words[0]
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=1,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={
+                "log_every_n_steps": 10,
+                "enable_progress_bar": sys.stderr.isatty(),
+                "enable_model_summary": False,
+            },
+            parser_kwargs={"prog": "fingpt"},
+            args=words,
+        )
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        self.parser_class = OneLineParser
+        return super().init_parser(**kwargs)
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--runs_dir", type=str, default="runs", help="Where each run gets a folder of its own."
+        )
+        parser.set_defaults(
+            {
+                "model": {"class_path": "fingpt_lightning.modules.LowRankPretraining"},
+                "data": {"class_path": "fingpt_lightning.data.TextBlocks"},
+            }
+        )
+        checkpoint_defaults: dict[str, dict[str, Any]] = {
+            "best_checkpoint": {"monitor": "val/loss", "filename": "best"},
+            "last_checkpoint": {"every_n_train_steps": 100, "filename": "last"},
+        }
+        for key, settings in checkpoint_defaults.items():
+            parser.add_lightning_class_args(ModelCheckpoint, key)
+            common = {"enable_version_counter": False, "auto_insert_metric_name": False}
+            parser.set_defaults({f"{key}.{k}": v for k, v in (settings | common).items()})
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(args)
+        settings = self.config[self.command]
+        if ckpt_path := settings.get("ckpt_path"):
+            path = find_checkpoint(ckpt_path, _run_name(settings), Path(settings.runs_dir))
+            settings.ckpt_path = str(path)
+            given = parser.parse_args(args, defaults=False)[self.command]
+            _fill_from_checkpoint(settings, given, path)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's would let the checkpoint win over config and command line."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        settings = self.config[self.command]
+        trainer = settings.trainer
+        if trainer.default_root_dir is None:
+            trainer.default_root_dir = str(_new_run_folder(settings, self.command))
+        self.run_folder = Path(trainer.default_root_dir)
+        os.environ[RUN_FOLDER_VARIABLE] = str(self.run_folder)
+        for key in ("best_checkpoint", "last_checkpoint"):
+            if settings[key].dirpath is None:
+                settings[key].dirpath = str(self.run_folder / "checkpoints")
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        for logger in loggers:
+            if isinstance(logger, Namespace) and logger.class_path.endswith("WandbLogger"):
+                if logger.init_args.save_dir in (None, "."):
+                    logger.init_args.save_dir = str(self.run_folder)
+                if logger.init_args.name is None:
+                    logger.init_args.name = self.run_folder.name
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+            if hasattr(self.model, "check_block_length"):
+                self.model.check_block_length(self.datamodule.block_length)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(_readable(str(error))) from error
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        given = self._get(self.config_init, "trainer").logger
+        loggers: list[Logger] = given if isinstance(given, list) else [given]
+        loggers = [logger for logger in loggers if isinstance(logger, Logger)]
+        if self.command == "fit" and not any(isinstance(x, CSVLogger) for x in loggers):
+            # Logger folders are made when they are first written to.
+            loggers = [*loggers, CSVLogger(str(self.run_folder), name="", version="")]
+        return super().instantiate_trainer(logger=loggers or False, **kwargs)
+
+
+def find_checkpoint(ckpt_path: str, run_name: str, runs_dir: Path) -> Path:
+    """The file that ``--ckpt_path`` means.
+
+    Args:
+        ckpt_path: A file, or ``last`` or ``best`` for that of the newest run of this name.
+        run_name: The start of the run folders' names.
+        runs_dir: Where run folders are.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if ckpt_path in ("last", "best"):
+        found = runs_dir.glob(f"{run_name}-*/checkpoints/{ckpt_path}.ckpt")
+        stamped = [path for path in found if _is_stamped(path.parents[1].name, run_name)]
+        if not stamped:
+            raise FileNotFoundError(
+                f"ckpt_path {ckpt_path}: no {runs_dir}/{run_name}-*/checkpoints/{ckpt_path}.ckpt"
+            )
+        return max(stamped, key=lambda path: path.stat().st_mtime)
+    path = Path(ckpt_path)
+    if not path.exists():
+        raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file")
+    return path
+
+
+def _is_stamped(folder: str, run_name: str) -> bool:
+    return re.fullmatch(re.escape(run_name) + r"-\d{8}-\d{6}(-\d+)?", folder) is not None
+
+
+def read_hyper_parameters(path: Path) -> dict[str, dict[str, Any]]:
+    """What a checkpoint says of its model and data, without reading its weights.
+
+    Raises:
+        ValueError: The file is no checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(f"ckpt_path {path} is no checkpoint that can be read safely") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"ckpt_path {path} is no checkpoint of a training run")
+    return {
+        part: dict(checkpoint.get(key, {})) for part, key in _CHECKPOINT_HYPER_PARAMETERS.items()
+    }
+
+
+def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> None:
+    """Puts the checkpoint's values where neither a config nor the command line gave one."""
+    for part, saved in read_hyper_parameters(path).items():
+        class_path = saved.pop("_class_path", None)
+        saved.pop("_instantiator", None)
+        chosen = given.get(part)
+        given_args = Namespace()
+        if chosen is not None:
+            given_args = chosen.get("init_args") or Namespace()
+            if class_path and chosen.get("class_path") not in (None, class_path):
+                continue  # another class: the checkpoint's values are not its own
+        elif class_path and settings[part].class_path != class_path:
+            settings[part] = Namespace(class_path=class_path, init_args=Namespace())
+        for key, value in saved.items():
+            if key not in given_args:
+                settings[part].init_args[key] = value
+            elif _plain(given_args[key]) != value:
+                rank_zero_info(
+                    f"{part}.{key}: {_plain(given_args[key])} as given, in place of {value} in"
+                    f" {path}"
+                )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        return value.as_dict()
+    return getattr(value, "value", value)
+
+
+def _run_name(settings: Namespace) -> str:
+    configs = settings.get("config") or []
+    return Path(str(configs[0])).stem if configs else "run"
+
+
+def _new_run_folder(settings: Namespace, command: str) -> Path:
+    """``runs/NAME-DATE-TIME``, with a number behind it when that is taken."""
+    if known := os.environ.get(RUN_FOLDER_VARIABLE):
+        return Path(known)
+    name = _run_name(settings) if command == "fit" else f"{_run_name(settings)}-{command}"
+    first = Path(settings.runs_dir) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, number = first, 2
+    while folder.exists():
+        folder, number = first.with_name(f"{first.name}-{number}"), number + 1
+    return folder
+
+
+def _readable(message: str) -> str:
+    """One line of a parser's message, without the frame of internal names around it."""
+    return " ".join(message.split())

@@ -1,0 +1,20 @@
+"""Low-rank layers in plain torch: pairs of thin matrices, factorisation, ranks and budgets."""
+
+from fingpt_lightning.low_rank.budget import LayerBudget, ModelBudget
+from fingpt_lightning.low_rank.embedding import LowRankEmbedding, LowRankHead
+from fingpt_lightning.low_rank.factorize import Factors, factorize
+from fingpt_lightning.low_rank.linear import LowRankLinear
+from fingpt_lightning.low_rank.rank import Rank, RankRule, resolve_rank
+
+__all__ = [
+    "Factors",
+    "LayerBudget",
+    "LowRankEmbedding",
+    "LowRankHead",
+    "LowRankLinear",
+    "ModelBudget",
+    "Rank",
+    "RankRule",
+    "factorize",
+    "resolve_rank",
+]

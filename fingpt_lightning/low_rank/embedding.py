@@ -1,0 +1,90 @@
+"""A token embedding and the head tied to it, kept as a product of two thin matrices.
+
+Axes: V vocabulary, D width, R rank.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fingpt_lightning.low_rank.factorize import factorize
+
+
+class LowRankEmbedding(nn.Module):
+    """Row ``ids`` of ``table @ up'``: R (V + D) weights in place of V D.
+
+    Args:
+        num_embeddings: V.
+        embedding_dim: D.
+        rank: R, in [1, min(V, D)].
+
+    Raises:
+        ValueError: ``rank`` is outside [1, min(V, D)].
+
+    Source: https://arxiv.org/abs/1909.11942, section 3.1 (factorised embedding).
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, rank: int) -> None:
+        super().__init__()
+        if not 1 <= rank <= min(num_embeddings, embedding_dim):
+            raise ValueError(f"rank {rank} is outside [1, {min(num_embeddings, embedding_dim)}]")
+        self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
+        self.table = nn.Parameter(torch.empty(num_embeddings, rank))
+        self.up = nn.Parameter(torch.empty(embedding_dim, rank))
+        if self.table.device.type != "meta":
+            self.reset_parameters(0.02)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Sets the factors to those of a dense V x D table drawn from N(0, std^2)."""
+        dense = torch.empty(self.num_embeddings, self.embedding_dim, device=self.table.device)
+        factors = factorize(dense.normal_(std=std, generator=generator), self.rank, torch.float32)
+        self.table.copy_(factors.up)
+        self.up.copy_(factors.down.T)
+
+    def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
+        """Cost: a gather of R numbers and 2 R D floating-point operations a token."""
+        return F.linear(F.embedding(ids, self.table), self.up)
+
+    def extra_repr(self) -> str:
+        """The sizes, for ``print(network)``."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
+
+
+class LowRankHead(nn.Module):
+    """Logits ``h up table'`` from the very parameters of a `LowRankEmbedding`."""
+
+    def __init__(self, embedding: LowRankEmbedding) -> None:
+        super().__init__()
+        self.table, self.up = embedding.table, embedding.up
+
+    def forward(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        """Cost: 2 R (D + V) floating-point operations a row; the dense head takes 2 D V."""
+        return F.linear(hidden @ self.up, self.table)
+
+
+class HeadFactors(NamedTuple):
+    """What a head multiplies: logits are ``features @ weight'``."""
+
+    features: Float[Tensor, "*batch K"]
+    weight: Float[Tensor, "V K"]
+
+
+def head_factors(head: nn.Module, hidden: Float[Tensor, "*batch D"]) -> HeadFactors:
+    """Takes a head up to its last, widest product, which a loss can then do in chunks.
+
+    Args:
+        head: A `LowRankHead` or a ``torch.nn.Linear`` without bias.
+        hidden: The final hidden states.
+
+    Raises:
+        TypeError: The head is of another class or has a bias.
+    """
+    if isinstance(head, LowRankHead):
+        return HeadFactors(hidden @ head.up, head.table)
+    if isinstance(head, nn.Linear) and head.bias is None:
+        return HeadFactors(hidden, head.weight)
+    raise TypeError(f"a head is a LowRankHead or a Linear without bias, not {head!r}")

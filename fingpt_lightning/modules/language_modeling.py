@@ -1,0 +1,217 @@
+"""What all our LightningModules share: the step, exact token weighting, logging, the guard.
+
+Axes: B batch, T tokens, D width.
+"""
+
+from typing import Any, Protocol, cast
+
+import torch
+from jaxtyping import Float, Int
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from fingpt_lightning.data.batch import TokenBatch
+from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
+
+_LOSS_SCALE = 1024.0
+"""Divides the summed loss before the backward pass, undone exactly after it.
+
+A power of two; it keeps float16 gradients of a sum over many tokens from overflowing.
+"""
+
+
+class TextSource(Protocol):
+    """What a module asks of the datamodule it is trained with."""
+
+    vocabulary_size: int
+    block_length: int
+    eos_token_id: int
+
+    def tokenizer_reference(self) -> dict[str, str | int]:
+        """Name, digest and size of the tokenizer, in plain types."""
+
+
+class LanguageModelingModule(LightningModule):
+    """Next-token training whose gradients are those of one big batch.
+
+    Every supervised token weighs the same, however tokens are spread over microbatches of an
+    accumulation window and over ranks: the backward pass runs on sums, and the gradients are
+    divided once, before clipping, by the number of tokens of the whole window on all ranks.
+    (Lightning alone averages over batches: its issue 20350.)
+
+    A subclass sets `network` in ``configure_model``. The seam for strategies that run the step
+    themselves is `network`, `loss_sum_and_tokens` and `log_step`.
+
+    Keys: ``train/loss`` (nats a token over the window and all ranks), ``train/learning_rate``,
+    ``train/gradient_norm`` (before clipping), ``train/tokens`` (supervised so far, all ranks);
+    ``val/loss``, ``val/perplexity``, ``test/loss``, ``test/perplexity``.
+
+    Raises:
+        FloatingPointError: At a step whose loss or gradient norm is not finite, before weights
+            change; the last checkpoint on disk stays the last good one.
+    """
+
+    network: PreTrainedModel
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss_chunk_size = 512
+        self.tokens_seen = 0
+        self._window: LossSums | None = None
+        self._evaluated: LossSums | None = None
+        self._batch_idx = 0
+
+    @property
+    def text_source(self) -> TextSource | None:
+        """The datamodule of the attached trainer, if it has one."""
+        trainer = self._trainer
+        datamodule = None if trainer is None else getattr(trainer, "datamodule", None)
+        return cast("TextSource | None", datamodule)
+
+    def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "B T D"]:
+        """The network's final hidden states, normed, before the head."""
+        output = self.network.base_model(
+            input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False
+        )
+        return cast("Tensor", output.last_hidden_state)
+
+    def loss_sum_and_tokens(
+        self, hidden: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]
+    ) -> LossSums:
+        """The summed loss of one microbatch and the number of its supervised tokens."""
+        head = self.network.get_submodule("lm_head")
+        return vocabulary_loss(head, hidden, labels, self.loss_chunk_size)
+
+    def log_step(self, sums: LossSums) -> None:
+        """Adds one microbatch to the accumulation window; logged when the optimiser steps."""
+        self._window = _added(self._window, sums)
+
+    @override
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        self._batch_idx = batch_idx
+        sums = self.loss_sum_and_tokens(self.hidden_states(batch), batch["labels"])
+        self.log_step(sums)
+        return sums.loss_sum / _LOSS_SCALE
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        assert self._window is not None
+        loss_sum, num_tokens = self._over_ranks(self._window)
+        self._window = None
+        loss = loss_sum / num_tokens
+        self._stop_unless_finite("train/loss", loss)
+        # Lightning divides by the microbatches of a full window, the strategy by the replicas.
+        averaged_over = self.trainer.accumulate_grad_batches * self._num_replicas()
+        factor = _LOSS_SCALE * averaged_over / num_tokens
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        self.tokens_seen += int(num_tokens)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        self.log("train/tokens", float(self.tokens_seen))
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        trained = [p for p in self.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            # With a gradient scaler an overflow is its business: it skips the step.
+            self._stop_unless_finite("train/gradient_norm", norm)
+        self.log("train/gradient_norm", norm)
+        if gradient_clip_val is None:
+            return
+        if gradient_clip_algorithm in (None, "norm"):
+            clip_grads_with_norm_(trained, gradient_clip_val, norm, foreach=True)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    @override
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        sums = self.loss_sum_and_tokens(self.hidden_states(batch), batch["labels"])
+        self._evaluated = _added(self._evaluated, sums)
+
+    @override
+    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    @override
+    def predict_step(self, batch: TokenBatch, batch_idx: int) -> Int[Tensor, "B T"]:
+        """The likeliest next token at every position."""
+        head = self.network.get_submodule("lm_head")
+        return cast("Tensor", head(self.hidden_states(batch)).argmax(-1))
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluated("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluated("test")
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["network_config"] = self.network.config.to_dict()
+        if self.text_source is not None:
+            checkpoint["tokenizer"] = self.text_source.tokenizer_reference()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        saved = checkpoint.get("tokenizer")
+        if saved is None or self.text_source is None:
+            return
+        now = self.text_source.tokenizer_reference()
+        if saved["sha256"] != now["sha256"]:
+            raise ValueError(
+                f"data.tokenizer {now['name_or_path']!r} differs from the one the checkpoint was"
+                f" trained with: {saved['name_or_path']!r} of {saved['vocabulary_size']} tokens"
+            )
+
+    def _num_replicas(self) -> int:
+        sampler_kwargs = self.trainer.distributed_sampler_kwargs or {}
+        return int(sampler_kwargs.get("num_replicas", 1))
+
+    def _over_ranks(self, sums: LossSums) -> LossSums:
+        reduce = self.trainer.strategy.reduce
+        return LossSums(*(cast("Tensor", reduce(part, reduce_op="sum")) for part in sums))
+
+    def _log_evaluated(self, prefix: str) -> None:
+        if self._evaluated is None:
+            return
+        loss_sum, num_tokens = self._over_ranks(self._evaluated)
+        self._evaluated = None
+        loss = loss_sum / num_tokens
+        self.log(f"{prefix}/loss", loss, prog_bar=True)
+        self.log(f"{prefix}/perplexity", loss.exp())
+
+    def _stop_unless_finite(self, key: str, value: Tensor) -> None:
+        if torch.isfinite(value):
+            return
+        optimizer = self.trainer.optimizers[0]
+        raise FloatingPointError(
+            f"{key} is {value.item()} at step {self.trainer.global_step}, learning rate"
+            f" {optimizer.param_groups[0]['lr']:.3g}, batch {self._batch_idx} of epoch"
+            f" {self.current_epoch}; the weights of this step were not changed and the last"
+            " checkpoint is good"
+        )
+
+
+def _added(so_far: LossSums | None, sums: LossSums) -> LossSums:
+    loss_sum = sums.loss_sum.detach()
+    if so_far is None:
+        return LossSums(loss_sum, sums.num_tokens)
+    return LossSums(so_far.loss_sum + loss_sum, so_far.num_tokens + sums.num_tokens)

@@ -1,0 +1,217 @@
+"""Pretraining a GPT-2 whose linear layers are low-rank pairs, or its dense twin."""
+
+from enum import StrEnum
+from typing import Any
+
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import GPT2LMHeadModel
+from typing_extensions import override
+
+from fingpt_lightning.low_rank import ModelBudget, RankRule
+from fingpt_lightning.models import build_gpt2, model_budget, recompute_blocks
+from fingpt_lightning.models.gpt2 import check_ranks, preset_shape
+from fingpt_lightning.modules.language_modeling import LanguageModelingModule
+from fingpt_lightning.modules.optimization import cosine_with_warmup, decay_groups
+
+_ARCHITECTURE = (
+    "preset", "num_layers", "width", "num_heads", "num_positions", "vocab_size", "rank",
+    "rank_overrides", "embedding_rank",
+)  # fmt: skip
+
+
+class Recompute(StrEnum):
+    """What the backward pass computes again in place of keeping it."""
+
+    # Lower case: the command line and checkpoints know a member by its name.
+    none = "none"
+    block = "block"
+
+
+class LowRankPretraining(LanguageModelingModule):
+    """A GPT-2 trained from scratch with low-rank pairs in place of its linear layers.
+
+    Args:
+        preset: gpt2-nano, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl.
+        rank: An int is the rank of every linear layer of the blocks, a float in (0, 1] the share
+            r / min(in, out); null is the dense twin. A layer whose pair would not be smaller
+            stays dense. Query, key and value are one layer with one ``down``.
+        rank_overrides: Other ranks by name pattern, such as ``{"*.mlp.*": 0.5}``.
+        embedding_rank: The rank of the tied embedding and head; null keeps the full table.
+        num_layers: In place of the preset's.
+        width: In place of the preset's.
+        num_heads: In place of the preset's.
+        num_positions: In place of the preset's.
+        vocab_size: Tokens; null takes the tokenizer's of the data.
+        dropout: Probability after embedding, attention and MLP.
+        recompute: ``block`` keeps each block's input only and computes the rest again in the
+            backward pass.
+        loss_chunk_size: Tokens whose logits over the vocabulary are held at a time.
+        learning_rate: The highest of the schedule.
+        final_learning_rate_ratio: Last over highest learning rate.
+        warmup: An int is steps, a float the share of all steps.
+        weight_decay: Of matrices; biases and norms do not decay.
+        beta1: AdamW's decay of the gradient's mean.
+        beta2: AdamW's decay of the gradient's square.
+
+    Raises:
+        ValueError: A value outside its range; the message names it.
+
+    Source: https://arxiv.org/abs/2402.13533, section 3.
+    """
+
+    network: GPT2LMHeadModel
+
+    def __init__(
+        self,
+        preset: str = "gpt2-small",
+        rank: int | float | None = 0.25,
+        rank_overrides: dict[str, int | float | None] | None = None,
+        embedding_rank: int | float | None = None,
+        num_layers: int | None = None,
+        width: int | None = None,
+        num_heads: int | None = None,
+        num_positions: int | None = None,
+        vocab_size: int | None = None,
+        dropout: float = 0.0,
+        recompute: Recompute = Recompute.none,
+        loss_chunk_size: int = 512,
+        learning_rate: float = 0.0006,
+        final_learning_rate_ratio: float = 0.1,
+        warmup: int | float = 0.05,
+        weight_decay: float = 0.1,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+    ) -> None:
+        super().__init__()
+        self.shape = preset_shape(
+            preset,
+            num_layers=num_layers,
+            width=width,
+            num_heads=num_heads,
+            num_positions=num_positions,
+        )
+        self.rank_rule = RankRule(rank, rank_overrides or {})
+        check_ranks(self.shape, self.rank_rule, embedding_rank)
+        if vocab_size is not None and vocab_size < 1:
+            raise ValueError(f"vocab_size {vocab_size} is below 1")
+        if loss_chunk_size < 1:
+            raise ValueError(f"loss_chunk_size {loss_chunk_size} is below 1")
+        if learning_rate <= 0:
+            raise ValueError(f"learning_rate {learning_rate} is not above 0")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay {weight_decay} is below 0")
+        if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
+            raise ValueError(f"warmup {warmup} is neither a share in [0, 1] nor a number of steps")
+        for name, value in (("dropout", dropout), ("beta1", beta1), ("beta2", beta2)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} {value} is outside [0, 1)")
+        if not 0 <= final_learning_rate_ratio <= 1:
+            raise ValueError(
+                f"final_learning_rate_ratio {final_learning_rate_ratio} is outside [0, 1]"
+            )
+        self.loss_chunk_size = loss_chunk_size
+        self.save_hyperparameters()
+        self.hparams["recompute"] = Recompute(recompute).value  # checkpoints hold plain types
+
+    def check_block_length(self, block_length: int) -> None:
+        """Raises unless sequences of ``block_length`` tokens fit the positions.
+
+        Raises:
+            ValueError: They do not.
+        """
+        if block_length > self.shape.num_positions:
+            raise ValueError(
+                f"data.block_length {block_length} is longer than the {self.shape.num_positions}"
+                f" positions of model.preset {self.hparams['preset']}; lower it or raise"
+                " model.num_positions"
+            )
+
+    @override
+    def setup(self, stage: str) -> None:
+        source = self.text_source
+        if source is None:
+            return
+        self.check_block_length(source.block_length)
+        vocab_size = self.hparams["vocab_size"]
+        if vocab_size is None:
+            self.hparams["vocab_size"] = source.vocabulary_size
+        elif vocab_size < source.vocabulary_size:
+            raise ValueError(
+                f"model.vocab_size {vocab_size} is below the {source.vocabulary_size} tokens of"
+                " the data's tokenizer"
+            )
+
+    @override
+    def configure_model(self) -> None:
+        if "network" in self._modules:
+            return
+        vocab_size = self.hparams["vocab_size"]
+        if vocab_size is None:
+            raise ValueError("vocab_size is null and there is no data whose tokenizer gives it")
+        source = self.text_source
+        self.network = build_gpt2(
+            self.shape,
+            vocab_size,
+            rank=self.rank_rule,
+            embedding_rank=self.hparams["embedding_rank"],
+            dropout=self.hparams["dropout"],
+            eos_token_id=None if source is None else source.eos_token_id,
+        )
+        if self.hparams["recompute"] == Recompute.block:
+            recompute_blocks(self.network)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        hparams = self.hparams
+        # A fused optimiser cannot clip behind a gradient scaler (float16).
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        optimizer = AdamW(
+            decay_groups(self.named_parameters(), hparams["weight_decay"]),
+            lr=hparams["learning_rate"],
+            betas=(hparams["beta1"], hparams["beta2"]),
+            fused=scaler is None,
+        )
+        num_steps = self.trainer.estimated_stepping_batches
+        if num_steps == float("inf"):
+            raise ValueError(
+                "trainer.max_steps or trainer.max_epochs must be set: the schedule needs an end"
+            )
+        num_steps = int(num_steps)
+        warmup = hparams["warmup"]
+        warmup_steps = round(warmup * num_steps) if isinstance(warmup, float) else warmup
+        factor = cosine_with_warmup(num_steps, warmup_steps, hparams["final_learning_rate_ratio"])
+        scheduler = LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("hyper_parameters", {})
+        for key in _ARCHITECTURE:
+            if key in saved and saved[key] != self.hparams[key]:
+                raise ValueError(
+                    f"model.{key} is {self.hparams[key]}, the checkpoint was trained with"
+                    f" {saved[key]}"
+                )
+        super().on_load_checkpoint(checkpoint)
+
+    def budget(self, sequence_length: int | None = None) -> ModelBudget:
+        """Parameters, bytes and operations of the network and its dense twin.
+
+        Args:
+            sequence_length: Tokens a sequence; None takes the data's, else all positions.
+        """
+        if sequence_length is None:
+            source = self.text_source
+            sequence_length = self.shape.num_positions if source is None else source.block_length
+        return model_budget(self.network, sequence_length)
+
+    def dense_twin(self) -> "LowRankPretraining":
+        """The module of the same settings with every layer dense, its network not yet built."""
+        settings = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
+        dense = {"rank": None, "rank_overrides": None, "embedding_rank": None}
+        return type(self)(**(settings | dense))

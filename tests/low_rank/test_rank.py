@@ -1,0 +1,51 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fingpt_lightning.low_rank import RankRule, resolve_rank
+
+SIZES = st.integers(1, 300)
+
+
+@given(in_features=SIZES, out_features=SIZES, share=st.floats(0, 1, exclude_min=True))
+def test_a_pair_is_taken_only_where_it_is_smaller(
+    in_features: int, out_features: int, share: float
+) -> None:
+    rank = resolve_rank(share, in_features, out_features)
+    if rank is not None:
+        assert 1 <= rank <= min(in_features, out_features)
+        assert rank * (in_features + out_features) < in_features * out_features
+
+
+@given(in_features=SIZES, out_features=SIZES)
+def test_no_rank_is_dense(in_features: int, out_features: int) -> None:
+    assert resolve_rank(None, in_features, out_features) is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (769, r"rank 769 is outside \[1, 768\] for a layer of 768 x 2304"),
+        (0, r"rank 0 is outside \[1, 768\]"),
+        (1.5, r"rank ratio 1.5 is outside \(0, 1\]"),
+    ],
+)
+def test_a_rank_out_of_range_is_refused(rank: int | float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_rank(rank, 768, 2304)
+
+
+def test_the_last_fitting_pattern_wins() -> None:
+    rule = RankRule(4, {"*.mlp.*": 0.5, "h.1.*": None})
+    assert rule.rank_of("h.0.attn.c_attn", 16, 48) == 4
+    assert rule.rank_of("h.0.mlp.c_fc", 16, 64) == 8
+    assert rule.rank_of("h.1.mlp.c_fc", 16, 64) is None
+
+
+def test_a_wrong_rank_names_its_layer() -> None:
+    with pytest.raises(ValueError, match=r"h\.0\.attn: rank 99 is outside \[1, 16\]"):
+        RankRule(99).rank_of("h.0.attn", 16, 48)
+
+
+def test_patterns_that_fit_nothing_are_found() -> None:
+    assert RankRule(4, {"*.mlp": 2, "h.*": 3}).unused_patterns(["h.0.attn"]) == ["*.mlp"]
