@@ -25,7 +25,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from fingpt_lightning.cli import ConfigError
@@ -142,6 +142,7 @@ class FinGPTCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        assert isinstance(args, list)
         self.config = parser.parse_args(args)
         settings = self.config[self.command]
         if ckpt_path := settings.get("ckpt_path"):
@@ -256,10 +257,15 @@ def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> 
             if key not in given_args:
                 settings[part].init_args[key] = value
             elif _plain(given_args[key]) != value:
-                rank_zero_info(
+                _tell(
                     f"{part}.{key}: {_plain(given_args[key])} as given, in place of {value} in"
                     f" {path}"
                 )
+
+
+@rank_zero_only
+def _tell(line: str) -> None:
+    print(f"fingpt: {line}", file=sys.stderr)
 
 
 def _plain(value: Any) -> Any:

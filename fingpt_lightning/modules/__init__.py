@@ -1,6 +1,6 @@
 """LightningModules: what is trained, with which loss, optimiser and schedule."""
 
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
-from fingpt_lightning.modules.low_rank_pretraining import LowRankPretraining, Recompute
+from fingpt_lightning.modules.low_rank_pretraining import LowRankPretraining
 
-__all__ = ["LanguageModelingModule", "LowRankPretraining", "Recompute"]
+__all__ = ["LanguageModelingModule", "LowRankPretraining"]

@@ -3,7 +3,7 @@
 Axes: B batch, T tokens, D width.
 """
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +25,7 @@ A power of two; it keeps float16 gradients of a sum over many tokens from overfl
 """
 
 
+@runtime_checkable
 class TextSource(Protocol):
     """What a module asks of the datamodule it is trained with."""
 
@@ -68,10 +69,9 @@ class LanguageModelingModule(LightningModule):
 
     @property
     def text_source(self) -> TextSource | None:
-        """The datamodule of the attached trainer, if it has one."""
-        trainer = self._trainer
-        datamodule = None if trainer is None else getattr(trainer, "datamodule", None)
-        return cast("TextSource | None", datamodule)
+        """The datamodule of the attached trainer, if it is one of text."""
+        datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        return datamodule if isinstance(datamodule, TextSource) else None
 
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "B T D"]:
         """The network's final hidden states, normed, before the head."""
@@ -107,10 +107,9 @@ class LanguageModelingModule(LightningModule):
         self._stop_unless_finite("train/loss", loss)
         # Lightning divides by the microbatches of a full window, the strategy by the replicas.
         averaged_over = self.trainer.accumulate_grad_batches * self._num_replicas()
-        factor = _LOSS_SCALE * averaged_over / num_tokens
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+            torch._foreach_mul_(gradients, _LOSS_SCALE * averaged_over / int(num_tokens))
         self.tokens_seen += int(num_tokens)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])

@@ -1,8 +1,8 @@
 """Pretraining a GPT-2 whose linear layers are low-rank pairs, or its dense twin."""
 
-from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,14 +19,6 @@ _ARCHITECTURE = (
     "preset", "num_layers", "width", "num_heads", "num_positions", "vocab_size", "rank",
     "rank_overrides", "embedding_rank",
 )  # fmt: skip
-
-
-class Recompute(StrEnum):
-    """What the backward pass computes again in place of keeping it."""
-
-    # Lower case: the command line and checkpoints know a member by its name.
-    none = "none"
-    block = "block"
 
 
 class LowRankPretraining(LanguageModelingModule):
@@ -75,7 +67,7 @@ class LowRankPretraining(LanguageModelingModule):
         num_positions: int | None = None,
         vocab_size: int | None = None,
         dropout: float = 0.0,
-        recompute: Recompute = Recompute.none,
+        recompute: Literal["none", "block"] = "none",
         loss_chunk_size: int = 512,
         learning_rate: float = 0.0006,
         final_learning_rate_ratio: float = 0.1,
@@ -94,6 +86,8 @@ class LowRankPretraining(LanguageModelingModule):
         )
         self.rank_rule = RankRule(rank, rank_overrides or {})
         check_ranks(self.shape, self.rank_rule, embedding_rank)
+        if recompute not in ("none", "block"):
+            raise ValueError(f"recompute {recompute!r} is neither none nor block")
         if vocab_size is not None and vocab_size < 1:
             raise ValueError(f"vocab_size {vocab_size} is below 1")
         if loss_chunk_size < 1:
@@ -113,7 +107,8 @@ class LowRankPretraining(LanguageModelingModule):
             )
         self.loss_chunk_size = loss_chunk_size
         self.save_hyperparameters()
-        self.hparams["recompute"] = Recompute(recompute).value  # checkpoints hold plain types
+        # Drawn now, so that nothing that draws before the network is built changes the network.
+        self.initialization_seed = int(torch.randint(2**31, ()))
 
     def check_block_length(self, block_length: int) -> None:
         """Raises unless sequences of ``block_length`` tokens fit the positions.
@@ -158,8 +153,9 @@ class LowRankPretraining(LanguageModelingModule):
             embedding_rank=self.hparams["embedding_rank"],
             dropout=self.hparams["dropout"],
             eos_token_id=None if source is None else source.eos_token_id,
+            seed=self.initialization_seed,
         )
-        if self.hparams["recompute"] == Recompute.block:
+        if self.hparams["recompute"] == "block":
             recompute_blocks(self.network)
 
     @override

@@ -1,0 +1,1 @@
+"""Text in, batches of token blocks out: streaming, cached once, exact in order and on resume."""

@@ -1,0 +1,24 @@
+"""The one batch type of the project.
+
+Axes: B batch, T tokens.
+"""
+
+from typing import NotRequired, TypedDict
+
+from jaxtyping import Int64
+from torch import Tensor
+
+IGNORED_LABEL = -100
+"""The label of a position without supervision, as ``torch.nn.functional.cross_entropy`` has it."""
+
+
+class TokenBatch(TypedDict):
+    """Tokens and what each of them has to predict.
+
+    ``labels[b, t]`` is the token after ``input_ids[b, t]``, or ``IGNORED_LABEL``: labels are
+    aligned here, once, and nothing shifts them again.
+    """
+
+    input_ids: Int64[Tensor, "B T"]
+    labels: Int64[Tensor, "B T"]
+    position_ids: NotRequired[Int64[Tensor, "B T"]]

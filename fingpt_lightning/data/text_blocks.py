@@ -1,0 +1,240 @@
+"""The data of pretraining: text files in, blocks of tokens out."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+from typing_extensions import override
+
+from fingpt_lightning.data.blocks import BlockSampler, ResumableDataLoader, TokenBlocks
+from fingpt_lightning.data.corpus import Corpus, CorpusShare, SyntheticCorpus
+from fingpt_lightning.data.text_files import TextFiles, find_text_files
+from fingpt_lightning.data.token_cache import TokenFile, build_token_file, find_token_file
+from fingpt_lightning.data.tokenizers import (
+    MIN_VOCAB_SIZE,
+    cached_tokenizer_folder,
+    load_tokenizer,
+    tokenizer_sha256,
+    train_cached_tokenizer,
+    vocabulary_size,
+)
+
+Split = Literal["train", "val", "test"]
+
+
+class TextBlocks(LightningDataModule):
+    """Blocks of text for next-token prediction, tokenised once and cached.
+
+    Args:
+        train_files: ``.jsonl`` and ``.txt`` files, folders or globs; null for the embedded
+            synthetic news.
+        val_files: The same for validation; null to hold out ``val_share`` of the training
+            documents.
+        test_files: The same for testing; null to test on the validation text.
+        val_share: Share of the training documents that is held out, in (0, 1); unused with
+            ``val_files``.
+        text_field: Field of a JSON line that holds the text.
+        tokenizer: Folder or hub name of a tokenizer; null to train a byte-level BPE of
+            ``vocab_size`` entries on the training text.
+        vocab_size: Entries of a trained tokenizer at most; unused with ``tokenizer``.
+        block_length: Tokens of a block.
+        batch_size: Blocks of a batch on one device.
+        num_workers: Processes that read ahead; blocks are slices of a memory map, so 0 is fast.
+        cache_dir: Folder of tokens and trained tokenizers.
+        seed: Of the order of training blocks, and of the synthetic news.
+        num_synthetic_items: Documents of synthetic news.
+
+    Attributes:
+        tokenizer: The tokenizer, after ``setup``.
+
+    Raises:
+        ValueError: An argument is outside its range.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+
+    def __init__(
+        self,
+        train_files: str | list[str] | None = None,
+        val_files: str | list[str] | None = None,
+        test_files: str | list[str] | None = None,
+        val_share: float = 0.01,
+        text_field: str = "text",
+        tokenizer: str | None = None,
+        vocab_size: int = 4096,
+        block_length: int = 512,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        cache_dir: str = "~/.cache/fingpt_lightning",
+        seed: int = 1,
+        num_synthetic_items: int = 4000,
+    ) -> None:
+        super().__init__()
+        least = {
+            "vocab_size": (vocab_size, MIN_VOCAB_SIZE),
+            "block_length": (block_length, 1),
+            "batch_size": (batch_size, 1),
+            "num_workers": (num_workers, 0),
+            "num_synthetic_items": (num_synthetic_items, 1),
+        }
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise ValueError(f"{name} {value} is below {minimum}")
+        if not 0 < val_share < 1:
+            raise ValueError(f"val_share {val_share} is outside (0, 1)")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed {seed} is outside [0, 2**32)")
+        self.files = {"train": train_files, "val": val_files, "test": test_files}
+        self.val_share = val_share
+        self.text_field = text_field
+        self.tokenizer_name = tokenizer
+        self.max_vocab_size = vocab_size
+        self.block_length = block_length
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.cache_dir = Path(cache_dir).expanduser()
+        self.seed = seed
+        self.num_synthetic_items = num_synthetic_items
+        self._token_files: dict[Split, TokenFile] = {}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows that the model's embedding needs."""
+        return vocabulary_size(self.tokenizer)
+
+    @property
+    def eos_token_id(self) -> int:
+        """The id that ends each document."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Tokens of the training text."""
+        return self._token_file("train").num_tokens
+
+    def tokenizer_reference(self) -> dict[str, str | int]:
+        """What a checkpoint has to keep to know its tokenizer again."""
+        return {
+            "name_or_path": str(self.tokenizer.name_or_path),
+            "sha256": tokenizer_sha256(self.tokenizer),
+            "vocabulary_size": self.vocabulary_size,
+        }
+
+    @override
+    def prepare_data(self) -> None:
+        """Trains the tokenizer and tokenises the text, where that has not been done before."""
+        if self.tokenizer_name is None:
+            train_cached_tokenizer(self._corpus("train"), self.max_vocab_size, self.cache_dir)
+        tokenizer = self._load_tokenizer()
+        for split in self._splits():
+            build_token_file(self._corpus(split), tokenizer, self.cache_dir)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Opens what ``prepare_data`` made."""
+        # Lightning's advice for loaders that compute; a block is a slice of a memory map.
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        self.tokenizer = self._load_tokenizer()
+        for split in self._splits():
+            corpus = self._corpus(split)
+            self._token_files[split] = find_token_file(corpus, self.tokenizer, self.cache_dir)
+
+    @override
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Shuffled blocks; the loader's position is stored in checkpoints.
+
+        Raises:
+            ValueError: The text does not fill one batch on all ranks.
+        """
+        blocks = self._blocks("train")
+        if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            # Lightning would put a sequential sampler in the place of ours.
+            return DataLoader(blocks, self.batch_size, drop_last=True, **self._loading())
+        sampler = BlockSampler(
+            blocks, self.batch_size, training=True, seed=self.seed, **self._ranks()
+        )
+        if len(blocks) < sampler.samples_per_batch:
+            raise ValueError(
+                f"the training text has {self.num_train_tokens} tokens, {len(blocks)} blocks of "
+                f"{self.block_length}, but one batch takes {sampler.samples_per_batch} (batch_size "
+                f"{self.batch_size} x {sampler.num_replicas} ranks): give more text, or lower "
+                "block_length or batch_size"
+            )
+        return ResumableDataLoader(
+            blocks, self.batch_size, sampler=sampler, drop_last=True, **self._loading()
+        )
+
+    @override
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Each token of the validation text once."""
+        return self._evaluation_loader("val")
+
+    @override
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Each token of the test text once."""
+        return self._evaluation_loader("test")
+
+    @override
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The test text."""
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: Split) -> DataLoader[dict[str, Tensor]]:
+        blocks = self._blocks(split)
+        sampler = BlockSampler(blocks, self.batch_size, training=False, **self._ranks())
+        return DataLoader(blocks, self.batch_size, sampler=sampler, **self._loading())
+
+    def _blocks(self, split: Split) -> TokenBlocks:
+        tokens = self._token_file(split).open()
+        return TokenBlocks(tokens, self.block_length, self.eos_token_id)
+
+    def _token_file(self, split: Split) -> TokenFile:
+        if split not in self._token_files:
+            raise RuntimeError(f"the {split} text is not open: setup has to run first")
+        return self._token_files[split]
+
+    def _ranks(self) -> dict[str, int]:
+        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
+
+    def _loading(self) -> dict[str, Any]:
+        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {"num_workers": self.num_workers, "pin_memory": on_cuda}
+
+    def _splits(self) -> Iterator[Split]:
+        """The splits that the trainer is about to read, or all without a trainer."""
+        doing = None if self.trainer is None else self.trainer.state.fn
+        if doing in (None, TrainerFn.FITTING):
+            yield "train"
+        if doing in (None, TrainerFn.FITTING, TrainerFn.VALIDATING):
+            yield "val"
+        if doing in (None, TrainerFn.TESTING, TrainerFn.PREDICTING):
+            yield "test"
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerFast:
+        if self.tokenizer_name is not None:
+            return load_tokenizer(self.tokenizer_name)
+        folder = cached_tokenizer_folder(self._corpus("train"), self.max_vocab_size, self.cache_dir)
+        if not folder.is_dir():
+            raise RuntimeError(f"no tokenizer {folder}: prepare_data has to run first")
+        return load_tokenizer(str(folder))
+
+    def _corpus(self, split: Split) -> Corpus:
+        if split == "test" and self.files["test"] is None:
+            split = "val"
+        files = self.files[split]
+        if files is not None:
+            return TextFiles(find_text_files(files, f"{split}_files"), self.text_field)
+        whole: Corpus = SyntheticCorpus(self.num_synthetic_items, self.seed)
+        if self.files["train"] is not None:
+            paths = find_text_files(self.files["train"], "train_files")
+            whole = TextFiles(paths, self.text_field)
+        if self.files["val"] is not None:
+            return whole
+        return CorpusShare(whole, self.val_share, "kept" if split == "train" else "held out")

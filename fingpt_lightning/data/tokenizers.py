@@ -1,0 +1,155 @@
+"""Tokenizers: load one from a folder or the hub, or train a byte-level BPE on the text at hand."""
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from fingpt_lightning.data.corpus import Corpus
+from fingpt_lightning.data.text_files import nearest_name
+
+END_OF_TEXT = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257
+"""The 256 bytes and the end of text."""
+
+_log = logging.getLogger(__name__)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+    """Loads a fast tokenizer from a local folder, or by its name from the Hugging Face hub.
+
+    Truncation and padding that its file asks for are switched off: documents stay whole.
+
+    Raises:
+        FileNotFoundError: A path leads to no folder.
+        ValueError: The folder holds no tokenizer, the hub cannot be reached or does not know the
+            name, or the tokenizer has no end-of-text token or no fast implementation.
+    """
+    folder = Path(name_or_path).expanduser()
+    is_path = folder.is_absolute() or name_or_path.startswith((".", "~"))
+    if not folder.is_dir():
+        if is_path or name_or_path.count("/") > 1:
+            raise FileNotFoundError(f"tokenizer: no folder {folder}{nearest_name(folder)}")
+        tokenizer = _load_from_hub(name_or_path)
+    else:
+        tokenizer = _load_from_folder(folder)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer: {name_or_path} has no fast implementation")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer: {name_or_path} names no eos_token in its tokenizer_config.json, so "
+            "documents cannot be told apart"
+        )
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE; the same texts give the same tokenizer.
+
+    It covers all text, has ``<|endoftext|>`` as its one special token, and ends smaller than
+    ``vocab_size`` where the texts have too few pairs to merge.
+
+    Raises:
+        ValueError: ``vocab_size`` leaves no room for the 256 bytes and the end of text.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size {vocab_size} is below {MIN_VOCAB_SIZE}, the bytes and the end"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
+    )
+
+
+def cached_tokenizer_folder(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
+    """The folder of the tokenizer that ``train_cached_tokenizer`` makes, there or not."""
+    key = hashlib.sha256(f"bpe 1, {vocab_size} entries, {corpus.fingerprint()}".encode())
+    return cache_dir / f"tokenizer-{key.hexdigest()[:24]}"
+
+
+def train_cached_tokenizer(
+    corpus: Corpus, vocab_size: int, cache_dir: Path
+) -> PreTrainedTokenizerFast:
+    """Trains a tokenizer on a corpus, or loads it where that has been done before.
+
+    The folder appears whole or not at all; of two processes that train at once, the first wins.
+    """
+    folder = cached_tokenizer_folder(corpus, vocab_size, cache_dir)
+    if not folder.is_dir():
+        _log.info("training a tokenizer of %d entries on %s", vocab_size, corpus)
+        texts = (piece.text for piece in corpus.pieces())
+        tokenizer = train_tokenizer(texts, vocab_size)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=cache_dir))
+        try:
+            tokenizer.save_pretrained(scratch)
+            for file in scratch.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            scratch.chmod(0o755)
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return load_tokenizer(str(folder))
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The number of rows that an embedding needs; equal to ``len`` unless ids have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The digest of all that decides the tokens: the contents of ``tokenizer.json`` and the end."""
+    contents = f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
+    return hashlib.sha256(contents.encode()).hexdigest()
+
+
+def _load_from_folder(folder: Path) -> object:
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(
+            f"tokenizer: {folder} holds none that loads ({_first_line(error)})"
+        ) from error
+
+
+def _load_from_hub(name: str) -> object:
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except Exception:
+        _log.info("tokenizer %s is not in the local hub cache", name)
+    try:
+        # One request, for without it loading repeats each failed request for most of a minute.
+        HfApi().model_info(name, timeout=10)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(
+            f"tokenizer: {name} is neither a local folder nor to be had from the Hugging Face hub "
+            f"({_first_line(error)}); name a folder, or give null to train one on the text"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")

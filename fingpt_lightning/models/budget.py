@@ -1,0 +1,71 @@
+"""The budget of a transformers GPT-2, dense or low-rank."""
+
+from torch import nn
+from transformers import GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from fingpt_lightning.low_rank.budget import LayerBudget, LayerKind, ModelBudget
+
+
+def model_budget(network: GPT2LMHeadModel, sequence_length: int) -> ModelBudget:
+    """Parameters and floating-point operations of a network and its dense twin.
+
+    Args:
+        network: GPT-2 as made by `build_gpt2`; a network on the meta device will do.
+        sequence_length: Tokens a sequence, which attention's cost grows with.
+    """
+    layers = [_layer_budget(name, module) for name, module in network.named_modules()]
+    attention_flops = 4 * sequence_length * network.config.n_embd  # scores and their use
+    attention = [
+        LayerBudget(
+            name=f"transformer.h.{block}.attn",
+            kind=LayerKind.ATTENTION,
+            in_block=True,
+            parameters=0,
+            dense_parameters=0,
+            flops_per_token=attention_flops,
+            dense_flops_per_token=attention_flops,
+        )
+        for block in range(network.config.n_layer)
+    ]
+    found = tuple([layer for layer in layers if layer is not None] + attention)
+    stored = sum(p.numel() for p in network.parameters())
+    budget = ModelBudget(found, sequence_length)
+    assert budget.total_parameters == stored, (budget.total_parameters, stored)
+    return budget
+
+
+def _layer_budget(name: str, module: nn.Module) -> LayerBudget | None:
+    kind, rank = LayerKind.LINEAR, None
+    held = sum(p.numel() for p in module.parameters(recurse=False))
+    dense = held
+    flops = dense_flops = 0
+    match module:
+        case LowRankLinear():
+            rank = module.rank
+            dense = module.in_features * module.out_features + module.out_features
+            flops = 2 * rank * (module.in_features + module.out_features)
+            dense_flops = 2 * module.in_features * module.out_features
+        case Conv1D():
+            flops = dense_flops = 2 * module.weight.numel()
+        case LowRankEmbedding():
+            kind, rank = LayerKind.EMBEDDING, module.rank
+            dense = module.num_embeddings * module.embedding_dim
+            flops = 2 * rank * module.embedding_dim
+        case LowRankHead():
+            kind, rank = LayerKind.HEAD, module.table.shape[1]
+            flops = 2 * rank * sum(module.table.shape[:1] + module.up.shape[:1])
+            dense_flops = 2 * module.table.shape[0] * module.up.shape[0]
+            held = dense = 0  # the embedding's own parameters
+        case nn.Linear():
+            kind, flops, held, dense = LayerKind.HEAD, 2 * module.weight.numel(), 0, 0
+            dense_flops = flops
+        case nn.Embedding() if name.endswith("wte"):
+            kind = LayerKind.EMBEDDING
+        case _ if held:
+            kind = LayerKind.OTHER
+        case _:
+            return None
+    in_block = ".h." in name
+    return LayerBudget(name, kind, in_block, held, dense, flops, dense_flops, rank)

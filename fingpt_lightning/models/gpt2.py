@@ -1,0 +1,214 @@
+"""transformers' GPT-2 with its linear layers, and if wanted its embedding, kept as thin pairs."""
+
+import difflib
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear, RankRule
+from fingpt_lightning.low_rank.rank import Rank, resolve_rank
+
+INITIALIZER_STD = 0.02
+
+
+@dataclass(frozen=True)
+class GPT2Shape:
+    """The sizes of a GPT-2.
+
+    Args:
+        num_layers: Decoder blocks.
+        width: Features of the residual stream, a multiple of ``num_heads``.
+        num_heads: Attention heads.
+        num_positions: Longest sequence.
+    """
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_positions: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "width", "num_heads", "num_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
+
+
+PRESETS = {
+    "gpt2-nano": GPT2Shape(num_layers=4, width=256, num_heads=4, num_positions=256),
+    "gpt2-small": GPT2Shape(num_layers=12, width=768, num_heads=12),
+    "gpt2-medium": GPT2Shape(num_layers=24, width=1024, num_heads=16),
+    "gpt2-large": GPT2Shape(num_layers=36, width=1280, num_heads=20),
+    "gpt2-xl": GPT2Shape(num_layers=48, width=1600, num_heads=25),
+}
+"""Source: Radford et al. (2019), table 2; nano is ours, for laptops and tests."""
+
+
+def preset_shape(preset: str, **changes: int | None) -> GPT2Shape:
+    """The shape of a preset, with those ``changes`` that are not None.
+
+    Raises:
+        ValueError: No such preset (the nearest is named), or sizes that do not fit together.
+
+    >>> preset_shape("gpt2-small", num_layers=2).num_layers
+    2
+    """
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}{hint}")
+    return replace(PRESETS[preset], **{k: v for k, v in changes.items() if v is not None})
+
+
+def check_ranks(shape: GPT2Shape, rank: RankRule, embedding_rank: Rank) -> None:
+    """Raises what `build_gpt2` would raise, before anything is built.
+
+    Raises:
+        ValueError: A rank that does not fit a layer, or a pattern that names no layer.
+    """
+    sizes = {
+        "attn.c_attn": (shape.width, 3 * shape.width),
+        "attn.c_proj": (shape.width, shape.width),
+        "mlp.c_fc": (shape.width, 4 * shape.width),
+        "mlp.c_proj": (4 * shape.width, shape.width),
+    }
+    layers = {
+        f"transformer.h.{block}.{name}": size
+        for block in range(shape.num_layers)
+        for name, size in sizes.items()
+    }
+    for name, size in layers.items():
+        rank.rank_of(name, *size)
+    if unused := rank.unused_patterns(list(layers)):
+        raise ValueError(
+            f"rank_overrides: {unused[0]!r} fits no layer; layers are named like"
+            f" {', '.join(f'transformer.h.0.{name}' for name in sizes)}"
+        )
+    try:  # the vocabulary is larger than the width, so the width is the bound
+        resolve_rank(embedding_rank, shape.width, max(shape.width, 50257))
+    except ValueError as error:
+        raise ValueError(f"embedding_{error}") from None
+
+
+def lay_out_gpt2(
+    shape: GPT2Shape,
+    vocab_size: int,
+    rank: RankRule | None = None,
+    embedding_rank: Rank = None,
+    dropout: float = 0.0,
+    eos_token_id: int | None = None,
+) -> GPT2LMHeadModel:
+    """The network of `build_gpt2` on the meta device: names and sizes, no memory."""
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=shape.num_positions,
+        n_embd=shape.width,
+        n_layer=shape.num_layers,
+        n_head=shape.num_heads,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        use_cache=False,
+    )
+    embedding_columns = resolve_rank(embedding_rank, vocab_size, shape.width)
+    config.tie_word_embeddings = embedding_columns is None
+    with torch.device("meta"):
+        network = GPT2LMHeadModel(config)
+        _replace_linears(network, rank or RankRule())
+        if embedding_columns is not None:
+            embedding = LowRankEmbedding(vocab_size, shape.width, embedding_columns)
+            network.set_submodule("transformer.wte", embedding)
+    _tie(network)
+    return network
+
+
+def build_gpt2(
+    shape: GPT2Shape,
+    vocab_size: int,
+    rank: RankRule | None = None,
+    embedding_rank: Rank = None,
+    dropout: float = 0.0,
+    eos_token_id: int | None = None,
+    seed: int | None = None,
+) -> GPT2LMHeadModel:
+    """A freshly initialised GPT-2 with every linear layer of its blocks a low-rank pair.
+
+    No dense weight is held: the network is laid out without memory, its layers are replaced,
+    and only then filled, each layer from a random stream of its own (so that a part of the
+    network can be made alone and equals the same part of the whole).
+
+    Args:
+        shape: The sizes.
+        vocab_size: Tokens of the vocabulary.
+        rank: Which rank each layer gets; None for the dense twin.
+        embedding_rank: The rank of the tied embedding and head; None for a full table.
+        dropout: Probability after embedding, attention and MLP, in [0, 1).
+        eos_token_id: The token that ends a document, for generation.
+        seed: Of the initialisation; None draws one from torch's global generator.
+
+    Raises:
+        ValueError: A rank does not fit its layer.
+
+    Source: initialisation of Radford et al. (2019) as in transformers: N(0, 0.02^2), projections
+    into the residual stream divided by sqrt(2 x layers); a pair is the truncated SVD of that draw.
+    """
+    network = lay_out_gpt2(shape, vocab_size, rank, embedding_rank, dropout, eos_token_id)
+    network.to_empty(device=torch.get_default_device())
+    _tie(network)  # to_empty gives tied parameters a memory each
+    initialize(network, seed if seed is not None else int(torch.randint(2**31, ())))
+    return network
+
+
+def _tie(network: GPT2LMHeadModel) -> None:
+    embedding = network.get_submodule("transformer.wte")
+    if isinstance(embedding, LowRankEmbedding):
+        network.set_submodule("lm_head", LowRankHead(embedding))
+    else:
+        network.tie_weights()
+
+
+def _replace_linears(network: GPT2LMHeadModel, rank: RankRule) -> None:
+    for name, module in list(network.named_modules()):
+        if not isinstance(module, Conv1D):
+            continue
+        in_features, out_features = module.weight.shape
+        columns = rank.rank_of(name, in_features, out_features)
+        if columns is not None:
+            network.set_submodule(name, LowRankLinear(in_features, out_features, columns))
+
+
+@torch.no_grad()
+def initialize(network: GPT2LMHeadModel, seed: int) -> None:
+    """Fills every parameter; each layer's stream depends on ``seed`` and its name alone."""
+    into_residual = INITIALIZER_STD / (2 * network.config.n_layer) ** 0.5
+    filled = set[nn.Parameter]()
+    for name, module in network.named_modules():
+        if module is network.lm_head:  # tied to the embedding
+            filled.update(module.parameters())
+            continue
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        stream = torch.Generator(network.device).manual_seed(int.from_bytes(digest[:7], "big"))
+        std = into_residual if name.endswith("c_proj") else INITIALIZER_STD
+        match module:
+            case LowRankLinear() | LowRankEmbedding():
+                module.reset_parameters(std, stream)
+            case Conv1D():
+                module.weight.normal_(std=std, generator=stream)
+                module.bias.zero_()
+            case nn.Embedding():
+                module.weight.normal_(std=std, generator=stream)
+            case nn.LayerNorm():
+                module.reset_parameters()
+            case _:
+                continue
+        filled.update(module.parameters(recurse=False))
+    missed = [name for name, p in network.named_parameters() if p not in filled]
+    assert not missed, f"not initialised: {missed}"
+    assert not list(network.buffers()), "buffers would be left unfilled"

@@ -1,0 +1,116 @@
+"""Cross-entropy over the vocabulary without ever holding all logits.
+
+Axes: N tokens, C tokens of one chunk, K features of the head's last product, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fingpt_lightning.low_rank.embedding import head_factors
+
+IGNORED_LABEL = -100
+
+
+class LossSums(NamedTuple):
+    """What a step adds up; dividing happens once, over all microbatches and ranks.
+
+    ``loss_sum`` is in nats and carries the gradient; ``num_tokens`` counts supervised positions.
+    """
+
+    loss_sum: Float[Tensor, ""]
+    num_tokens: Int[Tensor, ""]
+
+
+class _ChunkedCrossEntropySum(torch.autograd.Function):
+    """Sum of the cross-entropies; the gradients are made chunk by chunk in the forward pass.
+
+    The softmax that gives the loss also gives the gradient, so three products suffice
+    (logits, gradient of features, gradient of weight), as in the plain way, and no logits are
+    kept or computed again. Source: the fused linear cross-entropy of
+    https://arxiv.org/abs/2410.10989, section 3.2.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_size: int,
+        compute_dtype: torch.dtype,
+    ) -> Tensor:
+        with_features, with_weight = ctx.needs_input_grad[:2]
+        wide_dtype = torch.promote_types(compute_dtype, torch.float32)
+        weight_VK = weight.to(compute_dtype)
+        features_NK = features.to(compute_dtype)
+        loss_sum = features.new_zeros((), dtype=wide_dtype)
+        grad_features = torch.empty_like(features_NK) if with_features else None
+        grad_weight = torch.zeros_like(weight, dtype=wide_dtype) if with_weight else None
+        for first in range(0, features_NK.shape[0], chunk_size):
+            features_CK = features_NK[first : first + chunk_size]
+            labels_C = labels[first : first + chunk_size]
+            kept_C = labels_C != IGNORED_LABEL
+            target_C1 = labels_C.where(kept_C, 0).unsqueeze(1)
+            log_p_CV = torch.log_softmax((features_CK @ weight_VK.T).to(wide_dtype), dim=1)
+            loss_sum -= log_p_CV.gather(1, target_C1).squeeze(1).where(kept_C, 0).sum()
+            if not (with_features or with_weight):
+                continue
+            grad_CV = log_p_CV.exp_()
+            ones_C1 = torch.ones_like(target_C1, dtype=wide_dtype)
+            grad_CV.scatter_add_(1, target_C1, -ones_C1)
+            grad_CV = grad_CV.mul_(kept_C.unsqueeze(1)).to(compute_dtype)
+            if grad_features is not None:
+                torch.matmul(grad_CV, weight_VK, out=grad_features[first : first + chunk_size])
+            if grad_weight is not None:
+                grad_weight += grad_CV.T @ features_CK
+        ctx.save_for_backward(grad_features, grad_weight)
+        ctx.dtypes = features.dtype, weight.dtype
+        return loss_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_features, grad_weight = (
+            None if grad is None else (grad * grad_output).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return grad_features, grad_weight, None, None, None
+
+
+def vocabulary_loss(
+    head: nn.Module,
+    hidden: Float[Tensor, "*batch D"],
+    labels: Int[Tensor, "*batch"],
+    chunk_size: int = 512,
+) -> LossSums:
+    """Sum of the cross-entropies of ``labels`` under ``head(hidden)``, and how many there are.
+
+    Equal to the plain way to rounding, gradients included. Under autocast the products run in
+    the autocast dtype, softmax and sums in float32, and the weight's gradient is summed over
+    the chunks in float32. Memory: ``chunk_size`` x V logits in place of N x V.
+
+    Args:
+        head: A `LowRankHead` or a ``torch.nn.Linear`` without bias.
+        hidden: Final hidden states.
+        labels: Next tokens, aligned with ``hidden``; -100 where nothing is supervised.
+        chunk_size: Tokens whose logits are held at a time, at least 1.
+
+    Raises:
+        ValueError: ``chunk_size`` is below 1.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size {chunk_size} is below 1")
+    features, weight = head_factors(head, hidden)
+    device_type = hidden.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    compute_dtype = torch.get_autocast_dtype(device_type) if autocast else features.dtype
+    labels_N = labels.reshape(-1)
+    with torch.autocast(device_type, enabled=False):
+        loss_sum = _ChunkedCrossEntropySum.apply(  # type: ignore[no-untyped-call]
+            features.reshape(-1, features.shape[-1]), weight, labels_N, chunk_size, compute_dtype
+        )
+    return LossSums(loss_sum, (labels_N != IGNORED_LABEL).sum())

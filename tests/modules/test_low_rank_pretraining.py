@@ -1,0 +1,115 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from fingpt_lightning.low_rank import LowRankLinear
+from fingpt_lightning.modules import LowRankPretraining
+from tests.support.token_data import TokenData
+
+SIZES: dict[str, Any] = {
+    "preset": "gpt2-nano", "num_layers": 2, "width": 12, "num_heads": 3, "num_positions": 16,
+}  # fmt: skip
+
+
+def _fit(folder: Path, module: LowRankPretraining, **changes: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu", "max_steps": 2, "max_epochs": -1, "logger": False,
+        "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0,
+        "enable_model_summary": False, "default_root_dir": folder,
+    }  # fmt: skip
+    trainer = Trainer(**(settings | changes))
+    trainer.fit(module, datamodule=TokenData(batch_size=2))
+    return trainer
+
+
+@pytest.mark.parametrize("settings", [{"rank": 3, "embedding_rank": 4}, {"rank": None}])
+def test_a_checkpoint_needs_nothing_else(tmp_path: Path, settings: dict[str, Any]) -> None:
+    module = LowRankPretraining(**SIZES, **settings)
+    path = tmp_path / "run.ckpt"
+    _fit(tmp_path, module).save_checkpoint(path)
+    loaded = LowRankPretraining.load_from_checkpoint(path, weights_only=True)
+    ids = torch.arange(11)[None]
+    assert torch.equal(loaded.eval().network(ids).logits, module.eval().network(ids).logits)
+    saved = torch.load(path, weights_only=True)
+    assert saved["network_config"]["n_layer"] == 2
+    assert saved["tokenizer"]["vocabulary_size"] == 23
+    assert loaded.tokens_seen == module.tokens_seen > 0
+
+
+def test_the_dense_twin_has_the_same_settings_and_no_pair() -> None:
+    module = LowRankPretraining(**SIZES, rank=3, embedding_rank=4, vocab_size=23)
+    twin = module.dense_twin()
+    for made in (module, twin):
+        made.configure_model()
+    assert not any(isinstance(m, LowRankLinear) for m in twin.network.modules())
+    budget = module.budget()
+    assert budget.dense_total_parameters == twin.budget().total_parameters
+    assert budget.sequence_length == 16
+
+
+def test_recomputing_changes_no_weight(tmp_path: Path) -> None:
+    weights = []
+    for recompute in ("none", "block"):
+        torch.manual_seed(2)
+        module = LowRankPretraining(**SIZES, rank=3, recompute=recompute)  # type: ignore[arg-type]
+        _fit(tmp_path, module)
+        assert module.network.transformer.h[0].gradient_checkpointing == (recompute == "block")
+        weights.append(module.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "gpt2-smal"}, "did you mean gpt2-small"),
+        ({"rank": 13}, r"h\.0\.attn\.c_attn: rank 13 is outside [1, 12]"),
+        ({"rank": 1.5}, "rank ratio 1.5 is outside (0, 1]"),
+        ({"embedding_rank": 13}, "embedding_rank 13 is outside [1, 12]"),
+        ({"rank_overrides": {"*.c_atn": 3}}, "rank_overrides: '*.c_atn' fits no layer"),
+        ({"dropout": 1.0}, "dropout 1.0 is outside [0, 1)"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0 is not above 0"),
+        ({"warmup": 1.5}, "warmup 1.5 is neither a share in [0, 1] nor a number of steps"),
+        ({"loss_chunk_size": 0}, "loss_chunk_size 0 is below 1"),
+        ({"vocab_size": 0}, "vocab_size 0 is below 1"),
+        ({"final_learning_rate_ratio": 2.0}, "final_learning_rate_ratio 2.0 is outside [0, 1]"),
+        ({"weight_decay": -1.0}, "weight_decay -1.0 is below 0"),
+        ({"beta2": 1.0}, "beta2 1.0 is outside [0, 1)"),
+        ({"width": 13}, "width 13 is no multiple of num_heads 3"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
+    pattern = message if "\\" in message else re.escape(message)
+    with pytest.raises(ValueError, match=pattern.replace("[1, 12]", r"\[1, 12\]")):
+        LowRankPretraining(**(SIZES | settings))
+
+
+def test_a_block_longer_than_the_positions_is_refused(tmp_path: Path) -> None:
+    module = LowRankPretraining(**(SIZES | {"num_positions": 10}))
+    with pytest.raises(ValueError, match="block_length 11 is longer than the 10 positions"):
+        _fit(tmp_path, module)
+
+
+def test_fewer_tokens_than_the_tokenizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="vocab_size 22 is below the 23 tokens"):
+        _fit(tmp_path, LowRankPretraining(**SIZES, vocab_size=22))
+
+
+def test_a_schedule_without_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_steps or trainer.max_epochs must be set"):
+        _fit(tmp_path, LowRankPretraining(**SIZES), max_steps=-1)
+
+
+def test_resuming_with_another_rank_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    _fit(tmp_path, LowRankPretraining(**SIZES, rank=3)).save_checkpoint(path)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
+        enable_progress_bar=False,
+    )  # fmt: skip
+    module = LowRankPretraining(**SIZES, rank=4)
+    with pytest.raises(ValueError, match=r"model.rank is 4, the checkpoint was trained with 3"):
+        trainer.validate(module, TokenData(2), ckpt_path=path, weights_only=True)
