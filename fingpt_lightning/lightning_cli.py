@@ -3,6 +3,7 @@
 A setting comes from, weakest first: defaults, checkpoint, config files, command line.
 """
 
+import logging
 import os
 import pickle
 import re
@@ -50,13 +51,19 @@ def run_trainer_command(words: list[str]) -> None:
     """
     # Blocks are read from memory-mapped files: workers would cost more than they bring.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # The run folder already holds the config.
+    warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
-    keep = os.environ.get(RUN_FOLDER_VARIABLE)
+    # Advertisements and device lists, which the summaries of a run make needless.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    before = dict(os.environ)
     try:
         FinGPTCLI(words)
     finally:
-        if keep is None:
-            os.environ.pop(RUN_FOLDER_VARIABLE, None)
+        for name in (RUN_FOLDER_VARIABLE, "WANDB_SILENT"):
+            if name not in before:
+                os.environ.pop(name, None)
 
 
 class OneLineParser(LightningArgumentParser):
@@ -168,11 +175,8 @@ class FinGPTCLI(LightningCLI):
                 settings[key].dirpath = str(self.run_folder / "checkpoints")
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
-            if isinstance(logger, Namespace) and logger.class_path.endswith("WandbLogger"):
-                if logger.init_args.save_dir in (None, "."):
-                    logger.init_args.save_dir = str(self.run_folder)
-                if logger.init_args.name is None:
-                    logger.init_args.name = self.run_folder.name
+            if isinstance(logger, Namespace) and logger.class_path.endswith(".WandbLogger"):
+                _place_wandb_run(logger.init_args, self.run_folder)
 
     @override
     def instantiate_classes(self) -> None:
@@ -189,7 +193,7 @@ class FinGPTCLI(LightningCLI):
         loggers: list[Logger] = given if isinstance(given, list) else [given]
         loggers = [logger for logger in loggers if isinstance(logger, Logger)]
         if self.command == "fit" and not any(isinstance(x, CSVLogger) for x in loggers):
-            # Logger folders are made when they are first written to.
+            _keep_old_metrics(self.run_folder)
             loggers = [*loggers, CSVLogger(str(self.run_folder), name="", version="")]
         return super().instantiate_trainer(logger=loggers or False, **kwargs)
 
@@ -289,6 +293,24 @@ def _new_run_folder(settings: Namespace, command: str) -> Path:
     while folder.exists():
         folder, number = first.with_name(f"{first.name}-{number}"), number + 1
     return folder
+
+
+def _place_wandb_run(logger: Namespace, run_folder: Path) -> None:
+    if logger.save_dir in (None, "."):
+        logger.save_dir = str(run_folder)
+    if logger.name is None:
+        logger.name = run_folder.name
+    if logger.offline:
+        # What it would say, where the run is and how to sync it, stands in the run's summary.
+        os.environ.setdefault("WANDB_SILENT", "true")
+
+
+def _keep_old_metrics(run_folder: Path) -> None:
+    """Moves ``metrics.csv`` of an earlier run aside, which CSVLogger would delete."""
+    path = run_folder / "metrics.csv"
+    if path.exists():
+        number = 1 + sum(1 for _ in run_folder.glob("metrics-*.csv"))
+        path.rename(run_folder / f"metrics-{number}.csv")
 
 
 def _readable(message: str) -> str:

@@ -3,12 +3,14 @@
 Axes: B batch, T tokens of a block.
 """
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
@@ -134,8 +136,7 @@ class BlockSampler(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         first, self.first_sample = self.first_sample, 0
         if self.shuffle:
-            generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch))
-            order = torch.randperm(self.num_blocks, generator=generator)
+            order = _permutation(self.num_blocks, self.seed, self.epoch)
         else:
             order = torch.arange(self.num_blocks)
         num_left = self.num_blocks - first
@@ -148,9 +149,11 @@ class BlockSampler(DistributedSampler[int]):
             yield int(index)
 
 
-def _mixed(seed: int, epoch: int) -> int:
-    """Apart for any two pairs: seed + epoch would give seed 1 the epochs of seed 0."""
-    return (seed << 32) + epoch
+def _permutation(num_blocks: int, seed: int, epoch: int) -> Int64[Tensor, "num_blocks"]:
+    # A sum would give seed 1 the epochs of seed 0, and torch's generator reads 32 bits of a seed.
+    digest = hashlib.blake2b(f"seed {seed} epoch {epoch}".encode(), digest_size=4).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest))
+    return torch.randperm(num_blocks, generator=generator)
 
 
 class ResumableDataLoader(DataLoader[dict[str, Tensor]]):
@@ -162,7 +165,8 @@ class ResumableDataLoader(DataLoader[dict[str, Tensor]]):
 
     The next iteration after ``load_state_dict`` goes on within the saved epoch, unless the
     sampler's epoch has been set to another one by then; all others are whole epochs. ``len`` is
-    always that of a whole epoch.
+    always that of a whole epoch. Lightning 2.6.6 counts the batches of an epoch by itself: resumed
+    within an epoch with larger global batches, it ends that epoch early, by its own count.
     """
 
     _epoch = 0
@@ -191,7 +195,7 @@ class ResumableDataLoader(DataLoader[dict[str, Tensor]]):
         """The position after the last batch that was handed out."""
         sampler = self.block_sampler
         return {
-            "epoch": self._epoch,
+            "epoch": self._epoch if self._num_samples else sampler.epoch,
             "num_samples": self._num_samples,
             "seed": sampler.seed,
             "num_blocks": sampler.num_blocks,

@@ -479,7 +479,7 @@ def _dividend(scene: _Scene) -> list[str]:
 def _takeover(scene: _Scene) -> list[str]:
     rng = scene.rng
     buyer = rng.choice(_BUYERS)
-    offer = _change(scene.price.value, round(scene.price.value * rng.uniform(1.18, 1.45)), 2)
+    offer = _change(scene.price.value, round(scene.price.value * rng.uniform(1.18, 1.45), 0), 2)
     shares = f"{scene.num_shares_millions} million shares"
     total = f"${offer.value * scene.num_shares_millions / 1000:.2f} billion"
     if scene.label == "neutral":

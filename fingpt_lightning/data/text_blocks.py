@@ -90,6 +90,7 @@ class TextBlocks(LightningDataModule):
             raise ValueError(f"val_share {val_share} is outside (0, 1)")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed {seed} is outside [0, 2**32)")
+        self.save_hyperparameters(logger=False)
         self.files = {"train": train_files, "val": val_files, "test": test_files}
         self.val_share = val_share
         self.text_field = text_field
@@ -153,9 +154,9 @@ class TextBlocks(LightningDataModule):
             ValueError: The text does not fill one batch on all ranks.
         """
         blocks = self._blocks("train")
-        if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-            # Lightning would put a sequential sampler in the place of ours.
-            return DataLoader(blocks, self.batch_size, drop_last=True, **self._loading())
+        loading = self._loading()
+        if self._overfits():
+            return DataLoader(blocks, drop_last=True, **loading)
         sampler = BlockSampler(
             blocks, self.batch_size, training=True, seed=self.seed, **self._ranks()
         )
@@ -166,9 +167,7 @@ class TextBlocks(LightningDataModule):
                 f"{self.batch_size} x {sampler.num_replicas} ranks): give more text, or lower "
                 "block_length or batch_size"
             )
-        return ResumableDataLoader(
-            blocks, self.batch_size, sampler=sampler, drop_last=True, **self._loading()
-        )
+        return ResumableDataLoader(blocks, sampler=sampler, drop_last=True, **loading)
 
     @override
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -187,8 +186,11 @@ class TextBlocks(LightningDataModule):
 
     def _evaluation_loader(self, split: Split) -> DataLoader[dict[str, Tensor]]:
         blocks = self._blocks(split)
+        loading = self._loading()
+        if self._overfits():
+            return DataLoader(blocks, **loading)
         sampler = BlockSampler(blocks, self.batch_size, training=False, **self._ranks())
-        return DataLoader(blocks, self.batch_size, sampler=sampler, **self._loading())
+        return DataLoader(blocks, sampler=sampler, **loading)
 
     def _blocks(self, split: Split) -> TokenBlocks:
         tokens = self._token_file(split).open()
@@ -203,9 +205,18 @@ class TextBlocks(LightningDataModule):
         kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
 
+    def _overfits(self) -> bool:
+        """Whether Lightning would warn of our samplers and replace them by sequential ones."""
+        return self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+
     def _loading(self) -> dict[str, Any]:
         on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return {"num_workers": self.num_workers, "pin_memory": on_cuda}
+        # By keyword, for Lightning makes a loader again to predict with it.
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "pin_memory": on_cuda,
+        }
 
     def _splits(self) -> Iterator[Split]:
         """The splits that the trainer is about to read, or all without a trainer."""
@@ -228,13 +239,15 @@ class TextBlocks(LightningDataModule):
     def _corpus(self, split: Split) -> Corpus:
         if split == "test" and self.files["test"] is None:
             split = "val"
-        files = self.files[split]
-        if files is not None:
-            return TextFiles(find_text_files(files, f"{split}_files"), self.text_field)
-        whole: Corpus = SyntheticCorpus(self.num_synthetic_items, self.seed)
-        if self.files["train"] is not None:
-            paths = find_text_files(self.files["train"], "train_files")
-            whole = TextFiles(paths, self.text_field)
+        if split == "test" or (split == "val" and self.files["val"] is not None):
+            return self._whole_corpus(split)
+        training = self._whole_corpus("train")
         if self.files["val"] is not None:
-            return whole
-        return CorpusShare(whole, self.val_share, "kept" if split == "train" else "held out")
+            return training
+        return CorpusShare(training, self.val_share, "kept" if split == "train" else "held out")
+
+    def _whole_corpus(self, split: Split) -> Corpus:
+        files = self.files[split]
+        if files is None:
+            return SyntheticCorpus(self.num_synthetic_items, self.seed)
+        return TextFiles(find_text_files(files, f"{split}_files"), self.text_field)

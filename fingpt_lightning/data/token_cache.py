@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -186,7 +185,7 @@ def _encode(
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A line on the terminal for work that takes longer than two seconds.
+    """A line on the terminal, where stderr is one, for work that takes longer than two seconds.
 
     Yields:
         What is to be called with the number of characters and of tokens so far.
@@ -198,7 +197,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
     def show(num_characters: int, num_tokens: int) -> None:
         if not display.live.is_started:
-            if time.monotonic() - started_s < _QUIET_S or not sys.stderr.isatty():
+            if time.monotonic() - started_s < _QUIET_S:
                 return
             display.start()
         so_far = f"{num_characters / 1e6:.0f} M characters, {num_tokens / 1e6:.1f} M tokens"

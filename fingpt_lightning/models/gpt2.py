@@ -110,6 +110,8 @@ def lay_out_gpt2(
         n_embd=shape.width,
         n_layer=shape.num_layers,
         n_head=shape.num_heads,
+        # The same curve as GPT-2's gelu_new, in one fused operator.
+        activation_function="gelu_pytorch_tanh",
         resid_pdrop=dropout,
         embd_pdrop=dropout,
         attn_pdrop=dropout,

@@ -1,0 +1,113 @@
+"""When the callbacks' figures are due, and how they reach the loggers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+from fingpt_lightning.low_rank.budget import ModelBudget
+
+
+@runtime_checkable
+class Budgeted(Protocol):
+    """A module that knows its parameters and floating-point operations."""
+
+    def budget(self) -> ModelBudget:
+        """The figures at the block length of the data."""
+
+
+class Cadence:
+    """Tells, once after each optimizer step, whether it is one to log.
+
+    Args:
+        every_n_steps: Optimizer steps from log to log; None takes the trainer's
+            ``log_every_n_steps``.
+
+    Raises:
+        ValueError: ``every_n_steps`` is below 1.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} is below 1")
+        self._every_n_steps = every_n_steps
+        self._last_step = 0
+
+    def start(self, trainer: Trainer) -> None:
+        """Begins at the step the trainer is at, which is not 0 where it resumes."""
+        self._last_step = trainer.global_step
+
+    def next_is_due(self, trainer: Trainer) -> bool:
+        """Whether the step under way will be logged; False where the trainer never logs."""
+        period = self._period(trainer)
+        return period > 0 and (trainer.global_step + 1) % period == 0
+
+    def stepped(self, trainer: Trainer) -> bool:
+        """Whether an optimizer step ended since the last call: not inside an accumulation."""
+        before, self._last_step = self._last_step, trainer.global_step
+        return self._last_step != before
+
+    def is_due(self, trainer: Trainer) -> bool:
+        """Whether the step that just ended is to be logged."""
+        period = self._period(trainer)
+        return period > 0 and trainer.global_step % period == 0
+
+    def log(
+        self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
+    ) -> None:
+        """Logs figures of the step that just ended, which all ranks know alike.
+
+        In the trainer's rhythm they join the row of the module's own metrics. In another one they
+        get rows of their own: Lightning would repeat them in its rows until they change.
+        """
+        if self._period(trainer) == _log_every_n_steps(trainer):
+            pl_module.log_dict(dict(metrics), on_step=True, on_epoch=False)
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(metrics), step=trainer.global_step - 1)
+
+    def _period(self, trainer: Trainer) -> int:
+        return self._every_n_steps or _log_every_n_steps(trainer)
+
+
+def over_ranks(
+    trainer: Trainer, values: Sequence[float | int | None], reduce_op: str
+) -> list[float | None]:
+    """Each value reduced over all ranks, which must call this together.
+
+    Args:
+        trainer: Its strategy does the reducing.
+        values: None where this rank has none: the result is then None on every rank.
+        reduce_op: ``max``, ``sum`` or ``mean``.
+    """
+    numbers = [math.nan if value is None else float(value) for value in values]
+    tensor = torch.tensor(numbers, dtype=torch.float64, device=trainer.strategy.root_device)
+    missing = torch.isnan(tensor).to(torch.float64)
+    reduce = trainer.strategy.reduce
+    reduced = cast("Tensor", reduce(tensor.nan_to_num(), reduce_op=reduce_op))
+    anywhere = cast("Tensor", reduce(missing, reduce_op="max"))
+    return [
+        None if gone else value
+        for value, gone in zip(reduced.tolist(), anywhere.tolist(), strict=True)
+    ]
+
+
+def record_in_wandb_summary(trainer: Trainer, figures: Mapping[str, float | int | str]) -> None:
+    """Puts figures that a run has once into the columns of the W&B runs table.
+
+    They are no history: each would become a chart of one point.
+    """
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(dict(figures))
+
+
+def _log_every_n_steps(trainer: Trainer) -> int:
+    # Lightning 2.6 sets it outside the class, unseen by type checkers.
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]

@@ -1,0 +1,302 @@
+"""What a run was and came to, in one table and one file."""
+
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from typing_extensions import override
+
+from callbacks.memory import MemoryMonitor
+from callbacks.recording import Budgeted, over_ranks, record_in_wandb_summary
+from callbacks.throughput import ThroughputMonitor
+from fingpt_lightning.data.batch import IGNORED_LABEL
+from fingpt_lightning.profiling.memory import peak_rss_bytes
+from fingpt_lightning.units import MIB, format_count
+
+_CallbackT = TypeVar("_CallbackT", bound=Callback)
+
+
+@runtime_checkable
+class HasDenseTwin(Protocol):
+    """A module that can make itself anew with every layer dense."""
+
+    def dense_twin(self) -> LightningModule:
+        """The twin, whose ``configure_model`` was not called yet."""
+
+
+class RunSummary(Callback):
+    """Prints a table of the run when fit ends, and keeps its figures.
+
+    They go to ``summary.json`` in the trainer's ``default_root_dir`` and to the summary of a W&B
+    run. A figure that the run did not yield is left out, and a dash in the table.
+
+    Keys in W&B; without ``summary/`` those of the file:
+
+    - ``summary/steps``: optimizer steps.
+    - ``summary/block_parameters``, ``summary/parameters``: stored in the blocks, and in total.
+    - ``summary/dense_block_parameters``, ``summary/dense_parameters``: of the dense twin.
+    - ``summary/block_parameter_ratio``, ``summary/total_parameter_ratio``: dense over stored.
+    - ``summary/first_val_loss``, ``summary/last_val_loss``: ``val/loss`` of this fit's first and
+      last validation, in nats a token.
+    - ``summary/tokens_per_s``: of the training, as `ThroughputMonitor` beside it measured.
+    - ``summary/timed_tokens_per_s``, ``summary/dense_twin_tokens_per_s``: of the timed steps.
+    - ``summary/speed_ratio``: this network's timed tokens a second over the dense twin's.
+    - ``summary/peak_allocated_mib`` on CUDA, ``summary/peak_rss_mib`` elsewhere: largest over
+      ranks, of this fit with a `MemoryMonitor` beside it, else of the process.
+    - ``summary/best_checkpoint``, ``summary/last_checkpoint``: paths.
+    - ``summary/run_folder``, ``summary/log_folder``: paths.
+
+    Cost: with ``dense_twin_steps``, that many and one more training steps (forward, backward,
+    fused AdamW, on the last batch) of a copy of the network and of its dense twin in turn, and
+    the memory of both; else nothing. Trained weights and random state stay as they are.
+
+    Args:
+        dense_twin_steps: Timed steps of each; 0 times nothing. In one process only.
+
+    Raises:
+        ValueError: ``dense_twin_steps`` is below 0.
+        TypeError: The dense twin is to be timed and the module has no ``dense_twin()``.
+    """
+
+    def __init__(self, dense_twin_steps: int = 0) -> None:
+        if dense_twin_steps < 0:
+            raise ValueError(f"dense_twin_steps={dense_twin_steps} is below 0")
+        self._dense_twin_steps = dense_twin_steps
+        self._last_batch: Any = None
+        self._first_val_loss: float | None = None
+        self._last_val_loss: float | None = None
+        self._peak_mib: dict[str, float] = {}
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_batch = self._first_val_loss = self._last_val_loss = None
+        self._peak_mib = {}
+        if self._dense_twin_steps == 0:
+            return
+        if not isinstance(pl_module, HasDenseTwin):
+            raise TypeError(
+                f"RunSummary(dense_twin_steps={self._dense_twin_steps}) needs a module with"
+                f" dense_twin(), which {type(pl_module).__name__} has not"
+            )
+        if trainer.world_size > 1:
+            rank_zero_warn(
+                f"RunSummary(dense_twin_steps={self._dense_twin_steps}) has no effect in"
+                f" {trainer.world_size} processes: the dense twin is timed in one process only"
+            )
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self._dense_twin_steps and trainer.world_size == 1:
+            self._last_batch = batch
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
+            return
+        self._last_val_loss = trainer.callback_metrics["val/loss"].item()
+        if self._first_val_loss is None:
+            self._first_val_loss = self._last_val_loss
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Here, since all ranks must join, and before the timed steps add to the peak.
+        device = trainer.strategy.root_device
+        monitor = _beside(trainer, MemoryMonitor)
+        on_cuda = device.type == "cuda"
+        if monitor is not None:
+            peak_bytes = monitor.run_peak_bytes()
+        else:
+            peak_bytes = torch.cuda.max_memory_allocated(device) if on_cuda else peak_rss_bytes()
+        largest = over_ranks(trainer, [peak_bytes], "max")[0]
+        assert largest is not None
+        self._peak_mib = {"peak_allocated_mib" if on_cuda else "peak_rss_mib": largest / MIB}
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in on_train_end: the last checkpoints are written there, after this callback.
+        if not trainer.is_global_zero:
+            return
+        figures = self._figures(trainer, pl_module)
+        console = Console()
+        console.print(_table(figures))
+        for name in ("best_checkpoint", "last_checkpoint", "run_folder", "log_folder"):
+            line = f"{name.replace('_', ' ')}: {figures.get(name, '-')}"
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / "summary.json.partial"
+        unfinished.write_text(json.dumps(figures, indent=2) + "\n")
+        unfinished.replace(folder / "summary.json")
+        record_in_wandb_summary(trainer, {f"summary/{key}": v for key, v in figures.items()})
+        self._last_batch = None
+
+    def _figures(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, float | int | str]:
+        figures: dict[str, float | int | str | None] = {"steps": trainer.global_step}
+        if isinstance(pl_module, Budgeted):
+            budget = pl_module.budget()
+            figures |= {
+                "block_parameters": budget.block_parameters,
+                "parameters": budget.total_parameters,
+                "dense_block_parameters": budget.dense_block_parameters,
+                "dense_parameters": budget.dense_total_parameters,
+                "block_parameter_ratio": budget.block_compression_ratio,
+                "total_parameter_ratio": budget.total_compression_ratio,
+            }
+        throughput = _beside(trainer, ThroughputMonitor)
+        figures |= {
+            "first_val_loss": self._first_val_loss,
+            "last_val_loss": self._last_val_loss,
+            "tokens_per_s": None if throughput is None else throughput.run_tokens_per_s,
+            **self._peak_mib,
+            "run_folder": trainer.default_root_dir,
+        }
+        if self._last_batch is not None:
+            assert isinstance(pl_module, HasDenseTwin)
+            race = _race(trainer, pl_module, self._last_batch, self._dense_twin_steps)
+            figures |= {} if race is None else race._asdict()
+        if isinstance(checkpoint := trainer.checkpoint_callback, ModelCheckpoint):
+            figures["best_checkpoint"] = checkpoint.best_model_path or None
+            figures["last_checkpoint"] = checkpoint.last_model_path or None
+        if trainer.loggers:
+            logger = trainer.loggers[0]
+            log_folder = logger.log_dir or logger.save_dir
+            figures["log_folder"] = log_folder and log_folder.rstrip("/")
+        return {key: value for key, value in figures.items() if _is_figure(value)}
+
+
+class _Race(NamedTuple):
+    """Keys of the summary."""
+
+    timed_tokens_per_s: float
+    dense_twin_tokens_per_s: float
+    speed_ratio: float
+
+
+def _race(trainer: Trainer, pl_module: LightningModule, batch: Any, num_steps: int) -> _Race | None:
+    """Steps of the dense twin and of a copy in turn; None where memory does not suffice."""
+    assert isinstance(pl_module, HasDenseTwin)
+    with isolate_rng(), torch.enable_grad():
+        try:
+            twin = pl_module.dense_twin()
+            twin.trainer = trainer
+            precision = trainer.precision_plugin
+            with trainer.strategy.tensor_init_context(), precision.module_init_context():
+                twin.configure_model()
+            contenders = [_Contender(trainer, m) for m in (twin, copy.deepcopy(pl_module))]
+            times_s: list[list[float]] = [[], []]
+            for _ in range(1 + num_steps):
+                for contender, its_times_s in zip(contenders, times_s, strict=True):
+                    its_times_s.append(contender.step_s(batch))
+        except torch.OutOfMemoryError:
+            rank_zero_warn("RunSummary: too little memory for the dense twin beside the network")
+            return None
+    dense_s, ours_s = (statistics.median(its_times_s[1:]) for its_times_s in times_s)
+    num_tokens = int((batch["labels"] != IGNORED_LABEL).sum())
+    return _Race(num_tokens / ours_s, num_tokens / dense_s, dense_s / ours_s)
+
+
+class _Contender:
+    """A module that is nobody's but ours, with an optimizer, ready to be timed."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._device = trainer.strategy.root_device
+        self._precision = trainer.precision_plugin
+        module.trainer = trainer
+        for name in ("log", "log_dict"):  # the run is over: there is nobody to log to
+            setattr(module, name, lambda *_, **__: None)
+        self._precision.convert_module(module)  # in place
+        self._module = module.to(self._device).train()
+        trained = [p for p in module.parameters() if p.requires_grad]
+        self._optimizer: Optimizer = AdamW(trained, fused=True)
+
+    def step_s(self, batch: Any) -> float:
+        self._synchronize()
+        started_s = time.perf_counter()
+        self._optimizer.zero_grad()
+        with self._precision.train_step_context():
+            output = self._module.training_step(batch, 0)
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        self._optimizer.step()
+        self._synchronize()
+        return time.perf_counter() - started_s
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _is_figure(value: float | int | str | None) -> TypeGuard[float | int | str]:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _beside(trainer: Trainer, kind: type[_CallbackT]) -> _CallbackT | None:
+    # Lightning 2.6 sets the list outside the class, unseen by type checkers.
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+def _table(figures: Mapping[str, float | int | str]) -> Table:
+    table = Table(title="Run summary")
+    table.add_column("")
+    for column in ("this run", "dense twin", ""):
+        table.add_column(column, justify="right")
+
+    def cell(key: str, template: str) -> str:
+        return template.format(figures[key]) if key in figures else "-"
+
+    def count(key: str) -> str:
+        return format_count(float(figures[key])) if key in figures else "-"
+
+    for name, prefix, ratio in (
+        ("parameters, blocks", "block_", "block_parameter_ratio"),
+        ("parameters, total", "", "total_parameter_ratio"),
+    ):
+        ours, dense = count(f"{prefix}parameters"), count(f"dense_{prefix}parameters")
+        table.add_row(name, ours, dense, cell(ratio, "{:.2f}x smaller"))
+    verdict = "-"
+    if "speed_ratio" in figures:
+        speed = float(figures["speed_ratio"])
+        verdict = f"{speed:.2f}x: {'faster' if speed > 1 else 'not faster'}"
+    table.add_row(
+        "tokens/s, timed in turn",
+        cell("timed_tokens_per_s", "{:,.0f}"),
+        cell("dense_twin_tokens_per_s", "{:,.0f}"),
+        verdict,
+    )
+    on_cuda = "peak_allocated_mib" in figures
+    for name, key, template in (
+        ("tokens/s, training", "tokens_per_s", "{:,.0f}"),
+        ("optimizer steps", "steps", "{:,}"),
+        ("first validation loss", "first_val_loss", "{:.4f}"),
+        ("last validation loss", "last_val_loss", "{:.4f}"),
+        ("peak memory, allocated", "peak_allocated_mib", "{:,.1f} MiB")
+        if on_cuda
+        else ("peak memory, process", "peak_rss_mib", "{:,.1f} MiB"),
+    ):
+        table.add_row(name, cell(key, template), "", "")
+    return table

@@ -1,0 +1,110 @@
+"""The import arrows of the design hold, and the reader that says so finds each kind of break."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.arrows import PACKAGES, find_violations
+
+_REPOSITORY = Path(__file__).parents[1]
+
+
+def test_no_import_points_the_wrong_way() -> None:
+    num_files = sum(len(list((_REPOSITORY / package).rglob("*.py"))) for package in PACKAGES)
+    assert num_files > 10
+    assert find_violations(_REPOSITORY) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "told"),
+    [
+        ("fingpt_lightning/low_rank/linear.py", "import fingpt_lightning.models.gpt2", "models"),
+        ("fingpt_lightning/low_rank/linear.py", "from fingpt_lightning import data", "data"),
+        ("fingpt_lightning/low_rank/linear.py", "from ..modules import x", "modules"),
+        ("fingpt_lightning/low_rank/deep/er.py", "from ...cli import main", "cli"),
+        ("fingpt_lightning/low_rank/linear.py", "from .. import profiling", "profiling"),
+        ("fingpt_lightning/units.py", "def f():\n    from callbacks.memory import x", "callbacks"),
+        ("fingpt_lightning/data/blocks.py", "import fingpt_lightning.modules", "modules"),
+        ("fingpt_lightning/modules/a.py", "from fingpt_lightning.data.blocks import x", "data"),
+        ("fingpt_lightning/modules/a.py", "from fingpt_lightning.data import batch", "data"),
+        ("fingpt_lightning/cli.py", "from fingpt_lightning.benchmarks import a", "benchmarks"),
+        ("fingpt_lightning/cli.py", "import fingpt_lightning.newroom", "newroom"),
+        ("callbacks/memory.py", "from fingpt_lightning.cli import main", "cli"),
+    ],
+)
+def test_an_arrow_against_the_design_is_found(
+    file: str, source: str, told: str, tmp_path: Path
+) -> None:
+    _write(tmp_path, file, f'"""Text."""\n{source}\n')
+    (violation,) = find_violations(tmp_path)
+    line = 2 + source.count("\n")
+    assert violation.startswith(f"{file}:{line}: ")
+    assert violation.endswith(f"-> {told} is no arrow of the design")
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("fingpt_lightning/benchmarks/memory.py", "from fingpt_lightning.cli import main"),
+        ("fingpt_lightning/cli.py", "import callbacks\nimport fingpt_lightning.lightning_cli"),
+        ("fingpt_lightning/cli.py", "from fingpt_lightning import __version__"),
+        ("fingpt_lightning/modules/a.py", "from fingpt_lightning.data.batch import TokenBatch"),
+        ("fingpt_lightning/modules/a.py", "import lightning, torch, fingpt_lightning.low_rank"),
+        ("fingpt_lightning/low_rank/a.py", "from . import b\nfrom .c import d\nimport torch"),
+        ("callbacks/memory.py", "from callbacks.throughput import x"),
+        ("fingpt_lightning/__init__.py", "from importlib.metadata import version"),
+    ],
+)
+def test_an_arrow_of_the_design_is_left_alone(file: str, source: str, tmp_path: Path) -> None:
+    _write(tmp_path, file, source)
+    assert find_violations(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "told"),
+    [
+        ("fingpt_lightning/low_rank/a.py", "import lightning.pytorch as L", "lightning"),
+        ("fingpt_lightning/models/a.py", "from wandb import Table", "wandb"),
+        ("fingpt_lightning/pipeline/runtime.py", "import pytorch_lightning", "pytorch_lightning"),
+        ("fingpt_lightning/profiling/a.py", "from lightning import Trainer", "lightning"),
+        ("fingpt_lightning/units.py", "import torch.nn", "torch"),
+        ("fingpt_lightning/pipeline/partition.py", "from torch import nn", "torch"),
+        ("fingpt_lightning/pipeline/schedule.py", "import torch", "torch"),
+    ],
+)
+def test_a_foreign_package_is_found(file: str, source: str, told: str, tmp_path: Path) -> None:
+    _write(tmp_path, file, source)
+    assert find_violations(tmp_path) == [f"{file}:1: {file} never imports {told}"]
+
+
+def test_an_unknown_room_asks_for_a_row(tmp_path: Path) -> None:
+    _write(tmp_path, "fingpt_lightning/garage/car.py", "import torch")
+    assert find_violations(tmp_path) == [
+        "fingpt_lightning/garage/car.py: garage has no row; give it one in tests/support/arrows.py"
+    ]
+
+
+def test_the_package_itself_imports_no_room(tmp_path: Path) -> None:
+    _write(tmp_path, "fingpt_lightning/__init__.py", "from fingpt_lightning.units import MIB")
+    (violation,) = find_violations(tmp_path)
+    assert violation == "fingpt_lightning/__init__.py:1: the package imports its room units"
+
+
+def test_a_plain_import_of_callbacks_is_found(tmp_path: Path) -> None:
+    _write(tmp_path, "fingpt_lightning/benchmarks/a.py", "import callbacks")
+    (violation,) = find_violations(tmp_path)
+    assert violation.endswith("a.py:1: write `from callbacks.FILE import NAME`")
+
+
+@pytest.mark.parametrize("folder", ["configs", "sweeps"])
+def test_python_among_yaml_is_found(folder: str, tmp_path: Path) -> None:
+    _write(tmp_path, f"{folder}/model/__init__.py", "")
+    assert find_violations(tmp_path) == [
+        f"{folder}/model/__init__.py: only YAML lies in {folder}/",
+    ]
+
+
+def _write(root: Path, file: str, source: str) -> None:
+    path = root / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)

@@ -1,0 +1,74 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fingpt_lightning.cli import main
+from fingpt_lightning.lightning_cli import FinGPTCLI
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RUNNABLE = sorted(CONFIGS.glob("*.yaml"))
+OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
+
+
+def test_the_number_of_configs_is_known() -> None:
+    """A new runnable file needs its debug twin, a new overlay its test."""
+    names = {path.stem for path in RUNNABLE}
+    full = {name for name in names if not name.startswith("debug_")}
+    assert len(full) == 2
+    assert names - full == {f"debug_{name}" for name in full}
+    assert len(OVERLAYS) == 0
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
+def test_a_config_builds_what_it_names(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FinGPTCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    main(["fit", "--config", str(path), "--trainer.accelerator", "cpu"])
+    assert not list(tmp_path.iterdir()), "building a run writes nothing"
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
+def test_a_config_says_question_need_and_command(path: Path) -> None:
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    text = " ".join(head)
+    assert "Question: " in text
+    assert "Needs " in text
+    assert f"Run: fingpt fit --config configs/{path.name}" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RUNNABLE if path.stem.startswith("debug_")],
+    ids=lambda path: path.stem,
+)
+def test_a_debug_config_runs(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(path), "--data.cache_dir", str(tmp_path / "cache"),
+          "--trainer.logger", "false"])  # fmt: skip
+    assert "Run summary" in capsys.readouterr().out
+    assert list(tmp_path.glob("runs/*/summary.json"))
+
+
+def test_blocks_are_values_without_a_root() -> None:
+    roots = {"trainer", "model", "data", "seed_everything"}
+    blocks = [path for part in ("trainer", "model", "data") for path in (CONFIGS / part).iterdir()]
+    assert len(blocks) == 9
+    for path in blocks:
+        assert not roots & set(yaml.safe_load(path.read_text())), path
+
+
+def test_configs_work_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are found beside the file that names them, wherever the program is started."""
+    shutil.copytree(CONFIGS, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FinGPTCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    main(["fit", "--config", "mine/debug_quickstart.yaml"])
