@@ -36,6 +36,8 @@ class ThroughputMonitor(Callback):
 
     - ``throughput/tokens_per_s``: supervised positions (label not -100), all ranks together.
     - ``throughput/step_time_s``: seconds an optimizer step, of the slowest rank.
+    - ``throughput/training_time_s``: seconds this fit has trained so far, of the slowest rank; the
+      first steps, which the other figures leave out, are in it.
     - ``throughput/mfu``: the share of the devices' peak that went into useful work: tokens a second
       times training FLOP a token, over devices times peak. Not logged for a module without
       ``budget()``.
@@ -76,6 +78,7 @@ class ThroughputMonitor(Callback):
         self._peak_flops_per_s: float | None = None
         self._running_since_s: float | None = None
         self._elapsed_s = 0.0
+        self._training_time_s = 0.0
         self._num_steps = 0
         self._num_tokens: Tensor | int = 0
         self._run_tokens = 0.0
@@ -92,7 +95,7 @@ class ThroughputMonitor(Callback):
         self._device = trainer.strategy.root_device
         self._cadence.start(trainer)
         self._warmup_left = self._warmup_steps
-        self._run_tokens = self._run_time_s = 0.0
+        self._run_tokens = self._run_time_s = self._training_time_s = 0.0
         self._begin_window()
         if isinstance(pl_module, Budgeted):
             self._flops_per_token = pl_module.budget().training_flops_per_token
@@ -114,8 +117,7 @@ class ThroughputMonitor(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._warmup_left == 0:
-            self._resume()
+        self._resume()
 
     @override
     def on_train_batch_end(
@@ -130,7 +132,8 @@ class ThroughputMonitor(Callback):
         if self._warmup_left > 0:
             self._warmup_left -= stepped
             if self._warmup_left == 0:
-                self._synchronize()
+                self._pause()
+                self._begin_window()
                 self._resume()
             return
         self._num_tokens = self._num_tokens + _num_supervised(batch)
@@ -177,10 +180,12 @@ class ThroughputMonitor(Callback):
         return measured
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        slowest_s = over_ranks(trainer, [self._elapsed_s], "max")[0]
+        seconds = [self._elapsed_s, self._training_time_s]
+        slowest_s, training_time_s = over_ranks(trainer, seconds, "max")
         num_tokens = over_ranks(trainer, [int(self._num_tokens)], "sum")[0]
         utilization = over_ranks(trainer, [_gpu_utilization_percent(self._device)], "mean")[0]
         assert slowest_s is not None
+        assert training_time_s is not None
         assert num_tokens is not None
         # Ranks that share a replica of the model (a pipeline's stages) see the same tokens.
         replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
@@ -191,6 +196,7 @@ class ThroughputMonitor(Callback):
         metrics = {
             "throughput/tokens_per_s": tokens_per_s,
             "throughput/step_time_s": slowest_s / self._num_steps,
+            "throughput/training_time_s": training_time_s,
         }
         if self._flops_per_token is not None and self._peak_flops_per_s is not None:
             peak = self._peak_flops_per_s * trainer.world_size
@@ -212,7 +218,9 @@ class ThroughputMonitor(Callback):
     def _pause(self) -> None:
         if self._running_since_s is not None:
             self._synchronize()
-            self._elapsed_s += time.perf_counter() - self._running_since_s
+            passed_s = time.perf_counter() - self._running_since_s
+            self._elapsed_s += passed_s
+            self._training_time_s += passed_s
             self._running_since_s = None
 
     def _synchronize(self) -> None:

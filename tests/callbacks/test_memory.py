@@ -91,6 +91,14 @@ def test_logging_waits_for_the_end_of_an_accumulation(tmp_path: Path, every_n_st
     assert all(row["memory/gradients_mib"] == row["memory/weights_mib"] for row in rows)
 
 
+def test_inside_an_accumulation_nothing_is_logged_again(tmp_path: Path) -> None:
+    monitor = MemoryMonitor(every_n_steps=2)
+    trainer = tiny_trainer(tmp_path, [monitor], accumulate_grad_batches=2)
+    fit(trainer, TinyModule(), [make_batch()] * 8)
+    rows = [row for row in logged_rows(tmp_path) if "memory/weights_mib" in row]
+    assert [row["step"] for row in rows] == [1, 3]
+
+
 class _DropGradients(TinyModule):
     """Frees its gradients right after the optimizer step."""
 
@@ -251,7 +259,6 @@ def test_recomputing_is_seen_as_fewer_activations(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_the_allocator_is_asked(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, [MemoryMonitor()], accelerator="cuda")
     module = TinyModule()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -79,7 +80,10 @@ class _LessOnRankOne(TinyModule):
 
 
 @pytest.mark.slow
-def test_two_processes_log_their_tokens_together_and_their_largest_memory(tmp_path: Path) -> None:
+def test_two_processes_log_their_tokens_together_and_their_largest_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_PORT", str(find_free_network_port()))  # else left in the environment
     trainer = tiny_trainer(
         tmp_path,
         [

@@ -1,7 +1,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from tests.callbacks.tiny_run import (
 )
 
 _RANK = 3
+_BAR = "\N{BOX DRAWINGS LIGHT VERTICAL}"
 
 
 def _written(folder: Path) -> dict[str, Any]:
@@ -101,9 +102,9 @@ def test_what_a_run_did_not_yield_is_left_out_and_a_dash(
     assert _written(tmp_path).keys() == {"steps", "peak_rss_mib", "run_folder"}
     printed = capsys.readouterr().out
     cells = {
-        line.split("│")[1].strip(): line.split("│")[2].strip()
+        line.split(_BAR)[1].strip(): line.split(_BAR)[2].strip()
         for line in printed.splitlines()
-        if line.startswith("│")
+        if line.startswith(_BAR)
     }
     assert cells["optimizer steps"] == "1"
     for name in ("parameters, blocks", "first validation loss", "tokens/s, timed in turn"):
@@ -193,6 +194,25 @@ def test_timing_leaves_weights_gradients_and_random_state_alone(
     assert all(torch.equal(a, b) for a, b in zip(plain, timed, strict=True))
     assert torch.equal(plain_state, timed_state)
     assert plain_losses == timed_losses == 3
+
+
+class _KeepsDtypes(TinyModule):
+    dtypes: ClassVar[set[torch.dtype]] = set()
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.dtypes.update(p.dtype for p in self.parameters())
+        return super().training_step(batch, batch_idx)
+
+    @override
+    def dense_twin(self) -> TinyModule:
+        return _KeepsDtypes(rank=None)
+
+
+def test_the_twin_is_timed_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, [RunSummary(dense_twin_steps=1)], precision="bf16-true")
+    fit(trainer, _KeepsDtypes(), [make_batch()])
+    assert _KeepsDtypes.dtypes == {torch.bfloat16}
 
 
 class _TooLarge(TinyModule):
