@@ -1,8 +1,9 @@
-"""Lightning callbacks that observe a run: memory, throughput, compression, summary.
+"""Lightning callbacks that observe a run and keep its checkpoints.
 
 ``DISTRIBUTION`` tells this package from any other one named ``callbacks``.
 """
 
+from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.compression import CompressionMonitor
 from callbacks.memory import MemoryMonitor
 from callbacks.summary import RunSummary
@@ -10,7 +11,9 @@ from callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "DISTRIBUTION",
+    "BestCheckpoint",
     "CompressionMonitor",
+    "LastCheckpoint",
     "MemoryMonitor",
     "RunSummary",
     "ThroughputMonitor",

@@ -177,9 +177,15 @@ class RunSummary(Callback):
             assert isinstance(pl_module, HasDenseTwin)
             race = _race(trainer, pl_module, self._last_batch, self._dense_twin_steps)
             figures |= {} if race is None else race._asdict()
-        if isinstance(checkpoint := trainer.checkpoint_callback, ModelCheckpoint):
-            figures["best_checkpoint"] = checkpoint.best_model_path or None
-            figures["last_checkpoint"] = checkpoint.last_model_path or None
+        for checkpoint in trainer.checkpoint_callbacks:
+            if isinstance(checkpoint, ModelCheckpoint):
+                # Without a metric, the "best" is the newest.
+                written = checkpoint.best_model_path or None
+                key = "last_checkpoint" if checkpoint.monitor is None else "best_checkpoint"
+                figures[key] = figures.get(key) or written
+                figures["last_checkpoint"] = (
+                    figures.get("last_checkpoint") or checkpoint.last_model_path or None
+                )
         if trainer.loggers:
             logger = trainer.loggers[0]
             log_folder = logger.log_dir or logger.save_dir

@@ -14,7 +14,7 @@ COMMANDS = {
     "fit": "train; continues with --ckpt_path last or a checkpoint file",
     "validate": "loss and perplexity on the validation text",
     "test": "loss and perplexity on the test text",
-    "predict": "the likeliest next tokens",
+    "predict": "the likeliest next tokens, for a prediction writer among the callbacks",
 }
 
 _HELP = """usage: fingpt COMMAND [--config FILE ...] [--KEY VALUE ...]

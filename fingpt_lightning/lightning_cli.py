@@ -11,6 +11,8 @@ import sys
 import time
 import warnings
 import zipfile
+from argparse import ArgumentParser
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +20,6 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -27,13 +28,20 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from fingpt_lightning.cli import ConfigError
+from fingpt_lightning.config_errors import explain
 
 RUN_FOLDER_VARIABLE = "FINGPT_RUN_FOLDER"
 """Tells the processes that Lightning starts for other ranks the folder of rank 0."""
 
+_DEFAULT_CLASSES = {
+    "model": "fingpt_lightning.modules.LowRankPretraining",
+    "data": "fingpt_lightning.data.TextBlocks",
+}
 _CHECKPOINT_HYPER_PARAMETERS = {
     "model": "hyper_parameters",
     "data": "datamodule_hyper_parameters",
@@ -53,6 +61,8 @@ def run_trainer_command(words: list[str]) -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # The run folder already holds the config.
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+    # A resumed run has a folder of its own.
+    warnings.filterwarnings("ignore", "The dirpath has changed from .*")
     warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
     # Advertisements and device lists, which the summaries of a run make needless.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -66,12 +76,23 @@ def run_trainer_command(words: list[str]) -> None:
                 os.environ.pop(name, None)
 
 
-class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are one line without usage and internal type names."""
+class RaisingParser(LightningArgumentParser):
+    """A parser that raises its errors in place of printing usage and ending the process.
+
+    The parsers of nested classes are of this class too: their messages become part of another.
+    """
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(_readable(message)) from ex
+        raise ConfigError(message) from ex
+
+
+def _options(parser: ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from (option for option in action.option_strings if option.startswith("--"))
+        if isinstance(action.choices, Mapping):  # the parsers of the commands
+            for below in action.choices.values():
+                yield from _options(below)
 
 
 class RunRecord(SaveConfigCallback):
@@ -122,9 +143,15 @@ class FinGPTCLI(LightningCLI):
             args=words,
         )
 
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        # Checkpoints are always read with weights_only=True: there is no option to run a pickle.
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        self.parser_class = OneLineParser
+        self.parser_class = RaisingParser
         return super().init_parser(**kwargs)
 
     @override
@@ -132,25 +159,18 @@ class FinGPTCLI(LightningCLI):
         parser.add_argument(
             "--runs_dir", type=str, default="runs", help="Where each run gets a folder of its own."
         )
-        parser.set_defaults(
-            {
-                "model": {"class_path": "fingpt_lightning.modules.LowRankPretraining"},
-                "data": {"class_path": "fingpt_lightning.data.TextBlocks"},
-            }
-        )
-        checkpoint_defaults: dict[str, dict[str, Any]] = {
-            "best_checkpoint": {"monitor": "val/loss", "filename": "best"},
-            "last_checkpoint": {"every_n_train_steps": 100, "filename": "last"},
-        }
-        for key, settings in checkpoint_defaults.items():
-            parser.add_lightning_class_args(ModelCheckpoint, key)
-            common = {"enable_version_counter": False, "auto_insert_metric_name": False}
-            parser.set_defaults({f"{key}.{k}": v for k, v in (settings | common).items()})
+        parser.set_defaults({key: {"class_path": c} for key, c in _DEFAULT_CLASSES.items()})
+        parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ConfigError as error:
+            line = explain(str(error), sorted(_options(parser)), _DEFAULT_CLASSES, args)
+            raise ConfigError(line) from error
         settings = self.config[self.command]
         if ckpt_path := settings.get("ckpt_path"):
             path = find_checkpoint(ckpt_path, _run_name(settings), Path(settings.runs_dir))
@@ -170,9 +190,13 @@ class FinGPTCLI(LightningCLI):
             trainer.default_root_dir = str(_new_run_folder(settings, self.command))
         self.run_folder = Path(trainer.default_root_dir)
         os.environ[RUN_FOLDER_VARIABLE] = str(self.run_folder)
-        for key in ("best_checkpoint", "last_checkpoint"):
-            if settings[key].dirpath is None:
-                settings[key].dirpath = str(self.run_folder / "checkpoints")
+        listed = trainer.callbacks if isinstance(trainer.callbacks, list) else []
+        checkpoints = [
+            callback.init_args for callback in listed if "dirpath" in callback.get("init_args", {})
+        ]
+        for checkpoint in [settings.best_checkpoint, settings.last_checkpoint, *checkpoints]:
+            if checkpoint.dirpath is None:
+                checkpoint.dirpath = str(self.run_folder / "checkpoints")
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
             if isinstance(logger, Namespace) and logger.class_path.endswith(".WandbLogger"):
@@ -184,8 +208,8 @@ class FinGPTCLI(LightningCLI):
             super().instantiate_classes()
             if hasattr(self.model, "check_block_length"):
                 self.model.check_block_length(self.datamodule.block_length)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(_readable(str(error))) from error
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise ConfigError(explain(str(error))) from error
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -311,8 +335,3 @@ def _keep_old_metrics(run_folder: Path) -> None:
     if path.exists():
         number = 1 + sum(1 for _ in run_folder.glob("metrics-*.csv"))
         path.rename(run_folder / f"metrics-{number}.csv")
-
-
-def _readable(message: str) -> str:
-    """One line of a parser's message, without the frame of internal names around it."""
-    return " ".join(message.split())

@@ -1,3 +1,5 @@
+import json
+import math
 import shutil
 from pathlib import Path
 
@@ -72,3 +74,24 @@ def test_configs_work_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(FinGPTCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.setenv("WANDB_SILENT", "true")
     main(["fit", "--config", "mine/debug_quickstart.yaml"])
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_and_ends_with_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real config, its data and its network, for a tenth of its steps."""
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--trainer.logger", "false",
+          "--data.cache_dir", str(tmp_path / "cache"), "--trainer.max_steps", "40",
+          "--trainer.val_check_interval", "20", "--trainer.limit_val_batches", "2"])  # fmt: skip
+    (folder,) = (tmp_path / "runs").iterdir()
+    figures = json.loads((folder / "summary.json").read_text())
+    assert figures["last_val_loss"] < figures["first_val_loss"] < math.log(2048)
+    assert figures["total_parameter_ratio"] > 2.5
+    assert figures["dense_twin_tokens_per_s"] > 0
+    assert figures["peak_rss_mib"] > 0
+    assert Path(figures["last_checkpoint"]).is_file()
+    printed = capsys.readouterr().out
+    for row in ("parameters, total", "tokens/s, timed in turn", "last validation loss"):
+        assert row in printed

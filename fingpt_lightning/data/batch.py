@@ -8,8 +8,9 @@ from typing import NotRequired, TypedDict
 from jaxtyping import Int64
 from torch import Tensor
 
-IGNORED_LABEL = -100
-"""The label of a position without supervision, as ``torch.nn.functional.cross_entropy`` has it."""
+from fingpt_lightning.models.vocabulary_loss import IGNORED_LABEL
+
+__all__ = ["IGNORED_LABEL", "TokenBatch"]
 
 
 class TokenBatch(TypedDict):

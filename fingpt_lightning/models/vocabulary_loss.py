@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from fingpt_lightning.low_rank.embedding import head_factors
 
 IGNORED_LABEL = -100
+"""The label of a position without supervision, as ``torch.nn.functional.cross_entropy`` has it."""
 
 
 class LossSums(NamedTuple):

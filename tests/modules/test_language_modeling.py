@@ -220,5 +220,5 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(tmp_path: Path) -> No
         "sha256": "1",
         "vocabulary_size": 23,
     }
-    with pytest.raises(ValueError, match="data.tokenizer 'other' differs from the one"):
+    with pytest.raises(ValueError, match=r"data.tokenizer 'other' differs from the one"):
         _trainer(tmp_path).validate(_module(), data, ckpt_path=path, weights_only=True)

@@ -55,7 +55,7 @@ def test_recomputing_changes_no_weight(tmp_path: Path) -> None:
     weights = []
     for recompute in ("none", "block"):
         torch.manual_seed(2)
-        module = LowRankPretraining(**SIZES, rank=3, recompute=recompute)  # type: ignore[arg-type]
+        module = LowRankPretraining(**SIZES, rank=3, recompute=recompute)
         _fit(tmp_path, module)
         assert module.network.transformer.h[0].gradient_checkpointing == (recompute == "block")
         weights.append(module.state_dict())
@@ -99,7 +99,7 @@ def test_fewer_tokens_than_the_tokenizers_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_schedule_without_end_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="max_steps or trainer.max_epochs must be set"):
+    with pytest.raises(ValueError, match=r"max_steps or trainer.max_epochs must be set"):
         _fit(tmp_path, LowRankPretraining(**SIZES), max_steps=-1)
 
 

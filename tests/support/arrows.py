@@ -14,7 +14,7 @@ PACKAGES = ("fingpt_lightning", "callbacks")
 # nothing imports a benchmark.
 ROWS = (
     ("benchmarks",),
-    ("__main__", "cli", "lightning_cli"),
+    ("__main__", "cli", "config_errors", "lightning_cli"),
     ("sweeping", "reporting", "deploy", "callbacks"),
     ("modules", "strategies", "data", "evaluation"),
     ("pipeline", "models", "tasks"),
