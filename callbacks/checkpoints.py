@@ -33,6 +33,12 @@ class BestCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
         )
 
+    @property
+    @override
+    def state_key(self) -> str:
+        # Without the settings, so that a run may be resumed with others.
+        return f"{type(self).__qualname__}({self.monitor})"
+
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``, of every Nth step and of the last one.
@@ -60,6 +66,12 @@ class LastCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
         )
         self._interval_steps = every_n_train_steps
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # Without the settings, so that a run may be resumed with others.
+        return type(self).__qualname__
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -28,7 +29,6 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
@@ -81,6 +81,16 @@ class RaisingParser(LightningArgumentParser):
 
     The parsers of nested classes are of this class too: their messages become part of another.
     """
+
+    @override
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, *_: Any, **__: Any
+    ) -> Any:  # Lightning's list[str] is None in subclass mode
+        # Model and data have defaults, which a config need not repeat.
+        required = not subclass_mode
+        return super().add_lightning_class_args(
+            lightning_class, nested_key, subclass_mode, required
+        )
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

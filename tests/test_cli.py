@@ -211,9 +211,12 @@ def test_a_run_leaves_one_folder_that_later_commands_need_alone(
     # Weakest first: defaults (rank 0.25), checkpoint (8), config, command line.
     other = tmp_path / "other.yaml"
     other.write_text("model:\n  init_args:\n    learning_rate: 0.5\n    weight_decay: 0.3\n")
-    words = ("--config", str(other), "--model.learning_rate", "0.25", "--trainer.max_steps", "7")
-    status, stderr = run("fit", *words, "--ckpt_path", str(checkpoint), "--trainer.logger", "false",
-                         "--trainer.val_check_interval", "1.0")  # fmt: skip
+    words = (
+        *("fit", "--config", str(other), "--model.learning_rate", "0.25"),
+        *("--trainer.max_steps", "7", "--trainer.val_check_interval", "1"),
+        *("--trainer.check_val_every_n_epoch", "null", "--trainer.logger", "false"),
+    )
+    status, stderr = run(*words, "--ckpt_path", str(checkpoint))
     assert status == 0, stderr
     assert "model.learning_rate: 0.25 as given, in place of 0.002" in stderr
     assert "model.weight_decay: 0.3 as given, in place of 0.1" in stderr
@@ -226,20 +229,23 @@ def test_a_run_leaves_one_folder_that_later_commands_need_alone(
     assert "model.rank is 4, the checkpoint was trained with 8" in stderr
 
 
-_STEPS = ("--trainer.max_steps", "14", "--last_checkpoint.every_n_train_steps", "1",
-          "--trainer.limit_val_batches", "0", "--trainer.accumulate_grad_batches", "2")  # fmt: skip
+_STEPS = (
+    *("--trainer.max_steps", "30", "--trainer.accumulate_grad_batches", "2"),
+    *("--trainer.limit_val_batches", "0", "--last_checkpoint.every_n_train_steps", "1"),
+    *("--data.num_synthetic_items", "40"),
+)
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_step_and_resumed_equals_one_that_was_not(
     fit: Run, tmp_path: Path
 ) -> None:
-    """14 steps of 2 x 4 blocks are two epochs and more of the debug text."""
+    """30 steps of 2 x 4 blocks go on into the second epoch of the debug text."""
     assert fit(*_STEPS)[0] == 0
     (whole,) = (tmp_path / "runs").iterdir()
     words = ["fit", "--config", str(DEBUG), "--trainer.logger", "false", "--data.cache_dir",
              str(tmp_path / "cache"), *_STEPS, "--runs_dir", str(tmp_path / "killed")]  # fmt: skip
-    stop_at = random.Random(os.getpid()).randint(1, 12)
+    stop_at = random.Random(os.getpid()).randint(1, 28)
     process = subprocess.Popen(
         [sys.executable, "-m", "fingpt_lightning", *words],
         cwd=tmp_path,
@@ -259,7 +265,7 @@ def test_a_run_killed_at_any_step_and_resumed_equals_one_that_was_not(
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
         for folder in (whole, resumed)
     ]
-    assert states[0]["global_step"] == states[1]["global_step"] == 14
+    assert states[0]["global_step"] == states[1]["global_step"] == 30
     assert states[0]["tokens_seen"] == states[1]["tokens_seen"]
     assert states[0]["epoch"] >= 1
     for name, weight in states[0]["state_dict"].items():

@@ -133,8 +133,12 @@ class TextBlocks(LightningDataModule):
         if self.tokenizer_name is None:
             train_cached_tokenizer(self._corpus("train"), self.max_vocab_size, self.cache_dir)
         tokenizer = self._load_tokenizer()
-        for split in self._splits():
-            build_token_file(self._corpus(split), tokenizer, self.cache_dir)
+        files = {
+            split: build_token_file(self._corpus(split), tokenizer, self.cache_dir)
+            for split in self._splits()
+        }
+        if "train" in files:  # now, before a run's loggers and folders are made
+            self._check_fills_a_batch(files["train"])
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -160,13 +164,7 @@ class TextBlocks(LightningDataModule):
         sampler = BlockSampler(
             blocks, self.batch_size, training=True, seed=self.seed, **self._ranks()
         )
-        if len(blocks) < sampler.samples_per_batch:
-            raise ValueError(
-                f"the training text has {self.num_train_tokens} tokens, {len(blocks)} blocks of "
-                f"{self.block_length}, but one batch takes {sampler.samples_per_batch} (batch_size "
-                f"{self.batch_size} x {sampler.num_replicas} ranks): give more text, or lower "
-                "block_length or batch_size"
-            )
+        self._check_fills_a_batch(self._token_file("train"))
         return ResumableDataLoader(blocks, sampler=sampler, drop_last=True, **loading)
 
     @override
@@ -191,6 +189,17 @@ class TextBlocks(LightningDataModule):
             return DataLoader(blocks, **loading)
         sampler = BlockSampler(blocks, self.batch_size, training=False, **self._ranks())
         return DataLoader(blocks, sampler=sampler, **loading)
+
+    def _check_fills_a_batch(self, file: TokenFile) -> None:
+        num_blocks = -(-(file.num_tokens - 1) // self.block_length)
+        num_replicas = self._ranks()["num_replicas"]
+        if num_blocks < self.batch_size * num_replicas:
+            raise ValueError(
+                f"the training text has {file.num_tokens} tokens, {num_blocks} blocks of "
+                f"{self.block_length}, but one batch takes {self.batch_size * num_replicas} "
+                f"(batch_size {self.batch_size} x {num_replicas} ranks): give more text, or lower "
+                "block_length or batch_size"
+            )
 
     def _blocks(self, split: Split) -> TokenBlocks:
         tokens = self._token_file(split).open()

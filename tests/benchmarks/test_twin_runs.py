@@ -47,8 +47,8 @@ def _run(times_s: list[float], losses: list[float], step_time_s: float) -> dict[
 
 
 def test_gaps_compare_at_equal_tokens_and_at_equal_time() -> None:
-    dense = _run([0, 10, 20], [9.0, 5.0, 4.0], step_time_s=2.0)
-    low_rank = _run([0, 5, 15], [9.0, 6.0, 4.2], step_time_s=1.0)
+    dense = _run([0.0, 10.0, 20.0], [9.0, 5.0, 4.0], step_time_s=2.0)
+    low_rank = _run([0.0, 5.0, 15.0], [9.0, 6.0, 4.2], step_time_s=1.0)
     found = twin_runs.summary(dense, low_rank)
     assert found["loss_gap_nats_equal_tokens"] == pytest.approx(0.2)
     assert found["loss_gap_nats_equal_time"] == pytest.approx(4.2 - 4.5)
