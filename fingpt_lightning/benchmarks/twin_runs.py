@@ -7,10 +7,13 @@ import argparse
 import csv
 import itertools
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fingpt_lightning.benchmarks.record import markdown_table, new_record, spread, write_record
 
@@ -26,26 +29,38 @@ Row = dict[str, float]
 
 
 def main() -> None:
-    """Runs both twins, or reads two finished runs, and writes record, table and picture."""
+    """Runs the twins that are not finished yet, and writes record, table and picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/pretrain_gpt2_small.yaml")
     parser.add_argument(
         "--json", type=Path, required=True, help="record to write; .md and .svg beside"
     )
     parser.add_argument("--runs_dir", type=Path, default=Path("runs/twin_runs"))
+    for twin in TWINS:
+        parser.add_argument(f"--{twin}_options", default="", help="options of fit for this twin")
     parser.add_argument(
         "fit_options", nargs=argparse.REMAINDER, help="after --: options of fingpt fit for both"
     )
     options = parser.parse_args()
     shared = [word for word in options.fit_options if word != "--"]
-    record = new_record(QUESTION, {"config": options.config, "fit_options": " ".join(shared)})
+    own = {twin: shlex.split(getattr(options, f"{twin}_options")) for twin in TWINS}
+    record = new_record(
+        QUESTION,
+        {
+            "config": options.config,
+            "fit_options": " ".join(shared),
+            **{f"{twin}_options": " ".join(words) for twin, words in own.items()},
+        },
+    )
     rows = {}
-    for twin, own in TWINS.items():
+    for twin, changes in TWINS.items():
         folder = options.runs_dir / twin
         if not (folder / "summary.json").exists():  # a finished run is not repeated
             command = [sys.executable, "-m", "fingpt_lightning", "fit", "--config", options.config]
             place = ["--trainer.default_root_dir", str(folder)]
-            subprocess.run([*command, *shared, *own, *place], check=True)
+            subprocess.run([*command, *shared, *changes, *own[twin], *place], check=True)
+            made = {key: record[key] for key in ("commit", "dirty", "started_at")}
+            (folder / "made_by.json").write_text(json.dumps(made))
         rows[twin] = read_run(folder)
     record["rows"] = [
         {"contender": twin, "ratio_to_dense": _ratios(run, rows["dense"]), **run}
@@ -67,6 +82,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         FileNotFoundError: The run did not finish.
     """
     figures = json.loads((folder / "summary.json").read_text())
+    made_by = json.loads((folder / "made_by.json").read_text())
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
     train: list[Row] = []
     validation: list[Row] = []
     tokens = time_s = 0.0
@@ -85,6 +102,9 @@ def read_run(folder: Path) -> dict[str, Any]:
             if line.get("val/loss"):
                 validation.append(point | {"loss_nats": round(float(line["val/loss"]), 5)})
     return {
+        "made_by": made_by,
+        "learning_rate": settings["model"]["init_args"]["learning_rate"],
+        "seed": settings["seed_everything"],
         "repeats": len(step_times_s),
         "parameters": figures["parameters"],
         "block_parameters": figures["block_parameters"],
@@ -131,13 +151,22 @@ def _ratios(run: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """The Markdown table of both runs."""
-    header = ["", "parameters (M)", "s a step (p10-p90)", "tokens/s", "peak RSS (MiB)", "val loss"]
+    header = [
+        "",
+        "learning rate",
+        "parameters (M)",
+        "s a step (p10-p90)",
+        "tokens/s",
+        "peak RSS (MiB)",
+        "val loss",
+    ]
     lines = []
     for twin, run in rows.items():
         step = run["step_time_s"]
         lines.append(
             [
                 twin,
+                f"{run['learning_rate']:g}",
                 f"{run['parameters'] / 1e6:.1f}",
                 f"{step['median']:.2f} ({step['p10']:.2f}-{step['p90']:.2f})",
                 f"{run['tokens_per_s']:,.0f}",
