@@ -194,8 +194,9 @@ class LanguageModelingModule(LightningModule):
         loss_sum, num_tokens = self._over_ranks(self._evaluated)
         self._evaluated = None
         loss = loss_sum / num_tokens
-        self.log(f"{prefix}/loss", loss, prog_bar=True)
-        self.log(f"{prefix}/perplexity", loss.exp())
+        # Equal on all ranks already; Lightning warns of figures that it did not reduce itself.
+        self.log(f"{prefix}/loss", loss, prog_bar=True, sync_dist=True)
+        self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)
 
     def _stop_unless_finite(self, key: str, value: Tensor) -> None:
         if torch.isfinite(value):
