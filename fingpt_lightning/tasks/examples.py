@@ -1,0 +1,261 @@
+"""From a row of a file, in any of its task's shapes, to the texts that a model scores."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from fingpt_lightning.tasks.nearest import nearest
+from fingpt_lightning.tasks.task import Field, Shape, Task, Template
+
+Row = Mapping[str, object]
+
+_UNKNOWN_GOLD = ("", "-1")
+_OUTSIDE = "O"
+
+
+class Example(NamedTuple):
+    """One question and its possible answers: ``prefix + prompt + choice`` is a whole text.
+
+    Args:
+        prefix: The same for all examples of a task.
+        prompts: What follows it: one, or one per choice.
+        choices: The answers, each with the blank before it.
+        gold: The index of the right choice; None where it is not known.
+        row: The line of the file, from 1; in a Parquet file and on the hub, the row.
+        text: The row's own text.
+    """
+
+    prefix: str
+    prompts: tuple[str, ...]
+    choices: tuple[str, ...]
+    gold: int | None
+    row: int
+    text: str
+
+
+def examples_of_row(task: Task, row: Row, number: int) -> Iterator[Example | None]:
+    """Makes a row's examples; None stands for one with an empty text.
+
+    Fields lose the blanks around them, so that no prompt depends on those in a file.
+
+    Raises:
+        ValueError: The row lacks a column, or a label, an index or another value is not allowed.
+    """
+    shape = _shape_of_row(task, row)
+    columns = {name: _text_or_texts(name, _column(row, name)) for name in shape.columns}
+    for raw_fields in _expanded(shape, columns):
+        fields = {name: _tidy(task, value) for name, value in raw_fields.items()}
+        if _translate(shape, fields):
+            yield _example(task, fields, number)
+
+
+def tagged_spans(tokens: Sequence[str], tags: Sequence[str]) -> list[tuple[str, str]]:
+    """The runs of tokens that share a tag other than ``O``, and that tag.
+
+    A tag with ``B-`` begins a run, which its twin with ``I-`` goes on with.
+
+    >>> tagged_spans(["Silicon", "Valley", "Bank", "lends"], ["B-ORG", "I-ORG", "I-ORG", "O"])
+    [('Silicon Valley Bank', 'I-ORG')]
+    """
+    num_begun = 0
+    keys = []
+    for tag in tags:
+        num_begun += tag.startswith("B-")
+        keys.append(("I-" + tag.removeprefix("B-") if tag.startswith("B-") else tag, num_begun))
+    runs = groupby(zip(tokens, keys, strict=True), key=lambda pair: pair[1])
+    spans = [(" ".join(token for token, _ in run), tag) for (tag, _), run in runs]
+    return [(entity, tag) for entity, tag in spans if tag != _OUTSIDE]
+
+
+def _shape_of_row(task: Task, row: Row) -> Shape:
+    missing = {}
+    for index, shape in enumerate(task.shapes):
+        missing[index] = [name for name in shape.columns if not _has_column(row, name)]
+        if not missing[index]:
+            return shape
+    # The message is about the shape that was most likely meant.
+    likely = min(missing, key=lambda i: (len(missing[i]), -len(task.shapes[i].columns)))
+    name = missing[likely][0]
+    advice = nearest(name, row) or f"; the fields are {', '.join(row)}"
+    raise ValueError(f"no field {name!r}{advice}")
+
+
+def _has_column(row: Row, name: str) -> bool:
+    try:
+        _column(row, name)
+    except KeyError:
+        return False
+    return True
+
+
+def _column(row: Row, name: str) -> object:
+    value: object = row
+    for key in name.split("."):
+        if not isinstance(value, Mapping):
+            raise KeyError(name)
+        value = value[key]
+    return value
+
+
+def _text_or_texts(name: str, value: object) -> Field:
+    if isinstance(value, list | tuple):
+        return tuple(_text(name, item) for item in value)
+    return _text(name, value)
+
+
+def _text(name: str, value: object) -> str:
+    if value is not None and not isinstance(value, str | int | float):
+        raise ValueError(f"field {name!r} holds a {type(value).__name__}, not a text")
+    text = "" if value is None else str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = error.start
+        raise ValueError(f"field {name!r}: half a surrogate pair at character {place}") from None
+    return text
+
+
+def _expanded(shape: Shape, columns: Mapping[str, Field]) -> Iterator[dict[str, Field]]:
+    groups = _parsed(shape, columns)
+    known = {**columns, **groups}
+    fields = groups | {name: _field(source, known) for name, source in shape.fields.items()}
+    if shape.spans:
+        tokens, tags = (columns[shape.spans[key]] for key in ("tokens", "tags"))
+        if isinstance(tokens, str) or isinstance(tags, str) or len(tokens) != len(tags):
+            raise ValueError(f"{' and '.join(shape.spans.values())} must be lists of one length")
+        for entity, tag in tagged_spans(tokens, tags):
+            yield fields | {"text": " ".join(tokens), "entity": entity, "label": tag}
+    elif shape.questions:
+        for column, question in shape.questions.items():
+            yield fields | {"question": question, "label": columns[column]}
+    else:
+        yield fields
+
+
+def _parsed(shape: Shape, columns: Mapping[str, Field]) -> dict[str, Field]:
+    groups: dict[str, Field] = {}
+    for column, pattern in shape.parse.items():
+        text = columns[column]
+        found = pattern.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            raise ValueError(f"field {column!r} is not of the form {pattern.pattern!r}")
+        groups |= found.groupdict(default="")
+    return groups
+
+
+def _field(source: str | Template | tuple[Template, ...], known: Mapping[str, Field]) -> Field:
+    if isinstance(source, str):
+        return known[source]
+    if isinstance(source, Template):
+        return source.render(known)
+    return tuple(template.render(known) for template in source)
+
+
+def _tidy(task: Task, value: Field) -> Field:
+    if isinstance(value, tuple):
+        return tuple(_tidy_text(task, item) for item in value)
+    return _tidy_text(task, value)
+
+
+def _tidy_text(task: Task, text: str) -> str:
+    text = text.strip()
+    for pattern, replacement in task.substitute.items():
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _translate(shape: Shape, fields: dict[str, Field]) -> bool:
+    """Puts the task's own values in place of the file's; False where the row is to be dropped."""
+    if shape.bins and fields["label"]:
+        fields["label"] = _label_of_number(shape.bins, str(fields["label"]))
+    for name, values in shape.values.items():
+        value = str(fields[name]).casefold()
+        if value in values:
+            own = values[value]
+            if own is None:
+                return False
+            fields[name] = own
+        elif name not in ("label", "gold"):
+            raise ValueError(f"{name} {fields[name]!r} is none of {', '.join(values)}")
+    return True
+
+
+def _label_of_number(bins: Mapping[str, float], text: str) -> str:
+    try:
+        number = float(text)
+    except ValueError:
+        raise ValueError(f"score {text!r} is no number") from None
+    for label, bound in bins.items():
+        if number < bound:
+            return label
+    raise ValueError(f"score {text!r} is no finite number")
+
+
+def _example(task: Task, fields: dict[str, Field], number: int) -> Example | None:
+    versions: list[dict[str, Field]] = [fields]
+    if task.kind == "partial":
+        versions = [fields | {"context": text} for text in _texts("contexts", fields)]
+    template = _first_fitting(task.templates, versions)
+    if template is None:
+        return None
+    prompts = tuple(template.render(version) for version in versions)
+    choices: tuple[str, ...]
+    gold: int | None
+    match task.kind:
+        case "labels":
+            choices, gold = task.labels, _gold_label(task, str(fields["label"]))
+        case "choices":
+            choices = _texts("choices", fields)
+            gold = _gold_index(fields, len(choices))
+        case "partial":
+            choices = (str(fields["continuation"]),) * len(prompts)
+            gold = _gold_index(fields, len(choices))
+        case "last_word":
+            context, _, word = prompts[0].rpartition(" ")
+            if not context.strip():
+                raise ValueError(f"{word!r} is a single word, with nothing to foretell it by")
+            prompts, choices, gold = (context,), (word,), 0
+        case "instructions":
+            choices, gold = (str(fields["output"]),), 0
+    if not all(choices):
+        return None
+    answers = tuple(task.delimiter + choice for choice in choices)
+    return Example(task.instruction, prompts, answers, gold, number, task.text.render(fields))
+
+
+def _first_fitting(
+    templates: Sequence[Template], versions: Sequence[Mapping[str, Field]]
+) -> Template | None:
+    for template in templates:
+        if all(version.get(name) for version in versions for name in template.names):
+            return template
+    return None
+
+
+def _texts(name: str, fields: Mapping[str, Field]) -> tuple[str, ...]:
+    value = fields[name]
+    if isinstance(value, str) or len(value) < 2:
+        raise ValueError(f"{name} {value!r} is no list of two texts or more")
+    return value
+
+
+def _gold_label(task: Task, label: str) -> int | None:
+    if not label:
+        return None
+    for index, known in enumerate(task.labels):
+        if label.casefold() == known.casefold():
+            return index
+    allowed = ", ".join(task.labels)
+    raise ValueError(f"label {label!r} is none of {allowed}{nearest(label, task.labels)}")
+
+
+def _gold_index(fields: Mapping[str, Field], num_choices: int) -> int | None:
+    gold = str(fields["gold"])
+    if gold in _UNKNOWN_GOLD:
+        return None
+    names = fields.get("names", tuple(str(index) for index in range(num_choices)))
+    if isinstance(names, str) or len(names) != num_choices:
+        raise ValueError(f"names {names!r} are not one for each of the {num_choices} choices")
+    if gold not in names:
+        raise ValueError(f"gold {gold!r} is none of {', '.join(names)}")
+    return names.index(gold)

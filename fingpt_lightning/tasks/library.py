@@ -1,0 +1,189 @@
+"""The shipped tasks and those of a user's own YAML files, checked when they are read."""
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+
+from fingpt_lightning.tasks.nearest import nearest
+from fingpt_lightning.tasks.task import (
+    FIELDS_OF_KIND,
+    KINDS,
+    METRICS,
+    Cut,
+    Hub,
+    LineFile,
+    Shape,
+    Task,
+    Template,
+)
+from fingpt_lightning.tasks.yaml_block import YamlBlock, read_yaml
+
+_FOLDER = Path(__file__).parent
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_REQUIRED_KEYS = ("version", "title", "kind", "source", "licence", "main_metric", "shapes")
+_KEYS = (
+    *_REQUIRED_KEYS,
+    *("folder", "labels", "instruction", "template", "text", "delimiter", "distinct"),
+    *("substitute", "hub", "line_file", "cut"),
+)
+_SHAPE_KEYS = tuple(field.name for field in fields(Shape))
+
+
+def task_names() -> list[str]:
+    """The tasks that are shipped, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def find_task(name: str | Path) -> Task:
+    """Reads a shipped task, or a user's.
+
+    Args:
+        name: One of ``task_names()``, or the path of a YAML file.
+
+    Raises:
+        ValueError: No such task is shipped, or its file says something that is not allowed.
+        FileNotFoundError: A path leads to no file.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            siblings = [sibling.name for sibling in path.parent.glob("*.y*ml")]
+            raise FileNotFoundError(f"task: no file {path}{nearest(path.name, siblings)}")
+        return _read_task(path)
+    names = task_names()
+    if str(name) not in names:
+        advice = nearest(str(name), names) or f"; there are {', '.join(names)}"
+        raise ValueError(f"task {str(name)!r} is neither shipped nor a .yaml file{advice}")
+    return _read_task(_FOLDER / f"{name}.yaml")
+
+
+def _read_task(path: Path) -> Task:
+    if not _NAME.fullmatch(path.stem):
+        raise ValueError(f"{path}: a task is named by its file: a-z, 0-9 and _, a letter first")
+    block = read_yaml(path, _KEYS, _REQUIRED_KEYS)
+    task = Task(
+        name=path.stem,
+        title=block.text("title"),
+        kind=block.word("kind", KINDS),
+        version=block.integer("version", 1),
+        source=block.text("source"),
+        licence=block.text("licence"),
+        folder=block.text("folder", path.stem),
+        main_metric=block.word("main_metric", METRICS),
+        labels=block.texts("labels") if "labels" in block else (),
+        instruction=block.text("instruction", ""),
+        templates=_templates(block, "template") if "template" in block else (Template("{text}"),),
+        text=Template(block.text("text", "{text}")),
+        delimiter=block.text("delimiter", " "),
+        distinct=block.flag("distinct"),
+        substitute=block.replacements("substitute"),
+        shapes=tuple(_shape(item) for item in block.blocks("shapes", _SHAPE_KEYS)),
+        hub=_hub(block) if "hub" in block else None,
+        line_file=_line_file(block) if "line_file" in block else None,
+        cut=_cut(block) if "cut" in block else None,
+    )
+    _check_labels(task, block)
+    _check_fields(task, block)
+    return task
+
+
+def _templates(block: YamlBlock, key: str) -> tuple[Template, ...]:
+    return tuple(Template(text) for text in block.texts(key))
+
+
+def _shape(block: YamlBlock) -> Shape:
+    bins = block.mapping("bins", YamlBlock.number)
+    if not all(below < above for below, above in pairwise(bins.values())):
+        raise block.error("bins", f"the bounds {list(bins.values())} must rise")
+    if bins and max(bins.values()) != math.inf:
+        raise block.error("bins", "the last bound must be .inf, so that every number has a label")
+    spans = block.block("spans", ("tokens", "tags"), ("tokens", "tags") if "spans" in block else ())
+    return Shape(
+        fields=block.mapping("fields", _field_source),
+        parse=block.mapping("parse", YamlBlock.pattern),
+        values=block.mapping("values", _values),
+        bins=bins,
+        questions=block.mapping("questions", YamlBlock.text),
+        spans={key: spans.text(key) for key in ("tokens", "tags") if key in spans},
+    )
+
+
+def _field_source(block: YamlBlock, field: str) -> str | Template | tuple[Template, ...]:
+    templates = _templates(block, field)
+    if block.is_list(field):
+        return templates
+    return templates[0] if templates[0].names else templates[0].pattern
+
+
+def _values(block: YamlBlock, field: str) -> dict[str, str | None]:
+    return {
+        value.strip().casefold(): own
+        for value, own in block.mapping(field, YamlBlock.value).items()
+    }
+
+
+def _hub(block: YamlBlock) -> Hub:
+    optional = ("config", "data_dir", "revision")
+    inner = block.block("hub", ("name", "splits", *optional), ("name", "splits"))
+    config, data_dir, revision = (inner.text(key) if key in inner else None for key in optional)
+    splits = inner.mapping("splits", YamlBlock.text)
+    return Hub(inner.text("name"), splits, config, data_dir, revision)
+
+
+def _line_file(block: YamlBlock) -> LineFile:
+    keys = ("names", "separator", "columns")
+    inner = block.block("line_file", keys, keys)
+    return LineFile(inner.texts("names"), inner.text("separator"), inner.texts("columns"))
+
+
+def _cut(block: YamlBlock) -> Cut:
+    inner = block.block("cut", ("test_size", "seed"), ("test_size", "seed"))
+    test_size = inner.number("test_size")
+    if not 0 < test_size < 1:
+        raise inner.error("test_size", f"{test_size} is outside (0, 1)")
+    return Cut(test_size, inner.integer("seed", 0))
+
+
+def _check_labels(task: Task, block: YamlBlock) -> None:
+    if task.kind != "labels" and task.labels:
+        raise block.error("labels", f"a task of kind {task.kind} has none")
+    if task.kind == "labels" and len(set(task.labels)) < max(2, len(task.labels)):
+        raise block.error(
+            "labels", f"two or more different ones are needed, not {list(task.labels)}"
+        )
+    for shape in task.shapes:
+        given = [*shape.bins, *shape.values.get("label", {}).values()]
+        for label in given:
+            if label is not None and label not in task.labels:
+                advice = nearest(label, task.labels)
+                raise block.error("shapes", f"{label!r} is none of the labels{advice}")
+
+
+def _check_fields(task: Task, block: YamlBlock) -> None:
+    if task.line_file and not task.cut:
+        raise block.error("line_file", "a cut is needed, since the file holds the whole set")
+    if task.hub and task.cut and len(task.hub.splits) != 1:
+        raise block.error("hub", "one split is needed, the whole set that is cut")
+    given = {name for shape in task.shapes for name in shape.gives}
+    for template in task.templates:
+        _refuse_unknown_fields(template.names, given, "template", block)
+    for number, shape in enumerate(task.shapes, start=1):
+        key = f"shapes, item {number}"
+        for field in FIELDS_OF_KIND[task.kind]:
+            if field not in shape.gives:
+                raise block.error(key, f"a task of kind {task.kind} needs the field {field!r}")
+        _refuse_unknown_fields(task.text.names, shape.gives, "text", block)
+        _refuse_unknown_fields(tuple(shape.values), shape.gives, key, block)
+        if not any(set(template.names) <= set(shape.gives) for template in task.templates):
+            raise block.error(key, f"no template does with its fields, {', '.join(shape.gives)}")
+
+
+def _refuse_unknown_fields(
+    names: Collection[str], given: Collection[str], key: str, block: YamlBlock
+) -> None:
+    for name in names:
+        if name not in given:
+            raise block.error(key, f"no shape gives the field {name!r}{nearest(name, given)}")

@@ -1,0 +1,74 @@
+"""The examples of one split of a task, and a digest that says which data they were."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from fingpt_lightning.tasks.examples import Example, examples_of_row
+from fingpt_lightning.tasks.sources import open_split
+from fingpt_lightning.tasks.task import Task
+
+
+class TaskRows(NamedTuple):
+    """What a split holds.
+
+    Args:
+        examples: In the order of the file.
+        path: The file; for the hub, its name, config and split.
+        sha256: Of all examples' texts, choices and gold, whatever the form of the file.
+        num_skipped: The examples left out because their text is empty.
+    """
+
+    examples: list[Example]
+    path: Path
+    sha256: str
+    num_skipped: int
+
+
+def read_rows(
+    task: Task, data_dir: str | Path | None, split: str, *, strict: bool = False
+) -> TaskRows:
+    """Reads a split from ``<data_dir>/<task.folder>/<split>.*``, or from the hub.
+
+    Args:
+        task: What ``find_task`` gave.
+        data_dir: The folder of all sets; None reads from the Hugging Face hub.
+        split: ``train``, ``validation`` or another that the set has.
+        strict: Whether an empty text is an error rather than left out.
+
+    Raises:
+        ValueError: A row is wrong; the message begins with file and line. Or the task is not on
+            the hub.
+        FileNotFoundError: The folder or the split is missing.
+        RuntimeError: The hub cannot be reached or its set does not load.
+    """
+    path, rows = open_split(task, data_dir, split)
+    examples = []
+    num_skipped = 0
+    seen = set()
+    for number, row in rows:
+        try:
+            made = list(examples_of_row(task, row, number))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        for example in made:
+            if example is None:
+                if strict:
+                    raise ValueError(f"{path}:{number}: the text is empty")
+                num_skipped += 1
+            elif not task.distinct:
+                examples.append(example)
+            elif (question := (example.prompts, example.choices)) not in seen:
+                examples.append(example)
+                seen.add(question)
+    return TaskRows(examples, path, _sha256(examples), num_skipped)
+
+
+def _sha256(examples: Iterable[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        line = json.dumps([example.text, example.choices, example.gold])
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,194 @@
+r"""What a task is: its texts, its labels, and how a row of its files becomes a prompt.
+
+A template names fields in braces, ``{text}``, or ``{text|capitalize}`` for a first letter in upper
+case and all others in lower. Braces around anything but a name, ``{Yes/No}``, are plain text.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+Kind = Literal["labels", "choices", "partial", "last_word", "instructions"]
+Metric = Literal["accuracy", "accuracy_norm", "macro_f1", "weighted_f1", "loss"]
+Field = str | tuple[str, ...]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+METRICS: tuple[Metric, ...] = get_args(Metric)
+FIELDS_OF_KIND: Mapping[Kind, tuple[str, ...]] = {
+    "labels": ("label",),
+    "choices": ("choices", "gold"),
+    "partial": ("contexts", "continuation", "gold"),
+    "last_word": (),
+    "instructions": ("output",),
+}
+"""The fields that the rows of each kind have, besides those that the templates name."""
+
+_FIELD = re.compile(r"\{(\w+)(\|capitalize)?\}")
+
+
+def _inserted(found: re.Match[str], fields: Mapping[str, Field]) -> str:
+    field = fields[found[1]]
+    text = field if isinstance(field, str) else " / ".join(field)
+    return text.capitalize() if found[2] else text
+
+
+@dataclass(frozen=True)
+class Template:
+    """A text with fields in braces.
+
+    >>> Template("{q} {Yes/No}").render({"q": "Up?"})
+    'Up? {Yes/No}'
+    """
+
+    pattern: str
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The fields, in the order of their first use."""
+        return tuple(dict.fromkeys(found[1] for found in _FIELD.finditer(self.pattern)))
+
+    def render(self, fields: Mapping[str, Field]) -> str:
+        """Puts the fields in; a list becomes its items between slashes.
+
+        Raises:
+            KeyError: A field is not there.
+        """
+        return _FIELD.sub(lambda found: _inserted(found, fields), self.pattern)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One form in which a task's rows are shipped, and how its columns become the task's fields.
+
+    A row has the first shape whose columns it has.
+
+    Args:
+        fields: Field to where it comes from: a column (a dot leads into nested ones), a
+            ``Template`` over columns and ``parse`` groups, or templates that make up a list.
+        parse: Column to the pattern that takes it apart; the pattern's named groups are fields.
+        values: Field to {value in the file, lower case: the task's own}; None drops the row.
+        bins: Label to the upper bound, exclusive, of the numbers in ``label`` that mean it.
+        questions: Column to question: a row becomes one example for each, with the fields
+            ``question`` and, from that column, ``label``.
+        spans: ``tokens`` and ``tags`` to columns: a row becomes one example for each tagged span,
+            with the fields ``text``, ``entity`` and, from the tag, ``label``.
+    """
+
+    fields: Mapping[str, str | Template | tuple[Template, ...]]
+    parse: Mapping[str, re.Pattern[str]]
+    values: Mapping[str, Mapping[str, str | None]]
+    bins: Mapping[str, float]
+    questions: Mapping[str, str]
+    spans: Mapping[str, str]
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that a row of this shape has."""
+        named: list[str] = []
+        for source in self.fields.values():
+            for part in source if isinstance(source, tuple) else (source,):
+                named += part.names if isinstance(part, Template) else (part,)
+        groups = self._groups()
+        used = [name for name in named if name not in groups]
+        return tuple(dict.fromkeys([*self.parse, *self.questions, *self.spans.values(), *used]))
+
+    @cached_property
+    def gives(self) -> tuple[str, ...]:
+        """The fields that it makes."""
+        made = [*self.fields, *self._groups()]
+        made += ["question", "label"] if self.questions else []
+        made += ["text", "entity", "label"] if self.spans else []
+        # A template of kind `partial` sees one of the contexts at a time.
+        made += ["context"] if "contexts" in made else []
+        return tuple(dict.fromkeys(made))
+
+    def _groups(self) -> tuple[str, ...]:
+        return tuple(group for pattern in self.parse.values() for group in pattern.groupindex)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set on the Hugging Face hub; ``splits`` maps our names of its splits to its own."""
+
+    name: str
+    splits: Mapping[str, str]
+    config: str | None = None
+    data_dir: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class LineFile:
+    """A text file with a row a line: columns between separators, the first may hold some too.
+
+    ``names`` are tried in order, so that of several files in a folder the first counts.
+    """
+
+    names: tuple[str, ...]
+    separator: str
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a set that is shipped whole becomes ``train`` and ``test``.
+
+    It is what ``datasets.Dataset.train_test_split`` does.
+    """
+
+    test_size: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Task:
+    r"""One task, as its YAML file says.
+
+    Args:
+        name: The file's stem; part of logged keys.
+        kind: What is scored: one of the same ``labels`` in every row, each row's own ``choices``,
+            one ``continuation`` after several contexts (``partial``), the ``last_word``, or
+            nothing (``instructions``: the output is there to train on).
+        version: Rises when numbers are no longer comparable with those from before.
+        source: Where the set comes from.
+        licence: The set's, not this project's.
+        folder: The folder in the data directory.
+        labels: The answer words in canonical order; only kind ``labels`` has them.
+        instruction: The text before every prompt. It ends where tokenizers split anyway, so that
+            its keys and values are computed once for all rows: after the line end, not before it,
+            because GPT-2's splits ``.\nInput`` into ``.``, ``\n``, ``Input``, but those of Llama 3
+            and Qwen into ``.\n``, ``Input``; or before a blank that a word follows.
+        templates: The prompt after the instruction. The first whose fields are all there and not
+            empty is taken; a row that fits none counts as empty.
+        text: The row's own text, for tables and for the digest.
+        delimiter: What stands between prompt and answer. It belongs to the answer: its first token
+            has the blank.
+        distinct: Whether a prompt that a split repeats is taken once.
+        substitute: Pattern to replacement, applied in order to every field.
+        shapes: The forms of its rows.
+        hub: Where rows come from without a data directory.
+        line_file: Its text file form.
+        cut: How a set without splits is cut.
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    version: int
+    source: str
+    licence: str
+    folder: str
+    main_metric: Metric
+    labels: tuple[str, ...]
+    instruction: str
+    templates: tuple[Template, ...]
+    text: Template
+    delimiter: str
+    distinct: bool
+    substitute: Mapping[re.Pattern[str], str]
+    shapes: tuple[Shape, ...]
+    hub: Hub | None
+    line_file: LineFile | None
+    cut: Cut | None

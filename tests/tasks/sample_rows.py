@@ -1,0 +1,110 @@
+"""One row of each shipped task in every form in which it is shipped, and how it is read."""
+
+from pathlib import Path
+
+from fingpt_lightning.tasks import Task, find_task
+from fingpt_lightning.tasks.examples import Example, Row, examples_of_row
+
+SENTENCE = "Profit rose to EUR 13.1 mn ."
+HEADLINE_ANSWERS = {
+    "price_up": 1,
+    "price_constant": 0,
+    "price_down": 0,
+    "asset_comparison": 0,
+    "past_info": 1,
+    "future_info": 0,
+}
+TOKENS = ["Silicon", "Valley", "Bank", "lends", "to", "Ann", "under", "GAAP"]
+TAGS = ["I-ORG", "I-ORG", "I-ORG", "O", "O", "I-PER", "O", "I-MISC"]
+
+_FOUR = ["heat", "light", "sound", "mass"]
+
+# One row a shape, in the order of the task's shapes; all rows of a task say the same.
+ROWS: dict[str, list[Row]] = {
+    "alpaca": [
+        {"instruction": "Name a colour.", "input": "", "output": "Red."},
+        {"instruction": "Name a colour.", "output": "Red."},
+    ],
+    "arc_easy": [
+        {"query": "Question: What is 1 kg?", "choices": _FOUR, "gold": 3},
+        {
+            "question": "What is 1 kg?",
+            "choices": {"text": _FOUR, "label": ["1", "2", "3", "4"]},
+            "answerKey": "4",
+        },
+    ],
+    "boolq": [
+        {"query": "Passage: Ice\nmelts.\nQuestion: is it?", "choices": ["no", "yes"], "gold": 1},
+        {"passage": "Ice\nmelts.", "question": "is it", "answer": True},
+    ],
+    "fin_ner": [{"tokens": TOKENS, "tags": TAGS}],
+    "fiqa_sa": [
+        {"text": SENTENCE, "kind": "post", "score": 0.1},
+        {"sentence": SENTENCE, "format": "post", "sentiment_score": 0.1},
+    ],
+    "fomc": [{"sentence": SENTENCE, "label": 1}, {"text": SENTENCE, "label": "hawkish"}],
+    "fpb": [
+        {"text": SENTENCE, "label": "positive"},
+        {"sentence": SENTENCE, "label": 2},
+        {
+            "context": "Instruction: What is the sentiment of this news? Please choose an answer "
+            f"from {{negative/neutral/positive}}.\nInput: {SENTENCE}\nAnswer: ",
+            "target": "positive",
+        },
+    ],
+    "headline": [{"text": SENTENCE, **HEADLINE_ANSWERS}],
+    "hellaswag": [
+        {
+            "activity_label": "Cooking",
+            "ctx_a": "[header] How to fry an egg [title] Heat the pan.",
+            "ctx_b": "then A cook",
+            "endings": ["cracks  it.", "sings. [substeps]", "runs.", "sleeps."],
+            "label": "0",
+        }
+    ],
+    "lambada": [{"text": "He paid the bank its interest"}],
+    "nwgi": [
+        {"text": SENTENCE, "label7": "mildly positive"},
+        {"news": SENTENCE, "label": "mildly positive"},
+    ],
+    "openbookqa": [
+        {"query": "A stove gives", "choices": _FOUR, "gold": 0},
+        {
+            "question_stem": "A stove gives",
+            "choices": {"text": _FOUR, "label": ["A", "B", "C", "D"]},
+            "answerKey": "A",
+        },
+    ],
+    "piqa": [
+        {"query": "Question: dry paint\n", "choices": ["wait", "run"], "gold": 0},
+        {"goal": "dry paint", "sol1": "wait", "sol2": "run", "label": 0},
+    ],
+    "tfns": [{"text": SENTENCE, "label": 1}],
+    "winogrande": [
+        {
+            "context_options": ["Al paid Bo so Al", "Al paid Bo so Bo"],
+            "continuation": "was rich.",
+            "gold": 1,
+        },
+        {
+            "sentence": "Al paid Bo so _ was rich.",
+            "option1": "Al",
+            "option2": "Bo",
+            "answer": "2",
+        },
+    ],
+}
+ROWS["arc_challenge"] = ROWS["arc_easy"]
+ROWS["nwgi7"] = ROWS["nwgi"]
+
+
+def examples(task: str | Path | Task, row: Row) -> list[Example | None]:
+    """The examples of one row, the first of its file."""
+    return list(examples_of_row(task if isinstance(task, Task) else find_task(task), row, 1))
+
+
+def only_example(task: str | Path | Task, row: Row) -> Example:
+    """The one example of a row."""
+    (example,) = examples(task, row)
+    assert example is not None
+    return example

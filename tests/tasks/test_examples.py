@@ -1,0 +1,263 @@
+import math
+import re
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
+
+from fingpt_lightning.tasks import find_task, task_names
+from fingpt_lightning.tasks.examples import Example, tagged_spans
+from tests.tasks.sample_rows import (
+    HEADLINE_ANSWERS,
+    ROWS,
+    SENTENCE,
+    TOKENS,
+    examples,
+    only_example,
+)
+
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PRE_TOKENIZERS: dict[str, Any] = {
+    "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    "llama3": pre_tokenizers.Split(Regex(_LLAMA_3), "isolated"),
+}
+
+
+def test_there_is_a_sample_of_every_shape_of_every_task() -> None:
+    assert sorted(ROWS) == task_names()
+    for name, rows in ROWS.items():
+        for shape, row in zip(find_task(name).shapes, rows, strict=True):
+            assert {column.split(".")[0] for column in shape.columns} <= set(row), name
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_all_shapes_of_a_task_give_equal_examples(name: str) -> None:
+    first, *others = [examples(name, row) for row in ROWS[name]]
+    assert first
+    assert None not in first
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("pre_tokenizer", _PRE_TOKENIZERS)
+@pytest.mark.parametrize("name", task_names())
+def test_the_prefix_and_the_prompt_end_where_tokenizers_split(
+    name: str, pre_tokenizer: str
+) -> None:
+    for example in examples(name, ROWS[name][0]):
+        assert example is not None
+        for index, choice in enumerate(example.choices):
+            prompt = example.prompts[index % len(example.prompts)]
+            pieces = _PRE_TOKENIZERS[pre_tokenizer].pre_tokenize_str(
+                example.prefix + prompt + choice
+            )
+            starts = {start for _, (start, _) in pieces}
+            assert len(example.prefix) in starts
+            assert len(example.prefix + prompt) in starts
+
+
+def test_fpb_speaks_fingpts_words() -> None:
+    assert only_example("fpb", ROWS["fpb"][0]) == Example(
+        prefix="Instruction: What is the sentiment of this news? "
+        "Please choose an answer from {negative/neutral/positive}.\n",
+        prompts=(f"Input: {SENTENCE}\nAnswer:",),
+        choices=(" negative", " neutral", " positive"),
+        gold=2,
+        row=1,
+        text=SENTENCE,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given_label", "gold"),
+    [(0, 0), (1, 2), (2, 1), ("bearish", 0), ("Bullish", 2), ("neutral", 1), ("1", 2)],
+)
+def test_tfns_ids_are_bearish_bullish_neutral(given_label: int | str, gold: int) -> None:
+    assert only_example("tfns", {"text": "x", "label": given_label}).gold == gold
+
+
+@given(score=st.floats(-1, 1))
+def test_fiqa_labels_follow_the_score(score: float) -> None:
+    expected = 0 if score < -0.1 else 1 if score < 0.1 else 2
+    row = {"text": "x", "kind": "headline", "score": score}
+    assert only_example("fiqa_sa", row).gold == expected
+
+
+def test_fiqa_bounds_belong_to_the_label_above() -> None:
+    for score, gold in [(-0.1, 1), (math.nextafter(-0.1, -1), 0), (0.1, 2)]:
+        row = {"text": "x", "kind": "headline", "score": score}
+        assert only_example("fiqa_sa", row).gold == gold
+
+
+def test_fiqa_asks_about_tweets_and_news() -> None:
+    row = {"text": "x", "score": 0.5}
+    assert only_example("fiqa_sa", row | {"kind": "post"}).prompts[0].startswith(" tweet? Please")
+    assert only_example("fiqa_sa", row | {"kind": "headline"}).prompts[0].startswith(" news? ")
+
+
+def test_nwgi_makes_mild_grades_neutral_and_nwgi7_keeps_them() -> None:
+    row = {"text": "x", "label7": "mildly negative"}
+    assert only_example("nwgi", row).gold == 1
+    seven = only_example("nwgi7", row)
+    assert seven.gold is not None
+    assert seven.choices[seven.gold] == " mildly negative"
+    assert len(seven.choices) == 7
+    assert find_task("nwgi7").folder == "nwgi"
+
+
+def test_a_headline_becomes_six_questions() -> None:
+    made = [example for example in examples("headline", ROWS["headline"][0]) if example]
+    assert [example.gold for example in made] == list(HEADLINE_ANSWERS.values())
+    assert len({example.prompts for example in made}) == len({e.text for e in made}) == 6
+    assert made[0].prefix + made[0].prompts[0] + made[0].choices[1] == (
+        "Instruction: Does the news headline talk about price going up? Please choose an answer "
+        f"from {{Yes/No}}.\nInput: {SENTENCE}\nAnswer: Yes"
+    )
+
+
+def test_entities_become_questions_and_miscellaneous_ones_none() -> None:
+    made = [example for example in examples("fin_ner", ROWS["fin_ner"][0]) if example]
+    assert [example.gold for example in made] == [1, 0]
+    assert made[0].prefix + made[0].prompts[0] + made[0].choices[1] == (
+        "Instruction: What is the entity type of 'Silicon Valley Bank' in the input sentence.\n"
+        f"Options: person, location, organization\nInput: {' '.join(TOKENS)}\nAnswer: organization"
+    )
+
+
+@given(tags=st.lists(st.sampled_from(["O", "I-PER", "B-PER", "I-ORG", "B-ORG"]), max_size=9))
+def test_spans_hold_every_tagged_token_once_and_end_where_the_tag_changes(tags: list[str]) -> None:
+    tokens = [str(place) for place in range(len(tags))]
+    spans = tagged_spans(tokens, tags)
+    covered = [token for entity, _ in spans for token in entity.split()]
+    assert covered == [token for token, tag in zip(tokens, tags, strict=True) if tag != "O"]
+    num_joints = sum(
+        tag != "O" and tag[2:] == before[2:] and not tag.startswith("B")
+        for before, tag in pairwise(tags)
+    )
+    assert len(spans) == len(covered) - num_joints
+    for entity, tag in spans:
+        assert {tags[int(token)][2:] for token in entity.split()} == {tag[2:]}
+
+
+def test_general_prompts_are_those_of_lm_evaluation_harness() -> None:
+    whole = {
+        name: (example.prefix + example.prompts[0] + example.choices[0])
+        for name in ("arc_easy", "boolq", "openbookqa", "piqa", "winogrande", "lambada")
+        if (example := only_example(name, ROWS[name][0]))
+    }
+    assert whole == {
+        "arc_easy": "Question: What is 1 kg?\nAnswer: heat",
+        "boolq": "Ice\nmelts.\nQuestion: is it?\nAnswer: no",
+        "openbookqa": "A stove gives heat",
+        "piqa": "Question: dry paint\nAnswer: wait",
+        "winogrande": "Al paid Bo so Al was rich.",
+        "lambada": "He paid the bank its interest",
+    }
+
+
+def test_winogrande_scores_one_continuation_after_two_contexts() -> None:
+    example = only_example("winogrande", ROWS["winogrande"][1])
+    assert example.prompts == ("Al paid Bo so Al", "Al paid Bo so Bo")
+    assert example.choices == (" was rich.", " was rich.")
+    assert example.gold == 1
+
+
+def test_lambada_scores_the_last_word() -> None:
+    example = only_example("lambada", ROWS["lambada"][0])
+    assert (example.prompts, example.choices, example.gold) == (
+        ("He paid the bank its",),
+        (" interest",),
+        0,
+    )
+
+
+def test_hellaswag_is_cleaned() -> None:
+    example = only_example("hellaswag", ROWS["hellaswag"][0])
+    assert example.prompts == ("Cooking: How to fry an egg. Heat the pan. Then a cook",)
+    assert example.choices == (" cracks it.", " sings. ", " runs.", " sleeps.")
+
+
+def test_instructions_with_and_without_input_have_alpacas_two_prompts() -> None:
+    row = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+    start = "Below is an instruction that describes a task"
+    end = "appropriately completes the request.\n\n### Instruction:\nAdd."
+    example = only_example("alpaca", row)
+    assert example.prefix + example.prompts[0] + example.choices[0] == (
+        f"{start}, paired with an input that provides further context. Write a response that {end}"
+        "\n\n### Input:\n1 and 2\n\n### Response:\n3"
+    )
+    example = only_example("alpaca", row | {"input": " "})
+    assert example.prefix + example.prompts[0] + example.choices[0] == (
+        f"{start}. Write a response that {end}\n\n### Response:\n3"
+    )
+    assert examples("alpaca", row | {"output": " "}) == [None]
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip))
+def test_a_text_stands_in_its_prompt_as_it_is_but_for_blanks_around_it(text: str) -> None:
+    example = only_example("fpb", {"text": text, "label": "neutral"})
+    assert example.text == text.strip()
+    assert example.prompts == (f"Input: {text.strip()}\nAnswer:",)
+
+
+def test_braces_in_a_text_are_no_fields() -> None:
+    assert only_example("fpb", {"text": "{label}", "label": "neutral"}).prompts == (
+        "Input: {label}\nAnswer:",
+    )
+
+
+@pytest.mark.parametrize("gold", [None, "", -1, "-1"])
+def test_a_hidden_answer_is_none(gold: object) -> None:
+    row = {"goal": "x", "sol1": "a", "sol2": "b", "label": gold}
+    assert only_example("piqa", row).gold is None
+
+
+def test_a_hidden_label_is_none() -> None:
+    assert only_example("fpb", {"text": "x", "label": None}).gold is None
+    assert only_example("fiqa_sa", {"text": "x", "kind": "post", "score": None}).gold is None
+
+
+@pytest.mark.parametrize("text", ["", " \n", None])
+def test_an_empty_text_gives_no_example(text: str | None) -> None:
+    assert examples("fpb", {"text": text, "label": "neutral"}) == [None]
+
+
+_CHOICES = {"query": "Question: x", "choices": ["a", "b"], "gold": 0}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("fpb", {"text": "x", "label": "postive"}, "label 'postive' is none of negative, neutral, "
+         "positive; did you mean positive?"),
+        ("fpb", {"text": "x", "lable": "neutral"}, "no field 'label'; did you mean lable?"),
+        ("fpb", {"foo": 1}, "no field 'text'; the fields are foo"),
+        ("fpb", {"text": {"a": 1}, "label": 1}, "field 'text' holds a dict, not a text"),
+        ("fpb", {"text": "\ud83d", "label": 1}, "'text': half a surrogate pair at character 0"),
+        ("fpb", {"context": "Input: x", "target": "neutral"}, "field 'context' is not of the form"),
+        ("fiqa_sa", {"text": "x", "kind": "blog", "score": 0}, "kind 'blog' is none of headline,"),
+        ("fiqa_sa", {"text": "x", "kind": "post", "score": "high"}, "score 'high' is no number"),
+        ("fiqa_sa", {"text": "x", "kind": "post", "score": math.nan}, "'nan' is no finite number"),
+        ("headline", {"text": "x", **HEADLINE_ANSWERS, "price_up": 2}, "label '2' is none of No,"),
+        ("fin_ner", {"tokens": ["a"], "tags": []}, "tokens and tags must be lists of one length"),
+        ("fin_ner", {"tokens": ["a"], "tags": ["I-DATE"]}, "label 'I-DATE' is none of person,"),
+        ("piqa", _CHOICES | {"gold": 2}, "gold '2' is none of 0, 1"),
+        ("piqa", _CHOICES | {"choices": "ab"}, "choices 'ab' is no list of two texts or more"),
+        ("openbookqa", {"question_stem": "x", "choices": {"text": ["a", "b"], "label": ["A"]},
+                        "answerKey": "A"}, "names ('A',) are not one for each of the 2 choices"),
+        ("openbookqa", {"question_stem": "x", "choices": ["a", "b"], "answerKey": "A"},
+         "no field 'choices.text'; did you mean choices?"),
+        ("lambada", {"text": "word"}, "'word' is a single word"),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_is_refused_in_one_line(
+    task: str, row: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        examples(task, row)
+    assert "\n" not in str(caught.value)

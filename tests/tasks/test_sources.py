@@ -1,0 +1,194 @@
+import gzip
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets  # type: ignore[import-untyped]
+import pytest
+
+from fingpt_lightning.tasks import Example, find_task, read_rows
+from fingpt_lightning.tasks.sources import open_split
+
+# The byte 0x85 ends a line in some readings of ISO-8859-1, and a sentence may hold the separator.
+_SENTENCES = [
+    *("Nokia \u00e4r upp .", "Sales \u0085fell .", "Write to ir@bank.fi .", "Flat ."),
+    *("Up .", "Down .", "Same ."),
+]
+_LABELS = ["positive", "negative", "neutral", "neutral", "positive", "negative", "neutral"]
+
+
+@pytest.fixture
+def fpb(tmp_path: Path) -> Path:
+    (tmp_path / "fpb").mkdir()
+    return tmp_path / "fpb"
+
+
+def _rows(folder: Path, split: str, task: str = "fpb") -> list[Mapping[str, object]]:
+    return [row for _, row in open_split(find_task(task), folder, split).rows]
+
+
+def _examples(fpb: Path, split: str) -> list[Example]:
+    return read_rows(find_task("fpb"), fpb.parent, split).examples
+
+
+def _write_lines(fpb: Path, encoding: str, name: str = "Sentences_50Agree.txt") -> None:
+    lines = [f"{text}@{label}\r\n" for text, label in zip(_SENTENCES, _LABELS, strict=True)]
+    (fpb / name).write_bytes("".join(lines).encode(encoding))
+
+
+@pytest.mark.parametrize("encoding", ["iso-8859-1", "utf-8-sig", "utf-8"])
+def test_the_four_forms_of_phrasebank_give_equal_examples(fpb: Path, encoding: str) -> None:
+    _write_lines(fpb, encoding)
+    parts = [*_examples(fpb, "train"), *_examples(fpb, "test")]
+    from_lines = sorted(parts, key=lambda example: example.row)
+    assert [example.text for example in from_lines] == _SENTENCES
+
+    pairs = list(zip(_SENTENCES, _LABELS, strict=True))
+    ids = [["negative", "neutral", "positive"].index(label) for label in _LABELS]
+    hub = datasets.Dataset.from_dict({"sentence": _SENTENCES, "label": ids})
+    hub.to_parquet(fpb / "hub.parquet")
+    start = "Instruction: What is the sentiment of this news?\nInput: "
+    rows = [{"context": f"{start}{text}\nAnswer: ", "target": label} for text, label in pairs]
+    (fpb / "instruct.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    rows = [{"text": text, "label": label} for text, label in pairs]
+    (fpb / "local.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for split in ("hub", "instruct", "local"):
+        assert _examples(fpb, split) == from_lines
+
+
+def test_the_cut_is_that_of_datasets(fpb: Path) -> None:
+    _write_lines(fpb, "utf-8")
+    whole = datasets.Dataset.from_dict({"sentence": _SENTENCES})
+    parts = whole.train_test_split(test_size=0.25, seed=42)
+    for split in ("train", "test"):
+        assert [example.text for example in _examples(fpb, split)] == list(parts[split]["sentence"])
+    assert len(_examples(fpb, "test")) == 2
+
+
+def test_of_several_sentence_files_half_agreement_counts(fpb: Path) -> None:
+    _write_lines(fpb, "utf-8")
+    (fpb / "Sentences_AllAgree.txt").write_text("x@neutral\n" * 8)
+    assert open_split(find_task("fpb"), fpb.parent, "test").path.name == "Sentences_50Agree.txt"
+
+
+def test_a_split_file_goes_before_the_sentence_file(fpb: Path) -> None:
+    _write_lines(fpb, "utf-8")
+    (fpb / "train.jsonl").write_text('{"text": "x", "label": "neutral"}')
+    assert _rows(fpb.parent, "train") == [{"text": "x", "label": "neutral"}]
+
+
+def test_a_row_of_csv_is_numbered_by_its_first_line(fpb: Path) -> None:
+    (fpb / "train.csv").write_text('text,label\n\n"a\nb",neutral\nc,neutral\nd\n')
+    rows = list(open_split(find_task("fpb"), fpb.parent, "train").rows)
+    assert rows == [
+        (3, {"text": "a\nb", "label": "neutral"}),
+        (5, {"text": "c", "label": "neutral"}),
+        (6, {"text": "d"}),
+    ]
+
+
+def test_blank_lines_are_no_rows_but_count(fpb: Path) -> None:
+    (fpb / "train.jsonl").write_text('\ufeff{"a": 1}\n\n \n{"a": 2}\n', encoding="utf-8")
+    rows = list(open_split(find_task("fpb"), fpb.parent, "train").rows)
+    assert rows == [(1, {"a": 1}), (4, {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("train.jsonl", b'{"a": 1}\n{"a": }', "train.jsonl:2: no JSON (Expecting value"),
+        ("train.jsonl", b"[1]", "train.jsonl:1: a JSON list, not an object"),
+        ("train.jsonl", b'\n{"a": "\xe4"}', "train.jsonl:2: no UTF-8 at byte 7 of the line"),
+        ("train.jsonl", b"[" * 100_000, "train.jsonl:1: no JSON (maximum recursion"),
+        ("train.jsonl.gz", b"plain", "train.jsonl.gz is no whole gzip file (Not a gzipped file"),
+        ("train.jsonl.gz", gzip.compress(b'{"a": 1}')[:-4], "is no whole gzip file (Compressed"),
+        ("train.csv", b"a,b\n1,2,3\n", "train.csv:2: more values than the header has names"),
+        ("train.csv", b'a,b\n"1" 2,3\n', "train.csv:2: no CSV ("),
+        ("train.csv", b"a\n\xe4\n", "train.csv is no UTF-8 text"),
+        ("train.parquet", b"x" * 20, "train.parquet is no Parquet file (Could not open"),
+        ("Sentences_50Agree.txt", b"a@neutral\n\nb\n", "Agree.txt:3: not of the form sentence@lab"),
+        ("Sentences_50Agree.txt", b"a@neutral\n", "Agree.txt: 1 rows are too few for train and t"),
+    ],
+)
+def test_a_broken_file_is_told_in_one_line(name: str, data: bytes, message: str, fpb: Path) -> None:
+    (fpb / name).write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        _rows(fpb.parent, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_is_told_with_its_neighbour(fpb: Path) -> None:
+    fpb.rename(fpb.with_name("fpb2"))
+    with pytest.raises(FileNotFoundError, match=r"task fpb: no folder .*fpb; did you mean fpb2\?"):
+        _rows(fpb.parent, "train")
+
+
+def test_a_missing_split_is_told_with_those_there(fpb: Path) -> None:
+    (fpb / "dev.jsonl.gz").touch()
+    with pytest.raises(FileNotFoundError, match=r"has no split 'train' .*; the splits there: dev$"):
+        _rows(fpb.parent, "train")
+    _write_lines(fpb, "utf-8")
+    with pytest.raises(FileNotFoundError, match=r"the splits there: dev, test, train$"):
+        _rows(fpb.parent, "validation")
+
+
+def test_a_split_in_two_forms_is_refused(fpb: Path) -> None:
+    for name in ("train.jsonl", "train.csv"):
+        (fpb / name).touch()
+    with pytest.raises(ValueError, match=r"has train\.jsonl and train\.csv; keep one of them"):
+        _rows(fpb.parent, "train")
+
+
+def test_the_hub_is_asked_for_the_named_set_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(*names: str | None, **options: str | None) -> list[dict[str, object]]:
+        asked.append((names, options))
+        return [{"sentence": text, "label": 1} for text in _SENTENCES]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = read_rows(find_task("fpb"), None, "test")
+    assert rows.path == Path("takala/financial_phrasebank/sentences_50agree/test")
+    assert sorted(example.row for example in rows.examples) == sorted(
+        _SENTENCES.index(example.text) + 1 for example in rows.examples
+    )
+    assert len(rows.examples) == 2
+    assert _rows_of_hub("fiqa_sa", "validation")
+    assert asked == [
+        (
+            ("takala/financial_phrasebank", None),
+            {
+                "data_dir": "sentences_50agree",
+                "revision": "refs/convert/parquet",
+                "split": "train",
+            },
+        ),
+        (
+            ("pauri32/fiqa-2018", None),
+            {"data_dir": None, "revision": None, "split": "validation"},
+        ),
+    ]
+
+
+def _rows_of_hub(task: str, split: str) -> list[Mapping[str, object]]:
+    return [row for _, row in open_split(find_task(task), None, split).rows]
+
+
+def test_a_hub_out_of_reach_is_told_in_one_line() -> None:
+    with pytest.raises(
+        RuntimeError,
+        match=r"allenai/ai2_arc cannot be had from the Hugging Face hub \(.*give data_dir to read",
+    ) as caught:
+        _rows_of_hub("arc_easy", "test")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_hub_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="task headline names no data set on the hub; give data_d"):
+        _rows_of_hub("headline", "test")
+    with pytest.raises(ValueError, match="has no split 'dev', only train, validation, test"):
+        _rows_of_hub("arc_easy", "dev")
+    with pytest.raises(ValueError, match="has no split 'validation', only train, test"):
+        _rows_of_hub("fpb", "validation")
