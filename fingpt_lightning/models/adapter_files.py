@@ -1,0 +1,78 @@
+"""PEFT's adapter folders: which base they name, and whether they fit a network."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from fingpt_lightning.models.layout import features_of
+from fingpt_lightning.models.weights import read_json, refuse_pickled, stored_shapes
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WRAPPER = "base_model.model."  # what PEFT puts before the names of the base
+
+
+class Base(NamedTuple):
+    """The base that an adapter was trained on: a path or hub name, and its revision there."""
+
+    path: str
+    revision: str | None
+
+
+def adapter_base(folder: Path) -> Base:
+    """Where an adapter's base is; a relative path may start at the adapter's folder.
+
+    Raises:
+        ValueError: The config names none, or the adapter is no LoRA.
+    """
+    config = read_json(folder / ADAPTER_CONFIG)
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: peft_type {kind!r} is not LORA")
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"{folder / ADAPTER_CONFIG} has no base_model_name_or_path")
+    path = Path(name).expanduser()
+    for there in (folder / path, path):
+        if there.exists():
+            return Base(str(there), None)
+    return Base(str(name), config.get("revision"))
+
+
+def check_adapter(folder: Path, network: PreTrainedModel) -> None:
+    """Raises unless each pair of an adapter fits a linear layer of the network.
+
+    Args:
+        folder: Of the adapter; only the header of its weights is read.
+        network: Unquantised; the meta device will do.
+
+    Raises:
+        FileNotFoundError: The adapter has no weights.
+        ValueError: A layer is missing, or its sizes are others.
+    """
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        refuse_pickled(sorted(folder.glob("adapter_model.*")))
+        raise FileNotFoundError(f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
+    num_pairs = 0
+    for name, shape in stored_shapes(file).items():
+        layer_name, part, _ = name.removeprefix(_WRAPPER).partition(".lora_")
+        if not part:
+            continue
+        try:
+            layer = network.get_submodule(layer_name)
+        except AttributeError:
+            raise ValueError(f"{file}: the base has no layer {layer_name}") from None
+        if name.endswith(".lora_A.weight"):
+            num_pairs += 1
+            _check_size(file, layer_name, "in", shape[1], features_of(layer)[0])
+        elif name.endswith(".lora_B.weight"):
+            _check_size(file, layer_name, "out", shape[0], features_of(layer)[1])
+    if not num_pairs:
+        raise ValueError(f"{file} holds no lora_A of a linear layer")
+
+
+def _check_size(file: Path, layer: str, side: str, adapted: int, there: int) -> None:
+    if adapted != there:
+        raise ValueError(
+            f"{file}: {layer} has {there} {side}_features in the base, the adapter's has {adapted}"
+        )

@@ -1,0 +1,171 @@
+"""Networks laid out without memory, then filled tensor by tensor, quantised as they fill."""
+
+import ctypes
+import sys
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from fingpt_lightning.models.quantization import is_linear, quantized_layer
+
+FAMILIES: dict[str, type[PreTrainedModel]] = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}
+"""The networks that can be loaded, by the ``model_type`` of their config."""
+
+# Buffers that earlier versions of transformers stored; today's networks compute them.
+_COMPUTED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+
+def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedModel:
+    """The network of a config on the meta device, low-rank where the stored weights are.
+
+    Args:
+        config: Of a family in `FAMILIES`.
+        shapes: Of the stored weights, by name: ``LAYER.down`` beside ``LAYER.up`` makes a pair,
+            ``EMBEDDING.table`` a factorised embedding and the head tied to it.
+
+    Raises:
+        ValueError: A pair's name or rank does not fit the network.
+    """
+    config.use_cache = True  # pretraining saves it switched off
+    with torch.device("meta"):
+        network = FAMILIES[config.model_type](config)
+        for stored, shape in shapes.items():
+            name = full_name(network, stored)
+            layer_name, _, part = name.rpartition(".")
+            if part == "down":
+                layer = _stored_layer(network, layer_name)
+                in_features, out_features = features_of(layer)
+                has_bias = getattr(layer, "bias", None) is not None
+                pair = LowRankLinear(in_features, out_features, shape[0], has_bias)
+                network.set_submodule(layer_name, pair)
+            elif part == "table" and not layer_name.startswith("lm_head"):
+                table = _stored_layer(network, layer_name)
+                if not isinstance(table, nn.Embedding):
+                    raise ValueError(f"{name}: {layer_name} is no embedding")
+                embedding = LowRankEmbedding(table.num_embeddings, table.embedding_dim, shape[1])
+                network.set_submodule(layer_name, embedding)
+                config.tie_word_embeddings = False  # transformers' own tying knows no pairs
+    _tie_head(network)
+    return network
+
+
+def full_name(network: PreTrainedModel, stored: str) -> str:
+    """The parameter that a stored name means: files of a bare body leave its prefix out."""
+    prefix = network.base_model_prefix
+    if stored.startswith((f"{prefix}.", "lm_head.")):
+        return stored
+    return f"{prefix}.{stored}"
+
+
+def features_of(layer: nn.Module) -> tuple[int, int]:
+    """In and out features of a linear layer.
+
+    Raises:
+        ValueError: It is none.
+    """
+    match layer:
+        case Conv1D():
+            return int(layer.nx), int(layer.nf)
+        case nn.Linear() | LowRankLinear():
+            return layer.in_features, layer.out_features
+    raise ValueError(f"{type(layer).__name__} is no linear layer")
+
+
+@torch.no_grad()
+def fill(
+    network: PreTrainedModel,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None = None,
+) -> None:
+    """Gives a network of `lay_out` its weights, without an initialisation before.
+
+    At any time one layer is held unquantised beside what has been filled.
+
+    Args:
+        network: On the meta device; filled in place and set to evaluation.
+        tensors: All weights, by stored name, in any order; each is copied.
+        dtype: Of the weights, and of the products where they are quantised.
+        device: Where the weights go.
+        quantize: ``nf4`` or ``int8`` for the linear layers of the blocks; head, embeddings and
+            norms stay as they are.
+
+    Raises:
+        ValueError: A weight is missing, unknown, or of another size than the network's.
+    """
+    head_is_tied = isinstance(network.lm_head, LowRankHead) or network.config.tie_word_embeddings
+    parameters = dict(network.named_parameters())
+    unknown: list[str] = []
+    stored_head: list[tuple[str, Tensor]] = []
+    for stored, tensor in tensors:
+        name = full_name(network, stored)
+        if head_is_tied and name.startswith("lm_head."):
+            stored_head.append((name, tensor))
+            continue
+        if name not in parameters:
+            if not name.endswith(_COMPUTED):
+                unknown.append(stored)
+            continue
+        if tensor.shape != parameters[name].shape:
+            sizes = (" x ".join(map(str, t.shape)) for t in (tensor, parameters[name]))
+            raise ValueError("{} is {}, the config asks for {}".format(stored, *sizes))
+        layer_name, _, part = name.rpartition(".")
+        layer = network.get_submodule(layer_name)
+        method = quantize if is_linear(layer) and layer_name != "lm_head" else None
+        weight = torch.empty(tensor.shape, dtype=dtype, device="cpu" if method else device)
+        setattr(layer, part, nn.Parameter(weight.copy_(tensor)))
+        if method and not any(parameter.is_meta for parameter in layer.parameters()):
+            network.set_submodule(layer_name, quantized_layer(layer, method, device))
+            del layer, weight
+            _return_freed_memory()
+    if unknown:
+        raise ValueError(f"{len(unknown)} weights have no place in the network: {unknown[0]}, ...")
+    _tie_head(network)
+    missing = [name for name, parameter in network.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing: {missing[0]}, ...")
+    for name, tensor in stored_head:
+        if not torch.equal(network.get_parameter(name), tensor.to(device, dtype)):
+            raise ValueError(f"{name} differs from the embedding, to which the config ties it")
+    _compute_buffers(network, device)
+    network.config.dtype = dtype
+    network.eval()
+
+
+def _return_freed_memory() -> None:
+    """Hands glibc's free pages back: it keeps those of small dense layers among quantised ones."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)  # musl has none
+        trim(0)
+
+
+def _tie_head(network: PreTrainedModel) -> None:
+    embedding = network.get_input_embeddings()
+    if isinstance(embedding, LowRankEmbedding):
+        network.set_submodule("lm_head", LowRankHead(embedding))
+        name = next(name for name, module in network.named_modules() if module is embedding)
+        # So that save_pretrained writes them once.
+        network._tied_weights_keys = {
+            f"lm_head.{part}": f"{name}.{part}" for part in ("table", "up")
+        }
+    else:
+        network.tie_weights()
+
+
+def _compute_buffers(network: PreTrainedModel, device: torch.device) -> None:
+    """Makes the modules anew that hold buffers: rotary frequencies, which the config decides."""
+    for name, module in list(network.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            network.set_submodule(name, type(module)(network.config).to(device))
+
+
+def _stored_layer(network: PreTrainedModel, name: str) -> nn.Module:
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"the network has no layer {name}") from None

@@ -1,0 +1,263 @@
+"""One way to load a model: Hugging Face folder or name, adapter, GGUF, checkpoint or run."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
+from fingpt_lightning.models.adapter_files import ADAPTER_CONFIG, adapter_base, check_adapter
+from fingpt_lightning.models.layout import fill, lay_out
+from fingpt_lightning.models.quantization import QUANTIZATIONS
+from fingpt_lightning.models.tokenizer_files import (
+    check_tokenizer,
+    checkpoint_tokenizer,
+    holds_tokenizer,
+    read_tokenizer,
+)
+from fingpt_lightning.models.weights import (
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    Weights,
+    files_sha256,
+    folder_weights,
+    gguf_weights,
+    read_checkpoint,
+    refuse_pickled,
+)
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+
+
+class LoadedModel(NamedTuple):
+    """A network ready for evaluation, and where it came from.
+
+    ``source`` names it in tables. ``revision`` is the commit of a model from the hub, else the
+    SHA-256 of its weights. ``adapter`` is the folder of an adapter that fits the network and has
+    not been applied.
+    """
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast | None
+    source: str
+    revision: str
+    adapter: Path | None
+
+    def require_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer, where one is needed.
+
+        Raises:
+            ValueError: The model came without one.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.source} has no tokenizer beside it; name the folder of one")
+        return self.tokenizer
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: str | None = None,
+    adapter: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+) -> LoadedModel:
+    """Loads a GPT-2 or Llama, low-rank or dense, for evaluation or finetuning.
+
+    No code of a model runs and nothing is unpickled. No weight is initialised first, and with
+    ``quantize`` each layer is quantised as soon as it has been read: memory stays within one
+    dense layer of what the loaded network takes.
+
+    Args:
+        path: A Hugging Face folder or hub name, the folder of a PEFT adapter (whose base is
+            loaded), a GGUF file or its folder, a checkpoint, or a run folder, whose best
+            checkpoint is taken, or its last where there is no best.
+        dtype: Of weights and products: float32, bfloat16, float16 or float64.
+        device: Where the network goes.
+        quantize: ``nf4`` (with double quantisation) or ``int8`` for the linear layers of the
+            blocks; None keeps them.
+        adapter: An adapter folder to check against the network and to hand on.
+        tokenizer: A folder to take the tokenizer from, in place of the model's own.
+        revision: Of a hub name: branch, tag or commit.
+
+    Raises:
+        FileNotFoundError: There is nothing by that name, or a part of it is missing.
+        ImportError: A GGUF file, and the package gguf is not installed.
+        ValueError: What is there cannot be loaded; the message names the file and why.
+    """
+    dtype = _checked_dtype(dtype)
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ValueError(f"quantize {quantize!r} is none of {', '.join(QUANTIZATIONS)}")
+    place = _find(str(path), revision)
+    if (place.path / ADAPTER_CONFIG).is_file():
+        if adapter is not None:
+            raise ValueError(f"adapter {adapter}: {path} is an adapter itself")
+        adapter = place.path
+        base = adapter_base(adapter)
+        try:
+            place = _find(base.path, base.revision)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"the base of the adapter {adapter}: {error}") from error
+        if (place.path / ADAPTER_CONFIG).is_file():
+            raise ValueError(f"{adapter}: its base {base.path} is an adapter too")
+    if adapter is not None:
+        adapter = Path(adapter).expanduser()
+        if not (adapter / ADAPTER_CONFIG).is_file():
+            raise FileNotFoundError(f"adapter {adapter} has no {ADAPTER_CONFIG}")
+        adapter_base(adapter)
+        if tokenizer is None and holds_tokenizer(adapter):
+            tokenizer = adapter
+    weights, found = _open(place.path, None if tokenizer is None else Path(tokenizer).expanduser())
+    try:
+        network = lay_out(weights.config, weights.shapes)
+        if tokenizer is not None or weights.files[0].suffix != ".gguf":
+            # Of a GGUF file transformers adds a token that the network has no row for.
+            _check_vocabulary(found, network)
+        if adapter is not None:
+            check_adapter(adapter, network)
+        kind = _kind(network, quantize)
+        fill(network, weights.tensors, dtype, torch.device(device), quantize)
+    except ValueError as error:
+        raise ValueError(f"{place.path}: {error}") from error
+    if (place.path / "generation_config.json").is_file():
+        network.generation_config = GenerationConfig.from_pretrained(str(place.path))
+    commit = place.commit or files_sha256(weights.files)
+    return LoadedModel(network, found, f"{path} ({kind})", commit, adapter)
+
+
+class _Place(NamedTuple):
+    path: Path
+    commit: str | None
+
+
+def _find(name: str, revision: str | None) -> _Place:
+    path = Path(name).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise ValueError(f"revision {revision}: {name} is a local path, which has none")
+        return _Place(path, None)
+    if path.suffix in (".ckpt", ".gguf") or not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"model {name}: no such file or folder{_nearest(path)}")
+    folder = _hub_folder(name, revision, _nearest(path))
+    return _Place(folder, folder.name)
+
+
+def _nearest(path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"; did you mean {path.with_name(near[0])}?" if near else ""
+
+
+def _hub_folder(name: str, revision: str | None, hint: str) -> Path:
+    """The snapshot of a model in the local cache of the hub, fetched where it is not there."""
+    try:
+        folder = _snapshot(name, revision, local_files_only=True)
+        if any((folder / file).is_file() for file in (SAFETENSORS, SAFETENSORS_INDEX)):
+            return folder  # else only its tokenizer has been used before
+    except OSError:
+        pass
+    try:
+        # One request, for without it loading repeats each failed request for most of a minute.
+        HfApi().model_info(name, revision=revision, timeout=10)
+        return _snapshot(name, revision, local_files_only=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+        raise FileNotFoundError(
+            f"model {name}: no such file or folder{hint}, and not to be had from the Hugging Face"
+            f" hub ({reason})"
+        ) from error
+
+
+def _snapshot(name: str, revision: str | None, local_files_only: bool) -> Path:
+    return Path(
+        snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=_HUB_FILES,
+            local_files_only=local_files_only,
+        )
+    )
+
+
+def _open(
+    path: Path, tokenizer_folder: Path | None
+) -> tuple[Weights, PreTrainedTokenizerFast | None]:
+    """The weights behind a path, still on disk, and the tokenizer."""
+    given = None if tokenizer_folder is None else read_tokenizer(tokenizer_folder)
+    file = _main_file(path)
+    if file.suffix == ".ckpt":
+        checkpoint = read_checkpoint(file)
+        if given is None or tokenizer_folder is None:
+            return checkpoint.weights, checkpoint_tokenizer(file, checkpoint.tokenizer)
+        check_tokenizer(given, checkpoint.tokenizer, tokenizer_folder)
+        return checkpoint.weights, given
+    if file.suffix == ".gguf":
+        return gguf_weights(file), given or read_tokenizer(file.parent, file.name)
+    weights = folder_weights(path)
+    if given is None and holds_tokenizer(path):
+        given = read_tokenizer(path)
+    return weights, given
+
+
+def _main_file(path: Path) -> Path:
+    """What decides how a path is read: a checkpoint, a GGUF file or a config."""
+    if path.is_file():
+        refuse_pickled([path])
+        if path.suffix in (".ckpt", ".gguf"):
+            return path
+        raise ValueError(f"{path} is neither .ckpt nor .gguf; of other models give the folder")
+    for checkpoints in (path / "checkpoints", path):
+        for name in ("best.ckpt", "last.ckpt"):
+            if (checkpoints / name).is_file():
+                return checkpoints / name
+    if (path / "config.json").is_file():
+        return path / "config.json"
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) > 1:
+        raise ValueError(f"{path} holds {len(ggufs)} GGUF files; name one, such as {ggufs[0]}")
+    if ggufs:
+        return ggufs[0]
+    found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise FileNotFoundError(
+        f"{path} holds none of config.json, {ADAPTER_CONFIG}, a .gguf file or checkpoints;"
+        f" found {found}"
+    )
+
+
+def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name in _DTYPES:
+        return _DTYPES[name]
+    near = difflib.get_close_matches(name, _DTYPES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"dtype {name} is none of {', '.join(_DTYPES)}{hint}")
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerFast | None, network: PreTrainedModel) -> None:
+    if tokenizer is None:
+        return
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    if num_tokens > network.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {num_tokens} tokens, the network {network.config.vocab_size}"
+        )
+
+
+def _kind(network: PreTrainedModel, quantize: str | None) -> str:
+    pairs = (LowRankLinear, LowRankEmbedding)
+    is_low_rank = any(isinstance(module, pairs) for module in network.modules())
+    kind = f"{'low-rank ' if is_low_rank else ''}{network.config.model_type}"
+    return f"{kind}, {quantize}" if quantize else kind

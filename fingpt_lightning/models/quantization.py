@@ -1,0 +1,80 @@
+"""Frozen linear layers in NF4 or int8, by bitsandbytes."""
+
+import logging
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fingpt_lightning.low_rank import LowRankLinear
+
+QUANTIZATIONS = ("nf4", "int8")
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether `quantized_layer` takes it: a linear layer, dense or a pair."""
+    return isinstance(layer, nn.Linear | Conv1D | LowRankLinear)
+
+
+def quantized_layer(layer: nn.Module, quantize: str, device: torch.device) -> nn.Module:
+    """The layer of the same map with its weight frozen in 4 or 8 bits, its bias as it was.
+
+    A pair becomes two quantised layers, ``down`` and ``up``.
+
+    Args:
+        layer: On the CPU (bitsandbytes leaves int8 weights that come from elsewhere as they
+            are); its dtype becomes that of the products.
+        quantize: ``nf4`` (blocks of 64, their scales quantised again) or ``int8`` (by row, with
+            outlying features of the input, above 6, multiplied unquantised).
+        device: Where the quantised layer goes.
+
+    Raises:
+        TypeError: It is no linear layer.
+
+    Source: https://arxiv.org/abs/2305.14314, section 3; https://arxiv.org/abs/2208.07339.
+    """
+    match layer:
+        case LowRankLinear():
+            down = _quantized(layer.down, None, quantize, device)
+            up = _quantized(layer.up, layer.bias, quantize, device)
+            return nn.Sequential(OrderedDict(down=down, up=up))
+        case Conv1D():
+            return _quantized(layer.weight.T, layer.bias, quantize, device)
+        case nn.Linear():
+            return _quantized(layer.weight, layer.bias, quantize, device)
+    raise TypeError(f"{type(layer).__name__} is no linear layer")
+
+
+def _quantized(
+    weight: Tensor, bias: Tensor | None, quantize: str, device: torch.device
+) -> nn.Module:
+    for module in ("autograd._functions", "backends.cpu.ops"):
+        # It tells of its casts at each product, and advises a package that fetches native code.
+        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
+    import bitsandbytes  # takes a second
+
+    bnb: Any = bitsandbytes.nn  # annotated in part, and wrongly
+    out_features, in_features = weight.shape
+    has_bias = bias is not None
+    weight = weight.detach()
+    with torch.device("meta"):
+        if quantize == "nf4":
+            layer = bnb.Linear4bit(in_features, out_features, has_bias, weight.dtype)
+        else:
+            layer = bnb.Linear8bitLt(
+                in_features, out_features, has_bias, has_fp16_weights=False, threshold=6.0
+            )
+    # The move quantises.
+    if quantize == "nf4":
+        layer.weight = bnb.Params4bit(weight, quant_type="nf4", module=layer).to(device)
+        # bitsandbytes 0.50 packs the weight at the first evaluation on a CPU with AVX-512, and a
+        # training step after that gets wrong gradients without an error.
+        layer.support_avx512bf16_for_cpu = False
+    else:
+        layer.weight = bnb.Int8Params(weight, requires_grad=False).to(device)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(device))
+    assert isinstance(layer, nn.Module)
+    return layer
