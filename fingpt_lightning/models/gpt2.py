@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear, RankRule
 from fingpt_lightning.low_rank.rank import Rank, resolve_rank
+from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
 
 INITIALIZER_STD = 0.02
 
@@ -119,6 +120,7 @@ def lay_out_gpt2(
         eos_token_id=eos_token_id,
         use_cache=False,
     )
+    config._attn_implementation = BLOCKED_ATTENTION
     embedding_columns = resolve_rank(embedding_rank, vocab_size, shape.width)
     config.tie_word_embeddings = embedding_columns is None
     with torch.device("meta"):
@@ -172,6 +174,10 @@ def _tie(network: GPT2LMHeadModel) -> None:
     embedding = network.get_submodule("transformer.wte")
     if isinstance(embedding, LowRankEmbedding):
         network.set_submodule("lm_head", LowRankHead(embedding))
+        # What save_pretrained may leave out of a file.
+        network._tied_weights_keys = {
+            f"lm_head.{factor}": f"transformer.wte.{factor}" for factor in ("table", "up")
+        }
     else:
         network.tie_weights()
 

@@ -1,15 +1,78 @@
 """Computing activations again in the backward pass in place of keeping them."""
 
+import functools
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fingpt_lightning.models.attention import ATTENTION_OPERATOR
 
 
-def recompute_blocks(network: PreTrainedModel) -> None:
-    """Keeps each decoder block's input only; the rest is computed again in the backward pass.
+class Recompute(StrEnum):
+    """What a decoder block computes again in the backward pass."""
 
-    Costs one more forward pass through the blocks. Gradients are equal to the bit, dropout
-    included. Source: https://arxiv.org/abs/1604.06174.
+    NONE = "none"
+    """Nothing: all activations are kept."""
+    BLOCK = "block"
+    """All: only the block's input is kept. Costs one more forward pass through the blocks.
+
+    Source: https://arxiv.org/abs/1604.06174."""
+    LOW_RANK = "low_rank"
+    """The widening halves of the pairs, norms and elementwise functions: the block's input, the
+    rank-r activation of each pair and attention's result are kept. Costs half the products of
+    ``BLOCK`` and no attention.
+
+    Source: CoLA-M, https://arxiv.org/abs/2502.10940, section 4, which computes attention again."""
+
+
+def recompute_blocks(network: PreTrainedModel, recompute: Recompute = Recompute.BLOCK) -> None:
+    """Sets what the decoder blocks of a network compute again; gradients stay equal to the bit.
+
+    Args:
+        network: Of transformers; dropout is repeated exactly.
+        recompute: Under ``LOW_RANK`` a block without pairs keeps its input and attention's result.
     """
-    # transformers renamed the method in 5.2x and warns of the old name.
-    old_name, new_name = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-    enable = getattr(network, new_name, None) or getattr(network, old_name)
-    enable({"use_reentrant": False})
+    options: dict[str, Any] = {"use_reentrant": False}
+    if recompute is Recompute.LOW_RANK:
+        policy = functools.partial(_policy, keeps_attention=not _attention_dropout(network))
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+    run = functools.partial(checkpoint, **options)
+    for block in network.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            block.gradient_checkpointing = recompute is not Recompute.NONE
+            block.__dict__["_gradient_checkpointing_func"] = run
+
+
+_ATTENTION = {
+    ATTENTION_OPERATOR,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _policy(
+    ctx: Any, operator: Any, *args: Any, keeps_attention: bool, **kwargs: Any
+) -> CheckpointPolicy:
+    if operator in _ATTENTION and keeps_attention:
+        return CheckpointPolicy.MUST_SAVE
+    # The narrowing half of a pair has no bias, so it is a plain product; so is the half of a pair
+    # without any bias that widens, whose result is not thin.
+    if operator is torch.ops.aten.mm.default and args[1].shape[1] < args[1].shape[0]:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _attention_dropout(network: PreTrainedModel) -> float:
+    # A kept result is not drawn again: the dropouts after it would see another random stream.
+    config = network.config
+    return float(getattr(config, "attn_pdrop", getattr(config, "attention_dropout", 0.0)))

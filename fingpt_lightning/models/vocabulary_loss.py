@@ -16,6 +16,10 @@ IGNORED_LABEL = -100
 """The label of a position without supervision, as ``torch.nn.functional.cross_entropy`` has it."""
 
 
+_SOFTMAX_BYTES = 2**22
+"""Of the rows whose softmax is taken at a time on the CPU: what a core's share of cache holds."""
+
+
 class LossSums(NamedTuple):
     """What a step adds up; dividing happens once, over all microbatches and ranks.
 
@@ -51,22 +55,21 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
         loss_sum = features.new_zeros((), dtype=wide_dtype)
         grad_features = torch.empty_like(features_NK) if with_features else None
         grad_weight = torch.zeros_like(weight, dtype=wide_dtype) if with_weight else None
-        for first in range(0, features_NK.shape[0], chunk_size):
+        logits = features_NK.new_empty(min(chunk_size, len(features_NK)), len(weight_VK))
+        for first in range(0, len(features_NK), chunk_size):
             features_CK = features_NK[first : first + chunk_size]
+            logits_CV = logits[: len(features_CK)]
+            torch.matmul(features_CK, weight_VK.T, out=logits_CV)
             labels_C = labels[first : first + chunk_size]
-            kept_C = labels_C != IGNORED_LABEL
-            target_C1 = labels_C.where(kept_C, 0).unsqueeze(1)
-            log_p_CV = torch.log_softmax((features_CK @ weight_VK.T).to(wide_dtype), dim=1)
-            loss_sum -= log_p_CV.gather(1, target_C1).squeeze(1).where(kept_C, 0).sum()
-            if not (with_features or with_weight):
-                continue
-            grad_CV = log_p_CV.exp_()
-            ones_C1 = torch.ones_like(target_C1, dtype=wide_dtype)
-            grad_CV.scatter_add_(1, target_C1, -ones_C1)
-            grad_CV = grad_CV.mul_(kept_C.unsqueeze(1)).to(compute_dtype)
+            loss_sum += _loss_and_gradient_(logits_CV, labels_C, wide_dtype)
+            grad_CV = logits_CV
             if grad_features is not None:
                 torch.matmul(grad_CV, weight_VK, out=grad_features[first : first + chunk_size])
-            if grad_weight is not None:
+            if grad_weight is None:
+                continue
+            if grad_weight.dtype == compute_dtype:
+                grad_weight.addmm_(grad_CV.T, features_CK)
+            else:
                 grad_weight += grad_CV.T @ features_CK
         ctx.save_for_backward(grad_features, grad_weight)
         ctx.dtypes = features.dtype, weight.dtype
@@ -80,6 +83,24 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return grad_features, grad_weight, None, None, None
+
+
+def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, wide_dtype: torch.dtype) -> Tensor:
+    """The summed loss; the logits become its gradient with respect to them, in place."""
+    # A few rows at a time, so that on the CPU every pass but the first finds them in cache.
+    num_rows = len(logits_CV)
+    if logits_CV.device.type == "cpu":
+        num_rows = max(1, _SOFTMAX_BYTES // (logits_CV.shape[1] * wide_dtype.itemsize))
+    loss_sum = logits_CV.new_zeros((), dtype=wide_dtype)
+    for rows_RV, labels_R in zip(logits_CV.split(num_rows), labels_C.split(num_rows), strict=True):
+        kept_R = labels_R != IGNORED_LABEL
+        target_R1 = labels_R.where(kept_R, 0).unsqueeze(1)
+        log_p_RV = torch.log_softmax(rows_RV, 1, dtype=wide_dtype)
+        loss_sum -= log_p_RV.gather(1, target_R1).squeeze(1).where(kept_R, 0).sum()
+        grad_RV = log_p_RV.exp_()
+        grad_RV.scatter_add_(1, target_R1, grad_RV.new_full(target_R1.shape, -1.0))
+        torch.mul(grad_RV, kept_R.unsqueeze(1), out=rows_RV)
+    return loss_sum
 
 
 def vocabulary_loss(

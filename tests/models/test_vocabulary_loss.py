@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,9 +32,14 @@ def _plain(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), reduction="sum")
 
 
+@pytest.mark.parametrize("softmax_rows", [3, 1000])
 @pytest.mark.parametrize("chunk_size", [1, 5, 11, 22, 500])
 @pytest.mark.parametrize("which", [0, 1], ids=["low_rank", "dense"])
-def test_loss_and_gradients_equal_the_plain_way(chunk_size: int, which: int) -> None:
+def test_loss_and_gradients_equal_the_plain_way(
+    chunk_size: int, which: int, softmax_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[vocabulary_loss.__module__]
+    monkeypatch.setattr(module, "_SOFTMAX_BYTES", softmax_rows * VOCABULARY * 8)
     head, labels = _heads()[which], _labels()
     results = []
     for chunked in (False, True):

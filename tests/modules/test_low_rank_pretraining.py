@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from fingpt_lightning.low_rank import LowRankLinear
+from fingpt_lightning.models import Recompute
 from fingpt_lightning.modules import LowRankPretraining
 from tests.support.token_data import TokenData
 
@@ -52,14 +53,24 @@ def test_the_dense_twin_has_the_same_settings_and_no_pair() -> None:
 
 
 def test_recomputing_changes_no_weight(tmp_path: Path) -> None:
-    weights = []
-    for recompute in ("none", "block"):
+    weights = {}
+    for recompute in Recompute:
         torch.manual_seed(2)
         module = LowRankPretraining(**SIZES, rank=3, recompute=recompute)
         _fit(tmp_path, module)
-        assert module.network.transformer.h[0].gradient_checkpointing == (recompute == "block")
-        weights.append(module.state_dict())
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        assert module.network.transformer.h[0].gradient_checkpointing == (recompute != "none")
+        weights[recompute] = module.state_dict()
+    assert len(weights) == 3
+    for name, weight in weights[Recompute.NONE].items():
+        assert torch.equal(weights[Recompute.BLOCK][name], weight)
+        assert torch.equal(weights[Recompute.LOW_RANK][name], weight)
+
+
+def test_blocks_are_compiled_when_asked() -> None:
+    module = LowRankPretraining(**SIZES, rank=3, vocab_size=23, compile=True)
+    module.configure_model()
+    blocks = module.network.transformer.h
+    assert all(block._compiled_call_impl is not None for block in blocks)
 
 
 @pytest.mark.parametrize(

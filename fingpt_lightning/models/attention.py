@@ -1,0 +1,155 @@
+"""Causal self-attention in bfloat16 on the CPU, faster than torch's own and with less to keep.
+
+Axes: B batch, H heads, T tokens, D features of a head; G = B H; Q tokens of one block of queries,
+K = tokens up to the end of that block.
+"""
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+IMPLEMENTATION = "fingpt_blocked"
+"""The name under which transformers finds `blocked_or_sdpa_attention` (``attn_implementation``)."""
+
+_BLOCK = 128
+
+
+def causal_attention(
+    query: Float[Tensor, "B H T D"],
+    key: Float[Tensor, "B H T D"],
+    value: Float[Tensor, "B H T D"],
+    scale: float,
+) -> Float[Tensor, "B H T D"]:
+    """softmax(scale query key' + causal mask) value, block by block of queries.
+
+    Matrix products of whole blocks run near the machine's peak where torch's CPU kernel reaches a
+    quarter of it, and keys after a block are never multiplied. Scores are rounded to the inputs'
+    dtype, as in transformers' eager attention; softmax and sums are wider inside. Memory: scores
+    of ``B H 128 T``; for the backward pass only the three inputs are kept.
+
+    Cost: 2 B H D T (T + 128) floating-point operations; the backward pass 2.5 times as many.
+    Source: query blocks as in https://arxiv.org/abs/2205.14135, without its split over keys.
+    """
+    return cast("Tensor", _causal_attention(query, key, value, scale))
+
+
+# An operator of torch's own kind: recomputation can name it, and compilers need not look inside.
+@torch.library.custom_op("fingpt::causal_attention", mutates_args=())
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    batch, heads, tokens, head_dim = query.shape
+    query_GTD, key_GTD, value_GTD = (_joined(x) for x in (query, key, value))
+    # Heads last but one, so that joining them again is a view.
+    out_BTHD = query.new_empty(batch, tokens, heads, head_dim)
+    for first in range(0, tokens, _BLOCK):
+        end = min(first + _BLOCK, tokens)
+        weights_GQK = _attention_weights(query_GTD[:, first:end], key_GTD[:, :end], scale)
+        block_GQD = torch.bmm(weights_GQK, value_GTD[:, :end])
+        out_BTHD[:, first:end] = block_GQD.view(batch, heads, -1, head_dim).transpose(1, 2)
+    return out_BTHD.transpose(1, 2)
+
+
+@torch.library.custom_op("fingpt::causal_attention_backward", mutates_args=())
+def _causal_attention_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    query_GTD, key_GTD, value_GTD, grad_GTD = (_joined(x) for x in (query, key, value, grad_out))
+    sum_dtype = torch.promote_types(query.dtype, torch.float32)
+    grad_query_GTD = torch.empty_like(query_GTD)
+    grad_key_GTD = torch.zeros_like(key_GTD, dtype=sum_dtype)
+    grad_value_GTD = torch.zeros_like(value_GTD, dtype=sum_dtype)
+    for first in range(0, query.shape[2], _BLOCK):
+        end = min(first + _BLOCK, query.shape[2])
+        query_GQD, grad_GQD = query_GTD[:, first:end], grad_GTD[:, first:end]
+        weights_GQK = _attention_weights(query_GQD, key_GTD[:, :end], scale)
+        grad_value_GTD[:, :end] += torch.bmm(weights_GQK.mT, grad_GQD)
+        grad_weights_GQK = torch.bmm(grad_GQD, value_GTD[:, :end].mT)
+        grad_scores_GQK = torch._softmax_backward_data(
+            grad_weights_GQK, weights_GQK, -1, weights_GQK.dtype
+        )
+        grad_query_GTD[:, first:end] = torch.bmm(grad_scores_GQK, key_GTD[:, :end])
+        grad_key_GTD[:, :end] += torch.bmm(grad_scores_GQK.mT, query_GQD)
+    return (
+        grad_query_GTD.mul_(scale).view_as(query),
+        grad_key_GTD.mul_(scale).to(key.dtype).view_as(key),
+        grad_value_GTD.to(value.dtype).view_as(value),
+    )
+
+
+def _joined(x: Tensor) -> Tensor:
+    batch, heads, tokens, head_dim = x.shape
+    return x.reshape(batch * heads, tokens, head_dim)
+
+
+def _attention_weights(query_GQD: Tensor, key_GKD: Tensor, scale: float) -> Tensor:
+    num_queries = query_GQD.shape[1]
+    scores_GQK = torch.bmm(query_GQD * scale, key_GKD.mT)
+    future_QQ = torch.full((num_queries, num_queries), -torch.inf, dtype=query_GQD.dtype).triu_(1)
+    scores_GQK[:, :, -num_queries:] += future_QQ
+    return torch.softmax(scores_GQK, -1)
+
+
+@_causal_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(query.transpose(1, 2).contiguous()).transpose(1, 2)
+
+
+@_causal_attention_backward.register_fake
+def _(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    return *_causal_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
+
+
+_causal_attention.register_autograd(_backward, setup_context=_setup_context)
+ATTENTION_OPERATOR = torch.ops.fingpt.causal_attention.default
+"""`causal_attention` as recomputation sees it."""
+
+
+def blocked_or_sdpa_attention(
+    module: nn.Module,
+    query: Float[Tensor, "B H T D"],
+    key: Float[Tensor, "B H_kv S D"],
+    value: Float[Tensor, "B H_kv S D"],
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "B T H D"], None]:
+    """An attention function for transformers: `causal_attention` where it is faster, else torch's.
+
+    That is in bfloat16 on the CPU, for whole causal sequences without mask, dropout, cache or
+    grouped heads. In float32 torch's kernel is as fast.
+    """
+    applies = (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and query.shape == key.shape
+        and query.shape[2] > 1
+        and attention_mask is None
+        and dropout == 0
+        and getattr(module, "is_causal", True)
+    )
+    if not applies:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return causal_attention(query, key, value, scale).transpose(1, 2), None
+
+
+AttentionInterface.register(IMPLEMENTATION, blocked_or_sdpa_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

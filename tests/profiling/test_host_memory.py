@@ -1,0 +1,24 @@
+import subprocess
+import sys
+
+import pytest
+
+_PROGRAM = """
+import psutil
+from fingpt_lightning.profiling.host_memory import keep_freed_memory
+
+assert keep_freed_memory()
+bytearray(2**27)
+print(psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc can be told to keep memory")
+def test_freed_memory_stays_with_the_process() -> None:
+    rss = {}
+    for keeps in (True, False):
+        program = _PROGRAM if keeps else _PROGRAM.replace("assert keep_freed_memory()\n", "")
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        rss[keeps] = int(done.stdout)
+    assert rss[True] - rss[False] > 2**26
