@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.console import Console
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -172,8 +173,8 @@ class ThroughputMonitor(Callback):
             if listed is not None:
                 return listed
         measured = measured_peak_flops_per_s(self._device, dtype)
-        rank_zero_info(
-            f"ThroughputMonitor: throughput/mfu is relative to {measured / 1e12:.3g} TFLOP/s, the"
+        _print(
+            f"throughput/mfu is relative to {measured / 1e12:.3g} TFLOP/s, the"
             f" rate of {name} matrix products measured on this {self._device.type} just now; its"
             " data sheet's peak is not known here (peak_tflops sets it)"
         )
@@ -231,6 +232,12 @@ class ThroughputMonitor(Callback):
         if self._before_state_dict is not None:
             self._before_state_dict.remove()
             self._before_state_dict = None
+
+
+@rank_zero_only
+def _print(line: str) -> None:
+    # Like the tables of the run, not through Lightning's log, which the command line silences.
+    Console().print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _num_supervised(batch: Any) -> Tensor:

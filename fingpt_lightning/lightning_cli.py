@@ -19,8 +19,11 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -29,11 +32,13 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.rendezvous import rendezvous
 from typing_extensions import override
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from fingpt_lightning.cli import ConfigError
 from fingpt_lightning.config_errors import explain
+from fingpt_lightning.profiling import keep_freed_memory
 
 RUN_FOLDER_VARIABLE = "FINGPT_RUN_FOLDER"
 """Tells the processes that Lightning starts for other ranks the folder of rank 0."""
@@ -197,7 +202,8 @@ class FinGPTCLI(LightningCLI):
         settings = self.config[self.command]
         trainer = settings.trainer
         if trainer.default_root_dir is None:
-            trainer.default_root_dir = str(_new_run_folder(settings, self.command))
+            folder = _new_run_folder(settings, self.command)
+            trainer.default_root_dir = self._of_rank_zero(str(folder))
         self.run_folder = Path(trainer.default_root_dir)
         os.environ[RUN_FOLDER_VARIABLE] = str(self.run_folder)
         listed = trainer.callbacks if isinstance(trainer.callbacks, list) else []
@@ -211,6 +217,23 @@ class FinGPTCLI(LightningCLI):
         for logger in loggers:
             if isinstance(logger, Namespace) and logger.class_path.endswith(".WandbLogger"):
                 _place_wandb_run(logger.init_args, self.run_folder)
+
+    def _of_rank_zero(self, run_folder: str) -> str:
+        """Rank 0's choice on all ranks that torchrun or SLURM started: their clocks differ."""
+        # Lightning's order: torchrun may run inside of SLURM.
+        kinds = (TorchElasticEnvironment, SLURMEnvironment)
+        ranks = next((kind() for kind in kinds if kind.detect()), None)
+        if ranks is None or ranks.world_size() == 1:
+            return run_folder
+        url = (
+            f"tcp://{ranks.main_address}:{ranks.main_port}"
+            f"?rank={ranks.global_rank()}&world_size={ranks.world_size()}"
+        )
+        # Kept: rank 0 serves it until the process group takes over the same address.
+        self._store, _, _ = next(rendezvous(url))
+        if ranks.global_rank() == 0:
+            self._store.set(RUN_FOLDER_VARIABLE, run_folder)
+        return str(self._store.get(RUN_FOLDER_VARIABLE).decode())
 
     @override
     def instantiate_classes(self) -> None:
@@ -229,7 +252,10 @@ class FinGPTCLI(LightningCLI):
         if self.command == "fit" and not any(isinstance(x, CSVLogger) for x in loggers):
             _keep_old_metrics(self.run_folder)
             loggers = [*loggers, CSVLogger(str(self.run_folder), name="", version="")]
-        return super().instantiate_trainer(logger=loggers or False, **kwargs)
+        trainer = super().instantiate_trainer(logger=loggers or False, **kwargs)
+        if isinstance(trainer.accelerator, CPUAccelerator):
+            keep_freed_memory()
+        return trainer
 
 
 def find_checkpoint(ckpt_path: str, run_name: str, runs_dir: Path) -> Path:
@@ -339,6 +365,7 @@ def _place_wandb_run(logger: Namespace, run_folder: Path) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
 
 
+@rank_zero_only
 def _keep_old_metrics(run_folder: Path) -> None:
     """Moves ``metrics.csv`` of an earlier run aside, which CSVLogger would delete."""
     path = run_folder / "metrics.csv"

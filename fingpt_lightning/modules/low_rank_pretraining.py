@@ -10,10 +10,17 @@ from transformers import GPT2LMHeadModel
 from typing_extensions import override
 
 from fingpt_lightning.low_rank import ModelBudget, RankRule
-from fingpt_lightning.models import build_gpt2, model_budget, recompute_blocks
+from fingpt_lightning.models import (
+    Recompute,
+    build_gpt2,
+    compile_blocks,
+    model_budget,
+    recompute_blocks,
+)
 from fingpt_lightning.models.gpt2 import check_ranks, preset_shape
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import cosine_with_warmup, decay_groups
+from fingpt_lightning.modules.sharding import shard
 
 _ARCHITECTURE = (
     "preset", "num_layers", "width", "num_heads", "num_positions", "vocab_size", "rank",
@@ -37,8 +44,10 @@ class LowRankPretraining(LanguageModelingModule):
         num_positions: In place of the preset's.
         vocab_size: Tokens; null takes the tokenizer's of the data.
         dropout: Probability after embedding, attention and MLP.
-        recompute: ``block`` keeps each block's input only and computes the rest again in the
-            backward pass.
+        recompute: What each block computes again in the backward pass: ``none``; ``block``, all
+            but its input; ``low_rank``, all but its input, the thin activations of its pairs and
+            attention's result.
+        compile: Whether torch.compile fuses the blocks: some percent faster after a minute.
         loss_chunk_size: Tokens whose logits over the vocabulary are held at a time.
         learning_rate: The highest of the schedule.
         final_learning_rate_ratio: Last over highest learning rate.
@@ -67,7 +76,8 @@ class LowRankPretraining(LanguageModelingModule):
         num_positions: int | None = None,
         vocab_size: int | None = None,
         dropout: float = 0.0,
-        recompute: Literal["none", "block"] = "none",
+        recompute: Literal["none", "block", "low_rank"] = "none",
+        compile: bool = False,
         loss_chunk_size: int = 512,
         learning_rate: float = 0.0006,
         final_learning_rate_ratio: float = 0.1,
@@ -86,8 +96,8 @@ class LowRankPretraining(LanguageModelingModule):
         )
         self.rank_rule = RankRule(rank, rank_overrides or {})
         check_ranks(self.shape, self.rank_rule, embedding_rank)
-        if recompute not in ("none", "block"):
-            raise ValueError(f"recompute {recompute!r} is neither none nor block")
+        if recompute not in list(Recompute):
+            raise ValueError(f"recompute {recompute!r} is none of {', '.join(Recompute)}")
         if vocab_size is not None and vocab_size < 1:
             raise ValueError(f"vocab_size {vocab_size} is below 1")
         if loss_chunk_size < 1:
@@ -155,8 +165,10 @@ class LowRankPretraining(LanguageModelingModule):
             eos_token_id=None if source is None else source.eos_token_id,
             seed=self.initialization_seed,
         )
-        if self.hparams["recompute"] == "block":
-            recompute_blocks(self.network)
+        recompute_blocks(self.network, Recompute(self.hparams["recompute"]))
+        if self.hparams["compile"]:
+            compile_blocks(self.network)
+        shard(self, self.network)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
