@@ -18,9 +18,9 @@ def test_the_number_of_configs_is_known() -> None:
     """A new runnable file needs its debug twin, a new overlay its test."""
     names = {path.stem for path in RUNNABLE}
     full = {name for name in names if not name.startswith("debug_")}
-    assert len(full) == 2
+    assert len(full) == 3
     assert names - full == {f"debug_{name}" for name in full}
-    assert len(OVERLAYS) == 0
+    assert [path.stem for path in OVERLAYS] == ["ddp", "fsdp"]
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
@@ -32,6 +32,31 @@ def test_a_config_builds_what_it_names(
     monkeypatch.setenv("WANDB_SILENT", "true")
     main(["fit", "--config", str(path), "--trainer.accelerator", "cpu"])
     assert not list(tmp_path.iterdir()), "building a run writes nothing"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
+def test_an_overlay_fits_a_config(
+    path: Path, overlay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[FinGPTCLI] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FinGPTCLI, "_run_subcommand", lambda self, subcommand: built.append(self))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    main(["fit", "--config", str(path), "--config", str(overlay), "--trainer.accelerator", "cpu",
+          "--trainer.devices", "2"])  # fmt: skip
+    (cli,) = built
+    given = yaml.safe_load(overlay.read_text())["trainer"]["strategy"]["class_path"]
+    assert type(cli.trainer.strategy).__name__ == given.rpartition(".")[2]
+    assert cli.trainer.world_size == 2
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_an_overlay_says_question_need_and_command(path: Path) -> None:
+    head = " ".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert "Question: " in head
+    assert "Needs " in head
+    assert f"--config configs/overlays/{path.name}" in head
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
@@ -62,7 +87,7 @@ def test_a_debug_config_runs(
 def test_blocks_are_values_without_a_root() -> None:
     roots = {"trainer", "model", "data", "seed_everything"}
     blocks = [path for part in ("trainer", "model", "data") for path in (CONFIGS / part).iterdir()]
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     for path in blocks:
         assert not roots & set(yaml.safe_load(path.read_text())), path
 

@@ -3,19 +3,18 @@
 Axes: B batch, T tokens of a block.
 """
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Int64
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from fingpt_lightning.data.batch import IGNORED_LABEL
+from fingpt_lightning.data.block_order import BlockOrder, ShuffledOrder
 
 EMPTY_BLOCK = -1
 """The index of a block without labels, which fills up ranks that have fewer blocks than others."""
@@ -48,7 +47,7 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         self.eos_token_id = eos_token_id
 
     def __len__(self) -> int:
-        return -(-(len(self.tokens) - 1) // self.block_length)
+        return num_blocks(len(self.tokens), self.block_length)
 
     @override
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -78,11 +77,16 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         self.__dict__.update(state)
 
 
+def num_blocks(num_tokens: int, block_length: int) -> int:
+    """Blocks of a stream of tokens: each but the first is a label in one of them."""
+    return -(-(num_tokens - 1) // block_length)
+
+
 class BlockSampler(DistributedSampler[int]):
     """The order of the blocks: W ranks with batches of B see what one rank with W B sees.
 
-    Rank r takes each W-th block from the r-th on, of a permutation that follows from ``seed`` and
-    the epoch. In training, blocks that do not fill a batch on all ranks wait for another epoch; in
+    Rank r takes each W-th block from the r-th on, of an order that follows from ``seed`` and the
+    epoch. In training, blocks that do not fill a batch on all ranks wait for another epoch; in
     evaluation each block is read once, and ranks that would have fewer get ``EMPTY_BLOCK``.
     It is a ``DistributedSampler`` so that Lightning leaves it in place.
 
@@ -90,7 +94,8 @@ class BlockSampler(DistributedSampler[int]):
         dataset: Only its length counts.
         batch_size: B, blocks a rank and batch.
         training: Shuffle and drop, else neither.
-        seed: Of the permutation.
+        seed: Of the order.
+        order: Of training; null for a permutation of all blocks.
         num_replicas: W, the ranks that read different data.
         rank: r, in [0, W).
 
@@ -100,11 +105,12 @@ class BlockSampler(DistributedSampler[int]):
 
     def __init__(
         self,
-        dataset: TokenBlocks,
+        dataset: TokenBlocks | ConcatDataset[dict[str, Tensor]],
         batch_size: int,
         *,
         training: bool,
         seed: int = 0,
+        order: BlockOrder | None = None,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
@@ -112,7 +118,8 @@ class BlockSampler(DistributedSampler[int]):
             raise ValueError(f"batch_size {batch_size} is below 1")
         super().__init__(dataset, num_replicas, rank, training, seed, drop_last=training)
         self.batch_size = batch_size
-        self.num_blocks = len(dataset)
+        self.order = ShuffledOrder(len(dataset)) if order is None else order
+        self.num_blocks = len(self.order)
         self.first_sample = 0
         """Where the next iteration starts, in samples of all ranks; it is reset by starting."""
 
@@ -136,7 +143,7 @@ class BlockSampler(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         first, self.first_sample = self.first_sample, 0
         if self.shuffle:
-            order = _permutation(self.num_blocks, self.seed, self.epoch)
+            order = self.order.epoch(self.seed, self.epoch)
         else:
             order = torch.arange(self.num_blocks)
         num_left = self.num_blocks - first
@@ -147,13 +154,6 @@ class BlockSampler(DistributedSampler[int]):
             order = torch.cat([order[first:], torch.full((num_empty,), EMPTY_BLOCK)])
         for index in order[self.rank :: self.num_replicas]:
             yield int(index)
-
-
-def _permutation(num_blocks: int, seed: int, epoch: int) -> Int64[Tensor, "num_blocks"]:
-    # A sum would give seed 1 the epochs of seed 0, and torch's generator reads 32 bits of a seed.
-    digest = hashlib.blake2b(f"seed {seed} epoch {epoch}".encode(), digest_size=4).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest))
-    return torch.randperm(num_blocks, generator=generator)
 
 
 class ResumableDataLoader(DataLoader[dict[str, Tensor]]):
@@ -191,30 +191,32 @@ class ResumableDataLoader(DataLoader[dict[str, Tensor]]):
             self._num_samples += sampler.samples_per_batch
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """The position after the last batch that was handed out."""
         sampler = self.block_sampler
         return {
             "epoch": self._epoch if self._num_samples else sampler.epoch,
             "num_samples": self._num_samples,
             "seed": sampler.seed,
-            "num_blocks": sampler.num_blocks,
+            **sampler.order.identity(),
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
         """Goes back to a position.
 
         Raises:
             ValueError: The position is one in other data or in another order.
         """
         sampler = self.block_sampler
-        for name, ours in (("num_blocks", sampler.num_blocks), ("seed", sampler.seed)):
-            if state[name] != ours:
+        here = {"mixture": None, **sampler.order.identity(), "seed": sampler.seed}
+        for name, ours in here.items():
+            if state.get(name) != ours:
                 raise ValueError(
-                    f"the checkpoint stopped in data with {name} {state[name]}, but here {name} is "
-                    f"{ours}: resume with the files, block_length and seed of the first run"
+                    f"the checkpoint stopped in data with {name} {state.get(name)}, but here "
+                    f"{name} is {ours}: resume with the files, block_length and seed of the first "
+                    "run"
                 )
-        self._epoch, self._num_samples = state["epoch"], state["num_samples"]
+        self._epoch, self._num_samples = int(state["epoch"]), int(state["num_samples"])
         if self._num_samples + sampler.samples_per_batch > sampler.num_blocks:
             self._epoch, self._num_samples = self._epoch + 1, 0
         self._is_restored = True

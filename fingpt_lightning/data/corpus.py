@@ -13,10 +13,14 @@ class Piece(NamedTuple):
     """A document or a part of one; the pieces of a document join to its text exactly.
 
     A blank document is one piece with an empty text.
+
+    Attributes:
+        bytes_read: How far the corpus has been read, of its ``num_bytes``.
     """
 
     text: str
     ends_document: bool
+    bytes_read: int = 0
 
 
 @runtime_checkable
@@ -25,6 +29,10 @@ class Corpus(Protocol):
 
     def pieces(self) -> Iterator[Piece]:
         """Streams the documents from the first."""
+        ...
+
+    def num_bytes(self) -> int | None:
+        """Where ``bytes_read`` ends, or None where nobody knows."""
         ...
 
     def fingerprint(self) -> str:
@@ -44,6 +52,9 @@ class SyntheticCorpus:
     def pieces(self) -> Iterator[Piece]:
         """Each item is one document."""
         return (Piece(item.text, True) for item in synthetic_news(self.num_items, self.seed))
+
+    def num_bytes(self) -> None:
+        """Nothing is read."""
 
     def fingerprint(self) -> str:
         """The digest of the text itself, so that a better generator makes another corpus."""
@@ -82,12 +93,44 @@ class CorpusShare:
                 f"{self.corpus} is {self.part}: change val_share or name val_files"
             )
 
+    def num_bytes(self) -> int | None:
+        """All of the corpus is read."""
+        return self.corpus.num_bytes()
+
     def fingerprint(self) -> str:
         """The corpus and the rule."""
         return f"{self.part} {self.share} of {self.corpus.fingerprint()}"
 
     def __str__(self) -> str:
         return f"the {self.part} documents (share {self.share}) of {self.corpus}"
+
+
+@dataclass(frozen=True)
+class JoinedCorpus:
+    """The documents of several corpora, one corpus after the other."""
+
+    corpora: tuple[Corpus, ...]
+
+    def pieces(self) -> Iterator[Piece]:
+        """Streams all corpora."""
+        first_byte = 0
+        for corpus in self.corpora:
+            for piece in corpus.pieces():
+                yield piece._replace(bytes_read=first_byte + piece.bytes_read)
+            first_byte += corpus.num_bytes() or 0
+
+    def num_bytes(self) -> int | None:
+        """The sum, where each is known."""
+        sizes = [corpus.num_bytes() for corpus in self.corpora]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
+
+    def fingerprint(self) -> str:
+        """Those of the corpora, in their order."""
+        return f"joined {[corpus.fingerprint() for corpus in self.corpora]}"
+
+    def __str__(self) -> str:
+        return " + ".join(str(corpus) for corpus in self.corpora)
 
 
 @functools.cache

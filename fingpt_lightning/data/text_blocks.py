@@ -1,20 +1,25 @@
 """The data of pretraining: text files in, blocks of tokens out."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import override
 
-from fingpt_lightning.data.blocks import BlockSampler, ResumableDataLoader, TokenBlocks
-from fingpt_lightning.data.corpus import Corpus, CorpusShare, SyntheticCorpus
-from fingpt_lightning.data.text_files import TextFiles, find_text_files
+from fingpt_lightning.data.block_order import (
+    BlockOrder,
+    ShuffledOrder,
+    WeightedOrder,
+    WeightedPart,
+)
+from fingpt_lightning.data.blocks import BlockSampler, ResumableDataLoader, TokenBlocks, num_blocks
+from fingpt_lightning.data.text_sources import MixturePart, Split, TextSources, joined
 from fingpt_lightning.data.token_cache import TokenFile, build_token_file, find_token_file
 from fingpt_lightning.data.tokenizers import (
     MIN_VOCAB_SIZE,
@@ -25,27 +30,29 @@ from fingpt_lightning.data.tokenizers import (
     vocabulary_size,
 )
 
-Split = Literal["train", "val", "test"]
-
 
 class TextBlocks(LightningDataModule):
     """Blocks of text for next-token prediction, tokenised once and cached.
 
     Args:
-        train_files: ``.jsonl`` and ``.txt`` files, folders or globs; null for the embedded
-            synthetic news.
+        train_files: ``.jsonl``, ``.txt``, both with ``.gz``, and ``.parquet`` files, folders or
+            globs, or data sets of the hub as ``hf://OWNER/NAME[/CONFIG][@REVISION][:SPLIT]``;
+            null for the embedded synthetic news.
         val_files: The same for validation; null to hold out ``val_share`` of the training
             documents.
         test_files: The same for testing; null to test on the validation text.
+        mixture: Several corpora to train on, each with its share of the blocks, in place of
+            ``train_files``.
         val_share: Share of the training documents that is held out, in (0, 1); unused with
             ``val_files``.
-        text_field: Field of a JSON line that holds the text.
+        text_field: Field of a JSON line, or column, that holds the text.
         tokenizer: Folder or hub name of a tokenizer; null to train a byte-level BPE of
             ``vocab_size`` entries on the training text.
         vocab_size: Entries of a trained tokenizer at most; unused with ``tokenizer``.
         block_length: Tokens of a block.
         batch_size: Blocks of a batch on one device.
         num_workers: Processes that read ahead; blocks are slices of a memory map, so 0 is fast.
+        num_tokenizing_workers: Threads that tokenise; null for one on each available core.
         cache_dir: Folder of tokens and trained tokenizers.
         seed: Of the order of training blocks, and of the synthetic news.
         num_synthetic_items: Documents of synthetic news.
@@ -64,6 +71,7 @@ class TextBlocks(LightningDataModule):
         train_files: str | list[str] | None = None,
         val_files: str | list[str] | None = None,
         test_files: str | list[str] | None = None,
+        mixture: list[MixturePart] | None = None,
         val_share: float = 0.01,
         text_field: str = "text",
         tokenizer: str | None = None,
@@ -71,6 +79,7 @@ class TextBlocks(LightningDataModule):
         block_length: int = 512,
         batch_size: int = 8,
         num_workers: int = 0,
+        num_tokenizing_workers: int | None = None,
         cache_dir: str = "~/.cache/fingpt_lightning",
         seed: int = 1,
         num_synthetic_items: int = 4000,
@@ -81,28 +90,32 @@ class TextBlocks(LightningDataModule):
             "block_length": (block_length, 1),
             "batch_size": (batch_size, 1),
             "num_workers": (num_workers, 0),
+            "num_tokenizing_workers": (num_tokenizing_workers, 1),
             "num_synthetic_items": (num_synthetic_items, 1),
         }
         for name, (value, minimum) in least.items():
-            if value < minimum:
+            if value is not None and value < minimum:
                 raise ValueError(f"{name} {value} is below {minimum}")
-        if not 0 < val_share < 1:
-            raise ValueError(f"val_share {val_share} is outside (0, 1)")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed {seed} is outside [0, 2**32)")
+        self.sources = TextSources(
+            {"train": train_files, "val": val_files, "test": test_files},
+            mixture,
+            val_share,
+            text_field,
+            num_synthetic_items,
+            seed,
+        )
         self.save_hyperparameters(logger=False)
-        self.files = {"train": train_files, "val": val_files, "test": test_files}
-        self.val_share = val_share
-        self.text_field = text_field
         self.tokenizer_name = tokenizer
         self.max_vocab_size = vocab_size
         self.block_length = block_length
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.num_tokenizing_workers = num_tokenizing_workers
         self.cache_dir = Path(cache_dir).expanduser()
         self.seed = seed
-        self.num_synthetic_items = num_synthetic_items
-        self._token_files: dict[Split, TokenFile] = {}
+        self._token_files: dict[Split, tuple[TokenFile, ...]] = {}
 
     @property
     def vocabulary_size(self) -> int:
@@ -116,8 +129,8 @@ class TextBlocks(LightningDataModule):
 
     @property
     def num_train_tokens(self) -> int:
-        """Tokens of the training text."""
-        return self._token_file("train").num_tokens
+        """Tokens of the training text, of all corpora together."""
+        return sum(file.num_tokens for file in self._opened("train"))
 
     def tokenizer_reference(self) -> dict[str, str | int]:
         """What a checkpoint has to keep to know its tokenizer again."""
@@ -131,10 +144,14 @@ class TextBlocks(LightningDataModule):
     def prepare_data(self) -> None:
         """Trains the tokenizer and tokenises the text, where that has not been done before."""
         if self.tokenizer_name is None:
-            train_cached_tokenizer(self._corpus("train"), self.max_vocab_size, self.cache_dir)
+            training = joined(self.sources.corpora("train"))
+            train_cached_tokenizer(training, self.max_vocab_size, self.cache_dir)
         tokenizer = self._load_tokenizer()
         files = {
-            split: build_token_file(self._corpus(split), tokenizer, self.cache_dir)
+            split: [
+                build_token_file(corpus, tokenizer, self.cache_dir, self.num_tokenizing_workers)
+                for corpus in self.sources.corpora(split)
+            ]
             for split in self._splits()
         }
         if "train" in files:  # now, before a run's loggers and folders are made
@@ -147,8 +164,10 @@ class TextBlocks(LightningDataModule):
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         self.tokenizer = self._load_tokenizer()
         for split in self._splits():
-            corpus = self._corpus(split)
-            self._token_files[split] = find_token_file(corpus, self.tokenizer, self.cache_dir)
+            self._token_files[split] = tuple(
+                find_token_file(corpus, self.tokenizer, self.cache_dir)
+                for corpus in self.sources.corpora(split)
+            )
 
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -157,14 +176,22 @@ class TextBlocks(LightningDataModule):
         Raises:
             ValueError: The text does not fill one batch on all ranks.
         """
-        blocks = self._blocks("train")
+        files = self._opened("train")
+        parts = [self._blocks(file) for file in files]
+        blocks: TokenBlocks | ConcatDataset[dict[str, Tensor]]
+        blocks = parts[0] if len(parts) == 1 else ConcatDataset(parts)
         loading = self._loading()
         if self._overfits():
             return DataLoader(blocks, drop_last=True, **loading)
         sampler = BlockSampler(
-            blocks, self.batch_size, training=True, seed=self.seed, **self._ranks()
+            blocks,
+            self.batch_size,
+            training=True,
+            seed=self.seed,
+            order=self._order(files),
+            **self._ranks(),
         )
-        self._check_fills_a_batch(self._token_file("train"))
+        self._check_fills_a_batch(files)
         return ResumableDataLoader(blocks, sampler=sampler, drop_last=True, **loading)
 
     @override
@@ -183,34 +210,46 @@ class TextBlocks(LightningDataModule):
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: Split) -> DataLoader[dict[str, Tensor]]:
-        blocks = self._blocks(split)
+        (file,) = self._opened(split)
+        blocks = self._blocks(file)
         loading = self._loading()
         if self._overfits():
             return DataLoader(blocks, **loading)
         sampler = BlockSampler(blocks, self.batch_size, training=False, **self._ranks())
         return DataLoader(blocks, sampler=sampler, **loading)
 
-    def _check_fills_a_batch(self, file: TokenFile) -> None:
-        num_blocks = -(-(file.num_tokens - 1) // self.block_length)
+    def _order(self, files: Sequence[TokenFile]) -> BlockOrder:
+        sizes = [num_blocks(file.num_tokens, self.block_length) for file in files]
+        if not self.sources.weights:
+            return ShuffledOrder(*sizes)
+        weights = self.sources.weights.items()
+        return WeightedOrder(
+            [
+                WeightedPart(name, size, weight)
+                for size, (name, weight) in zip(sizes, weights, strict=True)
+            ]
+        )
+
+    def _check_fills_a_batch(self, files: Sequence[TokenFile]) -> None:
+        num_tokens, size = sum(file.num_tokens for file in files), len(self._order(files))
         num_replicas = self._ranks()["num_replicas"]
-        if num_blocks < self.batch_size * num_replicas:
+        if size < self.batch_size * num_replicas:
             raise ValueError(
-                f"the training text has {file.num_tokens} tokens, {num_blocks} blocks of "
+                f"the training text has {num_tokens} tokens, {size} blocks of "
                 f"{self.block_length}, but one batch takes {self.batch_size * num_replicas} "
                 f"(batch_size {self.batch_size} x {num_replicas} ranks): give more text, or lower "
                 "block_length or batch_size"
             )
 
-    def _blocks(self, split: Split) -> TokenBlocks:
-        tokens = self._token_file(split).open()
-        return TokenBlocks(tokens, self.block_length, self.eos_token_id)
+    def _blocks(self, file: TokenFile) -> TokenBlocks:
+        return TokenBlocks(file.open(), self.block_length, self.eos_token_id)
 
-    def _token_file(self, split: Split) -> TokenFile:
+    def _opened(self, split: Split) -> tuple[TokenFile, ...]:
         if split not in self._token_files:
             raise RuntimeError(f"the {split} text is not open: setup has to run first")
         return self._token_files[split]
 
-    def _ranks(self) -> dict[str, int]:
+    def _ranks(self) -> dict[str, Any]:
         kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
 
@@ -240,23 +279,8 @@ class TextBlocks(LightningDataModule):
     def _load_tokenizer(self) -> PreTrainedTokenizerFast:
         if self.tokenizer_name is not None:
             return load_tokenizer(self.tokenizer_name)
-        folder = cached_tokenizer_folder(self._corpus("train"), self.max_vocab_size, self.cache_dir)
+        training = joined(self.sources.corpora("train"))
+        folder = cached_tokenizer_folder(training, self.max_vocab_size, self.cache_dir)
         if not folder.is_dir():
             raise RuntimeError(f"no tokenizer {folder}: prepare_data has to run first")
         return load_tokenizer(str(folder))
-
-    def _corpus(self, split: Split) -> Corpus:
-        if split == "test" and self.files["test"] is None:
-            split = "val"
-        if split == "test" or (split == "val" and self.files["val"] is not None):
-            return self._whole_corpus(split)
-        training = self._whole_corpus("train")
-        if self.files["val"] is not None:
-            return training
-        return CorpusShare(training, self.val_share, "kept" if split == "train" else "held out")
-
-    def _whole_corpus(self, split: Split) -> Corpus:
-        files = self.files[split]
-        if files is None:
-            return SyntheticCorpus(self.num_synthetic_items, self.seed)
-        return TextFiles(find_text_files(files, f"{split}_files"), self.text_field)

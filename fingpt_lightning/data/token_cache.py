@@ -10,26 +10,22 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast
 
-from fingpt_lightning.data.corpus import Corpus, Piece
+from fingpt_lightning.data.corpus import Corpus
+from fingpt_lightning.data.progress import SoFar, shown_progress
 from fingpt_lightning.data.tokenizers import tokenizer_sha256, vocabulary_size
+from fingpt_lightning.data.tokenizing import encoded_batches
 
 FORMAT_VERSION = 1
-
-_BATCH_CHARACTERS = 2**21
-_BATCH_PIECES = 2**10
-_QUIET_S = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -54,11 +50,20 @@ class TokenFile:
 
 
 def build_token_file(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, cache_dir: Path
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    cache_dir: Path,
+    num_workers: int | None = None,
 ) -> TokenFile:
     """Tokenises a corpus, unless that has been done before, in memory that it does not grow.
 
     A damaged cache is logged and built again.
+
+    Args:
+        corpus: What is read.
+        tokenizer: What makes the ids.
+        cache_dir: Where caches lie.
+        num_workers: Threads that tokenise; None for one a core. The file does not depend on it.
 
     Raises:
         ValueError: The corpus has no text, or what it reads is no text (see ``TextFiles``).
@@ -69,24 +74,29 @@ def build_token_file(
     cache_dir.mkdir(parents=True, exist_ok=True)
     path = cache_dir / f"{key}.bin"
     dtype = "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
-    num_characters = num_tokens = num_documents = num_skipped = 0
-    with _written_atomically(path) as file, _progress(str(corpus)) as show:
-        for batch in _batches(corpus.pieces()):
-            skipped = sum(not piece.text for piece in batch)
-            num_skipped += skipped
-            num_documents += sum(piece.ends_document for piece in batch) - skipped
-            ids = _encode(batch, tokenizer, dtype)
-            ids.tofile(file)
-            num_tokens += len(ids)
-            num_characters += sum(len(piece.text) for piece in batch)
-            show(num_characters, num_tokens)
-        if num_documents == 0:
+    num_skipped, so_far = 0, SoFar()
+    batches = encoded_batches(corpus, tokenizer, dtype, num_workers)
+    with (
+        _written_atomically(path) as file,
+        closing(batches),
+        shown_progress(str(corpus), corpus.num_bytes()) as show,
+    ):
+        for batch in batches:
+            batch.ids.tofile(file)
+            num_skipped += batch.num_skipped
+            so_far = SoFar(
+                so_far.num_documents + batch.num_documents,
+                so_far.num_tokens + len(batch.ids),
+                batch.bytes_read,
+            )
+            show(so_far)
+        if so_far.num_documents == 0:
             raise ValueError(f"{corpus}: no text in any of {num_skipped} documents")
     header = {
         "format_version": FORMAT_VERSION,
         "dtype": dtype,
-        "num_tokens": num_tokens,
-        "num_documents": num_documents,
+        "num_tokens": so_far.num_tokens,
+        "num_documents": so_far.num_documents,
         "num_skipped": num_skipped,
         "corpus": str(corpus),
         "corpus_fingerprint_sha256": hashlib.sha256(corpus.fingerprint().encode()).hexdigest(),
@@ -95,7 +105,7 @@ def build_token_file(
     }
     with _written_atomically(path.with_suffix(".json")) as file:
         file.write(json.dumps(header, indent=2).encode())
-    return TokenFile(path, dtype, num_tokens, num_documents, num_skipped)
+    return TokenFile(path, dtype, so_far.num_tokens, so_far.num_documents, num_skipped)
 
 
 def find_token_file(
@@ -151,59 +161,3 @@ def _written_atomically(path: Path) -> Iterator[BinaryIO]:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
-
-
-def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    num_characters = 0
-    for piece in pieces:
-        batch.append(piece)
-        num_characters += len(piece.text)
-        if num_characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_PIECES:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(
-    batch: list[Piece], tokenizer: PreTrainedTokenizerFast, dtype: str
-) -> npt.NDArray[np.unsignedinteger]:
-    # The call on ``tokenizer`` itself would warn of documents beyond the model's context.
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(
-        [piece.text for piece in batch], add_special_tokens=False
-    )
-    end = np.array([tokenizer.eos_token_id], dtype)
-    parts: list[npt.NDArray[np.unsignedinteger]] = []
-    for piece, encoding in zip(batch, encodings, strict=True):
-        if piece.text:
-            parts.append(np.array(encoding.ids, dtype))
-            if piece.ends_document:
-                parts.append(end)
-    return np.concatenate(parts) if parts else end[:0]
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A line on the terminal, where stderr is one, for work that takes longer than two seconds.
-
-    Yields:
-        What is to be called with the number of characters and of tokens so far.
-    """
-    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-    display = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = display.add_task(what, total=None)
-    started_s = time.monotonic()
-
-    def show(num_characters: int, num_tokens: int) -> None:
-        if not display.live.is_started:
-            if time.monotonic() - started_s < _QUIET_S:
-                return
-            display.start()
-        so_far = f"{num_characters / 1e6:.0f} M characters, {num_tokens / 1e6:.1f} M tokens"
-        display.update(task, description=f"{what}: {so_far}")
-
-    try:
-        yield show
-    finally:
-        display.stop()

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fingpt_lightning.data.corpus import Corpus
-from fingpt_lightning.data.text_files import nearest_name
+from fingpt_lightning.data.messages import first_line, nearest_name
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
@@ -131,7 +131,7 @@ def _load_from_folder(folder: Path) -> object:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
         raise ValueError(
-            f"tokenizer: {folder} holds none that loads ({_first_line(error)})"
+            f"tokenizer: {folder} holds none that loads ({first_line(error)})"
         ) from error
 
 
@@ -147,9 +147,5 @@ def _load_from_hub(name: str) -> object:
     except Exception as error:
         raise ValueError(
             f"tokenizer: {name} is neither a local folder nor to be had from the Hugging Face hub "
-            f"({_first_line(error)}); name a folder, or give null to train one on the text"
+            f"({first_line(error)}); name a folder, or give null to train one on the text"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")

@@ -10,8 +10,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from fingpt_lightning.data.batch import IGNORED_LABEL, TokenBatch
+from fingpt_lightning.data.block_order import WeightedOrder, WeightedPart
 from fingpt_lightning.data.blocks import (
     EMPTY_BLOCK,
     BlockSampler,
@@ -296,6 +298,62 @@ def test_a_position_in_other_data_is_refused(name: str, message: str) -> None:
     loader = _loader(12, 2)
     with pytest.raises(ValueError, match=message):
         loader.load_state_dict(loader.state_dict() | {name: 99})
+
+
+def _mixed_loader(
+    batch_size: int,
+    num_replicas: int = 1,
+    rank: int = 0,
+    weights: tuple[float, float] = (3.0, 1.0),
+) -> ResumableDataLoader:
+    parts = [_blocks(31, 1), _blocks(8, 1)]
+    order = WeightedOrder(
+        [
+            WeightedPart(name, len(part), weight)
+            for name, part, weight in zip("ab", parts, weights, strict=True)
+        ]
+    )
+    blocks: ConcatDataset[dict[str, Tensor]] = ConcatDataset(parts)
+    sampler = BlockSampler(
+        blocks, batch_size, training=True, seed=5, order=order, num_replicas=num_replicas, rank=rank
+    )
+    return ResumableDataLoader(blocks, batch_size, sampler=sampler, drop_last=True)
+
+
+@given(
+    num_samples=st.integers(0, 4).map(lambda batches: 6 * batches),
+    batch_size=st.integers(1, 4),
+    num_replicas=st.integers(1, 3),
+    epoch=st.integers(0, 2),
+)
+def test_a_mixture_goes_on_with_another_world_at_the_same_sample(
+    num_samples: int, batch_size: int, num_replicas: int, epoch: int
+) -> None:
+    one = _mixed_loader(1)
+    rest = [sample for [sample] in _epochs(one, epoch)][num_samples:]
+    state = one.state_dict() | {"epoch": epoch, "num_samples": num_samples}
+    ranks = []
+    for rank in range(num_replicas):
+        loader = _mixed_loader(batch_size, num_replicas, rank)
+        loader.load_state_dict(state)
+        ranks.append([batch["input_ids"].flatten().tolist() for batch in loader])
+    size = batch_size * num_replicas
+    expected = [sorted(rest[i : i + size]) for i in range(0, len(rest) - size + 1, size)]
+    together = [sorted(chain.from_iterable(parts)) for parts in zip(*ranks, strict=True)]
+    assert together == expected
+    assert len(rest) + num_samples == 39
+
+
+def test_a_position_in_another_mixture_is_refused() -> None:
+    state = _mixed_loader(2).state_dict()
+    with pytest.raises(
+        ValueError, match="with mixture 3/4 from 30 of a, 1/4 from 7 of b, but here"
+    ):
+        _mixed_loader(2, weights=(3.0, 2.0)).load_state_dict(state | {"num_blocks": 50})
+    with pytest.raises(ValueError, match="but here mixture is None"):
+        _loader(40, 2).load_state_dict(state)
+    with pytest.raises(ValueError, match="stopped in data with mixture None, but here"):
+        _mixed_loader(2).load_state_dict(_loader(40, 2).state_dict())
 
 
 def test_batches_are_token_batches() -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fingpt_lightning.data.corpus import Corpus, CorpusShare, Piece, SyntheticCorpus
+from fingpt_lightning.data.corpus import Corpus, CorpusShare, JoinedCorpus, Piece, SyntheticCorpus
 from fingpt_lightning.data.synthetic_news import synthetic_news
 
 
@@ -17,7 +17,10 @@ class _Words:
     def pieces(self) -> Iterator[Piece]:
         for document, size in enumerate(self.sizes):
             for index in range(size):
-                yield Piece(f"{document}.{index} ", index == size - 1)
+                yield Piece(f"{document}.{index} ", index == size - 1, document + 1)
+
+    def num_bytes(self) -> int:
+        return len(self.sizes)
 
     def fingerprint(self) -> str:
         return f"words {self.sizes}"
@@ -57,9 +60,26 @@ def test_fingerprints_tell_corpora_apart() -> None:
         CorpusShare(news, 0.5, "kept"),
         CorpusShare(news, 0.5, "held out"),
         CorpusShare(news, 0.4, "kept"),
+        JoinedCorpus((news, news)),
+        JoinedCorpus((news, CorpusShare(news, 0.5, "kept"))),
+        JoinedCorpus((CorpusShare(news, 0.5, "kept"), news)),
     ]
     assert len({corpus.fingerprint() for corpus in corpora}) == len(corpora)
     assert SyntheticCorpus(5, seed=1).fingerprint() == news.fingerprint()
+
+
+def test_joined_corpora_follow_each_other_and_count_on() -> None:
+    first, second, news = _Words([2, 1]), _Words([1]), SyntheticCorpus(2, seed=1)
+    both = JoinedCorpus((first, second))
+    assert list(both.pieces()) == [
+        Piece("0.0 ", False, 1),
+        Piece("0.1 ", True, 1),
+        Piece("1.0 ", True, 2),
+        Piece("0.0 ", True, 3),
+    ]
+    assert both.num_bytes() == CorpusShare(both, 0.5, "kept").num_bytes() == 3
+    assert JoinedCorpus((first, news)).num_bytes() is None
+    assert str(both) == "words + words"
 
 
 def test_synthetic_documents_are_the_news() -> None:

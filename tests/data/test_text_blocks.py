@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fingpt_lightning.data import token_cache
+from fingpt_lightning.data import tokenizing
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.blocks import ResumableDataLoader
 from fingpt_lightning.data.synthetic_news import synthetic_news
@@ -123,7 +123,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     # The very first token of a split is never a label, so its first document lacks it.
     held_out = _decoded(data, "val")
     assert 5 < len(held_out) < 30
-    kept = _documents(data, data._token_file("train").open().tolist())
+    kept = _documents(data, data._opened("train")[0].open().tolist())
     assert not set(held_out[1:]) & set(kept)
     assert len(kept) + len(held_out) == len(texts)
 
@@ -144,7 +144,7 @@ def test_nothing_is_tokenised_or_trained_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = _ready(_data(tmp_path))
-    monkeypatch.delattr(token_cache, "_encode")
+    monkeypatch.delattr(tokenizing, "_encode")
     second = _ready(_data(tmp_path, block_length=7, batch_size=2))
     assert second.num_train_tokens == first.num_train_tokens
 
@@ -165,6 +165,7 @@ def test_setup_without_prepare_data_says_so(tmp_path: Path) -> None:
         ({"block_length": 0}, "block_length 0 is below 1"),
         ({"batch_size": 0}, "batch_size 0 is below 1"),
         ({"num_workers": -1}, "num_workers -1 is below 0"),
+        ({"num_tokenizing_workers": 0}, "num_tokenizing_workers 0 is below 1"),
         ({"num_synthetic_items": 0}, "num_synthetic_items 0 is below 1"),
         ({"seed": -1}, "seed -1 is outside [0, 2**32)"),
     ],
@@ -237,6 +238,42 @@ def _fit(
     return module.train_batches
 
 
+_MIXTURE = [
+    {"name": "news", "files": None, "weight": 0.7},
+    {"name": "archive", "files": None, "weight": 0.3},
+]
+
+
+def test_a_mixture_draws_its_shares_and_counts_all_its_tokens(tmp_path: Path) -> None:
+    data = _ready(_data(tmp_path, mixture=_MIXTURE))
+    loader = data.train_dataloader()
+    assert isinstance(loader, ResumableDataLoader)
+    news, archive = (set(file.open().tolist()) for file in data._opened("train"))
+    assert news
+    assert archive
+    sizes = [len(data._blocks(file)) for file in data._opened("train")]
+    drawn = [int(index) < sizes[0] for index in loader.block_sampler]
+    assert abs(sum(drawn) - 0.7 * len(drawn)) < 1
+    assert data.num_train_tokens == sum(file.num_tokens for file in data._opened("train"))
+    assert len(_decoded(data, "val")) > 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_on_a_mixture_is_resumed_exactly(num_workers: int, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"mixture": _MIXTURE, "batch_size": 8, "num_workers": num_workers}
+    whole = _fit(tmp_path, "whole", None, **settings)
+    num_batches = len(whole) // 2
+    for step in (2, num_batches + 1):
+        resumed = _fit(tmp_path, f"from_{step}", tmp_path / f"whole/step={step}.ckpt", **settings)
+        assert resumed == whole[step:], step
+
+
+def test_a_checkpoint_of_a_mixture_holds_plain_types(tmp_path: Path) -> None:
+    _fit(tmp_path, "run", mixture=_MIXTURE)
+    checkpoint = torch.load(tmp_path / "run/step=2.ckpt", weights_only=True)
+    assert checkpoint["datamodule_hyper_parameters"]["mixture"] == _MIXTURE
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(
     num_workers: int, tmp_path: Path
@@ -281,7 +318,7 @@ def test_evaluation_sees_each_label_once_and_tokenises_its_split_alone(tmp_path:
     trainer = _trainer(tmp_path)
     trainer.test(module, datamodule=data)
     assert len(list(data.cache_dir.glob("*.bin"))) == 1
-    num_tokens = data._token_file("test").num_tokens
+    num_tokens = data._opened("test")[0].num_tokens
     assert module.num_eval_labels == num_tokens - 1
     trainer.validate(module, datamodule=data)
     assert module.num_eval_labels == 2 * (num_tokens - 1)

@@ -1,16 +1,23 @@
+import gzip
 import json
+import random
 import re
 import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from fingpt_lightning.data import text_files
+from fingpt_lightning.data import documents
 from fingpt_lightning.data.corpus import Piece
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
 from fingpt_lightning.data.tokenizers import load_tokenizer
+
+_ENDINGS = ".jsonl, .jsonl.gz, .txt, .txt.gz or .parquet"
 
 
 def _write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
@@ -80,9 +87,9 @@ def test_globs_are_sorted_and_a_file_is_taken_once(tmp_path: Path) -> None:
             "trian.jsonl does not exist; the nearest name there is ",
         ),
         ("no/a.txt", FileNotFoundError, "no/a.txt does not exist: there is no folder "),
-        ("empty", FileNotFoundError, "empty has no file that ends in .jsonl or .txt"),
+        ("empty", FileNotFoundError, "empty has no file that ends in " + _ENDINGS),
         ("*.txt", FileNotFoundError, "train_files: no file matches "),
-        ("a.csv", ValueError, "a.csv ends in '.csv', not in .jsonl or .txt"),
+        ("a.csv", ValueError, "a.csv ends in '.csv', not in " + _ENDINGS),
     ],
 )
 def test_a_path_without_text_is_refused(
@@ -135,7 +142,7 @@ def test_a_bad_line_is_named(line: bytes, message: str, tmp_path: Path) -> None:
 def test_bytes_that_are_no_text_are_named(
     data: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_files, "_PIECE_BYTES", 2)
+    monkeypatch.setattr(documents, "_PIECE_BYTES", 2)
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(ValueError, match=re.escape(message)):
         _documents(str(tmp_path / "a.txt"))
@@ -152,7 +159,7 @@ def test_pieces_of_a_txt_file_join_exactly_and_end_at_line_ends(
     path = tmp_path_factory.mktemp("pieces") / "a.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_files, "_PIECE_BYTES", piece_bytes)
+        patch.setattr(documents, "_PIECE_BYTES", piece_bytes)
         pieces = list(TextFiles((path,)).pieces())
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -163,7 +170,7 @@ def test_pieces_of_a_txt_file_join_exactly_and_end_at_line_ends(
 def test_pieces_have_the_tokens_of_the_whole(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_files, "_PIECE_BYTES", 3000)
+    monkeypatch.setattr(documents, "_PIECE_BYTES", 3000)
     encode = load_tokenizer(str(shared_data / "tokenizers/gpt2")).backend_tokenizer.encode
     prose = "A paragraph\nof two lines.\n\nAnother one,\n  indented.\n\n\n" * 300
     (tmp_path / "prose.txt").write_text(prose)
@@ -188,14 +195,15 @@ def test_the_fingerprint_follows_contents_order_and_field_but_not_names(tmp_path
     assert TextFiles((first, second)).fingerprint() != before
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".txt"])
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".txt", ".txt.gz"])
 def test_memory_does_not_grow_with_the_file(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"a{ending}"
     line = json.dumps({"text": "x" * 5000}) + "\n"
-    with path.open("w") as file:
+    with (
+        gzip.open(path, "wt", compresslevel=1) if ending.endswith("gz") else path.open("w") as file
+    ):
         for _ in range(10):
             file.write(line * 1000)
-    assert path.stat().st_size > 50e6
     num_characters = 0
     tracemalloc.start()
     try:
@@ -212,6 +220,158 @@ def test_a_document_is_yielded_before_the_next_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\nno JSON\n')
     pieces = TextFiles((path,)).pieces()
-    assert next(pieces) == Piece("x", True)
+    assert next(pieces) == Piece("x", True, 14)
     with pytest.raises(ValueError, match=r"a\.jsonl:2"):
         next(pieces)
+
+
+def test_packed_files_hold_the_same_documents(tmp_path: Path) -> None:
+    texts = ["one\n\ntwo", " ", "thr\u00e9e"]
+    plain = _write_jsonl(tmp_path / "a.jsonl", texts)
+    (tmp_path / "b.txt").write_text("first\n\nsecond\n")
+    for name in ("a.jsonl", "b.txt"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    _write_parquet(tmp_path / "c.parquet", texts)
+    expected = ["one\n\ntwo", "", "thr\u00e9e"]
+    assert _documents(str(plain)) == expected
+    assert _documents(str(tmp_path / "a.jsonl.gz")) == expected
+    assert _documents(str(tmp_path / "c.parquet")) == expected
+    assert _documents(str(tmp_path / "b.txt.gz")) == ["first\n\nsecond\n"]
+    assert len(find_text_files(str(tmp_path))) == 5
+
+
+def _write_parquet(path: Path, texts: Sequence[object], field: str = "text") -> Path:
+    table = pa.table({field: pa.array(texts), "id": list(range(len(texts)))})
+    parquet.write_table(table, path, row_group_size=3)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_every_kind_of_text_column_is_read(kind: str, tmp_path: Path) -> None:
+    types = {
+        "string": pa.string(),
+        "large_string": pa.large_string(),
+        "string_view": pa.string_view(),
+        "dictionary": pa.dictionary(pa.int32(), pa.string()),
+    }
+    texts = [f"document {index % 5}" for index in range(200)]
+    table = pa.table({"text": pa.array(texts).cast(types[kind])})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert _documents(str(tmp_path)) == texts
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["fine", None], "a.parquet, row 2: field 'text' holds a NoneType, not a string"),
+        ([3, 4], "a.parquet, row 1: field 'text' holds a int, not a string"),
+    ],
+)
+def test_a_bad_row_is_named(texts: list[object], message: str, tmp_path: Path) -> None:
+    path = _write_parquet(tmp_path / "a.parquet", texts)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _documents(str(path))
+
+
+def test_a_missing_column_names_the_nearest(tmp_path: Path) -> None:
+    path = _write_parquet(tmp_path / "a.parquet", ["x"], field="txt")
+    message = "a.parquet: no field 'text'; did you mean 'txt'? The fields are ['id', 'txt']"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _documents(str(path))
+
+
+def _no_parquet(path: Path) -> str:
+    path.write_text('{"text": "x"}')
+    return "a.parquet: no parquet data (Parquet magic bytes not found in footer"
+
+
+def _cut_off_parquet(path: Path) -> str:
+    path.write_bytes(_write_parquet(path, ["x"] * 9).read_bytes()[:-20])
+    return "a.parquet: no parquet data ("
+
+
+def _damaged_parquet(path: Path) -> str:
+    data = bytearray(_write_parquet(path, [f"number {index}" for index in range(9)]).read_bytes())
+    data[10:20] = b"\xff" * 10
+    path.write_bytes(data)
+    return "a.parquet: no parquet data ("
+
+
+@pytest.mark.parametrize("make", [_no_parquet, _cut_off_parquet, _damaged_parquet])
+def test_a_file_that_is_no_whole_parquet_is_named(
+    make: Callable[[Path], str], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.parquet"
+    message = make(path)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        _documents(str(path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz:1: the gzip data is damaged or cut off here (Not a"),
+        ("a.txt.gz", b"no gzip", "a.txt.gz, text byte 0: the gzip data is damaged or cut off"),
+    ],
+)
+def test_a_file_that_is_no_gzip_is_named(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _documents(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.jsonl.gz", r"a\.jsonl\.gz:\d+: the gzip data is damaged or cut off here \(Compressed"),
+        ("a.txt.gz", r"a\.txt\.gz, text byte \d+: the gzip data is damaged or cut off here \(Comp"),
+    ],
+)
+def test_a_cut_off_gzip_is_named(name: str, message: str, tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": f"{index * 7919}"}) + "\n" for index in range(3000))
+    (tmp_path / name).write_bytes(gzip.compress(lines.encode())[:-500])
+    with pytest.raises(ValueError, match=message):
+        _documents(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet"])
+def test_bytes_read_grow_to_the_sizes_of_the_files(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "_PIECE_BYTES", 1000)
+    texts = [f"text {index}" for index in range(200)]
+    for name in "ab":
+        path = tmp_path / f"{name}{ending}"
+        if ending == ".parquet":
+            _write_parquet(path, texts)
+        else:
+            content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+            path.write_bytes(gzip.compress(content) if ending.endswith(".gz") else content)
+    corpus = TextFiles(find_text_files(str(tmp_path)))
+    read = [piece.bytes_read for piece in corpus.pieces()]
+    sizes = [path.stat().st_size for path in corpus.paths]
+    assert read == sorted(read)
+    assert read[-1] == corpus.num_bytes() == sum(sizes)
+    assert sizes[0] in read
+    if not ending.endswith(".gz"):  # small gzip files are read in one go
+        assert read[0] < sizes[0]
+
+
+def test_memory_does_not_grow_with_a_parquet_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    schema = pa.schema({"text": pa.string()})
+    with parquet.ParquetWriter(path, schema, use_dictionary=False) as writer:
+        for _ in range(10):
+            texts = [random.randbytes(2500).hex() for _ in range(1000)]
+            writer.write_table(pa.table({"text": texts}, schema))
+    pool = pa.default_memory_pool()
+    before = peak = pool.bytes_allocated()
+    num_characters = 0
+    for piece in TextFiles((path,)).pieces():
+        num_characters += len(piece.text)
+        peak = max(peak, pool.bytes_allocated())
+    assert num_characters == 50e6
+    assert 0 < peak - before < 12e6

@@ -2,6 +2,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fingpt_lightning.data import token_cache
+from fingpt_lightning.data import token_cache, tokenizing
 from fingpt_lightning.data.corpus import Piece, SyntheticCorpus
 from fingpt_lightning.data.text_files import TextFiles
 from fingpt_lightning.data.token_cache import build_token_file, find_token_file
@@ -28,6 +29,9 @@ class Corpus:
         for _ in range(2000):
             yield Piece("first", True)
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def num_bytes(self):
+        return None
 
     def fingerprint(self):
         return "killed"
@@ -50,6 +54,9 @@ class _Listed:
             for index, text in enumerate(document):
                 yield Piece(text, index == len(document) - 1)
 
+    def num_bytes(self) -> None:
+        return None
+
     def fingerprint(self) -> str:
         return self.name
 
@@ -65,7 +72,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def test_documents_end_with_eos_and_blank_ones_are_counted(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_cache, "_BATCH_PIECES", 2)
+    monkeypatch.setattr(tokenizing, "_BATCH_PIECES", 2)
     documents = [["shares rose"], [""], ["shares\n", "fell\n", "rose"], [""], ["up"]]
     built = build_token_file(_Listed(documents), tokenizer, tmp_path)
     expected: list[int] = []
@@ -174,39 +181,28 @@ def test_a_failed_build_leaves_nothing(tokenizer: PreTrainedTokenizerFast, tmp_p
     assert list(tmp_path.iterdir()) == [texts]
 
 
+def test_an_interrupt_ends_the_threads_and_leaves_nothing(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(_Listed):
+        def pieces(self) -> Iterator[Piece]:
+            yield from super().pieces()
+            assert any(thread.name.startswith("tokenizing") for thread in threading.enumerate())
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizing, "_BATCH_PIECES", 1)
+    with pytest.raises(KeyboardInterrupt):
+        build_token_file(Interrupted([["rose"]] * 9), tokenizer, tmp_path, num_workers=2)
+    assert not any(thread.name.startswith("tokenizing") for thread in threading.enumerate())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_corpus_without_text_is_refused(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="blank: no text in any of 2 documents"):
         build_token_file(_Listed([[""], [""]], "blank"), tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_cache, "_BATCH_PIECES", 3)
-    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", 10)
-    pieces = [Piece("x" * size, True) for size in (1, 1, 1, 1, 9, 11, 2)]
-    sizes = [[len(p.text) for p in batch] for batch in token_cache._batches(iter(pieces))]
-    assert sizes == [[1, 1, 1], [1, 9], [11], [2]]
-
-
-def test_a_terminal_sees_long_work_only(
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    build_token_file(_Listed([["rose"]], "short"), tokenizer, tmp_path)
-    monkeypatch.setattr(token_cache, "_QUIET_S", 0.0)
-    monkeypatch.setenv("TERM", "xterm")
-    build_token_file(_Listed([["rose"]], "long"), tokenizer, tmp_path)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    build_token_file(_Listed([["rose"]], "piped"), tokenizer, tmp_path)
-    shown = capsys.readouterr().err
-    assert "long: 0 M characters, 0.0 M tokens" in shown
-    assert "short" not in shown
-    assert "piped" not in shown
 
 
 def test_long_documents_bring_no_warning(

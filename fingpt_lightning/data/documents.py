@@ -1,0 +1,179 @@
+"""How each kind of file is read as documents, streamed in memory that does not grow with it."""
+
+import codecs
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from fingpt_lightning.data.corpus import Piece
+from fingpt_lightning.data.messages import first_line, no_field
+
+_PIECE_BYTES = 2**20
+_PARQUET_ROWS = 64
+_DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
+# Byte-level BPE splits text before the last blank of a run of blanks. Cut at such a line end, the
+# pieces have the tokens of the whole: either the line end is the whole run, or one blank follows.
+_CLEAN_LINE_END = re.compile(r".*(?:(?<=\S)\n(?=\S)|\n(?=\s\S))", re.DOTALL)
+
+
+def jsonl_documents(path: Path, text_field: str) -> Iterator[Piece]:
+    """Each line is a document; empty lines are passed over.
+
+    Raises:
+        ValueError: A line is no JSON object, or its ``text_field`` is missing or no text.
+    """
+    number = 0
+    try:
+        with _opened(path) as (lines, position):
+            for number, line in enumerate(lines, start=1):
+                if not line.isspace():
+                    row = _json_object(line, f"{path}:{number}")
+                    yield document_of_row(row, text_field, f"{path}:{number}", position())
+    except _DAMAGED_GZIP as error:
+        raise ValueError(_damage(f"{path}:{number + 1}", error)) from None
+
+
+def txt_pieces(path: Path, _: str) -> Iterator[Piece]:
+    """The file is one document, cut at line ends about every MiB.
+
+    Raises:
+        ValueError: It is no UTF-8 text.
+    """
+    buffer = ""
+    num_pieces = bytes_read = 0
+    for text, bytes_read in _decoded(path):
+        buffer += text
+        if len(buffer) >= _PIECE_BYTES and (cut := _cut_after_line(buffer)):
+            yield Piece(buffer[:cut], False, bytes_read)
+            num_pieces += 1
+            buffer = buffer[cut:]
+    yield Piece(buffer if num_pieces or not buffer.isspace() else "", True, bytes_read)
+
+
+def parquet_documents(path: Path, text_field: str) -> Iterator[Piece]:
+    """Each row is a document; only the column of that name is read.
+
+    Raises:
+        ValueError: This is no parquet file, has no such column, or a row holds no text there.
+    """
+    import pyarrow as pa  # type: ignore[import-untyped]  # it takes 0.1 s that few runs need
+    from pyarrow import parquet
+
+    number = 0
+    size_bytes = path.stat().st_size
+    try:
+        with parquet.ParquetFile(path, buffer_size=_PIECE_BYTES, pre_buffer=False) as file:
+            if text_field not in file.schema_arrow.names:
+                raise ValueError(no_field(str(path), text_field, file.schema_arrow.names))
+            num_rows = file.metadata.num_rows
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_field], use_threads=False):
+                for value in batch.column(0):
+                    number += 1
+                    row = {text_field: value.as_py()}
+                    bytes_read = size_bytes * number // num_rows
+                    yield document_of_row(row, text_field, f"{path}, row {number}", bytes_read)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}, row {number}: no UTF-8 text") from None
+    except (pa.ArrowException, OSError) as error:
+        place = f"{path}, row {number + 1}" if number else str(path)
+        raise ValueError(f"{place}: no parquet data ({first_line(error)})") from None
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Piece]]] = {
+    ".jsonl": jsonl_documents,
+    ".jsonl.gz": jsonl_documents,
+    ".txt": txt_pieces,
+    ".txt.gz": txt_pieces,
+    ".parquet": parquet_documents,
+}
+"""The reader of each kind of file, by the ending of its name."""
+
+
+def ending_of(path: Path) -> str | None:
+    """The key of ``READERS`` that a file's name ends in."""
+    return next((ending for ending in READERS if path.name.endswith(ending)), None)
+
+
+def document_of_row(
+    row: dict[str, object], text_field: str, place: str, bytes_read: int = 0
+) -> Piece:
+    """A document that is a whole row.
+
+    Raises:
+        ValueError: ``text_field`` is missing or holds no text; the message starts with ``place``.
+    """
+    if text_field not in row:
+        raise ValueError(no_field(place, text_field, row))
+    text = row[text_field]
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise ValueError(f"{place}: field {text_field!r} holds a {kind}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: half a surrogate pair at character {error.start}") from None
+    return Piece("" if text.isspace() else text, True, bytes_read)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO | gzip.GzipFile, Callable[[], int]]]:
+    """The contents of a file, unpacked, and how far the file itself has been read."""
+    with path.open("rb") as raw:
+        if path.suffix != ".gz":
+            yield raw, raw.tell
+        else:
+            with gzip.GzipFile(fileobj=raw) as unpacked:
+                yield unpacked, raw.tell
+
+
+def _damage(place: str, error: Exception) -> str:
+    return f"{place}: the gzip data is damaged or cut off here ({first_line(error)})"
+
+
+def _json_object(line: bytes, place: str) -> dict[str, object]:
+    try:
+        row = json.loads(line.decode("utf-8-sig" if place.endswith(":1") else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: no UTF-8 text at byte {error.start} of the line") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: no JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: a JSON {type(row).__name__} where an object is needed")
+    return row
+
+
+def _cut_after_line(text: str) -> int:
+    """Where to cut, or 0 to read on: only the last line may still be open, so it is never cut."""
+    if text.isspace():
+        return 0
+    clean = _CLEAN_LINE_END.match(text)
+    return clean.end() if clean else text.rfind("\n", 0, -1) + 1
+
+
+def _decoded(path: Path) -> Iterator[tuple[str, int]]:
+    """The text in parts, each with how far the file itself has been read."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    position = 0
+    with _opened(path) as (file, bytes_read):
+        while True:
+            try:
+                data = file.read(_PIECE_BYTES)
+            except _DAMAGED_GZIP as error:
+                raise ValueError(_damage(f"{path}, text byte {position}", error)) from None
+            num_pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                place = position - num_pending + error.start
+                raise ValueError(f"{path}: no UTF-8 text at byte {place}") from None
+            if "\0" in text:
+                raise ValueError(f"{path}: binary data, a zero byte at {position + data.find(0)}")
+            yield text, bytes_read()
+            if not data:
+                return
+            position += len(data)
