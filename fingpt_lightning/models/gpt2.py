@@ -164,14 +164,21 @@ def build_gpt2(
     into the residual stream divided by sqrt(2 x layers); a pair is the truncated SVD of that draw.
     """
     network = lay_out_gpt2(shape, vocab_size, rank, embedding_rank, dropout, eos_token_id)
+    materialize(network, seed if seed is not None else int(torch.randint(2**31, ())))
+    return network
+
+
+def materialize(network: GPT2LMHeadModel, seed: int) -> None:
+    """Gives a network of `lay_out_gpt2`, or the part of it that is left, memory and weights."""
     network.to_empty(device=torch.get_default_device())
     _tie(network)  # to_empty gives tied parameters a memory each
-    initialize(network, seed if seed is not None else int(torch.randint(2**31, ())))
-    return network
+    initialize(network, seed)
 
 
 def _tie(network: GPT2LMHeadModel) -> None:
     embedding = network.get_submodule("transformer.wte")
+    if not list(embedding.parameters()):  # another process has it
+        return
     if isinstance(embedding, LowRankEmbedding):
         network.set_submodule("lm_head", LowRankHead(embedding))
         # What save_pretrained may leave out of a file.

@@ -56,7 +56,7 @@ def test_recomputing_changes_no_weight(tmp_path: Path) -> None:
     weights = {}
     for recompute in Recompute:
         torch.manual_seed(2)
-        module = LowRankPretraining(**SIZES, rank=3, recompute=recompute)
+        module = LowRankPretraining(**SIZES | {"recompute": recompute.value}, rank=3)
         _fit(tmp_path, module)
         assert module.network.transformer.h[0].gradient_checkpointing == (recompute != "none")
         weights[recompute] = module.state_dict()
