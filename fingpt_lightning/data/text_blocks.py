@@ -25,10 +25,10 @@ from fingpt_lightning.data.tokenizers import (
     MIN_VOCAB_SIZE,
     cached_tokenizer_folder,
     load_tokenizer,
-    tokenizer_sha256,
     train_cached_tokenizer,
     vocabulary_size,
 )
+from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
 
 
 class TextBlocks(LightningDataModule):

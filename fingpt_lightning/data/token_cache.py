@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fingpt_lightning.data.corpus import Corpus
 from fingpt_lightning.data.progress import SoFar, shown_progress
-from fingpt_lightning.data.tokenizers import tokenizer_sha256, vocabulary_size
+from fingpt_lightning.data.tokenizers import vocabulary_size
 from fingpt_lightning.data.tokenizing import encoded_batches
+from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
 
 FORMAT_VERSION = 1
 

@@ -120,12 +120,6 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The digest of all that decides the tokens: the contents of ``tokenizer.json`` and the end."""
-    contents = f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
-    return hashlib.sha256(contents.encode()).hexdigest()
-
-
 def _load_from_folder(folder: Path) -> object:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)

@@ -14,11 +14,11 @@ from fingpt_lightning.data.synthetic_news import synthetic_news
 from fingpt_lightning.data.tokenizers import (
     cached_tokenizer_folder,
     load_tokenizer,
-    tokenizer_sha256,
     train_cached_tokenizer,
     train_tokenizer,
     vocabulary_size,
 )
+from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
 
 
 def _train(vocab_size: int = 400) -> PreTrainedTokenizerFast:
