@@ -4,8 +4,10 @@ Profiles steps of the dense and the low-rank GPT-2 and sorts the time of torch's
 """
 
 import argparse
+import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +54,10 @@ def main() -> None:
     )  # fmt: skip
     record = new_record(QUESTION, vars(work) | {"repeats": options.repeats})
     peaks = {
-        "fp32": measured_peak_flops_per_s(torch.device(work.device), torch.float32),
-        "bf16": measured_peak_flops_per_s(torch.device(work.device), torch.bfloat16),
+        "fp32": peak_flops_per_s(work, torch.float32),
+        "bf16": peak_flops_per_s(work, torch.bfloat16),
     }
-    bandwidth = copied_bytes_per_s(work.device)
+    bandwidth = memory_bytes_per_s(work.device)
     record["machine"] |= {
         **{f"peak_{name}_gflop_per_s": round(peak / 1e9) for name, peak in peaks.items()},
         "memory_gb_per_s": round(bandwidth / 1e9, 1),
@@ -72,8 +74,8 @@ def main() -> None:
                     "precision": precision,
                     "part": part,
                     "repeats": len(times),
-                    "time_s": {key: round(value, 4) for key, value in spread(times).items()},
-                    "bound_s": round(bounds[part], 4) if part in bounds else None,
+                    "time_s": {key: round(value, 6) for key, value in spread(times).items()},
+                    "bound_s": round(bounds[part], 6) if part in bounds else None,
                 }
                 for part, times in seconds.items()
             ]
@@ -127,7 +129,7 @@ def part_of(operator: str) -> str:
 
 
 def bounds_s(
-    contender: str, work: Workload, precision: str, peak_flops_per_s: float, bytes_per_s: float
+    contender: str, work: Workload, precision: str, flops_per_s: float, bytes_per_s: float
 ) -> dict[str, float]:
     """The least seconds that a part can take on this machine.
 
@@ -144,25 +146,45 @@ def bounds_s(
     parameters = budget.total_parameters if pairs else budget.dense_total_parameters
     logit_bytes = 4 if precision == "fp32" else 2
     return {
-        "products": 3 * sum(flops.values()) * work.tokens_per_step / peak_flops_per_s,
-        "attention": attention / peak_flops_per_s,
+        "products": 3 * sum(flops.values()) * work.tokens_per_step / flops_per_s,
+        "attention": attention / flops_per_s,
         "softmax": 2 * work.tokens_per_step * work.vocab_size * logit_bytes / bytes_per_s,
         "optimiser": 7 * 4 * parameters / bytes_per_s,
     }
 
 
-def copied_bytes_per_s(device: str, num_bytes: int = 2**28) -> float:
-    """Bytes read and written a second by copying a buffer larger than any cache."""
-    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+def memory_bytes_per_s(device: str, num_bytes: int = 2**28) -> float:
+    """Bytes read and written a second by scaling a buffer larger than any cache in place."""
+    buffer = torch.ones(num_bytes // 4, device=device)
+    best_s = _best_s(lambda: buffer.mul_(1.0), device)
+    return 2 * num_bytes / best_s
+
+
+def peak_flops_per_s(work: Workload, dtype: torch.dtype) -> float:
+    """The highest rate of products among some sizes, those of the dense network included."""
+    width, tokens = work.shape.width, work.tokens_per_step
+    rates = [measured_peak_flops_per_s(torch.device(work.device), dtype)]
+    for rows, inner, columns in (
+        (tokens, width, 4 * width),
+        (tokens, 4 * width, width),
+        (4 * width, tokens, width),
+    ):
+        left = torch.randn(rows, inner, device=work.device).to(dtype)
+        right = torch.randn(inner, columns, device=work.device).to(dtype)
+        best_s = _best_s(functools.partial(torch.matmul, left, right), work.device)
+        rates.append(2 * rows * inner * columns / best_s)
+    return max(rates)
+
+
+def _best_s(run: Callable[[], object], device: str) -> float:
     best_s = float("inf")
-    for _ in range(6):
+    for _ in range(20):
         start_s = time.perf_counter()
-        target.copy_(source)
+        run()
         if device == "cuda":
             torch.cuda.synchronize()
         best_s = min(best_s, time.perf_counter() - start_s)
-    return 2 * num_bytes / best_s
+    return best_s
 
 
 def table(rows: list[dict[str, Any]]) -> str:
