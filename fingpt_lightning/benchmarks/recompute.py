@@ -160,6 +160,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     )
     colors = {"dense": "#777777", "low_rank": "#c2410c"}
     markers = {"none": "o", "block": "s", "low_rank": "D"}
+    places: dict[str, Any] = {
+        "none": {"xytext": (7, 4)},
+        "block": {"xytext": (0, 8), "ha": "right"},
+        "low_rank": {"xytext": (6, -13)},
+    }
     for axis, preset in zip(axes[0], presets, strict=True):
         for contender, color in colors.items():
             ours = [r for r in rows if r["preset"] == preset and r["contender"] == contender]
@@ -171,14 +176,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             for x, y, way in points:
                 axis.plot(x, y, markers[way], color=color, markersize=7)
                 axis.annotate(
-                    way, (x, y), textcoords="offset points", xytext=(7, 4), fontsize=8, color=color
+                    way, (x, y), textcoords="offset points", fontsize=8, color=color, **places[way]
                 )
             name = contender.replace("_", " ")
             axis.plot([], [], "o", color=color, label=f"{name} network")
         axis.set_title(preset, fontsize=10)
         axis.set_xlabel("peak memory / dense, none")
         axis.set_xlim(0, 1.25)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.3)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("step time / dense, none")
