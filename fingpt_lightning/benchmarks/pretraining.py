@@ -57,11 +57,13 @@ def main() -> None:
         keep_freed_memory()
     record = new_record(QUESTION, vars(workload) | {"repeats": options.repeats})
     record["config"]["threads"] = torch.get_num_threads()
-    memory = {
-        (contender, recompute): step_memory(contender, workload, recompute, "fp32")
-        for contender in options.contenders
-        for recompute in (Recompute if contender != "transformers" else [Recompute.NONE])
-    }
+    memory: Memory = {}
+    if not options.no_memory:
+        memory = {
+            (contender, recompute): step_memory(contender, workload, recompute, "fp32")
+            for contender in options.contenders
+            for recompute in (Recompute if contender != "transformers" else [Recompute.NONE])
+        }
     seconds = _seconds(options, workload)
     record["rows"] = _rows(seconds, memory, workload)
     record["summary"] = summary(seconds, memory, workload)
@@ -84,6 +86,7 @@ def _options() -> argparse.Namespace:
         choices=("dense", "low_rank", "transformers"),
     )  # fmt: skip
     parser.add_argument("--no_compile", action="store_true", help="do not try torch.compile")
+    parser.add_argument("--no_memory", action="store_true", help="do not measure memory")
     parser.add_argument("--json", type=Path, required=True, help="record to write; .md beside it")
     options = parser.parse_args()
     if not {"dense", "low_rank"} <= set(options.contenders):
@@ -151,10 +154,16 @@ def summary(seconds: Seconds, memory: Memory, workload: Workload) -> dict[str, f
             key = "dense_over_transformers_tokens_per_s_ratio"
             # The lower of the two: the claim holds in both precisions.
             figures[key] = min(_ratio(theirs, dense), figures.get(key, float("inf")))
+    if memory:
+        figures |= _memory_ratios(memory)
+    return {key: round(value, 4) for key, value in figures.items()}
+
+
+def _memory_ratios(memory: Memory) -> dict[str, float]:
     dense_none, low_none = (memory[name, Recompute.NONE] for name in ("dense", "low_rank"))
     dense_block, low_block = (memory[name, Recompute.BLOCK] for name in ("dense", "low_rank"))
     low_aware = memory["low_rank", Recompute.LOW_RANK]
-    figures["state_memory_ratio"] = low_none["state"] / dense_none["state"]
+    figures = {"state_memory_ratio": low_none["state"] / dense_none["state"]}
     for count in [key for key in ("peak_accounted", "peak_rss") if key in low_none]:
         suffix = "" if count == "peak_accounted" else "_rss"
         figures |= {
@@ -163,7 +172,7 @@ def summary(seconds: Seconds, memory: Memory, workload: Workload) -> dict[str, f
             f"peak_memory_ratio_low_rank_recompute_to_dense{suffix}": low_aware[count]
             / dense_none[count],
         }
-    return {key: round(value, 4) for key, value in figures.items()}
+    return figures
 
 
 def _rows(seconds: Seconds, memory: Memory, workload: Workload) -> list[dict[str, Any]]:
@@ -179,8 +188,8 @@ def _rows(seconds: Seconds, memory: Memory, workload: Workload) -> list[dict[str
                 "ratio_to_dense": round(_ratio(seconds[precision, "dense"], times), 4),
             }
         )
-    dense = memory["dense", Recompute.NONE]
     for (name, recompute), held in memory.items():
+        dense = memory["dense", Recompute.NONE]
         rows.append(
             {
                 "contender": name,
@@ -222,15 +231,14 @@ def table(rows: list[dict[str, Any]], figures: dict[str, float]) -> str:
         for row in rows
         if "state_gib" in row
     ]
-    return "\n\n".join(
-        [
-            markdown_table(["", "s a step", "p10-p90", "tokens/s", "speed to dense"], speed),
-            markdown_table(
-                ["fp32", "state (GiB)", "peak (GiB)", "peak to dense", "peak RSS (GiB)"], held
-            ),
-            markdown_table(["", ""], [[key, f"{value:.2f}"] for key, value in figures.items()]),
-        ]
+    tables = [markdown_table(["", "s a step", "p10-p90", "tokens/s", "speed to dense"], speed)]
+    if held:
+        header = ["fp32", "state (GiB)", "peak (GiB)", "peak to dense", "peak RSS (GiB)"]
+        tables.append(markdown_table(header, held))
+    tables.append(
+        markdown_table(["", ""], [[key, f"{value:.2f}"] for key, value in figures.items()])
     )
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":
