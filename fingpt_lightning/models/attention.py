@@ -27,8 +27,7 @@ def causal_attention(
 ) -> Float[Tensor, "B H T D"]:
     """softmax(scale query key' + causal mask) value, block by block of queries.
 
-    Matrix products of whole blocks run near the machine's peak where torch's CPU kernel reaches a
-    quarter of it, and keys after a block are never multiplied. Scores are rounded to the inputs'
+    Matrix products of whole blocks run nearer to the machine's peak than torch's CPU kernel, and keys after a block are never multiplied. Scores are rounded to the inputs'
     dtype, as in transformers' eager attention; softmax and sums are wider inside. Memory: scores
     of ``B H 128 T``; for the backward pass only the three inputs are kept.
 

@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Lets this process keep the memory it frees, for the next step, until it ends.
 
     By default glibc gives every large buffer back at once, and each step pays again for the
-    kernel's zeroing of the same pages: 10 to 25 % of a step on the CPU, more on a busy machine.
+    kernel's zeroing of the same pages, which on a virtual machine can take a tenth of it and more.
     The peak stays about the same; what is held between the peaks does not shrink.
 
     Returns:
