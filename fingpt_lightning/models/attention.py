@@ -27,9 +27,10 @@ def causal_attention(
 ) -> Float[Tensor, "B H T D"]:
     """softmax(scale query key' + causal mask) value, block by block of queries.
 
-    Matrix products of whole blocks run nearer to the machine's peak than torch's CPU kernel, and keys after a block are never multiplied. Scores are rounded to the inputs'
-    dtype, as in transformers' eager attention; softmax and sums are wider inside. Memory: scores
-    of ``B H 128 T``; for the backward pass only the three inputs are kept.
+    Matrix products of whole blocks run nearer to the machine's peak than torch's CPU kernel, and
+    keys after a block are never multiplied. Scores are rounded to the inputs' dtype, as in
+    transformers' eager attention; softmax and sums are wider inside. Memory: scores of
+    ``B H 128 T``; for the backward pass only the three inputs are kept.
 
     Cost: 2 B H D T (T + 128) floating-point operations; the backward pass 2.5 times as many.
     Source: query blocks as in https://arxiv.org/abs/2205.14135, without its split over keys.
