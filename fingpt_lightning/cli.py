@@ -15,6 +15,7 @@ COMMANDS = {
     "validate": "loss and perplexity on the validation text",
     "test": "loss and perplexity on the test text",
     "predict": "the likeliest next tokens, for a prediction writer among the callbacks",
+    "evaluate": "accuracy and F1 of a model on financial and general tasks",
 }
 
 _HELP = """usage: fingpt COMMAND [--config FILE ...] [--KEY VALUE ...]
@@ -75,10 +76,25 @@ def _run(words: list[str]) -> None:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"command {command!r} is none of {', '.join(COMMANDS)}{hint}")
+    if command == "evaluate":
+        _evaluate(words[1:])
+        return
     _check_callbacks_package()
     from fingpt_lightning.lightning_cli import run_trainer_command
 
     run_trainer_command(words)
+
+
+def _evaluate(words: list[str]) -> None:
+    from fingpt_lightning.evaluation.options import WrongOptions, parse_options
+
+    try:
+        options = parse_options(words)
+    except WrongOptions as error:
+        raise ConfigError(str(error)) from error
+    from fingpt_lightning.evaluation.command import run_evaluate
+
+    run_evaluate(options)
 
 
 def _check_callbacks_package() -> None:
@@ -100,7 +116,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    process_rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    process_rank = next((rank for rank in ranks if rank is not None), "0")
     where = "" if process_rank == "0" else f" (rank {process_rank})"
     print(f"fingpt: error{where}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(status)

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from fingpt_lightning.cli import main
+from fingpt_lightning.lightning_cli import FinGPTCLI
 from fingpt_lightning.modules import LowRankPretraining
 
 REPOSITORY = Path(__file__).parents[1]
@@ -71,14 +72,17 @@ def test_help_lists_the_commands_at_once(program: list[str]) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Of the processor, not of the clock: another program may be busy beside the test.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
-    for word in ("fit", "validate", "test", "predict", "--debug"):
+    for word in ("fit", "validate", "test", "predict", "evaluate", "--debug"):
         assert re.search(rf"^ +{word}", done.stdout, re.MULTILINE)
 
 
 def test_an_unknown_command_names_the_nearest(run: Run) -> None:
     status, stderr = run("fti")
     assert status == 2
-    assert "command 'fti' is none of fit, validate, test, predict; did you mean fit?" in stderr
+    assert (
+        "command 'fti' is none of fit, validate, test, predict, evaluate; did you mean fit?"
+        in stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -284,3 +288,20 @@ def _wait_for_step(runs: Path, step: int, process: subprocess.Popen[bytes]) -> N
                 return
         time.sleep(0.02)
     assert process.poll() == 0, "the run neither reached the step nor ended well"
+
+
+def test_another_class_starts_from_its_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Any] = []
+
+    def stop(cli: FinGPTCLI) -> None:
+        parsed.append(cli.config["fit"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FinGPTCLI, "before_instantiate_classes", stop)
+    words = ["--model", "fingpt_lightning.modules.QuantizedFinetuning"]
+    words += ["--data", "fingpt_lightning.data.FinancialInstructions", "--data.tasks", '["fpb"]']
+    with pytest.raises(KeyboardInterrupt):
+        FinGPTCLI(["fit", *words, "--model.beta1", "0.8"])
+    model, data = parsed[0].model.init_args, parsed[0].data.init_args
+    assert (model.weight_decay, model.beta1, model.beta2) == (0.0, 0.8, 0.999)
+    assert data.val_share == 0.1

@@ -1,0 +1,222 @@
+"""What training does to a model's answers on tasks."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typing_extensions import override
+
+from callbacks.recording import Cadence
+from fingpt_lightning.evaluation.results import prediction_rows
+from fingpt_lightning.evaluation.runner import (
+    TaskResult,
+    TaskRun,
+    metrics_of,
+    predict,
+    read_tasks,
+)
+from fingpt_lightning.evaluation.scoring import Prediction
+
+_METRICS = ("accuracy", "accuracy_norm", "macro_f1", "weighted_f1", "mcc", "missing", "perplexity")
+_TABLE_COLUMNS = ("row", "text", "gold", "prediction", "scores")
+_MAX_TABLE_ROWS = 1000
+
+
+class FinancialEvaluation(Callback):
+    """Evaluates the network on tasks before, during and after training.
+
+    Rows are split over the ranks; training goes on as if nothing had happened: modes and random
+    streams are left as they were. Data are read and checked before training starts.
+
+    Keys, of each task ``TASK`` those that its kind has:
+
+    - ``eval/TASK/accuracy``, ``eval/TASK/macro_f1``, ``eval/TASK/weighted_f1``, ``eval/TASK/mcc``.
+    - ``eval/TASK/missing``: the share of answers that cannot be read; they count as wrong.
+    - ``eval/TASK/accuracy_norm``: of choices, compared by log-probability a character.
+    - ``eval/TASK/perplexity``: of last words.
+
+    W&B also gets ``eval/TASK/confusion``, a picture, and ``eval/TASK/predictions``, a table of the
+    first 1,000 rows.
+
+    Cost: one pass over the rows, as in ``fingpt evaluate``; nothing at other steps.
+
+    Args:
+        tasks: Names of shipped tasks, or YAML files.
+        data_dir: Holds ``TASK/SPLIT.jsonl``.
+        split: Which split.
+        every_n_steps: Optimizer steps from evaluation to evaluation; null for none during training.
+        before: Whether to evaluate before the first step.
+        after: Whether to evaluate after the last step.
+        limit: Rows of each task; null takes all.
+        calibrate: Whether to calibrate the labels.
+        batch_tokens: Tokens of a batch, padding included; null leaves it to the device.
+
+    Raises:
+        ValueError: A setting, a task or a row is wrong.
+        TypeError: The module has no network, or the datamodule no tokenizer.
+        RuntimeError: The parameters are sharded.
+    """
+
+    def __init__(
+        self,
+        tasks: list[str],
+        data_dir: str,
+        split: str = "validation",
+        every_n_steps: int | None = None,
+        before: bool = True,
+        after: bool = True,
+        limit: int | None = None,
+        calibrate: bool = False,
+        batch_tokens: int | None = None,
+    ) -> None:
+        if not tasks:
+            raise ValueError("tasks is empty")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ValueError(f"batch_tokens {batch_tokens} is below 1")
+        if every_n_steps is None and not (before or after):
+            raise ValueError("before and after are false and every_n_steps is null: nothing to do")
+        self._cadence = Cadence(every_n_steps)
+        self._tasks, self._data_dir, self._split = tasks, data_dir, split
+        self._every_n_steps, self._before, self._after = every_n_steps, before, after
+        self._limit, self._calibrate, self._batch_tokens = limit, calibrate, batch_tokens
+        self._runs: list[TaskRun] = []
+        self._evaluated_at: int | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            _tokenizer(trainer)
+            self._runs = read_tasks(
+                self._tasks,
+                self._data_dir,
+                self._split,
+                limit=self._limit,
+                calibrate=self._calibrate,
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._cadence.start(trainer)
+        self._evaluated_at = None
+        _network(pl_module)
+        if self._before:
+            self._evaluate(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self._every_n_steps is None:
+            return
+        if self._cadence.stepped(trainer) and self._cadence.is_due(trainer):
+            self._evaluate(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._after and self._evaluated_at != trainer.global_step:
+            self._evaluate(trainer, pl_module)
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluated_at = trainer.global_step
+        network, tokenizer = _network(pl_module), _tokenizer(trainer)
+        in_training = [part for part in network.modules() if part.training]
+        network.eval()
+        try:
+            for run in self._runs:
+                with trainer.precision_plugin.forward_context():
+                    predictions = self._predict(trainer, network, tokenizer, run)
+                if trainer.is_global_zero:
+                    _log(trainer, TaskResult(run, predictions, metrics_of(run, predictions), 0.0))
+        finally:
+            for part in in_training:
+                part.training = True
+
+    def _predict(
+        self,
+        trainer: Trainer,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        run: TaskRun,
+    ) -> list[Prediction]:
+        """The answers to all rows, each rank having asked for its share."""
+        own = predict(
+            network,
+            tokenizer,
+            run.task,
+            run.examples[trainer.global_rank :: trainer.world_size],
+            calibrate=self._calibrate,
+            batch_tokens=self._batch_tokens,
+        )
+        if trainer.world_size == 1:
+            return own
+        by_rank: list[Sequence[Prediction]] = [[] for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(by_rank, own)
+        return [
+            by_rank[index % trainer.world_size][index // trainer.world_size]
+            for index in range(len(run.examples))
+        ]
+
+
+def _network(pl_module: LightningModule) -> PreTrainedModel:
+    network = getattr(pl_module, "network", None)
+    if not isinstance(network, PreTrainedModel):
+        raise TypeError(
+            "FinancialEvaluation needs a module whose network is one of transformers, which"
+            f" {type(pl_module).__name__} has not"
+        )
+    if any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        raise RuntimeError(
+            "FinancialEvaluation cannot run sharded parameters; leave it out and evaluate the"
+            " checkpoint with fingpt evaluate"
+        )
+    return network
+
+
+def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerFast:
+    datamodule = getattr(trainer, "datamodule", None)
+    tokenizer = getattr(datamodule, "tokenizer", None)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise TypeError(
+            "FinancialEvaluation needs a datamodule with a tokenizer, which"
+            f" {type(datamodule).__name__} has not"
+        )
+    return tokenizer
+
+
+def _log(trainer: Trainer, result: TaskResult) -> None:
+    name = result.run.task.name
+    figures = {
+        f"eval/{name}/{key}": result.metrics[key] for key in _METRICS if key in result.metrics
+    }
+    # As in the figures of training, steps are counted from 0.
+    step = max(trainer.global_step - 1, 0)
+    for logger in trainer.loggers:
+        logger.log_metrics(figures, step=step)
+        if isinstance(logger, WandbLogger):
+            _log_answers(logger, result, step)
+
+
+def _log_answers(logger: WandbLogger, result: TaskResult, step: int) -> None:
+    name = result.run.task.name
+    rows = prediction_rows([result])[:_MAX_TABLE_ROWS]
+    cells = [[row[column] for column in _TABLE_COLUMNS] for row in rows]
+    logger.log_table(f"eval/{name}/predictions", list(_TABLE_COLUMNS), cells, step=step)
+    if "confusion" in result.metrics:
+        from PIL import Image  # comes with matplotlib, which takes a second
+
+        from fingpt_lightning.evaluation.pictures import confusion_png
+
+        picture = Image.open(
+            io.BytesIO(confusion_png(result.metrics["confusion"], result.run.task))
+        )
+        logger.log_image(f"eval/{name}/confusion", [picture], step=step)

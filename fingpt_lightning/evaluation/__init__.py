@@ -1,0 +1,5 @@
+"""How well a model does on tasks: scoring, metrics, and what ``fingpt evaluate`` runs.
+
+`fingpt_lightning.evaluation.scoring.score` is the engine. This file imports nothing, so that
+``fingpt evaluate --help`` answers before torch is loaded.
+"""

@@ -1,0 +1,108 @@
+"""Running token trees through a network, after a beginning that is run once.
+
+Axes: B rows, T tokens or nodes, S tokens before and in the rows, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from fingpt_lightning.evaluation.token_tree import TokenTree
+
+
+class SharedPrefix:
+    """The keys and values of the tokens that all rows begin with, computed at batch size 1.
+
+    Args:
+        network: In evaluation mode.
+        tokens: What rows begin with; may be empty.
+    """
+
+    def __init__(self, network: PreTrainedModel, tokens: Sequence[int]) -> None:
+        self.num_tokens = len(tokens)
+        self._config = network.config
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        if tokens:
+            cache = DynamicCache(config=network.config)
+            ids = torch.tensor([tokens], device=network.device)
+            network.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+            self._layers = [(layer.keys, layer.values) for layer in _layers(cache)]
+
+    def cache(self, num_rows: int) -> DynamicCache:
+        """A cache for a batch; it grows without a change to the prefix."""
+        cache = DynamicCache(config=self._config)
+        for layer, (keys, values) in zip(_layers(cache), self._layers, strict=False):
+            layer.lazy_initialization(keys, values)
+            layer.keys = keys.expand(num_rows, -1, -1, -1)
+            layer.values = values.expand(num_rows, -1, -1, -1)
+        return cache
+
+
+def _layers(cache: DynamicCache) -> list[Any]:
+    return cache.layers  # annotated as of any kind of network; ours keep keys and values
+
+
+def tree_mask(ends: Int[Tensor, "B T"], num_before: int) -> Bool[Tensor, "B 1 T S"]:
+    """Which keys each node attends to: all before the tree, itself and the nodes on its path.
+
+    Args:
+        ends: `TokenTree.ends` of each row; a padding node ends behind itself.
+        num_before: Keys before the tree.
+    """
+    node_T = torch.arange(ends.shape[1], device=ends.device)
+    mask_BTT = (node_T[:, None] >= node_T) & (node_T[:, None] < ends[:, None, :])
+    return torch.nn.functional.pad(mask_BTT, (num_before, 0), value=True)[:, None]
+
+
+def run_trees(
+    network: PreTrainedModel,
+    trees: Sequence[TokenTree],
+    prefix: SharedPrefix,
+    cache: DynamicCache | None = None,
+) -> Float[Tensor, "B T D"]:
+    """The final hidden states of the nodes, right-padded.
+
+    Args:
+        network: In evaluation mode.
+        trees: Built with ``num_before`` of the prefix.
+        prefix: What has been run before.
+        cache: Of the prefix, for who wants to go on after the trees; None makes one.
+    """
+    length = max(len(tree.tokens) for tree in trees)
+    ids, positions, ends = [], [], []
+    for tree in trees:
+        padding = range(len(tree.tokens), length)
+        ids.append([*tree.tokens, *(0 for _ in padding)])
+        positions.append([*tree.positions, *(0 for _ in padding)])
+        ends.append([*tree.ends, *(node + 1 for node in padding)])
+    device = network.device
+    output = network.base_model(
+        input_ids=torch.tensor(ids, device=device),
+        position_ids=torch.tensor(positions, device=device),
+        attention_mask=attention_mask(
+            network, tree_mask(torch.tensor(ends, device=device), prefix.num_tokens)
+        ),
+        past_key_values=prefix.cache(len(trees)) if cache is None else cache,
+        use_cache=True,
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def attention_mask(network: PreTrainedModel, allowed: Bool[Tensor, "B 1 T S"]) -> Tensor:
+    """The mask in the form that the network's attention takes.
+
+    Raises:
+        ValueError: Its attention takes no mask of one's own.
+    """
+    kind = network.config._attn_implementation
+    if kind == "eager":  # it adds the mask to the scores
+        scores = torch.zeros(allowed.shape, dtype=network.dtype, device=allowed.device)
+        return scores.masked_fill(~allowed, torch.finfo(network.dtype).min)
+    if "flash" in kind or "flex" in kind or "paged" in kind:
+        raise ValueError(f"attn_implementation {kind!r} takes no mask of trees; load with 'sdpa'")
+    return allowed

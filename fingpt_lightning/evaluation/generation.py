@@ -1,0 +1,123 @@
+"""Free-form answers: greedy decoding in batches, and the label that an answer names.
+
+Axes: B rows, T tokens of a prompt, S keys, D width.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fingpt_lightning.evaluation.batches import default_batch_tokens, plan_batches
+from fingpt_lightning.evaluation.encoding import encode_rows
+from fingpt_lightning.evaluation.forward import SharedPrefix, attention_mask, run_trees
+from fingpt_lightning.evaluation.scoring import Prediction
+from fingpt_lightning.evaluation.token_tree import Text, build_tree, num_common_tokens
+from fingpt_lightning.tasks import Example
+
+_EXTRA_TOKENS = 6
+"""Of an answer beyond its longest label: room for "The answer is"."""
+
+
+@torch.no_grad()
+def generate(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[Example],
+    *,
+    batch_tokens: int | None = None,
+) -> list[Prediction]:
+    """Writes an answer to every example, greedily, and reads the label in it.
+
+    What all prompts begin with is run once. An answer ends with the tokenizer's end token or at
+    the length of the longest label and some tokens. One that names no label has ``choice`` None.
+
+    Args:
+        network: In evaluation mode.
+        tokenizer: Of the network.
+        examples: Of one task of kind ``labels``.
+        batch_tokens: Tokens of the prompts of a batch, padding included; None leaves it to the
+            device.
+
+    Raises:
+        ValueError: As in `score`.
+    """
+    if batch_tokens is None:
+        batch_tokens = default_batch_tokens(network.device.type)
+    if not examples:
+        return []
+    labels = examples[0].choices
+    num_positions = network.config.max_position_embeddings
+    num_new = _EXTRA_TOKENS + max(
+        len(text.tokens) - text.first_scored
+        for text in encode_rows(tokenizer, examples[:1], num_positions)[0].texts
+    )
+    rows = encode_rows(tokenizer, examples, num_positions, answer_room=num_new)
+    prompts = [row.texts[0].tokens[: row.texts[0].first_scored] for row in rows]
+    num_shared = num_common_tokens([[Text(prompt, len(prompt))] for prompt in prompts])
+    prefix = SharedPrefix(network, prompts[0][:num_shared])
+    answers: list[str] = [""] * len(rows)
+    for batch in plan_batches([len(prompt) - num_shared for prompt in prompts], batch_tokens):
+        written = _continue(network, tokenizer, [prompts[i] for i in batch], prefix, num_new)
+        for index, answer in zip(batch, written, strict=True):
+            answers[index] = answer
+    return [
+        Prediction(read_label(answer, labels), (), row.is_cut, answer)
+        for answer, row in zip(answers, rows, strict=True)
+    ]
+
+
+def read_label(answer: str, labels: Sequence[str]) -> int | None:
+    """The label that an answer names first, as whole words in any case; the longest one there.
+
+    >>> read_label("Mildly Negative, I think", ["negative", "mildly negative"])
+    1
+    >>> read_label("nonnegative", ["negative"]) is None
+    True
+    """
+    words = {label.strip().casefold(): index for index, label in enumerate(labels)}
+    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
+    found = re.search(rf"(?<!\w)({'|'.join(longest_first)})(?!\w)", answer.casefold())
+    return None if found is None else words[found[1]]
+
+
+def _continue(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[tuple[int, ...]],
+    prefix: SharedPrefix,
+    num_new: int,
+) -> list[str]:
+    device = network.device
+    cache = prefix.cache(len(prompts))
+    # A tree of one text does not run the text's last token: here it is one that stands for more.
+    trees = [build_tree([Text((*prompt, 0), len(prompt))], prefix.num_tokens) for prompt in prompts]
+    hidden_BTD = run_trees(network, trees, prefix, cache)
+    lengths_B = torch.tensor([len(tree.tokens) for tree in trees], device=device)
+    rows_B = torch.arange(len(prompts), device=device)
+    hidden_BD = hidden_BTD[rows_B, lengths_B - 1]
+    padded_S = torch.arange(hidden_BTD.shape[1], device=device)
+    before_BS = torch.nn.functional.pad(
+        padded_S < lengths_B[:, None], (prefix.num_tokens, 0), value=True
+    )
+    has_ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    head = network.get_submodule("lm_head")
+    written = []
+    for step in range(num_new):
+        token_B = head(hidden_BD).argmax(1)
+        has_ended_B |= token_B == tokenizer.eos_token_id
+        written.append(token_B.masked_fill(has_ended_B, tokenizer.eos_token_id))
+        if step == num_new - 1 or has_ended_B.all():
+            break
+        before_BS = torch.nn.functional.pad(before_BS, (0, 1), value=True)
+        output = network.base_model(
+            input_ids=token_B[:, None],
+            position_ids=(prefix.num_tokens + lengths_B + step)[:, None],
+            attention_mask=attention_mask(network, before_BS[:, None, None]),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden_BD = output.last_hidden_state[:, -1]
+    tokens = torch.stack(written, 1).tolist()
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -1,0 +1,88 @@
+"""The options of ``fingpt evaluate``, read without importing anything heavy."""
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from typing_extensions import override
+
+
+class WrongOptions(ValueError):
+    """A command line that cannot be understood."""
+
+
+class _Parser(argparse.ArgumentParser):
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise WrongOptions(message)
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt evaluate``.
+
+    Args:
+        words: Of the command line.
+
+    Raises:
+        WrongOptions: An option is unknown, missing or has no such value.
+        SystemExit: With status 0, after ``--help`` has been answered.
+    """
+    parser = _Parser(
+        prog="fingpt evaluate",
+        description="Accuracy and F1 of a model on tasks, with a table of every answer.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        help="Hugging Face folder or hub name, GGUF, adapter, checkpoint or run folder",
+    )
+    add("--adapter", help="folder of a LoRA adapter for the model")
+    add("--tokenizer", help="folder of the tokenizer, where the model has none beside it")
+    add(
+        "--tasks",
+        required=True,
+        type=_names,
+        help="names or YAML files, with commas: fpb,fiqa_sa,tfns",
+    )
+    add("--data_dir", type=Path, help="holds TASK/SPLIT.jsonl; left out: the Hugging Face hub")
+    add("--split", default="validation", help="default: %(default)s")
+    add("--output", type=Path, required=True, help="folder for the results")
+    add("--overwrite", action="store_true", help="replace the results in it")
+    add(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16", "float64"),
+        help="of weights and products; default: %(default)s",
+    )
+    add("--quantize", choices=("nf4", "int8"), help="the linear layers of the blocks")
+    add("--device", help="cpu, cuda or cuda:1; default: cuda where there is one")
+    add(
+        "--scoring",
+        default="choices",
+        choices=("choices", "generate"),
+        help="the likeliest of the possible answers, or the label in a written one",
+    )
+    add("--calibrate", action="store_true", help="take out the bias for labels without content")
+    add("--strict", action="store_true", help="an empty text is an error, not left out")
+    add("--batch_tokens", type=_positive, help="tokens of a batch, padding included")
+    add("--limit", type=_positive, help="rows of each task")
+    return parser.parse_args(words)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("no task is named")
+    return names
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number

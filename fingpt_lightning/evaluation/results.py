@@ -1,0 +1,148 @@
+"""What an evaluation leaves: a table, ``results.json``, ``predictions.jsonl``, pictures."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fingpt_lightning.evaluation.runner import TaskResult
+
+RESULTS = "results.json"
+_COLUMNS = {
+    "accuracy": "accuracy (95 %)",
+    "accuracy_norm": "by length",
+    "macro_f1": "macro F1",
+    "weighted_f1": "weighted F1",
+    "mcc": "MCC",
+    "missing": "missing",
+    "n": "n",
+}
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raises where results could not be written.
+
+    Raises:
+        ValueError: ``folder`` is a file, or holds results that are not to be overwritten.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file, not a folder")
+    if (folder / RESULTS).exists() and not overwrite:
+        raise ValueError(f"output {folder} holds results already; --overwrite replaces them")
+
+
+def table(results: Sequence[TaskResult]) -> Table:
+    """One line a task; the accuracy with its interval."""
+    shown = {
+        key: title
+        for key, title in _COLUMNS.items()
+        if any(key in result.metrics for result in results)
+    }
+    made = Table(box=None, pad_edge=False)
+    made.add_column("task", no_wrap=True)
+    for title in (*shown.values(), "prompts/s"):
+        made.add_column(title, justify="right", no_wrap=True)
+    for result in results:
+        cells = [_cell(result.metrics, key) for key in shown]
+        made.add_row(result.run.task.name, *cells, f"{result.prompts_per_s:.1f}")
+    return made
+
+
+def remarks(results: Sequence[TaskResult]) -> list[str]:
+    """What a reader of the table must know: rows left out and prompts cut."""
+    found = []
+    for result in results:
+        num_cut = sum(prediction.is_cut for prediction in result.predictions)
+        if num_cut:
+            found.append(f"{result.run.task.name}: {num_cut} prompts cut to fit the context")
+        if result.run.num_skipped:
+            found.append(
+                f"{result.run.task.name}: {result.run.num_skipped} rows with an empty text left out"
+            )
+    return found
+
+
+def results_of(result: TaskResult) -> dict[str, Any]:
+    """The entry of a task in ``results.json``."""
+    run = result.run
+    return {
+        **result.metrics,
+        **({"labels": list(run.task.labels)} if run.task.labels else {}),
+        "main_metric": run.task.main_metric,
+        "task_version": run.task.version,
+        "split": run.split,
+        "split_sha256": run.sha256,
+        "num_skipped": run.num_skipped,
+        "num_cut": sum(prediction.is_cut for prediction in result.predictions),
+        "seconds": result.seconds,
+        "prompts_per_s": result.prompts_per_s,
+    }
+
+
+def write_results(folder: Path, head: Mapping[str, Any], results: Sequence[TaskResult]) -> None:
+    """Writes all files, each aside and then renamed, ``results.json`` last.
+
+    Args:
+        folder: Made where it is not there.
+        head: What stands in ``results.json`` beside ``tasks``.
+        results: One a task.
+    """
+    from fingpt_lightning.evaluation.pictures import confusion_png  # matplotlib takes a second
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULTS).unlink(missing_ok=True)
+    with_labels = [result for result in results if "confusion" in result.metrics]
+    for result in with_labels:
+        picture = confusion_png(result.metrics["confusion"], result.run.task)
+        _write(folder / f"confusion_{result.run.task.name}.png", picture)
+    lines = [json.dumps(row, ensure_ascii=False) for row in prediction_rows(results)]
+    _write(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    by_task = {result.run.task.name: results_of(result) for result in results}
+    text = json.dumps({"tasks": by_task, **head}, indent=1) + "\n"
+    _write(folder / RESULTS, text.encode())
+
+
+def prediction_rows(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
+    """One object a row: task, row of its file, text, gold, prediction, and how it came about."""
+    rows = []
+    for result in results:
+        for example, prediction in zip(result.run.examples, result.predictions, strict=True):
+            answers = example.choices
+            if len(example.prompts) > 1:  # the prompts differ, not what follows them
+                answers = tuple(map(str, range(len(answers))))
+            row: dict[str, Any] = {
+                "task": result.run.task.name,
+                "row": example.row,
+                "text": example.text,
+                "gold": _answer(answers, example.gold),
+                "prediction": _answer(answers, prediction.choice),
+            }
+            if prediction.scores:
+                row["scores"] = [round(score, 6) for score in prediction.scores]
+            else:
+                row["answer"] = prediction.answer
+            rows.append(row)
+    return rows
+
+
+def _answer(answers: Sequence[str], index: int | None) -> str | None:
+    return None if index is None else answers[index].strip()
+
+
+def _cell(metrics: Mapping[str, Any], key: str) -> str:
+    if key not in metrics:
+        return "-"
+    if key == "n":
+        return f"{metrics[key]:,}"
+    if key == "accuracy":
+        low, high = metrics["accuracy_interval"]
+        return f"{metrics[key]:.3f} ({low:.2f}-{high:.2f})"
+    return f"{metrics[key]:.3f}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    aside = path.with_name(path.name + ".partial")
+    aside.write_bytes(content)
+    aside.replace(path)

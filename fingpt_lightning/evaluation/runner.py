@@ -1,0 +1,174 @@
+"""One evaluation: tasks read and checked first, then asked one after the other."""
+
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fingpt_lightning.evaluation.calibration import calibrate as calibrated
+from fingpt_lightning.evaluation.generation import generate
+from fingpt_lightning.evaluation.metrics import choice_metrics, label_metrics
+from fingpt_lightning.evaluation.scoring import Prediction, score
+from fingpt_lightning.tasks import Example, Task, find_task, read_rows
+
+
+class Scoring(StrEnum):
+    """How an answer comes about."""
+
+    CHOICES = "choices"
+    """The likeliest of the possible answers."""
+    GENERATE = "generate"
+    """Text is written and the label in it is read; unreadable answers count as missing."""
+
+
+class TaskRun(NamedTuple):
+    """A task and its rows, ready to be asked.
+
+    ``sha256`` is of the whole split; ``examples`` are the first of it where there is a limit.
+    """
+
+    task: Task
+    split: str
+    examples: list[Example]
+    sha256: str
+    num_skipped: int
+
+
+class TaskResult(NamedTuple):
+    """The answers to a task; ``metrics`` are of the rows whose answer is known."""
+
+    run: TaskRun
+    predictions: list[Prediction]
+    metrics: dict[str, Any]
+    seconds: float
+
+    @property
+    def prompts_per_s(self) -> float:
+        """Rows answered in a second, calibration included."""
+        return len(self.predictions) / self.seconds
+
+
+def read_tasks(
+    names: Sequence[str],
+    data_dir: str | Path | None,
+    split: str,
+    *,
+    strict: bool = False,
+    limit: int | None = None,
+    scoring: Scoring = Scoring.CHOICES,
+    calibrate: bool = False,
+) -> list[TaskRun]:
+    """Reads the rows of all tasks and checks that they can be evaluated as asked.
+
+    Args:
+        names: Shipped tasks or YAML files.
+        data_dir: Folder of all sets; None reads from the hub.
+        split: ``validation`` or another that the sets have.
+        strict: Whether an empty text is an error.
+        limit: Rows of each task, from its first; None takes all.
+        scoring: As they will be asked.
+        calibrate: Whether label tasks will be calibrated.
+
+    Raises:
+        ValueError: A name, row or setting is wrong.
+        FileNotFoundError: A split is missing.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit} is below 1")
+    runs: dict[str, TaskRun] = {}
+    for name in dict.fromkeys(names):
+        task = find_task(name)
+        if task.name in runs:
+            raise ValueError(f"two tasks are named {task.name}")
+        if task.kind == "instructions":
+            raise ValueError(f"task {task.name} is there to train on: it has no right answers")
+        if scoring is Scoring.GENERATE and task.kind != "labels":
+            raise ValueError(
+                f"scoring generate reads labels, which task {task.name} of kind {task.kind} has not"
+            )
+        rows = read_rows(task, data_dir, split, strict=strict)
+        examples = rows.examples[:limit]
+        if all(example.gold is None for example in examples):
+            raise ValueError(f"{rows.path}: no row has a right answer")
+        runs[task.name] = TaskRun(task, split, examples, rows.sha256, rows.num_skipped)
+    if calibrate and scoring is Scoring.GENERATE:
+        raise ValueError("calibrate has no effect on generated answers; leave one of them out")
+    if calibrate and not any(run.task.kind == "labels" for run in runs.values()):
+        raise ValueError(f"calibrate has no effect: none of {', '.join(runs)} has labels")
+    return list(runs.values())
+
+
+def predict(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    scoring: Scoring = Scoring.CHOICES,
+    calibrate: bool = False,
+    batch_tokens: int | None = None,
+) -> list[Prediction]:
+    """Answers examples of a task.
+
+    Args:
+        network: In evaluation mode.
+        tokenizer: Of the network.
+        task: Theirs.
+        examples: Some or all of it.
+        scoring: How answers come about.
+        calibrate: Whether labels are calibrated; other kinds never are.
+        batch_tokens: As in `score`.
+    """
+    if scoring is Scoring.GENERATE:
+        return generate(network, tokenizer, examples, batch_tokens=batch_tokens)
+    has_labels = task.kind == "labels"
+    found = score(network, tokenizer, examples, relative=has_labels, batch_tokens=batch_tokens)
+    if calibrate and has_labels and examples:
+        return calibrated(network, tokenizer, task, examples, found, batch_tokens)
+    return found
+
+
+def evaluate(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    run: TaskRun,
+    *,
+    scoring: Scoring = Scoring.CHOICES,
+    calibrate: bool = False,
+    batch_tokens: int | None = None,
+) -> TaskResult:
+    """`predict` on all rows of a task, its time, and what `metrics_of` makes of the answers."""
+    started_s = time.perf_counter()
+    predictions = predict(
+        network,
+        tokenizer,
+        run.task,
+        run.examples,
+        scoring=scoring,
+        calibrate=calibrate,
+        batch_tokens=batch_tokens,
+    )
+    seconds = time.perf_counter() - started_s
+    return TaskResult(run, predictions, metrics_of(run, predictions), seconds)
+
+
+def metrics_of(run: TaskRun, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """The figures of a task's answers, by name; those that its kind has not are left out."""
+    known = [
+        (example, example.gold, prediction)
+        for example, prediction in zip(run.examples, predictions, strict=True)
+        if example.gold is not None
+    ]
+    gold = [right for _, right, _ in known]
+    predicted = [prediction.choice for _, _, prediction in known]
+    if run.task.kind == "labels":
+        return label_metrics(gold, predicted, len(run.task.labels))._asdict()
+    scores = [prediction.scores for _, _, prediction in known]
+    choices = [example.choices for example, _, _ in known]
+    found = choice_metrics(gold, predicted, scores, choices)._asdict()
+    if run.task.kind == "partial":  # one continuation for all: its length says nothing
+        del found["accuracy_norm"]
+    return {name: value for name, value in found.items() if value is not None}

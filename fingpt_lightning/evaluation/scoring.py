@@ -1,0 +1,86 @@
+"""The scoring engine: which of the possible answers a model finds likeliest."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fingpt_lightning.evaluation.answer_scores import answer_scores
+from fingpt_lightning.evaluation.batches import default_batch_tokens, plan_batches
+from fingpt_lightning.evaluation.encoding import EncodedRow, encode_rows
+from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
+from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
+from fingpt_lightning.tasks import Example
+
+
+class Prediction(NamedTuple):
+    """What a model answers to one example.
+
+    Args:
+        choice: Index of the answer; None where it cannot be read.
+        scores: The log-probability of each choice; none where text was generated.
+        is_cut: Whether the prompt was cut to fit the context.
+        answer: The generated text; empty where choices were scored.
+    """
+
+    choice: int | None
+    scores: tuple[float, ...]
+    is_cut: bool
+    answer: str = ""
+
+
+@torch.no_grad()
+def score(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[Example],
+    *,
+    relative: bool = False,
+    batch_tokens: int | None = None,
+) -> list[Prediction]:
+    """Scores every choice of every example; the likeliest is the prediction.
+
+    Equal to running each joined text alone, to rounding. What all texts begin with is run once;
+    of each example every token that its texts share is run once; logits are made only where an
+    answer is read. A single choice counts as the prediction if greedy decoding would write it.
+
+    Args:
+        network: In evaluation mode, with a head that `head_factors` knows.
+        tokenizer: Of the network.
+        examples: Of one task, in any order.
+        relative: Whether scores are log-probabilities among the choices, which add up to 1: the
+            cheaper way for labels. Else they are those of the texts.
+        batch_tokens: Tokens of a batch, padding included; None leaves it to the device.
+
+    Raises:
+        ValueError: ``batch_tokens`` is below 1, or a prompt does not fit the context.
+    """
+    if batch_tokens is None:
+        batch_tokens = default_batch_tokens(network.device.type)
+    if not examples:
+        return []
+    rows = encode_rows(tokenizer, examples, network.config.max_position_embeddings)
+    num_shared = num_common_tokens([row.texts for row in rows])
+    prefix = SharedPrefix(network, rows[0].texts[0].tokens[:num_shared])
+    trees = [build_tree(row.texts, num_shared) for row in rows]
+    head = network.get_submodule("lm_head")
+    predictions: list[Prediction | None] = [None] * len(rows)
+    for batch in plan_batches([len(tree.tokens) for tree in trees], batch_tokens):
+        of_batch = [trees[index] for index in batch]
+        hidden_BTD = run_trees(network, of_batch, prefix)
+        found = answer_scores(head, hidden_BTD, of_batch, relative=relative)
+        for place, index in enumerate(batch):
+            greedy = [] if relative else found.are_greedy[place]
+            predictions[index] = _prediction(rows[index], found.scores[place], greedy)
+    return [prediction for prediction in predictions if prediction is not None]
+
+
+def _prediction(row: EncodedRow, scores: list[float], greedy: list[bool]) -> Prediction:
+    if len(scores) == 1:
+        return Prediction(0 if greedy[0] else None, tuple(scores), row.is_cut)
+    if not greedy:
+        total = math.log(sum(math.exp(x - max(scores)) for x in scores)) + max(scores)
+        scores = [x - total for x in scores]
+    return Prediction(scores.index(max(scores)), tuple(scores), row.is_cut)

@@ -1,0 +1,201 @@
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fingpt_lightning import tasks
+from fingpt_lightning.cli import main
+from tests.evaluation.test_adapters import save_adapter
+from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer, write_rows
+
+Evaluate = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    """Runs ``fingpt evaluate`` on a tiny model and data; gives status, output and error."""
+    tiny_network("gpt2").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for task in ROWS:
+        write_rows(tmp_path / "data", task)
+
+    def call(*words: str, names: str = "fpb") -> tuple[int, str, str]:
+        given = {
+            "--model": tmp_path / "model",
+            "--data_dir": tmp_path / "data",
+            "--tasks": names,
+            "--output": tmp_path / "results",
+            "--device": "cpu",
+        }
+        defaults = [str(x) for name, v in given.items() if name not in words for x in (name, v)]
+        status = 0
+        capsys.readouterr()  # of the fixtures
+        try:
+            main(["evaluate", *defaults, *words])
+        except SystemExit as error:
+            status = int(error.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def test_a_table_and_all_files_are_made(evaluate: Evaluate, tmp_path: Path) -> None:
+    status, output, error = evaluate("--calibrate", names="fpb,piqa,winogrande,lambada,nwgi7")
+    assert status == 0, error
+    assert re.search(r"^fpb +0\.\d{3} \(0\.\d\d-[01]\.\d\d\).* 5 +\d+\.\d$", output, re.MULTILINE)
+    for title in ("accuracy", "macro F1", "weighted F1", "MCC", "missing", "n", "prompts/s"):
+        assert title in output
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert list(results["tasks"]) == ["fpb", "piqa", "winogrande", "lambada", "nwgi7"]
+    fpb = results["tasks"]["fpb"]
+    assert fpb["labels"] == ["negative", "neutral", "positive"]
+    assert sum(map(sum, fpb["confusion"])) == fpb["n"] == 5
+    assert len(fpb["split_sha256"]) == 64
+    assert fpb["split"] == "validation"
+    assert {"accuracy", "accuracy_norm"} <= results["tasks"]["piqa"].keys()
+    assert "accuracy_norm" not in results["tasks"]["winogrande"]
+    assert results["tasks"]["lambada"]["perplexity"] > 1
+    assert results["settings"]["calibrate"] is True
+    assert results["model"].endswith("model (gpt2)")
+    assert "torch" in results["versions"]
+    text = (tmp_path / "results" / "predictions.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert len(rows) == 5 + 3 + 2 + 2 + 3
+    assert rows[0]["text"] == "Shares of Foo fell"
+    assert rows[0]["gold"] == "negative"
+    assert {row["prediction"] for row in rows if row["task"] == "winogrande"} <= {"0", "1"}
+    right = sum(row["gold"] == row["prediction"] for row in rows if row["task"] == "fpb")
+    assert right / 5 == pytest.approx(fpb["accuracy"])
+    with Image.open(tmp_path / "results" / "confusion_nwgi7.png") as picture:
+        assert min(picture.size) > 200
+    names = {path.name for path in (tmp_path / "results").iterdir()}
+    assert names == {
+        "results.json", "predictions.jsonl", "confusion_fpb.png", "confusion_nwgi7.png",
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_settings_reach_the_evaluation(evaluate: Evaluate, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "base", tmp_path / "adapter")
+    words = (
+        *("--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter")),
+        *("--tokenizer", str(tmp_path / "model"), "--dtype", "bfloat16", "--quantize", "nf4"),
+        *("--batch_tokens", "99", "--limit", "2", "--scoring", "generate"),
+    )
+    status, _, error = evaluate(*words)
+    assert status == 0, error
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert results["adapter"] == str(tmp_path / "adapter")
+    assert results["model"].endswith("base (llama, nf4)")
+    assert results["settings"] == {
+        "dtype": "bfloat16", "quantize": "nf4", "scoring": "generate", "calibrate": False,
+        "limit": 2, "batch_tokens": 99, "device": "cpu",
+    }  # fmt: skip
+    assert results["tasks"]["fpb"]["n"] == 2
+    lines = (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
+    assert all("answer" in json.loads(line) for line in lines)
+
+
+def test_results_are_replaced_only_when_asked(evaluate: Evaluate, tmp_path: Path) -> None:
+    assert evaluate()[0] == 0
+    status, _, error = evaluate()
+    assert status == 1
+    assert "results holds results already; --overwrite replaces them" in error
+    assert evaluate("--overwrite", "--limit", "1")[0] == 0
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert results["tasks"]["fpb"]["n"] == 1
+
+
+def test_what_a_reader_must_know_is_said(evaluate: Evaluate, tmp_path: Path) -> None:
+    file = tmp_path / "data" / "fpb" / "validation.jsonl"
+    lines = [{"text": "rose " * 400, "label": "positive"}, {"text": " ", "label": "neutral"}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    status, output, error = evaluate()
+    assert status == 0, error
+    assert "fpb: 1 prompts cut to fit the context" in output
+    assert "fpb: 1 rows with an empty text left out" in output
+    status, _, error = evaluate("--strict", "--overwrite")
+    assert status == 1
+    assert "validation.jsonl:2: the text is empty" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tasks", "fpd"), "task 'fpd' .* did you mean fpb"),
+        (("--tasks", "fpb", "--split", "tst"), "tst"),
+        (("--tasks", "alpaca"), "task alpaca is there to train on"),
+        (("--tasks", "piqa", "--calibrate"), "none of piqa has labels"),
+        (("--tasks", "piqa", "--scoring", "generate"), "task piqa of kind choices has not"),
+        (("--scoring", "generate", "--calibrate"), "no effect on generated answers"),
+        (("--model", "no/such/model"), "model no/such/model: no such file or folder"),
+        (("--device", "tpu9"), "device 'tpu9' is none"),
+        (("--device", "cuda:99"), "device 'cuda:99': there are"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value[-1],
+)
+def test_bad_input_is_one_line_and_status_1(
+    evaluate: Evaluate, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    status, _, error = evaluate(*words)
+    assert status == 1, error
+    (line,) = error.strip().splitlines()
+    assert re.search(message, line)
+    assert not (tmp_path / "results").exists()
+
+
+def test_data_and_folders_that_are_wrong_are_one_line(evaluate: Evaluate, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).unlink()
+    assert "has no tokenizer beside it" in evaluate()[2]
+    (tmp_path / "results").write_text("")
+    assert "results is a file, not a folder" in evaluate()[2]
+    (tmp_path / "results").unlink()
+    row = '{"text": "Foo", "label": "positiv"}'
+    (tmp_path / "data" / "fpb" / "validation.jsonl").write_text(row)
+    assert "validation.jsonl:1: label 'positiv'" in evaluate()[2]
+    (tmp_path / "data" / "fpb" / "validation.jsonl").write_text('{"text": "Foo", "label": null}')
+    assert "validation.jsonl: no row has a right answer" in evaluate()[2]
+    own = tmp_path / "own" / "piqa.yaml"
+    own.parent.mkdir()
+    own.write_text((Path(tasks.__file__).parent / "piqa.yaml").read_text())
+    assert "two tasks are named piqa" in evaluate(names=f"piqa,{own}")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--taks", "fpb"), "--taks"),
+        (("--dtype", "float8"), "float8"),
+        (("--limit", "0"), "0 is below 1"),
+        (("--batch_tokens", "many"), "'many' is no whole number"),
+        (("--tasks", ","), "no task is named"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value[0],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(
+    evaluate: Evaluate, words: tuple[str, ...], message: str
+) -> None:
+    status, _, error = evaluate(*words)
+    assert status == 2
+    (line,) = error.strip().splitlines()
+    assert message in line
+
+
+def test_help_is_answered_without_torch() -> None:
+    script = (
+        "import sys; from fingpt_lightning.cli import main\n"
+        "try: main(['evaluate', '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--calibrate" in done.stdout

@@ -1,0 +1,136 @@
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from fingpt_lightning.evaluation.scoring import Prediction, score
+from fingpt_lightning.models.loading import load_model
+from tests.evaluation.plain import plain_scores
+from tests.evaluation.tiny_language import examples_of, tiny_network, tiny_tokenizer
+
+NETWORKS = ("llama", "gpt2", "low_rank")
+TASKS = ("fpb", "nwgi7", "piqa", "winogrande", "lambada")
+
+
+def _relative(scores: list[float]) -> list[float]:
+    return torch.tensor(scores, dtype=torch.float64).log_softmax(0).tolist()
+
+
+def _scores(predictions: list[Prediction]) -> list[float]:
+    return [score for prediction in predictions for score in prediction.scores]
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_scores_are_those_of_each_whole_text_alone(kind: str, name: str, tmp_path: Path) -> None:
+    network, tokenizer = tiny_network(kind).double(), tiny_tokenizer("<begin>")
+    examples = examples_of(tmp_path, name)
+    plain = [plain_scores(network, tokenizer, example) for example in examples]
+    for relative in (False, True) if name in ("fpb", "nwgi7") else (False,):
+        predictions = score(network, tokenizer, examples, relative=relative, batch_tokens=60)
+        for prediction, (scores, greedy) in zip(predictions, plain, strict=True):
+            expected = _relative(scores) if relative else scores
+            assert prediction.scores == pytest.approx(expected, rel=0, abs=1e-10)
+            likeliest: int | None = scores.index(max(scores))
+            if len(scores) == 1 and not all(greedy):
+                likeliest = None
+            assert prediction.choice == likeliest
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_the_size_of_the_batches_changes_nothing(kind: str, tmp_path: Path) -> None:
+    network, tokenizer = tiny_network(kind), tiny_tokenizer()
+    for name in ("fpb", "nwgi7", "piqa"):
+        examples = examples_of(tmp_path, name)
+        one_by_one = score(network, tokenizer, examples, batch_tokens=1)
+        for batch_tokens in (70, 100_000):
+            together = score(network, tokenizer, examples, batch_tokens=batch_tokens)
+            assert [p.choice for p in together] == [p.choice for p in one_by_one]
+            assert _scores(together) == pytest.approx(_scores(one_by_one), rel=0, abs=1e-5)
+
+
+def test_a_last_word_is_right_if_it_would_be_written(tmp_path: Path) -> None:
+    network, tokenizer = tiny_network("llama"), tiny_tokenizer()
+    (example, _) = examples_of(tmp_path, "lambada")
+    ids = torch.tensor([tokenizer.encode(example.prompts[0])])
+    with torch.no_grad():
+        (written,) = tokenizer.batch_decode([[int(network(ids).logits[0, -1].argmax())]])
+    found = score(network, tokenizer, [example._replace(choices=(written,)), example])
+    assert [prediction.choice for prediction in found] == [0, None]
+    assert found[0].scores[0] > found[1].scores[0]
+
+
+def test_relative_scores_are_of_a_distribution_over_the_choices(tmp_path: Path) -> None:
+    network, tokenizer = tiny_network("gpt2"), tiny_tokenizer()
+    for prediction in score(network, tokenizer, examples_of(tmp_path, "nwgi7"), relative=True):
+        assert sum(map(math.exp, prediction.scores)) == pytest.approx(1)
+
+
+def test_only_what_is_needed_is_computed(tmp_path: Path) -> None:
+    network, tokenizer = tiny_network("llama"), tiny_tokenizer()
+    examples = examples_of(tmp_path, "fpb")
+    num_run = 0
+
+    def count(module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        nonlocal num_run
+        num_run += kwargs["input_ids"].numel()
+
+    network.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    network.lm_head.register_forward_hook(lambda *_: pytest.fail("all logits were made"))
+    score(network, tokenizer, examples, relative=True, batch_tokens=1)
+    prompts = [tokenizer.encode(e.prefix + e.prompts[0]) for e in examples]
+    labels = {tuple(tokenizer.encode(choice)[:-1]) for choice in examples[0].choices}
+    num_branch_tokens = len({tokens[:n] for tokens in labels for n in range(1, len(tokens) + 1)})
+    num_shared = len(tokenizer.encode(examples[0].prefix + "Input:"))
+    own_tokens = sum(len(prompt) - num_shared + num_branch_tokens for prompt in prompts)
+    assert num_run <= num_shared + own_tokens
+
+
+def test_eager_attention_gets_the_same_mask(tmp_path: Path) -> None:
+    tokenizer, examples = tiny_tokenizer(), examples_of(tmp_path, "nwgi7")
+    network = tiny_network("llama").double()
+    eager = copy.deepcopy(network)
+    eager.set_attn_implementation("eager")
+    expected = _scores(score(network, tokenizer, examples))
+    assert _scores(score(eager, tokenizer, examples)) == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+def test_an_attention_without_masks_is_refused(tmp_path: Path) -> None:
+    network = tiny_network("llama")
+    network.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="'flash_attention_2' takes no mask"):
+        score(network, tiny_tokenizer(), examples_of(tmp_path, "lambada"))
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8", None])
+def test_quantised_and_short_weights_are_scored_as_the_network_computes(
+    quantize: str | None, tmp_path: Path
+) -> None:
+    network, tokenizer = tiny_network("llama"), tiny_tokenizer()
+    network.save_pretrained(tmp_path / "model")
+    dtype = torch.bfloat16 if quantize is None else torch.float32
+    loaded = load_model(tmp_path / "model", quantize=quantize, dtype=dtype).network
+    # int8 rounds each input by its own largest value, so batches differ a little.
+    tolerance = {"nf4": 1e-4, "int8": 0.3, None: 0.3}[quantize]
+    for example in examples_of(tmp_path, "nwgi7"):
+        (prediction,) = score(loaded, tokenizer, [example])
+        expected, _ = plain_scores(loaded, tokenizer, example)
+        assert prediction.scores == pytest.approx(expected, rel=0, abs=tolerance)
+
+
+def test_a_cut_prompt_is_said_to_be_one(tmp_path: Path) -> None:
+    network, tokenizer = tiny_network("gpt2"), tiny_tokenizer()
+    example = examples_of(tmp_path, "fpb")[0]
+    text = "Foo Corp rose " * 99
+    long = example._replace(prompts=(f"Input: {text}\nAnswer:",), text=text)
+    found = score(network, tokenizer, [example, long, example], relative=True)
+    assert [prediction.is_cut for prediction in found] == [False, True, False]
+    assert found[0] == found[2]
+
+
+def test_no_examples_have_no_predictions() -> None:
+    network: PreTrainedModel = tiny_network("gpt2")
+    assert score(network, tiny_tokenizer(), []) == []
