@@ -182,6 +182,13 @@ class FinGPTCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
         try:
+            given = parser.parse_args(args, defaults=False)[self.command]
+            # Where another class is chosen, the default one must not leave its settings of the
+            # same names behind (jsonargparse 4.53).
+            for key, default in _DEFAULT_CLASSES.items():
+                chosen = given.get(f"{key}.class_path")
+                if chosen not in (None, default):
+                    self._parser(self.command).set_defaults({key: {"class_path": chosen}})
             self.config = parser.parse_args(args)
         except ConfigError as error:
             line = explain(str(error), sorted(_options(parser)), _DEFAULT_CLASSES, args)
@@ -190,7 +197,6 @@ class FinGPTCLI(LightningCLI):
         if ckpt_path := settings.get("ckpt_path"):
             path = find_checkpoint(ckpt_path, _run_name(settings), Path(settings.runs_dir))
             settings.ckpt_path = str(path)
-            given = parser.parse_args(args, defaults=False)[self.command]
             _fill_from_checkpoint(settings, given, path)
 
     @override

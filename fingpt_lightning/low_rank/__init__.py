@@ -1,5 +1,6 @@
 """Low-rank layers in plain torch: pairs of thin matrices, factorisation, ranks and budgets."""
 
+from fingpt_lightning.low_rank.adapters import AdaptedLinear, AdapterOptions
 from fingpt_lightning.low_rank.budget import LayerBudget, ModelBudget
 from fingpt_lightning.low_rank.embedding import LowRankEmbedding, LowRankHead
 from fingpt_lightning.low_rank.factorize import Factors, factorize
@@ -7,6 +8,8 @@ from fingpt_lightning.low_rank.linear import LowRankLinear
 from fingpt_lightning.low_rank.rank import Rank, RankRule, resolve_rank
 
 __all__ = [
+    "AdaptedLinear",
+    "AdapterOptions",
     "Factors",
     "LayerBudget",
     "LowRankEmbedding",

@@ -316,8 +316,8 @@ def _is_pair(module: nn.Module) -> bool:
     return is_sequence and [name for name, _ in module.named_children()] == ["down", "up"]
 
 
-def _dequantized(layer: nn.Linear) -> Tensor:
-    weight: Any = layer.weight
+def _dequantized(layer: Any) -> Tensor:
+    weight = layer.weight
     dense: Tensor
     if (state := getattr(weight, "quant_state", None)) is not None:
         from bitsandbytes.functional import dequantize_4bit
@@ -326,7 +326,7 @@ def _dequantized(layer: nn.Linear) -> Tensor:
     elif weight.dtype == torch.int8:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB  # type: ignore[union-attr]
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
         dense = int8_vectorwise_dequant(weight.data, scales)
     else:
         dense = layer.weight

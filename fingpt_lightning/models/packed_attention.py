@@ -117,19 +117,21 @@ def packed_or_sdpa_attention(
         )
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported over packed rows; set it 0")
-    query_NHD, key_NHD, value_NHD = (x[0].transpose(0, 1) for x in (query, key, value))
+    packed = [x[0].transpose(0, 1) for x in (query, key, value)]
     results = []
     for group in packing:
         begin = group.first + group.num_shared
         end = begin + len(group.slots)
-        shared = [x[group.first : begin] for x in (query_NHD, key_NHD, value_NHD)]
-        rows = [_padded(x[begin:end], group) for x in (query_NHD, key_NHD, value_NHD)]
+        shared = [x_NHD[group.first : begin] for x_NHD in packed]
+        rows = [_padded(x_NHD[begin:end], group) for x_NHD in packed]
         if group.num_shared:
-            results.append(_attend(*(x[None] for x in shared), None, scaling)[0])
+            alone = [x[None] for x in shared]
+            results.append(_attend(alone[0], alone[1], alone[2], None, scaling)[0])
             for i in (1, 2):
                 before = shared[i].expand(group.num_rows, *shared[i].shape)
                 rows[i] = torch.cat([before, rows[i]], 1)
-        out_RTHD = _attend(*rows, _mask(group, query.device), scaling)
+        mask = _mask(group, query.device)
+        out_RTHD = _attend(rows[0], rows[1], rows[2], mask, scaling)
         results.append(out_RTHD.flatten(0, 1).index_select(0, group.slots))
     return torch.cat(results)[None], None
 
@@ -156,14 +158,12 @@ def _attend(
     scaling: float | None,
 ) -> Tensor:
     query, key, value = (x.transpose(1, 2) for x in (query_BTHD, key_BSHD, value_BSHD))
+    # Repeated here, because torch's fast kernels take a mask or grouped heads, but not both.
+    num_repeats = query.shape[1] // key.shape[1]
+    if num_repeats > 1:
+        key, value = (x.repeat_interleave(num_repeats, 1) for x in (key, value))
     out = nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
     )
     return out.transpose(1, 2)
 

@@ -21,6 +21,7 @@ _LIBRARY_VARIABLES = {
     "CRC32C_SW_MODE": "the checksums of tensorboard's event files",
     "KMP_DUPLICATE_LIB_OK": "the OpenMP runtime",
     "KMP_INIT_AT_FORK": "the OpenMP runtime",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR": "torch.compile",
     "LOCAL_RANK": "lightning, when it launches processes",
     "PL_GLOBAL_SEED": "lightning.seed_everything",
     "PL_SEED_WORKERS": "lightning.seed_everything",

@@ -1,0 +1,365 @@
+"""The data of finetuning: tasks in, batches of prompts with their answers out."""
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+from typing_extensions import override
+
+from fingpt_lightning.data.block_order import (
+    BlockOrder,
+    ShuffledOrder,
+    WeightedOrder,
+    WeightedPart,
+)
+from fingpt_lightning.data.blocks import BlockSampler, ResumableDataLoader
+from fingpt_lightning.data.instruction_batches import Batching, Collate
+from fingpt_lightning.data.instruction_rows import InstructionRow, InstructionRows, encode_examples
+from fingpt_lightning.data.synthetic_news import SENTIMENTS, synthetic_news
+from fingpt_lightning.data.tokenizers import (
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
+from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
+from fingpt_lightning.tasks import Example, find_task, read_rows
+
+SYNTHETIC = "synthetic_news"
+
+
+@runtime_checkable
+class HasBase(Protocol):
+    """A module that trains on top of a pretrained model."""
+
+    base: str | None
+
+
+class FinancialInstructions(LightningDataModule):
+    """Rows of one task or of a mixture, with labels on the answers alone.
+
+    Args:
+        tasks: Names of shipped tasks or paths of YAML files: one, several by commas or as a list,
+            read as they come, or a mapping from task to its share of the rows. Null for the
+            sentiment of synthetic news.
+        data_dir: Folder of ``<task>/<split>.jsonl``; null reads from the Hugging Face hub.
+        tokenizer: Folder or hub name; null takes that of the model's base, or trains one on the
+            rows where there is no base.
+        batching: ``shared_prefix``, ``packed`` or ``padded``: equal gradients, other cost.
+        batch_size: Rows of a batch on one device.
+        max_length: Tokens of a row; longer ones lose tokens of their own text, never of the answer.
+        balance_labels: Whether the labels of a task are drawn equally often; rows of rare labels
+            then repeat within an epoch.
+        val_share: Share of each task's training rows that is held out to validate on, in (0, 1).
+        test_split: The split that ``test`` reads.
+        num_workers: Processes that read ahead; rows are in memory, so 0 is fast.
+        seed: Of the held-out rows, of the order, and of the synthetic news.
+        num_synthetic_items: Rows of synthetic news.
+        vocab_size: Entries at most of a tokenizer that is trained here.
+
+    Attributes:
+        tokenizer: The tokenizer, after ``setup``.
+        split_sha256: Digest of each split of each task that was read, after ``setup``.
+
+    Raises:
+        ValueError: An argument is outside its range, or there is no such task.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+
+    def __init__(
+        self,
+        tasks: list[str] | dict[str, float] | str | None = None,
+        data_dir: str | None = None,
+        tokenizer: str | None = None,
+        batching: Literal["shared_prefix", "packed", "padded"] = "shared_prefix",
+        batch_size: int = 16,
+        max_length: int = 512,
+        balance_labels: bool = False,
+        val_share: float = 0.1,
+        test_split: str = "validation",
+        num_workers: int = 0,
+        seed: int = 1,
+        num_synthetic_items: int = 400,
+        vocab_size: int = 1024,
+    ) -> None:
+        super().__init__()
+        least = {
+            "batch_size": (batch_size, 1),
+            "max_length": (max_length, 2),
+            "num_workers": (num_workers, 0),
+            "num_synthetic_items": (num_synthetic_items, 1),
+        }
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise ValueError(f"{name} {value} is below {minimum}")
+        if not 0 < val_share < 1:
+            raise ValueError(f"val_share {val_share} is outside (0, 1)")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed {seed} is outside [0, 2**32)")
+        if batching not in list(Batching):
+            raise ValueError(f"batching {batching!r} is none of {', '.join(Batching)}")
+        self.weights = _weights(tasks)
+        self._tasks = {name: find_task(name) for name in self.weights if name != SYNTHETIC}
+        self.save_hyperparameters(logger=False)
+        self.data_dir = data_dir
+        self.tokenizer_name = tokenizer
+        self.batching = Batching(batching)
+        self.batch_size = batch_size
+        self.block_length = max_length
+        self.balance_labels = balance_labels
+        self.val_share = val_share
+        self.test_split = test_split
+        self.num_workers = num_workers
+        self.seed = seed
+        self.num_synthetic_items = num_synthetic_items
+        self.max_vocab_size = vocab_size
+        self.split_sha256: dict[str, str] = {}
+        self._examples: dict[tuple[str, str], list[Example]] = {}
+        self._rows: dict[str, list[InstructionRow]] = {}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows that the model's embedding needs."""
+        return vocabulary_size(self.tokenizer)
+
+    @property
+    def eos_token_id(self) -> int:
+        """The id that ends each answer."""
+        return int(self.tokenizer.eos_token_id)
+
+    def tokenizer_reference(self) -> dict[str, str | int]:
+        """What a checkpoint has to keep to know its tokenizer again."""
+        return {
+            "name_or_path": str(self.tokenizer.name_or_path),
+            "sha256": tokenizer_sha256(self.tokenizer),
+            "vocabulary_size": self.vocabulary_size,
+        }
+
+    @override
+    def prepare_data(self) -> None:
+        """Reads the rows, so that what is wrong with them shows before a run begins."""
+        for split in self._splits():
+            self._read(split)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and tokenises the rows, each split once."""
+        # Lightning's advice for loaders that compute; a row is a list in memory.
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        splits = self._splits()
+        found = {split: self._read(split) for split in splits}
+        if not hasattr(self, "tokenizer"):
+            self.tokenizer = self._load_tokenizer()
+        if "train" in splits and "train" not in self._rows:
+            self._hold_out(found["train"])
+        if self.test_split in splits and "test" not in self._rows:
+            rows = self._encode(found[self.test_split])
+            self._rows["test"] = [row for part in rows for row in part]
+
+    @override
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Shuffled rows; the loader's position is stored in checkpoints.
+
+        Raises:
+            ValueError: The rows do not fill one batch on all ranks.
+        """
+        rows = self._of("train")
+        order = self._order(rows)
+        ranks = self._ranks()
+        needed = self.batch_size * ranks["num_replicas"]
+        if len(order) < needed:
+            raise ValueError(
+                f"the training split has {len(order)} rows, but one batch takes {needed}"
+                f" (batch_size {self.batch_size} x {ranks['num_replicas']} ranks): lower batch_size"
+            )
+        data = InstructionRows(rows, self.eos_token_id)
+        if self._overfits():
+            return DataLoader(data, drop_last=True, **self._loading())
+        sampler = BlockSampler(
+            data, self.batch_size, training=True, seed=self.seed, order=order, **ranks
+        )
+        return ResumableDataLoader(data, sampler=sampler, drop_last=True, **self._loading())
+
+    @override
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Each held-out row once."""
+        return self._evaluation_loader("val")
+
+    @override
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Each row of the test split once."""
+        return self._evaluation_loader("test")
+
+    @override
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The test split."""
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Tensor]]:
+        # By length, so that padded rows have little padding; sums do not depend on the order.
+        rows = sorted(self._of(split), key=lambda row: (row.task, len(row.tokens)))
+        data = InstructionRows(rows, self.eos_token_id)
+        if self._overfits():
+            return DataLoader(data, **self._loading())
+        sampler = BlockSampler(data, self.batch_size, training=False, **self._ranks())
+        return DataLoader(data, sampler=sampler, **self._loading())
+
+    def _splits(self) -> list[str]:
+        """The splits that the trainer is about to read, or all without a trainer."""
+        doing = None if self.trainer is None else self.trainer.state.fn
+        splits = []
+        if doing in (None, TrainerFn.FITTING, TrainerFn.VALIDATING):
+            splits.append("train")
+        if doing in (TrainerFn.TESTING, TrainerFn.PREDICTING):
+            splits.append(self.test_split)
+        return splits
+
+    def _read(self, split: str) -> list[list[Example]]:
+        """The examples of each task."""
+        for name in self.weights:
+            if (name, split) in self._examples:
+                continue
+            if name == SYNTHETIC:
+                self._examples[name, split] = _synthetic_examples(
+                    self.num_synthetic_items, self.seed + (split != "train")
+                )
+                continue
+            rows = read_rows(self._tasks[name], self.data_dir, split)
+            if not rows.examples:
+                raise ValueError(f"{rows.path} has no rows of {name}")
+            self._examples[name, split] = rows.examples
+            self.split_sha256[f"{name}/{split}"] = rows.sha256
+        return [self._examples[name, split] for name in self.weights]
+
+    def _encode(self, tasks: Sequence[Sequence[Example]]) -> list[list[InstructionRow]]:
+        encoded = []
+        for number, (name, examples) in enumerate(zip(self.weights, tasks, strict=True)):
+            is_labelled = name == SYNTHETIC or self._tasks[name].kind == "labels"
+            try:
+                rows = encode_examples(
+                    self.tokenizer, examples, self.block_length, number, is_labelled
+                )
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            encoded.append(rows)
+        return encoded
+
+    def _hold_out(self, tasks: Sequence[Sequence[Example]]) -> None:
+        self._rows["train"], self._rows["val"] = [], []
+        for number, rows in enumerate(self._encode(tasks)):
+            seed = (self.seed * 1_000_003 + number) % 2**32  # of which torch reads 32 bits
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            num_held_out = round(self.val_share * len(rows))
+            if not 0 < num_held_out < len(rows):
+                name = list(self.weights)[number]
+                raise ValueError(
+                    f"val_share {self.val_share} of the {len(rows)} training rows of {name} leaves"
+                    " nothing to train on or to validate on"
+                )
+            self._rows["val"] += [rows[i] for i in sorted(order[:num_held_out])]
+            self._rows["train"] += [rows[i] for i in sorted(order[num_held_out:])]
+        if self.balance_labels:  # the parts of the order follow each other
+            self._rows["train"].sort(key=lambda row: (row.task, row.answer or 0))
+
+    def _order(self, rows: Sequence[InstructionRow]) -> BlockOrder:
+        names = list(self.weights)
+        if self.balance_labels:
+            sizes = Counter((row.task, row.answer) for row in rows)
+        elif any(self.weights[name] is not None for name in names):
+            sizes = Counter((row.task, None) for row in rows)
+        else:
+            return ShuffledOrder(len(rows))
+        rows_of_task = Counter(row.task for row in rows)
+        num_labels = Counter(task for task, _ in sizes)
+        common = math.lcm(*num_labels.values())
+        parts = []
+        for (task, label), size in sizes.items():
+            weight = self.weights[names[task]]
+            share = float(rows_of_task[task]) if weight is None else weight
+            name = names[task] if label is None else f"{names[task]} label {label}"
+            parts.append(WeightedPart(name, size, share * (common // num_labels[task])))
+        return WeightedOrder(parts)
+
+    def _of(self, split: str) -> list[InstructionRow]:
+        if split not in self._rows:
+            raise RuntimeError(f"the {split} rows are not read: setup has to run first")
+        return self._rows[split]
+
+    def _ranks(self) -> dict[str, Any]:
+        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
+
+    def _overfits(self) -> bool:
+        """Whether Lightning would warn of our samplers and replace them by sequential ones."""
+        return self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+
+    def _loading(self) -> dict[str, Any]:
+        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "pin_memory": on_cuda,
+            "collate_fn": Collate(self.batching, self.eos_token_id),
+        }
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerFast:
+        if self.tokenizer_name is not None:
+            return load_tokenizer(self.tokenizer_name)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if isinstance(module, HasBase) and module.base is not None:
+            of_run = Path(module.base).expanduser() / "tokenizer"
+            return load_tokenizer(str(of_run) if of_run.is_dir() else module.base)
+        texts = (
+            example.prefix + example.prompts[0] + choice
+            for examples in self._examples.values()
+            for example in examples
+            for choice in example.choices
+        )
+        return train_tokenizer(texts, self.max_vocab_size)
+
+
+def _weights(
+    tasks: Sequence[str] | Mapping[str, float] | str | None,
+) -> dict[str, float | None]:
+    if isinstance(tasks, Mapping):
+        for name, weight in tasks.items():
+            if not (weight > 0 and math.isfinite(weight)):
+                raise ValueError(f"tasks: the weight {weight} of {name} is not above 0")
+        weights: dict[str, float | None] = dict(tasks)
+    else:
+        given = tasks.split(",") if isinstance(tasks, str) else tasks or [SYNTHETIC]
+        names = [name.strip() for name in given]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"tasks: {name} is there {names.count(name)} times")
+        weights = dict.fromkeys(names)
+    if not weights:
+        raise ValueError("tasks: there is none")
+    return weights
+
+
+def _synthetic_examples(num_items: int, seed: int) -> list[Example]:
+    """The sentiment of synthetic news, asked in the words of Financial PhraseBank."""
+    task = find_task("fpb")
+    choices = tuple(f" {label}" for label in SENTIMENTS)
+    return [
+        Example(
+            task.instruction,
+            (task.templates[0].render({"text": item.text}),),
+            choices,
+            SENTIMENTS.index(item.label),
+            number,
+            item.text,
+        )
+        for number, item in enumerate(synthetic_news(num_items, seed), 1)
+    ]

@@ -1,0 +1,408 @@
+"""Finetuning adapters on a frozen, quantised Llama or GPT-2.
+
+Axes: B batch, T tokens, N supervised tokens, D width, V vocabulary.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from fingpt_lightning.data.batch import IGNORED_LABEL, TokenBatch
+from fingpt_lightning.low_rank.adapters import AdapterOptions
+from fingpt_lightning.models import LossSums, Recompute, recompute_blocks
+from fingpt_lightning.models.adapter_files import ADAPTER_CONFIG, adapter_base
+from fingpt_lightning.models.adapting import (
+    ALL_LINEAR,
+    adapt,
+    load_adapter,
+    save_adapter,
+    without_adapters,
+)
+from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.models.offload import offload_block_inputs
+from fingpt_lightning.models.packed_attention import run_packed, use_packed_attention
+from fingpt_lightning.modules.base_model import RandomLlama, random_llama
+from fingpt_lightning.modules.language_modeling import LanguageModelingModule, PartialNetwork
+from fingpt_lightning.modules.optimization import cosine_with_warmup
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+_RECOMPUTE = ("none", "block", "offload")
+_ARCHITECTURE = ("rank", "alpha", "rslora", "dora", "target_modules")
+
+
+class QuantizedFinetuning(LanguageModelingModule):
+    """Low-rank adapters trained on a base that stays as it is, in 4, 8 or more bits.
+
+    Checkpoints hold the adapters and the optimiser, not the base. When training ends, the run
+    folder holds the adapters as they are then, as ``adapter/`` in PEFT's format.
+
+    Args:
+        base: Folder, hub name, GGUF file, checkpoint or run folder of the model to start from;
+            null for ``random_base``.
+        revision: Branch, tag or commit of a hub name.
+        quantize: ``nf4``, ``int8``, or null for a base in ``dtype``.
+        dtype: Of the base's other weights and of all products; adapters are kept in float32.
+        rank: Of every adapter.
+        alpha: Adapters are weighed by ``alpha / rank``; null is twice the rank.
+        dropout: Probability with which an adapter's input features are dropped. What rows of a
+            batch share is dropped alike for all of them.
+        rslora: Weigh adapters by ``alpha / sqrt(rank)``.
+        dora: Learn the lengths of the weights' rows too.
+        target_modules: ``all-linear``, or the layers to adapt by the ends of their names.
+        learning_rate: The highest of the schedule.
+        lora_plus_ratio: Learning rate of the adapters' second matrices over that of the first.
+        final_learning_rate_ratio: Last over highest learning rate.
+        warmup: An int is steps, a float the share of all steps.
+        weight_decay: Of the adapters' matrices.
+        beta1: AdamW's decay of the gradient's mean.
+        beta2: AdamW's decay of the gradient's square.
+        optimizer: ``adamw``, fused; ``adamw_8bit``, with its state in 8 bits; or
+            ``paged_adamw_8bit``, whose state moves to the host when a GPU is full.
+        recompute: What the backward pass computes again: ``none``; ``block``, all of a block but
+            its input; ``offload``, the same with the inputs kept in the host's memory.
+        supervised_logits_only: Whether logits are made only where there are labels; the loss is
+            the same.
+        kl_weight: Weight of the divergence from the base's predictions, in nats a token, at
+            positions without labels, such as those of the prompts: it guards what the base knew.
+        kl_positions: Positions of a microbatch at most at which that is taken.
+        loss_chunk_size: Tokens whose logits over the vocabulary are held at a time.
+        random_base: Sizes of a random Llama in place of ``base``, to try a config out.
+
+    Keys: those of `LanguageModelingModule`; ``train/loss`` includes the weighted divergence,
+    ``val/loss`` does not.
+
+    Raises:
+        ValueError: A value outside its range; the message names it.
+
+    Source: https://arxiv.org/abs/2402.13533, section 4; https://arxiv.org/abs/2305.14314 (QLoRA),
+    https://arxiv.org/abs/2402.12354 (LoRA+).
+    """
+
+    def __init__(
+        self,
+        base: str | None = None,
+        revision: str | None = None,
+        quantize: Literal["nf4", "int8"] | None = "nf4",
+        dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16",
+        rank: int = 16,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        dora: bool = False,
+        target_modules: list[str] | str = ALL_LINEAR,
+        learning_rate: float = 0.0005,
+        lora_plus_ratio: float = 1.0,
+        final_learning_rate_ratio: float = 0.1,
+        warmup: int | float = 0.05,
+        weight_decay: float = 0.0,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw",
+        recompute: Literal["none", "block", "offload"] = "none",
+        supervised_logits_only: bool = True,
+        kl_weight: float = 0.0,
+        kl_positions: int = 64,
+        loss_chunk_size: int = 512,
+        random_base: RandomLlama | None = None,
+    ) -> None:
+        super().__init__()
+        if (base is None) == (random_base is None):
+            raise ValueError("give either base, the model to start from, or random_base, its sizes")
+        for name, value, allowed in (
+            ("dtype", dtype, tuple(_DTYPES)),
+            ("optimizer", optimizer, _OPTIMIZERS),
+            ("recompute", recompute, _RECOMPUTE),
+            ("quantize", quantize, ("nf4", "int8", None)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r} is none of {', '.join(map(str, allowed))}")
+        for name, number in (
+            ("learning_rate", learning_rate),
+            ("lora_plus_ratio", lora_plus_ratio),
+        ):
+            if not (number > 0 and math.isfinite(number)):
+                raise ValueError(f"{name} {number} is not above 0")
+        for name, number in (("weight_decay", weight_decay), ("kl_weight", kl_weight)):
+            if not (number >= 0 and math.isfinite(number)):
+                raise ValueError(f"{name} {number} is below 0")
+        for name, number in (("beta1", beta1), ("beta2", beta2)):
+            if not 0 <= number < 1:
+                raise ValueError(f"{name} {number} is outside [0, 1)")
+        for name, count in (("kl_positions", kl_positions), ("loss_chunk_size", loss_chunk_size)):
+            if count < 1:
+                raise ValueError(f"{name} {count} is below 1")
+        if not 0 <= final_learning_rate_ratio <= 1:
+            raise ValueError(
+                f"final_learning_rate_ratio {final_learning_rate_ratio} is outside [0, 1]"
+            )
+        if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
+            raise ValueError(f"warmup {warmup} is neither a share in [0, 1] nor a number of steps")
+        self.options = AdapterOptions(rank, alpha, dropout, rslora, dora)
+        self.base = base
+        self.random_base = random_base
+        self.loss_chunk_size = loss_chunk_size
+        self.base_revision = ""
+        self.strict_loading = False  # a checkpoint holds no base
+        self.save_hyperparameters(ignore=["random_base"])
+        self.hparams["random_base"] = None if random_base is None else dict(vars(random_base))
+        # Drawn now, so that nothing that draws before the adapters are made changes them.
+        self.initialization_seed = int(torch.randint(2**31, ()))
+
+    @override
+    def configure_model(self) -> None:
+        if "network" in self._modules:
+            return
+        self._check_strategy()
+        hparams = self.hparams
+        dtype, device = _DTYPES[hparams["dtype"]], self._base_device()
+        if self.base is not None:
+            loaded = load_model(
+                self.base,
+                dtype=dtype,
+                device=device,
+                quantize=hparams["quantize"],
+                revision=hparams["revision"],
+            )
+            self.network, self.base_revision = loaded.network, loaded.revision
+            adapter = loaded.adapter
+        else:
+            source = self.text_source
+            if source is None:
+                raise ValueError("random_base needs data whose tokenizer gives its vocabulary")
+            assert self.random_base is not None
+            self.network = random_llama(
+                self.random_base,
+                source.vocabulary_size,
+                source.eos_token_id,
+                dtype=dtype,
+                device=device,
+                quantize=hparams["quantize"],
+                seed=0,
+            )
+            adapter = None
+        self._check_fits_data()
+        if adapter is not None:
+            load_adapter(adapter, self.network)
+        else:
+            targets = hparams["target_modules"]
+            adapt(self.network, self.options, targets, self.initialization_seed)
+        _no_base_dropout(self.network)
+        self.network.train()  # a loaded one is in evaluation mode
+        use_packed_attention(self.network)
+        if hparams["recompute"] == "block":
+            recompute_blocks(self.network, Recompute.BLOCK)
+        elif hparams["recompute"] == "offload":
+            offload_block_inputs(self.network)
+
+    @override
+    def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "B T D"]:
+        if "packing" not in batch:
+            return super().hidden_states(batch)
+        return run_packed(self.network, batch["input_ids"], batch["position_ids"], batch["packing"])
+
+    @override
+    def loss_sum_and_tokens(
+        self, hidden: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]
+    ) -> LossSums:
+        if not self.hparams["supervised_logits_only"]:
+            return super().loss_sum_and_tokens(hidden, labels)
+        positions = (labels.flatten() != IGNORED_LABEL).nonzero().squeeze(1)
+        hidden_ND = hidden.flatten(0, 1).index_select(0, positions)
+        labels_N = labels.flatten().index_select(0, positions)
+        return super().loss_sum_and_tokens(hidden_ND[None], labels_N[None])
+
+    @override
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        weight = self.hparams["kl_weight"]
+        if not weight:
+            return super().training_step(batch, batch_idx)
+        hidden = self.hidden_states(batch)
+        sums = self.loss_sum_and_tokens(hidden, batch["labels"])
+        divergence = self.divergence_from_base(batch, hidden)
+        sums = LossSums(sums.loss_sum + weight * sums.num_tokens * divergence, sums.num_tokens)
+        self.log_step(sums)
+        return self.backward_start(sums.loss_sum)
+
+    def divergence_from_base(
+        self, batch: TokenBatch, hidden: Float[Tensor, "B T D"]
+    ) -> Float[Tensor, ""]:
+        """KL(base || network) in nats a token, mean over unlabelled positions, evenly spread.
+
+        Cost: one more forward pass, without gradients.
+        """
+        with torch.no_grad(), without_adapters(self.network):
+            base_hidden = self.hidden_states(batch)
+        positions = (batch["labels"].flatten() == IGNORED_LABEL).nonzero().squeeze(1)
+        stride = max(1, -(-len(positions) // self.hparams["kl_positions"]))
+        head = self.network.get_submodule("lm_head")
+        log_p, base_log_p = (
+            F.log_softmax(head(states.flatten(0, 1)[positions[::stride]]).float(), -1)
+            for states in (hidden, base_hidden)
+        )
+        return F.kl_div(log_p, base_log_p, reduction="batchmean", log_target=True)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        hparams = self.hparams
+        num_steps = self.trainer.estimated_stepping_batches
+        if num_steps == float("inf"):
+            raise ValueError(
+                "trainer.max_steps or trainer.max_epochs must be set: the schedule needs an end"
+            )
+        num_steps, warmup = int(num_steps), hparams["warmup"]
+        warmup_steps = round(warmup * num_steps) if isinstance(warmup, float) else warmup
+        factor = cosine_with_warmup(num_steps, warmup_steps, hparams["final_learning_rate_ratio"])
+        optimizer = self._optimizer()
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+        }
+
+    def trained_share(self) -> float:
+        """Trained parameters over all, those of the base counted unquantised."""
+        trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+        frozen = 0
+        for parameter in self.network.parameters():
+            state = getattr(parameter, "quant_state", None)
+            if not parameter.requires_grad:
+                frozen += parameter.numel() if state is None else math.prod(state.shape)
+        return trained / (trained + frozen)
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapters' weights; the base is where it came from."""
+        prefix = kwargs.get("prefix", "")
+        trained = {f"{prefix}{name}" for name, p in self.named_parameters() if p.requires_grad}
+        whole = cast("dict[str, Any]", super().state_dict(*args, **kwargs))
+        return {name: value for name, value in whole.items() if name in trained}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        # With it the file would look like a whole network's.
+        del checkpoint["network_config"]
+        checkpoint["base_revision"] = self.base_revision
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("hyper_parameters", {})
+        for key in _ARCHITECTURE:
+            if key in saved and saved[key] != self.hparams[key]:
+                raise ValueError(
+                    f"model.{key} is {self.hparams[key]}, the checkpoint was trained with"
+                    f" {saved[key]}"
+                )
+        if (revision := checkpoint.get("base_revision")) != self.base_revision:
+            raise ValueError(
+                f"model.base {self.base} has the weights {self.base_revision}, the checkpoint was"
+                f" trained on {revision}"
+            )
+        stored, wanted = checkpoint["state_dict"].keys(), self.state_dict().keys()
+        if odd := sorted(stored ^ wanted):
+            raise ValueError(
+                f"the checkpoint does not fit the adapters: {odd[0]} is in one of them"
+            )
+        super().on_load_checkpoint(checkpoint)
+
+    @override
+    def on_train_end(self) -> None:
+        """Writes ``adapter/`` and the tokenizer in it, once."""
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(self.trainer.default_root_dir) / "adapter"
+        base = "random" if self.base is None else self.base
+        if (Path(base) / ADAPTER_CONFIG).is_file():
+            base = adapter_base(Path(base)).path
+        if Path(base).exists():
+            base = str(Path(base).resolve())
+        save_adapter(self.network, folder, base, self.hparams["revision"])
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    def _optimizer(self) -> Optimizer:
+        hparams = self.hparams
+        betas = (hparams["beta1"], hparams["beta2"])
+        groups = self._parameter_groups()
+        if hparams["optimizer"] == "adamw":
+            # A fused optimiser cannot clip behind a gradient scaler (float16).
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            return AdamW(groups, betas=betas, fused=scaler is None)
+        import bitsandbytes  # takes a second
+
+        is_paged = hparams["optimizer"] == "paged_adamw_8bit"
+        if is_paged and self.network.device.type != "cuda":
+            raise ValueError(
+                f"model.optimizer {hparams['optimizer']} moves its state between GPU and host;"
+                f" on {self.network.device.type} take adamw_8bit"
+            )
+        optimizers: Any = bitsandbytes.optim  # not annotated
+        kind = optimizers.PagedAdamW8bit if is_paged else optimizers.AdamW8bit
+        return cast("Optimizer", kind(groups, betas=betas))
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """First matrices, second matrices, lengths: by learning rate and decay."""
+        rate, decay = self.hparams["learning_rate"], self.hparams["weight_decay"]
+        kinds = {
+            "lora_A": {"lr": rate, "weight_decay": decay},
+            "lora_B": {"lr": rate * self.hparams["lora_plus_ratio"], "weight_decay": decay},
+            "lora_magnitude_vector": {"lr": rate, "weight_decay": 0.0},
+        }
+        groups = []
+        for kind, settings in kinds.items():
+            found = [p for name, p in self.named_parameters() if name.endswith(f".{kind}")]
+            if found:
+                groups.append({"params": found, **settings})
+        return groups
+
+    def _base_device(self) -> torch.device:
+        return torch.device("cpu") if self._trainer is None else self.trainer.strategy.root_device
+
+    def _check_strategy(self) -> None:
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if self.device_mesh is not None or isinstance(strategy, PartialNetwork):
+            raise ValueError(
+                f"trainer.strategy {type(strategy).__name__} splits the network, which a base under"
+                " adapters is not made for; take ddp, with all of it on each device"
+            )
+
+    def _check_fits_data(self) -> None:
+        source = self.text_source
+        if source is None:
+            return
+        config = self.network.config
+        num_positions = int(config.max_position_embeddings)
+        if source.block_length > num_positions:
+            raise ValueError(
+                f"data.max_length {source.block_length} is longer than the {num_positions}"
+                f" positions of {self.base or 'random_base'}"
+            )
+        if source.vocabulary_size > config.vocab_size:
+            raise ValueError(
+                f"data.tokenizer has {source.vocabulary_size} tokens, {self.base}"
+                f" {config.vocab_size}: take the base's own"
+            )
+
+
+def _no_base_dropout(network: nn.Module) -> None:
+    """Switches the base's own dropout off: it would differ between rows that share a beginning."""
+    for part in network.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        elif isinstance(getattr(part, "attention_dropout", None), float):
+            part.__dict__["attention_dropout"] = 0.0

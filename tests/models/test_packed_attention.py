@@ -1,0 +1,107 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fingpt_lightning.models.packed_attention import (
+    packed_group,
+    run_packed,
+    use_packed_attention,
+)
+from fingpt_lightning.models.recompute import recompute_blocks
+from tests.models.tiny_models import VOCABULARY, ids, tiny_gpt2, tiny_llama
+from tests.support.exact_llama import exact_norms
+
+Group = tuple[int, list[int]]
+groups_of_rows = st.lists(
+    st.tuples(st.integers(0, 4), st.lists(st.integers(1, 6), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=3,
+)
+
+
+def _plain(network: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
+    """Each row by itself, its beginning included."""
+    return [network.base_model(row[None], use_cache=False).last_hidden_state[0] for row in rows]
+
+
+def _check(network: PreTrainedModel, groups: list[Group]) -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(size: int) -> Tensor:
+        return torch.randint(VOCABULARY, (size,), generator=generator)
+
+    network.double().train()
+    plain, packed = network, copy.deepcopy(network)
+    use_packed_attention(packed)
+    recompute_blocks(packed)
+    tokens: list[Tensor] = []
+    positions: list[Tensor] = []
+    rows: list[list[Tensor]] = []
+    packing = []
+    for num_shared, lengths in groups:
+        packing.append(packed_group(sum(len(t) for t in tokens), num_shared, lengths))
+        shared, own = draw(num_shared), [draw(length) for length in lengths]
+        tokens += [shared, *own]
+        positions += [torch.arange(num_shared)]
+        positions += [torch.arange(num_shared, num_shared + length) for length in lengths]
+        rows.append([torch.cat([shared, row]) for row in own])
+    hidden = run_packed(packed, torch.cat(tokens)[None], torch.cat(positions)[None], packing)[0]
+    pieces = iter(hidden.split([len(piece) for piece in tokens]))
+    ours, truth = [], []
+    for (num_shared, _), whole in zip(groups, rows, strict=True):
+        shared = next(pieces)
+        found = _plain(plain, whole)
+        torch.testing.assert_close(shared, found[0][:num_shared], rtol=0, atol=1e-10)
+        ours += [next(pieces) for _ in whole]
+        truth += [row[num_shared:] for row in found]
+    for our_row, true_row in zip(ours, truth, strict=True):
+        torch.testing.assert_close(our_row, true_row, rtol=0, atol=1e-10)
+    torch.stack([row.square().sum() for row in ours]).sum().backward()
+    torch.stack([row.square().sum() for row in truth]).sum().backward()
+    for (name, our_p), true_p in zip(packed.named_parameters(), plain.parameters(), strict=True):
+        assert (our_p.grad is None) == (true_p.grad is None), name
+        if our_p.grad is not None and true_p.grad is not None:
+            torch.testing.assert_close(our_p.grad, true_p.grad, rtol=1e-10, atol=1e-10)
+
+
+@given(groups_of_rows)
+def test_packed_rows_have_the_states_and_gradients_of_rows_by_themselves(
+    groups: list[Group],
+) -> None:
+    _check(exact_norms(tiny_llama()), groups)
+
+
+def test_gpt2_too() -> None:
+    _check(tiny_gpt2(), [(3, [2, 5, 1]), (0, [4, 1])])
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_without_packing_a_network_computes_as_it_did(build: type) -> None:
+    network, before = build(), build()(ids()).logits
+    use_packed_attention(network)
+    torch.testing.assert_close(network(ids()).logits, before)
+    mask = torch.ones_like(ids())
+    mask[0, :3] = 0
+    torch.testing.assert_close(
+        network(ids(), attention_mask=mask).logits, build()(ids(), attention_mask=mask).logits
+    )
+
+
+def test_what_cannot_be_packed_is_named() -> None:
+    with pytest.raises(ValueError, match=r"not \[2, 0\]"):
+        packed_group(0, 1, [2, 0])
+    network = tiny_gpt2()
+    for part in network.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.1
+    use_packed_attention(network.train())
+    with pytest.raises(ValueError, match=r"attention dropout 0\.1"):
+        run_packed(network, ids()[:1], torch.arange(7)[None], [packed_group(0, 2, [2, 3])])
+    network.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        use_packed_attention(network)

@@ -1,0 +1,247 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from fingpt_lightning.data import FinancialInstructions
+from fingpt_lightning.models.adapting import adapted_layers, load_adapter, without_adapters
+from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.modules import QuantizedFinetuning
+from fingpt_lightning.modules.base_model import RandomLlama
+from tests.models.tiny_models import tiny_gpt2, tiny_llama
+from tests.support.exact_llama import exact_norms
+from tests.support.lightning_ranks import RanksEnvironment
+from tests.support.ranks import run_ranks
+
+SHAPE = RandomLlama(num_positions=400)
+SETTINGS: dict[str, Any] = {
+    "random_base": SHAPE, "rank": 3, "learning_rate": 0.01, "dtype": "float32", "warmup": 1,
+}  # fmt: skip
+
+
+def _data(**settings: Any) -> FinancialInstructions:
+    given: dict[str, Any] = {
+        "num_synthetic_items": 30, "batch_size": 4, "vocab_size": 400, "max_length": 400,
+    }  # fmt: skip
+    return FinancialInstructions(**(given | settings))
+
+
+def _trainer(folder: Path, **settings: Any) -> Trainer:
+    given: dict[str, Any] = {
+        "accelerator": "cpu", "devices": 1, "max_steps": 4, "max_epochs": -1, "logger": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0,
+        "default_root_dir": folder, "enable_checkpointing": False, "gradient_clip_val": 1.0,
+    }  # fmt: skip
+    return Trainer(**(given | settings))
+
+
+def _module(**settings: Any) -> QuantizedFinetuning:
+    torch.manual_seed(5)
+    return QuantizedFinetuning(**(SETTINGS | settings))
+
+
+def _weights(module: QuantizedFinetuning) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def _ready(**settings: Any) -> QuantizedFinetuning:
+    """In float64 and exact, with adapters that do something, outside a trainer."""
+    module = _module(**({"quantize": None, "dtype": "float64"} | settings))
+    trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
+    data = _data()
+    data.prepare_data()
+    data.setup()
+    trainer.datamodule = data  # type: ignore[attr-defined]
+    module.trainer = trainer
+    module.configure_model()
+    exact_norms(module.network)
+    torch.manual_seed(6)
+    for layer in adapted_layers(module.network).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    return module.train()
+
+
+def _step(module: QuantizedFinetuning, batching: str) -> tuple[Tensor, list[Tensor]]:
+    data = _data(batching=batching)
+    data.prepare_data()
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    module.zero_grad()
+    loss = module.training_step(batch, 0)
+    loss.backward()
+    grads = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    assert len(grads) == len(module.state_dict())
+    return loss.detach(), grads
+
+
+def test_every_speed_up_gives_the_loss_and_gradients_of_the_plain_way() -> None:
+    plain = _step(_ready(supervised_logits_only=False), "padded")
+    assert sum(grad.abs().max() for grad in plain[1]) > 0
+    for settings, batching in (
+        ({}, "padded"),
+        ({}, "packed"),
+        ({}, "shared_prefix"),
+        ({"recompute": "block"}, "shared_prefix"),
+        ({"recompute": "offload"}, "shared_prefix"),
+        ({"supervised_logits_only": False}, "shared_prefix"),
+    ):
+        loss, grads = _step(_ready(**settings), batching)
+        torch.testing.assert_close(loss, plain[0], rtol=1e-10, atol=0)
+        for ours, truth in zip(grads, plain[1], strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+def test_a_resumed_run_is_exact_and_its_checkpoint_holds_no_base(tmp_path: Path) -> None:
+    for optimizer in ("adamw", "adamw_8bit"):
+        whole, resumed = (_module(optimizer=optimizer, rank=64) for _ in range(2))
+        folder = tmp_path / optimizer
+        checkpoint = ModelCheckpoint(folder, "half", every_n_train_steps=2, save_top_k=-1)
+        options: dict[str, Any] = {"callbacks": [checkpoint], "enable_checkpointing": True}
+        _trainer(folder, max_steps=3, **options).fit(whole, datamodule=_data())
+        trainer = _trainer(folder / "again", max_steps=3, **options)
+        trainer.fit(resumed, datamodule=_data(), ckpt_path=folder / "half.ckpt", weights_only=True)
+        assert trainer.global_step == 3
+        assert resumed.tokens_seen == whole.tokens_seen > 0
+        saved = torch.load(folder / "half.ckpt", weights_only=True)
+        assert saved["state_dict"].keys() == whole.state_dict().keys()
+        assert all(".lora_" in name for name in saved["state_dict"])
+        assert "network_config" not in saved
+        for name, tensor in _weights(whole).items():
+            assert torch.equal(resumed.state_dict()[name], tensor), (optimizer, name)
+
+
+def test_another_base_or_rank_than_the_checkpoint_s_is_refused(tmp_path: Path) -> None:
+    _trainer(tmp_path, max_steps=1).fit(first := _module(), datamodule=_data())
+    first.trainer.save_checkpoint(tmp_path / "one.ckpt")
+    changed = _module()
+    changed.base_revision = "another"
+    for module, message in ((_module(rank=4), "model.rank is 4"), (changed, "another, the check")):
+        with pytest.raises(ValueError, match=message):
+            _trainer(tmp_path).fit(
+                module, datamodule=_data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True
+            )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_base_from_a_folder_is_trained_and_its_adapter_is_in_the_run_folder(
+    family: str, tmp_path: Path
+) -> None:
+    data = _data(max_length=400)
+    data.prepare_data()
+    data.setup()
+    network = {"gpt2": tiny_gpt2, "llama": tiny_llama}[family]()
+    config = network.config
+    config.vocab_size = data.vocabulary_size
+    config.n_positions = config.max_position_embeddings = 400
+    network = type(network)(config)
+    network.save_pretrained(tmp_path / "base")
+    data.tokenizer.save_pretrained(tmp_path / "base")
+    module = _module(random_base=None, base=str(tmp_path / "base"), quantize=None, dora=True)
+    _trainer(tmp_path / "run").fit(module, datamodule=_data())
+    folder = tmp_path / "run" / "adapter"
+    assert json.loads((folder / "adapter_config.json").read_text())["use_dora"] is True
+    loaded = load_model(folder)
+    assert loaded.adapter == folder
+    load_adapter(folder, loaded.network)
+    ids = torch.arange(7)[None]
+    module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.network(ids).logits, module.network(ids).logits)
+        with without_adapters(module.network):
+            torch.testing.assert_close(network.eval()(ids).logits, module.network(ids).logits)
+    assert 0 < module.trained_share() < 0.5
+
+
+def test_training_lowers_the_loss_of_a_quantised_base(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, max_steps=20, limit_val_batches=1)
+    trainer.fit(_module(rank=8), datamodule=_data(batch_size=8))
+    assert trainer.callback_metrics["val/loss"] < 5.5
+    # An even guess among the 400 tokens costs 6 nats.
+    assert trainer.callback_metrics["train/loss"] < 5
+
+
+def test_the_divergence_from_the_base_is_zero_at_first_and_then_holds_back() -> None:
+    data = _data()
+    data.prepare_data()
+    data.setup()
+    batch: Any = next(iter(data.train_dataloader()))
+    module = _ready(kl_weight=0.5, kl_positions=7)
+    hidden = module.hidden_states(batch)
+    divergence = module.divergence_from_base(batch, hidden)
+    with torch.no_grad(), without_adapters(module.network):
+        same = module.divergence_from_base(batch, module.hidden_states(batch))
+    assert same == 0
+    assert divergence > 0
+    plain = _ready()
+    extra = module.training_step(batch, 0) - plain.training_step(batch, 0)
+    num_tokens = int((batch["labels"] != -100).sum())
+    torch.testing.assert_close(extra * 1024, 0.5 * num_tokens * divergence.double())
+
+
+def test_lora_plus_gives_the_second_matrices_their_own_rate() -> None:
+    module = _ready(lora_plus_ratio=4.0, dora=True, weight_decay=0.1)
+    groups = module._parameter_groups()
+    assert [group["lr"] for group in groups] == [0.01, 0.04, 0.01]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    assert sum(len(group["params"]) for group in groups) == len(module.state_dict())
+
+
+def _fit_on_rank(process_rank: int, world_size: int, folder: str) -> dict[str, Tensor]:
+    module = _module(quantize="nf4")
+    trainer = _trainer(
+        Path(folder),
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        devices=world_size,
+        plugins=[RanksEnvironment()],
+    )
+    trainer.fit(module, datamodule=_data(batch_size=2))
+    return _weights(module)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
+    per_rank = run_ranks(_fit_on_rank, 2, str(tmp_path), timeout_s=200)
+    module = _module()
+    _trainer(tmp_path).fit(module, datamodule=_data(batch_size=4))
+    moved = 0.0
+    for name, tensor in _weights(module).items():
+        assert torch.equal(per_rank[0][name], per_rank[1][name])
+        torch.testing.assert_close(per_rank[0][name], tensor, rtol=1e-3, atol=1e-4)
+        moved += float(tensor.abs().max()) if "lora_B" in name else 0.0
+    assert moved > 0.01
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base": "x"}, "either base"),
+        ({"learning_rate": 0.0}, r"learning_rate 0\.0"),
+        ({"lora_plus_ratio": -1.0}, r"lora_plus_ratio -1\.0"),
+        ({"kl_weight": -0.5}, r"kl_weight -0\.5"),
+        ({"warmup": 1.5}, r"warmup 1\.5"),
+        ({"rank": 0}, "rank 0"),
+        ({"final_learning_rate_ratio": 2.0}, r"final_learning_rate_ratio 2\.0"),
+    ],
+)
+def test_a_value_outside_its_range_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _module(**settings)
+
+
+def test_what_does_not_fit_is_said_before_training(tmp_path: Path) -> None:
+    for settings, message in (
+        ({"target_modules": ["query"]}, "'query' matches no linear layer; there are q_proj"),
+        ({"random_base": RandomLlama(num_positions=99)}, "max_length 400 is longer than the 99"),
+        ({"optimizer": "paged_adamw_8bit"}, "on cpu take adamw_8bit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _trainer(tmp_path).fit(_module(**settings), datamodule=_data())
+    with pytest.raises(ValueError, match="num_heads 3 does not divide width 64"):
+        RandomLlama(num_heads=3)
