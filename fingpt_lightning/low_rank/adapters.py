@@ -50,7 +50,7 @@ class AdapterOptions:
     def scale(self) -> float:
         """The factor on the product of the adapter's matrices.
 
-        >>> AdapterOptions(rank=4, alpha=8).scale, AdapterOptions(rank=4, rslora=True).scale
+        >>> AdapterOptions(rank=4, alpha=8.0).scale, AdapterOptions(rank=4, rslora=True).scale
         (2.0, 4.0)
         """
         alpha = 2 * self.rank if self.alpha is None else self.alpha

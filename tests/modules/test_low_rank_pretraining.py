@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.models import Recompute
-from fingpt_lightning.modules import LowRankPretraining
+from fingpt_lightning.modules import LowRankPretraining, low_rank_pretraining
 from tests.support.token_data import TokenData
 
 SIZES: dict[str, Any] = {
@@ -66,11 +66,13 @@ def test_recomputing_changes_no_weight(tmp_path: Path) -> None:
         assert torch.equal(weights[Recompute.LOW_RANK][name], weight)
 
 
-def test_blocks_are_compiled_when_asked() -> None:
-    module = LowRankPretraining(**SIZES, rank=3, vocab_size=23, compile=True)
-    module.configure_model()
-    blocks = module.network.transformer.h
-    assert all(block._compiled_call_impl is not None for block in blocks)
+def test_blocks_are_compiled_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(low_rank_pretraining, "compile_blocks", compiled.append)
+    for compiles in (False, True):
+        module = LowRankPretraining(**SIZES, rank=3, vocab_size=23, compile=compiles)
+        module.configure_model()
+    assert compiled == [module.network]
 
 
 @pytest.mark.parametrize(
