@@ -67,7 +67,7 @@ def test_recomputing_changes_no_weight(tmp_path: Path) -> None:
 
 
 def test_blocks_are_compiled_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
+    compiled: list[object] = []
     monkeypatch.setattr(low_rank_pretraining, "compile_blocks", compiled.append)
     for compiles in (False, True):
         module = LowRankPretraining(**SIZES, rank=3, vocab_size=23, compile=compiles)
