@@ -5,7 +5,9 @@
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.compression import CompressionMonitor
+from callbacks.financial_evaluation import FinancialEvaluation
 from callbacks.memory import MemoryMonitor
+from callbacks.pipeline_trace import PipelineTrace
 from callbacks.summary import RunSummary
 from callbacks.throughput import ThroughputMonitor
 
@@ -13,8 +15,10 @@ __all__ = [
     "DISTRIBUTION",
     "BestCheckpoint",
     "CompressionMonitor",
+    "FinancialEvaluation",
     "LastCheckpoint",
     "MemoryMonitor",
+    "PipelineTrace",
     "RunSummary",
     "ThroughputMonitor",
 ]

@@ -8,19 +8,23 @@ from pathlib import Path
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.compression import CompressionMonitor
+from callbacks.financial_evaluation import FinancialEvaluation
 from callbacks.memory import MemoryMonitor
 from callbacks.summary import RunSummary
 from callbacks.throughput import ThroughputMonitor
-from fingpt_lightning.data import TextBlocks
-from fingpt_lightning.modules import LowRankPretraining
+from fingpt_lightning.data import FinancialInstructions, TextBlocks
+from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 
 GOLDEN = Path(__file__).parent / "golden" / "cli_options.txt"
 CLASSES = {
     "model": LowRankPretraining,
     "data": TextBlocks,
+    "model.QuantizedFinetuning": QuantizedFinetuning,
+    "data.FinancialInstructions": FinancialInstructions,
     "best_checkpoint": BestCheckpoint,
     "last_checkpoint": LastCheckpoint,
     "callbacks.CompressionMonitor": CompressionMonitor,
+    "callbacks.FinancialEvaluation": FinancialEvaluation,
     "callbacks.MemoryMonitor": MemoryMonitor,
     "callbacks.RunSummary": RunSummary,
     "callbacks.ThroughputMonitor": ThroughputMonitor,

@@ -18,9 +18,9 @@ def test_the_number_of_configs_is_known() -> None:
     """A new runnable file needs its debug twin, a new overlay its test."""
     names = {path.stem for path in RUNNABLE}
     full = {name for name in names if not name.startswith("debug_")}
-    assert len(full) == 3
+    assert len(full) == 6
     assert names - full == {f"debug_{name}" for name in full}
-    assert [path.stem for path in OVERLAYS] == ["ddp", "fsdp"]
+    assert [path.stem for path in OVERLAYS] == ["ddp", "fsdp", "pipeline"]
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
@@ -78,8 +78,8 @@ def test_a_debug_config_runs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    main(["fit", "--config", str(path), "--data.cache_dir", str(tmp_path / "cache"),
-          "--trainer.logger", "false"])  # fmt: skip
+    cache = ["--data.cache_dir", str(tmp_path / "cache")] if "finetune" not in path.stem else []
+    main(["fit", "--config", str(path), *cache, "--trainer.logger", "false"])
     assert "Run summary" in capsys.readouterr().out
     assert list(tmp_path.glob("runs/*/summary.json"))
 
@@ -87,7 +87,7 @@ def test_a_debug_config_runs(
 def test_blocks_are_values_without_a_root() -> None:
     roots = {"trainer", "model", "data", "seed_everything"}
     blocks = [path for part in ("trainer", "model", "data") for path in (CONFIGS / part).iterdir()]
-    assert len(blocks) == 11
+    assert len(blocks) == 20
     for path in blocks:
         assert not roots & set(yaml.safe_load(path.read_text())), path
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ class FailingRank(Callback):
     ) -> None:
         if trainer.global_step == 2 and trainer.global_rank == 1:
             raise RuntimeError("the second device is on fire")
+
+
+class DyingRank(Callback):
+    """Leaves the second rank without a word after two steps, and notes when."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == 1:
+            Path("died_at").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _words(overlay: str | None, cache: Path, *changes: str) -> list[str]:
@@ -176,6 +188,35 @@ def test_a_rank_that_fails_ends_the_run_and_says_why_in_one_line(
     assert "Run summary" not in output
     assert len(list((tmp_path / "runs").iterdir())) == 1
     assert not list(tmp_path.rglob("summary.json"))
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_two_processes_equals_one_process(
+    tmp_path: Path, cache: Path, truth: dict[tuple[str, int], float]
+) -> None:
+    """Started as on a laptop: Lightning makes the second process."""
+    words = _words("pipeline", cache, *ONE_RANK, "--trainer.devices", "2")
+    trace = ("--trainer.callbacks+", "callbacks.PipelineTrace")
+    command = [sys.executable, "-m", "fingpt_lightning", *words, *trace]
+    (code,), output = _run_together(tmp_path, [command])
+    assert code == 0, output
+    _assert_one_run(tmp_path, truth)
+    assert "1F1B, 2 stages on 2 ranks, 8 microbatches" in output
+    assert output.count("Run summary") == 1
+    assert len(list(tmp_path.glob("runs/*/pipeline/step_3.*"))) == 2
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_loses_a_rank_ends_within_seconds_and_says_so(
+    tmp_path: Path, cache: Path
+) -> None:
+    dying = ("--trainer.callbacks+", '{"class_path": "tests.test_overlays.DyingRank"}')
+    words = _words("pipeline", cache, *ONE_RANK, "--trainer.devices", "2", *dying)
+    (code,), output = _run_together(tmp_path, [[sys.executable, "-m", "fingpt_lightning", *words]])
+    assert code != 0
+    assert time.time() - float((tmp_path / "died_at").read_text()) < 15
+    assert "fingpt: error: rank 0 lost another rank of the pipeline" in output, output
+    assert "Run summary" not in output
 
 
 @pytest.mark.parametrize("is_requeued", [False, True])

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -37,6 +37,17 @@ class TextSource(Protocol):
         """Name, digest and size of the tokenizer, in plain types."""
 
 
+@runtime_checkable
+class PartialNetwork(Protocol):
+    """A strategy under which each process holds a part of the network."""
+
+    def keep_own_part(self, network: PreTrainedModel) -> None:
+        """Takes out of a network laid out on the meta device what other processes hold."""
+
+    def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Over the parameters of all processes, which call this together."""
+
+
 class LanguageModelingModule(LightningModule):
     """Next-token training whose gradients are those of one big batch.
 
@@ -45,8 +56,9 @@ class LanguageModelingModule(LightningModule):
     divided once, before clipping, by the number of tokens of the whole window on all ranks.
     (Lightning alone averages over batches: its issue 20350.)
 
-    A subclass sets `network` in ``configure_model``. The seam for strategies that run the step
-    themselves is `network`, `loss_sum_and_tokens` and `log_step`.
+    A subclass sets `network` in ``configure_model``, after it gave it to `keep_own_part`. The seam
+    for strategies that run the step themselves is `network`, `loss_sum_and_tokens`, `log_step` with
+    `backward_start`, `log_evaluation` and `likeliest_tokens`.
 
     Keys: ``train/loss`` (nats a token over the window and all ranks), ``train/learning_rate``,
     ``train/gradient_norm`` (before clipping), ``train/tokens`` (supervised so far, all ranks);
@@ -87,16 +99,38 @@ class LanguageModelingModule(LightningModule):
         head = self.network.get_submodule("lm_head")
         return vocabulary_loss(head, hidden, labels, self.loss_chunk_size)
 
+    def keep_own_part(self, network: PreTrainedModel) -> None:
+        """Takes out of a network on the meta device what the strategy gives other processes."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, PartialNetwork):
+            strategy.keep_own_part(network)
+
+    def backward_start(self, loss_sum: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """What the backward pass begins from: the optimiser's hooks undo the scale."""
+        return loss_sum / _LOSS_SCALE
+
     def log_step(self, sums: LossSums) -> None:
         """Adds one microbatch to the accumulation window; logged when the optimiser steps."""
         self._window = _added(self._window, sums)
 
+    def log_evaluation(self, sums: LossSums) -> None:
+        """Adds one batch to the split that is being evaluated; logged when it ends."""
+        self._evaluated = _added(self._evaluated, sums)
+
+    def likeliest_tokens(self, hidden: Float[Tensor, "B T D"]) -> Int[Tensor, "B T"]:
+        """The likeliest next token at every position."""
+        head = self.network.get_submodule("lm_head")
+        return cast("Tensor", head(hidden).argmax(-1))
+
+    @override
+    def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
+        self._batch_idx = batch_idx
+
     @override
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        self._batch_idx = batch_idx
         sums = self.loss_sum_and_tokens(self.hidden_states(batch), batch["labels"])
         self.log_step(sums)
-        return sums.loss_sum / _LOSS_SCALE
+        return self.backward_start(sums.loss_sum)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -123,9 +157,7 @@ class LanguageModelingModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         trained = [p for p in self.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = self._gradient_norm(trained)
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             # With a gradient scaler an overflow is its business: it skips the step.
             self._stop_unless_finite("train/gradient_norm", norm)
@@ -139,8 +171,7 @@ class LanguageModelingModule(LightningModule):
 
     @override
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        sums = self.loss_sum_and_tokens(self.hidden_states(batch), batch["labels"])
-        self._evaluated = _added(self._evaluated, sums)
+        self.log_evaluation(self.loss_sum_and_tokens(self.hidden_states(batch), batch["labels"]))
 
     @override
     def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
@@ -149,8 +180,7 @@ class LanguageModelingModule(LightningModule):
     @override
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> Int[Tensor, "B T"]:
         """The likeliest next token at every position."""
-        head = self.network.get_submodule("lm_head")
-        return cast("Tensor", head(self.hidden_states(batch)).argmax(-1))
+        return self.likeliest_tokens(self.hidden_states(batch))
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -179,6 +209,12 @@ class LanguageModelingModule(LightningModule):
                 f"data.tokenizer {now['name_or_path']!r} differs from the one the checkpoint was"
                 f" trained with: {saved['name_or_path']!r} of {saved['vocabulary_size']} tokens"
             )
+
+    def _gradient_norm(self, trained: list[nn.Parameter]) -> Tensor:
+        if isinstance(self.trainer.strategy, PartialNetwork):
+            return self.trainer.strategy.gradient_norm(trained)
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _num_replicas(self) -> int:
         sampler_kwargs = self.trainer.distributed_sampler_kwargs or {}

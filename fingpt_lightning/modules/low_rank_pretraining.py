@@ -12,12 +12,12 @@ from typing_extensions import override
 from fingpt_lightning.low_rank import ModelBudget, RankRule
 from fingpt_lightning.models import (
     Recompute,
-    build_gpt2,
     compile_blocks,
+    lay_out_gpt2,
     model_budget,
     recompute_blocks,
 )
-from fingpt_lightning.models.gpt2 import check_ranks, preset_shape
+from fingpt_lightning.models.gpt2 import check_ranks, materialize, preset_shape
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import cosine_with_warmup, decay_groups
 from fingpt_lightning.modules.sharding import shard
@@ -152,19 +152,10 @@ class LowRankPretraining(LanguageModelingModule):
     def configure_model(self) -> None:
         if "network" in self._modules:
             return
-        vocab_size = self.hparams["vocab_size"]
-        if vocab_size is None:
-            raise ValueError("vocab_size is null and there is no data whose tokenizer gives it")
-        source = self.text_source
-        self.network = build_gpt2(
-            self.shape,
-            vocab_size,
-            rank=self.rank_rule,
-            embedding_rank=self.hparams["embedding_rank"],
-            dropout=self.hparams["dropout"],
-            eos_token_id=None if source is None else source.eos_token_id,
-            seed=self.initialization_seed,
-        )
+        network = self._laid_out()
+        self.keep_own_part(network)
+        materialize(network, self.initialization_seed)
+        self.network = network
         recompute_blocks(self.network, Recompute(self.hparams["recompute"]))
         if self.hparams["compile"]:
             compile_blocks(self.network)
@@ -207,6 +198,20 @@ class LowRankPretraining(LanguageModelingModule):
                 )
         super().on_load_checkpoint(checkpoint)
 
+    def _laid_out(self) -> GPT2LMHeadModel:
+        vocab_size = self.hparams["vocab_size"]
+        if vocab_size is None:
+            raise ValueError("vocab_size is null and there is no data whose tokenizer gives it")
+        source = self.text_source
+        return lay_out_gpt2(
+            self.shape,
+            vocab_size,
+            rank=self.rank_rule,
+            embedding_rank=self.hparams["embedding_rank"],
+            dropout=self.hparams["dropout"],
+            eos_token_id=None if source is None else source.eos_token_id,
+        )
+
     def budget(self, sequence_length: int | None = None) -> ModelBudget:
         """Parameters, bytes and operations of the network and its dense twin.
 
@@ -216,7 +221,8 @@ class LowRankPretraining(LanguageModelingModule):
         if sequence_length is None:
             source = self.text_source
             sequence_length = self.shape.num_positions if source is None else source.block_length
-        return model_budget(self.network, sequence_length)
+        # Laid out anew: a process may hold only a part of it.
+        return model_budget(self._laid_out(), sequence_length)
 
     def dense_twin(self) -> "LowRankPretraining":
         """The module of the same settings with every layer dense, its network not yet built."""

@@ -1,0 +1,47 @@
+"""A network cut into stages that run on several ranks, microbatch after microbatch."""
+
+from fingpt_lightning.pipeline.partition import (
+    Balance,
+    Cost,
+    NetworkCosts,
+    Span,
+    Workload,
+    given_partition,
+    partition,
+    to_table,
+)
+from fingpt_lightning.pipeline.runtime import PipelineRuntime, Sums, sum_over
+from fingpt_lightning.pipeline.schedule import PipelineLayout, Schedule, schedule_named
+from fingpt_lightning.pipeline.stage import (
+    Stage,
+    keep_stages,
+    network_costs,
+    tied_parameters,
+)
+from fingpt_lightning.pipeline.timeline import Pass, Work, bubble_share, chrome_trace, draw
+
+__all__ = [
+    "Balance",
+    "Cost",
+    "NetworkCosts",
+    "Pass",
+    "PipelineLayout",
+    "PipelineRuntime",
+    "Schedule",
+    "Span",
+    "Stage",
+    "Sums",
+    "Work",
+    "Workload",
+    "bubble_share",
+    "chrome_trace",
+    "draw",
+    "given_partition",
+    "keep_stages",
+    "network_costs",
+    "partition",
+    "schedule_named",
+    "sum_over",
+    "tied_parameters",
+    "to_table",
+]

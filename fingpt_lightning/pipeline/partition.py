@@ -1,0 +1,228 @@
+"""Where to cut a network into stages, so that the slowest or the fullest is as small as can be."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from rich.table import Table
+
+from fingpt_lightning.pipeline.schedule import PipelineLayout
+from fingpt_lightning.units import GIB
+
+_TRAINING_COPIES = 4
+"""Numbers held for a trained parameter: itself, its gradient and AdamW's two means."""
+
+
+class Balance(StrEnum):
+    """What a partition makes as equal as can be."""
+
+    TIME = "time"
+    MEMORY = "memory"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a part of a network takes.
+
+    Args:
+        parameters: Stored numbers.
+        flops_per_token: Of the forward pass, 2 for a multiply-add.
+        activations_per_token: Numbers kept for the backward pass.
+    """
+
+    parameters: int = 0
+    flops_per_token: int = 0
+    activations_per_token: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.parameters + other.parameters,
+            self.flops_per_token + other.flops_per_token,
+            self.activations_per_token + other.activations_per_token,
+        )
+
+
+@dataclass(frozen=True)
+class NetworkCosts:
+    """The costs of a network's parts, in their order.
+
+    Args:
+        front: What comes before the blocks and stays on the first stage: the embedding.
+        blocks: The decoder blocks, which may be parted anywhere.
+        back: What comes after them and stays on the last stage: norm and head, with a copy of
+            its own where the head is tied to the embedding.
+    """
+
+    front: Cost
+    blocks: tuple[Cost, ...]
+    back: Cost
+
+    def stage(self, span: "Span") -> Cost:
+        """The cost of a stage."""
+        parts = list(self.blocks[span.first : span.end])
+        if span.is_first:
+            parts.append(self.front)
+        if span.is_last:
+            parts.append(self.back)
+        return sum(parts, Cost())
+
+
+class Span(NamedTuple):
+    """The blocks of one stage, from ``first`` to before ``end``, and whether it is at an end."""
+
+    first: int
+    end: int
+    is_first: bool
+    is_last: bool
+
+
+def spans_of(blocks_per_stage: Sequence[int]) -> list[Span]:
+    """The stages with so many blocks each.
+
+    >>> [(span.first, span.end) for span in spans_of([7, 5])]
+    [(0, 7), (7, 12)]
+    """
+    bounds = [0, *itertools.accumulate(blocks_per_stage)]
+    last = len(blocks_per_stage) - 1
+    return [
+        Span(first, end, is_first=stage == 0, is_last=stage == last)
+        for stage, (first, end) in enumerate(itertools.pairwise(bounds))
+    ]
+
+
+def minimax(
+    num_blocks: int, num_stages: int, cost_of: Callable[[int, int, int], float | int]
+) -> list[int]:
+    """Blocks per stage with the smallest possible largest cost; among those a rather even one.
+
+    Exact, by dynamic programming over (stage, end): ``num_stages num_blocks^2`` evaluations.
+
+    Args:
+        num_blocks: To be parted, in order, at least one a stage.
+        num_stages: The number of parts.
+        cost_of: ``(stage, first, end) -> cost``.
+
+    Raises:
+        ValueError: There are more stages than blocks.
+    """
+    if num_stages > num_blocks:
+        raise ValueError(
+            f"{num_stages} stages are more than the {num_blocks} blocks of the network: lower"
+            " pipeline_size or num_virtual_stages"
+        )
+    # (largest cost, sum of squares, blocks of each stage) of the best parting up to a block.
+    best: dict[int, tuple[float | int, float | int, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for stage in range(num_stages):
+        ends = range(stage + 1, num_blocks - (num_stages - 1 - stage) + 1)
+        extended = {}
+        for end in ends:
+            candidates = []
+            for first, (largest, squares, sizes) in best.items():
+                if first < end:
+                    cost = cost_of(stage, first, end)
+                    whole = (max(largest, cost), squares + cost**2, (*sizes, end - first))
+                    candidates.append(whole)
+            extended[end] = min(candidates)
+        best = extended
+    return list(best[num_blocks][2])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What memory depends on beside the network.
+
+    Args:
+        tokens_per_microbatch: Of each pass.
+        bytes_per_number: Of weights and activations.
+    """
+
+    tokens_per_microbatch: int
+    bytes_per_number: int = 4
+
+    def stage_bytes(self, cost: Cost, passes_in_flight: float) -> float:
+        """Weights, gradients, AdamW's state and kept activations of a stage."""
+        kept = cost.activations_per_token * self.tokens_per_microbatch * passes_in_flight
+        return self.bytes_per_number * (_TRAINING_COPIES * cost.parameters + kept)
+
+
+def partition(
+    costs: NetworkCosts,
+    layout: PipelineLayout,
+    workload: Workload,
+    balance: Balance = Balance.TIME,
+) -> list[Span]:
+    """The stages of a network.
+
+    Args:
+        costs: Of its parts.
+        layout: How many stages there are and how many passes each holds.
+        workload: How large a pass is.
+        balance: What to make as equal as can be over the stages.
+
+    Raises:
+        ValueError: There are more stages than blocks.
+    """
+    num_blocks = len(costs.blocks)
+
+    def cost_of(stage: int, first: int, end: int) -> float | int:
+        cost = costs.stage(Span(first, end, stage == 0, stage == layout.num_stages - 1))
+        if balance is Balance.TIME:
+            return cost.flops_per_token
+        return workload.stage_bytes(cost, _passes_a_stage(layout, stage))
+
+    return spans_of(minimax(num_blocks, layout.num_stages, cost_of))
+
+
+def given_partition(
+    blocks_per_stage: Sequence[int], layout: PipelineLayout, num_blocks: int
+) -> list[Span]:
+    """The stages as someone wants them.
+
+    Raises:
+        ValueError: The numbers do not fit the stages or the blocks.
+    """
+    fits = len(blocks_per_stage) == layout.num_stages and sum(blocks_per_stage) == num_blocks
+    if not fits or min(blocks_per_stage) < 1:
+        raise ValueError(
+            f"blocks_per_stage {list(blocks_per_stage)}: {layout.num_stages} numbers above 0 that"
+            f" add up to the {num_blocks} blocks are wanted"
+        )
+    return spans_of(blocks_per_stage)
+
+
+def to_table(
+    costs: NetworkCosts, spans: Sequence[Span], layout: PipelineLayout, workload: Workload
+) -> Table:
+    """A row a stage: its blocks, parameters, share of the work and memory in training."""
+    table = Table(
+        title=f"{layout.schedule.value}, {layout.num_stages} stages on {layout.num_ranks} ranks,"
+        f" {layout.num_microbatches} microbatches"
+    )
+    columns = ("stage", "rank", "blocks", "parameters (M)", "share of work", "memory (GiB)")
+    for column in columns:
+        table.add_column(column, justify="right")
+    stages = [costs.stage(span) for span in spans]
+    all_flops = sum(cost.flops_per_token for cost in stages)
+    for stage, (span, cost) in enumerate(zip(spans, stages, strict=True)):
+        held = workload.stage_bytes(cost, _passes_a_stage(layout, stage))
+        table.add_row(
+            str(stage),
+            str(layout.rank_of(stage)),
+            f"{span.first} to {span.end - 1}",
+            f"{cost.parameters / 1e6:,.2f}",
+            f"{cost.flops_per_token / max(1, all_flops):.1%}",
+            f"{held / GIB:,.2f}",
+        )
+    slowest = max(cost.flops_per_token for cost in stages)
+    evenness = all_flops / max(1, slowest * len(stages))
+    table.caption = (
+        f"bubble by formula {layout.bubble_share:.1%}; the slowest stage keeps the others at"
+        f" {evenness:.1%}"
+    )
+    return table
+
+
+def _passes_a_stage(layout: PipelineLayout, stage: int) -> float:
+    return layout.passes_in_flight(layout.rank_of(stage)) / layout.stages_per_rank

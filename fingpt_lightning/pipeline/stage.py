@@ -1,0 +1,218 @@
+"""Cutting a transformers network into stages whose parameters keep their full names.
+
+What a stage does not own becomes a module that hands its input on. The split is exact: the stages
+in turn compute what the network computes.
+
+Axes: B batch, T tokens, D width.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fingpt_lightning.pipeline.partition import Cost, NetworkCosts, Span
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of a network family are.
+
+    Args:
+        blocks: The list of decoder blocks.
+        embedding: Of tokens.
+        front: Other parts before the blocks.
+        positions: An embedding of positions, added before the blocks.
+        norm: After the blocks.
+    """
+
+    blocks: str
+    embedding: str
+    norm: str
+    front: tuple[str, ...] = ()
+    positions: str | None = None
+
+
+_HEAD = "lm_head"
+ANATOMIES = {
+    "gpt2": Anatomy(
+        blocks="transformer.h",
+        embedding="transformer.wte",
+        norm="transformer.ln_f",
+        front=("transformer.drop",),
+        positions="transformer.wpe",
+    ),
+    "llama": Anatomy(blocks="model.layers", embedding="model.embed_tokens", norm="model.norm"),
+}
+"""The families that can be cut, by the ``model_type`` of their config."""
+
+
+class PassThrough(nn.Module):
+    """Stands for a part that another stage owns: returns its first argument."""
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Whatever the part takes beside the hidden states is of no use."""
+        return hidden
+
+
+class NoPositions(nn.Module):
+    """Stands for the embedding of positions, which the first stage has added already."""
+
+    def forward(self, position_ids: Int[Tensor, "*batch"]) -> Float[Tensor, ""]:
+        """A zero that takes the dtype of what it is added to."""
+        return torch.zeros((), device=position_ids.device)
+
+
+def anatomy_of(network: PreTrainedModel) -> Anatomy:
+    """Where the parts of a network are.
+
+    Raises:
+        ValueError: Its family is not known here.
+    """
+    family = network.config.model_type
+    if family not in ANATOMIES:
+        raise ValueError(
+            f"a {family} network cannot be cut into stages: {', '.join(ANATOMIES)} can"
+        )
+    return ANATOMIES[family]
+
+
+def network_costs(network: PreTrainedModel, sequence_length: int) -> NetworkCosts:
+    """What each part of a network takes, from its weights; it may be on the meta device.
+
+    A matrix of a block or of the head counts two operations a weight and token, and its result is
+    an activation, twice where an elementwise function follows it; attention reads the whole
+    sequence.
+
+    Args:
+        network: Of a family in `ANATOMIES`.
+        sequence_length: Tokens a sequence.
+    """
+    anatomy = anatomy_of(network)
+    width = network.config.hidden_size
+    attention = Cost(flops_per_token=4 * sequence_length * width, activations_per_token=2 * width)
+    front = [anatomy.embedding, *anatomy.front, *_given(anatomy.positions)]
+    blocks = network.get_submodule(anatomy.blocks)
+    head = _products(network.get_submodule(_HEAD))
+    back = _products(network.get_submodule(anatomy.norm)) + head
+    front_parameters = sum(_num_parameters(network.get_submodule(name)) for name in front)
+    return NetworkCosts(
+        # Looking a token up costs next to nothing.
+        front=Cost(front_parameters, 0, width),
+        blocks=tuple(_products(block) + attention for block in blocks.children()),
+        # The logits are never held whole.
+        back=Cost(back.parameters, back.flops_per_token, 2 * width),
+    )
+
+
+def tied_parameters(network: PreTrainedModel) -> list[str]:
+    """Names of the embedding's parameters that the head has too."""
+    prefix = anatomy_of(network).embedding
+    embedding = network.get_submodule(prefix)
+    of_head = {id(parameter) for parameter in network.get_submodule(_HEAD).parameters()}
+    return [f"{prefix}.{n}" for n, p in embedding.named_parameters() if id(p) in of_head]
+
+
+def keep_stages(network: PreTrainedModel, spans: Iterable[Span]) -> None:
+    """Takes out of a network what none of some stages owns, in place.
+
+    Where head and embedding are tied, either end keeps both names of its copy. Do it on the meta
+    device, and a process never holds what is not its own.
+    """
+    anatomy = anatomy_of(network)
+    kept = list(spans)
+    own_blocks = {block for span in kept for block in range(span.first, span.end)}
+    has_front, has_back = (any(getattr(s, end) for s in kept) for end in ("is_first", "is_last"))
+    is_tied = bool(tied_parameters(network))
+    blocks = network.get_submodule(anatomy.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    for index in range(len(blocks)):
+        if index not in own_blocks:
+            blocks[index] = PassThrough()
+    keeps_both = is_tied and (has_front or has_back)
+    if not (has_front or keeps_both):
+        network.set_submodule(anatomy.embedding, PassThrough())
+    if not (has_back or keeps_both):
+        network.set_submodule(_HEAD, PassThrough())
+    if not has_front:
+        for name in anatomy.front:
+            network.set_submodule(name, PassThrough())
+        if anatomy.positions is not None:
+            network.set_submodule(anatomy.positions, NoPositions())
+    if not has_back:
+        network.set_submodule(anatomy.norm, PassThrough())
+
+
+class Stage(nn.Module):
+    """One stage of a network, with the network's own parameters.
+
+    Args:
+        network: It may lack what other processes own.
+        span: What of it is this stage.
+        forward_context: Entered around each pass, for autocast.
+    """
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        span: Span,
+        forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        super().__init__()
+        self.span = span
+        view = _view(network, [anatomy_of(network).blocks])
+        keep_stages(view, [span])
+        self.body = view.base_model
+        self.dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
+        self._forward_context = forward_context
+
+    def forward(
+        self,
+        x: Int[Tensor, "B T"] | Float[Tensor, "B T D"],
+        position_ids: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Tokens or the previous stage's result in, hidden states out, the last stage's normed."""
+        given = {"input_ids": x} if self.span.is_first else {"inputs_embeds": x}
+        with self._forward_context():
+            output = self.body(**given, position_ids=position_ids, use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        if self.span.is_last:
+            return hidden
+        # What travels between stages has one dtype, whatever autocast made of the last operation,
+        # and is no view: torch 2.13 detaches it in place where it takes the backward pass apart.
+        hidden = hidden.to(self.dtype)
+        return hidden.clone() if hidden._is_view() else hidden
+
+
+def _view(module: nn.Module, paths: list[str]) -> Any:
+    """A copy of a module and of what lies on some paths below it, sharing everything else."""
+    copied = copy.copy(module)
+    copied.__dict__["_modules"] = dict(module._modules)
+    below: dict[str, list[str]] = {}
+    for path in paths:
+        name, _, rest = path.partition(".")
+        below.setdefault(name, []).extend([rest] if rest else [])
+    for name, paths_below in below.items():
+        copied._modules[name] = _view(module.get_submodule(name), paths_below)
+    return copied
+
+
+def _given(name: str | None) -> list[str]:
+    return [] if name is None else [name]
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _products(module: nn.Module) -> Cost:
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    weights = sum(p.numel() for p in matrices)
+    results = sum(max(p.shape) for p in matrices)
+    return Cost(_num_parameters(module), 2 * weights, 2 * results)
