@@ -71,5 +71,3 @@ def test_none_undoes_the_others() -> None:
     recompute_blocks(network, Recompute.LOW_RANK)
     recompute_blocks(network, Recompute.NONE)
     assert not any(block.gradient_checkpointing for block in network.transformer.h)
-
-
