@@ -129,7 +129,7 @@ class Harness:
     """
 
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-        from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
+        from lm_eval.models.huggingface import HFLM
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self._backend = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=1)
@@ -148,7 +148,7 @@ class Harness:
 
     def answer(self, examples: Sequence[Example]) -> Answers:
         """The likeliest choice of each row, by one request a choice as its tasks make them."""
-        from lm_eval.api.instance import Instance  # type: ignore[import-untyped]
+        from lm_eval.api.instance import Instance
 
         requests = [
             Instance("loglikelihood", {}, (example.prefix + example.prompts[0], choice), index)
