@@ -246,6 +246,8 @@ def test_reading_ahead_does_not_count(num_workers: int) -> None:
 def test_another_world_or_batch_size_goes_on_at_the_same_sample(
     num_samples: int, batch_size: int, num_replicas: int
 ) -> None:
+    # What is left must fill a batch: else the position is the beginning of the next epoch.
+    assume(num_samples + batch_size * num_replicas <= 47)
     order = _epochs(_loader(47, 1), 3)
     state = {"epoch": 3, "num_samples": num_samples, "seed": 5, "num_blocks": 47}
     ranks = []
