@@ -23,6 +23,7 @@ from fingpt_lightning.benchmarks.training_step import (
 )
 from fingpt_lightning.models import Recompute
 from fingpt_lightning.profiling import keep_freed_memory
+from fingpt_lightning.units import GIB
 
 QUESTION = (
     "Is a training step of low-rank GPT-2 faster and smaller than that of its dense twin, both"
@@ -37,7 +38,6 @@ RANKS = {
     "gpt2-large": (368, 320),
     "gpt2-xl": (464, 320),
 }
-GIB = 2**30
 
 
 def main() -> None:

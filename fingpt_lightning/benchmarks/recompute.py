@@ -24,10 +24,10 @@ from fingpt_lightning.benchmarks.training_step import (
 )
 from fingpt_lightning.models import Recompute, recompute_blocks
 from fingpt_lightning.profiling import keep_freed_memory
+from fingpt_lightning.units import GIB
 
 QUESTION = "How much memory does each way of recomputing save, and what time does it cost?"
 CONTENDERS = ("dense", "low_rank")
-GIB = 2**30
 
 
 def main() -> None:

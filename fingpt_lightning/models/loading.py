@@ -30,12 +30,13 @@ from fingpt_lightning.models.weights import (
     refuse_pickled,
 )
 
-_DTYPES = {
+DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float64,
 }
+"""What ``dtype`` may name."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 
@@ -239,11 +240,11 @@ def _main_file(path: Path) -> Path:
 
 def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
-    if name in _DTYPES:
-        return _DTYPES[name]
-    near = difflib.get_close_matches(name, _DTYPES, n=1)
+    if name in DTYPES:
+        return DTYPES[name]
+    near = difflib.get_close_matches(name, DTYPES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"dtype {name} is none of {', '.join(_DTYPES)}{hint}")
+    raise ValueError(f"dtype {name} is none of {', '.join(DTYPES)}{hint}")
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerFast | None, network: PreTrainedModel) -> None:

@@ -3,20 +3,23 @@
 Axes: B batch, T tokens, D width.
 """
 
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 from typing_extensions import override
 
 from fingpt_lightning.data.batch import TokenBatch
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
+from fingpt_lightning.modules.optimization import cosine_with_warmup
 
 _LOSS_SCALE = 1024.0
 """Divides the summed loss before the backward pass, undone exactly after it.
@@ -70,6 +73,8 @@ class LanguageModelingModule(LightningModule):
     """
 
     network: PreTrainedModel
+    architecture_settings: ClassVar[tuple[str, ...]] = ()
+    """Hyper-parameters that a checkpoint and the module that loads it must share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,6 +214,45 @@ class LanguageModelingModule(LightningModule):
                 f"data.tokenizer {now['name_or_path']!r} differs from the one the checkpoint was"
                 f" trained with: {saved['name_or_path']!r} of {saved['vocabulary_size']} tokens"
             )
+
+    def check_architecture(self, checkpoint: dict[str, Any]) -> None:
+        """Raises unless a checkpoint was trained with our `architecture_settings`.
+
+        Raises:
+            ValueError: One of them differs.
+        """
+        saved = checkpoint.get("hyper_parameters", {})
+        for key in self.architecture_settings:
+            if key in saved and saved[key] != self.hparams[key]:
+                raise ValueError(
+                    f"model.{key} is {self.hparams[key]}, the checkpoint was trained with"
+                    f" {saved[key]}"
+                )
+
+    def with_cosine_schedule(self, optimizer: Optimizer) -> OptimizerLRScheduler:
+        """An optimiser and its schedule, by the hyper-parameters of warm-up and last rate.
+
+        Raises:
+            ValueError: The trainer's settings give the run no end.
+        """
+        num_steps = self.trainer.estimated_stepping_batches
+        if num_steps == float("inf"):
+            raise ValueError(
+                "trainer.max_steps or trainer.max_epochs must be set: the schedule needs an end"
+            )
+        num_steps, warmup = int(num_steps), self.hparams["warmup"]
+        warmup_steps = round(warmup * num_steps) if isinstance(warmup, float) else warmup
+        final_ratio = self.hparams["final_learning_rate_ratio"]
+        scheduler = LambdaLR(optimizer, cosine_with_warmup(num_steps, warmup_steps, final_ratio))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def fused_adamw(self, groups: list[dict[str, Any]], **settings: Any) -> AdamW:
+        """AdamW in one kernel; but a fused one cannot clip behind a gradient scaler (float16)."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return AdamW(groups, fused=scaler is None, **settings)
 
     def _gradient_norm(self, trained: list[nn.Parameter]) -> Tensor:
         if isinstance(self.trainer.strategy, PartialNetwork):

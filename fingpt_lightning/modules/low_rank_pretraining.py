@@ -4,8 +4,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2LMHeadModel
 from typing_extensions import override
 
@@ -19,13 +17,8 @@ from fingpt_lightning.models import (
 )
 from fingpt_lightning.models.gpt2 import check_ranks, materialize, preset_shape
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
-from fingpt_lightning.modules.optimization import cosine_with_warmup, decay_groups
+from fingpt_lightning.modules.optimization import decay_groups
 from fingpt_lightning.modules.sharding import shard
-
-_ARCHITECTURE = (
-    "preset", "num_layers", "width", "num_heads", "num_positions", "vocab_size", "rank",
-    "rank_overrides", "embedding_rank",
-)  # fmt: skip
 
 
 class LowRankPretraining(LanguageModelingModule):
@@ -63,6 +56,10 @@ class LowRankPretraining(LanguageModelingModule):
     """
 
     network: GPT2LMHeadModel
+    architecture_settings = (
+        "preset", "num_layers", "width", "num_heads", "num_positions", "vocab_size", "rank",
+        "rank_overrides", "embedding_rank",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -164,38 +161,16 @@ class LowRankPretraining(LanguageModelingModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         hparams = self.hparams
-        # A fused optimiser cannot clip behind a gradient scaler (float16).
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        optimizer = AdamW(
+        optimizer = self.fused_adamw(
             decay_groups(self.named_parameters(), hparams["weight_decay"]),
             lr=hparams["learning_rate"],
             betas=(hparams["beta1"], hparams["beta2"]),
-            fused=scaler is None,
         )
-        num_steps = self.trainer.estimated_stepping_batches
-        if num_steps == float("inf"):
-            raise ValueError(
-                "trainer.max_steps or trainer.max_epochs must be set: the schedule needs an end"
-            )
-        num_steps = int(num_steps)
-        warmup = hparams["warmup"]
-        warmup_steps = round(warmup * num_steps) if isinstance(warmup, float) else warmup
-        factor = cosine_with_warmup(num_steps, warmup_steps, hparams["final_learning_rate_ratio"])
-        scheduler = LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return self.with_cosine_schedule(optimizer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("hyper_parameters", {})
-        for key in _ARCHITECTURE:
-            if key in saved and saved[key] != self.hparams[key]:
-                raise ValueError(
-                    f"model.{key} is {self.hparams[key]}, the checkpoint was trained with"
-                    f" {saved[key]}"
-                )
+        self.check_architecture(checkpoint)
         super().on_load_checkpoint(checkpoint)
 
     def _laid_out(self) -> GPT2LMHeadModel:

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from fingpt_lightning.data.batch import IGNORED_LABEL, TokenBatch
@@ -27,22 +26,14 @@ from fingpt_lightning.models.adapting import (
     save_adapter,
     without_adapters,
 )
-from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.models.loading import DTYPES, load_model
 from fingpt_lightning.models.offload import offload_block_inputs
 from fingpt_lightning.models.packed_attention import run_packed, use_packed_attention
 from fingpt_lightning.modules.base_model import RandomLlama, random_llama
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule, PartialNetwork
-from fingpt_lightning.modules.optimization import cosine_with_warmup
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 _OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 _RECOMPUTE = ("none", "block", "offload")
-_ARCHITECTURE = ("rank", "alpha", "rslora", "dora", "target_modules")
 
 
 class QuantizedFinetuning(LanguageModelingModule):
@@ -93,6 +84,8 @@ class QuantizedFinetuning(LanguageModelingModule):
     https://arxiv.org/abs/2402.12354 (LoRA+).
     """
 
+    architecture_settings = ("rank", "alpha", "rslora", "dora", "target_modules")
+
     def __init__(
         self,
         base: str | None = None,
@@ -124,7 +117,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         if (base is None) == (random_base is None):
             raise ValueError("give either base, the model to start from, or random_base, its sizes")
         for name, value, allowed in (
-            ("dtype", dtype, tuple(_DTYPES)),
+            ("dtype", dtype, tuple(DTYPES)),
             ("optimizer", optimizer, _OPTIMIZERS),
             ("recompute", recompute, _RECOMPUTE),
             ("quantize", quantize, ("nf4", "int8", None)),
@@ -169,7 +162,7 @@ class QuantizedFinetuning(LanguageModelingModule):
             return
         self._check_strategy()
         hparams = self.hparams
-        dtype, device = _DTYPES[hparams["dtype"]], self._base_device()
+        dtype, device = DTYPES[hparams["dtype"]], self._base_device()
         if self.base is not None:
             loaded = load_model(
                 self.base,
@@ -258,20 +251,7 @@ class QuantizedFinetuning(LanguageModelingModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        hparams = self.hparams
-        num_steps = self.trainer.estimated_stepping_batches
-        if num_steps == float("inf"):
-            raise ValueError(
-                "trainer.max_steps or trainer.max_epochs must be set: the schedule needs an end"
-            )
-        num_steps, warmup = int(num_steps), hparams["warmup"]
-        warmup_steps = round(warmup * num_steps) if isinstance(warmup, float) else warmup
-        factor = cosine_with_warmup(num_steps, warmup_steps, hparams["final_learning_rate_ratio"])
-        optimizer = self._optimizer()
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
-        }
+        return self.with_cosine_schedule(self._optimizer())
 
     def trained_share(self) -> float:
         """Trained parameters over all, those of the base counted unquantised."""
@@ -300,13 +280,7 @@ class QuantizedFinetuning(LanguageModelingModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("hyper_parameters", {})
-        for key in _ARCHITECTURE:
-            if key in saved and saved[key] != self.hparams[key]:
-                raise ValueError(
-                    f"model.{key} is {self.hparams[key]}, the checkpoint was trained with"
-                    f" {saved[key]}"
-                )
+        self.check_architecture(checkpoint)
         if (revision := checkpoint.get("base_revision")) != self.base_revision:
             raise ValueError(
                 f"model.base {self.base} has the weights {self.base_revision}, the checkpoint was"
@@ -340,9 +314,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         betas = (hparams["beta1"], hparams["beta2"])
         groups = self._parameter_groups()
         if hparams["optimizer"] == "adamw":
-            # A fused optimiser cannot clip behind a gradient scaler (float16).
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            return AdamW(groups, betas=betas, fused=scaler is None)
+            return self.fused_adamw(groups, betas=betas)
         import bitsandbytes  # takes a second
 
         is_paged = hparams["optimizer"] == "paged_adamw_8bit"
