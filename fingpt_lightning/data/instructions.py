@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,12 +24,11 @@ from fingpt_lightning.data.blocks import BlockSampler, ResumableDataLoader
 from fingpt_lightning.data.instruction_batches import Batching, Collate
 from fingpt_lightning.data.instruction_rows import InstructionRow, InstructionRows, encode_examples
 from fingpt_lightning.data.synthetic_news import SENTIMENTS, synthetic_news
+from fingpt_lightning.data.tokenized_data import TokenizedData
 from fingpt_lightning.data.tokenizers import (
     load_tokenizer,
     train_tokenizer,
-    vocabulary_size,
 )
-from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
 from fingpt_lightning.tasks import Example, find_task, read_rows
 
 SYNTHETIC = "synthetic_news"
@@ -43,7 +41,7 @@ class HasBase(Protocol):
     base: str | None
 
 
-class FinancialInstructions(LightningDataModule):
+class FinancialInstructions(TokenizedData):
     """Rows of one task or of a mixture, with labels on the answers alone.
 
     Args:
@@ -72,8 +70,6 @@ class FinancialInstructions(LightningDataModule):
     Raises:
         ValueError: An argument is outside its range, or there is no such task.
     """
-
-    tokenizer: PreTrainedTokenizerFast
 
     def __init__(
         self,
@@ -126,24 +122,6 @@ class FinancialInstructions(LightningDataModule):
         self._examples: dict[tuple[str, str], list[Example]] = {}
         self._rows: dict[str, list[InstructionRow]] = {}
 
-    @property
-    def vocabulary_size(self) -> int:
-        """Rows that the model's embedding needs."""
-        return vocabulary_size(self.tokenizer)
-
-    @property
-    def eos_token_id(self) -> int:
-        """The id that ends each answer."""
-        return int(self.tokenizer.eos_token_id)
-
-    def tokenizer_reference(self) -> dict[str, str | int]:
-        """What a checkpoint has to keep to know its tokenizer again."""
-        return {
-            "name_or_path": str(self.tokenizer.name_or_path),
-            "sha256": tokenizer_sha256(self.tokenizer),
-            "vocabulary_size": self.vocabulary_size,
-        }
-
     @override
     def prepare_data(self) -> None:
         """Reads the rows, so that what is wrong with them shows before a run begins."""
@@ -190,28 +168,10 @@ class FinancialInstructions(LightningDataModule):
         return ResumableDataLoader(data, sampler=sampler, drop_last=True, **self._loading())
 
     @override
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Each held-out row once."""
-        return self._evaluation_loader("val")
-
-    @override
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Each row of the test split once."""
-        return self._evaluation_loader("test")
-
-    @override
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The test split."""
-        return self._evaluation_loader("test")
-
-    def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Tensor]]:
+    def _evaluated(self, split: str) -> InstructionRows:
         # By length, so that padded rows have little padding; sums do not depend on the order.
         rows = sorted(self._of(split), key=lambda row: (row.task, len(row.tokens)))
-        data = InstructionRows(rows, self.eos_token_id)
-        if self._overfits():
-            return DataLoader(data, **self._loading())
-        sampler = BlockSampler(data, self.batch_size, training=False, **self._ranks())
-        return DataLoader(data, sampler=sampler, **self._loading())
+        return InstructionRows(rows, self.eos_token_id)
 
     def _splits(self) -> list[str]:
         """The splits that the trainer is about to read, or all without a trainer."""
@@ -295,22 +255,9 @@ class FinancialInstructions(LightningDataModule):
             raise RuntimeError(f"the {split} rows are not read: setup has to run first")
         return self._rows[split]
 
-    def _ranks(self) -> dict[str, Any]:
-        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
-
-    def _overfits(self) -> bool:
-        """Whether Lightning would warn of our samplers and replace them by sequential ones."""
-        return self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-
+    @override
     def _loading(self) -> dict[str, Any]:
-        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "pin_memory": on_cuda,
-            "collate_fn": Collate(self.batching, self.eos_token_id),
-        }
+        return {**super()._loading(), "collate_fn": Collate(self.batching, self.eos_token_id)}
 
     def _load_tokenizer(self) -> PreTrainedTokenizerFast:
         if self.tokenizer_name is not None:

@@ -3,9 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
@@ -21,17 +19,16 @@ from fingpt_lightning.data.block_order import (
 from fingpt_lightning.data.blocks import BlockSampler, ResumableDataLoader, TokenBlocks, num_blocks
 from fingpt_lightning.data.text_sources import MixturePart, Split, TextSources, joined
 from fingpt_lightning.data.token_cache import TokenFile, build_token_file, find_token_file
+from fingpt_lightning.data.tokenized_data import TokenizedData
 from fingpt_lightning.data.tokenizers import (
     MIN_VOCAB_SIZE,
     cached_tokenizer_folder,
     load_tokenizer,
     train_cached_tokenizer,
-    vocabulary_size,
 )
-from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
 
 
-class TextBlocks(LightningDataModule):
+class TextBlocks(TokenizedData):
     """Blocks of text for next-token prediction, tokenised once and cached.
 
     Args:
@@ -63,8 +60,6 @@ class TextBlocks(LightningDataModule):
     Raises:
         ValueError: An argument is outside its range.
     """
-
-    tokenizer: PreTrainedTokenizerFast
 
     def __init__(
         self,
@@ -118,27 +113,9 @@ class TextBlocks(LightningDataModule):
         self._token_files: dict[Split, tuple[TokenFile, ...]] = {}
 
     @property
-    def vocabulary_size(self) -> int:
-        """Rows that the model's embedding needs."""
-        return vocabulary_size(self.tokenizer)
-
-    @property
-    def eos_token_id(self) -> int:
-        """The id that ends each document."""
-        return int(self.tokenizer.eos_token_id)
-
-    @property
     def num_train_tokens(self) -> int:
         """Tokens of the training text, of all corpora together."""
         return sum(file.num_tokens for file in self._opened("train"))
-
-    def tokenizer_reference(self) -> dict[str, str | int]:
-        """What a checkpoint has to keep to know its tokenizer again."""
-        return {
-            "name_or_path": str(self.tokenizer.name_or_path),
-            "sha256": tokenizer_sha256(self.tokenizer),
-            "vocabulary_size": self.vocabulary_size,
-        }
 
     @override
     def prepare_data(self) -> None:
@@ -195,28 +172,9 @@ class TextBlocks(LightningDataModule):
         return ResumableDataLoader(blocks, sampler=sampler, drop_last=True, **loading)
 
     @override
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Each token of the validation text once."""
-        return self._evaluation_loader("val")
-
-    @override
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Each token of the test text once."""
-        return self._evaluation_loader("test")
-
-    @override
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The test text."""
-        return self._evaluation_loader("test")
-
-    def _evaluation_loader(self, split: Split) -> DataLoader[dict[str, Tensor]]:
+    def _evaluated(self, split: Split) -> TokenBlocks:
         (file,) = self._opened(split)
-        blocks = self._blocks(file)
-        loading = self._loading()
-        if self._overfits():
-            return DataLoader(blocks, **loading)
-        sampler = BlockSampler(blocks, self.batch_size, training=False, **self._ranks())
-        return DataLoader(blocks, sampler=sampler, **loading)
+        return self._blocks(file)
 
     def _order(self, files: Sequence[TokenFile]) -> BlockOrder:
         sizes = [num_blocks(file.num_tokens, self.block_length) for file in files]
@@ -248,23 +206,6 @@ class TextBlocks(LightningDataModule):
         if split not in self._token_files:
             raise RuntimeError(f"the {split} text is not open: setup has to run first")
         return self._token_files[split]
-
-    def _ranks(self) -> dict[str, Any]:
-        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
-
-    def _overfits(self) -> bool:
-        """Whether Lightning would warn of our samplers and replace them by sequential ones."""
-        return self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-
-    def _loading(self) -> dict[str, Any]:
-        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        # By keyword, for Lightning makes a loader again to predict with it.
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "pin_memory": on_cuda,
-        }
 
     def _splits(self) -> Iterator[Split]:
         """The splits that the trainer is about to read, or all without a trainer."""
