@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.blocks import EMPTY_BLOCK
+from fingpt_lightning.models.tokenizer_files import begin_tokens
 from fingpt_lightning.tasks import Example
 
 
@@ -93,7 +94,7 @@ def encode_examples(
         add_special_tokens=False,
         verbose=False,
     )["input_ids"]
-    begin, end = _begin(tokenizer), (int(tokenizer.eos_token_id),)
+    begin, end = begin_tokens(tokenizer), (int(tokenizer.eos_token_id),)
     rows = []
     for i, example in enumerate(examples):
         context, answer = (
@@ -125,12 +126,6 @@ def _gold(example: Example) -> int:
     if example.gold is None:
         raise ValueError(f"row {example.row}: its answer is not known, so it cannot be trained on")
     return example.gold
-
-
-def _begin(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    bare = tokenizer.encode("a", add_special_tokens=False)
-    whole = tokenizer.encode("a", add_special_tokens=True)
-    return tuple(whole[: whole.index(bare[0])])
 
 
 def _cut(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from fingpt_lightning.evaluation.token_tree import Text
+from fingpt_lightning.models.tokenizer_files import begin_tokens
 from fingpt_lightning.tasks import Example
 
 Tokens = tuple[int, ...]
@@ -48,7 +49,7 @@ def encode_rows(
     """
     prompts = _prompt_tokens(tokenizer, examples)
     answers = _answer_tokens(tokenizer, examples, prompts)
-    begin = _begin(tokenizer)
+    begin = begin_tokens(tokenizer)
     rows = []
     for example, own_prompts, own_answers in zip(examples, prompts, answers, strict=True):
         room = answer_room or max(map(len, own_answers))
@@ -108,12 +109,6 @@ def _joined_answers(
                 f" {example.choices[own.index(())]!r} into the prompt's last token"
             )
     return answers
-
-
-def _begin(tokenizer: PreTrainedTokenizerFast) -> Tokens:
-    bare = tokenizer.encode("a", add_special_tokens=False)
-    whole = tokenizer.encode("a", add_special_tokens=True)
-    return tuple(whole[: whole.index(bare[0])])
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Tokens]:

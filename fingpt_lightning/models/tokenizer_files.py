@@ -33,6 +33,13 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
     return tokenizer
 
 
+def begin_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The tokens that the tokenizer puts before a text; none for most."""
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a", add_special_tokens=True)
+    return tuple(whole[: whole.index(bare[0])])
+
+
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
     """The digest of all that decides the tokens: the contents of ``tokenizer.json`` and the end."""
     contents = f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
