@@ -3,12 +3,13 @@
 Nothing heavy is imported before a command needs it, so that ``fingpt --help`` answers at once.
 """
 
-import difflib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
+
+from fingpt_lightning.nearest import nearest
 
 COMMANDS = {
     "fit": "train; continues with --ckpt_path last or a checkpoint file",
@@ -73,9 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(words: list[str]) -> None:
     command = words[0]
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"command {command!r} is none of {', '.join(COMMANDS)}{hint}")
+        known = ", ".join(COMMANDS)
+        raise ConfigError(f"command {command!r} is none of {known}{nearest(command, COMMANDS)}")
     if command == "evaluate":
         _evaluate(words[1:])
         return

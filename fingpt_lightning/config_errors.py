@@ -4,7 +4,6 @@ jsonargparse tells of every type it tried; what helps is the key, the value, wha
 nearest right name, and the line of the config that is wrong.
 """
 
-import difflib
 import importlib
 import inspect
 import re
@@ -12,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
+
+from fingpt_lightning.nearest import nearest
 
 
 def explain(
@@ -66,16 +67,6 @@ def explain(
         value = re.sub(r" (- Expected a|Given value type) .*", "", found[3])
         return f"{key}: expected {_allowed(found[1])}, got {value!r}"
     return re.sub(r'^Parser key "([\w.]+)": ?(- )?', r"\1: ", text)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean X?`` for the known name most like ``name``, or nothing.
-
-    >>> nearest("lerning_rate", ["rank", "learning_rate"])
-    '; did you mean learning_rate?'
-    """
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _settings_of(class_path: str) -> list[str]:

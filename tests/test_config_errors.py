@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.config_errors import explain, nearest
+from fingpt_lightning.config_errors import explain
+from fingpt_lightning.nearest import nearest
 
 MODEL = {"model": "fingpt_lightning.modules.LowRankPretraining"}
 UNION = (

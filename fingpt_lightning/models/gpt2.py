@@ -1,6 +1,5 @@
 """transformers' GPT-2 with its linear layers, and if wanted its embedding, kept as thin pairs."""
 
-import difflib
 import hashlib
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear, RankRule
 from fingpt_lightning.low_rank.rank import Rank, resolve_rank
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
+from fingpt_lightning.nearest import nearest
 
 INITIALIZER_STD = 0.02
 
@@ -60,8 +60,7 @@ def preset_shape(preset: str, **changes: int | None) -> GPT2Shape:
     2
     """
     if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = nearest(preset, PRESETS, cutoff=0.3)
         raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}{hint}")
     return replace(PRESETS[preset], **{k: v for k, v in changes.items() if v is not None})
 

@@ -29,6 +29,7 @@ from fingpt_lightning.models.weights import (
     read_checkpoint,
     refuse_pickled,
 )
+from fingpt_lightning.nearest import nearest
 
 DTYPES = {
     "float32": torch.float32,
@@ -242,9 +243,7 @@ def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
     if name in DTYPES:
         return DTYPES[name]
-    near = difflib.get_close_matches(name, DTYPES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"dtype {name} is none of {', '.join(DTYPES)}{hint}")
+    raise ValueError(f"dtype {name} is none of {', '.join(DTYPES)}{nearest(name, DTYPES)}")
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerFast | None, network: PreTrainedModel) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from fingpt_lightning.tasks.nearest import nearest
+from fingpt_lightning.nearest import nearest
 from fingpt_lightning.tasks.task import Field, Shape, Task, Template
 
 Row = Mapping[str, object]

@@ -7,7 +7,7 @@ from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
-from fingpt_lightning.tasks.nearest import nearest
+from fingpt_lightning.nearest import nearest
 from fingpt_lightning.tasks.task import (
     FIELDS_OF_KIND,
     KINDS,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fingpt_lightning.tasks.nearest import nearest
+from fingpt_lightning.nearest import nearest
 from fingpt_lightning.tasks.task import Cut, Hub, LineFile, Task
 
 NumberedRow = tuple[int, Mapping[str, object]]

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import yaml
 
-from fingpt_lightning.tasks.nearest import nearest
+from fingpt_lightning.nearest import nearest
 
 T = TypeVar("T")
 Word = TypeVar("Word", bound=str)
