@@ -3,20 +3,42 @@
 Nothing heavy is imported before a command needs it, so that ``fingpt --help`` answers at once.
 """
 
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
+from fingpt_lightning.command_line import WrongOptions
 from fingpt_lightning.nearest import nearest
 
+
+class Command(NamedTuple):
+    """What ``fingpt --help`` says of a command, and where it is.
+
+    Attributes:
+        purpose: For people.
+        options: The module whose ``parse_options`` reads its words, which imports nothing heavy;
+            None for a command of the Trainer.
+        entry: The module whose ``run`` takes the options.
+    """
+
+    purpose: str
+    options: str | None = None
+    entry: str | None = None
+
+
 COMMANDS = {
-    "fit": "train; continues with --ckpt_path last or a checkpoint file",
-    "validate": "loss and perplexity on the validation text",
-    "test": "loss and perplexity on the test text",
-    "predict": "the likeliest next tokens, for a prediction writer among the callbacks",
-    "evaluate": "accuracy and F1 of a model on financial and general tasks",
+    "fit": Command("train; continues with --ckpt_path last or a checkpoint file"),
+    "validate": Command("loss and perplexity on the validation text"),
+    "test": Command("loss and perplexity on the test text"),
+    "predict": Command("the likeliest next tokens, for a prediction writer among the callbacks"),
+    "evaluate": Command(
+        "accuracy and F1 of a model on financial and general tasks",
+        "fingpt_lightning.evaluation.options",
+        "fingpt_lightning.evaluation.command",
+    ),
 }
 
 _HELP = """usage: fingpt COMMAND [--config FILE ...] [--KEY VALUE ...]
@@ -54,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS)) + 2
-        print(_HELP.format(commands="\n".join(f"  {c:{width}}{t}" for c, t in COMMANDS.items())))
+        lines = [f"  {name:{width}}{command.purpose}" for name, command in COMMANDS.items()]
+        print(_HELP.format(commands="\n".join(lines)))
         return
     if words[0] == "--version":
         from fingpt_lightning import __version__
@@ -76,25 +99,18 @@ def _run(words: list[str]) -> None:
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise ConfigError(f"command {command!r} is none of {known}{nearest(command, COMMANDS)}")
-    if command == "evaluate":
-        _evaluate(words[1:])
+    _, options, entry = COMMANDS[command]
+    if options is not None and entry is not None:
+        try:
+            read = importlib.import_module(options).parse_options(words[1:])
+        except WrongOptions as error:
+            raise ConfigError(str(error)) from error
+        importlib.import_module(entry).run(read)
         return
     _check_callbacks_package()
     from fingpt_lightning.lightning_cli import run_trainer_command
 
     run_trainer_command(words)
-
-
-def _evaluate(words: list[str]) -> None:
-    from fingpt_lightning.evaluation.options import WrongOptions, parse_options
-
-    try:
-        options = parse_options(words)
-    except WrongOptions as error:
-        raise ConfigError(str(error)) from error
-    from fingpt_lightning.evaluation.command import run_evaluate
-
-    run_evaluate(options)
 
 
 def _check_callbacks_package() -> None:

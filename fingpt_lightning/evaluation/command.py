@@ -20,7 +20,7 @@ _PACKAGES = ("fingpt-lightning", "torch", "transformers", "tokenizers", "bitsand
 _TABLE_WIDTH = 110
 
 
-def run_evaluate(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Evaluates a model as the options say; data and output are checked before it is loaded.
 
     Args:

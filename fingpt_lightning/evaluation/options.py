@@ -2,19 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
-from typing_extensions import override
-
-
-class WrongOptions(ValueError):
-    """A command line that cannot be understood."""
-
-
-class _Parser(argparse.ArgumentParser):
-    @override
-    def error(self, message: str) -> NoReturn:
-        raise WrongOptions(message)
+from fingpt_lightning.command_line import OptionParser, names, positive_int
 
 
 def parse_options(words: list[str]) -> argparse.Namespace:
@@ -27,10 +16,8 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         WrongOptions: An option is unknown, missing or has no such value.
         SystemExit: With status 0, after ``--help`` has been answered.
     """
-    parser = _Parser(
-        prog="fingpt evaluate",
-        description="Accuracy and F1 of a model on tasks, with a table of every answer.",
-        allow_abbrev=False,
+    parser = OptionParser(
+        "fingpt evaluate", "Accuracy and F1 of a model on tasks, with a table of every answer."
     )
     add = parser.add_argument
     add(
@@ -43,7 +30,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     add(
         "--tasks",
         required=True,
-        type=_names,
+        type=names,
         help="names or YAML files, with commas: fpb,fiqa_sa,tfns",
     )
     add("--data_dir", type=Path, help="holds TASK/SPLIT.jsonl; left out: the Hugging Face hub")
@@ -66,23 +53,6 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     )
     add("--calibrate", action="store_true", help="take out the bias for labels without content")
     add("--strict", action="store_true", help="an empty text is an error, not left out")
-    add("--batch_tokens", type=_positive, help="tokens of a batch, padding included")
-    add("--limit", type=_positive, help="rows of each task")
-    return parser.parse_args(words)
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("no task is named")
-    return names
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
-    return number
+    add("--batch_tokens", type=positive_int, help="tokens of a batch, padding included")
+    add("--limit", type=positive_int, help="rows of each task")
+    return parser.read(words)

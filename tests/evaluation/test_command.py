@@ -175,7 +175,7 @@ def test_data_and_folders_that_are_wrong_are_one_line(evaluate: Evaluate, tmp_pa
         (("--dtype", "float8"), "float8"),
         (("--limit", "0"), "0 is below 1"),
         (("--batch_tokens", "many"), "'many' is no whole number"),
-        (("--tasks", ","), "no task is named"),
+        (("--tasks", ","), "no name is given"),
     ],
     ids=lambda value: "" if isinstance(value, str) else value[0],
 )

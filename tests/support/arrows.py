@@ -19,6 +19,7 @@ ROWS = (
     ("modules", "strategies", "data", "evaluation"),
     ("pipeline", "models", "tasks"),
     ("low_rank", "profiling"),
+    ("command_line",),
     ("nearest", "units"),
 )
 # The program is one room of three files.
@@ -34,6 +35,7 @@ FOREIGN = {
     "fingpt_lightning/pipeline": _LIGHTNING_AND_WANDB,
     "fingpt_lightning/profiling": _LIGHTNING_AND_WANDB,
     "fingpt_lightning/tasks": (*_LIGHTNING_AND_WANDB, "torch"),
+    "fingpt_lightning/command_line.py": (*_LIGHTNING_AND_WANDB, "torch"),
     "fingpt_lightning/nearest.py": (*_LIGHTNING_AND_WANDB, "torch"),
     "fingpt_lightning/units.py": (*_LIGHTNING_AND_WANDB, "torch"),
     "fingpt_lightning/pipeline/partition.py": ("torch",),

@@ -1,0 +1,70 @@
+"""What the option parsers of the commands share, without importing anything heavy."""
+
+import argparse
+from typing import NoReturn
+
+from typing_extensions import override
+
+from fingpt_lightning.nearest import nearest
+
+
+class WrongOptions(ValueError):
+    """A command line that cannot be understood."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser that raises its errors in place of printing usage and ending the process.
+
+    Args:
+        command: The words before the options, as ``fingpt evaluate``.
+        description: One sentence for ``--help``.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=command, description=description, allow_abbrev=False)
+
+    def read(self, words: list[str]) -> argparse.Namespace:
+        """The options in ``words``.
+
+        Raises:
+            WrongOptions: An option is unknown (the nearest is named), missing, or has no such
+                value.
+            SystemExit: With status 0, after ``--help`` has been answered.
+        """
+        options, unknown = self.parse_known_args(words)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            known = [text for action in self._actions for text in action.option_strings]
+            raise WrongOptions(f"unrecognized arguments: {' '.join(unknown)}{nearest(name, known)}")
+        return options
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise WrongOptions(message)
+
+
+def names(text: str) -> list[str]:
+    """The names in a list with commas.
+
+    Raises:
+        argparse.ArgumentTypeError: There is none.
+    """
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("no name is given")
+    return found
+
+
+def positive_int(text: str) -> int:
+    """A whole number from 1 on.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
