@@ -56,6 +56,8 @@ def _packed(rows: Sequence[dict[str, Tensor]], shares_prefix: bool) -> TokenBatc
     packing = []
     first = 0
     for group in groups.values():
+        # So that attention pads little; sums over a batch do not know an order.
+        group.sort(key=lambda row: len(row["input_ids"]))
         num_shared = _num_shared(group) if shares_prefix else 0
         ids += [
             group[0]["input_ids"][:num_shared],

@@ -4,9 +4,9 @@ Axes: I in_features, O out_features, R rank.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,20 @@ class AdapterOptions:
         """
         alpha = 2 * self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class FrozenBase(NamedTuple):
+    """What becomes of a network that is laid out: frozen, perhaps quantised, with adapters.
+
+    Args:
+        bytes_per_number: Of weights that are not quantised, and of activations.
+        bytes_per_matrix_number: Of the matrices of the blocks.
+        adapters: Trained numbers beside each layer that is adapted, by the layer's name.
+    """
+
+    bytes_per_number: float
+    bytes_per_matrix_number: float
+    adapters: Mapping[str, int]
 
 
 class AdaptedLinear(nn.Module):
@@ -123,7 +137,8 @@ class AdaptedLinear(nn.Module):
             return cast("Tensor", y)
         h_NR = self._down(self, x).reshape(-1, self.options.rank).to(y.dtype)
         y_NO = y.reshape(-1, self.out_features)
-        y_NO = torch.addmm(y_NO, h_NR, self.lora_B.to(y.dtype).T, alpha=self.options.scale)
+        # In place: no product's backward pass reads its own result.
+        y_NO = y_NO.addmm_(h_NR, self.lora_B.to(y.dtype).T, alpha=self.options.scale)
         if self.lora_magnitude_vector is not None:
             factor_O = (self.lora_magnitude_vector / self._row_lengths(x.dtype)).to(y.dtype)
             bias = self.bias
