@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,10 +21,22 @@ from fingpt_lightning.evaluation.runner import (
     read_tasks,
 )
 from fingpt_lightning.evaluation.scoring import Prediction
+from fingpt_lightning.tasks import find_task
 
 _METRICS = ("accuracy", "accuracy_norm", "macro_f1", "weighted_f1", "mcc", "missing", "perplexity")
 _TABLE_COLUMNS = ("row", "text", "gold", "prediction", "scores")
 _MAX_TABLE_ROWS = 1000
+
+
+@runtime_checkable
+class TrainsOnTasks(Protocol):
+    """A datamodule that knows its tasks."""
+
+    data_dir: str | None
+
+    @property
+    def task_names(self) -> list[str]:
+        """Those of files; made-up rows have none."""
 
 
 class FinancialEvaluation(Callback):
@@ -46,8 +58,9 @@ class FinancialEvaluation(Callback):
     Cost: one pass over the rows, as in ``fingpt evaluate``; nothing at other steps.
 
     Args:
-        tasks: Names of shipped tasks, or YAML files.
-        data_dir: Holds ``TASK/SPLIT.jsonl``.
+        tasks: Names of shipped tasks, or YAML files; null takes those that the datamodule trains
+            on, without those that have no right answers.
+        data_dir: Holds ``TASK/SPLIT.jsonl``; null takes the datamodule's.
         split: Which split.
         every_n_steps: Optimizer steps from evaluation to evaluation; null for none during training.
         before: Whether to evaluate before the first step.
@@ -55,6 +68,9 @@ class FinancialEvaluation(Callback):
         limit: Rows of each task; null takes all.
         calibrate: Whether to calibrate the labels.
         batch_tokens: Tokens of a batch, padding included; null leaves it to the device.
+
+    Attributes:
+        history: The figures of each task, oldest first, of this fit; on the first rank.
 
     Raises:
         ValueError: A setting, a task or a row is wrong.
@@ -64,8 +80,8 @@ class FinancialEvaluation(Callback):
 
     def __init__(
         self,
-        tasks: list[str],
-        data_dir: str,
+        tasks: list[str] | None = None,
+        data_dir: str | None = None,
         split: str = "validation",
         every_n_steps: int | None = None,
         before: bool = True,
@@ -74,7 +90,7 @@ class FinancialEvaluation(Callback):
         calibrate: bool = False,
         batch_tokens: int | None = None,
     ) -> None:
-        if not tasks:
+        if tasks is not None and not tasks:
             raise ValueError("tasks is empty")
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens {batch_tokens} is below 1")
@@ -85,15 +101,18 @@ class FinancialEvaluation(Callback):
         self._every_n_steps, self._before, self._after = every_n_steps, before, after
         self._limit, self._calibrate, self._batch_tokens = limit, calibrate, batch_tokens
         self._runs: list[TaskRun] = []
+        self.history: dict[str, list[dict[str, float]]] = {}
         self._evaluated_at: int | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             _tokenizer(trainer)
+            of_data = getattr(trainer, "datamodule", None)
+            own_dir = of_data.data_dir if isinstance(of_data, TrainsOnTasks) else None
             self._runs = read_tasks(
-                self._tasks,
-                self._data_dir,
+                _tasks_of(of_data) if self._tasks is None else self._tasks,
+                own_dir if self._data_dir is None else self._data_dir,
                 self._split,
                 limit=self._limit,
                 calibrate=self._calibrate,
@@ -103,6 +122,7 @@ class FinancialEvaluation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._cadence.start(trainer)
         self._evaluated_at = None
+        self.history = {}
         _network(pl_module)
         if self._before:
             self._evaluate(trainer, pl_module)
@@ -136,7 +156,8 @@ class FinancialEvaluation(Callback):
                 with trainer.precision_plugin.forward_context():
                     predictions = self._predict(trainer, network, tokenizer, run)
                 if trainer.is_global_zero:
-                    _log(trainer, TaskResult(run, predictions, metrics_of(run, predictions), 0.0))
+                    result = TaskResult(run, predictions, metrics_of(run, predictions), 0.0)
+                    self.history.setdefault(run.task.name, []).append(_log(trainer, result))
         finally:
             for part in in_training:
                 part.training = True
@@ -167,6 +188,17 @@ class FinancialEvaluation(Callback):
         ]
 
 
+def _tasks_of(datamodule: Any) -> list[str]:
+    known = datamodule.task_names if isinstance(datamodule, TrainsOnTasks) else []
+    names = [name for name in known if find_task(name).kind != "instructions"]
+    if not names:
+        raise ValueError(
+            "FinancialEvaluation: tasks is null, and the datamodule trains on none that has right"
+            " answers; name some, as tasks: [fpb]"
+        )
+    return names
+
+
 def _network(pl_module: LightningModule) -> PreTrainedModel:
     network = getattr(pl_module, "network", None)
     if not isinstance(network, PreTrainedModel):
@@ -178,6 +210,11 @@ def _network(pl_module: LightningModule) -> PreTrainedModel:
         raise RuntimeError(
             "FinancialEvaluation cannot run sharded parameters; leave it out and evaluate the"
             " checkpoint with fingpt evaluate"
+        )
+    if getattr(pl_module, "partial_network", None) is not None:
+        raise RuntimeError(
+            "FinancialEvaluation cannot run a network whose blocks are on other ranks; leave it out"
+            " and evaluate the checkpoint with fingpt evaluate"
         )
     return network
 
@@ -193,17 +230,22 @@ def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _log(trainer: Trainer, result: TaskResult) -> None:
+def _log(trainer: Trainer, result: TaskResult) -> dict[str, float]:
+    """Logs the figures, and returns them without prefix."""
     name = result.run.task.name
-    figures = {
-        f"eval/{name}/{key}": result.metrics[key] for key in _METRICS if key in result.metrics
-    }
+    figures = {key: result.metrics[key] for key in _METRICS if key in result.metrics}
+    logged = {f"eval/{name}/{key}": value for key, value in figures.items()}
+    # In the same row, so that a chart of them can go by tokens.
+    num_tokens = getattr(trainer.lightning_module, "tokens_seen", None)
+    if num_tokens is not None:
+        logged["train/tokens"] = float(num_tokens)
     # As in the figures of training, steps are counted from 0.
     step = max(trainer.global_step - 1, 0)
     for logger in trainer.loggers:
-        logger.log_metrics(figures, step=step)
+        logger.log_metrics(logged, step=step)
         if isinstance(logger, WandbLogger):
             _log_answers(logger, result, step)
+    return figures
 
 
 def _log_answers(logger: WandbLogger, result: TaskResult, step: int) -> None:

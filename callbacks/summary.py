@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
+from callbacks.financial_evaluation import FinancialEvaluation
 from callbacks.memory import MemoryMonitor
 from callbacks.recording import Budgeted, over_ranks, record_in_wandb_summary
 from callbacks.throughput import ThroughputMonitor
@@ -27,6 +28,7 @@ from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.profiling.memory import peak_rss_bytes
 from fingpt_lightning.units import MIB, format_count
 
+_AFTER = "/accuracy_after"
 _CallbackT = TypeVar("_CallbackT", bound=Callback)
 
 
@@ -36,6 +38,14 @@ class HasDenseTwin(Protocol):
 
     def dense_twin(self) -> LightningModule:
         """The twin, whose ``configure_model`` was not called yet."""
+
+
+@runtime_checkable
+class PartlyTrained(Protocol):
+    """A module that trains a part of its parameters."""
+
+    def trained_share(self) -> float:
+        """Trained parameters over all."""
 
 
 class RunSummary(Callback):
@@ -50,8 +60,11 @@ class RunSummary(Callback):
     - ``summary/block_parameters``, ``summary/parameters``: stored in the blocks, and in total.
     - ``summary/dense_block_parameters``, ``summary/dense_parameters``: of the dense twin.
     - ``summary/block_parameter_ratio``, ``summary/total_parameter_ratio``: dense over stored.
-    - ``summary/first_val_loss``, ``summary/last_val_loss``: ``val/loss`` of this fit's first and
-      last validation, in nats a token.
+    - ``summary/trained_share``: trained parameters over all, of a module that freezes some.
+    - ``summary/TASK/accuracy_before``, ``summary/TASK/accuracy_after``: of each task that a
+      `FinancialEvaluation` beside it asked first and last.
+    - ``summary/first_val_loss``, ``summary/best_val_loss``, ``summary/last_val_loss``:
+      ``val/loss`` of this fit's first, best and last validation, in nats a token.
     - ``summary/tokens_per_s``: of the training, as `ThroughputMonitor` beside it measured.
     - ``summary/timed_tokens_per_s``, ``summary/dense_twin_tokens_per_s``: of the timed steps.
     - ``summary/speed_ratio``: this network's timed tokens a second over the dense twin's.
@@ -78,12 +91,14 @@ class RunSummary(Callback):
         self._dense_twin_steps = dense_twin_steps
         self._last_batch: Any = None
         self._first_val_loss: float | None = None
+        self._best_val_loss: float | None = None
         self._last_val_loss: float | None = None
         self._peak_mib: dict[str, float] = {}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_batch = self._first_val_loss = self._last_val_loss = None
+        self._last_batch = None
+        self._first_val_loss = self._best_val_loss = self._last_val_loss = None
         self._peak_mib = {}
         if self._dense_twin_steps == 0:
             return
@@ -117,6 +132,9 @@ class RunSummary(Callback):
         self._last_val_loss = trainer.callback_metrics["val/loss"].item()
         if self._first_val_loss is None:
             self._first_val_loss = self._last_val_loss
+        best = self._best_val_loss
+        if best is None or self._last_val_loss < best:
+            self._best_val_loss = self._last_val_loss
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -165,9 +183,17 @@ class RunSummary(Callback):
                 "block_parameter_ratio": budget.block_compression_ratio,
                 "total_parameter_ratio": budget.total_compression_ratio,
             }
+        if isinstance(pl_module, PartlyTrained):
+            figures["trained_share"] = pl_module.trained_share()
+        evaluation = _beside(trainer, FinancialEvaluation)
+        for task, found in ({} if evaluation is None else evaluation.history).items():
+            if len(found) > 1:
+                figures[f"{task}/accuracy_before"] = found[0].get("accuracy")
+            figures[f"{task}/accuracy_after"] = found[-1].get("accuracy")
         throughput = _beside(trainer, ThroughputMonitor)
         figures |= {
             "first_val_loss": self._first_val_loss,
+            "best_val_loss": self._best_val_loss,
             "last_val_loss": self._last_val_loss,
             "tokens_per_s": None if throughput is None else throughput.run_tokens_per_s,
             **self._peak_mib,
@@ -305,4 +331,12 @@ def _table(figures: Mapping[str, float | int | str]) -> Table:
         else ("peak memory, process", "peak_rss_mib", "{:,.1f} MiB"),
     ):
         table.add_row(name, cell(key, template), "", "")
+    if "trained_share" in figures:
+        table.add_row("trained parameters", cell("trained_share", "{:.2%}"), "", "")
+    for key in figures:
+        if key.endswith(_AFTER):
+            task = key.removesuffix(_AFTER)
+            before = f"{task}/accuracy_before"
+            change = f"before: {cell(before, '{:.3f}')}" if before in figures else ""
+            table.add_row(f"accuracy, {task}", cell(key, "{:.3f}"), "", change)
     return table

@@ -122,6 +122,11 @@ class FinancialInstructions(TokenizedData):
         self._examples: dict[tuple[str, str], list[Example]] = {}
         self._rows: dict[str, list[InstructionRow]] = {}
 
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks it reads, synthetic news aside."""
+        return list(self._tasks)
+
     @override
     def prepare_data(self) -> None:
         """Reads the rows, so that what is wrong with them shows before a run begins."""

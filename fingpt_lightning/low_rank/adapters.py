@@ -132,20 +132,21 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """Cost: 2 R (I + O) floating-point operations a row beside those of the base."""
-        y = self.base_layer(x)
         if not self.enabled:
-            return cast("Tensor", y)
-        h_NR = self._down(self, x).reshape(-1, self.options.rank).to(y.dtype)
-        y_NO = y.reshape(-1, self.out_features)
-        # In place: no product's backward pass reads its own result.
-        y_NO = y_NO.addmm_(h_NR, self.lora_B.to(y.dtype).T, alpha=self.options.scale)
+            return cast("Tensor", self.base_layer(x))
+        y_NO: Tensor = self.base_layer(x.reshape(-1, self.in_features))
+        h_NR = self._down(self, x).reshape(-1, self.options.rank).to(y_NO.dtype)
+        # In place, since no product's backward pass reads its own result; not into a view, for
+        # which autograd would make more copies than that saves.
+        add = y_NO.addmm_ if y_NO._base is None else y_NO.addmm
+        y_NO = add(h_NR, self.lora_B.to(y_NO.dtype).T, alpha=self.options.scale)
         if self.lora_magnitude_vector is not None:
-            factor_O = (self.lora_magnitude_vector / self._row_lengths(x.dtype)).to(y.dtype)
+            factor_O = (self.lora_magnitude_vector / self._row_lengths(x.dtype)).to(y_NO.dtype)
             bias = self.bias
             y_NO = y_NO * factor_O
             if bias is not None:
                 y_NO = y_NO + bias * (1 - factor_O)
-        return y_NO.view_as(y)
+        return y_NO.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def _row_lengths(self, input_dtype: torch.dtype) -> Float[Tensor, "O"]:

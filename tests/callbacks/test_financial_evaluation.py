@@ -1,4 +1,5 @@
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.financial_evaluation import FinancialEvaluation
+from callbacks.summary import RunSummary
 from fingpt_lightning.evaluation.runner import metrics_of, predict, read_tasks
 from tests.callbacks.tiny_run import PlainModule, tiny_trainer
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer, write_rows
@@ -105,6 +107,24 @@ def test_figures_before_during_and_after_are_those_of_the_network_then(tmp_path:
         for key in ("accuracy", "macro_f1", "weighted_f1", "mcc", "missing"):
             assert row[f"eval/fpb/{key}"] == pytest.approx(expected[key])
     assert rows[1].keys() == {"step", "eval/piqa/accuracy", "eval/piqa/accuracy_norm"}
+
+
+def test_without_names_the_tasks_and_the_folder_of_the_data_are_taken(tmp_path: Path) -> None:
+    class OnTasks(_Data):
+        data_dir = _data_dir(tmp_path / "data")
+        task_names = ["piqa", "alpaca"]  # noqa: RUF012
+
+    callback, summary = FinancialEvaluation(), RunSummary()
+    trainer = tiny_trainer(tmp_path, [callback, summary], logger=CSVLogger(tmp_path))
+    trainer.fit(_Module(), datamodule=OnTasks())
+    (task,) = callback.history
+    assert (task, len(callback.history[task])) == ("piqa", 2)
+    found = json.loads((tmp_path / "summary.json").read_text())
+    before, after = (row["accuracy"] for row in callback.history["piqa"])
+    assert found["piqa/accuracy_before"] == before
+    assert found["piqa/accuracy_after"] == after
+    with pytest.raises(ValueError, match="the datamodule trains on none that has right answers"):
+        tiny_trainer(tmp_path, [FinancialEvaluation()]).fit(_Module(), datamodule=_Data())
 
 
 def test_training_is_as_without_it(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_a_whole_run_is_summed_up_in_table_and_file(
         "block_parameter_ratio": dense_block / block,
         "total_parameter_ratio": (dense_block + rest) / (block + rest),
         "first_val_loss": validation.losses[0],
+        "best_val_loss": min(validation.losses),
         "last_val_loss": validation.losses[-1],
         "tokens_per_s": throughput.run_tokens_per_s,
         "best_checkpoint": checkpoint.best_model_path,

@@ -1,0 +1,268 @@
+"""What does finetuning gain on each task, and what does it cost on the others?
+
+Each run trains adapters on one task or a mixture and answers the validation sets before, with
+calibration, and after. The record is written after every run, and a run in it is not repeated.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from callbacks.checkpoints import BestCheckpoint
+from fingpt_lightning.benchmarks.record import markdown_table, new_record, write_record
+from fingpt_lightning.data import FinancialInstructions
+from fingpt_lightning.evaluation.runner import TaskRun, evaluate, read_tasks
+from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.modules import QuantizedFinetuning
+from fingpt_lightning.profiling import keep_freed_memory, module_memory
+from fingpt_lightning.units import MIB
+
+QUESTION = (
+    "What accuracy do adapters on a frozen, quantised model reach on each task, what do they gain"
+    " over the untrained model, and what do they cost on tasks they were not trained on?"
+)
+FINANCIAL = ("fpb", "tfns", "fiqa_sa")
+GENERAL = ("arc_easy", "arc_challenge", "boolq", "piqa", "openbookqa", "winogrande")
+_FIGURES = ("accuracy", "accuracy_interval", "macro_f1", "weighted_f1", "n")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Args:
+        tasks: Trained on.
+        asked: Answered afterwards.
+        quantize: The base.
+        seed: Of adapters and order; held-out rows differ with it too.
+        epochs: At most.
+        kl_weight: Of the guard against forgetting.
+    """
+
+    tasks: tuple[str, ...]
+    asked: tuple[str, ...]
+    quantize: Literal["nf4", "int8"] | None = "nf4"
+    seed: int = 1
+    epochs: int = 3
+    kl_weight: float = 0.0
+
+
+RUNS = {
+    "fpb": Run(("fpb",), ("fpb",)),
+    "fpb, seed 2": Run(("fpb",), ("fpb",), seed=2),
+    "fpb, seed 3": Run(("fpb",), ("fpb",), seed=3),
+    "fiqa_sa": Run(("fiqa_sa",), ("fiqa_sa",), epochs=6),
+    "tfns": Run(("tfns",), ("tfns",), epochs=2),
+    "all three": Run(FINANCIAL, (*FINANCIAL, *GENERAL), epochs=2),
+    "all three, KL": Run(FINANCIAL, (*FINANCIAL, *GENERAL), epochs=2, kl_weight=0.1),
+    "general": Run(GENERAL, GENERAL, epochs=2),
+    "fpb, int8": Run(("fpb",), ("fpb",), quantize="int8"),
+    "fpb, unquantised": Run(("fpb",), ("fpb",), quantize=None),
+}
+
+
+def main() -> None:
+    """Trains what the record does not hold yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="record to write; .md beside")
+    parser.add_argument("--model", default="models/smollm2-135m")
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--runs", default=",".join(RUNS), help="names, with commas")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=0.001)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--limit", type=int, help="rows of each validation set")
+    parser.add_argument("--max_steps", type=int, default=-1, help="of each run, to try this out")
+    options = parser.parse_args()
+    names = [name for name in RUNS if name in _names(options.runs)]
+    keep_freed_memory()
+    settings = {k: v for k, v in vars(options).items() if k not in ("json", "runs", "data_dir")}
+    record = _started(options.json, settings)
+    for name in names:
+        if any(row["run"] == name for row in record["rows"]):
+            continue
+        rows = _train_and_ask(name, RUNS[name], options, record["untrained"])
+        record["rows"] += [{**row, "commit": new_record("", {})["commit"]} for row in rows]
+        record["summary"] = summary(record["rows"], record["untrained"])
+        write_record(options.json, record, table(record))
+    print(table(record))
+
+
+def _names(text: str) -> list[str]:
+    # "fpb, seed 2" has a comma of its own.
+    found = [name for name in RUNS if text == name]
+    if found:
+        return found
+    given = text.split(",")
+    names, rest = [], list(given)
+    while rest:
+        for size in (2, 1):
+            name = ",".join(rest[:size]).strip()
+            if name in RUNS:
+                names.append(name)
+                rest = rest[size:]
+                break
+        else:
+            raise SystemExit(f"--runs: {rest[0]!r} is none of {'; '.join(RUNS)}")
+    return names
+
+
+def _started(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as far as it goes, where it was made with the same settings."""
+    if not path.exists():
+        return new_record(QUESTION, settings) | {"untrained": {}, "rows": []}
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record["config"] != json.loads(json.dumps(settings)):
+        raise SystemExit(f"{path} was made with other settings: {record['config']}")
+    return record
+
+
+def _train_and_ask(
+    name: str, run: Run, options: argparse.Namespace, untrained: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    asked = read_tasks(list(run.asked), options.data_dir, "validation", limit=options.limit)
+    missing = [one for one in asked if one.task.name not in untrained]
+    if missing:
+        base = load_model(options.model, dtype=options.dtype)
+        tokenizer = base.require_tokenizer()
+        for one in missing:
+            calibrate = one.task.kind == "labels"
+            untrained[one.task.name] = _ask(base.network, tokenizer, one, calibrate)
+        del base
+    seed_everything(run.seed, verbose=False)
+    module = QuantizedFinetuning(
+        options.model,
+        quantize=run.quantize,
+        dtype=options.dtype,
+        rank=options.rank,
+        learning_rate=options.learning_rate,
+        kl_weight=run.kl_weight,
+    )
+    data = FinancialInstructions(
+        list(run.tasks),
+        str(options.data_dir),
+        batch_size=options.batch_size,
+        max_length=512,
+        seed=run.seed,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        best = BestCheckpoint("val/loss", dirpath=folder)
+        trainer = Trainer(
+            accelerator="auto",
+            devices=1,
+            max_epochs=run.epochs,
+            max_steps=options.max_steps,
+            val_check_interval=0.5,
+            num_sanity_val_steps=0,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[best, EarlyStopping("val/loss", patience=3)],
+            default_root_dir=folder,
+        )
+        started_s = time.perf_counter()
+        trainer.fit(module, data)
+        seconds = time.perf_counter() - started_s
+        memory = module_memory(module.network, trainer.optimizers[0])
+        if best.best_model_path:
+            state = _weights(best.best_model_path)
+            module.load_state_dict(state, strict=False)
+    module.network.eval()
+    num_examples = trainer.global_step * options.batch_size
+    shared = {
+        "run": name,
+        **asdict(run),
+        "steps": trainer.global_step,
+        "examples_per_s": num_examples / seconds,
+        "trained_share": module.trained_share(),
+        "weights_mib": memory.weights / MIB,
+        "optimizer_mib": memory.optimizer / MIB,
+    }
+    return [
+        {**shared, "task": one.task.name, **_ask(module.network, data.tokenizer, one, False)}
+        for one in asked
+    ]
+
+
+def _weights(path: str) -> dict[str, Any]:
+    import torch
+
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
+    return state
+
+
+def _ask(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, run: TaskRun, calibrate: bool
+) -> dict[str, Any]:
+    metrics = evaluate(network, tokenizer, run, calibrate=calibrate).metrics
+    figures = {key: metrics[key] for key in _FIGURES if key in metrics}
+    return {**figures, "split_sha256": run.sha256}
+
+
+def summary(
+    rows: Sequence[Mapping[str, Any]], untrained: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float]:
+    """The figures of the question, as far as there are runs for them."""
+
+    def of(run: str, task: str) -> float | None:
+        return next((r["accuracy"] for r in rows if (r["run"], r["task"]) == (run, task)), None)
+
+    seeds = [of(run, "fpb") for run in ("fpb", "fpb, seed 2", "fpb, seed 3")]
+    known = [value for value in seeds if value is not None]
+    best = {"tfns": of("tfns", "tfns"), "fiqa_sa": of("fiqa_sa", "fiqa_sa")}
+    found = {f"{task}_accuracy": value for task, value in best.items() if value is not None}
+    if known:
+        found["fpb_accuracy"] = statistics.mean(known)
+        found["fpb_seeds"] = float(len(known))
+    gains = [found[f"{t}_accuracy"] - untrained[t]["accuracy"] for t in FINANCIAL
+             if f"{t}_accuracy" in found]  # fmt: skip
+    if gains:
+        found["financial_gain_points"] = 100 * statistics.mean(gains)
+    for key, run in (
+        ("general_gain_points", "general"),
+        ("general_cost_points_of_financial", "all three"),
+        ("general_cost_points_of_financial_with_kl", "all three, KL"),
+    ):
+        pairs = [(of(run, task), untrained.get(task)) for task in GENERAL]
+        if all(after is not None for after, _ in pairs):
+            sign = -1 if "cost" in key else 1
+            points = [100 * (after - before["accuracy"]) for after, before in pairs
+                      if after is not None and before is not None]  # fmt: skip
+            found[key] = sign * statistics.mean(points)
+    return found
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The Markdown table."""
+    lines = [
+        [
+            f"{row['run']} -> {row['task']}",
+            f"{record['untrained'][row['task']]['accuracy']:.3f}",
+            f"{row['accuracy']:.3f}",
+            "{:.3f} - {:.3f}".format(*row["accuracy_interval"]),
+            f"{row['macro_f1']:.3f}" if "macro_f1" in row else "-",
+            f"{row['n']:,}",
+            f"{row['steps']:,}",
+            f"{row['examples_per_s']:.1f}",
+            f"{row['weights_mib'] + row['optimizer_mib']:.0f}",
+        ]
+        for row in record["rows"]
+    ]
+    header = ["run -> task", "untrained", "accuracy", "95 %", "macro F1", "n", "steps"]
+    return markdown_table([*header, "examples/s", "weights and optimiser MiB"], lines)
+
+
+if __name__ == "__main__":
+    main()
