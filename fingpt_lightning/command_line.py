@@ -1,6 +1,7 @@
 """What the option parsers of the commands share, without importing anything heavy."""
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from typing_extensions import override
@@ -68,3 +69,40 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")
     return number
+
+
+def named_paths(text: str) -> dict[str, Path]:
+    """The paths in a list such as ``alice=a/adapter,bob=b/adapter``, by name.
+
+    Raises:
+        argparse.ArgumentTypeError: A part is not of that form, or a name is there twice.
+    """
+    found: dict[str, Path] = {}
+    for part in names(text):
+        name, _, path = part.partition("=")
+        if not name.strip() or not path.strip():
+            raise argparse.ArgumentTypeError(f"{part!r} is not of the form NAME=PATH")
+        if name.strip() in found:
+            raise argparse.ArgumentTypeError(f"the name {name.strip()!r} is given twice")
+        found[name.strip()] = Path(path.strip())
+    return found
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model is loaded and how."""
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        help="Hugging Face folder or hub name, GGUF, adapter, checkpoint or run folder",
+    )
+    add("--adapter", help="folder of a LoRA adapter for the model")
+    add("--tokenizer", help="folder of the tokenizer, where the model has none beside it")
+    add(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16", "float64"),
+        help="of weights and products; default: %(default)s",
+    )
+    add("--quantize", choices=("nf4", "int8"), help="the linear layers of the blocks")
+    add("--device", help="cpu, cuda or cuda:1; default: cuda where there is one")

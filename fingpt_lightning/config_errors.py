@@ -46,8 +46,10 @@ def explain(
         return f"no option {found[1]}{nearest(found[1], options)}"
     if found := re.search(r"does not accept option '([\w.]+)'", text):
         known = [option.removeprefix("--") for option in options]
-        last = found[1].rpartition(".")[2]
-        return f"no setting {found[1]!r}{nearest(found[1], known)}{_where(last, words)}"
+        first, last = found[1].partition(".")[0], found[1].rpartition(".")[2]
+        parts = {option.partition(".")[0] for option in known}
+        meant = nearest(found[1], known) or nearest(first, parts - {first})
+        return f"no setting {found[1]!r}{meant}{_where(last, words)}"
     if found := re.search(r"Problem with given class_path '([\w.]+)'", text):
         module, _, name = found[1].rpartition(".")
         return f"{key}: no class {found[1]!r}{nearest(name, _classes_of(module))}"

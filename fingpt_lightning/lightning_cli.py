@@ -9,15 +9,16 @@ import pickle
 import re
 import sys
 import time
+import typing
 import warnings
 import zipfile
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -39,6 +40,13 @@ from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from fingpt_lightning.cli import ConfigError
 from fingpt_lightning.config_errors import explain
 from fingpt_lightning.profiling import keep_freed_memory
+from fingpt_lightning.reporting.environment import write_environment
+from fingpt_lightning.wandb_runs import (
+    keep_offline_if_unreachable,
+    log_adapter,
+    place_wandb_run,
+    record_config,
+)
 
 RUN_FOLDER_VARIABLE = "FINGPT_RUN_FOLDER"
 """Tells the processes that Lightning starts for other ranks the folder of rank 0."""
@@ -62,6 +70,26 @@ def run_trainer_command(words: list[str]) -> None:
     Raises:
         ConfigError: The command line or a config is wrong.
     """
+    with _quiet():
+        FinGPTCLI(words)
+
+
+def build_trainer_command(words: list[str]) -> "FinGPTCLI":
+    """Parses and builds what a Trainer command would run, and runs nothing: no folder is made.
+
+    Args:
+        words: The command and its options.
+
+    Raises:
+        ConfigError: The command line or a config is wrong.
+    """
+    with _quiet():
+        return _Built(words)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves out what libraries say beside the matter, and leaves the environment as it was."""
     # Blocks are read from memory-mapped files: workers would cost more than they bring.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # The run folder already holds the config.
@@ -74,7 +102,7 @@ def run_trainer_command(words: list[str]) -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     before = dict(os.environ)
     try:
-        FinGPTCLI(words)
+        yield
     finally:
         for name in (RUN_FOLDER_VARIABLE, "WANDB_SILENT"):
             if name not in before:
@@ -111,7 +139,7 @@ def _options(parser: ArgumentParser) -> Iterator[str]:
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes ``config.yaml`` and ``tokenizer/`` into the run folder, and the config to W&B.
+    """Writes config, environment and tokenizer into the run folder, and the config to W&B.
 
     Lightning's own callback refuses a second run into the same logger folder, which ends a sweep.
     """
@@ -122,13 +150,17 @@ class RunRecord(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         text = self.parser.dump(self.config, skip_none=False)
         (folder / "config.yaml").write_text(text)
+        write_environment(folder)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                settings = {"cli": yaml.safe_load(text)}
-                logger.experiment.config.update(settings, allow_val_change=True)
+                record_config(logger, text)
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "tokenizer")
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        log_adapter(trainer)
 
 
 class FinGPTCLI(LightningCLI):
@@ -137,6 +169,9 @@ class FinGPTCLI(LightningCLI):
     Args:
         words: The command and its options.
     """
+
+    runs: ClassVar[bool] = True
+    """Whether the command is run, not only built."""
 
     def __init__(self, words: list[str]) -> None:
         self.command = words[0]
@@ -181,6 +216,10 @@ class FinGPTCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
+        # typing hands out the Union[float, int] of lightning.fabric for our int | float where it
+        # still remembers it, and jsonargparse 4.53 would make a rank of 8 the share 8.0.
+        for forget in typing._cleanups:  # type: ignore[attr-defined]
+            forget()
         try:
             given = parser.parse_args(args, defaults=False)[self.command]
             # Where another class is chosen, the default one must not leave its settings of the
@@ -222,7 +261,9 @@ class FinGPTCLI(LightningCLI):
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
             if isinstance(logger, Namespace) and logger.class_path.endswith(".WandbLogger"):
-                _place_wandb_run(logger.init_args, self.run_folder)
+                place_wandb_run(logger.init_args, self.run_folder)
+                if self.runs:
+                    keep_offline_if_unreachable(logger.init_args)
 
     def _of_rank_zero(self, run_folder: str) -> str:
         """Rank 0's choice on all ranks that torchrun or SLURM started: their clocks differ."""
@@ -257,11 +298,23 @@ class FinGPTCLI(LightningCLI):
         loggers = [logger for logger in loggers if isinstance(logger, Logger)]
         if self.command == "fit" and not any(isinstance(x, CSVLogger) for x in loggers):
             _keep_old_metrics(self.run_folder)
-            loggers = [*loggers, CSVLogger(str(self.run_folder), name="", version="")]
+            # Written at once: a sweep reads it while the run goes on, and a kill loses no row.
+            log = CSVLogger(str(self.run_folder), "", "", flush_logs_every_n_steps=1)
+            loggers = [*loggers, log]
         trainer = super().instantiate_trainer(logger=loggers or False, **kwargs)
         if isinstance(trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
         return trainer
+
+
+class _Built(FinGPTCLI):
+    """Ends before the command is run."""
+
+    runs = False
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        assert subcommand == self.command
 
 
 def find_checkpoint(ckpt_path: str, run_name: str, runs_dir: Path) -> Path:
@@ -359,16 +412,6 @@ def _new_run_folder(settings: Namespace, command: str) -> Path:
     while folder.exists():
         folder, number = first.with_name(f"{first.name}-{number}"), number + 1
     return folder
-
-
-def _place_wandb_run(logger: Namespace, run_folder: Path) -> None:
-    if logger.save_dir in (None, "."):
-        logger.save_dir = str(run_folder)
-    if logger.name is None:
-        logger.name = run_folder.name
-    if logger.offline:
-        # What it would say, where the run is and how to sync it, stands in the run's summary.
-        os.environ.setdefault("WANDB_SILENT", "true")
 
 
 @rank_zero_only

@@ -56,6 +56,10 @@ UNION = (
             "Subcommand 'fit' does not accept option 'trainer.max_stps'",
             "no setting 'trainer.max_stps'; did you mean trainer.max_steps?",
         ),
+        (
+            "Subcommand 'fit' does not accept option 'trainr.logger.init_args.offline'",
+            "no setting 'trainr.logger.init_args.offline'; did you mean trainer?",
+        ),
         ("something\n  new", "something new"),
     ],
 )

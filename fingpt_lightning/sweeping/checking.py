@@ -1,0 +1,143 @@
+"""Checks a sweep against the command line before anything of it runs."""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from rich.table import Table
+
+from fingpt_lightning.nearest import nearest
+from fingpt_lightning.sweeping.space import Point, sample_points, short_names, shown
+from fingpt_lightning.sweeping.sweep_file import Sweep, WrongSweep
+
+_OUR_PACKAGES = ("fingpt_lightning", "callbacks")
+_MAX_SHOWN_TRIALS = 60
+
+
+class Built(NamedTuple):
+    """A run as the command line would build it.
+
+    Attributes:
+        settings: Its resolved config, in plain types.
+        observers: The classes of its module and its callbacks, whose docstrings name their keys.
+    """
+
+    settings: Mapping[str, Any]
+    observers: Sequence[type]
+
+
+Build: TypeAlias = Callable[[list[str]], Built]
+"""Parses and builds ``fit`` and its options without running it; a ValueError says what is wrong."""
+
+
+def check_sweep(
+    sweep: Sweep, build: Build, count: int | None = None, extra: Sequence[str] = ()
+) -> Built:
+    """Builds each trial of a grid; of a space each value, both ends and the middle.
+
+    Args:
+        sweep: What is checked.
+        build: The command line.
+        count: Trials of the grid that will run; None is all.
+        extra: Words that follow those of the sweep's command.
+
+    Returns:
+        The first trial.
+
+    Raises:
+        WrongSweep: A name or a value is wrong, or nobody logs the metric.
+    """
+    points = sweep.grid()[:count] if sweep.method == "grid" else sample_points(sweep.parameters)
+    first: Built | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = Path(folder) / "arguments.json"
+        for point in points:
+            arguments.write_text(json.dumps(sweep.arguments(point)))
+            try:
+                built = build([*sweep.fit_words(arguments), *extra])
+            except ValueError as error:
+                raise WrongSweep(_told(sweep, point, str(error), arguments)) from error
+            if first is None:
+                first = built
+                _check_metric(sweep, built)
+    assert first is not None
+    return first
+
+
+def described(sweep: Sweep, count: int | None = None) -> Table:
+    """The trials of a grid, or the space of the others.
+
+    Args:
+        sweep: What is described.
+        count: Trials of the grid that will run; None is all.
+    """
+    table = Table(box=None, pad_edge=False)
+    names = short_names(sweep.searched)
+    if sweep.method != "grid":
+        table.add_column("parameter")
+        table.add_column("values")
+        for name in sweep.searched:
+            table.add_row(names[name], str(sweep.parameters[name]))
+        return table
+    table.add_column("trial", justify="right")
+    for name in sweep.searched:
+        table.add_column(names[name], justify="right")
+    points = sweep.grid()[:count]
+    for number, point in enumerate(points[:_MAX_SHOWN_TRIALS]):
+        table.add_row(str(number), *(shown(point[name]) for name in sweep.searched))
+    if len(points) > _MAX_SHOWN_TRIALS:
+        table.add_row("...", *("..." for _ in sweep.searched))
+    return table
+
+
+def documented_keys(built: Built) -> set[str] | None:
+    """What the module and the callbacks of a run say that they log; None where one is a stranger.
+
+    Args:
+        built: The run.
+    """
+    found: set[str] = set()
+    for observer in built.observers:
+        for kind in observer.__mro__:
+            package = kind.__module__.partition(".")[0]
+            if package in _OUR_PACKAGES:
+                found |= set(re.findall(r"``([a-z]+/(?:TASK/)?[a-z0-9_]+)``", kind.__doc__ or ""))
+        if observer.__module__.partition(".")[0] not in (*_OUR_PACKAGES, "lightning"):
+            return None
+    tasks = list(_tasks(built.settings))
+    return {
+        key.replace("TASK", task)
+        for key in found
+        if not key.startswith("test/")
+        for task in (tasks if "TASK" in key else [""])
+    }
+
+
+def _check_metric(sweep: Sweep, built: Built) -> None:
+    known = documented_keys(built)
+    if known is not None and sweep.metric not in known:
+        raise WrongSweep(
+            f"{sweep.path}: metric {sweep.metric!r} is logged by no module or callback of this"
+            f" run{nearest(sweep.metric, sorted(known)) or '; docs/metrics.md lists them'}"
+        )
+
+
+def _tasks(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The tasks that a run evaluates: those of a callback, else those of the data."""
+    data = (settings.get("data") or {}).get("init_args") or {}
+    for callback in (settings.get("trainer") or {}).get("callbacks") or []:
+        given = (callback.get("init_args") or {}).get("tasks") or data.get("tasks") or []
+        for task in given.split(",") if isinstance(given, str) else given:
+            yield Path(task.strip()).stem
+
+
+def _told(sweep: Sweep, point: Point, message: str, arguments: Path) -> str:
+    names = short_names(sweep.searched)
+    trial = ", ".join(f"{names[name]} {shown(point[name])}" for name in sweep.searched)
+    where = f" (with {trial})" if trial else ""
+    # A line of a config that the sweep only goes on from is not where the mistake is.
+    told = re.sub(r" \(\S+ line \d+\)", "", message).replace(str(arguments), "parameters")
+    return f"{sweep.path}: {told}{where}"

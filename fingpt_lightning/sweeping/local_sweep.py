@@ -1,0 +1,301 @@
+"""Runs a sweep without a server: Optuna chooses, one process a trial, all in one folder."""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, NopPruner
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import Trial
+from optuna.trial import TrialState as StudyState
+from rich.console import Console
+
+from fingpt_lightning.sweeping.records import best_number, write_best_config, write_record
+from fingpt_lightning.sweeping.space import Point, short_names, shown
+from fingpt_lightning.sweeping.sweep_file import Sweep, read_sweep
+from fingpt_lightning.sweeping.trial_process import (
+    ARGUMENTS_FILE,
+    Outcome,
+    TrialState,
+    metric_history,
+    run_trial,
+    trial_command,
+)
+from fingpt_lightning.units import format_duration
+
+STUDY = "study.sqlite"
+SWEEP_FILE = "sweep.yaml"
+_LOCK = "sweep.lock"
+_LOCK_PATIENCE_S = 90.0
+_STUDY_STATES = {
+    TrialState.FINISHED: StudyState.COMPLETE,
+    TrialState.FAILED: StudyState.FAIL,
+    TrialState.PRUNED: StudyState.PRUNED,
+}
+
+
+class LocalSweep:
+    """A sweep in a folder, of which every trial is an offline W&B run in one group.
+
+    What is known is in the folder at any moment, so that a sweep may be killed and resumed: trials
+    that ended are never run again, one that was running is.
+
+    Args:
+        folder: Its folder, made by `begin`.
+
+    Attributes:
+        sweep: The sweep file.
+        study: Optuna's, in the folder.
+
+    Raises:
+        ValueError: The folder holds no sweep.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not ((folder / STUDY).is_file() and (folder / SWEEP_FILE).is_file()):
+            raise ValueError(f"{folder} is no sweep: it has no {STUDY} and {SWEEP_FILE}")
+        self.folder = folder
+        self.sweep = read_sweep(folder / SWEEP_FILE)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.study = optuna.load_study(
+            study_name=None, storage=_storage(folder), pruner=_pruner(self.sweep)
+        )
+        attributes = self.study.user_attrs
+        if "count" not in attributes:
+            raise ValueError(f"{folder} is no sweep: it was stopped before it began")
+        self.count: int = attributes["count"]
+        self.name: str = attributes["name"]
+        self.project: str | None = attributes["project"]
+
+    @classmethod
+    def begin(
+        cls, sweep: Sweep, folder: Path, count: int | None, project: str | None
+    ) -> "LocalSweep":
+        """Makes the folder of a sweep.
+
+        Args:
+            sweep: What is to be run.
+            folder: A new one.
+            count: Trials in all; None takes those of the file.
+            project: W&B's; None leaves it to the trials' config.
+
+        Raises:
+            ValueError: The folder is in use, or there is no number of trials.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"output {folder} is not empty; --resume goes on with a sweep")
+        count = num_trials(sweep, count)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(sweep.path, folder / SWEEP_FILE)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            storage=_storage(folder),
+            study_name=folder.name,
+            direction="maximize" if sweep.is_maximized else "minimize",
+        )
+        study.set_user_attr("name", sweep.name)
+        study.set_user_attr("sweep_file", str(sweep.path))
+        study.set_user_attr("project", project)
+        study.set_user_attr("started_at", datetime.now(UTC).isoformat(timespec="seconds"))
+        if sweep.method == "grid":
+            # In the order of the file: Optuna's own sampler of grids shuffles them.
+            for point in sweep.grid():
+                study.enqueue_trial(_stored(sweep, point))
+        study.set_user_attr("count", count)
+        return cls(folder)
+
+    def extend(self, count: int) -> None:
+        """Sets the number of trials in all."""
+        self.count = num_trials(self.sweep, count)
+        self.study.set_user_attr("count", self.count)
+
+    def run(self, console: Console, extra: Sequence[str] = ()) -> int | None:
+        """Runs the trials that are left, and the one that was running when the sweep was stopped.
+
+        Args:
+            console: Is told of each trial.
+            extra: Options of every trial, behind the sweep's command.
+
+        Returns:
+            The best trial; None where none has finished.
+
+        Raises:
+            RuntimeError: Another process runs this sweep.
+            KeyboardInterrupt: It was interrupted; `LocalSweep` of the folder goes on.
+        """
+        with _locked(self.folder, console) as lock:
+            write_record(self.folder, self.sweep, self.study)
+            while (trial := self._next()) is not None:
+                point = self._point(trial)
+                self._run_trial(trial, point, console, [*extra], lock)
+            best = best_number(self.study)
+            if best is not None:
+                write_best_config(self.folder, best)
+        return best
+
+    def trial_folder(self, number: int) -> Path:
+        """The run folder of a trial."""
+        return self.folder / "trials" / f"{number:03d}"
+
+    def _next(self) -> Trial | None:
+        trials = self.study.get_trials(deepcopy=False)
+        for frozen in trials:
+            if frozen.state == StudyState.RUNNING:
+                return Trial(self.study, frozen._trial_id)
+        started = [frozen for frozen in trials if frozen.state != StudyState.WAITING]
+        if len(started) >= self.count:
+            return None
+        # A sampler of its own for each trial: a sweep that was stopped chooses what it would have.
+        self.study.sampler = _sampler(self.sweep.method, seed=len(started))
+        return self.study.ask()
+
+    def _point(self, trial: Trial) -> Point:
+        return {
+            name: found.samples()[0] if found.is_constant else found.suggest(trial, name)
+            for name, found in self.sweep.parameters.items()
+        }
+
+    def _run_trial(
+        self, trial: Trial, point: Point, console: Console, extra: list[str], lock: int
+    ) -> None:
+        folder = self.trial_folder(trial.number)
+        if folder.exists():
+            shutil.rmtree(folder)  # of a trial that was stopped in the middle
+        folder.mkdir(parents=True)
+        arguments = folder / ARGUMENTS_FILE
+        arguments.write_text(json.dumps(self.sweep.arguments(point), indent=1) + "\n")
+        write_record(self.folder, self.sweep, self.study)
+        names = short_names(self.sweep.searched)
+        told = ", ".join(f"{names[name]} {shown(point[name])}" for name in self.sweep.searched)
+        head = f"trial {trial.number}"
+        console.print(f"{head}: {told or 'as the config has it'}", markup=False, highlight=False)
+        words = trial_command(
+            self.sweep.command, arguments, [*extra, "--trainer.default_root_dir", str(folder)]
+        )
+        with console.status(f"{head} of {self.count} since {time.strftime('%H:%M:%S')}"):
+            outcome = run_trial(
+                words,
+                folder,
+                self._environment(),
+                self.sweep.metric,
+                None if self.sweep.stopping is None else lambda values: _is_hopeless(trial, values),
+                (lock,),
+            )
+        self._record(trial, outcome)
+        console.print(f"{head}: {self._verdict(outcome)}", markup=False, highlight=False)
+
+    def _record(self, trial: Trial, outcome: Outcome) -> None:
+        trial.set_user_attr("seconds", round(outcome.seconds, 1))
+        trial.set_user_attr("error", outcome.error)
+        if self.sweep.stopping is not None:
+            # Hyperband takes the length of a trial from them.
+            _report(trial, metric_history(self.trial_folder(trial.number), self.sweep.metric))
+        # Of a pruned one, which cannot be told a value, Optuna knows the last that was reported.
+        value = outcome.value if outcome.state == TrialState.FINISHED else None
+        self.study.tell(trial, value, state=_STUDY_STATES[outcome.state])
+        write_record(self.folder, self.sweep, self.study)
+
+    def _verdict(self, outcome: Outcome) -> str:
+        took = format_duration(outcome.seconds)
+        if outcome.state == TrialState.FAILED:
+            return f"failed after {took}: {outcome.error}"
+        how = "stopped early at" if outcome.state == TrialState.PRUNED else ""
+        return f"{how} {self.sweep.metric} {shown(outcome.value)} in {took}".strip()
+
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {
+            "WANDB_MODE": "offline",
+            "WANDB_RUN_GROUP": self.folder.name,
+            "WANDB_SILENT": "true",
+        }
+
+
+def num_trials(sweep: Sweep, count: int | None) -> int:
+    """How many trials a sweep has in all.
+
+    Args:
+        sweep: The sweep.
+        count: Of the command line.
+
+    Raises:
+        ValueError: Neither the command line nor the file says it.
+    """
+    if sweep.num_trials is None:
+        if count is None:
+            raise ValueError(
+                f"{sweep.path}: method {sweep.method} has no end; give --count or run_cap"
+            )
+        return count
+    return sweep.num_trials if count is None else min(count, sweep.num_trials)
+
+
+def _storage(folder: Path) -> str:
+    return f"sqlite:///{(folder / STUDY).resolve()}"
+
+
+def _stored(sweep: Sweep, point: Point) -> dict[str, Any]:
+    return {name: sweep.parameters[name].stored(point[name]) for name in sweep.searched}
+
+
+def _sampler(method: str, seed: int) -> BaseSampler:
+    return TPESampler(seed=seed) if method == "bayes" else RandomSampler(seed=seed)
+
+
+def _pruner(sweep: Sweep) -> BasePruner:
+    if sweep.stopping is None:
+        return NopPruner()
+    first, factor, last = sweep.stopping
+    return HyperbandPruner(
+        min_resource=first, max_resource="auto" if last is None else last, reduction_factor=factor
+    )
+
+
+def _is_hopeless(trial: Trial, values: Sequence[float]) -> bool:
+    _report(trial, values)
+    return trial.should_prune()
+
+
+def _report(trial: Trial, values: Sequence[float]) -> None:
+    """Tells Optuna of the values that it has not seen."""
+    known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    for number, value in enumerate(values, 1):
+        if number not in known:
+            trial.report(value, number)
+
+
+@contextmanager
+def _locked(folder: Path, console: Console) -> Iterator[int]:
+    """Keeps other processes from running the same sweep.
+
+    Its trial has the lock too: after a kill it may take some seconds to end.
+    """
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        deadline_s = time.monotonic() + _LOCK_PATIENCE_S
+        is_told = False
+        while not _lock(descriptor):
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"{folder} is being run by another process")
+            if not is_told:
+                console.print(f"waiting for the process that runs {folder} to end", markup=False)
+                is_told = True
+            time.sleep(0.2)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

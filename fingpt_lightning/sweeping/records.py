@@ -1,0 +1,150 @@
+"""What a local sweep leaves: ``sweep.json``, ``best.yaml`` and a table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from optuna import Study
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as StudyState
+from rich.table import Table
+
+from fingpt_lightning.sweeping.space import short_names, shown
+from fingpt_lightning.sweeping.sweep_file import Sweep
+from fingpt_lightning.sweeping.trial_process import TrialState
+from fingpt_lightning.units import format_duration
+
+RECORD = "sweep.json"
+BEST_CONFIG = "best.yaml"
+_STATES = {
+    StudyState.RUNNING: TrialState.RUNNING,
+    StudyState.COMPLETE: TrialState.FINISHED,
+    StudyState.FAIL: TrialState.FAILED,
+    StudyState.PRUNED: TrialState.PRUNED,
+}
+# Where a run is and what it is called, which a new run finds for itself.
+_OF_ONE_LOGGER = ("name", "save_dir", "id", "version", "group", "mode")
+
+
+def best_number(study: Study) -> int | None:
+    """The number of the best trial that finished; None where none has."""
+    finished = [t for t in study.get_trials(deepcopy=False) if t.state == StudyState.COMPLETE]
+    return study.best_trial.number if finished else None
+
+
+def write_record(folder: Path, sweep: Sweep, study: Study) -> None:
+    """Writes ``sweep.json``, aside and then renamed.
+
+    Args:
+        folder: Of the sweep.
+        sweep: Its file.
+        study: Its trials; those that wait are left out.
+    """
+    record = {
+        "name": study.user_attrs["name"],
+        "sweep_file": study.user_attrs["sweep_file"],
+        "metric": {
+            "name": sweep.metric,
+            "goal": "maximize" if sweep.is_maximized else "minimize",
+        },
+        "method": sweep.method,
+        "started_at": study.user_attrs["started_at"],
+        "trials": [_entry(folder, sweep, trial) for trial in _begun(study)],
+        "best": best_number(study),
+    }
+    _write(folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def write_best_config(folder: Path, number: int) -> None:
+    """Writes ``best.yaml``: the resolved config of a trial, for a new run of its own.
+
+    Args:
+        folder: Of the sweep.
+        number: Of the trial.
+    """
+    settings = yaml.safe_load((folder / "trials" / f"{number:03d}" / "config.yaml").read_text())
+    trainer = settings["trainer"]
+    trainer["default_root_dir"] = None
+    for key in ("best_checkpoint", "last_checkpoint"):
+        settings[key]["dirpath"] = None
+    for callback in trainer.get("callbacks") or []:
+        if "dirpath" in (callback.get("init_args") or {}):
+            callback["init_args"]["dirpath"] = None
+    given = trainer.get("logger")
+    for logger in given if isinstance(given, list) else [given]:
+        if isinstance(logger, dict) and logger["class_path"].endswith(".WandbLogger"):
+            own = {key: None for key in _OF_ONE_LOGGER if key in logger["init_args"]}
+            logger["init_args"] |= own | {"offline": not logger["init_args"].get("log_model")}
+    text = yaml.safe_dump(settings, sort_keys=False)
+    _write(folder / BEST_CONFIG, f"# Trial {number} of {folder.name}.\n{text}")
+
+
+def table(sweep: Sweep, study: Study) -> Table:
+    """The trials, the best first, then those that did not finish."""
+    made = Table(box=None, pad_edge=False)
+    names = short_names(sweep.searched)
+    made.add_column("trial", justify="right")
+    for name in sweep.searched:
+        made.add_column(names[name], justify="right")
+    made.add_column(sweep.metric, justify="right", no_wrap=True)
+    made.add_column("time", justify="right", no_wrap=True)
+    made.add_column("", overflow="fold")
+    best = best_number(study)
+    sign = -1.0 if sweep.is_maximized else 1.0
+
+    def rank(trial: FrozenTrial) -> tuple[bool, float]:
+        is_finished = trial.state == StudyState.COMPLETE
+        return not is_finished, sign * (trial.value or 0.0)
+
+    for trial in sorted(_begun(study), key=rank):
+        parameters = _parameters(sweep, trial)
+        value, seconds = _value(trial), trial.user_attrs.get("seconds")
+        is_best = trial.number == best
+        remark = "best" if is_best else trial.user_attrs.get("error") or _STATES[trial.state]
+        made.add_row(
+            str(trial.number),
+            *(shown(parameters[name]) if name in parameters else "-" for name in sweep.searched),
+            "-" if value is None else shown(value),
+            "-" if seconds is None else format_duration(seconds),
+            "" if remark == TrialState.FINISHED else str(remark),
+            style="bold" if is_best else None,
+        )
+    return made
+
+
+def _entry(folder: Path, sweep: Sweep, trial: FrozenTrial) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "state": _STATES[trial.state],
+        "value": _value(trial),
+        "parameters": _parameters(sweep, trial),
+        "run_folder": f"trials/{trial.number:03d}",
+        "error": trial.user_attrs.get("error"),
+        "seconds": trial.user_attrs.get("seconds"),
+    }
+
+
+def _begun(study: Study) -> list[FrozenTrial]:
+    trials = study.get_trials(deepcopy=False)
+    return [trial for trial in trials if trial.state != StudyState.WAITING]
+
+
+def _value(trial: FrozenTrial) -> float | None:
+    """The value it ended with; of one that was stopped early, the last it was asked for."""
+    if trial.state == StudyState.COMPLETE:
+        return trial.value
+    reported = trial.intermediate_values
+    if trial.state == StudyState.PRUNED and reported:
+        return float(reported[max(reported)])
+    return None
+
+
+def _parameters(sweep: Sweep, trial: FrozenTrial) -> dict[str, Any]:
+    return {name: sweep.parameters[name].restored(stored) for name, stored in trial.params.items()}
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text)
+    aside.replace(path)

@@ -1,0 +1,187 @@
+"""Runs one trial in a process of its own, and reads what it logged."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+from fingpt_lightning.sweeping.sweep_file import ARGUMENTS
+
+OUTPUT = "output.txt"
+ARGUMENTS_FILE = "arguments.json"
+_POLL_S = 0.5
+_GRACE_S = 60.0
+"""How long a trial that was told to end may take: a step, and W&B's last records."""
+
+# Ends with the process that started it, even one that was killed.
+_GUARD = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
+)
+
+
+class TrialState(StrEnum):
+    """What became of a trial."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    PRUNED = "pruned"
+
+
+class Outcome(NamedTuple):
+    """How a trial ended.
+
+    Attributes:
+        state: Never ``running``.
+        value: Of the metric, the last one; None where the trial failed.
+        error: One line, of one that failed.
+        seconds: From start to end.
+    """
+
+    state: TrialState
+    value: float | None
+    error: str | None
+    seconds: float
+
+
+def run_trial(
+    command: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    metric: str,
+    should_stop: Callable[[list[float]], bool] | None = None,
+    inherited: Sequence[int] = (),
+) -> Outcome:
+    """Runs a trial to its end; an interruption ends it too.
+
+    Args:
+        command: Its words.
+        folder: Its run folder, which is there.
+        environment: Its whole environment.
+        metric: The key of its value.
+        should_stop: Is given all values so far whenever there is a new one, and says whether the
+            trial is not worth going on with.
+        inherited: Open files that it keeps open.
+
+    Raises:
+        KeyboardInterrupt: It was interrupted; its process has ended.
+    """
+    started_s = time.monotonic()
+    words = list(command)
+    if sys.platform == "linux":
+        words = [sys.executable, "-S", "-c", _GUARD, *words]
+    with (folder / OUTPUT).open("wb") as output:
+        process = subprocess.Popen(
+            words,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # A terminal interrupts this process alone, which then ends the trial.
+            start_new_session=True,
+            pass_fds=inherited,
+        )
+        try:
+            is_pruned = _wait(process, folder, metric, should_stop)
+        finally:
+            _end(process)
+    seconds = time.monotonic() - started_s
+    values = metric_history(folder, metric)
+    value = values[-1] if values else None
+    if is_pruned:
+        return Outcome(TrialState.PRUNED, value, None, seconds)
+    error = _error(process.returncode, folder, metric, value)
+    if error is not None:
+        return Outcome(TrialState.FAILED, None, error, seconds)
+    return Outcome(TrialState.FINISHED, value, None, seconds)
+
+
+def trial_command(words: Sequence[str], arguments: Path, extra: Sequence[str]) -> list[str]:
+    """A sweep file's ``command`` with its names replaced.
+
+    Args:
+        words: Of the file.
+        arguments: The trial's file.
+        extra: Options behind the command.
+    """
+    values = {"${interpreter}": sys.executable, ARGUMENTS: str(arguments)}
+    return [*(values.get(word, word) for word in words if word != "${env}"), *extra]
+
+
+def metric_history(folder: Path, metric: str) -> list[float]:
+    """All values of a key in ``metrics.csv`` of a run, or the one in ``summary.json``.
+
+    Args:
+        folder: The run's; its files may be being written.
+        metric: The key.
+    """
+    path = folder / "metrics.csv"
+    found = []
+    if path.is_file():
+        whole_lines, _, _ = path.read_text().rpartition("\n")
+        for row in csv.DictReader(whole_lines.splitlines()):
+            cell = row.get(metric)
+            if cell:
+                found.append(float(cell))
+    if not found and metric.startswith("summary/"):
+        path = folder / "summary.json"
+        figures = json.loads(path.read_text()) if path.is_file() else {}
+        value = figures.get(metric.removeprefix("summary/"))
+        found = [float(value)] if isinstance(value, int | float) else []
+    return found
+
+
+def _wait(
+    process: subprocess.Popen[bytes],
+    folder: Path,
+    metric: str,
+    should_stop: Callable[[list[float]], bool] | None,
+) -> bool:
+    """Whether the trial was not worth waiting for its end."""
+    num_seen = 0
+    while True:
+        try:
+            process.wait(_POLL_S)
+            return False
+        except subprocess.TimeoutExpired:
+            values = metric_history(folder, metric) if should_stop else []
+        if should_stop and len(values) > num_seen:
+            num_seen = len(values)
+            if should_stop(values):
+                return True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that still runs, and all that it started."""
+    if process.poll() is None:
+        process.terminate()  # Lightning hands it on to its other ranks
+        try:
+            process.wait(_GRACE_S)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _error(status: int, folder: Path, metric: str, value: float | None) -> str | None:
+    if status:
+        return _last_words(folder / OUTPUT) or f"ended with status {status}"
+    if value is None:
+        return f"{metric} was not logged"
+    return None if math.isfinite(value) else f"{metric} is {value}"
+
+
+def _last_words(output: Path) -> str | None:
+    """The first line in which our program says what went wrong, else the last line of all."""
+    lines = [line.strip() for line in output.read_text(errors="replace").splitlines()]
+    for line in lines:
+        if line.startswith("fingpt: error"):
+            return line.partition("error")[2].removeprefix(":").strip()
+    return next((line for line in reversed(lines) if line), None)
