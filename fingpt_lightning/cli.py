@@ -39,6 +39,36 @@ COMMANDS = {
         "fingpt_lightning.evaluation.options",
         "fingpt_lightning.evaluation.command",
     ),
+    "generate": Command(
+        "text that goes on from prompts",
+        "fingpt_lightning.deploy.generate_options",
+        "fingpt_lightning.deploy.generate_command",
+    ),
+    "label": Command(
+        "labels with probabilities for the texts of a file of any size",
+        "fingpt_lightning.deploy.label_options",
+        "fingpt_lightning.deploy.label_command",
+    ),
+    "export": Command(
+        "a model in the form that other tools read, compared before it is handed over",
+        "fingpt_lightning.deploy.export_options",
+        "fingpt_lightning.deploy.export_command",
+    ),
+    "sweep": Command(
+        "many runs by a W&B sweep file, checked first, with a server or without one",
+        "fingpt_lightning.sweeping.options",
+        "fingpt_lightning.sweep_command",
+    ),
+    "report": Command(
+        "one page about runs, sweeps and evaluations: curves, memory, accuracy, mistakes",
+        "fingpt_lightning.reporting.options",
+        "fingpt_lightning.reporting.command",
+    ),
+    "plan": Command(
+        "what a run would need: parameters, memory by part, steps, time, and whether it fits",
+        "fingpt_lightning.reporting.plan_options",
+        "fingpt_lightning.plan_command",
+    ),
 }
 
 _HELP = """usage: fingpt COMMAND [--config FILE ...] [--KEY VALUE ...]

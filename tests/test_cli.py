@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from fingpt_lightning.cli import main
+from fingpt_lightning.cli import COMMANDS, main
 from fingpt_lightning.lightning_cli import FinGPTCLI
 from fingpt_lightning.modules import LowRankPretraining
 
@@ -72,17 +72,14 @@ def test_help_lists_the_commands_at_once(program: list[str]) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Of the processor, not of the clock: another program may be busy beside the test.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
-    for word in ("fit", "validate", "test", "predict", "evaluate", "--debug"):
+    for word in (*COMMANDS, "--debug"):
         assert re.search(rf"^ +{word}", done.stdout, re.MULTILINE)
 
 
 def test_an_unknown_command_names_the_nearest(run: Run) -> None:
     status, stderr = run("fti")
     assert status == 2
-    assert (
-        "command 'fti' is none of fit, validate, test, predict, evaluate; did you mean fit?"
-        in stderr
-    )
+    assert f"command 'fti' is none of {', '.join(COMMANDS)}; did you mean fit?" in stderr
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,10 +14,9 @@ import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fingpt_lightning.cli import main
+from tests.support.programs import ROOT, free_port, run_together, torchrun_command
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-TIMEOUT_S = 200
 # The blocks of one step are those of two ranks with half of them each.
 ONE_RANK, TWO_RANKS = ("--data.batch_size", "8"), ("--data.batch_size", "4")
 # The second rank's clock is an hour ahead.
@@ -63,44 +61,6 @@ def _words(overlay: str | None, cache: Path, *changes: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _torchrun(*words: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", *words, "-m", "fingpt_lightning"]
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return int(one.getsockname()[1])
-
-
-def _run_together(
-    folder: Path, commands: list[list[str]], variables: list[dict[str, str]] | None = None
-) -> tuple[list[int], str]:
-    """Exit codes and joint output of processes that wait for each other; none is left."""
-    log = folder / "log.txt"
-    processes = []
-    with log.open("w") as output:
-        try:
-            for index, command in enumerate(commands):
-                own = {} if variables is None else variables[index]
-                environment = os.environ | {"PYTHONPATH": str(ROOT)} | own
-                processes.append(
-                    subprocess.Popen(
-                        command, cwd=folder, env=environment, stdout=output,
-                        stderr=subprocess.STDOUT, start_new_session=True,
-                    )
-                )  # fmt: skip
-            codes = [process.wait(TIMEOUT_S) for process in processes]
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"still running after {TIMEOUT_S} s:\n{log.read_text()}")
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # its session: ranks included
-                    process.wait()
-    return codes, log.read_text()
-
-
 def _losses(folder: Path) -> dict[tuple[str, int], float]:
     """Of the only run in a folder, by key and step."""
     (run,) = (folder / "runs").iterdir()
@@ -143,13 +103,13 @@ def test_torchrun_on_two_nodes_equals_one_process(
     tmp_path: Path, cache: Path, truth: dict[tuple[str, int], float]
 ) -> None:
     """Two agents on one machine, one rank each."""
-    torchrun = _torchrun(
+    torchrun = torchrun_command(
         "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
-        "--rdzv-id", "test", "--rdzv-endpoint", f"localhost:{_free_port()}",
+        "--rdzv-id", "test", "--rdzv-endpoint", f"localhost:{free_port()}",
     )  # fmt: skip
     on_nodes = ("--trainer.num_nodes", "2", "--trainer.devices", "1")
     command = [*torchrun, *_words("ddp", cache, *TWO_RANKS, *on_nodes)]
-    codes, output = _run_together(tmp_path, [command, command])
+    codes, output = run_together(tmp_path, [command, command])
     assert codes == [0, 0], output
     _assert_one_run(tmp_path, truth)
     assert output.count("Run summary") == 1
@@ -164,10 +124,10 @@ def test_slurm_on_two_nodes_equals_one_process_whatever_the_clocks_say(
     job = {
         "SLURM_JOB_ID": "4217", "SLURM_JOB_NAME": "pretrain", "SLURM_NODELIST": "localhost",
         "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1",
-        "SLURM_LOCALID": "0", "MASTER_PORT": str(_free_port()),
+        "SLURM_LOCALID": "0", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     tasks = [job | {"SLURM_PROCID": task, "SLURM_NODEID": task} for task in ("0", "1")]
-    codes, output = _run_together(tmp_path, [command, command], tasks)
+    codes, output = run_together(tmp_path, [command, command], tasks)
     assert codes == [0, 0], output
     _assert_one_run(tmp_path, truth)
 
@@ -177,12 +137,12 @@ def test_a_rank_that_fails_ends_the_run_and_says_why_in_one_line(
     tmp_path: Path, cache: Path, truth: dict[tuple[str, int], float]
 ) -> None:
     """One torchrun with two ranks; up to the failure the run is that of one process."""
-    torchrun = _torchrun(
+    torchrun = torchrun_command(
         "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"
     )
     failing = ("--trainer.callbacks+", '{"class_path": "tests.test_overlays.FailingRank"}')
     words = _words("fsdp", cache, *TWO_RANKS, "--trainer.devices", "2", *failing)
-    (code,), output = _run_together(tmp_path, [[*torchrun, *words]])
+    (code,), output = run_together(tmp_path, [[*torchrun, *words]])
     assert code != 0
     assert output.count("fingpt: error (rank 1): the second device is on fire") == 1, output
     assert "Run summary" not in output
@@ -198,7 +158,7 @@ def test_a_pipeline_of_two_processes_equals_one_process(
     words = _words("pipeline", cache, *ONE_RANK, "--trainer.devices", "2")
     trace = ("--trainer.callbacks+", "callbacks.PipelineTrace")
     command = [sys.executable, "-m", "fingpt_lightning", *words, *trace]
-    (code,), output = _run_together(tmp_path, [command])
+    (code,), output = run_together(tmp_path, [command])
     assert code == 0, output
     _assert_one_run(tmp_path, truth)
     assert "1F1B, 2 stages on 2 ranks, 8 microbatches" in output
@@ -212,7 +172,7 @@ def test_a_pipeline_that_loses_a_rank_ends_within_seconds_and_says_so(
 ) -> None:
     dying = ("--trainer.callbacks+", '{"class_path": "tests.test_overlays.DyingRank"}')
     words = _words("pipeline", cache, *ONE_RANK, "--trainer.devices", "2", *dying)
-    (code,), output = _run_together(tmp_path, [[sys.executable, "-m", "fingpt_lightning", *words]])
+    (code,), output = run_together(tmp_path, [[sys.executable, "-m", "fingpt_lightning", *words]])
     assert code != 0
     assert time.time() - float((tmp_path / "died_at").read_text()) < 15
     assert "fingpt: error: rank 0 lost another rank of the pipeline" in output, output

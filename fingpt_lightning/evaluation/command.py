@@ -13,6 +13,7 @@ from fingpt_lightning.evaluation.adapters import adapted_network
 from fingpt_lightning.evaluation.batches import default_batch_tokens
 from fingpt_lightning.evaluation.results import check_output, remarks, table, write_results
 from fingpt_lightning.evaluation.runner import Scoring, evaluate, read_tasks
+from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.loading import load_model
 
 _PACKAGES = ("fingpt-lightning", "torch", "transformers", "tokenizers", "bitsandbytes", "peft")
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     model = load_model(
         options.model,
         dtype=options.dtype,
-        device=_device(options.device),
+        device=find_device(options.device),
         quantize=options.quantize,
         adapter=options.adapter,
         tokenizer=options.tokenizer,
@@ -88,18 +89,6 @@ def run(options: argparse.Namespace) -> None:
     }
     write_results(options.output, head, results)
     console.print(f"{options.output}: results.json, predictions.jsonl", highlight=False)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is none: cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _device_name(device: torch.device) -> str:

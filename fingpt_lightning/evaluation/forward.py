@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from fingpt_lightning.evaluation.token_tree import TokenTree
+from fingpt_lightning.models.attention import attention_mask
 
 
 class SharedPrefix:
@@ -91,18 +92,3 @@ def run_trees(
     )
     hidden: Tensor = output.last_hidden_state
     return hidden
-
-
-def attention_mask(network: PreTrainedModel, allowed: Bool[Tensor, "B 1 T S"]) -> Tensor:
-    """The mask in the form that the network's attention takes.
-
-    Raises:
-        ValueError: Its attention takes no mask of one's own.
-    """
-    kind = network.config._attn_implementation
-    if kind == "eager":  # it adds the mask to the scores
-        scores = torch.zeros(allowed.shape, dtype=network.dtype, device=allowed.device)
-        return scores.masked_fill(~allowed, torch.finfo(network.dtype).min)
-    if "flash" in kind or "flex" in kind or "paged" in kind:
-        raise ValueError(f"attn_implementation {kind!r} takes no mask of trees; load with 'sdpa'")
-    return allowed

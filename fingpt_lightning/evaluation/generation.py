@@ -7,13 +7,15 @@ import re
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.evaluation.batches import default_batch_tokens, plan_batches
 from fingpt_lightning.evaluation.encoding import encode_rows
-from fingpt_lightning.evaluation.forward import SharedPrefix, attention_mask, run_trees
+from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
 from fingpt_lightning.evaluation.scoring import Prediction
 from fingpt_lightning.evaluation.token_tree import Text, build_tree, num_common_tokens
+from fingpt_lightning.models.decoding import write_on
 from fingpt_lightning.tasks import Example
 
 _EXTRA_TOKENS = 6
@@ -96,28 +98,15 @@ def _continue(
     hidden_BTD = run_trees(network, trees, prefix, cache)
     lengths_B = torch.tensor([len(tree.tokens) for tree in trees], device=device)
     rows_B = torch.arange(len(prompts), device=device)
-    hidden_BD = hidden_BTD[rows_B, lengths_B - 1]
     padded_S = torch.arange(hidden_BTD.shape[1], device=device)
-    before_BS = torch.nn.functional.pad(
-        padded_S < lengths_B[:, None], (prefix.num_tokens, 0), value=True
+    allowed_BS = F.pad(padded_S < lengths_B[:, None], (prefix.num_tokens, num_new), value=True)
+    tokens = write_on(
+        network,
+        hidden_BTD[rows_B, lengths_B - 1],
+        prefix.num_tokens + lengths_B,
+        cache,
+        num_new,
+        allowed=allowed_BS,
+        end_tokens=[int(tokenizer.eos_token_id)],
     )
-    has_ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    head = network.get_submodule("lm_head")
-    written = []
-    for step in range(num_new):
-        token_B = head(hidden_BD).argmax(1)
-        has_ended_B |= token_B == tokenizer.eos_token_id
-        written.append(token_B.masked_fill(has_ended_B, tokenizer.eos_token_id))
-        if step == num_new - 1 or has_ended_B.all():
-            break
-        before_BS = torch.nn.functional.pad(before_BS, (0, 1), value=True)
-        output = network.base_model(
-            input_ids=token_B[:, None],
-            position_ids=(prefix.num_tokens + lengths_B + step)[:, None],
-            attention_mask=attention_mask(network, before_BS[:, None, None]),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden_BD = output.last_hidden_state[:, -1]
-    tokens = torch.stack(written, 1).tolist()
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fingpt_lightning.command_line import OptionParser, names, positive_int
+from fingpt_lightning.command_line import OptionParser, add_model_options, names, positive_int
 
 
 def parse_options(words: list[str]) -> argparse.Namespace:
@@ -20,13 +20,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         "fingpt evaluate", "Accuracy and F1 of a model on tasks, with a table of every answer."
     )
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        help="Hugging Face folder or hub name, GGUF, adapter, checkpoint or run folder",
-    )
-    add("--adapter", help="folder of a LoRA adapter for the model")
-    add("--tokenizer", help="folder of the tokenizer, where the model has none beside it")
+    add_model_options(parser)
     add(
         "--tasks",
         required=True,
@@ -37,14 +31,6 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     add("--split", default="validation", help="default: %(default)s")
     add("--output", type=Path, required=True, help="folder for the results")
     add("--overwrite", action="store_true", help="replace the results in it")
-    add(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16", "float64"),
-        help="of weights and products; default: %(default)s",
-    )
-    add("--quantize", choices=("nf4", "int8"), help="the linear layers of the blocks")
-    add("--device", help="cpu, cuda or cuda:1; default: cuda where there is one")
     add(
         "--scoring",
         default="choices",

@@ -1,15 +1,32 @@
 """PEFT's adapter folders: which base they name, and whether they fit a network."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from fingpt_lightning.low_rank.adapters import AdapterOptions
 from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.weights import read_json, refuse_pickled, stored_shapes
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WRAPPER = "base_model.model."  # what PEFT puts before the names of the base
+PARTS, MAGNITUDE = ("lora_A", "lora_B"), "lora_magnitude_vector"
+"""Of a layer's adapter, by PEFT's names."""
+# Keys of PEFT's config that change the map, and the values under which ours is the same.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layers_to_transform": (None,),
+    "trainable_token_indices": (None,),
+    "lora_bias": (None, False),
+    "use_qalora": (None, False),
+    "target_parameters": (None, []),
+}
 
 
 class Base(NamedTuple):
@@ -36,6 +53,49 @@ def adapter_base(folder: Path) -> Base:
         if there.exists():
             return Base(str(there), None)
     return Base(str(name), config.get("revision"))
+
+
+class StoredAdapter(NamedTuple):
+    """An adapter as its folder has it: of each layer ``lora_A``, ``lora_B`` and, with DoRA, m."""
+
+    options: AdapterOptions
+    layers: dict[str, dict[str, Tensor]]
+
+
+def read_adapter(folder: Path) -> StoredAdapter:
+    """Reads an adapter in PEFT's format, without a network.
+
+    Raises:
+        FileNotFoundError: The folder has no config or no weights.
+        ValueError: The adapter is none of linear layers, or needs what is not supported here.
+    """
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"adapter {folder} has no {name}")
+    adapter_base(folder)
+    config = read_json(folder / ADAPTER_CONFIG)
+    for key, allowed in _NEUTRAL.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} {config[key]!r} is not supported")
+    options = AdapterOptions(
+        int(config.get("r", 8)),
+        float(config.get("lora_alpha", 8)),
+        float(config.get("lora_dropout", 0.0)),
+        bool(config.get("use_rslora", False)),
+        bool(config.get("use_dora", False)),
+    )
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
+        name, _, part = key.removeprefix(_WRAPPER).removesuffix(".weight").rpartition(".")
+        layers.setdefault(name, {})[part] = tensor
+    wanted = {*PARTS, MAGNITUDE} if options.dora else {*PARTS}
+    for name, parts in layers.items():
+        if odd := sorted(wanted ^ parts.keys()):
+            place = "has no" if odd[0] in wanted else "has an unknown"
+            raise ValueError(f"{folder / ADAPTER_WEIGHTS} {place} {odd[0]} of layer {name}")
+    if not layers:
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS} is empty")
+    return StoredAdapter(options, layers)
 
 
 def check_adapter(folder: Path, network: PreTrainedModel) -> None:

@@ -3,14 +3,15 @@
 Folders are PEFT's: what is written here loads there, and what PEFT writes loads here.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -20,12 +21,11 @@ from fingpt_lightning.low_rank.adapters import AdaptedLinear, AdapterOptions, Sh
 from fingpt_lightning.models.adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    adapter_base,
     check_adapter,
+    read_adapter,
 )
 from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.quantization import is_linear
-from fingpt_lightning.models.weights import read_json
 
 ALL_LINEAR = "all-linear"
 _WRAPPER = "base_model.model."  # what PEFT puts before the names of the base
@@ -33,18 +33,6 @@ _PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 _MAGNITUDE = "lora_magnitude_vector"
 # Layers of one parent that read the same tensor.
 _SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# Keys of PEFT's config that change the map, and the values under which ours is the same.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layers_to_transform": (None,),
-    "trainable_token_indices": (None,),
-    "lora_bias": (None, False),
-    "use_qalora": (None, False),
-    "target_parameters": (None, []),
-}
 
 
 def linear_names(network: PreTrainedModel) -> list[str]:
@@ -71,7 +59,8 @@ def adapt(
         network: Changed in place; its layers may be quantised.
         options: Of all adapters.
         target_modules: ``all-linear``, or names such as ``q_proj`` or ends of full names.
-        seed: Of the adapters' first weights; None draws from the global generator.
+        seed: Of the adapters' first weights, which depend on it and the layer's name alone; None
+            draws from the global generator.
 
     Returns:
         The full names of the adapted layers.
@@ -82,12 +71,13 @@ def adapt(
     """
     if adapted_layers(network):
         raise ValueError("the network has adapters already; merge them or load it anew")
-    names = _matching(linear_names(network), target_modules)
+    names = matching_names(linear_names(network), target_modules)
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
         for name in names:
+            if seed is not None:
+                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+                torch.manual_seed(int.from_bytes(digest[:7], "big"))
             network.set_submodule(name, _adapted(network.get_submodule(name), options))
     _share_inputs(network, names)
     return names
@@ -159,8 +149,24 @@ def adapter_state(network: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+class WholeAdapters(NamedTuple):
+    """The adapters of a network of which this process holds a part.
+
+    ``options`` are those of all, ``state`` their weights by our names; ``linear`` names the layers
+    that have one or could.
+    """
+
+    options: AdapterOptions
+    state: Mapping[str, Tensor]
+    linear: Sequence[str]
+
+
 def save_adapter(
-    network: PreTrainedModel, folder: Path, base: str, revision: str | None = None
+    network: PreTrainedModel,
+    folder: Path,
+    base: str,
+    revision: str | None = None,
+    whole: WholeAdapters | None = None,
 ) -> None:
     """Writes a network's adapters as a PEFT folder; each file aside and then renamed.
 
@@ -169,9 +175,17 @@ def save_adapter(
         folder: Is made where it is missing.
         base: Path or hub name of the base, for whoever loads the folder.
         revision: Of a hub name.
+        whole: Of the whole network, where ``network`` is a part of it.
     """
     layers = adapted_layers(network)
-    options = next(iter(layers.values())).options
+    if whole is None:
+        options = next(iter(layers.values())).options
+        state, names, there = adapter_state(network), list(layers), linear_names(network)
+    else:
+        options = whole.options
+        state = {_peft_name(name): tensor.contiguous() for name, tensor in whole.state.items()}
+        there = list(whole.linear)
+        names = [name for name in there if f"{name}.lora_A" in whole.state]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -184,24 +198,28 @@ def save_adapter(
         "use_rslora": options.rslora,
         "use_dora": options.dora,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(x.base_layer, Conv1D) for x in layers.values()),
-        "target_modules": _shortest_names(list(layers), linear_names(network)),
+        "fan_in_fan_out": any(isinstance(m, Conv1D) for m in network.modules()),
+        "target_modules": _shortest_names(names, there),
     }
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f"{ADAPTER_WEIGHTS}.partial"
-    save_file(adapter_state(network), aside, {"format": "pt"})
+    save_file(state, aside, {"format": "pt"})
     aside.replace(folder / ADAPTER_WEIGHTS)
     aside = folder / f"{ADAPTER_CONFIG}.partial"
     aside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     aside.replace(folder / ADAPTER_CONFIG)
 
 
-def load_adapter(folder: Path, network: PreTrainedModel) -> list[str]:
+def load_adapter(
+    folder: Path, network: PreTrainedModel, elsewhere: Collection[str] = ()
+) -> list[str]:
     """Puts a saved adapter on its base.
 
     Args:
         folder: In PEFT's format, written here or by PEFT.
         network: The base, quantised or not.
+        elsewhere: Parameters of the base that other processes hold; the adapters of their layers
+            are left out.
 
     Returns:
         The full names of the adapted layers.
@@ -210,24 +228,21 @@ def load_adapter(folder: Path, network: PreTrainedModel) -> list[str]:
         FileNotFoundError: The folder has no weights.
         ValueError: It does not fit the network, or needs what is not supported here.
     """
-    adapter_base(folder)
-    config = read_json(folder / ADAPTER_CONFIG)
-    for key, allowed in _NEUTRAL.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} {config[key]!r} is not supported")
-    if not any(isinstance(part, nn.Sequential) for part in network.modules()):
+    has_quantised_pairs = any(isinstance(part, nn.Sequential) for part in network.modules())
+    if not (has_quantised_pairs or elsewhere):
         check_adapter(folder, network)
-    state = load_file(folder / ADAPTER_WEIGHTS)
-    options = AdapterOptions(
-        int(config.get("r", 8)),
-        float(config.get("lora_alpha", 8)),
-        float(config.get("lora_dropout", 0.0)),
-        bool(config.get("use_rslora", False)),
-        bool(config.get("use_dora", False)),
-    )
-    suffix = ".lora_A.weight"
-    stored = [key.removeprefix(_WRAPPER).removesuffix(suffix) for key in state if suffix in key]
-    names = adapt(network, options, stored)
+    options, stored = read_adapter(folder)
+    layers = {
+        name: parts
+        for name, parts in stored.items()
+        if not any(other.startswith(f"{name}.") for other in elsewhere)
+    }
+    names = adapt(network, options, list(layers))
+    state = {
+        _peft_name(f"{name}.{part}"): tensor
+        for name, parts in layers.items()
+        for part, tensor in parts.items()
+    }
     fill_adapters(network, state, str(folder / ADAPTER_WEIGHTS))
     return names
 
@@ -259,9 +274,14 @@ def fill_adapters(network: nn.Module, state: dict[str, Tensor], source: str) -> 
         tensor.copy_(state[key])
 
 
-def _adapted(layer: nn.Module, options: AdapterOptions) -> AdaptedLinear:
+def ends_features(layer: nn.Module) -> tuple[int, int]:
+    """In and out features of a linear layer, also of a quantised pair."""
     ends = (layer[0], layer[-1]) if isinstance(layer, nn.Sequential) else (layer, layer)
-    in_features, out_features = features_of(ends[0])[0], features_of(ends[1])[1]
+    return features_of(ends[0])[0], features_of(ends[1])[1]
+
+
+def _adapted(layer: nn.Module, options: AdapterOptions) -> AdaptedLinear:
+    in_features, out_features = ends_features(layer)
     weight = next(layer.parameters())
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     adapted = AdaptedLinear(layer, in_features, out_features, options, dtype, weight.device)
@@ -279,7 +299,12 @@ def _share_inputs(network: nn.Module, names: Sequence[str]) -> None:
                 SharedDown([layer for layer in found if isinstance(layer, AdaptedLinear)])
 
 
-def _matching(there: Sequence[str], targets: str | Sequence[str]) -> list[str]:
+def matching_names(there: Sequence[str], targets: str | Sequence[str]) -> list[str]:
+    """Those of some layers that ``target_modules`` means.
+
+    Raises:
+        ValueError: A name matches none of them.
+    """
     if targets == ALL_LINEAR:
         return list(there)
     wanted = [targets] if isinstance(targets, str) else list(targets)
@@ -308,6 +333,11 @@ def _parts(layer: AdaptedLinear) -> dict[str, Tensor]:
     if layer.lora_magnitude_vector is not None:
         parts[_MAGNITUDE] = layer.lora_magnitude_vector
     return parts
+
+
+def _peft_name(own: str) -> str:
+    layer, _, part = own.rpartition(".")
+    return f"{_WRAPPER}{layer}.{_PARTS.get(part, part)}"
 
 
 def _is_pair(module: nn.Module) -> bool:

@@ -7,9 +7,9 @@ K = tokens up to the end of that block.
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -149,6 +149,21 @@ def blocked_or_sdpa_attention(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return causal_attention(query, key, value, scale).transpose(1, 2), None
+
+
+def attention_mask(network: PreTrainedModel, allowed: Bool[Tensor, "B 1 T S"]) -> Tensor:
+    """The mask in the form that the network's attention takes.
+
+    Raises:
+        ValueError: Its attention takes no mask of one's own.
+    """
+    kind = network.config._attn_implementation
+    if kind == "eager":  # it adds the mask to the scores
+        scores = torch.zeros(allowed.shape, dtype=network.dtype, device=allowed.device)
+        return scores.masked_fill(~allowed, torch.finfo(network.dtype).min)
+    if "flash" in kind or "flex" in kind or "paged" in kind:
+        raise ValueError(f"attn_implementation {kind!r} takes no mask of trees; load with 'sdpa'")
+    return allowed
 
 
 AttentionInterface.register(IMPLEMENTATION, blocked_or_sdpa_attention)

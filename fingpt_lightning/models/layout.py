@@ -2,7 +2,7 @@
 
 import ctypes
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,25 @@ def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     return network
 
 
+def cut(
+    network: PreTrainedModel, keep_part: Callable[[PreTrainedModel], None] | None
+) -> frozenset[str]:
+    """Leaves a network of `lay_out` the part that this process is to fill.
+
+    Args:
+        network: Whole; changed in place.
+        keep_part: Takes modules out of it; None leaves it whole.
+
+    Returns:
+        The names of the parameters that were taken out.
+    """
+    if keep_part is None:
+        return frozenset()
+    whole = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    keep_part(network)
+    return frozenset(whole - {n for n, _ in network.named_parameters(remove_duplicate=False)})
+
+
 def full_name(network: PreTrainedModel, stored: str) -> str:
     """The parameter that a stored name means: files of a bare body leave its prefix out."""
     prefix = network.base_model_prefix
@@ -82,6 +101,7 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     quantize: str | None = None,
+    elsewhere: Collection[str] = (),
 ) -> None:
     """Gives a network of `lay_out` its weights, without an initialisation before.
 
@@ -94,6 +114,7 @@ def fill(
         device: Where the weights go.
         quantize: ``nf4`` or ``int8`` for the linear layers of the blocks; head, embeddings and
             norms stay as they are.
+        elsewhere: Parameters that `cut` took out; their tensors are not read.
 
     Raises:
         ValueError: A weight is missing, unknown, or of another size than the network's.
@@ -104,6 +125,8 @@ def fill(
     stored_head: list[tuple[str, Tensor]] = []
     for stored, tensor in tensors:
         name = full_name(network, stored)
+        if name in elsewhere:
+            continue
         if head_is_tied and name.startswith("lm_head."):
             stored_head.append((name, tensor))
             continue
@@ -146,6 +169,8 @@ def _return_freed_memory() -> None:
 
 def _tie_head(network: PreTrainedModel) -> None:
     embedding = network.get_input_embeddings()
+    if not list(embedding.parameters()):  # another process has it
+        return
     if isinstance(embedding, LowRankEmbedding):
         network.set_submodule("lm_head", LowRankHead(embedding))
         name = next(name for name, module in network.named_modules() if module is embedding)

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
 from fingpt_lightning.models.adapter_files import ADAPTER_CONFIG, adapter_base, check_adapter
-from fingpt_lightning.models.layout import fill, lay_out
+from fingpt_lightning.models.layout import cut, fill, lay_out
 from fingpt_lightning.models.quantization import QUANTIZATIONS
+from fingpt_lightning.models.stored_quantization import place_quantized_layers
 from fingpt_lightning.models.tokenizer_files import (
     check_tokenizer,
     checkpoint_tokenizer,
@@ -47,7 +49,7 @@ class LoadedModel(NamedTuple):
 
     ``source`` names it in tables. ``revision`` is the commit of a model from the hub, else the
     SHA-256 of its weights. ``adapter`` is the folder of an adapter that fits the network and has
-    not been applied.
+    not been applied. ``elsewhere`` names the parameters that ``keep_part`` took out.
     """
 
     network: PreTrainedModel
@@ -55,6 +57,7 @@ class LoadedModel(NamedTuple):
     source: str
     revision: str
     adapter: Path | None
+    elsewhere: frozenset[str] = frozenset()
 
     def require_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, where one is needed.
@@ -76,6 +79,7 @@ def load_model(
     adapter: str | Path | None = None,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
+    keep_part: Callable[[PreTrainedModel], None] | None = None,
 ) -> LoadedModel:
     """Loads a GPT-2 or Llama, low-rank or dense, for evaluation or finetuning.
 
@@ -94,6 +98,8 @@ def load_model(
         adapter: An adapter folder to check against the network and to hand on.
         tokenizer: A folder to take the tokenizer from, in place of the model's own.
         revision: Of a hub name: branch, tag or commit.
+        keep_part: Takes out of the network, before it has memory, what other processes hold;
+            those weights are not read.
 
     Raises:
         FileNotFoundError: There is nothing by that name, or a part of it is missing.
@@ -131,13 +137,20 @@ def load_model(
         if adapter is not None:
             check_adapter(adapter, network)
         kind = _kind(network, quantize)
-        fill(network, weights.tensors, dtype, torch.device(device), quantize)
+        if weights.quantized is not None:
+            stored_as = weights.quantized.method
+            if keep_part is not None or quantize not in (None, stored_as):
+                raise ValueError(f"the weights are stored in {stored_as}; load them whole, as such")
+            kind = f"{kind.removesuffix(f', {quantize}')}, {stored_as}"
+            place_quantized_layers(network, weights.quantized, dtype, torch.device(device))
+        elsewhere = cut(network, keep_part)
+        fill(network, weights.tensors, dtype, torch.device(device), quantize, elsewhere)
     except ValueError as error:
         raise ValueError(f"{place.path}: {error}") from error
     if (place.path / "generation_config.json").is_file():
         network.generation_config = GenerationConfig.from_pretrained(str(place.path))
     commit = place.commit or files_sha256(weights.files)
-    return LoadedModel(network, found, f"{path} ({kind})", commit, adapter)
+    return LoadedModel(network, found, f"{path} ({kind})", commit, adapter, elsewhere)
 
 
 class _Place(NamedTuple):

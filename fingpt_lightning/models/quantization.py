@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from fingpt_lightning.low_rank import LowRankLinear
 
 QUANTIZATIONS = ("nf4", "int8")
+BYTES_PER_NUMBER = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+"""Of a quantised matrix: its codes, the scales of NF4's blocks, and theirs."""
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -50,31 +52,48 @@ def quantized_layer(layer: nn.Module, quantize: str, device: torch.device) -> nn
 def _quantized(
     weight: Tensor, bias: Tensor | None, quantize: str, device: torch.device
 ) -> nn.Module:
-    for module in ("autograd._functions", "backends.cpu.ops"):
-        # It tells of its casts at each product, and advises a package that fetches native code.
-        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
-    import bitsandbytes  # takes a second
+    out_features, in_features = weight.shape
+    weight = weight.detach()
+    layer = bare_layer(in_features, out_features, bias is not None, quantize, weight.dtype)
+    import bitsandbytes
 
     bnb: Any = bitsandbytes.nn  # annotated in part, and wrongly
-    out_features, in_features = weight.shape
-    has_bias = bias is not None
-    weight = weight.detach()
-    with torch.device("meta"):
-        if quantize == "nf4":
-            layer = bnb.Linear4bit(in_features, out_features, has_bias, weight.dtype)
-        else:
-            layer = bnb.Linear8bitLt(
-                in_features, out_features, has_bias, has_fp16_weights=False, threshold=6.0
-            )
     # The move quantises.
     if quantize == "nf4":
         layer.weight = bnb.Params4bit(weight, quant_type="nf4", module=layer).to(device)
-        # bitsandbytes 0.50 packs the weight at the first evaluation on a CPU with AVX-512, and a
-        # training step after that gets wrong gradients without an error.
-        layer.support_avx512bf16_for_cpu = False
     else:
         layer.weight = bnb.Int8Params(weight, requires_grad=False).to(device)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(device))
     assert isinstance(layer, nn.Module)
     return layer
+
+
+def bare_layer(
+    in_features: int, out_features: int, has_bias: bool, quantize: str, dtype: torch.dtype
+) -> Any:
+    """A layer of bitsandbytes that waits for its quantised weight.
+
+    Args:
+        in_features: Of the map.
+        out_features: Of the map.
+        has_bias: Whether it waits for a bias too.
+        quantize: ``nf4`` or ``int8``.
+        dtype: Of the products.
+    """
+    for module in ("autograd._functions", "backends.cpu.ops"):
+        # It tells of its casts at each product, and advises a package that fetches native code.
+        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
+    import bitsandbytes  # takes a second
+
+    bnb: Any = bitsandbytes.nn  # annotated in part, and wrongly
+    with torch.device("meta"):
+        if quantize == "nf4":
+            layer = bnb.Linear4bit(in_features, out_features, has_bias, dtype)
+            # bitsandbytes 0.50 packs the weight at the first evaluation on a CPU with AVX-512, and
+            # a training step after that gets wrong gradients without an error.
+            layer.support_avx512bf16_for_cpu = False
+            return layer
+        return bnb.Linear8bitLt(
+            in_features, out_features, has_bias, has_fp16_weights=False, threshold=6.0
+        )

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from fingpt_lightning.models.layout import FAMILIES, lay_out
+from fingpt_lightning.models.stored_quantization import QuantizedLayers, find_quantized_layers
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
@@ -27,13 +28,15 @@ class Weights(NamedTuple):
     """The weights of a network, still on disk.
 
     ``files`` hold them, ``shapes`` are their sizes by stored name (empty for GGUF, which knows no
-    low-rank layers), and ``tensors`` reads them one by one.
+    low-rank layers), and ``tensors`` reads them one by one. ``quantized`` are the layers that are
+    stored quantised; neither ``shapes`` nor ``tensors`` have them.
     """
 
     config: PreTrainedConfig
     files: tuple[Path, ...]
     shapes: Mapping[str, tuple[int, ...]]
     tensors: Iterator[tuple[str, Tensor]]
+    quantized: QuantizedLayers | None = None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -76,15 +79,22 @@ def folder_weights(folder: Path) -> Weights:
     """
     contents = read_json(folder / "config.json")
     family = _checked_family(contents.get("model_type"), folder / "config.json")
-    if method := (contents.get("quantization_config") or {}).get("quant_method"):
-        raise ValueError(
-            f"{folder}/config.json: weights stored as {method} are not read; give the"
-            " unquantised folder, which quantize then makes small"
-        )
-    config = _made_config(family, contents, folder / "config.json")
     files = _safetensors_files(folder)
-    shapes = {name: shape for file in files for name, shape in stored_shapes(file).items()}
-    return Weights(config, files, shapes, _safetensors(files))
+    shapes_by_file = {file: stored_shapes(file) for file in files}
+    quantized = find_quantized_layers(
+        contents.pop("quantization_config", None) or {},
+        {name: file for file, shapes in shapes_by_file.items() for name in shapes},
+        folder / "config.json",
+    )
+    config = _made_config(family, contents, folder / "config.json")
+    tensors = (pair for pair in _safetensors(files) if not (quantized and quantized.holds(pair[0])))
+    shapes = {
+        name: shape
+        for found in shapes_by_file.values()
+        for name, shape in found.items()
+        if not (quantized and quantized.holds(name))
+    }
+    return Weights(config, files, shapes, tensors, quantized)
 
 
 def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -1,11 +1,12 @@
 """The frozen base that adapters are trained on: loaded, or tiny and random for a dry run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from fingpt_lightning.models.layout import fill, lay_out
+from fingpt_lightning.models.layout import cut, fill, lay_out
 
 
 @dataclass
@@ -52,6 +53,7 @@ def random_llama(
     device: torch.device,
     quantize: str | None,
     seed: int,
+    keep_part: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """A Llama of the given sizes; the same seed gives the same weights.
 
@@ -63,6 +65,7 @@ def random_llama(
         device: Where it goes.
         quantize: ``nf4``, ``int8`` or None.
         seed: Of the weights.
+        keep_part: Takes out of it what other processes hold.
     """
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -79,5 +82,5 @@ def random_llama(
         torch.manual_seed(seed)
         drawn = LlamaForCausalLM(config).state_dict()
     network = lay_out(config, {name: tuple(tensor.shape) for name, tensor in drawn.items()})
-    fill(network, drawn.items(), dtype, device, quantize)
+    fill(network, drawn.items(), dtype, device, quantize, cut(network, keep_part))
     return network

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from fingpt_lightning.data.batch import TokenBatch
+from fingpt_lightning.low_rank.adapters import FrozenBase
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
 from fingpt_lightning.modules.optimization import cosine_with_warmup
 
@@ -44,8 +46,19 @@ class TextSource(Protocol):
 class PartialNetwork(Protocol):
     """A strategy under which each process holds a part of the network."""
 
-    def keep_own_part(self, network: PreTrainedModel) -> None:
-        """Takes out of a network laid out on the meta device what other processes hold."""
+    def keep_own_part(self, network: PreTrainedModel, base: FrozenBase | None = None) -> None:
+        """Takes out of a network laid out on the meta device what other processes hold.
+
+        Args:
+            network: To be trained, all of it, unless ``base`` says what becomes of it.
+            base: Where it is to be frozen.
+        """
+
+    def state_names(self) -> list[str]:
+        """Keys of the whole module's state dict; all processes call this together."""
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole module's, on the first process; all call this together."""
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """Over the parameters of all processes, which call this together."""
@@ -104,11 +117,16 @@ class LanguageModelingModule(LightningModule):
         head = self.network.get_submodule("lm_head")
         return vocabulary_loss(head, hidden, labels, self.loss_chunk_size)
 
-    def keep_own_part(self, network: PreTrainedModel) -> None:
-        """Takes out of a network on the meta device what the strategy gives other processes."""
+    @property
+    def partial_network(self) -> PartialNetwork | None:
+        """The attached trainer's strategy, where it leaves each process a part of the network."""
         strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, PartialNetwork):
-            strategy.keep_own_part(network)
+        return strategy if isinstance(strategy, PartialNetwork) else None
+
+    def keep_own_part(self, network: PreTrainedModel, base: FrozenBase | None = None) -> None:
+        """Takes out of a network on the meta device what the strategy gives other processes."""
+        if self.partial_network is not None:
+            self.partial_network.keep_own_part(network, base)
 
     def backward_start(self, loss_sum: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """What the backward pass begins from: the optimiser's hooks undo the scale."""
@@ -255,8 +273,8 @@ class LanguageModelingModule(LightningModule):
         return AdamW(groups, fused=scaler is None, **settings)
 
     def _gradient_norm(self, trained: list[nn.Parameter]) -> Tensor:
-        if isinstance(self.trainer.strategy, PartialNetwork):
-            return self.trainer.strategy.gradient_norm(trained)
+        if self.partial_network is not None:
+            return self.partial_network.gradient_norm(trained)
         norm = get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -277,6 +295,9 @@ class LanguageModelingModule(LightningModule):
         # Equal on all ranks already; Lightning warns of figures that it did not reduce itself.
         self.log(f"{prefix}/loss", loss, prog_bar=True, sync_dist=True)
         self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            # In the same row, so that a chart of it can go by tokens.
+            self.log("train/tokens", float(self.tokens_seen), sync_dist=True)
 
     def _stop_unless_finite(self, key: str, value: Tensor) -> None:
         if torch.isfinite(value):

@@ -13,24 +13,31 @@ from jaxtyping import Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from fingpt_lightning.data.batch import IGNORED_LABEL, TokenBatch
-from fingpt_lightning.low_rank.adapters import AdapterOptions
+from fingpt_lightning.low_rank.adapters import AdapterOptions, FrozenBase
 from fingpt_lightning.models import LossSums, Recompute, recompute_blocks
 from fingpt_lightning.models.adapter_files import ADAPTER_CONFIG, adapter_base
 from fingpt_lightning.models.adapting import (
     ALL_LINEAR,
+    WholeAdapters,
     adapt,
+    adapted_layers,
+    linear_names,
     load_adapter,
+    matching_names,
     save_adapter,
     without_adapters,
 )
+from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.loading import DTYPES, load_model
 from fingpt_lightning.models.offload import offload_block_inputs
 from fingpt_lightning.models.packed_attention import run_packed, use_packed_attention
+from fingpt_lightning.models.quantization import BYTES_PER_NUMBER
 from fingpt_lightning.modules.base_model import RandomLlama, random_llama
-from fingpt_lightning.modules.language_modeling import LanguageModelingModule, PartialNetwork
+from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 
 _OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 _RECOMPUTE = ("none", "block", "offload")
@@ -170,9 +177,10 @@ class QuantizedFinetuning(LanguageModelingModule):
                 device=device,
                 quantize=hparams["quantize"],
                 revision=hparams["revision"],
+                keep_part=self._keep_part,
             )
             self.network, self.base_revision = loaded.network, loaded.revision
-            adapter = loaded.adapter
+            adapter, elsewhere = loaded.adapter, loaded.elsewhere
         else:
             source = self.text_source
             if source is None:
@@ -186,14 +194,16 @@ class QuantizedFinetuning(LanguageModelingModule):
                 device=device,
                 quantize=hparams["quantize"],
                 seed=0,
+                keep_part=self._keep_part,
             )
-            adapter = None
+            adapter, elsewhere = None, frozenset[str]()
         self._check_fits_data()
         if adapter is not None:
-            load_adapter(adapter, self.network)
+            load_adapter(adapter, self.network, elsewhere)
         else:
-            targets = hparams["target_modules"]
-            adapt(self.network, self.options, targets, self.initialization_seed)
+            held = set(linear_names(self.network))
+            own = [name for name in self._adapted if name in held]
+            adapt(self.network, self.options, own, self.initialization_seed)
         _no_base_dropout(self.network)
         self.network.train()  # a loaded one is in evaluation mode
         use_packed_attention(self.network)
@@ -286,7 +296,9 @@ class QuantizedFinetuning(LanguageModelingModule):
                 f"model.base {self.base} has the weights {self.base_revision}, the checkpoint was"
                 f" trained on {revision}"
             )
-        stored, wanted = checkpoint["state_dict"].keys(), self.state_dict().keys()
+        stored, wanted = set(checkpoint["state_dict"]), set(self.state_dict())
+        if self.partial_network is not None:
+            wanted = set(self.partial_network.state_names())
         if odd := sorted(stored ^ wanted):
             raise ValueError(
                 f"the checkpoint does not fit the adapters: {odd[0]} is in one of them"
@@ -296,7 +308,10 @@ class QuantizedFinetuning(LanguageModelingModule):
     @override
     def on_train_end(self) -> None:
         """Writes ``adapter/`` and the tokenizer in it, once."""
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        whole = self._whole_adapters()
+        if not self.trainer.is_global_zero:
             return
         folder = Path(self.trainer.default_root_dir) / "adapter"
         base = "random" if self.base is None else self.base
@@ -304,7 +319,7 @@ class QuantizedFinetuning(LanguageModelingModule):
             base = adapter_base(Path(base)).path
         if Path(base).exists():
             base = str(Path(base).resolve())
-        save_adapter(self.network, folder, base, self.hparams["revision"])
+        save_adapter(self.network, folder, base, self.hparams["revision"], whole)
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -338,7 +353,11 @@ class QuantizedFinetuning(LanguageModelingModule):
         groups = []
         for kind, settings in kinds.items():
             found = [p for name, p in self.named_parameters() if name.endswith(f".{kind}")]
-            if found:
+            # A process may have no adapters, but the groups of all.
+            is_elsewhere = self.partial_network is not None and (
+                kind != "lora_magnitude_vector" or self.options.dora
+            )
+            if found or is_elsewhere:
                 groups.append({"params": found, **settings})
         return groups
 
@@ -346,12 +365,42 @@ class QuantizedFinetuning(LanguageModelingModule):
         return torch.device("cpu") if self._trainer is None else self.trainer.strategy.root_device
 
     def _check_strategy(self) -> None:
-        strategy = None if self._trainer is None else self.trainer.strategy
-        if self.device_mesh is not None or isinstance(strategy, PartialNetwork):
+        if self.device_mesh is not None:
             raise ValueError(
-                f"trainer.strategy {type(strategy).__name__} splits the network, which a base under"
-                " adapters is not made for; take ddp, with all of it on each device"
+                f"trainer.strategy {type(self.trainer.strategy).__name__} splits each matrix, which"
+                " a base under adapters is not made for; take ddp, with all of it on each device,"
+                " or PipelineStrategy, with some of its blocks"
             )
+        if self.partial_network is not None and self.hparams["kl_weight"]:
+            raise ValueError(
+                f"model.kl_weight {self.hparams['kl_weight']} takes a second forward pass, which"
+                " the schedule of a pipeline has not: set it 0"
+            )
+
+    def _keep_part(self, network: PreTrainedModel) -> None:
+        """Notes what is to be adapted in a network just laid out, and leaves our part of it."""
+        hparams = self.hparams
+        self._linear = linear_names(network)
+        self._adapted = matching_names(self._linear, hparams["target_modules"])
+        adapters = {}
+        for name in self._adapted:
+            in_features, out_features = features_of(network.get_submodule(name))
+            adapters[name] = self.options.rank * (in_features + out_features)
+        plain = DTYPES[hparams["dtype"]].itemsize
+        in_matrix = BYTES_PER_NUMBER.get(hparams["quantize"], plain)
+        self.keep_own_part(network, FrozenBase(plain, in_matrix, adapters))
+
+    def _whole_adapters(self) -> WholeAdapters | None:
+        """Those of all processes, where each has a part; they call it together."""
+        if self.partial_network is None:
+            return None
+        held = adapted_layers(self.network).values()
+        gathered = self.partial_network.lightning_module_state_dict()
+        return WholeAdapters(
+            next((layer.options for layer in held), self.options),
+            {name.removeprefix("network."): tensor for name, tensor in gathered.items()},
+            self._linear,
+        )
 
     def _check_fits_data(self) -> None:
         source = self.text_source

@@ -11,11 +11,17 @@ from fingpt_lightning.pipeline.partition import (
     to_table,
 )
 from fingpt_lightning.pipeline.runtime import PipelineRuntime, Sums, sum_over
-from fingpt_lightning.pipeline.schedule import PipelineLayout, Schedule, schedule_named
+from fingpt_lightning.pipeline.schedule import (
+    PipelineLayout,
+    Schedule,
+    largest_layout,
+    schedule_named,
+)
 from fingpt_lightning.pipeline.stage import (
     Stage,
     keep_stages,
     network_costs,
+    part_index,
     tied_parameters,
 )
 from fingpt_lightning.pipeline.timeline import Pass, Work, bubble_share, chrome_trace, draw
@@ -38,7 +44,9 @@ __all__ = [
     "draw",
     "given_partition",
     "keep_stages",
+    "largest_layout",
     "network_costs",
+    "part_index",
     "partition",
     "schedule_named",
     "sum_over",

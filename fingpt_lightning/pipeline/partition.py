@@ -27,20 +27,26 @@ class Cost:
     """What a part of a network takes.
 
     Args:
-        parameters: Stored numbers.
+        parameters: All numbers of its weights.
         flops_per_token: Of the forward pass, 2 for a multiply-add.
         activations_per_token: Numbers kept for the backward pass.
+        frozen_parameters: Those that are not trained.
+        frozen_bytes: What they are stored in.
     """
 
     parameters: int = 0
     flops_per_token: int = 0
     activations_per_token: int = 0
+    frozen_parameters: int = 0
+    frozen_bytes: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
             self.parameters + other.parameters,
             self.flops_per_token + other.flops_per_token,
             self.activations_per_token + other.activations_per_token,
+            self.frozen_parameters + other.frozen_parameters,
+            self.frozen_bytes + other.frozen_bytes,
         )
 
 
@@ -135,16 +141,21 @@ class Workload:
 
     Args:
         tokens_per_microbatch: Of each pass.
-        bytes_per_number: Of weights and activations.
+        bytes_per_number: Of trained weights, their gradients and AdamW's state.
+        bytes_per_activation: Of what is kept for the backward pass.
     """
 
     tokens_per_microbatch: int
     bytes_per_number: int = 4
+    bytes_per_activation: float | int = 4
 
     def stage_bytes(self, cost: Cost, passes_in_flight: float) -> float:
         """Weights, gradients, AdamW's state and kept activations of a stage."""
+        trained = _TRAINING_COPIES * (cost.parameters - cost.frozen_parameters)
         kept = cost.activations_per_token * self.tokens_per_microbatch * passes_in_flight
-        return self.bytes_per_number * (_TRAINING_COPIES * cost.parameters + kept)
+        return (
+            self.bytes_per_number * trained + cost.frozen_bytes + self.bytes_per_activation * kept
+        )
 
 
 def partition(

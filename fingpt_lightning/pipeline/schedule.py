@@ -62,6 +62,10 @@ def schedule_named(name: str) -> Schedule:
     raise ValueError(f"schedule {name!r} is none of {', '.join(Schedule)}{hint}")
 
 
+_MICROBATCHES_A_RANK = 4
+"""Of `largest_layout`: with more, less time is idle, but products become small."""
+
+
 @dataclass(frozen=True)
 class PipelineLayout:
     """A schedule over so many ranks, stages and microbatches.
@@ -135,21 +139,18 @@ class PipelineLayout:
         """The share of the ranks' time that is idle, where all stages take equally long.
 
         Forward pass, gradients of inputs and gradients of weights count one unit each;
-        communication counts nothing.
+        communication counts nothing. The time is that from the first pass of any rank to the last
+        one of any: those that take the backward pass apart are then idle alike, where their papers
+        count from each rank's own first pass, or overlap passes, which torch does not.
 
-        Source: the papers of `Schedule`; for DualPipeV the table of
-        https://github.com/deepseek-ai/DualPipe, whose overlapped passes we count as their sum.
+        Source: the papers of `Schedule`; for the last three, `simulate`.
         """
         idle, microbatches = self.num_ranks - 1, self.num_microbatches
         match self.schedule:
             case Schedule.GPIPE | Schedule.ONE_F_ONE_B | Schedule.INTERLEAVED_1F1B:
                 work = self.stages_per_rank * microbatches
-            case Schedule.INTERLEAVED_ZERO_BUBBLE:
+            case _:
                 work = 3 * self.stages_per_rank * microbatches
-            case Schedule.ZBV_ZERO_BUBBLE:
-                return 0.0
-            case Schedule.DUAL_PIPE_V:
-                work = 3 * microbatches
         return idle / (work + idle)
 
     def passes_in_flight(self, rank: int) -> int:
@@ -164,9 +165,33 @@ class PipelineLayout:
             case Schedule.ONE_F_ONE_B:
                 return min(all_passes, ranks - rank)
             case Schedule.INTERLEAVED_1F1B | Schedule.INTERLEAVED_ZERO_BUBBLE:
-                apart = 2 if self.schedule is Schedule.INTERLEAVED_1F1B else 1
                 a_round = self.num_microbatches // max(1, self.num_microbatches // ranks)
-                warm_up = (self.stages_per_rank - 1) * a_round + apart * (ranks - 1 - rank)
+                warm_up = (self.stages_per_rank - 1) * a_round
+                if self.schedule is Schedule.INTERLEAVED_1F1B:
+                    warm_up += 2 * (ranks - 1 - rank)
+                else:  # what a rank warms up less, its gradients of weights wait longer
+                    warm_up += ranks - 1
                 return min(all_passes, warm_up + 1)
             case _:
                 return min(all_passes, 2 * ranks + (self.schedule is Schedule.DUAL_PIPE_V))
+
+
+def largest_layout(
+    schedule: Schedule, num_ranks: int, stages_per_rank: int, batch_size: int
+) -> PipelineLayout:
+    """The layout that cuts a batch into the most equal parts, up to four a rank.
+
+    Raises:
+        ValueError: The schedule can run with none of the numbers that divide the batch.
+
+    >>> largest_layout(Schedule.ONE_F_ONE_B, 2, 1, batch_size=12).num_microbatches
+    6
+    """
+    refusal = ""
+    for count in range(min(batch_size, _MICROBATCHES_A_RANK * num_ranks), 0, -1):
+        if batch_size % count == 0:
+            try:
+                return PipelineLayout(schedule, num_ranks, count, stages_per_rank)
+            except ValueError as error:
+                refusal = refusal or str(error)
+    raise ValueError(f"data.batch_size {batch_size}, cut into num_microbatches auto: {refusal}")

@@ -7,9 +7,10 @@ Axes: B batch, T tokens, D width.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fingpt_lightning.low_rank.adapters import FrozenBase
 from fingpt_lightning.pipeline.partition import Cost, NetworkCosts, Span
 
 
@@ -30,11 +32,13 @@ class Anatomy:
         front: Other parts before the blocks.
         positions: An embedding of positions, added before the blocks.
         norm: After the blocks.
+        block_norm: A norm of each block, whose weights have the dtype of the hidden states.
     """
 
     blocks: str
     embedding: str
     norm: str
+    block_norm: str
     front: tuple[str, ...] = ()
     positions: str | None = None
 
@@ -45,10 +49,16 @@ ANATOMIES = {
         blocks="transformer.h",
         embedding="transformer.wte",
         norm="transformer.ln_f",
+        block_norm="ln_1",
         front=("transformer.drop",),
         positions="transformer.wpe",
     ),
-    "llama": Anatomy(blocks="model.layers", embedding="model.embed_tokens", norm="model.norm"),
+    "llama": Anatomy(
+        blocks="model.layers",
+        embedding="model.embed_tokens",
+        norm="model.norm",
+        block_norm="input_layernorm",
+    ),
 }
 """The families that can be cut, by the ``model_type`` of their config."""
 
@@ -83,7 +93,12 @@ def anatomy_of(network: PreTrainedModel) -> Anatomy:
     return ANATOMIES[family]
 
 
-def network_costs(network: PreTrainedModel, sequence_length: int) -> NetworkCosts:
+def network_costs(
+    network: PreTrainedModel,
+    sequence_length: int,
+    base: FrozenBase | None = None,
+    keeps_inputs_alone: bool = False,
+) -> NetworkCosts:
     """What each part of a network takes, from its weights; it may be on the meta device.
 
     A matrix of a block or of the head counts two operations a weight and token, and its result is
@@ -91,24 +106,42 @@ def network_costs(network: PreTrainedModel, sequence_length: int) -> NetworkCost
     sequence.
 
     Args:
-        network: Of a family in `ANATOMIES`.
+        network: Of a family in `ANATOMIES`. What of it is frozen counts the bytes it is stored in,
+            packed where it is quantised.
         sequence_length: Tokens a sequence.
+        base: What becomes of a network that is laid out.
+        keeps_inputs_alone: Whether the backward pass computes all of a block but its input again.
     """
     anatomy = anatomy_of(network)
     width = network.config.hidden_size
     attention = Cost(flops_per_token=4 * sequence_length * width, activations_per_token=2 * width)
     front = [anatomy.embedding, *anatomy.front, *_given(anatomy.positions)]
-    blocks = network.get_submodule(anatomy.blocks)
-    head = _products(network.get_submodule(_HEAD))
-    back = _products(network.get_submodule(anatomy.norm)) + head
-    front_parameters = sum(_num_parameters(network.get_submodule(name)) for name in front)
+    stored = sum((_products(network.get_submodule(name), base) for name in front), Cost())
+    back = [_products(network.get_submodule(name), base) for name in (anatomy.norm, _HEAD)]
+    blocks = []
+    for index, block in enumerate(network.get_submodule(anatomy.blocks).children()):
+        cost = _products(block, base, is_block=True) + attention
+        if base is not None:
+            prefix = f"{anatomy.blocks}.{index}."
+            beside = sum(n for name, n in base.adapters.items() if name.startswith(prefix))
+            cost += Cost(beside, 2 * beside)
+        blocks.append(replace(cost, activations_per_token=width) if keeps_inputs_alone else cost)
     return NetworkCosts(
         # Looking a token up costs next to nothing.
-        front=Cost(front_parameters, 0, width),
-        blocks=tuple(_products(block) + attention for block in blocks.children()),
+        front=replace(stored, flops_per_token=0, activations_per_token=width),
+        blocks=tuple(blocks),
         # The logits are never held whole.
-        back=Cost(back.parameters, back.flops_per_token, 2 * width),
+        back=replace(sum(back, Cost()), activations_per_token=2 * width),
     )
+
+
+def part_index(network: PreTrainedModel, name: str) -> int:
+    """Where a parameter is: the index of its block, -1 before the blocks, their number behind."""
+    anatomy = anatomy_of(network)
+    if name.startswith(f"{anatomy.blocks}."):
+        return int(name.removeprefix(f"{anatomy.blocks}.").partition(".")[0])
+    is_behind = name.startswith((f"{anatomy.norm}.", f"{_HEAD}."))
+    return len(network.get_submodule(anatomy.blocks)) if is_behind else -1  # type: ignore[arg-type]
 
 
 def tied_parameters(network: PreTrainedModel) -> list[str]:
@@ -169,7 +202,8 @@ class Stage(nn.Module):
         view = _view(network, [anatomy_of(network).blocks])
         keep_stages(view, [span])
         self.body = view.base_model
-        self.dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
+        norm = f"{anatomy_of(network).blocks}.{span.first}.{anatomy_of(network).block_norm}"
+        self.dtype = next(network.get_submodule(norm).parameters()).dtype
         self._forward_context = forward_context
 
     def forward(
@@ -207,12 +241,19 @@ def _given(name: str | None) -> list[str]:
     return [] if name is None else [name]
 
 
-def _num_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _products(module: nn.Module) -> Cost:
-    matrices = [p for p in module.parameters() if p.ndim > 1]
-    weights = sum(p.numel() for p in matrices)
-    results = sum(max(p.shape) for p in matrices)
-    return Cost(_num_parameters(module), 2 * weights, 2 * results)
+def _products(module: nn.Module, base: FrozenBase | None, is_block: bool = False) -> Cost:
+    cost = Cost()
+    for parameter in module.parameters():
+        quantized = getattr(parameter, "quant_state", None)  # of bitsandbytes, which packs weights
+        shape = parameter.shape if quantized is None else quantized.shape
+        numbers, is_matrix = math.prod(shape), len(shape) > 1
+        flops, results = (2 * numbers, 2 * max(shape)) if is_matrix else (0, 0)
+        if base is not None:
+            quantizes = is_block and is_matrix
+            each = base.bytes_per_matrix_number if quantizes else base.bytes_per_number
+            cost += Cost(numbers, flops, results, numbers, round(each * numbers))
+        elif parameter.requires_grad:
+            cost += Cost(numbers, flops, results)
+        else:
+            cost += Cost(numbers, flops, results, numbers, parameter.nbytes)
+    return cost

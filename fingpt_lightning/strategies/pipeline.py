@@ -2,28 +2,25 @@
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from fingpt_lightning.low_rank.adapters import FrozenBase
 from fingpt_lightning.models import LossSums, Recompute, recompute_blocks
 from fingpt_lightning.pipeline import (
     Balance,
     Pass,
-    PipelineLayout,
     PipelineRuntime,
     Span,
     Stage,
@@ -31,8 +28,8 @@ from fingpt_lightning.pipeline import (
     given_partition,
     keep_stages,
     network_costs,
+    part_index,
     partition,
-    schedule_named,
     sum_over,
     tied_parameters,
     to_table,
@@ -43,9 +40,9 @@ from fingpt_lightning.strategies.pipeline_checkpoint import (
     gather_tensors,
     own_optimizer_state,
 )
+from fingpt_lightning.strategies.pipeline_processes import PACKED_ROWS, PipelineProcesses
 
 _PREFIX = "network."
-_SIGNS_OF_A_LOST_RANK = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out")
 
 
 @runtime_checkable
@@ -70,7 +67,7 @@ class PipelinedModule(Protocol):
         """For prediction."""
 
 
-class PipelineStrategy(DDPStrategy):
+class PipelineStrategy(PipelineProcesses):
     """Each rank keeps some decoder blocks; the microbatches of a batch follow each other through.
 
     ``data.batch_size`` is that of one pipeline, whose ranks all read the same batches. Losses and
@@ -84,13 +81,14 @@ class PipelineStrategy(DDPStrategy):
         data_parallel_size: Pipelines that each read their own data; ``auto`` takes all ranks that
             ``pipeline_size`` leaves: 1 where both are ``auto``.
         schedule: GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV.
-        num_microbatches: Parts of a batch; they divide ``data.batch_size``.
+        num_microbatches: Parts of a batch; they divide ``data.batch_size``. ``auto`` takes the most
+            that do, up to four a rank.
         num_virtual_stages: Stages of each rank; ``auto`` is 1 for GPipe and 1F1B, else 2.
         balance: Whether stages are to take the same time or the same memory.
         blocks_per_stage: The cut by hand; null cuts by ``balance``.
         activation_checkpointing: In place of the module's own ``recompute``; null leaves that.
         process_group_backend: Such as ``nccl`` or ``gloo``; null goes by the device.
-        timeout_s: How long a rank waits for another before it ends the run.
+        timeout_s: How long a rank waits for another before it ends the run, once all are set up.
 
     Raises:
         ValueError: The ranks, blocks, microbatches or precision do not fit. All but a wrong number
@@ -103,7 +101,7 @@ class PipelineStrategy(DDPStrategy):
         pipeline_size: int | Literal["auto"] = "auto",
         data_parallel_size: int | Literal["auto"] = "auto",
         schedule: str = "1F1B",
-        num_microbatches: int = 8,
+        num_microbatches: int | Literal["auto"] = "auto",
         num_virtual_stages: int | Literal["auto"] = "auto",
         balance: Literal["time", "memory"] = "time",
         blocks_per_stage: list[int] | None = None,
@@ -111,30 +109,12 @@ class PipelineStrategy(DDPStrategy):
         process_group_backend: str | None = None,
         timeout_s: float | int = 1800,
     ) -> None:
-        if timeout_s <= 0:
-            raise ValueError(f"timeout_s {timeout_s} is not above 0")
-        for name, size in (
-            ("pipeline_size", pipeline_size), ("data_parallel_size", data_parallel_size),
-        ):  # fmt: skip
-            if size != "auto" and size < 1:
-                raise ValueError(f"{name} {size} is below 1")
         super().__init__(
-            process_group_backend=process_group_backend, timeout=timedelta(seconds=timeout_s)
-        )
-        self._pipeline_size, self._data_parallel_size = pipeline_size, data_parallel_size
-        self._schedule = schedule_named(schedule)
-        self._num_microbatches = num_microbatches
-        self._stages_per_rank = (
-            self._schedule.default_stages_per_rank
-            if num_virtual_stages == "auto"
-            else num_virtual_stages
-        )
+            pipeline_size, data_parallel_size, schedule, num_microbatches, num_virtual_stages,
+            process_group_backend, timeout_s,
+        )  # fmt: skip
         self._balance, self._blocks_per_stage = Balance(balance), blocks_per_stage
         self._recompute = activation_checkpointing
-        self._timeout_s = timeout_s
-        self._layout: PipelineLayout | None = None
-        self._mesh: DeviceMesh | None = None
-        self._ends: dist.ProcessGroup | None = None
         self._spans: list[Span] = []
         self._names: WholeNames | None = None
         self._tied: frozenset[str] = frozenset()
@@ -143,91 +123,28 @@ class PipelineStrategy(DDPStrategy):
         self._is_in_window = self._is_mid_window = False
         self._record_next = False
 
-    @override
-    def _configure_launcher(self) -> None:
-        num_ranks = self.num_nodes * self.num_processes
-        pipeline, replicas = self._pipeline_size, self._data_parallel_size
-        if pipeline == "auto":
-            pipeline = num_ranks // (1 if replicas == "auto" else replicas)
-        if replicas == "auto":
-            replicas = num_ranks // pipeline
-        if pipeline * replicas != num_ranks:
-            raise ValueError(
-                f"pipeline_size {pipeline} x data_parallel_size {replicas} are not the {num_ranks}"
-                " ranks of trainer.devices x trainer.num_nodes: leave one at auto"
-            )
-        if pipeline == 1:
-            raise ValueError(
-                "trainer.strategy PipelineStrategy parts a network among ranks, and a pipeline has"
-                " one: raise trainer.devices or leave the strategy out"
-            )
-        if str(self.precision_plugin.precision).startswith("16"):
-            raise ValueError(
-                f"trainer.precision {self.precision_plugin.precision}: float16 needs a gradient"
-                " scaler, which cannot follow gradients through a schedule; take bf16-mixed"
-            )
-        self._data_parallel_size = replicas
-        self._layout = PipelineLayout(
-            self._schedule, pipeline, self._num_microbatches, self._stages_per_rank
-        )
-        super()._configure_launcher()
-
-    @property
-    def layout(self) -> PipelineLayout:
-        """The schedule and its sizes; known once a Trainer has the strategy."""
-        assert self._layout is not None, "a Trainer lays the pipeline out"
-        return self._layout
-
-    @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        if self._mesh is None:
-            self._meet()
-        batch_size = getattr(self._datamodule, "batch_size", None)
-        if isinstance(batch_size, int) and batch_size % self._num_microbatches:
-            raise ValueError(
-                f"num_microbatches {self._num_microbatches} does not divide data.batch_size"
-                f" {batch_size}"
-            )
-
-    def _meet(self) -> None:
-        replicas = self._data_parallel_size
-        assert isinstance(replicas, int)
-        self._mesh = init_device_mesh(
-            self.root_device.type,
-            (replicas, self.layout.num_ranks),
-            mesh_dim_names=("data_parallel", "pipeline"),
-        )
-        first, last = (self.layout.rank_of(s) for s in (0, self.layout.num_stages - 1))
-        if first != last:
-            for pipeline in self._mesh.mesh.tolist():  # every process makes every group
-                ends = dist.new_group([pipeline[first], pipeline[last]])
-                if self.global_rank in pipeline:
-                    self._ends = ends if self._pipeline_rank in (first, last) else None
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        replicas = self._mesh_of("data_parallel")
-        return {"num_replicas": replicas.size(), "rank": replicas.get_local_rank()}
-
-    def keep_own_part(self, network: PreTrainedModel) -> None:
+    def keep_own_part(self, network: PreTrainedModel, base: FrozenBase | None = None) -> None:
         """Takes out of a network what other ranks hold, and says who holds what.
 
         Args:
             network: Best on the meta device: then this rank never holds more than its part.
+            base: What becomes of a network that is laid out to be frozen.
         """
-        sequence_length = getattr(self._datamodule, "block_length", None) or 1024
-        rows = getattr(self._datamodule, "batch_size", None) or self._num_microbatches
-        costs = network_costs(network, sequence_length)
-        workload = Workload(max(1, rows // self._num_microbatches) * sequence_length)
+        assert self.lightning_module is not None
+        length = getattr(self._datamodule, "block_length", None) or 1024
+        rows = getattr(self._datamodule, "batch_size", None) or self.layout.num_microbatches
+        recompute = self._recompute or self.lightning_module.hparams.get("recompute")
+        costs = network_costs(network, length, base, recompute in ("block", "offload"))
+        workload = Workload(
+            max(1, rows // self.layout.num_microbatches) * length,
+            bytes_per_activation=4 if base is None else base.bytes_per_number,
+        )
         if self._blocks_per_stage is None:
             self._spans = partition(costs, self.layout, workload, self._balance)
         else:
             self._spans = given_partition(self._blocks_per_stage, self.layout, len(costs.blocks))
         if self.is_global_zero:
             Console().print(to_table(costs, self._spans, self.layout, workload))
-        self._names = WholeNames.of(network, _PREFIX)
         self._tied = frozenset(f"{_PREFIX}{name}" for name in tied_parameters(network))
         keep_stages(network, [self._spans[s] for s in self.layout.stages_of(self._pipeline_rank)])
 
@@ -242,7 +159,7 @@ class PipelineStrategy(DDPStrategy):
                 f"PipelineStrategy cannot run {type(module).__name__}: it needs network,"
                 " loss_sum_and_tokens, backward_start, log_step, log_evaluation, likeliest_tokens"
             )
-        if self._names is None:  # the module was built elsewhere
+        if not self._spans:  # the module was built elsewhere
             self.keep_own_part(module.network)
         if self._recompute is not None:
             recompute_blocks(module.network, Recompute(self._recompute))
@@ -259,8 +176,11 @@ class PipelineStrategy(DDPStrategy):
             torch.manual_seed(torch.initial_seed() + self.global_rank)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+        self._whole_names()
         self._runtime = self._made_runtime(module)
         self._is_in_window = False
+        self.barrier()
+        self._wait_less()
 
     def _made_runtime(self, module: PipelinedModule) -> PipelineRuntime:
         context = self.precision_plugin.forward_context
@@ -292,10 +212,7 @@ class PipelineStrategy(DDPStrategy):
         unit = torch.ones((), dtype=torch.float64)
         scale = module.backward_start(unit).item() / (trainer.accumulate_grad_batches * replicas)
         with _told_by_stages():
-            sums = runtime.train(
-                batch["input_ids"], batch["labels"], batch.get("position_ids"), scale,
-                record=self._record_next,
-            )  # fmt: skip
+            sums = runtime.train(*_rows(batch), scale, record=self._record_next)
         self._record_next = False
         # Lightning sets gradients to zero between this step and its backward pass.
         self._fresh = [(p, p.grad) for p in parameters]
@@ -345,15 +262,17 @@ class PipelineStrategy(DDPStrategy):
         module, _ = self._running()
         elsewhere = {id(p) for p in module.parameters()} - {id(p) for p in self._own_names()}
         counted = [p.grad for p in parameters if p.grad is not None and id(p) not in elsewhere]
-        square: Tensor = get_total_norm(counted, foreach=True).square().to(self.root_device)
+        norm = get_total_norm(counted, foreach=True)
+        # In one dtype: that of a rank where nothing is trained is not the others'.
+        square: Tensor = norm.to(self.root_device, torch.float64).square()
         dist.all_reduce(square, group=self._pipeline_group)
-        return square.sqrt()
+        return square.sqrt().to(norm.dtype if counted else square.dtype)
 
     @override
     def validation_step(self, batch: Mapping[str, Any], *args: Any) -> None:
         module, runtime = self._running()
         with _told_by_stages():
-            sums = runtime.evaluate(batch["input_ids"], batch["labels"], batch.get("position_ids"))
+            sums = runtime.evaluate(*_rows(batch))
         module.log_evaluation(LossSums(*sums))
 
     @override
@@ -370,20 +289,8 @@ class PipelineStrategy(DDPStrategy):
                 return tokens
 
         with _told_by_stages():
-            return runtime.predict(batch["input_ids"], batch.get("position_ids"), likeliest)
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Sums are over replicas: the ranks of one pipeline have the same batch and figures."""
-        if group is None and reduce_op in ("sum", dist.ReduceOp.SUM):
-            group = self._mesh_of("data_parallel").get_group()
-        return super().reduce(tensor, group, reduce_op)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        votes = torch.tensor(float(decision), device=self.root_device)
-        dist.all_reduce(votes)
-        return votes.item() == self.world_size if all else bool(votes)
+            input_ids, _, position_ids = _rows(batch)
+            return runtime.predict(input_ids, position_ids, likeliest)
 
     def record_next_step(self) -> None:
         """Lets the next training step note when each pass began and ended."""
@@ -400,8 +307,7 @@ class PipelineStrategy(DDPStrategy):
             return {}
         module = self.lightning_module
         assert module is not None
-        assert self._names is not None
-        own, names = set(self._own_names().values()), self._names
+        own, names = set(self._own_names().values()), self._whole_names()
         answered = {
             key: tensor
             for key, tensor in module.state_dict().items()
@@ -415,9 +321,8 @@ class PipelineStrategy(DDPStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if not self._saves:
             return {}
-        assert self._names is not None
         return gather_optimizer_state(
-            _bare(optimizer), self._own_names(), self._names, self._pipeline_group,
+            _bare(optimizer), self._own_names(), self._whole_names(), self._pipeline_group,
             self.root_device,
         )  # fmt: skip
 
@@ -425,12 +330,11 @@ class PipelineStrategy(DDPStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self.lightning_module
         assert module is not None
-        if self._names is None:
+        if not self._spans:
             assert isinstance(module, PipelinedModule)
             self.keep_own_part(module.network)
-        assert self._names is not None
         state = checkpoint["state_dict"]
-        if strict and (wrong := set(self._names.state) ^ set(state)):
+        if strict and (wrong := set(self.state_names()) ^ set(state)):
             raise RuntimeError(
                 f"{len(wrong)} weights are in the checkpoint or the network alone: {min(wrong)},"
                 " ..."
@@ -442,15 +346,26 @@ class PipelineStrategy(DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         module = self.lightning_module
         assert module is not None
-        assert self._names is not None
-        names = {p: name for name, p in module.named_parameters()}
+        names, whole = {p: name for name, p in module.named_parameters()}, self._whole_names()
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            own = own_optimizer_state(saved, optimizer, names, self._names, self._pipeline_group)
+            own = own_optimizer_state(saved, optimizer, names, whole, self._pipeline_group)
             optimizer.load_state_dict(own)
 
-    @property
-    def _saves(self) -> bool:
-        return self._mesh_of("data_parallel").get_local_rank() == 0
+    def state_names(self) -> list[str]:
+        """Keys of the whole module's state dict; the ranks of a pipeline call it together."""
+        return list(self._whole_names().state)
+
+    def _whole_names(self) -> WholeNames:
+        if self._names is None:
+            module = self.lightning_module
+            assert isinstance(module, PipelinedModule)
+            network = module.network
+            self._names = WholeNames.gather(
+                module,
+                lambda name: part_index(network, name.removeprefix(_PREFIX)),
+                self._pipeline_group,
+            )
+        return self._names
 
     def _own_names(self) -> dict[nn.Parameter, str]:
         """Names of the parameters this rank answers for: of tied ones the first stage does."""
@@ -462,38 +377,14 @@ class PipelineStrategy(DDPStrategy):
             if not (is_other_end and name in self._tied)
         }
 
-    def _mesh_of(self, axis: str) -> DeviceMesh:
-        assert self._mesh is not None, "the processes have not met"
-        return self._mesh[axis]
-
-    @property
-    def _pipeline_group(self) -> dist.ProcessGroup:
-        return self._mesh_of("pipeline").get_group()
-
-    @property
-    def _pipeline_rank(self) -> int:
-        return self._mesh_of("pipeline").get_local_rank()
-
     @property
     def _trainer(self) -> Trainer:
         assert self.lightning_module is not None
         return self.lightning_module.trainer
 
-    @property
-    def _datamodule(self) -> Any:
-        return getattr(self._trainer, "datamodule", None)
-
     def _running(self) -> tuple[Any, PipelineRuntime]:
         assert self._runtime is not None, "the strategy is not set up"
         return self.lightning_module, self._runtime
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        if any(sign in str(exception) for sign in _SIGNS_OF_A_LOST_RANK):
-            exception.args = (
-                f"rank {self.global_rank} lost another rank of the pipeline, which failed (its own"
-                f" message tells why) or gave no answer for timeout_s {self._timeout_s:g}",
-            )
 
 
 @contextmanager
@@ -505,6 +396,12 @@ def _told_by_stages() -> Iterator[None]:
         if error.__cause__ is None:
             raise
         raise error.__cause__ from None
+
+
+def _rows(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    if "packing" in batch:
+        raise ValueError(f"a packed batch {PACKED_ROWS}")
+    return batch["input_ids"], batch["labels"], batch.get("position_ids")
 
 
 def _assign_gradients(gradients: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:

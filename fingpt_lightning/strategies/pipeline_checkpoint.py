@@ -1,6 +1,6 @@
 """Checkpoints of a network that is spread over the ranks of a pipeline, in one device's format."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +25,28 @@ class WholeNames:
     first_name: Mapping[str, str]
 
     @classmethod
-    def of(cls, network: nn.Module, prefix: str) -> "WholeNames":
-        """Of a network before anything is taken out of it; ``prefix`` goes before each name."""
-        names = {id(p): f"{prefix}{name}" for name, p in network.named_parameters()}
-        aliases = {
-            f"{prefix}{name}": names[id(p)]
-            for name, p in network.named_parameters(remove_duplicate=False)
+    def gather(
+        cls, module: nn.Module, part_index: Callable[[str], int], group: dist.ProcessGroup
+    ) -> "WholeNames":
+        """Those of all ranks of the group, which call this together.
+
+        Args:
+            module: This rank's part of the whole.
+            part_index: Of a name, in the order of the network.
+            group: Whose parts make the whole.
+        """
+        names = {id(p): name for name, p in module.named_parameters()}
+        first_name = {
+            name: names[id(p)] for name, p in module.named_parameters(remove_duplicate=False)
         }
-        state = (f"{prefix}{name}" for name in network.state_dict())
-        return cls(tuple(names.values()), tuple(state), aliases)
+        own = cls(tuple(names.values()), tuple(module.state_dict()), first_name)
+        by_rank = [own] * dist.get_world_size(group)
+        dist.all_gather_object(by_rank, own, group=group)
+        return cls(
+            _merged([of_rank.parameters for of_rank in by_rank], part_index),
+            _merged([of_rank.state for of_rank in by_rank], part_index),
+            {key: name for of_rank in by_rank for key, name in of_rank.first_name.items()},
+        )
 
     def sorted(self, names: Iterable[str]) -> list[str]:
         """Each of some names once, in the order of the whole module."""
@@ -163,6 +176,16 @@ def own_optimizer_state(
             for part, saved_part in zip(own, saved["param_groups"], strict=True)
         ],
     }
+
+
+def _merged(by_rank: Sequence[Sequence[str]], part_index: Callable[[str], int]) -> tuple[str, ...]:
+    """Each name once, by part; within a part in the order of the ranks that have it."""
+    places: dict[str, tuple[int, int]] = {}
+    for names in by_rank:
+        for index, name in enumerate(names):
+            # Either end has a copy of a tied embedding, but the other end's has fewer before it.
+            places[name] = max((part_index(name), index), places.get(name, (-1, -1)))
+    return tuple(sorted(places, key=places.__getitem__))
 
 
 def _whole_groups(

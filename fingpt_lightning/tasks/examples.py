@@ -49,6 +49,30 @@ def examples_of_row(task: Task, row: Row, number: int) -> Iterator[Example | Non
             yield _example(task, fields, number)
 
 
+def field_names(task: Task) -> tuple[str, ...]:
+    """What the prompts and the text of a task are made of, whatever columns rows have."""
+    templates = (*task.templates, task.text)
+    return tuple(dict.fromkeys(name for template in templates for name in template.names))
+
+
+def example_of_fields(task: Task, values: Row, number: int) -> Example | None:
+    """Makes the example of a text that has no label yet; None where a field is empty.
+
+    Args:
+        task: Of kind ``labels``.
+        values: Each of `field_names`; values are translated as those of the task's files are.
+        number: Of the row, for messages.
+
+    Raises:
+        ValueError: A value is not allowed.
+    """
+    fields = {name: _tidy(task, _text_or_texts(name, values[name])) for name in field_names(task)}
+    fields["label"] = ""
+    if not all(fields[name] for name in field_names(task)):
+        return None
+    return _example(task, fields, number) if _translate(task.shapes[0], fields) else None
+
+
 def tagged_spans(tokens: Sequence[str], tags: Sequence[str]) -> list[tuple[str, str]]:
     """The runs of tokens that share a tag other than ``O``, and that tag.
 

@@ -6,6 +6,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from fingpt_lightning.tasks.task import Cut, Hub, LineFile, Task
 NumberedRow = tuple[int, Mapping[str, object]]
 
 _CUT_SPLITS = ("train", "test")
+_PARQUET_ROWS = 1024  # in memory at a time
 
 
 class Source(NamedTuple):
@@ -62,6 +64,22 @@ def open_split(task: Task, data_dir: str | Path | None, split: str) -> Source:
     raise FileNotFoundError(
         f"task {task.name}: {folder} has no split {split!r} ({endings}); the splits there: {there}"
     )
+
+
+def open_rows(path: Path) -> Iterator[NumberedRow]:
+    """The rows of a file of any size, in the form that its ending says, read as they are taken.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The ending is of none of the forms, or (when it is reached) a row is wrong.
+    """
+    ending = next((ending for ending in _READERS if path.name.endswith(ending)), None)
+    if ending is None:
+        raise ValueError(f"{path} ends in none of {', '.join(_READERS)}")
+    if not path.is_file():
+        there = [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"no file {path}{nearest(path.name, there)}")
+    return _READERS[ending](path)
 
 
 def _jsonl_rows(path: Path) -> Iterator[NumberedRow]:
@@ -113,10 +131,11 @@ def _parquet_rows(path: Path) -> Iterator[NumberedRow]:
     from pyarrow import ArrowInvalid, parquet  # type: ignore[import-untyped]
 
     try:
-        table = parquet.read_table(path)
+        with parquet.ParquetFile(path) as file:
+            batches = (batch.to_pylist() for batch in file.iter_batches(_PARQUET_ROWS))
+            yield from enumerate(chain.from_iterable(batches), start=1)
     except ArrowInvalid as error:
         raise ValueError(f"{path} is no Parquet file ({_first_line(error)})") from None
-    yield from enumerate(table.to_pylist(), start=1)
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[NumberedRow]]] = {

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fingpt_lightning.pipeline import Schedule
+
 TOY = [
     "--num_layers", "4", "--width", "64", "--vocab_size", "97", "--embedding_rank", "16",
     "--block_length", "8", "--batch_size", "4", "--microbatches", "2", "4",
@@ -37,3 +39,25 @@ def test_a_pipeline_is_compared_with_one_process_and_the_machines_ceiling(tmp_pa
     ]  # fmt: skip
     assert "| 1F1B 4 |" in path.with_suffix(".md").read_text()
     assert len(list(tmp_path.glob("pipeline_*.svg"))) == 4
+
+
+def test_the_simulation_names_every_schedule_and_draws_it(tmp_path: Path) -> None:
+    path = tmp_path / "simulated.json"
+    toy = [
+        "--width", "64", "--vocab_size", "97", "--embedding_rank", "16", "--block_length", "8",
+        "--num_blocks", "16", "--ranks", "2", "4", "--repeats", "2", "--json", str(path),
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "fingpt_lightning.benchmarks.pipeline_simulation", *toy]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    assert record["measured"]["block_activations_mib"] > 0
+    assert len(record["rows"]) == 2 * 2 * len(Schedule)
+    for row in record["rows"]:
+        assert 0 < row["bubble_share_simulated"] < 0.7
+        assert row["held_mib_of_fullest_rank"] >= row["held_mib_of_emptiest_rank"]
+    held = {row["schedule"]: row["held_mib_of_fullest_rank"] for row in record["rows"][-6:]}
+    assert held["GPipe"] == pytest.approx(4 * held["1F1B"], rel=0.5)
+    assert record["summary"]["step_time_ratio_to_1f1b_1f1b"] == 1
+    assert "| ZBVZeroBubble | 4 | 16 |" in path.with_suffix(".md").read_text()
+    assert len(list(tmp_path.glob("simulated_*.svg"))) == len(Schedule)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fingpt_lightning.pipeline import PipelineLayout, Schedule, schedule_named
+from fingpt_lightning.pipeline import PipelineLayout, Schedule, largest_layout, schedule_named
 
 layouts = st.builds(
     lambda schedule, ranks, rounds: PipelineLayout(
@@ -53,8 +53,8 @@ def test_the_passes_in_flight_are_between_one_and_all(layout: PipelineLayout) ->
         (Schedule.ONE_F_ONE_B, 1, 3 / 11),
         (Schedule.INTERLEAVED_1F1B, 2, 3 / 19),
         (Schedule.INTERLEAVED_ZERO_BUBBLE, 2, 3 / 51),
-        (Schedule.ZBV_ZERO_BUBBLE, 2, 0.0),
-        (Schedule.DUAL_PIPE_V, 2, 3 / 27),
+        (Schedule.ZBV_ZERO_BUBBLE, 2, 3 / 51),
+        (Schedule.DUAL_PIPE_V, 2, 3 / 51),
     ],
 )
 def test_the_bubble_of_four_ranks_and_eight_microbatches(
@@ -101,3 +101,24 @@ def test_an_unknown_name_is_refused(name: str) -> None:
 def test_the_nearest_name_is_told() -> None:
     with pytest.raises(ValueError, match="did you mean 1F1B"):
         schedule_named("1f1")
+
+
+@given(
+    schedule=st.sampled_from(Schedule), ranks=st.integers(1, 6), batch_size=st.integers(1, 64)
+)  # fmt: skip
+def test_a_batch_is_cut_into_the_most_parts_that_suit(
+    schedule: Schedule, ranks: int, batch_size: int
+) -> None:
+    stages = schedule.default_stages_per_rank
+    suit = []
+    for count in range(1, 4 * ranks + 1):
+        if batch_size % count == 0:
+            try:
+                suit.append(PipelineLayout(schedule, ranks, count, stages))
+            except ValueError:
+                continue
+    if suit:
+        assert largest_layout(schedule, ranks, stages, batch_size) == suit[-1]
+    else:
+        with pytest.raises(ValueError, match=f"batch_size {batch_size}, cut into .* auto: num_"):
+            largest_layout(schedule, ranks, stages, batch_size)

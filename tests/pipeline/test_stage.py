@@ -8,10 +8,22 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers import PreTrainedModel as Network
 
 from fingpt_lightning.low_rank import RankRule
+from fingpt_lightning.low_rank.adapters import AdapterOptions, FrozenBase
 from fingpt_lightning.models import GPT2Shape, build_gpt2, lay_out_gpt2
+from fingpt_lightning.models.adapting import adapt, linear_names
 from fingpt_lightning.models.gpt2 import PRESETS, materialize
-from fingpt_lightning.pipeline import Span, Stage, keep_stages, network_costs, tied_parameters
+from fingpt_lightning.models.layout import features_of
+from fingpt_lightning.models.quantization import BYTES_PER_NUMBER, quantized_layer
+from fingpt_lightning.pipeline import (
+    Span,
+    Stage,
+    Workload,
+    keep_stages,
+    network_costs,
+    tied_parameters,
+)
 from fingpt_lightning.pipeline.partition import spans_of
+from tests.models.tiny_models import tiny_llama
 
 SHAPE = GPT2Shape(num_layers=5, width=12, num_heads=3, num_positions=16)
 
@@ -105,6 +117,40 @@ def test_the_head_of_gpt2_small_costs_as_much_as_five_blocks() -> None:
     assert costs.back.flops_per_token / costs.blocks[0].flops_per_token == pytest.approx(
         5.4, abs=0.1
     )
+
+
+def test_a_frozen_base_counts_the_bytes_it_is_packed_in() -> None:
+    """Told beforehand, on the meta device, as measured when it is quantised and adapted."""
+    laid_out = tiny_llama()
+    names = linear_names(laid_out)
+    adapters = {}
+    for name in names:
+        in_features, out_features = features_of(laid_out.get_submodule(name))
+        adapters[name] = 3 * (in_features + out_features)
+    told = network_costs(laid_out, 16, FrozenBase(4, BYTES_PER_NUMBER["nf4"], adapters))
+    quantised = tiny_llama()
+    for name in names:
+        layer = quantized_layer(quantised.get_submodule(name), "nf4", torch.device("cpu"))
+        quantised.set_submodule(name, layer)
+    adapt(quantised, AdapterOptions(3), seed=1)
+    seen = network_costs(quantised, 16)
+    for ours, truth in zip(told.blocks, seen.blocks, strict=True):
+        assert ours.parameters == truth.parameters
+        assert ours.frozen_parameters == truth.frozen_parameters
+        assert ours.flops_per_token == truth.flops_per_token
+        assert ours.frozen_bytes == pytest.approx(truth.frozen_bytes, rel=0.05)  # scales aside
+    whole = Span(0, 2, True, True)
+    dense = network_costs(tiny_llama(), 16).stage(whole)
+    assert told.stage(whole).parameters == dense.parameters + sum(adapters.values())
+    held = Workload(8).stage_bytes(told.stage(whole), 0.0)
+    assert held == told.stage(whole).frozen_bytes + 16 * sum(adapters.values())
+    assert held < Workload(8).stage_bytes(dense, 0.0) / 4
+
+
+def test_where_only_inputs_are_kept_a_block_holds_its_width() -> None:
+    for build in (_gpt2, _llama):
+        kept = network_costs(build(), 16, keeps_inputs_alone=True)
+        assert {block.activations_per_token for block in kept.blocks} == {12}
 
 
 def test_a_family_that_cannot_be_cut_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,15 @@ from tests.support.lightning_ranks import RanksEnvironment
 from tests.support.ranks import run_ranks
 from tests.support.token_data import TokenData
 
+# Spawned ranks share two cores, perhaps with others.
+pytestmark = pytest.mark.timeout(900)
 NUM_STEPS, BATCH_SIZE, NUM_ROWS = 20, 4, 10
 TIED: dict[str, Any] = {
     "preset": "gpt2-nano", "num_layers": 5, "width": 12, "num_heads": 3, "num_positions": 16,
     "rank": None, "learning_rate": 0.01, "warmup": 1,
 }  # fmt: skip
 LOW_RANK = TIED | {"rank": 3, "embedding_rank": 5}
+FP32: dict[str, Any] = {"plugins": []}
 BF16: dict[str, Any] = {"plugins": [], "precision": "bf16-mixed"}
 
 
@@ -45,7 +48,7 @@ class StepReader(LossReader):
             self.norms.append(trainer.callback_metrics["train/gradient_norm"].item())
 
 
-def _fit(
+def fit_one(
     folder: Path,
     sizes: dict[str, Any],
     *,
@@ -94,24 +97,25 @@ def _strategy(schedule: str = "1F1B", **settings: Any) -> PipelineStrategy:
     return PipelineStrategy(schedule=schedule, **({"num_microbatches": 4} | settings))
 
 
-def _on_ranks(folder: Path, num_ranks: int, strategy: Any, sizes: Any, **options: Any) -> Any:
+def fit_on_ranks(folder: Path, num_ranks: int, strategy: Any, sizes: Any, **options: Any) -> Any:
     ranks: dict[str, Any] = {
         "strategy": strategy, "devices": num_ranks,
         "plugins": [RanksEnvironment(), *options.pop("plugins", [DoublePrecision()])],
     }  # fmt: skip
-    return _fit(folder, sizes, **ranks, **options)
+    return fit_one(folder, sizes, **ranks, **options)
 
 
 def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
     folder = Path(name)
 
     def fit(case: str, strategy: Any, sizes: Any = TIED, **options: Any) -> dict[str, Any]:
-        return {case: _on_ranks(folder / case, num_ranks, strategy, sizes, **options)}
+        return {case: fit_on_ranks(folder / case, num_ranks, strategy, sizes, **options)}
 
     saved_by_four, saved_by_one = (_saved(folder / who, 8) for who in ("four", "one"))
     results: dict[str, Any] = {}
     for schedule in Schedule:
         results |= fit(schedule.value, _strategy(schedule))
+        results |= fit(f"fp32 {schedule.value}", _strategy(schedule), **FP32)
     results |= fit("low rank", _strategy(activation_checkpointing="low_rank"), LOW_RANK)
     results |= fit("bf16", _strategy(), **BF16)
     results |= fit("two of four", _strategy(), resume_from=saved_by_four, save_at=14)
@@ -125,7 +129,7 @@ def _on_four(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
     folder = Path(name)
 
     def fit(case: str, strategy: Any, **options: Any) -> dict[str, Any]:
-        return {case: _on_ranks(folder / case, num_ranks, strategy, TIED, **options)}
+        return {case: fit_on_ranks(folder / case, num_ranks, strategy, TIED, **options)}
 
     two_by_two = _strategy(pipeline_size=2, num_microbatches=2)
     return {
@@ -139,11 +143,12 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tied = _fit(folder / "one", TIED, save_at=8)
-        self.low_rank = _fit(folder / "low rank", LOW_RANK)
-        self.bf16 = _fit(folder / "bf16", TIED, **BF16)
-        self.four = run_ranks(_on_four, 4, str(folder), timeout_s=300)
-        self.two = run_ranks(_on_two, 2, str(folder), timeout_s=300)
+        self.tied = fit_one(folder / "one", TIED, save_at=8)
+        self.low_rank = fit_one(folder / "low rank", LOW_RANK)
+        self.bf16 = fit_one(folder / "bf16", TIED, **BF16)
+        self.fp32 = fit_one(folder / "fp32", TIED, **FP32)
+        self.four = run_ranks(_on_four, 4, str(folder), timeout_s=600)
+        self.two = run_ranks(_on_two, 2, str(folder), timeout_s=600)
 
     def by_rank(self, case: str) -> Iterator[dict[str, Any]]:
         """The results of every rank in a case."""
@@ -156,7 +161,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
-def _assert_same(per_rank: Iterator[dict[str, Any]], truth: dict[str, Any]) -> None:
+def assert_same(per_rank: Iterator[dict[str, Any]], truth: dict[str, Any]) -> None:
     seen = set()
     for ours in per_rank:
         num_steps = len(ours["losses"])
@@ -175,19 +180,27 @@ def _assert_same(per_rank: Iterator[dict[str, Any]], truth: dict[str, Any]) -> N
 @pytest.mark.parametrize("case", [schedule.value for schedule in Schedule])
 def test_every_schedule_trains_as_one_device(runs: Runs, case: str) -> None:
     assert all(len(results["losses"]) == NUM_STEPS for results in runs.by_rank(case))
-    _assert_same(runs.by_rank(case), runs.tied)
+    assert_same(runs.by_rank(case), runs.tied)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [schedule.value for schedule in Schedule])
+def test_losses_in_float32_are_those_of_one_device(runs: Runs, case: str) -> None:
+    assert len(runs.fp32["losses"]) == NUM_STEPS
+    for results in runs.by_rank(f"fp32 {case}"):
+        assert results["losses"] == pytest.approx(runs.fp32["losses"], rel=1e-5)
 
 
 @pytest.mark.slow
 def test_four_ranks_and_two_pipelines_of_two_do_too(runs: Runs) -> None:
     for case, num_replicas in (("four", 1), ("two by two", 2)):
-        _assert_same(runs.by_rank(case), runs.tied)
+        assert_same(runs.by_rank(case), runs.tied)
         assert [results["num_replicas"] for results in runs.by_rank(case)] == [num_replicas] * 4
 
 
 @pytest.mark.slow
 def test_a_recomputed_low_rank_network_does_too(runs: Runs) -> None:
-    _assert_same(runs.by_rank("low rank"), runs.low_rank)
+    assert_same(runs.by_rank("low rank"), runs.low_rank)
 
 
 @pytest.mark.slow
@@ -204,15 +217,15 @@ def test_mixed_precision_is_that_of_one_device(runs: Runs) -> None:
 )
 def test_a_run_goes_on_with_another_number_of_stages(runs: Runs, case: str, num_steps: int) -> None:
     assert {len(results["losses"]) for results in runs.by_rank(case)} == {num_steps}
-    _assert_same(runs.by_rank(case), runs.tied)
+    assert_same(runs.by_rank(case), runs.tied)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_checkpoint_of_stages_is_that_of_one_device(runs: Runs) -> None:
     path = _saved(runs.folder / "four", 8)
-    one = _fit(runs.folder / "one of four", TIED, resume_from=path)
-    _assert_same(iter([one]), runs.tied)
+    one = fit_one(runs.folder / "one of four", TIED, resume_from=path)
+    assert_same(iter([one]), runs.tied)
     ours, truth = (
         torch.load(_saved(runs.folder / who, 8), weights_only=True) for who in ("four", "one")
     )
@@ -255,6 +268,7 @@ def _trainer(**settings: Any) -> Trainer:
         ({"options": {"precision": "16-true"}}, "16-true: float16 needs a gradient scaler"),
         ({"timeout_s": 0}, "timeout_s 0 is not above 0"),
         ({"pipeline_size": -1}, "pipeline_size -1 is below 1"),
+        ({"num_microbatches": 0}, "num_microbatches 0 is below 1"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_process_is_started(
@@ -271,16 +285,19 @@ def _refusals(process_rank: int, num_ranks: int) -> list[str]:
         (TIED | {"num_layers": 1}, _strategy(), 4),
         (TIED | {"compile": True}, _strategy("ZBVZeroBubble"), 4),
         (TIED, _strategy(blocks_per_stage=[3, 3]), 4),
+        (TIED, PipelineStrategy(), 1),
     ):
         with pytest.raises(ValueError, match=r".") as error:
-            _on_ranks(Path(), num_ranks, strategy, sizes, batch_size=batch_size)
+            fit_on_ranks(Path(), num_ranks, strategy, sizes, batch_size=batch_size)
         told.append(str(error.value))
     return told
 
 
 def test_what_does_not_fit_the_data_or_the_network_is_refused_before_the_first_step() -> None:
-    for told in run_ranks(_refusals, 2, timeout_s=100):
+    for told in run_ranks(_refusals, 2, timeout_s=300):
         assert "num_microbatches 3 does not divide data.batch_size 4" in told[0]
         assert "2 stages are more than the 1 blocks" in told[1]
         assert "model.compile: ZBVZeroBubble takes the backward pass apart" in told[2]
         assert "blocks_per_stage [3, 3]" in told[3]
+        assert "data.batch_size 1, cut into num_microbatches auto" in told[4]
+        assert "raise it to 2 or more, or take GPipe" in told[4]

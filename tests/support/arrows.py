@@ -14,7 +14,15 @@ PACKAGES = ("fingpt_lightning", "callbacks")
 # nothing imports a benchmark.
 ROWS = (
     ("benchmarks",),
-    ("__main__", "cli", "config_errors", "lightning_cli"),
+    (
+        "__main__",
+        "cli",
+        "config_errors",
+        "lightning_cli",
+        "plan_command",
+        "sweep_command",
+        "wandb_runs",
+    ),
     ("sweeping", "reporting", "deploy", "callbacks"),
     ("modules", "strategies", "data", "evaluation"),
     ("pipeline", "models", "tasks"),
@@ -22,7 +30,7 @@ ROWS = (
     ("command_line",),
     ("nearest", "units"),
 )
-# The program is one room of three files.
+# The program is one room of several files.
 PROGRAM = ROWS[1]
 # Arrows within a row: only to this module.
 LEVEL_ARROWS = {("modules", "data"): "fingpt_lightning.data.batch"}
@@ -40,6 +48,7 @@ FOREIGN = {
     "fingpt_lightning/units.py": (*_LIGHTNING_AND_WANDB, "torch"),
     "fingpt_lightning/pipeline/partition.py": ("torch",),
     "fingpt_lightning/pipeline/schedule.py": ("torch",),
+    "fingpt_lightning/pipeline/simulation.py": ("torch",),
 }
 YAML_FOLDERS = ("configs", "sweeps")
 

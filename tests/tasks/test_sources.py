@@ -111,7 +111,7 @@ def test_blank_lines_are_no_rows_but_count(fpb: Path) -> None:
         ("train.csv", b"a,b\n1,2,3\n", "train.csv:2: more values than the header has names"),
         ("train.csv", b'a,b\n"1" 2,3\n', "train.csv:2: no CSV ("),
         ("train.csv", b"a\n\xe4\n", "train.csv is no UTF-8 text"),
-        ("train.parquet", b"x" * 20, "train.parquet is no Parquet file (Could not open"),
+        ("train.parquet", b"x" * 20, "train.parquet is no Parquet file (Parquet magic bytes"),
         ("Sentences_50Agree.txt", b"a@neutral\n\nb\n", "Agree.txt:3: not of the form sentence@lab"),
         ("Sentences_50Agree.txt", b"a@neutral\n", "Agree.txt: 1 rows are too few for train and t"),
     ],

@@ -1,0 +1,256 @@
+"""Many adapters on one base: loaded and unloaded while it runs, mixed in one batch.
+
+Axes: B rows, T tokens, I in_features, O out_features, R rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fingpt_lightning.low_rank.adapters import AdapterOptions
+from fingpt_lightning.models.adapter_files import read_adapter
+from fingpt_lightning.models.adapting import (
+    adapted_layers,
+    dense_weight,
+    ends_features,
+    linear_names,
+)
+from fingpt_lightning.nearest import nearest
+
+
+class LayerAdapter(NamedTuple):
+    """One client's pair beside one layer: y = factor (W x + scale B A x) + (1 - factor) b.
+
+    ``factor`` is None but with DoRA, whose row lengths are divided out once, when it is loaded.
+    """
+
+    down: Float[Tensor, "R I"]
+    up: Float[Tensor, "O R"]
+    scale: float
+    factor: Float[Tensor, "O"] | None
+
+    def num_bytes(self) -> int:
+        """Of its tensors."""
+        factor = 0 if self.factor is None else self.factor.nbytes
+        return self.down.nbytes + self.up.nbytes + factor
+
+
+class _Active(NamedTuple):
+    """What a layer adds in the batch at hand, in the network's dtype, the scale in ``up``.
+
+    With an axis of rows where rows differ, without one where all are the same client's.
+    """
+
+    down: Tensor
+    up: Tensor
+    factor: Tensor | None
+
+
+class RoutedLinear(nn.Module):
+    """A linear layer that adds to each row what the adapter of that row says.
+
+    Args:
+        base_layer: Dense, a low-rank pair, or quantised.
+        in_features: I.
+        out_features: O.
+    """
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base_layer, self.in_features, self.out_features = base_layer, in_features, out_features
+        self.adapters: dict[str, LayerAdapter] = {}
+        self.active: _Active | None = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's b."""
+        last = self.base_layer[-1] if isinstance(self.base_layer, nn.Sequential) else None
+        return cast("Tensor | None", getattr(last or self.base_layer, "bias", None))
+
+    def forward(self, x: Float[Tensor, "B T I"]) -> Float[Tensor, "B T O"]:
+        """Cost: 2 R (I + O) floating-point operations a token beside those of the base."""
+        y: Tensor = self.base_layer(x)
+        if self.active is None:
+            return y
+        down, up, factor = self.active
+        if down.ndim == 2:
+            y = y + F.linear(F.linear(x, down), up)
+        else:
+            if len(down) != len(x):
+                raise ValueError(f"a batch of {len(x)} rows with adapters for {len(down)}")
+            y = torch.baddbmm(y, torch.bmm(x, down.mT), up.mT)
+        if factor is not None:
+            y = y * factor
+            if (bias := self.bias) is not None:
+                y = y + bias * (1 - factor)
+        return y
+
+    def activate(self, names: Sequence[str | None], dtype: torch.dtype) -> None:
+        """Makes ready for a batch: a name a row, or one for all."""
+        there = [self.adapters.get(name) if name is not None else None for name in names]
+        if not any(there):
+            self.active = None
+            return
+        rank = max(len(adapter.down) for adapter in there if adapter is not None)
+        device = next(adapter.down.device for adapter in there if adapter is not None)
+        rows = len(there)
+        down_BRI = torch.zeros(rows, rank, self.in_features, dtype=dtype, device=device)
+        up_BOR = torch.zeros(rows, self.out_features, rank, dtype=dtype, device=device)
+        has_factor = any(a is not None and a.factor is not None for a in there)
+        factor_B1O = torch.ones(rows, 1, self.out_features, dtype=dtype, device=device)
+        for row, adapter in enumerate(there):
+            if adapter is None:
+                continue
+            own = len(adapter.down)
+            down_BRI[row, :own] = adapter.down
+            up_BOR[row, :, :own] = adapter.up.to(dtype) * adapter.scale
+            if adapter.factor is not None:
+                factor_B1O[row, 0] = adapter.factor
+        if rows == 1:
+            factor = factor_B1O[0, 0] if has_factor else None
+            self.active = _Active(down_BRI[0], up_BOR[0], factor)
+        else:
+            self.active = _Active(down_BRI, up_BOR, factor_B1O if has_factor else None)
+
+
+class AdapterBank:
+    """The adapters of one base, by the names of their clients.
+
+    A further client costs the bytes of its adapter. A batch with several clients also holds, while
+    it runs, a copy of the adapter for each row.
+
+    Args:
+        network: The base, quantised or not, in evaluation mode and without adapters. Its layers
+            are wrapped in place when the first adapter for them comes.
+
+    Raises:
+        ValueError: It has adapters of its own.
+    """
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        if adapted_layers(network):
+            raise ValueError("the network has an adapter already; merge it or load the base alone")
+        self._network = network
+        self._linear = set(linear_names(network))
+        self._layers: dict[str, RoutedLinear] = {}
+        self._names: dict[str, int] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The clients that are loaded, in the order in which they came."""
+        return list(self._names)
+
+    def num_bytes(self, name: str) -> int:
+        """Of a client's adapter in memory."""
+        self.check(name)
+        return self._names[name]
+
+    def check(self, name: str) -> None:
+        """Raises unless a client is loaded.
+
+        Raises:
+            ValueError: It is not; the message has the nearest name.
+        """
+        if name not in self._names:
+            there = ", ".join(self._names) or "none"
+            hint = nearest(name, self._names)
+            raise ValueError(f"adapter {name!r} is not loaded; there are {there}{hint}")
+
+    @torch.no_grad()
+    def load(self, name: str, folder: str | Path) -> None:
+        """Takes in a client's adapter.
+
+        Args:
+            name: New to the bank.
+            folder: In PEFT's format.
+
+        Raises:
+            FileNotFoundError: The folder has no adapter.
+            ValueError: The name is taken, or the adapter does not fit the base.
+        """
+        if name in self._names:
+            raise ValueError(f"adapter {name!r} is loaded already; unload it first")
+        folder = Path(folder).expanduser()
+        options, layers = read_adapter(folder)
+        device = self._network.device
+        made: dict[str, tuple[RoutedLinear, LayerAdapter]] = {}
+        for layer_name, parts in layers.items():
+            layer = self._routed(layer_name, folder)
+            sizes = (parts["lora_A"].shape[1], parts["lora_B"].shape[0])
+            if sizes != (layer.in_features, layer.out_features):
+                raise ValueError(
+                    f"{folder}: {layer_name} is {layer.in_features} x {layer.out_features} in the"
+                    f" base, {sizes[0]} x {sizes[1]} in the adapter"
+                )
+            down, up = (parts[part].to(device, copy=True) for part in ("lora_A", "lora_B"))
+            factor = _factor(layer, down, up, parts.get("lora_magnitude_vector"), options)
+            made[layer_name] = layer, LayerAdapter(down, up, options.scale, factor)
+        for layer_name, (layer, adapter) in made.items():
+            if layer_name not in self._layers:
+                self._network.set_submodule(layer_name, layer)
+                self._layers[layer_name] = layer
+            layer.adapters[name] = adapter
+        self._names[name] = sum(adapter.num_bytes() for _, adapter in made.values())
+
+    def unload(self, name: str) -> None:
+        """Forgets a client's adapter and frees its memory.
+
+        Raises:
+            ValueError: It is not loaded.
+        """
+        self.check(name)
+        for layer in self._layers.values():
+            layer.adapters.pop(name, None)
+        del self._names[name]
+
+    @contextmanager
+    def rows(self, names: str | Sequence[str | None] | None) -> Iterator[None]:
+        """Within it each row of a batch is answered by its own client's adapter.
+
+        Args:
+            names: One a row, None for the base; or one for all rows of any batch.
+
+        Raises:
+            ValueError: A name is not loaded.
+        """
+        wanted = [names] if names is None or isinstance(names, str) else list(names)
+        for name in set(wanted) - {None}:
+            self.check(cast("str", name))
+        if len(set(wanted)) == 1:
+            wanted = wanted[:1]
+        try:
+            for layer in self._layers.values():
+                layer.activate(wanted, self._network.dtype)
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer.active = None
+
+    def _routed(self, name: str, folder: Path) -> RoutedLinear:
+        if name in self._layers:
+            return self._layers[name]
+        if name not in self._linear:
+            raise ValueError(f"{folder}: the base has no layer {name}")
+        layer = self._network.get_submodule(name)
+        return RoutedLinear(layer, *ends_features(layer)).train(layer.training)
+
+
+def _factor(
+    layer: RoutedLinear,
+    down: Tensor,
+    up: Tensor,
+    magnitude: Tensor | None,
+    options: AdapterOptions,
+) -> Tensor | None:
+    if magnitude is None:
+        return None
+    weight = dense_weight(layer.base_layer).to(down.dtype) + options.scale * (up @ down)
+    factor: Tensor = magnitude.to(down) / weight.norm(dim=1)
+    return factor

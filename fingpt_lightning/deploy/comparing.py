@@ -1,0 +1,115 @@
+"""How far an exported model is from its source: logits on random and on real prompts.
+
+Axes: N positions, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+_NUM_RANDOM, _RANDOM_TOKENS = 4, 32
+TEXTS = (
+    "Instruction: What is the sentiment of this news? Please choose an answer from"
+    " {negative/neutral/positive}.\nInput: Operating profit rose to EUR 13.1 mn from EUR 8.7 mn in"
+    " the corresponding period in 2007.\nAnswer:",
+    "The Federal Open Market Committee decided to keep the target range for the federal funds rate"
+    " unchanged, and expects that inflation will return to",
+    "Shares of the company fell 4.2 % after it cut its outlook for the year; analysts had expected"
+    " revenue of $1.3 billion and a dividend of",
+)
+"""Real prompts, where nobody gives others."""
+
+
+class Probe(NamedTuple):
+    """What a model is asked: the tokens of a prompt, and of which set it is."""
+
+    kind: str
+    tokens: tuple[int, ...]
+
+
+class Difference(NamedTuple):
+    """Of one set of prompts, over all positions.
+
+    Args:
+        kind: ``random`` or ``real``.
+        num_positions: Tokens at which logits are compared.
+        max_logit_difference: The largest absolute difference of two logits.
+        relative_error: |difference| / |source|, after the mean over the vocabulary, which
+            changes no probability, has been taken out at each position.
+        equal_predictions: Share of positions with the same likeliest token.
+    """
+
+    kind: str
+    num_positions: int
+    max_logit_difference: float
+    relative_error: float
+    equal_predictions: float
+
+
+def probes(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast | None,
+    texts: Sequence[str] = TEXTS,
+) -> list[Probe]:
+    """Random prompts, the same at each call, and real ones where there is a tokenizer.
+
+    A prompt beyond the network's positions loses its end.
+    """
+    num_positions = network.config.max_position_embeddings
+    stream = torch.Generator().manual_seed(1)
+    shape = (_NUM_RANDOM, min(_RANDOM_TOKENS, num_positions))
+    drawn = torch.randint(network.config.vocab_size, shape, generator=stream)
+    found = [Probe("random", tuple(row)) for row in drawn.tolist()]
+    if tokenizer is not None:
+        encoded = [tokenizer.encode(text, verbose=False)[:num_positions] for text in texts]
+        found += [Probe("real", tuple(tokens)) for tokens in encoded if tokens]
+    return found
+
+
+@torch.no_grad()
+def logits_of(network: PreTrainedModel, asked: Sequence[Probe]) -> list[Float[Tensor, "N V"]]:
+    """The logits at each position of each prompt, each prompt run alone."""
+    found = []
+    for probe in asked:
+        ids = torch.tensor([probe.tokens], device=network.device)
+        logits = network(input_ids=ids, use_cache=False).logits[0]
+        found.append(logits.to("cpu", torch.promote_types(logits.dtype, torch.float32)))
+    return found
+
+
+def differences(
+    asked: Sequence[Probe], source: Sequence[Tensor], found: Sequence[Tensor]
+) -> list[Difference]:
+    """How far logits are from those of the source, by set of prompts.
+
+    Args:
+        asked: The prompts.
+        source: Logits of the model that was exported.
+        found: Logits of the export.
+
+    Raises:
+        ValueError: They are of another vocabulary, or no finite numbers.
+    """
+    made = []
+    for kind in dict.fromkeys(probe.kind for probe in asked):
+        rows = [row for row, probe in enumerate(asked) if probe.kind == kind]
+        expected, got = (torch.cat([x[row] for row in rows]).double() for x in (source, found))
+        if expected.shape != got.shape:
+            raise ValueError(f"{got.shape[1]} tokens in place of {expected.shape[1]}")
+        if not bool(got.isfinite().all()):
+            raise ValueError("its logits are no finite numbers")
+        centred, gap = (x - x.mean(1, keepdim=True) for x in (expected, got - expected))
+        made.append(
+            Difference(
+                kind,
+                len(expected),
+                float((got - expected).abs().max()),
+                float(gap.norm() / centred.norm().clamp_min(1e-300)),
+                float((expected.argmax(1) == got.argmax(1)).double().mean()),
+            )
+        )
+    return made

@@ -1,0 +1,44 @@
+"""The options of ``fingpt export``, read without importing anything heavy."""
+
+import argparse
+from pathlib import Path
+
+from fingpt_lightning.command_line import OptionParser, add_model_options
+
+FORMATS = {
+    "hf": "dense, for plain transformers",
+    "low_rank": "pairs as they are, for this package",
+    "peft": "the adapter alone",
+    "merged": "base and adapter as one model",
+    "int8": "quantised",
+    "nf4": "quantised",
+    "gguf": "one file for llama.cpp",
+}
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt export``.
+
+    Args:
+        words: Of the command line.
+
+    Raises:
+        WrongOptions: An option is unknown, missing or has no such value.
+        SystemExit: With status 0, after ``--help`` has been answered.
+    """
+    parser = OptionParser(
+        "fingpt export", "A model in another form, loaded again and compared before it is there."
+    )
+    add_model_options(parser)
+    add = parser.add_argument
+    add(
+        "--format",
+        required=True,
+        choices=tuple(FORMATS),
+        help="; ".join(f"{name}: {what}" for name, what in FORMATS.items()),
+    )
+    add("--output", type=Path, required=True, help="folder that is made")
+    add("--overwrite", action="store_true", help="replace the folder")
+    add("--prompts", type=Path, help="real prompts to compare on: .txt, one a line, or .jsonl")
+    add("--tolerance", type=float, help="largest relative error of the logits; by format if unsaid")
+    return parser.read(words)

@@ -1,0 +1,182 @@
+"""One export: written aside, loaded again, compared, and only then put in its place."""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fingpt_lightning.deploy.comparing import TEXTS, differences, logits_of, probes
+from fingpt_lightning.deploy.gguf_file import write_gguf
+from fingpt_lightning.deploy.model_card import CARD, Exported, made_by_us, model_card
+from fingpt_lightning.deploy.network_files import write_network, write_quantized, write_tokenizer
+from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
+from fingpt_lightning.models.adapter_files import adapter_base
+from fingpt_lightning.models.adapting import adapted_layers, load_adapter, save_adapter
+from fingpt_lightning.models.expansion import expand, merge_into_base
+from fingpt_lightning.models.loading import DTYPES, LoadedModel, load_model
+
+TOLERANCES = {
+    "float64": 1e-10,
+    "float32": 1e-4,
+    "float16": 0.02,
+    "bfloat16": 0.1,
+    "int8": 0.3,
+    "nf4": 0.7,
+}
+"""The largest relative error of the logits, by format where it quantises, else by stored dtype."""
+GGUF = "model.gguf"
+
+
+def working_dtype(stored: str) -> torch.dtype:
+    """In which source and export are compared: float32 unless float64 is stored."""
+    return torch.float64 if stored == "float64" else torch.float32
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises where an export could not be written.
+
+    Raises:
+        FileExistsError: ``output`` is there and not to be replaced, or is no export.
+    """
+    if not output.exists():
+        return
+    if not made_by_us(output):
+        raise FileExistsError(f"output {output} is there, and no export; name another folder")
+    if not overwrite:
+        raise FileExistsError(f"output {output} is there already; --overwrite replaces it")
+
+
+def export(
+    source: LoadedModel,
+    form: str,
+    output: Path,
+    dtype: str = "float32",
+    *,
+    base: str | None = None,
+    texts: Sequence[str] = TEXTS,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Writes a model in another form; the folder appears whole and compared, or not at all.
+
+    An adapter is merged in, but for the form ``peft``.
+
+    Args:
+        source: On the CPU in `working_dtype`; its network is changed.
+        form: One of ``FORMATS`` of the options.
+        output: The folder that is made.
+        dtype: Of the stored weights that are not quantised.
+        base: Path or hub name of the base, for the form ``peft``.
+        texts: Real prompts to compare on.
+        tolerance: The largest relative error of the logits; None is that of `TOLERANCES`.
+        overwrite: Replaces an export that is there.
+
+    Raises:
+        FileExistsError: As in `check_output`.
+        ValueError: The form does not fit the model, or the export differs by more than allowed.
+    """
+    check_output(output, overwrite)
+    network = source.network
+    if source.adapter is not None:
+        load_adapter(source.adapter, network)
+        network.eval()
+    _check_form(network, form, dtype)
+    if tolerance is None:
+        tolerance = TOLERANCES[form if form in TOLERANCES else dtype]
+    asked = probes(network, source.tokenizer, texts)
+    expected = logits_of(network, asked)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{output.name}.", suffix=".partial", dir=output.parent))
+    try:
+        num_parameters = _write(source, form, scratch, DTYPES[dtype], base)
+        again = _loaded_again(form, scratch, working_dtype(dtype))
+        found = differences(asked, expected, logits_of(again, asked))
+        worst = max(found, key=lambda difference: difference.relative_error)
+        if worst.relative_error > tolerance:
+            raise ValueError(
+                f"the export's logits differ by {worst.relative_error:.2g} on {worst.kind} prompts,"
+                f" more than the tolerance {tolerance:g}; nothing was written"
+            )
+        num_bytes = sum(file.stat().st_size for file in scratch.iterdir())
+        exported = Exported(form, dtype, num_bytes, num_parameters, tolerance, found)
+        (scratch / CARD).write_text(model_card(source, exported, output.name), encoding="utf-8")
+        for file in scratch.iterdir():
+            file.chmod(0o644)  # safetensors makes it readable by its owner alone
+        scratch.chmod(0o755)
+        _put_in_place(scratch, output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return exported
+
+
+def _check_form(network: PreTrainedModel, form: str, dtype: str) -> None:
+    if form in ("peft", "merged") and not adapted_layers(network):
+        raise ValueError(f"format {form} needs an adapter: give one, or its folder as the model")
+    if form == "peft" and dtype != "float32":
+        raise ValueError(f"dtype {dtype} has no effect: an adapter is kept as it is, in float32")
+    has_pairs = any(isinstance(m, LowRankLinear | LowRankEmbedding) for m in network.modules())
+    if form == "low_rank" and not has_pairs:
+        raise ValueError("format low_rank: the model has no low-rank pair; hf writes a dense one")
+
+
+def _write(
+    source: LoadedModel, form: str, folder: Path, dtype: torch.dtype, base: str | None
+) -> int:
+    """Writes the files; gives the number of the export's parameters."""
+    network = source.network
+    if form == "peft":
+        assert source.adapter is not None
+        found = adapter_base(source.adapter)
+        path, revision = (base, None) if base is not None else found
+        if Path(path).expanduser().exists():
+            path = str(Path(path).expanduser().resolve())
+        save_adapter(network, folder, path, revision)
+        write_tokenizer(source.tokenizer, folder)
+        layers = adapted_layers(network).values()
+        return sum(p.numel() for x in layers for n, p in x.named_parameters() if "lora_" in n)
+    merge_into_base(network)
+    if form in ("hf", "gguf") or any(_is_quantised(module) for module in network.modules()):
+        expand(network)
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    if form == "gguf":
+        write_gguf(network, source.require_tokenizer(), folder / GGUF, dtype)
+        return num_parameters
+    if form in ("int8", "nf4"):
+        write_quantized(network, folder, dtype, form)
+    else:
+        write_network(network, folder, dtype)
+    write_tokenizer(source.tokenizer, folder)
+    return num_parameters
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return any(not p.is_floating_point() for p in module.parameters(recurse=False))
+
+
+def _loaded_again(form: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    if form == "hf":  # as its reader will
+        network = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+        assert isinstance(network, PreTrainedModel)
+        network.eval()
+        return network
+    loaded = load_model(folder / GGUF if form == "gguf" else folder, dtype=dtype)
+    if loaded.adapter is not None:
+        load_adapter(loaded.adapter, loaded.network)
+    loaded.network.eval()
+    return loaded.network
+
+
+def _put_in_place(scratch: Path, output: Path) -> None:
+    if output.exists():
+        old = Path(tempfile.mkdtemp(prefix=f"{output.name}.", suffix=".old", dir=output.parent))
+        output.rename(old / output.name)
+        scratch.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        scratch.rename(output)

@@ -1,0 +1,135 @@
+"""``fingpt generate``: prompts in, texts out."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from fingpt_lightning.deploy.generation import Completion, Prompt, complete
+from fingpt_lightning.deploy.loading import load_with_adapters
+from fingpt_lightning.deploy.progress import shown_progress
+from fingpt_lightning.deploy.sampling import Sampling
+from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
+from fingpt_lightning.nearest import nearest
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes on from each prompt; the prompts are checked before the model is loaded.
+
+    Args:
+        options: Of `parse_options`.
+
+    Raises:
+        ValueError: A prompt, a setting or the model is not as it must be.
+        FileNotFoundError: A path leads nowhere.
+    """
+    sampling = _sampling(options)
+    prompts = [Prompt(options.prompt)] if options.prompts is None else read_prompts(options.prompts)
+    if options.output is not None and options.output.is_dir():
+        raise ValueError(f"output {options.output} is a folder, not a file")
+    model = load_with_adapters(options)
+    texts = complete(
+        model.network,
+        model.tokenizer,
+        prompts,
+        options.max_new_tokens,
+        sampling=sampling,
+        batch_size=options.batch_size,
+        bank=model.bank,
+    )
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    done: dict[int, Completion] = {}
+    started_s = time.perf_counter()
+    with shown_progress("generating", len(prompts), "prompts") as show:
+        for row, completion in texts:
+            done[row] = completion
+            show(len(done))
+    seconds = time.perf_counter() - started_s
+    in_order = [done[row] for row in range(len(prompts))]
+    if options.output is None:
+        for completion in in_order:
+            console.print(Text(completion.prompt.text, "dim") + Text(completion.text), "\n")
+    else:
+        write_completions(options.output, in_order)
+        console.print(f"{options.output}: {len(done)} texts")
+    num_tokens = sum(completion.num_tokens for completion in in_order)
+    told = f"{num_tokens} tokens, {num_tokens / seconds:.1f} a second"
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        f"{model.loaded.source}: {told}; {cache_bytes_per_token(model.network):,} bytes of cache a"
+        " token",
+        markup=False,
+    )
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """The prompts of a text file, one a line, or of a ``.jsonl`` file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line is wrong, or there is none; the message begins with file and line.
+    """
+    if not file.is_file():
+        there = [path.name for path in file.parent.glob("*")] if file.parent.is_dir() else []
+        raise FileNotFoundError(f"prompts: no file {file}{nearest(file.name, there)}")
+    prompts = []
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            is_json = file.suffix == ".jsonl"
+            prompts.append(_json_prompt(line, f"{file}:{number}") if is_json else Prompt(line))
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt")
+    return prompts
+
+
+def write_completions(file: Path, completions: list[Completion]) -> None:
+    """Writes one JSON object a text, aside and then renamed."""
+    lines = [
+        json.dumps(
+            {
+                "prompt": completion.prompt.text,
+                **({"adapter": name} if (name := completion.prompt.adapter) else {}),
+                "text": completion.text,
+                "num_tokens": completion.num_tokens,
+                "has_ended": completion.has_ended,
+            },
+            ensure_ascii=False,
+        )
+        for completion in completions
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f"{file.name}.partial")
+    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    aside.replace(file)
+
+
+def _json_prompt(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: no JSON ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        known = nearest("prompt", row) if isinstance(row, dict) else ""
+        raise ValueError(f'{where}: no text "prompt"{known}')
+    adapter = row.get("adapter")
+    if adapter is not None and not isinstance(adapter, str):
+        raise ValueError(f'{where}: "adapter" {adapter!r} is no name')
+    return Prompt(row["prompt"], adapter or None)
+
+
+def _sampling(options: argparse.Namespace) -> Sampling | None:
+    if options.temperature is None:
+        for name in ("top_k", "top_p", "seed"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{name} has no effect without temperature; 1 draws as is")
+        return None
+    seed = 1 if options.seed is None else options.seed
+    if seed < 0:
+        raise ValueError(f"seed {seed} is below 0")
+    return Sampling(options.temperature, options.top_k, options.top_p, seed)

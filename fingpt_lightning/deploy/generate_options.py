@@ -1,0 +1,47 @@
+"""The options of ``fingpt generate``, read without importing anything heavy."""
+
+import argparse
+from pathlib import Path
+
+from fingpt_lightning.command_line import (
+    OptionParser,
+    WrongOptions,
+    add_model_options,
+    named_paths,
+    positive_int,
+)
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt generate``.
+
+    Args:
+        words: Of the command line.
+
+    Raises:
+        WrongOptions: An option is unknown, missing, has no such value, or has no effect beside
+            another.
+        SystemExit: With status 0, after ``--help`` has been answered.
+    """
+    parser = OptionParser("fingpt generate", "Text that goes on from prompts.")
+    add_model_options(parser)
+    add = parser.add_argument
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", help="what the text begins with")
+    prompts.add_argument(
+        "--prompts",
+        type=Path,
+        help='file of prompts: .txt, one a line, or .jsonl with "prompt" (and "adapter")',
+    )
+    add("--adapters", type=named_paths, help="NAME=FOLDER,... for prompts that name theirs")
+    add("--max_new_tokens", type=positive_int, default=64, help="default: %(default)s")
+    add("--batch_size", type=positive_int, default=8, help="prompts at once; default: %(default)s")
+    add("--temperature", type=float, help="draw tokens, with logits divided by it")
+    add("--top_k", type=positive_int, help="draw from the K likeliest tokens")
+    add("--top_p", type=float, help="draw from the likeliest tokens of this probability together")
+    add("--seed", type=int, help="of the draws; default: 1")
+    add("--output", type=Path, help="JSONL file for the texts, in place of printing them")
+    options = parser.read(words)
+    if options.adapter and options.adapters:
+        raise WrongOptions("--adapter and --adapters: give one of them")
+    return options

@@ -1,0 +1,111 @@
+"""``fingpt label``: a file of texts in, the same file with labels out."""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fingpt_lightning.deploy.labelled_file import LabelledFile
+from fingpt_lightning.deploy.labelling import (
+    CHUNK_ROWS,
+    Columns,
+    Labeller,
+    checked_rows,
+    count_labels,
+    label_columns,
+    row_chunks,
+)
+from fingpt_lightning.deploy.loading import load_with_adapters
+from fingpt_lightning.deploy.progress import shown_progress
+from fingpt_lightning.tasks import Task, find_task
+from fingpt_lightning.tasks.sources import open_rows
+
+
+def run(options: argparse.Namespace) -> None:
+    """Labels a file; its rows and the output are checked before the model is loaded.
+
+    Args:
+        options: Of `parse_options`.
+
+    Raises:
+        ValueError: A row, the task, the model or the output is not as it must be.
+        OSError: A path leads nowhere, or the output is there.
+    """
+    task = find_task(options.task)
+    columns = Columns(options.text_column, options.adapter_column)
+    adapters = options.adapters or {}
+    LabelledFile(options.output, {})
+    if options.output.exists() and not options.overwrite:
+        raise FileExistsError(f"output {options.output} is there already; --overwrite replaces it")
+    num_rows, names = checked_rows(task, options.input, columns, list(adapters))
+    names += label_columns(task)
+    model = load_with_adapters(options)
+    schema = _schema(options.input, task) if options.output.suffix == ".parquet" else None
+    file = LabelledFile(options.output, _settings(options, task, model.loaded.revision), schema)
+    num_done = file.begin(options.overwrite)
+    labeller = Labeller(
+        model.network,
+        model.tokenizer,
+        task,
+        columns,
+        calibrate=not options.no_calibrate,
+        batch_tokens=options.batch_tokens,
+        bank=model.bank,
+    )
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if num_done:
+        console.print(f"going on after {num_done * CHUNK_ROWS:,} of {num_rows:,} rows")
+    with shown_progress(f"labelling {options.input}", num_rows, "rows") as show:
+        for number, rows in row_chunks(options.input, num_done):
+            first = number * CHUNK_ROWS
+            file.add(number, labeller.label(rows, first + 1), names)
+            show(first + len(rows))
+    file.finish()
+    counts: Counter[str | None] = Counter()
+    for _, row in open_rows(options.output):
+        counts += count_labels(task, [row])
+    found = ", ".join(f"{label} {counts[label]:,}" for label in task.labels)
+    console.print(f"{options.output}: {num_rows:,} rows: {found}")
+    if counts[None]:
+        console.print(f"{counts[None]:,} rows with an empty text have no label")
+
+
+def _settings(options: argparse.Namespace, task: Task, revision: str) -> dict[str, object]:
+    state = options.input.stat()
+    adapters = {name: str(path) for name, path in (options.adapters or {}).items()}
+    return {
+        "input": str(options.input.resolve()),
+        "input_bytes": state.st_size,
+        "input_changed_ns": state.st_mtime_ns,
+        "model": options.model,
+        "revision": revision,
+        "adapter": options.adapter,
+        "adapters": adapters,
+        "dtype": options.dtype,
+        "quantize": options.quantize,
+        "task": task.name,
+        "task_version": task.version,
+        "labels": list(task.labels),
+        "instruction": task.instruction,
+        "text_column": options.text_column,
+        "adapter_column": options.adapter_column,
+        "calibrate": not options.no_calibrate,
+        "chunk_rows": CHUNK_ROWS,
+    }
+
+
+def _schema(file: Path, task: Task) -> Any:
+    """Of the output, where the input has types of its own."""
+    if file.suffix != ".parquet":
+        return None
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    schema = parquet.read_schema(file)
+    label, *probabilities = label_columns(task)
+    schema = schema.append(pyarrow.field(label, pyarrow.string()))
+    for name in probabilities:
+        schema = schema.append(pyarrow.field(name, pyarrow.float64()))
+    return schema

@@ -1,0 +1,43 @@
+"""The options of ``fingpt label``, read without importing anything heavy."""
+
+import argparse
+from pathlib import Path
+
+from fingpt_lightning.command_line import (
+    OptionParser,
+    WrongOptions,
+    add_model_options,
+    named_paths,
+    positive_int,
+)
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt label``.
+
+    Args:
+        words: Of the command line.
+
+    Raises:
+        WrongOptions: An option is unknown, missing, has no such value, or has no effect beside
+            another.
+        SystemExit: With status 0, after ``--help`` has been answered.
+    """
+    parser = OptionParser("fingpt label", "Labels with probabilities for the texts of a file.")
+    add_model_options(parser)
+    add = parser.add_argument
+    add("--task", required=True, help="name or YAML file of a task with labels, such as fpb")
+    add("--input", type=Path, required=True, help=".csv, .jsonl, .jsonl.gz or .parquet")
+    add("--output", type=Path, required=True, help=".csv, .jsonl or .parquet")
+    add("--text_column", default="text", help="where the texts are; default: %(default)s")
+    add("--adapters", type=named_paths, help="NAME=FOLDER,... of which each row names one")
+    add("--adapter_column", help="where rows name their adapter; empty is the base")
+    add("--no_calibrate", action="store_true", help="keep the bias for labels without content")
+    add("--batch_tokens", type=positive_int, help="tokens of a batch, padding included")
+    add("--overwrite", action="store_true", help="replace the output; begin anew")
+    options = parser.read(words)
+    if options.adapter and options.adapters:
+        raise WrongOptions("--adapter and --adapters: give one of them")
+    if bool(options.adapters) != bool(options.adapter_column):
+        raise WrongOptions("--adapters and --adapter_column: give both or none")
+    return options

@@ -1,0 +1,161 @@
+"""An output file that grows in parts, so that a run that was killed goes on where it was.
+
+The parts lie in a folder beside the file, each written aside and then renamed: how many there are
+is the position. At the end they become the file, and the folder goes.
+"""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fingpt_lightning.nearest import nearest
+
+Row = Mapping[str, object]
+_SETTINGS = "settings.json"
+
+
+class LabelledFile:
+    """The rows of one output.
+
+    Args:
+        path: ``.csv``, ``.jsonl`` or ``.parquet``.
+        settings: What decides the rows, as JSON has it; parts of other settings are not gone on
+            with.
+        schema: Of the rows, for Parquet; None takes that of the first part.
+
+    Raises:
+        ValueError: The ending is none of the three.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, object], schema: Any = None) -> None:
+        if path.suffix not in _FORMS:
+            hint = nearest(path.suffix, _FORMS)
+            raise ValueError(f"output {path} ends in none of {', '.join(_FORMS)}{hint}")
+        self.path, self._settings, self._schema = path, dict(settings), schema
+        self.folder = path.with_name(f"{path.name}.partial")
+
+    def begin(self, overwrite: bool) -> int:
+        """Makes the folder of parts, or finds those of an earlier run.
+
+        Args:
+            overwrite: Whether an output or parts that are there are thrown away.
+
+        Returns:
+            The number of parts that are whole.
+
+        Raises:
+            FileExistsError: The output is there.
+            ValueError: The parts that are there are of other settings.
+        """
+        if self.path.exists() and not overwrite:
+            raise FileExistsError(f"output {self.path} is there already; --overwrite replaces it")
+        if overwrite and self.folder.exists():
+            shutil.rmtree(self.folder)
+        file = self.folder / _SETTINGS
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            for name, value in self._settings.items():
+                if before.get(name) != value:
+                    raise ValueError(
+                        f"{self.folder} is of an earlier run with {name} {before.get(name)!r}, now"
+                        f" {value!r}; remove it or --overwrite"
+                    )
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside = file.with_suffix(".aside")
+            aside.write_text(json.dumps(self._settings), encoding="utf-8")
+            aside.replace(file)
+        return len(self._parts())
+
+    def add(self, number: int, rows: Sequence[Row], names: Sequence[str]) -> None:
+        """Writes a part.
+
+        Args:
+            number: Of the part, from 0.
+            rows: At least one.
+            names: All columns, in order.
+        """
+        part = self._part(number)
+        aside = part.with_suffix(".aside")
+        _FORMS[self.path.suffix](aside, rows, names, number == 0, self._schema)
+        aside.replace(part)
+
+    def finish(self) -> None:
+        """Makes the output of the parts."""
+        aside = self.folder / "whole.aside"
+        if self.path.suffix == ".parquet":
+            _join_parquet(self._parts(), aside)
+        else:
+            with aside.open("wb") as whole:
+                for part in self._parts():
+                    with part.open("rb") as opened:
+                        shutil.copyfileobj(opened, whole)
+        aside.replace(self.path)
+        shutil.rmtree(self.folder)
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"{number:07}.part"
+
+    def _parts(self) -> list[Path]:
+        return list(_while_there(self._part))
+
+
+def _while_there(part: Callable[[int], Path]) -> Iterator[Path]:
+    number = 0
+    while part(number).is_file():
+        yield part(number)
+        number += 1
+
+
+def _write_csv(
+    file: Path, rows: Sequence[Row], names: Sequence[str], is_first: bool, _: object
+) -> None:
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.DictWriter(opened, names, lineterminator="\n")
+        if is_first:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_jsonl(
+    file: Path, rows: Sequence[Row], names: Sequence[str], is_first: bool, _: object
+) -> None:
+    lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+def _write_parquet(
+    file: Path, rows: Sequence[Row], names: Sequence[str], is_first: bool, schema: Any
+) -> None:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    if schema is None and not is_first:
+        schema = parquet.read_schema(file.with_name(f"{0:07}.part"))
+    try:
+        table = pyarrow.Table.from_pylist(list(rows), schema=schema)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the rows do not fit the types of those before, which Parquet needs ({reason}); write"
+            " .jsonl"
+        ) from error
+    parquet.write_table(table, file)
+
+
+_FORMS: Mapping[str, Callable[[Path, Sequence[Row], Sequence[str], bool, Any], None]] = {
+    ".csv": _write_csv,
+    ".jsonl": _write_jsonl,
+    ".parquet": _write_parquet,
+}
+
+
+def _join_parquet(parts: Sequence[Path], whole: Path) -> None:
+    from pyarrow import parquet
+
+    with parquet.ParquetWriter(whole, parquet.read_schema(parts[0])) as writer:
+        for part in parts:
+            writer.write_table(parquet.read_table(part, partitioning=None))

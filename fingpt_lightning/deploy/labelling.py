@@ -1,0 +1,205 @@
+"""Labels for rows as they come, a chunk at a time."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fingpt_lightning.deploy.adapter_bank import AdapterBank
+from fingpt_lightning.evaluation.runner import predict
+from fingpt_lightning.nearest import nearest
+from fingpt_lightning.tasks import Example, Task
+from fingpt_lightning.tasks.examples import example_of_fields, field_names
+from fingpt_lightning.tasks.sources import open_rows
+
+CHUNK_ROWS = 1024
+Row = Mapping[str, object]
+
+
+class Columns(NamedTuple):
+    """Where rows have what a task asks for.
+
+    Args:
+        text: The column of the field ``text``; other fields are columns of their own names.
+        adapter: The column with the name of each row's adapter, or None.
+    """
+
+    text: str
+    adapter: str | None = None
+
+    def of(self, field: str) -> str:
+        """The column of a field."""
+        return self.text if field == "text" else field
+
+
+class Labeller:
+    """A model that labels rows of a task.
+
+    Args:
+        network: In evaluation mode.
+        tokenizer: Of the network.
+        task: Of kind ``labels``.
+        columns: Of the rows.
+        calibrate: Whether the bias for labels without content is taken out.
+        batch_tokens: As in `fingpt_lightning.evaluation.scoring.score`.
+        bank: The network's adapters, where rows name theirs.
+    """
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        task: Task,
+        columns: Columns,
+        *,
+        calibrate: bool = True,
+        batch_tokens: int | None = None,
+        bank: AdapterBank | None = None,
+    ) -> None:
+        self._network, self._tokenizer, self._task = network, tokenizer, task
+        self._columns, self._calibrate, self._bank = columns, calibrate, bank
+        self._batch_tokens = batch_tokens
+
+    def label(self, rows: Sequence[Row], first: int) -> list[dict[str, object]]:
+        """The rows, each with its label and probabilities; None where its text is empty.
+
+        Rows of one adapter are run together: what their prompts begin with is run once for each.
+
+        Args:
+            rows: In the order of the file.
+            first: The number of the first, for messages.
+        """
+        by_adapter: dict[str | None, list[tuple[int, Example]]] = {}
+        for place, row in enumerate(rows):
+            example = example_of_row(self._task, row, first + place, self._columns)
+            if example is not None:
+                name = adapter_of_row(row, self._columns)
+                by_adapter.setdefault(name, []).append((place, example))
+        nothing: dict[str, object] = dict.fromkeys(label_columns(self._task))
+        labelled = [{**row, **nothing} for row in rows]
+        for name, found in by_adapter.items():
+            examples = [example for _, example in found]
+            if self._bank is None:
+                answers = self._predict(examples)
+            else:
+                with self._bank.rows(name):
+                    answers = self._predict(examples)
+            for (place, _), (choice, scores) in zip(found, answers, strict=True):
+                values = [self._task.labels[choice], *(round(math.exp(x), 6) for x in scores)]
+                labelled[place] |= zip(nothing, values, strict=True)
+        return labelled
+
+    def _predict(self, examples: list[Example]) -> list[tuple[int, tuple[float, ...]]]:
+        found = predict(
+            self._network,
+            self._tokenizer,
+            self._task,
+            examples,
+            calibrate=self._calibrate,
+            batch_tokens=self._batch_tokens,
+        )
+        answers = []
+        for answer in found:
+            assert answer.choice is not None  # of several choices one is the likeliest
+            answers.append((answer.choice, answer.scores))
+        return answers
+
+
+def label_columns(task: Task) -> list[str]:
+    """The columns that labelling adds: the label, and the probability of each."""
+    return [f"{task.name}_label", *(f"{task.name}_{'_'.join(x.split())}" for x in task.labels)]
+
+
+def example_of_row(task: Task, row: Row, number: int, columns: Columns) -> Example | None:
+    """The example of a row; None where its text is empty.
+
+    Raises:
+        ValueError: A column is missing, or a value is not allowed.
+    """
+    values = {}
+    for field in field_names(task):
+        column = columns.of(field)
+        if column not in row:
+            hint = nearest(column, row) or f"; the columns are {', '.join(row)}"
+            raise ValueError(f"no column {column!r}{hint}")
+        values[field] = row[column]
+    return example_of_fields(task, values, number)
+
+
+def adapter_of_row(row: Row, columns: Columns) -> str | None:
+    """The name of a row's adapter; None is the base.
+
+    Raises:
+        ValueError: The column is missing.
+    """
+    if columns.adapter is None:
+        return None
+    if columns.adapter not in row:
+        hint = nearest(columns.adapter, row)
+        raise ValueError(f"no column {columns.adapter!r}{hint}")
+    value = row[columns.adapter]
+    return str(value).strip() or None if value is not None else None
+
+
+def checked_rows(
+    task: Task, file: Path, columns: Columns, adapters: Sequence[str] = ()
+) -> tuple[int, list[str]]:
+    """Reads a whole file, so that hours of labelling do not end at a wrong row.
+
+    Args:
+        task: Of kind ``labels``.
+        file: The input.
+        columns: Of its rows.
+        adapters: The names that rows may have.
+
+    Returns:
+        The number of rows, and the names of all columns.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A row is wrong; the message begins with file and line.
+    """
+    if task.kind != "labels":
+        raise ValueError(f"task {task.name} is of kind {task.kind}: it has no labels to give")
+    names: dict[str, None] = {}
+    added, num_rows = set(label_columns(task)), 0
+    for number, row in open_rows(file):
+        num_rows += 1
+        names |= dict.fromkeys(row)
+        try:
+            if taken := added & row.keys():
+                raise ValueError(f"the column {min(taken)!r} is there already; rename it")
+            example_of_row(task, row, number, columns)
+            name = adapter_of_row(row, columns)
+            if name is not None and name not in adapters:
+                hint = nearest(name, adapters) or f"; there are {', '.join(adapters)}"
+                raise ValueError(f"adapter {name!r} is not loaded{hint}")
+        except ValueError as error:
+            raise ValueError(f"{file}:{number}: {error}") from None
+    if not num_rows:
+        raise ValueError(f"{file} holds no row")
+    return num_rows, list(names)
+
+
+def row_chunks(file: Path, num_done: int) -> Iterator[tuple[int, list[Row]]]:
+    """The chunks of a file, each with its number, from ``num_done`` on."""
+    every = (row for _, row in open_rows(file))
+    rows = islice(every, num_done * CHUNK_ROWS, None)
+    number = num_done
+    while chunk := list(islice(rows, CHUNK_ROWS)):
+        yield number, chunk
+        number += 1
+
+
+def count_labels(task: Task, rows: Sequence[Row]) -> Counter[str | None]:
+    """How often each label was given; None counts rows without one."""
+    column = label_columns(task)[0]
+    counted: Counter[str | None] = Counter()
+    for row in rows:
+        label = row[column]
+        counted[None if label in (None, "") else str(label)] += 1
+    return counted

@@ -1,0 +1,104 @@
+"""The ``README.md`` of an export: what it is, how it is loaded, how far it is from its source."""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import NamedTuple
+
+from fingpt_lightning.deploy.comparing import Difference
+from fingpt_lightning.models.loading import LoadedModel
+from fingpt_lightning.units import format_bytes, format_count
+
+CARD = "README.md"
+_MARK = "<!-- made by: fingpt export -->"
+_PACKAGES = ("fingpt-lightning", "torch", "transformers", "bitsandbytes", "gguf")
+_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+network = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+_OURS = """from fingpt_lightning.models.loading import load_model
+
+loaded = load_model("{name}")
+loaded.network, loaded.tokenizer"""
+_LOADING = {
+    "hf": _TRANSFORMERS,
+    "peft": """from peft import AutoPeftModelForCausalLM
+
+network = AutoPeftModelForCausalLM.from_pretrained("{name}")""",
+    "gguf": """from llama_cpp import Llama
+
+llama = Llama("{name}/model.gguf")""",
+}
+
+
+class Exported(NamedTuple):
+    """What an export weighs, and how far it is from its source."""
+
+    format: str
+    dtype: str
+    num_bytes: int
+    num_parameters: int
+    tolerance: float
+    differences: list[Difference]
+
+
+def made_by_us(folder: Path) -> bool:
+    """Whether a folder is an export, which may be replaced."""
+    card = folder / CARD
+    return card.is_file() and _MARK in card.read_text(encoding="utf-8", errors="replace")
+
+
+def model_card(source: LoadedModel, exported: Exported, name: str) -> str:
+    """The text of the card.
+
+    Args:
+        source: What was exported.
+        exported: Its figures.
+        name: The folder's.
+    """
+    adapter = f"\nAdapter: `{source.adapter}`  " if source.adapter is not None else ""
+    rows = [
+        f"| {x.kind} | {x.num_positions:,} | {x.max_logit_difference:.3g} |"
+        f" {x.relative_error:.3g} | {100 * x.equal_predictions:.2f} % |"
+        for x in exported.differences
+    ]
+    stored = {"int8": "int8 by bitsandbytes", "nf4": "NF4 by bitsandbytes, scales quantised too"}
+    kept = stored.get(exported.format, exported.dtype)
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            _MARK,
+            "",
+            f"Source: {source.source}  ",
+            f"Revision: `{source.revision}`  {adapter}",
+            f"Format: {exported.format}, {kept}  ",
+            f"Parameters: {format_count(exported.num_parameters)}  ",
+            f"Files: {format_bytes(exported.num_bytes)}",
+            "",
+            "```python",
+            _LOADING.get(exported.format, _OURS).format(name=name),
+            "```",
+            "",
+            "Logits of this export, loaded again, beside those of its source:",
+            "",
+            "| prompts | positions | largest difference | relative error | equal predictions |",
+            "| --- | --: | --: | --: | --: |",
+            *rows,
+            "",
+            f"A relative error above {exported.tolerance:g} would have been refused.",
+            "",
+            f"Made with {', '.join(_versions())}.",
+            "",
+        ]
+    )
+
+
+def _versions() -> list[str]:
+    found = [f"Python {platform.python_version()}"]
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

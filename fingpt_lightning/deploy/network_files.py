@@ -1,0 +1,95 @@
+"""A network's files: safetensors, config, generation config, tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fingpt_lightning.models.stored_quantization import quantization_config, quantize_layers
+from fingpt_lightning.models.weights import SAFETENSORS
+
+
+def write_network(network: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a network without adapters, dense or low-rank.
+
+    Args:
+        network: On any device.
+        folder: There already.
+        dtype: Of the stored weights.
+    """
+    # Each parameter once: what is tied is tied again when it is loaded.
+    state = {name: p.detach().to("cpu", dtype) for name, p in network.named_parameters()}
+    _write(network, state, folder, dtype, {})
+
+
+def write_quantized(
+    network: PreTrainedModel, folder: Path, dtype: torch.dtype, method: str
+) -> None:
+    """Writes a network whose layers are quantised here, in place, as bitsandbytes stores them.
+
+    Args:
+        network: Without adapters, unquantised, on the CPU.
+        folder: There already.
+        dtype: Of what stays unquantised.
+        method: ``nf4`` or ``int8``.
+    """
+    quantize_layers(network, method)
+    is_own = {name for name, _ in network.named_parameters()}
+    tied = {name for name, _ in network.named_parameters(remove_duplicate=False)} - is_own
+    state = {
+        name: tensor.detach().to("cpu")
+        for name, tensor in network.state_dict().items()
+        if name not in tied
+    }
+    # What goes with the codes, scales among them, stays as it is.
+    quantised = [name for name, m in network.named_modules() if _is_quantised(m)]
+    beside = {f"{name}.bias" for name in quantised}
+    for name, tensor in state.items():
+        is_part = any(name.startswith(f"{layer}.") for layer in quantised) and name not in beside
+        if not is_part:
+            state[name] = tensor.to(dtype)
+    _write(network, state, folder, dtype, quantization_config(method, dtype))
+
+
+def _write(
+    network: PreTrainedModel,
+    state: dict[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+    quantization: dict[str, Any],
+) -> None:
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()},
+        folder / SAFETENSORS,
+        {"format": "pt"},
+    )
+    described = network.config.to_diff_dict()
+    described.pop("quantization_config", None)
+    described |= {
+        "architectures": [type(network).__name__],
+        "model_type": network.config.model_type,
+        "tie_word_embeddings": network.config.tie_word_embeddings,
+        "dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+    }
+    if quantization:
+        described["quantization_config"] = quantization
+    text = json.dumps(described, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    if network.generation_config is not None:
+        network.generation_config.save_pretrained(folder)
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> None:
+    """Writes the tokenizer, where there is one."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not weight.is_floating_point()

@@ -1,0 +1,73 @@
+"""Drawing the next token.
+
+Axes: B rows, V vocabulary.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the network's probabilities.
+
+    Args:
+        temperature: Logits are divided by it; above 0.
+        top_k: Only so many of the likeliest tokens can be drawn; None is all.
+        top_p: Only the likeliest tokens that reach this probability together; None is all.
+        seed: Of all draws.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature {self.temperature} is not above 0; greedy needs none")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k} is below 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is outside (0, 1]")
+
+
+class Sampler:
+    """Draws a token for each row of a batch, from a random stream of the row's own.
+
+    So a text depends on the seed and on its place among the prompts, not on its batch.
+
+    Args:
+        sampling: The same for all rows.
+        rows: The number of each row's prompt.
+    """
+
+    def __init__(self, sampling: Sampling, rows: Sequence[int]) -> None:
+        self.sampling = sampling
+        self._streams = [random.Random(f"{sampling.seed}/{row}") for row in rows]
+
+    def __call__(self, logits: Float[Tensor, "B V"]) -> Int[Tensor, "B"]:
+        """The next token of each row."""
+        rule = self.sampling
+        scores_BV, order_BV = (logits.double() / rule.temperature).sort(1, descending=True)
+        if rule.top_k is not None:
+            scores_BV[:, rule.top_k :] = -torch.inf
+        kept_BV = scores_BV.softmax(1)
+        if rule.top_p is not None:
+            before_BV = kept_BV.cumsum(1) - kept_BV
+            kept_BV = kept_BV.masked_fill(before_BV >= rule.top_p, 0)
+        sums_BV = kept_BV.cumsum(1)
+        draws = [stream.random() for stream in self._streams]
+        drawn_B1 = sums_BV[:, -1:] * sums_BV.new_tensor(draws)[:, None]
+        place_B1 = torch.searchsorted(sums_BV, drawn_B1, right=True)
+        # Rounding may put a draw at the very end, behind the last token that can be drawn.
+        last_B1 = (kept_BV > 0).sum(1, keepdim=True) - 1
+        return order_BV.gather(1, place_B1.minimum(last_B1)).squeeze(1)

@@ -1,0 +1,134 @@
+"""Writing text token by token, with a cache of keys and values.
+
+Axes: B rows, T tokens of a prompt, S tokens that the last one could attend to, N new tokens, D
+width, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from fingpt_lightning.models.decode_step import decode_step
+from fingpt_lightning.models.key_value_cache import preallocated_cache
+
+Choose = Callable[[Tensor], Tensor]
+"""From logits, a row a text, to the next token of each."""
+
+
+def greedy(logits: Float[Tensor, "B V"]) -> Int[Tensor, "B"]:
+    """The likeliest token of each row."""
+    return logits.argmax(1)
+
+
+@torch.no_grad()
+def decode(
+    network: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    num_new: int,
+    *,
+    end_tokens: Sequence[int] = (),
+    choose: Choose = greedy,
+    cache: Cache | None = None,
+) -> list[list[int]]:
+    """Goes on with each prompt, all in one batch, for at most ``num_new`` tokens.
+
+    Rows are padded on the right and keep their own positions: the rows beside it change no text.
+
+    Args:
+        network: In evaluation mode.
+        prompts: Of one token at least; with ``num_new`` they fit the network's positions.
+        num_new: At least 1.
+        end_tokens: A text ends before the first of these.
+        choose: Called with the logits of all rows, those of ended ones included.
+        cache: An empty one, in place of one with memory for just these rows.
+
+    Returns:
+        The new tokens of each row.
+    """
+    device = network.device
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    if cache is None:
+        cache = preallocated_cache(network.config, longest + num_new)
+    ids_BT = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
+    lengths_B = torch.tensor(lengths, device=device)
+    allowed_BS = None
+    if min(lengths) < longest:
+        # A padding token lies behind its row, so that causal attention alone keeps it out of the
+        # prompt; what is written later must not see it.
+        place_S = torch.arange(longest + num_new, device=device)
+        allowed_BS = (place_S < lengths_B[:, None]) | (place_S >= longest)
+    output = network.base_model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
+    hidden_BD = output.last_hidden_state[torch.arange(len(prompts), device=device), lengths_B - 1]
+    return write_on(
+        network,
+        hidden_BD,
+        lengths_B,
+        cache,
+        num_new,
+        allowed=allowed_BS,
+        end_tokens=end_tokens,
+        choose=choose,
+    )
+
+
+@torch.no_grad()
+def write_on(
+    network: PreTrainedModel,
+    hidden: Float[Tensor, "B D"],
+    position: Int[Tensor, "B"],
+    cache: Cache,
+    num_new: int,
+    *,
+    allowed: Bool[Tensor, "B S"] | None = None,
+    end_tokens: Sequence[int] = (),
+    choose: Choose = greedy,
+) -> list[list[int]]:
+    """Goes on with texts that a network has run already.
+
+    Args:
+        network: In evaluation mode.
+        hidden: The final hidden state of each row's last token.
+        position: Where each row's next token stands in its text.
+        cache: Of all tokens before.
+        num_new: The most tokens that are written.
+        allowed: Which tokens each row attends to, of those in the cache and ``num_new`` more; None
+            is all.
+        end_tokens: As in `decode`.
+        choose: As in `decode`.
+
+    Returns:
+        The new tokens of each row.
+    """
+    head = network.get_submodule("lm_head")
+    num_before = int(cache.get_seq_length())
+    ends = torch.tensor(list(end_tokens), device=hidden.device, dtype=torch.long)
+    has_ended_B = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    written: list[Tensor] = []
+    for step in range(num_new):
+        token_B = choose(head(hidden))
+        written.append(token_B)
+        if len(ends):
+            has_ended_B |= torch.isin(token_B, ends)
+            if has_ended_B.all():
+                break
+        if step < num_new - 1:
+            seen = None if allowed is None else allowed[:, : num_before + step + 1]
+            hidden = decode_step(network, token_B, position + step, cache, seen)
+    return [_until(row, set(end_tokens)) for row in torch.stack(written, 1).tolist()]
+
+
+def _until(tokens: list[int], ends: set[int]) -> list[int]:
+    found = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:found]
+
+
+def end_tokens_of(network: PreTrainedModel, *more: int | None) -> tuple[int, ...]:
+    """The tokens that end a text, by the network's generation config, and those of ``more``."""
+    named = getattr(network.generation_config, "eos_token_id", None)
+    ends = named if isinstance(named, list) else [named]
+    return tuple(dict.fromkeys(token for token in (*ends, *more) if token is not None))

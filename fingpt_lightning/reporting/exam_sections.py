@@ -1,0 +1,121 @@
+"""The section about accuracy: before and after, confusions, confident mistakes."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fingpt_lightning.reporting.answers import METRICS, Exam, confusion_of, worst
+from fingpt_lightning.reporting.page import (
+    Block,
+    Cell,
+    Matrices,
+    Matrix,
+    Note,
+    Section,
+    Table,
+    number,
+)
+from fingpt_lightning.reporting.runs import Evaluation, Run
+
+_NUM_WORST = 8
+_MAX_TEXT = 280
+_SURE = 0.8
+
+
+class _Source(NamedTuple):
+    """Who sat an exam: a run, with its colour, or an evaluation."""
+
+    name: str
+    run: int | None
+    exams: tuple[Exam, ...]
+
+
+def accuracy_section(
+    runs: Sequence[Run], evaluations: Sequence[Evaluation]
+) -> Section | str | None:
+    """Figures of all tasks, from every run and evaluation that has some."""
+    sources = [_Source(run.name, place, run.exams) for place, run in enumerate(runs)]
+    sources += [_Source(one.name, None, one.exams) for one in evaluations]
+    tasks = dict.fromkeys(exam.task for source in sources for exam in source.exams)
+    if not tasks:
+        return (
+            "Accuracy on tasks: nothing was evaluated; add callbacks.FinancialEvaluation to a run,"
+            " or give the output folder of fingpt evaluate beside it."
+        )
+    blocks: list[Block] = []
+    for task in tasks:
+        shown = [(source, _first_and_last(source.exams, task)) for source in sources]
+        shown = [(source, exams) for source, exams in shown if exams]
+        blocks.append(_figures(task, shown))
+        blocks += _confusions(task, shown)
+        for source, exams in shown:
+            blocks += _mistakes(source, exams[-1])
+    without = [source.name for source in sources if not source.exams]
+    if without:
+        blocks.append(Note(f"Not evaluated: {', '.join(without)}."))
+    lead = "Answers that cannot be read are missing, and count as wrong."
+    return Section("accuracy", "Accuracy before and after", lead, blocks)
+
+
+def _first_and_last(exams: Sequence[Exam], task: str) -> list[Exam]:
+    own = [exam for exam in exams if exam.task == task]
+    return own if len(own) < 2 else [own[0], own[-1]]
+
+
+def _figures(task: str, shown: Sequence[tuple[_Source, list[Exam]]]) -> Table:
+    all_exams = [exam for _, exams in shown for exam in exams]
+    keys = [key for key in METRICS if any(key in exam.figures for exam in all_exams)]
+    rows = []
+    for source, exams in shown:
+        for exam in exams:
+            name = ", ".join(part for part in (source.name, exam.moment) if part)
+            cells = [number(f"{exam.figures[k]:.3f}" if k in exam.figures else "-") for k in keys]
+            if exam.interval and keys[0] == "accuracy":
+                low, high = exam.interval
+                cells[0] = number(f"{exam.figures['accuracy']:.3f} ({low:.2f}-{high:.2f})")
+            rows.append([Cell(name, run=source.run), *cells])
+    return Table([Cell(""), *(number(METRICS[key]) for key in keys)], rows, task)
+
+
+def _confusions(task: str, shown: Sequence[tuple[_Source, list[Exam]]]) -> list[Block]:
+    made = []
+    for source, exams in shown:
+        for exam in exams:
+            if (confusion := confusion_of(exam)) is not None:
+                title = ", ".join(part for part in (source.name, exam.moment) if part)
+                made.append(Matrix(title, confusion))
+    if not made:
+        return []
+    caption = f"{task}: rows are right answers, columns what was answered"
+    return [Matrices(caption, made)]
+
+
+def _mistakes(source: _Source, exam: Exam) -> list[Block]:
+    if not exam.answers:
+        told = "the answers were not kept (W&B keeps them, offline too); figures only"
+        return [Note(f"{source.name}, {exam.task}: {told}.")]
+    found = worst(exam, _NUM_WORST)
+    if not found:
+        return [Note(f"{source.name}, {exam.task}: no answer is wrong.")]
+    wrong = [answer for answer in exam.answers if answer.is_wrong]
+    num_sure = sum((answer.confidence or 0.0) >= _SURE for answer in wrong)
+    rows = [
+        [
+            number("-" if answer.confidence is None else f"{answer.confidence:.0%}"),
+            Cell(answer.prediction or "missing"),
+            Cell(answer.gold or "-"),
+            Cell(_cut(answer.text)),
+        ]
+        for answer in found
+    ]
+    where = ", ".join(part for part in (source.name, exam.moment) if part)
+    caption = (
+        f"Confident and wrong: {exam.task}, {where}. {len(wrong):,} of {len(exam.answers):,}"
+        f" answers are wrong, {num_sure:,} of them at {_SURE:.0%} or more."
+    )
+    head = [number("sure"), Cell("answer"), Cell("right"), Cell("text")]
+    return [Table(head, rows, caption)]
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 3]}..."

@@ -1,0 +1,102 @@
+"""Files of run folders, read with errors that name file and line."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Row = dict[str, float]
+"""The figures of one line of ``metrics.csv``; an empty cell has no entry."""
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The lines of a ``metrics.csv``; none where there is no such file.
+
+    Raises:
+        ValueError: A line is broken: the file and the line are named.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        try:
+            header = next(reader, [])
+            if header and "step" not in header:
+                raise ValueError(f"{path}:1: there is no column step")
+            rows += [_row(header, cells, f"{path}:{reader.line_num}") for cells in reader]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}:{reader.line_num + 1}: {error}") from error
+    return rows
+
+
+def _row(header: list[str], cells: list[str], where: str) -> Row:
+    if len(cells) != len(header):
+        raise ValueError(f"{where}: {len(cells)} cells, and the header has {len(header)}")
+    row = {}
+    for key, cell in zip(header, cells, strict=True):
+        try:
+            if cell:
+                row[key] = float(cell)
+        except ValueError:
+            raise ValueError(f"{where}: {key} is {cell!r}, which is no number") from None
+    if "step" not in row:
+        raise ValueError(f"{where}: there is no step")
+    return row
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no such file.
+
+    Raises:
+        ValueError: The file is broken or holds something else: the file and the line are named.
+    """
+    if not path.exists():
+        return {}
+    return _object(path.read_bytes(), str(path), 1)
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The objects in the lines of a JSON Lines file; none where there is no such file.
+
+    Raises:
+        ValueError: A line is broken or holds something else: the file and the line are named.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines()
+    return [_object(line, str(path), number) for number, line in enumerate(lines, start=1)]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file; none where there is no such file.
+
+    Raises:
+        ValueError: The file is broken: the file and the line are named.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{path}:{line}: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: it holds {type(found).__name__}, not settings")
+    return found
+
+
+def _object(content: bytes, path: str, line: int) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{line + error.lineno - 1}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{line}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}:{line}: it holds {type(found).__name__}, not an object")
+    return found

@@ -1,0 +1,187 @@
+"""The figures that a page opens with, and the table of runs beside each other."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fingpt_lightning.reporting.answers import METRICS, Exam
+from fingpt_lightning.reporting.page import Card, Cell, Section, Table, number
+from fingpt_lightning.reporting.runs import TIME_S, TOKENS, Evaluation, Run, Sweep
+from fingpt_lightning.units import MIB, format_bytes, format_count, format_duration
+
+_MAX_PARAMETERS_IN_CARD = 3
+
+
+class Figure(NamedTuple):
+    """One row of the comparison: how to find it and how to write it.
+
+    ``better`` is 1 where more is better, -1 where less is, 0 where it is no merit.
+    """
+
+    title: str
+    value: Callable[[Run], float | None]
+    write: Callable[[float], str]
+    better: int = 0
+
+
+def last_val_loss(run: Run) -> float | None:
+    """The last validation's, of the summary or, where the run ended early, of the log."""
+    return _last(run.values("val/loss")) or _number(run.summary.get("last_val_loss"))
+
+
+def peak_bytes(run: Run) -> float | None:
+    """The most memory it held: allocated on CUDA, of the process elsewhere."""
+    for key in ("peak_allocated_mib", "peak_rss_mib"):
+        logged = run.values(f"memory/{key}")
+        found = _number(run.summary.get(key)) or (max(logged) if logged else None)
+        if found is not None:
+            return found * MIB
+    return None
+
+
+def tokens_per_s(run: Run) -> float | None:
+    """The mean of the run, or the last logged."""
+    return _number(run.summary.get("tokens_per_s")) or _last(run.values("throughput/tokens_per_s"))
+
+
+def compression(run: Run, key: str) -> float | None:
+    """A figure of the budget, from the summary or the log: ``parameters``, ``dense_parameters``."""
+    return _number(run.summary.get(key)) or _last(run.values(f"compression/{key}"))
+
+
+def _last(values: Sequence[float]) -> float | None:
+    return values[-1] if values else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _best_val_loss(run: Run) -> float | None:
+    return min(run.values("val/loss"), default=None)
+
+
+def _compression_ratio(run: Run) -> float | None:
+    return compression(run, "total_parameter_ratio")
+
+
+_FIGURES = (
+    Figure("last validation loss", last_val_loss, "{:.4f}".format, -1),
+    Figure("best validation loss", _best_val_loss, "{:.4f}".format, -1),
+    Figure("parameters", lambda run: compression(run, "parameters"), format_count, -1),
+    Figure("dense over stored", _compression_ratio, "{:.2f}x".format, 1),
+    Figure("tokens/s", tokens_per_s, "{:,.0f}".format, 1),
+    Figure("peak memory", peak_bytes, format_bytes, -1),
+    Figure("optimizer steps", lambda run: run.num_steps or None, "{:,.0f}".format),
+    Figure("tokens seen", lambda run: _last(run.values(TOKENS)), format_count),
+    Figure("time training", lambda run: _last(run.values(TIME_S)), format_duration),
+)
+
+
+def glance_section(runs: Sequence[Run]) -> Section | None:
+    """Several runs in a table, a column each; the best of a row is marked."""
+    if len(runs) < 2:
+        return None
+    rows = []
+    for figure in _FIGURES:
+        values = [figure.value(run) for run in runs]
+        known = [value for value in values if value is not None]
+        if not known:
+            continue
+        best = {1: max, -1: min}[figure.better](known) if figure.better else None
+        differs = len(set(known)) > 1
+        cells = [
+            number("-") if x is None else number(figure.write(x), is_best=differs and x == best)
+            for x in values
+        ]
+        rows.append([Cell(figure.title), *cells])
+    if not rows:
+        return None
+    head = [Cell(""), *(Cell(run.name, is_number=True, run=i) for i, run in enumerate(runs))]
+    lead = "The same figures of all runs; the best of each row is bold."
+    return Section("glance", "Side by side", lead, [Table(head, rows)])
+
+
+def cards(
+    runs: Sequence[Run], sweeps: Sequence[Sweep], evaluations: Sequence[Evaluation]
+) -> list[Card]:
+    """What a reader wants first."""
+    found = [card for sweep in sweeps for card in _sweep_cards(sweep)]
+    if len(runs) == 1 and not sweeps:
+        found += _run_cards(runs[0])
+    elif runs and not sweeps:
+        found += _best_cards(runs)
+    for evaluation in evaluations[:2]:
+        found += [_exam_card(exam, None, evaluation.name) for exam in evaluation.exams[:3]]
+    return found
+
+
+def _sweep_cards(sweep: Sweep) -> list[Card]:
+    ranked = sweep.ranked()
+    states = [trial.state for trial in sweep.trials]
+    counts = [f"{states.count(s)} {s}" for s in ("finished", "pruned", "failed", "running")]
+    counted = ", ".join(text for text in counts if not text.startswith("0"))
+    found = [Card("trials", f"{len(states)}", counted)]
+    if ranked:
+        best = ranked[0]
+        assert best.value is not None
+        way = "highest" if sweep.goal == "maximize" else "lowest"
+        found.insert(0, Card(f"{way} {sweep.metric}", f"{best.value:.4f}", f"trial {best.number}"))
+        for name, value in list(best.parameters.items())[:_MAX_PARAMETERS_IN_CARD]:
+            found.append(Card(name.rpartition(".")[2], f"{value}", "in the best trial"))
+    return found
+
+
+def _run_cards(run: Run) -> list[Card]:
+    found = []
+    losses = run.values("val/loss")
+    if (loss := last_val_loss(run)) is not None:
+        note = f"from {losses[0]:.3f} at the first validation" if len(losses) > 1 else ""
+        found.append(Card("validation loss", f"{loss:.3f}", note))
+    for task in dict.fromkeys(exam.task for exam in run.exams):
+        exams = [exam for exam in run.exams if exam.task == task]
+        found.append(_exam_card(exams[-1], exams[0] if len(exams) > 1 else None, ""))
+    if (ratio := compression(run, "total_parameter_ratio")) is not None:
+        ours, dense = compression(run, "parameters"), compression(run, "dense_parameters")
+        note = f"{format_count(ours)} of {format_count(dense)} parameters" if ours and dense else ""
+        found.append(Card("smaller than dense", f"{ratio:.2f}x", note))
+    if (rate := tokens_per_s(run)) is not None:
+        ratio = _number(run.summary.get("speed_ratio"))
+        note = f"{ratio:.2f}x the dense twin, timed in turn" if ratio else "training, mean"
+        found.append(Card("tokens a second", f"{rate:,.0f}", note))
+    if (peak := peak_bytes(run)) is not None:
+        found.append(Card("peak memory", format_bytes(peak), "highest of the run"))
+    tokens, time_s = _last(run.values(TOKENS)), _last(run.values(TIME_S))
+    if run.num_steps:
+        parts = [f"{format_count(tokens)} tokens"] if tokens else []
+        parts += [format_duration(time_s)] if time_s else []
+        found.append(Card("optimizer steps", f"{run.num_steps:,}", ", ".join(parts)))
+    return found
+
+
+def _best_cards(runs: Sequence[Run]) -> list[Card]:
+    found = []
+    named = {
+        "last validation loss": "lowest validation loss",
+        "dense over stored": "smallest beside dense",
+        "tokens/s": "most tokens a second",
+        "peak memory": "least peak memory",
+    }
+    for figure in _FIGURES:
+        known = [(figure.value(run), place) for place, run in enumerate(runs)]
+        values = [(value, place) for value, place in known if value is not None]
+        if figure.title not in named or len({value for value, _ in values}) < 2:
+            continue
+        value, place = max(values, key=lambda found: figure.better * found[0])
+        note = runs[place].name
+        found.append(Card(named[figure.title], figure.write(value), note, run=place))
+    return found
+
+
+def _exam_card(exam: Exam, before: Exam | None, name: str) -> Card:
+    key = next((key for key in METRICS if key in exam.figures), None)
+    if key is None:
+        return Card(exam.task, "-", name)
+    note = name
+    if before is not None and key in before.figures:
+        note = f"{before.figures[key]:.3f} {before.moment}"
+    return Card(f"{METRICS[key]}, {exam.task}", f"{exam.figures[key]:.3f}", note)

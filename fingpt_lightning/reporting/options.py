@@ -1,0 +1,31 @@
+"""The options of ``fingpt report``, read without importing anything heavy."""
+
+import argparse
+from pathlib import Path
+
+from fingpt_lightning.command_line import OptionParser
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt report``.
+
+    Args:
+        words: Of the command line.
+
+    Raises:
+        WrongOptions: An option is unknown, missing or has no such value.
+        SystemExit: With status 0, after ``--help`` has been answered.
+    """
+    parser = OptionParser(
+        "fingpt report", "One self-contained page about runs, sweeps and evaluations."
+    )
+    add = parser.add_argument
+    add(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="RUN_OR_SWEEP",
+        help="folder of a run, a sweep or an evaluation; several stand side by side",
+    )
+    add("--output", type=Path, default=Path("report.html"), help="the page; default: %(default)s")
+    return parser.read(words)

@@ -1,0 +1,98 @@
+"""``fingpt report``: runs, sweeps and evaluations on one page."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fingpt_lightning.reporting.exam_sections import accuracy_section
+from fingpt_lightning.reporting.headline import cards, glance_section
+from fingpt_lightning.reporting.page import Label, Page, Section, to_html
+from fingpt_lightning.reporting.run_sections import (
+    compression_section,
+    learning_section,
+    memory_section,
+    pipeline_section,
+    settings_section,
+    speed_section,
+)
+from fingpt_lightning.reporting.runs import Evaluation, Run, Sweep, read_folder
+from fingpt_lightning.reporting.sweep_sections import sweep_section
+
+_NUM_TRIALS_SHOWN = 5
+"""How many of a sweep's trials stand beside each other as runs: the best ones."""
+
+
+def write_page(paths: Sequence[Path], output: Path) -> None:
+    """What `fingpt_lightning.reporting.write_report` does, and says."""
+    if not paths:
+        raise ValueError("no run, sweep or evaluation is given")
+    if not output.resolve().parent.is_dir():
+        raise FileNotFoundError(f"output {output}: there is no folder {output.parent}")
+    if output.is_dir():
+        raise ValueError(f"output {output} is a folder; name a file, as {output / 'report.html'}")
+    html = to_html(_page([read_folder(path) for path in dict.fromkeys(paths)]))
+    aside = output.with_name(f"{output.name}.partial")
+    aside.write_text(html, encoding="utf-8")
+    aside.replace(output)
+
+
+def _page(found: Sequence[Run | Sweep | Evaluation]) -> Page:
+    sweeps = [one for one in found if isinstance(one, Sweep)]
+    evaluations = [one for one in found if isinstance(one, Evaluation)]
+    runs: list[Run] = []
+    for one in found:
+        if isinstance(one, Run):
+            runs.append(one)
+        elif isinstance(one, Sweep):
+            best = [trial.run for trial in one.ranked() if trial.run is not None]
+            runs += best[:_NUM_TRIALS_SHOWN]
+    runs = _with_own_names(runs)
+    sections: list[Section] = [sweep_section(sweep) for sweep in sweeps]
+    missing: list[str] = []
+    made = (
+        glance_section(runs),
+        learning_section(runs),
+        accuracy_section(runs, evaluations),
+        compression_section(runs),
+        speed_section(runs),
+        memory_section(runs),
+        pipeline_section(runs),
+        settings_section(runs, evaluations),
+    )
+    for section in made:
+        if isinstance(section, Section):
+            sections.append(section)
+        elif section:
+            missing.append(section)
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    names = [one.name for one in (*sweeps, *(one for one in found if not isinstance(one, Sweep)))]
+    kind = "Sweep" if sweeps else "Run" if runs else "Evaluation"
+    shown = names[0] if len(names) == 1 else f"{len(names)} side by side"
+    return Page(
+        title=f"{kind} report: {shown}" if len(names) == 1 else f"Report: {shown}",
+        subtitle=f"{', '.join(names)}; written {now}",
+        cards=cards(runs, sweeps, evaluations),
+        labels=[Label(run.name, place, _state(run)) for place, run in enumerate(runs)],
+        sections=sections,
+        missing=missing,
+    )
+
+
+def _state(run: Run) -> str:
+    if run.is_finished:
+        return "finished"
+    if run.error:
+        return f"failed: {run.error}"
+    after = f"after {run.num_steps:,} logged steps" if run.num_steps else "before the first step"
+    return f"not finished: it stopped {after}, or is still running"
+
+
+def _with_own_names(runs: Sequence[Run]) -> list[Run]:
+    """Runs of the same name take their parent folder's into theirs."""
+    names = [run.name for run in runs]
+    return [
+        run._replace(name=f"{run.folder.resolve().parent.name}/{run.name}")
+        if names.count(run.name) > 1
+        else run
+        for run in runs
+    ]

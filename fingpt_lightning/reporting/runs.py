@@ -1,0 +1,252 @@
+"""A run, a sweep or an evaluation, read from the folder that it left."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fingpt_lightning.nearest import nearest
+from fingpt_lightning.pipeline import Pass, Work
+from fingpt_lightning.reporting.answers import Exam, exams_of_evaluation, exams_of_run
+from fingpt_lightning.reporting.environment import ENVIRONMENT
+from fingpt_lightning.reporting.files import Row, read_config, read_metrics, read_object
+
+TOKENS, TIME_S = "train/tokens", "throughput/training_time_s"
+_RUN_FILES = ("config.yaml", "metrics.csv", "summary.json")
+_KNOWN_FILES = (*_RUN_FILES, "sweep.json", "results.json")
+
+
+class RecordedStep(NamedTuple):
+    """A training step of a pipeline, pass by pass."""
+
+    step: int
+    passes: tuple[Pass, ...]
+
+
+class Run(NamedTuple):
+    """What ``fingpt fit`` left; a part that is not there is empty."""
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    summary: dict[str, Any]
+    rows: tuple[Row, ...]
+    exams: tuple[Exam, ...]
+    steps: tuple[RecordedStep, ...]
+    error: str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it came to its end and wrote its summary."""
+        return bool(self.summary)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps that were logged."""
+        trained = [row["step"] for row in self.rows if "train/loss" in row]
+        return int(max(trained)) + 1 if trained else 0
+
+    def values(self, key: str) -> list[float]:
+        """The logged values of a key, in order, without those that are no finite number."""
+        found = [row[key] for row in self.rows if key in row]
+        return [value for value in found if math.isfinite(value)]
+
+    def curve(self, key: str, axis: str) -> list[tuple[float, float]]:
+        """A key's values over another's, which keeps its value until it is logged again.
+
+        Values that are no finite number are left out, and those before the axis is known.
+        """
+        points, place = [], None
+        for row in self.rows:
+            place = row.get(axis, place)
+            value = row.get(key)
+            if place is not None and value is not None and math.isfinite(value):
+                points.append((place, value))
+        return points
+
+    def diverged_at(self) -> int | None:
+        """The first step whose loss is no finite number; None where all are."""
+        losses = (row for row in self.rows if not math.isfinite(row.get("train/loss", 0.0)))
+        return next((int(row["step"]) for row in losses), None)
+
+
+class Trial(NamedTuple):
+    """One run of a sweep; ``run`` is None where it left no folder."""
+
+    number: int
+    state: str
+    value: float | None
+    parameters: dict[str, Any]
+    error: str | None
+    seconds: float | None
+    run: Run | None
+
+
+class Sweep(NamedTuple):
+    """What ``fingpt sweep`` left."""
+
+    name: str
+    folder: Path
+    metric: str
+    goal: str
+    method: str
+    best: int | None
+    trials: tuple[Trial, ...]
+
+    def ranked(self) -> list[Trial]:
+        """The trials that have a value, the best first."""
+        sign = -1 if self.goal == "maximize" else 1
+        known = [(sign * t.value, t) for t in self.trials if t.value is not None]
+        return [trial for value, trial in sorted(known, key=lambda x: x[0]) if math.isfinite(value)]
+
+
+class Evaluation(NamedTuple):
+    """What ``fingpt evaluate`` left."""
+
+    name: str
+    folder: Path
+    head: dict[str, Any]
+    exams: tuple[Exam, ...]
+
+
+def read_folder(folder: Path) -> Run | Sweep | Evaluation:
+    """Reads what lies in a folder.
+
+    Raises:
+        ValueError: It is none of the three, or a file in it is broken.
+        FileNotFoundError: There is no such folder.
+    """
+    if not folder.is_dir():
+        siblings = [path.name for path in _folders(folder.parent)]
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{folder} {what}{nearest(folder.name, siblings)}")
+    if (folder / "sweep.json").exists():
+        return _read_sweep(folder)
+    if (folder / "results.json").exists():
+        results = read_object(folder / "results.json")
+        exams = tuple(exams_of_evaluation(folder, results))
+        head = {key: value for key, value in results.items() if key != "tasks"}
+        return Evaluation(folder.resolve().name, folder, head, exams)
+    if _is_run(folder):
+        return read_run(folder)
+    inner = next((path for path in _folders(folder) if _is_run(path)), None)
+    advice = f"; there are runs in it: name one, as {inner}" if inner else ""
+    known = ", ".join(_KNOWN_FILES)
+    raise ValueError(f"{folder} is no run, sweep or evaluation: it holds none of {known}{advice}")
+
+
+def read_run(folder: Path, name: str | None = None, error: str | None = None) -> Run:
+    """Reads a run folder, of which any file may be missing.
+
+    Args:
+        folder: What ``fingpt fit`` left.
+        name: What to call the run; None takes the folder's name.
+        error: Why it ended, where that is known.
+
+    Raises:
+        ValueError: A file is broken.
+    """
+    rows = tuple(read_metrics(folder / "metrics.csv"))
+    return Run(
+        name=name or folder.resolve().name,
+        folder=folder,
+        settings=dict(flattened(read_config(folder / "config.yaml"))),
+        environment=read_object(folder / ENVIRONMENT),
+        summary=read_object(folder / "summary.json"),
+        rows=rows,
+        exams=tuple(exams_of_run(folder, rows)),
+        steps=tuple(_recorded_steps(folder / "pipeline")),
+        error=error,
+    )
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as dotted names; lists are values.
+
+    >>> dict(flattened({"model": {"rank": 4, "layers": [1, 2]}}))
+    {'model.rank': 4, 'model.layers': [1, 2]}
+    """
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """The settings in which runs differ, without those that say where they lie."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    places = ("default_root_dir", "dirpath", "save_dir", "name", "ckpt_path", "runs_dir", "group")
+    return [
+        name
+        for name in names
+        if name.rpartition(".")[2] not in places
+        and len({json.dumps(run.settings.get(name), default=str) for run in runs}) > 1
+    ]
+
+
+def _read_sweep(folder: Path) -> Sweep:
+    path = folder / "sweep.json"
+    found = read_object(path)
+    try:
+        trials = tuple(_read_trial(folder, trial) for trial in found["trials"])
+        metric = found["metric"]
+        return Sweep(
+            name=str(found["name"]),
+            folder=folder,
+            metric=str(metric["name"]),
+            goal=str(metric["goal"]),
+            method=str(found["method"]),
+            best=found.get("best"),
+            trials=trials,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no record of a sweep: {error!r}") from error
+
+
+def _read_trial(folder: Path, found: Mapping[str, Any]) -> Trial:
+    number, value = int(found["number"]), found.get("value")
+    run_folder, error = found.get("run_folder"), found.get("error")
+    run = None
+    if run_folder is not None and _is_run(folder / run_folder):
+        run = read_run(folder / run_folder, f"trial {number}", error)
+    return Trial(
+        number=number,
+        state=str(found["state"]),
+        value=None if value is None else float(value),
+        parameters=dict(found["parameters"]),
+        error=error,
+        seconds=found.get("seconds"),
+        run=run,
+    )
+
+
+def _recorded_steps(folder: Path) -> Iterator[RecordedStep]:
+    """The Chrome traces of `callbacks.PipelineTrace`."""
+    paths = folder.glob("step_*.json")
+    for path in sorted(paths, key=lambda path: (len(path.name), path.name)):
+        events = read_object(path).get("traceEvents", [])
+        try:
+            passes = tuple(_pass(event) for event in events)
+            step = int(path.stem.removeprefix("step_"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no trace of a pipeline: {error!r}") from error
+        if passes:
+            yield RecordedStep(step, passes)
+
+
+def _pass(event: Mapping[str, Any]) -> Pass:
+    start_s, length_s = event["ts"] / 1e6, event["dur"] / 1e6
+    own = event["args"]
+    work = Work(event["cat"])
+    return Pass(event["tid"], own["stage"], own["microbatch"], work, start_s, start_s + length_s)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _RUN_FILES)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []

@@ -1,0 +1,89 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fingpt_lightning.cli import main
+from fingpt_lightning.models.loading import load_model
+from tests.deploy.tiny_clients import save_clients, save_low_rank_model
+
+Export = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Export:
+    """Runs ``fingpt export`` on a tiny low-rank GPT-2; gives status, output and error."""
+    save_low_rank_model(tmp_path / "model")
+
+    def call(*words: str) -> tuple[int, str, str]:
+        given = {"--model": tmp_path / "model", "--format": "hf", "--output": tmp_path / "out"}
+        defaults = [str(x) for name, v in given.items() if name not in words for x in (name, v)]
+        status = 0
+        capsys.readouterr()  # of the fixtures
+        try:
+            main(["export", *defaults, *words])
+        except SystemExit as error:
+            status = int(error.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def test_the_differences_are_printed_and_stand_in_the_card(export: Export, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("Profit of Foo rose\n")
+    words = ("--prompts", str(tmp_path / "own.txt"), "--dtype", "bfloat16")
+    status, output, error = export(*words)
+    assert status == 0, error
+    found = re.findall(r"^(random|real) +(\d+) +(\S+) +(\S+) +([\d.]+) %$", output, re.MULTILINE)
+    assert [row[0] for row in found] == ["random", "real"]
+    assert int(found[1][1]) < 20  # of the one prompt that was given
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"| {row[2]} | {row[3]} | {row[4]} % |" in card for row in found)
+    assert re.search(r"out: hf, [\d.]+ K parameters, [\d.]+ [KM]iB, .* within 0\.1$", output, re.M)
+    assert load_model(tmp_path / "out").source.endswith("(gpt2)")
+
+
+def test_an_adapter_given_apart_is_merged(export: Export, tmp_path: Path) -> None:
+    (client,) = save_clients(tmp_path / "model", tmp_path / "clients", 1)
+    status, _, error = export("--adapter", str(client), "--format", "merged")
+    assert status == 0, error
+    assert str(client) in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--format", "peft"), "format peft needs an adapter"),
+        (("--model", "{}/modl"), "did you mean .*model"),
+        (("--output", "{}"), "is there, and no export; name another folder"),
+        (("--tolerance", "0"), "tolerance 0.0 is not above 0"),
+        (("--tolerance", "1e-12", "--dtype", "bfloat16"), "more than the tolerance 1e-12"),
+        (("--prompts", "{}/none.txt"), "no file .*none.txt"),
+        (("--device", "meta"), "exports are made on the CPU"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value[0],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    export: Export, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    status, _, error = export(*[word.format(tmp_path) for word in words])
+    assert status == 1, error
+    (line,) = error.strip().splitlines()[-1:]
+    assert re.search(message, line)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_wrong_format_is_status_2(export: Export) -> None:
+    status, _, error = export("--format", "onnx")
+    assert status == 2
+    assert "invalid choice: 'onnx'" in error
+
+
+def test_an_adapter_is_not_stored_in_another_dtype(export: Export, tmp_path: Path) -> None:
+    (client,) = save_clients(tmp_path / "model", tmp_path / "clients", 1)
+    words = ("--adapter", str(client), "--format", "peft", "--dtype", "float16")
+    status, _, error = export(*words)
+    assert status == 1
+    assert "dtype float16 has no effect" in error

@@ -1,0 +1,271 @@
+import csv
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow  # type: ignore[import-untyped]
+import pytest
+from pyarrow import parquet
+
+from fingpt_lightning.cli import main
+from fingpt_lightning.deploy import label_command, labelling
+from fingpt_lightning.deploy.labelling import Labeller
+from fingpt_lightning.evaluation.runner import predict
+from fingpt_lightning.models.adapting import load_adapter
+from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.tasks import find_task, read_rows
+from tests.deploy.tiny_clients import save_clients
+from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer, write_rows
+
+Label = Callable[..., tuple[int, str, str]]
+TEXTS = [row["text"] for row in ROWS["fpb"]]
+ADDED = ["fpb_label", "fpb_negative", "fpb_neutral", "fpb_positive"]
+
+
+@pytest.fixture
+def label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Label:
+    """Runs ``fingpt label`` with a tiny Llama; gives status, output and error."""
+    tiny_network("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"id": f"00{number}", "text": text} for number, text in enumerate(TEXTS)]
+    write(tmp_path / "in.jsonl", rows)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        given = {
+            "--model": tmp_path / "model",
+            "--task": "fpb",
+            "--input": tmp_path / "in.jsonl",
+            "--output": tmp_path / "out.jsonl",
+            "--device": "cpu",
+        }
+        defaults = [str(x) for name, v in given.items() if name not in words for x in (name, v)]
+        status = 0
+        capsys.readouterr()  # of the fixtures
+        try:
+            main(["label", *defaults, *words])
+        except SystemExit as error:
+            status = int(error.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def write(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    if file.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
+    elif file.suffix == ".csv":
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    if file.suffix == ".parquet":
+        return list(parquet.read_table(file).to_pylist())
+    if file.suffix == ".csv":
+        with file.open(newline="") as opened:
+            return list(csv.DictReader(opened))
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _expected(tmp_path: Path, calibrate: bool) -> list[dict[str, Any]]:
+    task = find_task("fpb")
+    examples = read_rows(task, write_rows(tmp_path / "data", "fpb"), "validation").examples
+    loaded = load_model(tmp_path / "model")
+    tokenizer = loaded.require_tokenizer()
+    found = predict(loaded.network, tokenizer, task, examples, calibrate=calibrate)
+    return [{"label": task.labels[answer.choice or 0], "scores": answer.scores} for answer in found]
+
+
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_labels_are_those_of_evaluation_with_probabilities_that_add_up_to_one(
+    label: Label, tmp_path: Path, calibrate: bool
+) -> None:
+    status, output, error = label(*([] if calibrate else ["--no_calibrate"]))
+    assert status == 0, error
+    rows = read(tmp_path / "out.jsonl")
+    expected = _expected(tmp_path, calibrate)
+    assert [row["fpb_label"] for row in rows] == [answer["label"] for answer in expected]
+    for row in rows:
+        probabilities = [row[name] for name in ADDED[1:]]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        best = find_task("fpb").labels[probabilities.index(max(probabilities))]
+        assert row["fpb_label"] == best
+    assert [row["text"] for row in rows] == TEXTS
+    assert list(rows[0]) == ["id", "text", *ADDED]
+    assert re.search(r"out.jsonl: 5 rows: negative \d, neutral \d, positive \d", output)
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize("ending_out", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("ending_in", [".csv", ".jsonl", ".parquet"])
+def test_every_form_of_file_is_read_and_written(
+    label: Label, tmp_path: Path, ending_in: str, ending_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _small_chunks(monkeypatch, 2)
+    texts = [*TEXTS[:2], ' with "quotes",\nand a line end', " ", TEXTS[2]]
+    rows = [{"id": f"0{number}", "body": text} for number, text in enumerate(texts)]
+    file, out = write(tmp_path / f"news{ending_in}", rows), tmp_path / f"labelled{ending_out}"
+    words = ("--input", str(file), "--output", str(out), "--text_column", "body")
+    status, output, error = label(*words)
+    assert status == 0, error
+    found = read(out)
+    assert [(row["id"], row["body"]) for row in found] == [(r["id"], r["body"]) for r in rows]
+    assert [row["fpb_label"] in (None, "") for row in found] == [False, False, False, True, False]
+    assert found[3]["fpb_neutral"] in (None, "")
+    assert 0 < float(found[4]["fpb_neutral"]) < 1
+    assert "1 rows with an empty text have no label" in output
+
+
+def _small_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    for module in (labelling, label_command):
+        monkeypatch.setattr(module, "CHUNK_ROWS", rows)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_a_run_that_was_killed_goes_on_where_it_was(
+    label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    _small_chunks(monkeypatch, 2)
+    whole, out = tmp_path / f"whole{ending}", tmp_path / f"out{ending}"
+    assert label("--output", str(whole))[0] == 0
+    own, asked = Labeller.label, list[int]()
+
+    def die_at_third_row(self: Labeller, rows: Any, first: int) -> Any:
+        asked.append(first)
+        if first == 3 and len(asked) == 2:
+            raise KeyboardInterrupt
+        return own(self, rows, first)
+
+    monkeypatch.setattr(Labeller, "label", die_at_third_row)
+    assert label("--output", str(out))[0] == 130
+    assert not out.exists()
+    (tmp_path / f"out{ending}.partial" / "0000001.aside").write_text("half")
+    status, output, error = label("--output", str(out))
+    assert status == 0, error
+    assert asked == [1, 3, 3, 5]
+    assert "going on after 2 of 5 rows" in output
+    assert out.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_parts_of_other_settings_are_not_gone_on_with(
+    label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Labeller.label
+    monkeypatch.setattr(Labeller, "label", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert label()[0] == 130
+    monkeypatch.setattr(Labeller, "label", own)
+    status, _, error = label("--no_calibrate")
+    assert status == 1
+    assert "is of an earlier run with calibrate True, now False; remove it or" in error
+    assert label("--no_calibrate", "--overwrite")[0] == 0
+    status, _, error = label()
+    assert status == 1
+    assert "out.jsonl is there already; --overwrite replaces it" in error
+
+
+def test_each_row_is_labelled_by_its_own_adapter(label: Label, tmp_path: Path) -> None:
+    clients = save_clients(tmp_path / "model", tmp_path / "clients", 2)
+    names = ["ann", "bob", None, "bob", "ann"]
+    rows = [{"text": text, "client": name} for text, name in zip(TEXTS, names, strict=True)]
+    file = write(tmp_path / "mixed.jsonl", rows)
+    adapters = f"ann={clients[0]},bob={clients[1]}"
+    words = ("--input", str(file), "--adapters", adapters, "--adapter_column", "client")
+    status, _, error = label(*words)
+    assert status == 0, error
+    found = read(tmp_path / "out.jsonl")
+    for index, name in enumerate(names):
+        loaded = load_model(tmp_path / "model")
+        if name is not None:
+            load_adapter(clients[["ann", "bob"].index(name)], loaded.network)
+        labeller = Labeller(
+            loaded.network.eval(), loaded.require_tokenizer(), find_task("fpb"),
+            labelling.Columns("text"),
+        )  # fmt: skip
+        (alone,) = labeller.label([rows[index]], 1)
+        assert found[index]["fpb_label"] == alone["fpb_label"]
+        for column in ADDED[1:]:
+            assert found[index][column] == pytest.approx(alone[column], abs=1e-4)
+    write(file, [{"text": "Foo", "client": "bab"}])
+    status, _, error = label(*words, "--overwrite")
+    assert status == 1
+    assert "mixed.jsonl:1: adapter 'bab' is not loaded; did you mean bob?" in error
+
+
+def test_a_task_with_other_fields_reads_them_from_columns_of_their_names(
+    label: Label, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "fiqa.csv", [{"text": "Foo fell", "kind": "post"}])
+    assert label("--task", "fiqa_sa", "--input", str(file))[0] == 0
+    (row,) = read(tmp_path / "out.jsonl")
+    assert row["fiqa_sa_label"] in ("negative", "neutral", "positive")
+    write(file, [{"text": "Foo fell", "knd": "post"}])
+    status, _, error = label("--task", "fiqa_sa", "--input", str(file), "--overwrite")
+    assert status == 1
+    assert "fiqa.csv:2: no column 'kind'; did you mean knd?" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--input", "{}/im.jsonl"), "no file .*im.jsonl; did you mean in.jsonl"),
+        (("--input", "{}/in.txt"), "in.txt ends in none of .jsonl, "),
+        (("--output", "{}/out.cvs"), "ends in none of .csv, .jsonl, .parquet; did you mean .csv"),
+        (("--text_column", "txt"), "in.jsonl:1: no column 'txt'; did you mean text"),
+        (("--task", "piqa"), "task piqa is of kind choices: it has no labels to give"),
+        (("--task", "fbp"), "did you mean fpb"),
+        (("--model", "{}/modl"), "no such file or folder"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value[0],
+)
+def test_bad_input_is_one_line_and_status_1_before_anything_is_written(
+    label: Label, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    status, _, error = label(*[word.format(tmp_path) for word in words])
+    assert status == 1, error
+    (line,) = error.strip().splitlines()
+    assert re.search(message, line)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": "b", "fpb_label": 1}', "in.jsonl:2: the column 'fpb_label' is"),
+        ('{"text": "a"}\n\n{"text": ["b"]', "in.jsonl:3: no JSON"),
+        ('{"text": {"a": 1}}', "in.jsonl:1: field 'text' holds a dict"),
+        ("\n", "in.jsonl holds no row"),
+    ],
+)
+def test_a_wrong_row_is_found_before_the_model_is_loaded(
+    label: Label, tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "in.jsonl").write_text(content)
+    status, _, error = label("--model", "no/such/model")
+    assert status == 1
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--adapters", "a=b"), "--adapters and --adapter_column: give both or none"),
+        (("--adapters", "a=b", "--adapter", "c"), "give one of them"),
+        (("--text_colum", "x"), "did you mean --text_column"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value[-1],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(
+    label: Label, words: tuple[str, ...], message: str
+) -> None:
+    status, _, error = label(*words)
+    assert status == 2
+    assert message in error

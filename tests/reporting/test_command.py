@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+
+from fingpt_lightning.cli import main
+from tests.reporting.folders import make_run
+
+
+def _run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str]:
+    status = 0
+    try:
+        main([str(word) for word in words])
+    except SystemExit as error:
+        status = int(error.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_report_writes_the_page_and_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    run = make_run(tmp_path / "mine", 4)
+    status, text = _run(capsys, "report", run, "--output", page)
+    assert status == 0
+    assert f"{page}: " in text
+    assert page.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_report_tells_each_mistake_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "mine", 4)
+    cases = [
+        (("report",), 2, "required: RUN_OR_SWEEP"),
+        (("report", run, "--outptu", "x.html"), 2, "did you mean --output?"),
+        (("report", tmp_path / "mone"), 1, "mone does not exist; did you mean mine?"),
+        (("report", run, "--output", tmp_path / "no" / "x.html"), 1, "there is no folder"),
+    ]
+    for words, status, message in cases:
+        found, text = _run(capsys, *words)
+        assert found == status, text
+        assert message in text
+        assert len(text.strip().splitlines()) == 1
+    (run / "metrics.csv").write_text("step,train/loss\n0,x\n")
+    status, text = _run(capsys, "report", run, "--output", tmp_path / "x.html")
+    assert status == 1
+    assert f"{run / 'metrics.csv'}:2: train/loss is 'x', which is no number" in text
+    assert not (tmp_path / "x.html").exists()

@@ -1,0 +1,219 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from fingpt_lightning.reporting import write_report
+from tests.reporting.folders import (
+    make_evaluation,
+    make_run,
+    make_sweep,
+    write_metrics,
+    write_trace,
+)
+
+VOID = ("meta", "br", "link", "img", "input")
+
+
+class _Page(HTMLParser):
+    """What a browser would find: headings, tags that were left open, addresses, names."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("href", "src", "xlink:href", "action", "data", "srcset"):
+                self.addresses.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def _report(folder: Path, *paths: Path) -> str:
+    output = folder / "report.html"
+    write_report(paths, output)
+    assert not list(folder.glob("*.partial"))
+    return output.read_text()
+
+
+def _sections(html: str) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", html)
+
+
+def test_a_run_shows_all_that_it_left(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "mine", tasks=["fpb"])
+    write_trace(run)
+    html = _report(tmp_path, run)
+    assert _sections(html) == [
+        *("Learning", "Accuracy before and after", "Compression", "Throughput"),
+        *("Memory by phase", "Pipeline", "What ran"),
+    ]
+    for text in ("2.97x", "0.780", "0.310 before training", "764.0 MiB", "8,000", "1.48x"):
+        assert text in html
+    assert "Loss by tokens" in html
+    assert "Loss by time" in html
+    assert "&lt;unchanged&gt; &amp; payable" in html
+    assert "<unchanged>" not in html
+
+
+def test_the_page_is_whole_and_loads_and_runs_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "mine", tasks=["fpb"])
+    write_trace(run)
+    html = _report(tmp_path, run, make_sweep(tmp_path / "quick_rank"))
+    page = _Page(html)
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not re.search(r"@import|url\((?!#)", html)
+    assert len(page.ids) == len(set(page.ids))
+    assert {address[1:] for address in page.addresses} <= set(page.ids)
+    assert 'name="viewport" content="width=device-width' in html
+
+
+def test_charts_take_every_colour_from_the_page_which_has_it_for_dark_and_light(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path / "mine")
+    write_trace(run)
+    html = _report(tmp_path, run, make_sweep(tmp_path / "quick_rank"))
+    charts = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+    assert len(charts) > 10
+    for chart in charts:
+        ElementTree.fromstring(chart)
+        assert not re.search(r"#[0-9a-f]{6}", chart)
+    light, dark = re.findall(r":root \{(.*?)\}", html, flags=re.DOTALL)
+    used = set(re.findall(r"var\(--([\w-]+)\)", html))
+    for palette in (light, dark):
+        assert used <= set(re.findall(r"--([\w-]+):", palette))
+
+
+def test_runs_stand_side_by_side_and_the_best_of_a_row_is_marked(tmp_path: Path) -> None:
+    small = make_run(tmp_path / "small", rank=32, final_loss=4.2)
+    large = make_run(tmp_path / "large", rank=64, final_loss=3.8)
+    html = _report(tmp_path, small, large)
+    assert "Side by side" in _sections(html)
+    row = re.search(r"<td>parameters</td>(.*?)</tr>", html, flags=re.DOTALL)
+    assert row is not None
+    cells = re.findall(r'<td class="([\w ]+)">(.*?)</td>', row[1])
+    assert cells == [("number best", "632.0 K"), ("number", "1.3 M")]
+    assert "Settings that differ" in html
+    assert "<td>model.init_args.rank</td>" in html
+    assert "<td>model.init_args.preset</td>" not in html
+    assert "<td>trainer.default_root_dir</td>" not in html
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / place / "quickstart", 4) for place in ("a", "b")]
+    html = _report(tmp_path, *runs)
+    assert "<strong>a/quickstart</strong>" in html
+    assert "<strong>b/quickstart</strong>" in html
+
+
+def test_a_run_that_failed_before_its_first_step_says_what_is_missing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "early", 0, is_finished=False)
+    (run / "metrics.csv").unlink()
+    html = _report(tmp_path, run)
+    assert "<svg" not in html
+    assert _sections(html) == ["What ran", "Not shown"]
+    assert "it stopped before the first step" in html
+    missing = html[html.index('id="missing"') :]
+    for subject in ("Learning curves", "Accuracy", "Compression", "Throughput", "Memory"):
+        assert f"{subject}" in missing
+
+
+def test_a_run_that_ended_before_its_first_validation_has_no_validation_loss(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path / "early", 7, is_finished=False)
+    rows = [{"step": step, "train/loss": 5.0, "train/tokens": 9.0 * step} for step in range(5)]
+    write_metrics(run / "metrics.csv", [*rows, {"step": 5, "train/loss": float("nan")}])
+    html = _report(tmp_path, run)
+    assert "it stopped after 6 logged steps" in html
+    assert "early: it ended before its first validation" in html
+    assert "the loss is no number from step 5 on" in html
+    assert "Loss by time" not in html
+
+
+def test_figures_without_answers_have_no_confusion(tmp_path: Path) -> None:
+    html = _report(tmp_path, make_run(tmp_path / "mine", tasks=["fpb"], has_tables=False))
+    assert "0.780" in html
+    assert 'class="matrix"' not in html
+    assert "the answers were not kept" in html
+
+
+def test_an_evaluation_stands_beside_a_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "mine", tasks=["fpb"])
+    html = _report(tmp_path, make_evaluation(tmp_path / "base"), run)
+    assert len(re.findall('class="matrix"', html)) == 3
+    assert re.search(r"<td>base</td>\s*<td class=\"number\">0\.383 \(0\.28-0\.48\)</td>", html)
+
+
+def test_a_sweep_has_a_frontier_importances_and_its_best_trials_as_runs(tmp_path: Path) -> None:
+    html = _report(tmp_path, make_sweep(tmp_path / "quick_rank", num_trials=9))
+    assert "Sweep quick_rank" in _sections(html)
+    for title in ("Value of each trial", "Frontier of compression and loss", "Importance"):
+        assert title in html
+    assert re.findall(r"<strong>(trial \d)</strong>", html)[0] == "trial 2"
+    assert len(re.findall(r"<strong>trial \d</strong>", html)) == 5
+    assert "rank 512 is outside [1, 128]" in html
+    assert "8 of 9 trials have ended" in html
+
+
+def test_a_sweep_whose_trials_all_failed_is_told_without_charts(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "bad", num_trials=2)
+    html = _report(tmp_path, sweep)
+    assert "<svg" not in html
+    assert "rank 512 is outside" in html
+
+
+def test_an_earlier_page_stays_when_a_folder_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("before")
+    with pytest.raises(FileNotFoundError, match=r"quikstart does not exist; did you mean quick"):
+        _report(tmp_path, make_run(tmp_path / "quickstart", 4), tmp_path / "quikstart")
+    assert (tmp_path / "report.html").read_text() == "before"
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"other is no run, sweep or evaluation: it holds none of"):
+        _report(tmp_path, tmp_path / "other")
+    run = make_run(tmp_path / "runs" / "first", 4)
+    with pytest.raises(ValueError, match=rf"there are runs in it: name one, as {run}"):
+        _report(tmp_path, tmp_path / "runs")
+    with pytest.raises(FileNotFoundError, match=r"metrics\.csv is a file, not a folder"):
+        _report(tmp_path, run / "metrics.csv")
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "mine", 4)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent"):
+        write_report([run], tmp_path / "absent" / "report.html")
+    with pytest.raises(ValueError, match=r"is a folder; name a file, as .*report\.html"):
+        write_report([run], tmp_path)
+    with pytest.raises(ValueError, match="no run, sweep or evaluation is given"):
+        write_report([], tmp_path / "report.html")
+
+
+def test_a_sweep_record_without_its_keys_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps({"name": "x", "trials": []}))
+    with pytest.raises(ValueError, match=r"sweep\.json is no record of a sweep: KeyError"):
+        _report(tmp_path, tmp_path)

@@ -1,0 +1,56 @@
+"""Every schedule on four gloo processes trains a tied network as one device does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fingpt_lightning.pipeline import Schedule
+from fingpt_lightning.strategies import PipelineStrategy
+from tests.strategies.test_pipeline import FP32, NUM_STEPS, TIED, assert_same, fit_on_ranks, fit_one
+from tests.support.ranks import run_ranks
+
+# Eight ranks' worth of stages for those that have two a rank.
+DEEP = TIED | {"num_layers": 8}
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def _on_four(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
+    results = {}
+    for kind, options in (("fp64", {}), ("fp32", FP32)):
+        for schedule in Schedule:
+            case = f"{kind} {schedule.value}"
+            results[case] = fit_on_ranks(
+                Path(name, case), num_ranks, PipelineStrategy(schedule=schedule), DEEP,
+                batch_size=8, **options,
+            )  # fmt: skip
+    return results
+
+
+class Runs:
+    """What one process and each of four ranks came to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.one = fit_one(folder / "one", DEEP, batch_size=8)
+        self.one_fp32 = fit_one(folder / "one fp32", DEEP, batch_size=8, **FP32)
+        self.four = run_ranks(_on_four, 4, str(folder), timeout_s=800)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_weights_and_losses_in_float64_are_those_of_one_device(
+    runs: Runs, schedule: Schedule
+) -> None:
+    assert_same((results[f"fp64 {schedule.value}"] for results in runs.four), runs.one)
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_losses_in_float32_are_those_of_one_device(runs: Runs, schedule: Schedule) -> None:
+    assert len(runs.one_fp32["losses"]) == NUM_STEPS
+    for results in runs.four:
+        losses = results[f"fp32 {schedule.value}"]["losses"]
+        assert losses == pytest.approx(runs.one_fp32["losses"], rel=1e-5)

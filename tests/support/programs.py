@@ -1,0 +1,62 @@
+"""Starts the program as a cluster does: several commands that wait for each other."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 200
+
+
+def torchrun_command(*words: str) -> list[str]:
+    """Up to where the words of ``fingpt`` begin."""
+    return [sys.executable, "-m", "torch.distributed.run", *words, "-m", "fingpt_lightning"]
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return int(one.getsockname()[1])
+
+
+def run_together(
+    folder: Path,
+    commands: Sequence[Sequence[str]],
+    variables: Sequence[dict[str, str]] | None = None,
+) -> tuple[list[int], str]:
+    """Exit codes and joint output of processes that wait for each other; none is left.
+
+    Args:
+        folder: Where they run; gets ``log.txt``.
+        commands: One a process.
+        variables: Of each one's environment, beside ours.
+    """
+    log = folder / "log.txt"
+    processes = []
+    with log.open("w") as output:
+        try:
+            for index, command in enumerate(commands):
+                own = {} if variables is None else variables[index]
+                environment = os.environ | {"PYTHONPATH": str(ROOT)} | own
+                processes.append(
+                    subprocess.Popen(
+                        command, cwd=folder, env=environment, stdout=output,
+                        stderr=subprocess.STDOUT, start_new_session=True,
+                    )
+                )  # fmt: skip
+            codes = [process.wait(TIMEOUT_S) for process in processes]
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {TIMEOUT_S} s:\n{log.read_text()}")
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # its session: ranks included
+                    process.wait()
+    return codes, log.read_text()
