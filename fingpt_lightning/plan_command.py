@@ -109,7 +109,8 @@ def run(options: argparse.Namespace) -> None:
 def _plan(words: list[str], calibrate: bool, folder: str) -> tuple[dict[str, Any], list[str]]:
     own = [
         *("--trainer.default_root_dir", folder, "--trainer.enable_progress_bar", "false"),
-        *("--trainer.fast_dev_run", str(_CALIBRATION_STEPS)),
+        # In another rhythm than the trainer's a monitor's figures reach the loggers alone.
+        *("--trainer.fast_dev_run", str(_CALIBRATION_STEPS), "--trainer.log_every_n_steps", "1"),
     ]
     cli = build_trainer_command(["fit", *words, *own])
     trainer, settings = cli.trainer, cli.config["fit"]

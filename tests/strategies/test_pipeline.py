@@ -21,7 +21,8 @@ from tests.support.ranks import run_ranks
 from tests.support.token_data import TokenData
 
 # Spawned ranks share two cores, perhaps with others.
-pytestmark = pytest.mark.timeout(900)
+# One process trains for all of its tests.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("pipeline, two ranks")]
 NUM_STEPS, BATCH_SIZE, NUM_ROWS = 20, 4, 10
 TIED: dict[str, Any] = {
     "preset": "gpt2-nano", "num_layers": 5, "width": 12, "num_heads": 3, "num_positions": 16,

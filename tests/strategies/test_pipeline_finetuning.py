@@ -23,7 +23,8 @@ from tests.support.exact_llama import exact_norms
 from tests.support.lightning_ranks import RanksEnvironment
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(900)
+# One process trains for all of its tests.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("pipeline, finetuning")]
 NUM_STEPS = 4
 EXACT: dict[str, Any] = {"quantize": None, "dtype": "float64", "plugins": [DoublePrecision()]}
 # What differs from four NF4 blocks, all of whose layers are adapted.

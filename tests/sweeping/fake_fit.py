@@ -25,6 +25,8 @@ def main(words: list[str]) -> None:
             writer.writeheader()
             writer.writerows(rows)
         time.sleep(model.get("step_time_s", 0))
+        if rank == model.get("waits_at"):
+            _wait_for(options.folder.parents[1] / "go")
     if rank == model.get("fails_at"):
         print("a warning\nfingpt: error (rank 1): it diverged\nmore words")
         raise SystemExit(1)
@@ -35,6 +37,12 @@ def main(words: list[str]) -> None:
         "last_checkpoint": {"dirpath": "here"},
     }
     (options.folder / "config.yaml").write_text(json.dumps(settings))
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":

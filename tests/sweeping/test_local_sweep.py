@@ -165,9 +165,7 @@ _OWN_PROGRAM = "import fingpt_lightning.sweeping.sweep_file as f\nf._PROGRAM = '
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
 def test_a_stopped_sweep_repeats_no_finished_trial(tmp_path: Path, signum: signal.Signals) -> None:
-    model = {
-        "rank": {"values": [4, 3, 2, 1]}, "steps": {"value": 3}, "step_time_s": {"value": 0.7},
-    }  # fmt: skip
+    model = {"rank": {"values": [4, 3, 2, 1]}, "steps": {"value": 3}, "waits_at": {"value": 2}}
     folder = tmp_path / "out"
     LocalSweep.begin(_sweep(tmp_path, model), folder, None, None)
     _killed(folder, 2, lambda process: process.send_signal(signum))
@@ -175,6 +173,7 @@ def test_a_stopped_sweep_repeats_no_finished_trial(tmp_path: Path, signum: signa
         "finished", "finished", "running",
     ]  # fmt: skip
     before = _starts(folder)
+    (folder / "go").touch()
     best, record = _run(LocalSweep(folder))
     after = _starts(folder)
     assert best == 3
