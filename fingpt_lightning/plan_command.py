@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from callbacks.memory import MemoryMonitor
+from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.data.batch import IGNORED_LABEL
+from fingpt_lightning.data.instructions import tokenizer_of_base
 from fingpt_lightning.lightning_cli import FinGPTCLI, build_trainer_command
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
@@ -180,13 +182,14 @@ def _read_data(cli: FinGPTCLI) -> _Data:
     if _reads_hub(settings):
         refusal = "they lie on the hub"
     else:
+        note = _take_tokenizer(cli)
         try:
             datamodule.prepare_data()
             datamodule.setup("fit")
             loader = datamodule.train_dataloader()
             first = itertools.islice(loader, _CALIBRATION_STEPS)
             batch = max(first, key=lambda batch: int(batch["input_ids"].numel()))
-            return _Data(batch, len(loader), datamodule.vocabulary_size, None)
+            return _Data(batch, len(loader), datamodule.vocabulary_size, note)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             refusal = " ".join(str(error).split())
     shape = (int(datamodule.batch_size), int(datamodule.block_length))
@@ -198,6 +201,25 @@ def _read_data(cli: FinGPTCLI) -> _Data:
         f"the data were not read ({refusal}): {shape[0]} full rows of {shape[1]} tokens are assumed"
     )
     return _Data(batch, None, _GPT2_VOCABULARY, note)
+
+
+def _take_tokenizer(cli: FinGPTCLI) -> str | None:
+    """Gives data without a tokenizer that of the module's base; a sentence where it is not here.
+
+    In a run they ask the trainer for their module, which a plan has not attached.
+    """
+    datamodule, base = cli.datamodule, getattr(cli.model, "base", None)
+    if not isinstance(datamodule, FinancialInstructions) or base is None:
+        return None
+    if datamodule.tokenizer_name is not None:
+        return None
+    if not Path(base).expanduser().exists():
+        return (
+            f"model.base {base} is not on this machine: lengths of rows are counted by a tokenizer"
+            " that was trained on them, and will differ"
+        )
+    datamodule.tokenizer_name = tokenizer_of_base(base)
+    return None
 
 
 def _reads_hub(settings: Any) -> bool:

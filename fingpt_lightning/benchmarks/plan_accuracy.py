@@ -70,19 +70,22 @@ def compare(config: str, words: Sequence[str], max_steps: int) -> dict[str, Any]
         planned = {part: json.loads(plan.read_text())["bytes"][part] / MIB for part in PARTS}
         run = Path(folder) / "run"
         short = ["--trainer.max_steps", str(max_steps), "--trainer.limit_val_batches", "1"]
-        monitor = ["--trainer.callbacks", "callbacks.MemoryMonitor"]
+        # Batches differ in length: each is measured.
+        each_step = {"class_path": "callbacks.MemoryMonitor", "init_args": {"every_n_steps": 1}}
+        monitor = ["--trainer.callbacks", json.dumps([each_step])]
         log = ["--trainer.log_every_n_steps", "1", "--trainer.logger", "false"]
         place = ["--trainer.default_root_dir", str(run)]
         fingpt(["fit", *words, *short, *monitor, *log, *place])
         measured = largest_mib(run / "metrics.csv")
     for found in (planned, measured):
         found["together"] = sum(found[part] for part in PARTS)
+    ratios = {key: planned[key] / measured[key] for key in planned}
     return {
         "contender": Path(config).stem,
         "repeats": max_steps,
         "planned_mib": _rounded(planned, 2),
         "measured_mib": _rounded(measured, 2),
-        "planned_over_measured": _rounded({key: planned[key] / measured[key] for key in planned}, 4),
+        "planned_over_measured": _rounded(ratios, 4),
     }
 
 

@@ -269,8 +269,7 @@ class FinancialInstructions(TokenizedData):
             return load_tokenizer(self.tokenizer_name)
         module = None if self.trainer is None else self.trainer.lightning_module
         if isinstance(module, HasBase) and module.base is not None:
-            of_run = Path(module.base).expanduser() / "tokenizer"
-            return load_tokenizer(str(of_run) if of_run.is_dir() else module.base)
+            return load_tokenizer(tokenizer_of_base(module.base))
         texts = (
             example.prefix + example.prompts[0] + choice
             for examples in self._examples.values()
@@ -278,6 +277,16 @@ class FinancialInstructions(TokenizedData):
             for choice in example.choices
         )
         return train_tokenizer(texts, self.max_vocab_size)
+
+
+def tokenizer_of_base(base: str) -> str:
+    """The folder or hub name of the tokenizer that belongs to a module's base.
+
+    Args:
+        base: Of the module; in a run folder the tokenizer has a folder of its own.
+    """
+    of_run = Path(base).expanduser() / "tokenizer"
+    return str(of_run) if of_run.is_dir() else base
 
 
 def _weights(
