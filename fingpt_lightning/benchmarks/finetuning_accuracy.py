@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=0.001)
     parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_length", type=int, default=512, help="tokens of a training row")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--limit", type=int, help="rows of each validation set")
     parser.add_argument("--max_steps", type=int, default=-1, help="of each run, to try this out")
@@ -175,7 +176,7 @@ def _train_and_ask(
         list(run.tasks),
         str(options.data_dir),
         batch_size=options.batch_size,
-        max_length=512,
+        max_length=options.max_length,
         seed=run.seed,
     )
     with tempfile.TemporaryDirectory() as folder:
