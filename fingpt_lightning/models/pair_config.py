@@ -44,7 +44,7 @@ def folded_tensors(
     """
     expansion = float(config.__dict__.pop(_EXPANSION, 0.0))
     return (
-        (name, folded_up(tensor, expansion if _is_of_pair(name, state) else 0.0))
+        (name, folded_up(tensor, expansion) if _is_of_pair(name, state) else tensor)
         for name, tensor in state.items()
     )
 

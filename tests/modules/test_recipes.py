@@ -12,11 +12,14 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.deploy.network_files import write_network
-from fingpt_lightning.low_rank import FactorPairOptimizer, LowRankLinear
+from fingpt_lightning.low_rank import FactorPairOptimizer, LowRankLinear, factor_pairs
 from fingpt_lightning.models.expansion import expand, merge_into_base
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.quantization import quantized_layer
 from fingpt_lightning.modules import LowRankPretraining
+from fingpt_lightning.modules.recipe import PLAIN, check_recipe
+from fingpt_lightning.profiling.memory import module_memory
+from fingpt_lightning.reporting.plan import optimizer_bytes, pairs_saving
 from fingpt_lightning.strategies import FullySharded, PipelineStrategy
 from tests.models.tiny_models import ids
 from tests.support.lightning_ranks import RanksEnvironment
@@ -34,7 +37,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "product": {"pair_decay": "product", "initialization": "cola"},
     "silu": {"factor_activation": "silu", "initialization": "cola"},
 }
-NUM_STEPS, CHECKPOINT_STEP = 5, 3
+NUM_STEPS, CHECKPOINT_STEP = 6, 4  # the checkpoint is at the end of the second epoch
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+]
 
 
 def _fit(
@@ -45,7 +52,7 @@ def _fit(
     resume_from: Path | None = None,
     **options: Any,
 ) -> LowRankPretraining:
-    """Five steps, a checkpoint after the third."""
+    """Six clipped steps, a checkpoint after the fourth."""
     torch.manual_seed(3)
     module = LowRankPretraining(**(SIZES | recipe))
     settings: dict[str, Any] = {
@@ -68,8 +75,6 @@ def _checkpoint(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path: Path, name: str) -> None:
     recipe = RECIPES[name]
     precise: dict[str, Any] = {"plugins": []} if name == "adamw_8bit" else {}
@@ -90,7 +95,7 @@ def test_what_is_loaded_or_written_is_the_trained_network(tmp_path: Path, name: 
     module.trainer.save_checkpoint(tmp_path / "end.ckpt")
     truth = module.eval().network(ids()).logits
     again = LowRankPretraining.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)
-    assert torch.equal(again.eval().double().network(ids()).logits, truth)
+    torch.testing.assert_close(again.eval().network(ids()).logits.double(), truth)
     loaded = load_model(tmp_path / "end.ckpt", tokenizer=None, dtype="float64").network
     torch.testing.assert_close(loaded(ids()).logits, truth, rtol=0, atol=1e-12)
     pairs = [m for m in loaded.modules() if isinstance(m, LowRankLinear)]
@@ -123,7 +128,9 @@ def test_a_network_with_activations_between_factors_becomes_no_dense_one(tmp_pat
     merge_into_base(source.network)  # no adapter, nothing to merge
 
 
-def test_momentum_is_orthogonalised_in_bfloat16_where_products_are(tmp_path: Path) -> None:
+def test_momentum_is_orthogonalised_in_the_dtype_of_products_and_all_the_state_it_has(
+    tmp_path: Path,
+) -> None:
     bf16: dict[str, Any] = {"plugins": [], "precision": "bf16-mixed"}
     for options, dtype in (({}, None), (bf16, torch.bfloat16)):
         module = _fit(tmp_path, RECIPES["pairs"], **options)
@@ -131,6 +138,10 @@ def test_momentum_is_orthogonalised_in_bfloat16_where_products_are(tmp_path: Pat
         assert isinstance(optimizer, FactorPairOptimizer)
         assert optimizer.product_dtype == dtype
         assert optimizer.param_groups[2]["expansion"] == 0.5
+        trained = [(p.numel(), p.element_size()) for p in module.parameters()]
+        factors = [(min(p.shape), p.numel(), p.element_size()) for p in factor_pairs(module)]
+        planned = optimizer_bytes(trained, "pairs") - pairs_saving(factors)
+        assert module_memory(module, optimizer).optimizer == planned
 
 
 def test_the_dense_twin_of_any_recipe_is_plain(tmp_path: Path) -> None:
@@ -145,10 +156,6 @@ def test_the_dense_twin_of_any_recipe_is_plain(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"initialization": "svdd"}, "initialization 'svdd' is none of .*did you mean svd"),
-        ({"factor_activation": "gelu"}, "factor_activation 'gelu' is none of none, silu"),
-        ({"pair_decay": "both"}, "pair_decay 'both' is none of factors, product"),
-        ({"optimizer": "pair"}, "optimizer 'pair' is none of .*did you mean pairs"),
         ({"pair_learning_rate": 0.0}, "pair_learning_rate 0.0 is not above 0"),
         ({"pair_momentum": 1.0}, r"pair_momentum 1.0 is outside \[0, 1\)"),
         ({"factor_expansion": -1.0}, "factor_expansion -1.0 is below 0"),
@@ -159,6 +166,23 @@ def test_the_dense_twin_of_any_recipe_is_plain(tmp_path: Path) -> None:
 def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LowRankPretraining(**(SIZES | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"initialization": "svdd"}, "initialization 'svdd' is none of .*did you mean svd"),
+        ({"factor_activation": "gelu"}, "factor_activation 'gelu' is none of none, silu"),
+        ({"pair_decay": "both"}, "pair_decay 'both' is none of factors, product"),
+        ({"optimizer": "pair"}, "optimizer 'pair' is none of .*did you mean pairs"),
+    ],
+)
+def test_a_word_that_is_none_of_a_settings_is_refused(
+    settings: dict[str, str], message: str
+) -> None:
+    # Of the check alone: the annotations of the module's arguments are checked before it here.
+    with pytest.raises(ValueError, match=message):
+        check_recipe(**{**PLAIN, "pair_learning_rate": 0.07, **settings})
 
 
 @pytest.mark.parametrize(
@@ -205,7 +229,6 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_two_ranks_train_pairs_as_one_and_take_each_others_checkpoints(tmp_path: Path) -> None:
     one = {
         name: _fit(tmp_path / folder, RECIPES[name]).state_dict()
