@@ -65,7 +65,8 @@ def optimizer_bytes(parameters: Iterable[tuple[int, int]], optimizer: str = "ada
 
     Args:
         parameters: Numbers and bytes a number of each trained parameter.
-        optimizer: ``adamw`` (or ``pairs``, less `pairs_saving`), or one in 8 bits: ``adamw_8bit``, ``paged_adamw_8bit``.
+        optimizer: ``adamw``; ``pairs``, without what `pairs_saving` counts; or one in 8 bits:
+            ``adamw_8bit``, ``paged_adamw_8bit``.
 
     Source: torch.optim.AdamW (a step count in float32 beside each parameter);
     bitsandbytes.optim.optimizer.Optimizer2State (blocks of 256, small parameters in 32 bits).
