@@ -8,6 +8,7 @@ is written after every run, and a run in it is not repeated.
 
 import argparse
 import json
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,8 @@ def main() -> None:
     deadline_s = time.monotonic() + 60 * options.max_minutes
     grid = read_grid(options.grid)
     keep_freed_memory()
+    # One line a run is enough.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     text = options.data_dir / "fed_text"
     workshop = Workshop(
         grid,
@@ -169,7 +172,8 @@ class Comparison:
         return first + small[: self.grid.num_finalists] + larger
 
     def _time(self, variants: Sequence[Variant]) -> None:
-        for name, taken_s in self.workshop.step_times_s(variants, self.repeats).items():
+        rates = self.record["rates"]
+        for name, taken_s in self.workshop.step_times_s(variants, rates, self.repeats).items():
             self.record["step_times_s"][name] = spread(taken_s)
 
     def _steps_in_time(self, variant: Variant) -> int:

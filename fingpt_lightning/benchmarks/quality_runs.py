@@ -106,8 +106,8 @@ class Run:
     num_steps: int
     val_loss_nats: float | None = None
     training_time_s: float = 0.0
-    curve_steps: tuple[int, ...] = ()
-    curve_loss_nats: tuple[float, ...] = ()
+    curve_steps: Sequence[int] = ()
+    curve_loss_nats: Sequence[float] = ()
 
     def key(self) -> tuple[Any, ...]:
         """What makes it this run."""
@@ -141,9 +141,10 @@ class Watch(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
+        loss = trainer.callback_metrics["val/loss"].item()
+        if trainer.state.fn == "fit" and math.isfinite(loss):
             self.steps.append(trainer.global_step)
-            self.losses.append(round(trainer.callback_metrics["val/loss"].item(), 4))
+            self.losses.append(round(loss, 4))
 
 
 class Workshop:
@@ -209,15 +210,23 @@ class Workshop:
             loss = found["val/loss"]
             run.val_loss_nats = round(loss, 5) if math.isfinite(loss) else None
         run.training_time_s = round(sum(watch.step_times_s), 1)
-        run.curve_steps, run.curve_loss_nats = tuple(watch.steps), tuple(watch.losses)
+        run.curve_steps, run.curve_loss_nats = watch.steps, watch.losses
         return run
 
-    def step_times_s(self, variants: Sequence[Variant], repeats: int) -> dict[str, list[float]]:
-        """Seconds of steps of each variant, taken in turns; the first turn is dropped."""
+    def step_times_s(
+        self, variants: Sequence[Variant], rates: Mapping[str, float], repeats: int
+    ) -> dict[str, list[float]]:
+        """Seconds of steps of each variant, taken in turns; the first turn is dropped.
+
+        Args:
+            variants: To time.
+            rates: Of each, by name.
+            repeats: Timed turns, of two steps each.
+        """
         taken: dict[str, list[float]] = {variant.name: [] for variant in variants}
         for turn in range(repeats + 1):
             for variant in variants:
-                data, module, watch = self._made(variant, variant.rates[0], seed=1)
+                data, module, watch = self._made(variant, rates[variant.name], seed=1)
                 self._trainer(watch, 4, limit_val_batches=0).fit(module, datamodule=data)
                 if turn > 0:
                     # The first makes the optimiser's state.

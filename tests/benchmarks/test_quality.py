@@ -19,7 +19,7 @@ GRID: dict[str, Any] = {
     "trainer": {"gradient_clip_val": 1.0},
     "num_tuning_steps": 2,
     "num_steps": 2,
-    "seeds": [1, 2],
+    "seeds": [3],
     "num_finalists": 1,
     "variants": [
         {"name": "dense", "model": {"rank": None}, "rates": [0.001]},
@@ -35,7 +35,7 @@ def words(tmp_path: Path) -> list[str]:
     text = tmp_path / "data" / "fed_text"
     text.mkdir(parents=True)
     documents = [f"The rate of year {year} rose by {year % 7} points." for year in range(300)]
-    for name, part in (("train", documents), ("validation", documents[:9])):
+    for name, part in (("train", documents), ("validation", documents[:4])):
         rows = [json.dumps({"text": document}) for document in part]
         (text / f"{name}.jsonl").write_text("\n".join(rows))
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(GRID))
@@ -64,10 +64,9 @@ def test_a_toy_grid_is_run_stopped_and_gone_on_with(
     quality.main()
     quality.main()
     stages = [(key[0], key[1], key[3]) for key in trained]
-    assert stages[:2] == [("naive", "tuning", 1)] * 2
+    assert stages[:2] == [("naive", "tuning", 3)] * 2
     assert sorted(stages[2:]) == sorted(
-        (name, stage, seed)
-        for seed in (1, 2)
+        (name, stage, 3)
         for name, stage in (
             ("dense", "equal tokens"), ("naive", "equal tokens"), ("naive", "equal time"),
             ("pairs", "equal tokens"), ("pairs", "equal time"),
