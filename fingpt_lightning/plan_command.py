@@ -21,6 +21,7 @@ from typing_extensions import override
 from callbacks.memory import MemoryMonitor
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.lightning_cli import FinGPTCLI, build_trainer_command
+from fingpt_lightning.low_rank import factor_pairs
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.pipeline import Balance, Workload
@@ -35,6 +36,7 @@ from fingpt_lightning.reporting.plan import (
     batches_seen,
     jsonable,
     optimizer_bytes,
+    pairs_saving,
     rank_plans,
     run_length,
 )
@@ -124,6 +126,9 @@ def _plan(words: list[str], calibrate: bool, folder: str) -> tuple[dict[str, Any
     optimizer = cli.model.hparams.get("optimizer", "adamw")
     gradients = sum(count * width for count, width in made.trained_parameters)
     state = optimizer_bytes(made.trained_parameters, optimizer)
+    if optimizer == "pairs":
+        factors = factor_pairs(made.network)
+        state -= pairs_saving((min(p.shape), p.numel(), p.element_size()) for p in factors)
     # At the optimizer step gradients are whole and activations are gone.
     peak = made.weights + state + max(step.peak, gradients)
     memory = MemoryPlan(made.weights, gradients, state, step.activations, step.loss, peak)

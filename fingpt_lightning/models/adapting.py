@@ -126,13 +126,13 @@ def dense_weight(layer: nn.Module) -> Tensor:
     """What a linear layer multiplies with, ``out_features x in_features``, dequantised.
 
     Raises:
-        ValueError: It is no linear layer.
+        ValueError: It is no linear layer, or a pair with an activation between its factors.
     """
     match layer:
         case nn.Sequential():
             return dense_weight(layer[1]) @ dense_weight(layer[0])
         case LowRankLinear():
-            return (layer.up @ layer.down).detach()
+            return layer.product()
         case Conv1D():
             return layer.weight.detach().T
         case nn.Linear():

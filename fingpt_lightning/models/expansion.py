@@ -23,6 +23,9 @@ def merge_into_base(network: PreTrainedModel) -> None:
 
     Args:
         network: With adapters on dense layers, pairs or quantised layers; changed in place.
+
+    Raises:
+        ValueError: A pair under an adapter has an activation between its factors.
     """
     for name, layer in adapted_layers(network).items():
         pair = _widened(layer) if isinstance(layer.base_layer, LowRankLinear) else None
@@ -42,6 +45,9 @@ def expand(network: PreTrainedModel) -> None:
 
     Args:
         network: Without adapters; changed in place.
+
+    Raises:
+        ValueError: A pair has an activation between its factors.
     """
     own = Conv1D if network.config.model_type == "gpt2" else nn.Linear
     for name in linear_names(network):
@@ -50,7 +56,7 @@ def expand(network: PreTrainedModel) -> None:
             continue
         last = layer[-1] if isinstance(layer, nn.Sequential) else layer
         weight = (
-            layer.up.double() @ layer.down.double()
+            layer.product(torch.float64)
             if isinstance(layer, LowRankLinear)
             else dense_weight(layer)
         )
@@ -88,6 +94,10 @@ def _widened(layer: AdaptedLinear) -> LowRankLinear | None:
     """The pair that does what pair and adapter do; None where a dense layer is no larger."""
     base = layer.base_layer
     assert isinstance(base, LowRankLinear)
+    if base.activation != "none":
+        raise ValueError(
+            f"an adapter beside a pair with {base.activation} between its factors cannot be merged"
+        )
     in_features, out_features = ends_features(base)
     rank = base.rank + layer.options.rank
     if rank * (in_features + out_features) >= in_features * out_features:

@@ -34,11 +34,17 @@ def quantized_layer(layer: nn.Module, quantize: str, device: torch.device) -> nn
 
     Raises:
         TypeError: It is no linear layer.
+        ValueError: It is a pair with an activation between its factors.
 
     Source: https://arxiv.org/abs/2305.14314, section 3; https://arxiv.org/abs/2208.07339.
     """
     match layer:
         case LowRankLinear():
+            if layer.activation != "none":
+                raise ValueError(
+                    f"a pair with {layer.activation} between its factors cannot be quantised:"
+                    " the two quantised layers would follow each other without it"
+                )
             down = _quantized(layer.down, None, quantize, device)
             up = _quantized(layer.up, layer.bias, quantize, device)
             return nn.Sequential(OrderedDict(down=down, up=up))

@@ -1,10 +1,13 @@
-"""Parameter groups and learning-rate schedules."""
+"""Parameter groups, optimisers in 8 bits and learning-rate schedules."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 from torch import nn
+from torch.optim import Optimizer
+
+from fingpt_lightning.low_rank import factor_pairs
 
 
 def decay_groups(
@@ -46,3 +49,48 @@ def cosine_with_warmup(
         return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
+
+
+def pair_groups(
+    module: nn.Module, weight_decay: float, pair_settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Three groups: matrices that decay, biases and norms that do not, and factor pairs.
+
+    A group stays where it is empty, so that the processes of a pipeline, which each hold a part of
+    the parameters, have the same groups.
+
+    Args:
+        module: Its trained parameters, pairs in the order of their names.
+        weight_decay: Of the matrices that are in no pair.
+        pair_settings: Of the group of pairs: down, up, down, up, ...
+    """
+    pairs = factor_pairs(module)
+    in_pairs = {id(p) for p in pairs}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in in_pairs]
+    return [
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        {"params": pairs, **pair_settings},
+    ]
+
+
+def adamw_8bit(
+    groups: list[dict[str, Any]], betas: tuple[float, float], lr: float, is_paged: bool = False
+) -> Optimizer:
+    """AdamW with its averages in 8 bits, in blocks of 256 with a scale each.
+
+    Parameters of less than 4096 numbers keep theirs in 32 bits.
+
+    Args:
+        groups: Of parameters, whole on each process.
+        betas: Decay of the averages.
+        lr: Learning rate, where a group has none.
+        is_paged: Move the averages to the host when a GPU is full.
+
+    Source: https://arxiv.org/abs/2110.02861, through bitsandbytes.
+    """
+    import bitsandbytes  # takes a second
+
+    optimizers: Any = bitsandbytes.optim  # not annotated
+    kind = optimizers.PagedAdamW8bit if is_paged else optimizers.AdamW8bit
+    return cast("Optimizer", kind(groups, lr=lr, betas=betas))

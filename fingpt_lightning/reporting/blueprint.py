@@ -149,6 +149,8 @@ def _pretraining(
         rank=module.rank_rule,
         embedding_rank=hparams["embedding_rank"],
         dropout=hparams["dropout"],
+        factor_activation=hparams["factor_activation"],
+        expansion=hparams["factor_expansion"],
     )
     recompute = Recompute(hparams["recompute"])
     costs = network_costs(network, block_length, keeps_inputs_alone=recompute is Recompute.BLOCK)
