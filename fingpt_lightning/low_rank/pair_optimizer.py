@@ -42,7 +42,7 @@ def orthogonalized(matrices: Float[Tensor, "*N R F"]) -> Float[Tensor, "*N R F"]
     https://arxiv.org/abs/2602.12429.
     """
     a, b, c = _COEFFICIENTS
-    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(_tiny(matrices))
+    x: Tensor = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(_tiny(matrices))
     for _ in range(_NUM_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
@@ -135,7 +135,7 @@ class FactorPairOptimizer(Optimizer):
                 _check_pairs(group["params"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all groups; parameters without a gradient stay.
 
         Args:
@@ -165,11 +165,13 @@ class FactorPairOptimizer(Optimizer):
                 }
         if moving:
             states = [self.state[p] for p in moving]
+            gradients = [p.grad for p in moving]
             beta1, beta2 = group["betas"]
             adamw(
                 moving,
-                [p.grad for p in moving],
-                *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")),
+                gradients,
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
                 [],
                 [state["step"] for state in states],
                 fused=group["fused"],
@@ -221,7 +223,7 @@ class FactorPairOptimizer(Optimizer):
     def _add_gradients(self, moving: list[Tensor], momentum: float) -> None:
         momenta = [self.state[p]["momentum"] for p in moving]
         torch._foreach_mul_(momenta, momentum)
-        torch._foreach_add_(momenta, [p.grad for p in moving])
+        torch._foreach_add_(momenta, [p.grad for p in moving if p.grad is not None])
 
     def _norms(self, moving: list[Tensor]) -> dict[Tensor, Tensor]:
         found: dict[Tensor, Tensor] = {}
