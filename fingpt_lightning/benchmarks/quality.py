@@ -179,7 +179,7 @@ class Comparison:
     def _steps_in_time(self, variant: Variant) -> int:
         times = self.record["step_times_s"]
         dense = self.grid.variants[0].name
-        ratio = times[dense]["median"] / times[variant.name]["median"]
+        ratio: float = times[dense]["median"] / times[variant.name]["median"]
         return max(1, round(self.grid.num_steps * ratio))
 
     def write(self) -> None:

@@ -73,4 +73,5 @@ def initial_factors(
 def _orthonormal(drawn: Tensor) -> Tensor:
     """Columns evenly distributed over all orthonormal ones."""
     columns, triangle = torch.linalg.qr(drawn)
-    return columns * triangle.diagonal().sign()
+    signed: Tensor = columns * triangle.diagonal().sign()
+    return signed

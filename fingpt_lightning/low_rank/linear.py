@@ -152,4 +152,5 @@ def folded_up(up: Float[Tensor, "O R"], expansion: float) -> Float[Tensor, "O R"
     out_features, rank = up.shape
     repeats = -(-out_features // rank)
     identity = torch.eye(rank, dtype=up.dtype, device=up.device)
-    return up + expansion / repeats**0.5 * identity.repeat(repeats, 1)[:out_features]
+    folded: Tensor = up + expansion / repeats**0.5 * identity.repeat(repeats, 1)[:out_features]
+    return folded

@@ -42,7 +42,7 @@ def orthogonalized(matrices: Float[Tensor, "*N R F"]) -> Float[Tensor, "*N R F"]
     https://arxiv.org/abs/2602.12429.
     """
     a, b, c = _COEFFICIENTS
-    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(_tiny(matrices))
+    x: Tensor = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(_tiny(matrices))
     for _ in range(_NUM_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
@@ -82,6 +82,7 @@ class FactorPairOptimizer(Optimizer):
     s being the largest singular value. So the product moves by at most 1.2^2 lr in the spectral
     norm, whatever the scales of its factors, and as far in all directions: plain AdamW moves
     products of badly scaled factors too far in few directions. Decay is decoupled, as in AdamW.
+    A dense matrix can be moved alike, by ``-lr O``: then a dense twin is trained as the pairs are.
 
     State: one momentum a number of a pair (AdamW keeps two averages) and a vector of R numbers a
     factor, from which one step of power iteration estimates s. Both are the parameter's own, so
@@ -91,7 +92,8 @@ class FactorPairOptimizer(Optimizer):
     Args:
         groups: Parameter groups. One with ``is_pairs`` True holds down, up, down, up, ... and may
             set ``momentum``, and ``expansion``, which is added to s(up): the alpha of
-            `LowRankLinear`. The others are AdamW's, with ``betas`` and ``eps``.
+            `LowRankLinear`. One with ``is_dense`` True holds dense matrices. The others are
+            AdamW's, with ``betas`` and ``eps``.
         lr: Learning rate, where a group has none.
         momentum: m.
         betas: AdamW's.
@@ -121,7 +123,8 @@ class FactorPairOptimizer(Optimizer):
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "betas": betas, "eps": eps,
-            "weight_decay": weight_decay, "fused": fused, "is_pairs": False, "expansion": 0.0,
+            "weight_decay": weight_decay, "fused": fused, "is_pairs": False, "is_dense": False,
+            "expansion": 0.0,
         }  # fmt: skip
         self.product_dtype = product_dtype
         super().__init__(groups, defaults)
@@ -132,7 +135,7 @@ class FactorPairOptimizer(Optimizer):
                 _check_pairs(group["params"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all groups; parameters without a gradient stay.
 
         Args:
@@ -145,6 +148,8 @@ class FactorPairOptimizer(Optimizer):
         for group in self.param_groups:
             if group["is_pairs"]:
                 self._step_pairs(group)
+            elif group["is_dense"]:
+                self._step_dense(group)
             else:
                 self._step_adamw(group)
         return loss
@@ -160,11 +165,13 @@ class FactorPairOptimizer(Optimizer):
                 }
         if moving:
             states = [self.state[p] for p in moving]
+            gradients = [p.grad for p in moving]
             beta1, beta2 = group["betas"]
             adamw(
                 moving,
-                [p.grad for p in moving],
-                *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")),
+                gradients,
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
                 [],
                 [state["step"] for state in states],
                 fused=group["fused"],
@@ -184,23 +191,39 @@ class FactorPairOptimizer(Optimizer):
         moving = [p for pair in pairs for p in pair]
         if not moving:
             return
-        self._add_gradients(moving, group["momentum"])
-        norms = self._norms(moving)
-        lr, more = group["lr"], 1 + abs(group["expansion"])
-        steps = {}
-        for down, up in pairs:
-            steps[down] = steps[up] = lr / (norms[down] + norms[up] + more)
-        torch._foreach_mul_(moving, 1 - lr * group["weight_decay"])
-        for some in _batches(moving):
-            self._move(some, torch.stack([steps[p] for p in some]), group["momentum"])
-
-    def _add_gradients(self, moving: list[Tensor], momentum: float) -> None:
         for p in moving:
             if not self.state[p]:
                 self.state[p] = {"momentum": torch.zeros_like(p), "left_vector": _first_vector(p)}
+        norms = self._norms(moving)
+        more = 1 + abs(group["expansion"])
+        steps = {}
+        for down, up in pairs:
+            steps[down] = steps[up] = group["lr"] / (norms[down] + norms[up] + more)
+        self._step_along_momenta(moving, steps, group)
+
+    def _step_dense(self, group: dict[str, Any]) -> None:
+        moving = [p for p in group["params"] if p.grad is not None]
+        for p in moving:
+            if not self.state[p]:
+                self.state[p] = {"momentum": torch.zeros_like(p)}
+        steps = {p: torch.full((), group["lr"], dtype=p.dtype, device=p.device) for p in moving}
+        self._step_along_momenta(moving, steps, group)
+
+    def _step_along_momenta(
+        self, moving: list[Tensor], steps: dict[Tensor, Tensor], group: dict[str, Any]
+    ) -> None:
+        if not moving:
+            return
+        momentum = group["momentum"]
+        self._add_gradients(moving, momentum)
+        torch._foreach_mul_(moving, 1 - group["lr"] * group["weight_decay"])
+        for some in _batches(moving):
+            self._move(some, torch.stack([steps[p] for p in some]), momentum)
+
+    def _add_gradients(self, moving: list[Tensor], momentum: float) -> None:
         momenta = [self.state[p]["momentum"] for p in moving]
         torch._foreach_mul_(momenta, momentum)
-        torch._foreach_add_(momenta, [p.grad for p in moving])
+        torch._foreach_add_(momenta, [p.grad for p in moving if p.grad is not None])
 
     def _norms(self, moving: list[Tensor]) -> dict[Tensor, Tensor]:
         found: dict[Tensor, Tensor] = {}

@@ -72,6 +72,8 @@ class LowRankPretraining(LanguageModelingModule):
         pair_learning_rate: With ``pairs``, the highest for the factor pairs: about the spectral
             norm by which a step changes a product.
         pair_momentum: With ``pairs``.
+        pairs_and_dense: With ``pairs``, whether layers of the blocks that stay dense are moved
+            alike, by ``pair_learning_rate`` in the spectral norm: a dense twin on equal terms.
 
     Raises:
         ValueError: A value outside its range; the message names it.
@@ -113,6 +115,7 @@ class LowRankPretraining(LanguageModelingModule):
         optimizer: Literal["adamw", "adamw_8bit", "pairs"] = "adamw",
         pair_learning_rate: float = 0.07,
         pair_momentum: float = 0.95,
+        pairs_and_dense: bool = False,
     ) -> None:
         super().__init__()
         self.shape = preset_shape(
@@ -148,7 +151,7 @@ class LowRankPretraining(LanguageModelingModule):
             )
         check_recipe(
             initialization, factor_activation, factor_expansion, pair_decay, optimizer,
-            pair_learning_rate,
+            pair_learning_rate, pairs_and_dense,
         )  # fmt: skip
         self.loss_chunk_size = loss_chunk_size
         self.save_hyperparameters()
@@ -222,7 +225,12 @@ class LowRankPretraining(LanguageModelingModule):
                     "momentum": self.hparams["pair_momentum"],
                     "expansion": self.hparams["factor_expansion"],
                 }
-            groups = pair_groups(self, decay, of_pairs)
+            of_dense = None
+            if self.hparams["pairs_and_dense"]:
+                own = ("lr", "momentum", "weight_decay")
+                of_dense = {"is_dense": True} | {k: v for k, v in of_pairs.items() if k in own}
+                of_dense["weight_decay"] = decay
+            groups = pair_groups(self, decay, of_pairs, of_dense)
         else:
             groups = decay_groups(self.named_parameters(), decay)
         if kind == "adamw_8bit":

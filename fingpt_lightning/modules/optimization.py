@@ -52,9 +52,12 @@ def cosine_with_warmup(
 
 
 def pair_groups(
-    module: nn.Module, weight_decay: float, pair_settings: Mapping[str, Any]
+    module: nn.Module,
+    weight_decay: float,
+    pair_settings: Mapping[str, Any],
+    dense_settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Three groups: matrices that decay, biases and norms that do not, and factor pairs.
+    """Matrices that decay, biases and norms that do not, factor pairs, and dense layers of blocks.
 
     A group stays where it is empty, so that the processes of a pipeline, which each hold a part of
     the parameters, have the same groups.
@@ -63,14 +66,30 @@ def pair_groups(
         module: Its trained parameters, pairs in the order of their names.
         weight_decay: Of the matrices that are in no pair.
         pair_settings: Of the group of pairs: down, up, down, up, ...
+        dense_settings: Of the group of matrices in blocks that are in no pair; None leaves them
+            with the other matrices.
     """
     pairs = factor_pairs(module)
     in_pairs = {id(p) for p in pairs}
     others = [p for p in module.parameters() if p.requires_grad and id(p) not in in_pairs]
-    return [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay},
+    dense = [] if dense_settings is None else dense_in_blocks(module)
+    in_dense = {id(p) for p in dense}
+    matrices = [p for p in others if p.ndim >= 2 and id(p) not in in_dense]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
         {"params": pairs, **pair_settings},
+    ]
+    return groups if dense_settings is None else [*groups, {"params": dense, **dense_settings}]
+
+
+def dense_in_blocks(module: nn.Module) -> list[nn.Parameter]:
+    """The trained matrices of a GPT-2's blocks that are in no pair."""
+    in_pairs = {id(p) for p in factor_pairs(module)}
+    return [
+        p
+        for name, p in module.named_parameters()
+        if ".h." in name and p.ndim == 2 and p.requires_grad and id(p) not in in_pairs
     ]
 
 

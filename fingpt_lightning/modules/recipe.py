@@ -23,6 +23,7 @@ def check_recipe(
     pair_decay: str,
     optimizer: str,
     pair_learning_rate: float,
+    pairs_and_dense: bool = False,
 ) -> None:
     """Raises unless the settings of a `LowRankPretraining` fit each other.
 
@@ -40,6 +41,8 @@ def check_recipe(
             raise ValueError(f"{name} {value!r} is none of {', '.join(known)}{hint}")
     if pair_learning_rate <= 0:
         raise ValueError(f"pair_learning_rate {pair_learning_rate} is not above 0")
+    if pairs_and_dense and optimizer != "pairs":
+        raise ValueError(f"pairs_and_dense has no effect with optimizer {optimizer}: set pairs")
     if factor_expansion < 0:
         raise ValueError(f"factor_expansion {factor_expansion} is below 0")
     if factor_expansion and factor_activation != "none":
@@ -56,8 +59,11 @@ def check_recipe(
 
 def changes_of_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What of ``settings`` differs from `PLAIN` and has no effect without pairs."""
-    return {
+    found = {
         key: settings[key]
         for key, plain in PLAIN.items()
         if settings[key] not in (plain, "adamw_8bit")
     }
+    if settings["pairs_and_dense"]:
+        found.pop("optimizer", None)
+    return found

@@ -92,7 +92,8 @@ def pairs_saving(factors: Iterable[tuple[int, int, int]]) -> int:
     """What the state of ``pairs`` lacks beside AdamW's: one mean a number, and the step count.
 
     Args:
-        factors: Rank, numbers and bytes a number of each.
+        factors: Rank, numbers and bytes a number of each; a dense matrix that is moved alike has
+            no vector, so 0 for the rank.
 
     >>> pairs_saving([(10, 1000, 4)])  # a vector of the rank is kept instead
     3964

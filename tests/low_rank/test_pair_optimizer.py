@@ -5,14 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_tensor
 
 from fingpt_lightning.low_rank import FactorPairOptimizer, LowRankLinear, factor_pairs
 from fingpt_lightning.low_rank import pair_optimizer as implementation
 from fingpt_lightning.low_rank.pair_optimizer import orthogonalized, spectral_norms
 from tests.reference.pair_step import PairReference, newton_schulz
-from tests.support.ranks import run_ranks
 
 # Two of one size, one whose factors lie the other way round, one of full rank, one alone.
 SIZES = [(11, 13, 5), (11, 13, 5), (13, 11, 5), (7, 11, 7), (13, 7, 3)]
@@ -66,6 +63,21 @@ def test_steps_are_those_of_the_formulas_in_float64() -> None:
         assert (p - truth).norm() < 0.01 * moved, index
 
 
+def test_dense_matrices_are_moved_by_the_learning_rate_along_orthogonalised_momentum() -> None:
+    matrices = [nn.Parameter(torch.randn(size, dtype=torch.float64)) for size in ((5, 7), (7, 5))]
+    optimizer = FactorPairOptimizer([{"params": matrices, "is_dense": True}], lr=0.1)
+    truths = [p.detach().clone() for p in matrices]
+    momenta = [torch.zeros_like(p) for p in matrices]
+    for _ in range(3):
+        for index, p in enumerate(matrices):
+            p.grad = torch.randn_like(p)
+            momenta[index] = 0.95 * momenta[index] + p.grad
+            truths[index] -= 0.1 * newton_schulz(p.grad + 0.95 * momenta[index])
+        optimizer.step()
+    for p, truth in zip(matrices, truths, strict=True):
+        torch.testing.assert_close(p.detach(), truth, rtol=0, atol=1e-10)
+
+
 def test_orthogonalising_keeps_singular_vectors_and_evens_values_out() -> None:
     matrices = torch.randn(3, 5, 13, dtype=torch.float64)
     ours = orthogonalized(matrices)
@@ -90,6 +102,23 @@ def test_warm_power_iteration_follows_the_largest_singular_value() -> None:
     zero = spectral_norms(torch.zeros_like(matrices), vectors)
     assert zero[0].count_nonzero() == 0
     assert torch.equal(zero[1], vectors)
+
+
+def test_vectors_follow_the_factors_from_step_to_step() -> None:
+    network = _network()
+    optimizer = _optimizer(network, lr=0.0)
+    _set_gradients(network, 0)
+    optimizer.step()
+    pairs = factor_pairs(network)
+    for p in pairs:
+        p.data = torch.linalg.qr(torch.randn(13, 13, dtype=torch.float64))[0][: len(p), : len(p.T)]
+        p.data[0] *= 3
+    for _ in range(40):
+        optimizer.step()
+    for p in pairs:
+        wide = p.detach() if p.shape[0] <= p.shape[1] else p.detach().T
+        norm = (wide.T @ optimizer.state[p]["left_vector"]).norm()
+        assert norm > 0.99 * torch.linalg.matrix_norm(wide, 2)
 
 
 def test_everything_else_is_moved_by_torchs_adamw() -> None:
@@ -199,16 +228,3 @@ def test_what_is_no_pair_is_refused(choose: Callable[[Any], Any], message: str) 
     chosen = choose(factor_pairs(_network()))
     with pytest.raises(ValueError, match=message):
         FactorPairOptimizer([{"params": chosen, "is_pairs": True}])
-
-
-def _refused_when_sharded(process_rank: int, world_size: int) -> str:
-    mesh = init_device_mesh("cpu", (world_size,))
-    sharded = nn.Parameter(distribute_tensor(torch.randn(4, 3), mesh, [Replicate()]))
-    with pytest.raises(TypeError) as error:
-        FactorPairOptimizer([{"params": [sharded]}])
-    return str(error.value)
-
-
-def test_sharded_parameters_are_refused() -> None:
-    (told,) = run_ranks(_refused_when_sharded, 1)
-    assert told == "FactorPairOptimizer takes whole parameters, these are sharded"

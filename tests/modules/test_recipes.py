@@ -9,6 +9,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.deploy.network_files import write_network
@@ -17,6 +20,7 @@ from fingpt_lightning.models.expansion import expand, merge_into_base
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.quantization import quantized_layer
 from fingpt_lightning.modules import LowRankPretraining
+from fingpt_lightning.modules.optimization import dense_in_blocks
 from fingpt_lightning.modules.recipe import PLAIN, check_recipe
 from fingpt_lightning.profiling.memory import module_memory
 from fingpt_lightning.reporting.plan import optimizer_bytes, pairs_saving
@@ -32,7 +36,12 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "pairs": {"optimizer": "pairs", "initialization": "orthogonal", "factor_expansion": 0.5},
-    "pairs, product": {"optimizer": "pairs", "pair_decay": "product"},
+    "pairs, product": {
+        "optimizer": "pairs",
+        "pair_decay": "product",
+        "pairs_and_dense": True,
+        "rank_overrides": {"*.c_fc": None},
+    },
     "adamw_8bit": {"optimizer": "adamw_8bit", "rank_overrides": {"*.c_fc": None}, "width": 36},
     "product": {"pair_decay": "product", "initialization": "cola"},
     "silu": {"factor_activation": "silu", "initialization": "cola"},
@@ -133,21 +142,43 @@ def test_momentum_is_orthogonalised_in_the_dtype_of_products_and_all_the_state_i
 ) -> None:
     bf16: dict[str, Any] = {"plugins": [], "precision": "bf16-mixed"}
     for options, dtype in (({}, None), (bf16, torch.bfloat16)):
-        module = _fit(tmp_path, RECIPES["pairs"], **options)
+        mixed = {"rank_overrides": {"*.c_fc": None}, "pairs_and_dense": True}
+        module = _fit(tmp_path, RECIPES["pairs"] | mixed, **options)
         (optimizer,) = module.trainer.optimizers
         assert isinstance(optimizer, FactorPairOptimizer)
         assert optimizer.product_dtype == dtype
         assert optimizer.param_groups[2]["expansion"] == 0.5
         trained = [(p.numel(), p.element_size()) for p in module.parameters()]
-        factors = [(min(p.shape), p.numel(), p.element_size()) for p in factor_pairs(module)]
-        planned = optimizer_bytes(trained, "pairs") - pairs_saving(factors)
+        dense = dense_in_blocks(module)
+        moved = [(min(p.shape), p) for p in factor_pairs(module)] + [(0, p) for p in dense]
+        assert len(dense) == 2
+        saving = pairs_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
+        planned = optimizer_bytes(trained, "pairs") - saving
         assert module_memory(module, optimizer).optimizer == planned
+
+
+def test_the_product_decays_by_rate_and_weight_decay(tmp_path: Path) -> None:
+    once: dict[str, Any] = {"max_steps": 1, "callbacks": [], "enable_checkpointing": False}
+    for recipe in ({"optimizer": "adamw"}, {"optimizer": "pairs", "pair_learning_rate": 0.01}):
+        recipe |= {"pair_decay": "product"}
+        plain, decayed = (
+            factor_pairs(_fit(tmp_path, recipe | {"weight_decay": decay}, **once))
+            for decay in (0.0, 0.5)
+        )
+        assert len(plain) == len(decayed) == 16
+        for down, up, ours_down, ours_up in zip(
+            plain[::2], plain[1::2], decayed[::2], decayed[1::2], strict=True
+        ):
+            product = up @ down
+            expected = down - 0.01 * 0.5 * up.T @ product, up - 0.01 * 0.5 * product @ down.T
+            torch.testing.assert_close((ours_down, ours_up), expected, rtol=0, atol=1e-14)
+            assert not torch.equal(ours_up, up)
 
 
 def test_the_dense_twin_of_any_recipe_is_plain(tmp_path: Path) -> None:
     for name, recipe in RECIPES.items():
         twin = LowRankPretraining(**(SIZES | recipe)).dense_twin()
-        expected = "adamw_8bit" if name == "adamw_8bit" else "adamw"
+        expected = {"adamw_8bit": "adamw_8bit", "pairs, product": "pairs"}.get(name, "adamw")
         assert (twin.hparams["optimizer"], twin.hparams["initialization"]) == (expected, "svd")
         twin.hparams["vocab_size"] = 23
         twin.configure_model()
@@ -158,6 +189,7 @@ def test_the_dense_twin_of_any_recipe_is_plain(tmp_path: Path) -> None:
     [
         ({"pair_learning_rate": 0.0}, "pair_learning_rate 0.0 is not above 0"),
         ({"pair_momentum": 1.0}, r"pair_momentum 1.0 is outside \[0, 1\)"),
+        ({"pairs_and_dense": True}, "pairs_and_dense has no effect with optimizer adamw"),
         ({"factor_expansion": -1.0}, "factor_expansion -1.0 is below 0"),
         ({"factor_expansion": 0.5, "factor_activation": "silu"}, "cannot be folded behind"),
         ({"factor_expansion": 0.5, "pair_decay": "product"}, "pair_decay product decays up down"),
@@ -224,6 +256,10 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
     for recipe, key in (("pairs", "optimizer pairs"), ("product", "pair_decay product")):
         with pytest.raises(ValueError, match=f"splits each matrix, which model.{key}"):
             fit("sharded", recipe, FullySharded(), batch_size=2)
+    mesh = init_device_mesh("cpu", (num_ranks,))
+    sharded = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    with pytest.raises(TypeError, match="takes whole parameters, these are sharded"):
+        FactorPairOptimizer([{"params": [sharded]}])
     return results
 
 

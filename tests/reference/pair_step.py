@@ -32,4 +32,5 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     s = s / s.square().sum().sqrt()
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    return u @ torch.diag(s) @ vh
+    result: Tensor = u @ torch.diag(s) @ vh
+    return result
