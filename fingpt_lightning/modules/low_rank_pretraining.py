@@ -3,10 +3,13 @@
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import Optimizer
 from transformers import GPT2LMHeadModel
 from typing_extensions import override
 
+from fingpt_lightning.data.batch import TokenBatch
 from fingpt_lightning.low_rank import ModelBudget, RankRule
 from fingpt_lightning.models import (
     Recompute,
@@ -18,6 +21,7 @@ from fingpt_lightning.models import (
 from fingpt_lightning.models.gpt2 import check_ranks, materialize, preset_shape
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import decay_groups
+from fingpt_lightning.modules.quantization_aware import RoundingSchedule
 from fingpt_lightning.modules.sharding import shard
 
 
@@ -48,6 +52,9 @@ class LowRankPretraining(LanguageModelingModule):
         weight_decay: Of matrices; biases and norms do not decay.
         beta1: AdamW's decay of the gradient's mean.
         beta2: AdamW's decay of the gradient's square.
+        quantization_aware: ``int8`` or ``nf4`` trains the end of the run with weights rounded as
+            an export in that format stores them; null does not.
+        quantization_start: Share of the steps from which on weights are rounded, in [0, 1].
 
     Raises:
         ValueError: A value outside its range; the message names it.
@@ -82,6 +89,8 @@ class LowRankPretraining(LanguageModelingModule):
         weight_decay: float = 0.1,
         beta1: float = 0.9,
         beta2: float = 0.95,
+        quantization_aware: Literal["int8", "nf4"] | None = None,
+        quantization_start: float = 0.8,
     ) -> None:
         super().__init__()
         self.shape = preset_shape(
@@ -112,6 +121,7 @@ class LowRankPretraining(LanguageModelingModule):
             raise ValueError(
                 f"final_learning_rate_ratio {final_learning_rate_ratio} is outside [0, 1]"
             )
+        self.rounding = RoundingSchedule.checked(quantization_aware, quantization_start)
         self.loss_chunk_size = loss_chunk_size
         self.save_hyperparameters()
         # Drawn now, so that nothing that draws before the network is built changes the network.
@@ -156,7 +166,27 @@ class LowRankPretraining(LanguageModelingModule):
         recompute_blocks(self.network, Recompute(self.hparams["recompute"]))
         if self.hparams["compile"]:
             compile_blocks(self.network)
+        self.rounding.attach(self)
         shard(self, self.network)
+
+    @override
+    def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self.rounding.lend(self.trainer)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.rounding.take_back()
+        super().on_before_optimizer_step(optimizer)
+
+    @override
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.rounding.lend(self.trainer)
+
+    @override
+    def on_validation_end(self) -> None:
+        self.rounding.take_back()
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
