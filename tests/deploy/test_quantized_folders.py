@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.deploy.exporting import export
+from fingpt_lightning.evaluation.runner import predict
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
 from fingpt_lightning.models.adapting import linear_names
 from fingpt_lightning.models.decoding import decode
@@ -16,8 +17,9 @@ from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.quantized_embedding import QuantizedEmbedding, QuantizedHead
 from fingpt_lightning.models.rounding import rounded
 from fingpt_lightning.models.vocabulary_loss import vocabulary_loss
+from fingpt_lightning.tasks import find_task
 from tests.deploy.tiny_clients import save_low_rank_model
-from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer
+from tests.evaluation.tiny_language import examples_of, tiny_network, tiny_tokenizer
 
 FORMS = ("int8", "nf4")
 IDS = torch.tensor([[200, 31, 4, 99, 8]])
@@ -69,6 +71,22 @@ def test_a_quantised_folder_is_the_network_of_its_rounded_matrices(
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-4)
     prompts = [[5, 60, 7], [200, 31, 4, 99, 8]]
     assert decode(network, prompts, 6) == decode(plain, prompts, 6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tasks_are_answered_as_by_the_network_of_the_rounded_matrices(
+    source: Path, form: str, tmp_path: Path
+) -> None:
+    # What `fingpt evaluate` and `fingpt label` do.
+    network = _quantised(source, tmp_path / "out", form)
+    plain = _round_weights(load_model(source).network, form)
+    task, examples = find_task("fpb"), examples_of(tmp_path, "fpb")
+    found, expected = (
+        predict(each, tiny_tokenizer(), task, examples, calibrate=True) for each in (network, plain)
+    )
+    assert [one.choice for one in found] == [one.choice for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.scores == pytest.approx(other.scores, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("form", FORMS)
