@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -274,7 +275,10 @@ def _trained(
         callbacks=list(checkpoints),
         default_root_dir=folder,
     )
-    trainer.fit(module, data, ckpt_path=last if last.exists() else start, weights_only=True)
+    with warnings.catch_warnings():
+        # The second run begins in the middle of the first.
+        warnings.filterwarnings("ignore", "The dirpath has changed")
+        trainer.fit(module, data, ckpt_path=last if last.exists() else start, weights_only=True)
     done.touch()
     return last
 

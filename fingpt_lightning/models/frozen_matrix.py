@@ -33,7 +33,9 @@ class FrozenMatrix(Protocol):
         """Some of its rows."""
 
 
-def row_chunks(matrix: FrozenMatrix, dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
+def row_chunks(
+    matrix: FrozenMatrix, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
     """Pairs of a first row and the dequantised rows from there on, few at a time."""
     num_rows = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (
         matrix.in_features * dtype.itemsize

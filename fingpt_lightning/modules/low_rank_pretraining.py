@@ -89,7 +89,7 @@ class LowRankPretraining(LanguageModelingModule):
         weight_decay: float = 0.1,
         beta1: float = 0.9,
         beta2: float = 0.95,
-        quantization_aware: Literal["int8", "nf4"] | None = None,
+        quantization_aware: Literal["nf4", "int8"] | None = None,
         quantization_start: float = 0.8,
     ) -> None:
         super().__init__()
