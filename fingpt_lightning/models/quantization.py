@@ -75,19 +75,16 @@ def _quantized(
     )
     match layer:
         case Int8Linear():
-            codes, scales = round_to_int8(weight)
-            layer.fill(codes.to(device), scales.to(device))
+            layer.fill(*round_to_int8(weight.to(device)))
         case _ if quantize == "nf4":
             import bitsandbytes
 
-            codes, state = round_to_nf4(weight)
+            codes, state = round_to_nf4(weight.to(device))
             bnb: Any = bitsandbytes.nn  # annotated in part, and wrongly
             state.dtype = weight.dtype
-            state.to(device)
             layer.weight = bnb.Params4bit(
-                codes.to(device), quant_state=state, quant_type="nf4", bnb_quantized=True,
-                module=layer,
-            )  # fmt: skip
+                codes, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer
+            )
             layer.quant_state = state
         case _:
             import bitsandbytes

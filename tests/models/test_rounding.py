@@ -78,6 +78,9 @@ def test_a_quantised_layer_multiplies_with_the_rounded_matrix_and_passes_gradien
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(layer.eval()(x), results[1][0], rtol=1e-5, atol=1e-5)
+        wide = quantized_matrix(weight.double(), method, torch.device("cpu"))
+        expected = x.double() @ plain.weight.double().T
+        torch.testing.assert_close(wide(x.double()), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_bitsandbytes_still_needs_the_help() -> None:
