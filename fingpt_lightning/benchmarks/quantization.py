@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -117,8 +118,7 @@ def main() -> None:
         sizes = sizes._replace(num_steps=options.steps)
     record = _started(options.json, options, sizes)
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        f"files {name}": lambda name=name, size=size: file_rows(name, *size)  # type: ignore[misc]
-        for name, size in sizes.files.items()
+        f"files {name}": partial(file_rows, name, *size) for name, size in sizes.files.items()
     }
     parts["loss"] = lambda: loss_rows(options.work_dir, options.data_dir, sizes)
     parts["speed"] = lambda: speed_rows(sizes, options.repeats)
@@ -255,9 +255,7 @@ def _trained(
     if done.exists():
         return last
     seed_everything(1, verbose=False)
-    module = LowRankPretraining(
-        **sizes.training, **({"quantization_aware": aware} if aware else {})
-    )
+    module = LowRankPretraining(**sizes.training, quantization_aware=aware)
     branch = round(AWARE_SHARE * sizes.num_steps)
     checkpoints = [
         LastCheckpoint(min(100, sizes.num_steps), str(folder)),

@@ -61,7 +61,7 @@ class RoundingSchedule:
         network = module.network
         assert isinstance(network, PreTrainedModel)
         self._weights = RoundedWeights(network, self._method)
-        module.register_state_dict_pre_hook(self._give_whole_state)
+        module.register_state_dict_pre_hook(self._give_whole_state)  # type: ignore[no-untyped-call]
 
     def lend(self, trainer: Trainer) -> None:
         """Rounds the weights where the run is far enough."""

@@ -67,7 +67,10 @@ def test_a_quantised_folder_is_the_network_of_its_rounded_matrices(
         torch.testing.assert_close(network(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)
         hidden = network.base_model(IDS).last_hidden_state
         labels = IDS.roll(-1, 1)
-        losses = [vocabulary_loss(n.lm_head, hidden, labels).loss_sum for n in (network, plain)]
+        losses = [
+            vocabulary_loss(n.get_submodule("lm_head"), hidden, labels).loss_sum
+            for n in (network, plain)
+        ]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-4)
     prompts = [[5, 60, 7], [200, 31, 4, 99, 8]]
     assert decode(network, prompts, 6) == decode(plain, prompts, 6)

@@ -50,7 +50,9 @@ class _Saves(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
         trainer.save_checkpoint(self.folder / f"backward{trainer.global_step}.ckpt")
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any
+    ) -> None:
         trainer.save_checkpoint(self.folder / f"step{trainer.global_step}.ckpt")
 
 
