@@ -74,11 +74,11 @@ class Sizes(NamedTuple):
 _SMALL = (PRESETS["gpt2-small"], 50257, 224, 256)
 REAL = Sizes(
     training={
-        "preset": "gpt2-nano", "rank": 64, "embedding_rank": 128, "learning_rate": 0.003,
+        "preset": "gpt2-nano", "num_layers": 6, "rank": 64, "embedding_rank": 128, "learning_rate": 0.003,
         "warmup": 0.1,
     },
-    data={"vocab_size": 4096, "block_length": 128, "batch_size": 16},
-    num_steps=400,
+    data={"vocab_size": 8192, "block_length": 128, "batch_size": 16},
+    num_steps=1200,
     num_val_batches=40,
     files={"gpt2_small": _SMALL, "gpt2_xl": (PRESETS["gpt2-xl"], 50257, 400, None)},
     speed=_SMALL,
