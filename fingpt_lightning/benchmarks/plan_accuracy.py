@@ -82,7 +82,9 @@ def compare(config: str, words: Sequence[str], max_steps: int) -> dict[str, Any]
         "repeats": max_steps,
         "planned_mib": _rounded(planned, 2),
         "measured_mib": _rounded(measured, 2),
-        "planned_over_measured": _rounded({key: planned[key] / measured[key] for key in planned}, 4),
+        "planned_over_measured": _rounded(
+            {key: planned[key] / measured[key] for key in planned}, 4
+        ),
     }
 
 

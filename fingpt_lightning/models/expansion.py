@@ -13,6 +13,7 @@ from fingpt_lightning.models.adapting import (
     ends_features,
     linear_names,
 )
+from fingpt_lightning.models.quantized_embedding import QuantizedEmbedding
 
 
 @torch.no_grad()
@@ -62,8 +63,12 @@ def expand(network: PreTrainedModel) -> None:
         )
         network.set_submodule(name, _dense_layer(network, weight, getattr(last, "bias", None)))
     embedding = network.get_input_embeddings()
-    if isinstance(embedding, LowRankEmbedding):
-        table = embedding.table.double() @ embedding.up.double().T
+    if isinstance(embedding, LowRankEmbedding | QuantizedEmbedding):
+        table = (
+            embedding.dense_table()
+            if isinstance(embedding, QuantizedEmbedding)
+            else embedding.table.double() @ embedding.up.double().T
+        )
         with torch.device("meta"):
             dense = nn.Embedding(embedding.num_embeddings, embedding.embedding_dim)
             head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)

@@ -141,7 +141,7 @@ def lay_out_gpt2(
         if embedding_columns is not None:
             embedding = LowRankEmbedding(vocab_size, shape.width, embedding_columns)
             network.set_submodule("transformer.wte", embedding)
-    _tie(network)
+    tie(network)
     return network
 
 
@@ -188,11 +188,12 @@ def materialize(
 ) -> None:
     """Gives a network of `lay_out_gpt2`, or the part of it that is left, memory and weights."""
     network.to_empty(device=torch.get_default_device())
-    _tie(network)  # to_empty gives tied parameters a memory each
+    tie(network)  # to_empty gives tied parameters a memory each
     initialize(network, seed, initialization)
 
 
-def _tie(network: GPT2LMHeadModel) -> None:
+def tie(network: GPT2LMHeadModel) -> None:
+    """Makes the head share the embedding's parameters, again after ``to_empty``."""
     embedding = network.get_submodule("transformer.wte")
     if not list(embedding.parameters()):  # another process has it
         return

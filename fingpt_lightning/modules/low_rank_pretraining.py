@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from transformers import GPT2LMHeadModel
 from typing_extensions import override
 
+from fingpt_lightning.data.batch import TokenBatch
 from fingpt_lightning.low_rank import (
     FactorPairOptimizer,
     Initialization,
@@ -27,6 +28,7 @@ from fingpt_lightning.models import (
 from fingpt_lightning.models.gpt2 import check_ranks, materialize, preset_shape
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import adamw_8bit, decay_groups, pair_groups
+from fingpt_lightning.modules.quantization_aware import RoundingSchedule
 from fingpt_lightning.modules.recipe import PLAIN, changes_of_pairs, check_recipe
 from fingpt_lightning.modules.sharding import shard
 
@@ -74,6 +76,9 @@ class LowRankPretraining(LanguageModelingModule):
         pair_momentum: With ``pairs``.
         pairs_and_dense: With ``pairs``, whether layers of the blocks that stay dense are moved
             alike, by ``pair_learning_rate`` in the spectral norm: a dense twin on equal terms.
+        quantization_aware: ``int8`` or ``nf4`` trains the end of the run with weights rounded as
+            an export in that format stores them; null does not.
+        quantization_start: Share of the steps from which on weights are rounded, in [0, 1].
 
     Raises:
         ValueError: A value outside its range; the message names it.
@@ -116,6 +121,8 @@ class LowRankPretraining(LanguageModelingModule):
         pair_learning_rate: float = 0.07,
         pair_momentum: float = 0.95,
         pairs_and_dense: bool = False,
+        quantization_aware: Literal["nf4", "int8"] | None = None,
+        quantization_start: float = 0.8,
     ) -> None:
         super().__init__()
         self.shape = preset_shape(
@@ -153,6 +160,7 @@ class LowRankPretraining(LanguageModelingModule):
             initialization, factor_activation, factor_expansion, pair_decay, optimizer,
             pair_learning_rate, pairs_and_dense,
         )  # fmt: skip
+        self.rounding = RoundingSchedule.checked(quantization_aware, quantization_start)
         self.loss_chunk_size = loss_chunk_size
         self.save_hyperparameters()
         # Drawn now, so that nothing that draws before the network is built changes the network.
@@ -200,7 +208,27 @@ class LowRankPretraining(LanguageModelingModule):
         recompute_blocks(self.network, Recompute(self.hparams["recompute"]))
         if self.hparams["compile"]:
             compile_blocks(self.network)
+        self.rounding.attach(self)
         shard(self, self.network)
+
+    @override
+    def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self.rounding.lend(self.trainer)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.rounding.take_back()
+        super().on_before_optimizer_step(optimizer)
+
+    @override
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.rounding.lend(self.trainer)
+
+    @override
+    def on_validation_end(self) -> None:
+        self.rounding.take_back()
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
