@@ -77,6 +77,8 @@ def run(options: argparse.Namespace) -> None:
     for table in (layer_table(made.layers), kind_table(made.layers)):
         console.print(table, soft_wrap=False)
         console.print()
+    if source.tokenizer is None:
+        console.print("no tokenizer that fits is with the model, so none is written; --tokenizer")
     if calibration is not None:
         widest = max(layer.in_features for layer in source.layers)
         if calibration.ids.numel() < widest:

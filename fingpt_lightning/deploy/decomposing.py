@@ -1,13 +1,9 @@
 """One decomposition: layers taken apart in any number of processes, finished ones kept aside."""
 
 import json
-import queue
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from fingpt_lightning.deploy.layer_pool import LayerPool
 from fingpt_lightning.deploy.network_files import write_config, write_tokenizer
 from fingpt_lightning.deploy.progress import shown_progress
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.low_rank.layer_files import (
-    Batch,
     LayerResult,
     LayerWeight,
     Work,
-    batches_of,
     decompose_batch,
     measure_batch,
     moments_file,
@@ -33,7 +28,6 @@ from fingpt_lightning.low_rank.layer_files import (
     read_tensors,
     result_file,
     spectrum_file,
-    use_one_thread,
     write_tensors,
 )
 from fingpt_lightning.low_rank.rank import resolve_rank
@@ -213,7 +207,7 @@ def decompose_model(
         dtype=DTYPES[request.dtype],
         seed=request.seed,
     )
-    pool = _Pool(workers, devices)
+    pool = LayerPool(workers, devices)
     ranks = _ranks(source, request, layers, work, pool)
     if request.energy is None:
         work = replace(work, ranks=ranks)
@@ -302,7 +296,7 @@ def _ranks(
     request: Request,
     layers: Sequence[LayerWeight],
     work: Work,
-    pool: "_Pool",
+    pool: LayerPool,
 ) -> dict[str, int | None]:
     """The ranks that are known before layers are taken apart."""
     sizes = {layer.name: layer.size for layer in source.layers}
@@ -343,77 +337,6 @@ def _ranks(
         for layer in linear
     }
     return ranks | allocate_ranks(energies, sizes, target)
-
-
-class _Pool:
-    """Shares batches of layers out over processes or devices.
-
-    Args:
-        workers: Processes, where the only device is the CPU.
-        devices: A thread each, where there are several.
-    """
-
-    def __init__(self, workers: int, devices: Sequence[str]) -> None:
-        self._devices = list(devices)
-        self._workers = workers if self._devices == ["cpu"] else len(self._devices)
-
-    def run(
-        self,
-        task: Callable[[Work, Batch], Sequence[Any]],
-        pending: Sequence[tuple[Work, LayerWeight]],
-        what: str,
-    ) -> None:
-        """Does a task to all layers, in batches; costliest first, so that none ends up alone."""
-        works = {id(work): work for work, _ in pending}
-        tasks = [
-            (works[key], batch)
-            for key in works
-            for batch in batches_of([x for w, x in pending if id(w) == key], self._workers)
-        ]
-        if not tasks:
-            return
-        with (
-            shown_progress(what, len(pending), "layers") as show,
-            closing(self._done(task, tasks)) as finished,
-        ):
-            done = 0
-            for number in finished:
-                done += number
-                show(done)
-
-    def _done(
-        self, task: Callable[[Work, Batch], Sequence[Any]], tasks: list[tuple[Work, Batch]]
-    ) -> Iterator[int]:
-        """The number of layers of each batch, when it is done."""
-        if self._workers == 1:
-            for work, batch in tasks:
-                yield len(task(replace(work, device=self._devices[0]), batch))
-            return
-        executor: Executor
-        if self._devices == ["cpu"]:
-            executor = ProcessPoolExecutor(
-                min(self._workers, len(tasks)), get_context("spawn"), use_one_thread
-            )
-            call: Callable[[Work, Batch], Sequence[Any]] = task
-        else:
-            executor = ThreadPoolExecutor(len(self._devices))
-            free: queue.SimpleQueue[str] = queue.SimpleQueue()
-            for device in self._devices:
-                free.put(device)
-
-            def call(work: Work, batch: Batch) -> Sequence[Any]:
-                device = free.get()
-                try:
-                    return task(replace(work, device=device), batch)
-                finally:
-                    free.put(device)
-
-        try:
-            futures = [executor.submit(call, work, batch) for work, batch in tasks]
-            for future in as_completed(futures):
-                yield len(future.result())
-        finally:
-            executor.shutdown(cancel_futures=True)
 
 
 def _assembled(

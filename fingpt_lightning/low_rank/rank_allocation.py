@@ -116,13 +116,14 @@ def allocate_ranks(
     target: int,
     least_share: float = _LEAST_SHARE,
 ) -> dict[str, int | None]:
-    """Ranks under one budget, by what each further column is worth.
+    """Ranks under one budget, by what each further parameter is worth.
 
-    A column's worth is its share of its layer's energy over the in + out parameters it takes;
-    columns are given out from the worthiest down until no further one fits. First each layer gets
-    ``least_share`` of the rank it would have if all were alike: a sum of errors knows nothing of
-    a network that breaks at its narrowest layer. A layer whose next column would make its pair as
-    large as the dense layer stays dense if the difference fits.
+    Of each layer the share of its energy that is kept counts. For a price a parameter, each layer
+    takes the rank, or stays dense, where what it keeps less what it pays is largest: columns worth
+    their in + out parameters, and all of them where that is dearer by less than what the rest is
+    worth. The price is the lowest that the budget bears; what is left of it goes to the columns
+    worth most. Each layer gets at least ``least_share`` of the rank it would have if all were
+    alike: a sum of errors knows nothing of a network that breaks at its narrowest layer.
 
     Args:
         energies: Squared singular values of each layer, downwards; whitened where calibrated.
@@ -137,31 +138,101 @@ def allocate_ranks(
     if not 0 <= least_share <= 1:
         raise ValueError(f"least_share {least_share} is outside [0, 1]")
     alike = ranks_at_ratio(sizes, ratio_for_parameters(sizes, target))
-    ranks: dict[str, int] = {}
-    for name, size in sizes.items():
-        even = alike[name]
-        whole = largest_rank(*size) if even is None else even
-        # A layer without a smaller pair costs what it costs: it is dense from the start.
-        ranks[name] = min(max(1, math.floor(least_share * whole)), largest_rank(*size))
-    left = target - sum(num_parameters(rank or None, *sizes[name]) for name, rank in ranks.items())
+    layers = [
+        _Layer(name, size, energies[name], alike[name], least_share) for name, size in sizes.items()
+    ]
+    prices = sorted({worth for layer in layers for worth in layer.worths()}, reverse=True)
+
+    def ranks_at(price: float) -> dict[str, int | None]:
+        return {layer.name: layer.rank_at(price) for layer in layers}
+
+    first, last = -1, len(prices)  # every price up to the first is borne, none from the last on
+    while last - first > 1:
+        middle = (first + last) // 2
+        is_borne = total_parameters(sizes, ranks_at(prices[middle])) <= target
+        first, last = (middle, last) if is_borne else (first, middle)
+    ranks = ranks_at(math.inf if first < 0 else prices[first])
+    return _filled(ranks, layers, target - total_parameters(sizes, ranks))
+
+
+class _Layer:
+    """What the ranks of a layer keep and cost.
+
+    Args:
+        name: Of the layer.
+        size: Of the layer.
+        energies: Its squared singular values, downwards.
+        alike: Its rank if all were alike.
+        least_share: Of that.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: Size,
+        energies: Sequence[float],
+        alike: int | None,
+        least_share: float,
+    ) -> None:
+        self.name, self.size, self.column_cost = name, size, sum(size)
+        whole = math.fsum(energies) or 1.0
+        self.shares = [energy / whole for energy in energies]
+        self.kept = list(itertools.accumulate(self.shares, initial=0.0))
+        self.largest = largest_rank(*size)
+        even = self.largest if alike is None else alike
+        # Of a layer without a smaller pair nothing but the dense layer is left.
+        self.least = min(max(1, math.floor(least_share * even)), self.largest)
+
+    def worth_of_column(self, index: int) -> float:
+        """Share of the energy a parameter, of the column after so many."""
+        return self.shares[index] / self.column_cost
+
+    def worth_of_rest(self, rank: int) -> float:
+        """Share of the energy a parameter, of all that a pair of this rank leaves out."""
+        missing = num_parameters(None, *self.size) - num_parameters(rank, *self.size)
+        return (self.kept[-1] - self.kept[rank]) / max(1, missing)
+
+    def worths(self) -> list[float]:
+        """The prices at which the layer takes more or less."""
+        ranks = range(self.least, self.largest + 1)
+        columns = [self.worth_of_column(rank) for rank in ranks if rank < self.largest]
+        return columns + [self.worth_of_rest(rank) for rank in ranks]
+
+    def rank_at(self, price: float) -> int | None:
+        """The best rank at a price a parameter; None is dense."""
+        if self.largest == 0:
+            return None
+        low, high = self.least, self.largest
+        while low < high:  # columns are worth less and less
+            middle = (low + high) // 2
+            if self.worth_of_column(middle) >= price:
+                low = middle + 1
+            else:
+                high = middle
+        return None if self.worth_of_rest(low) >= price else low
+
+
+def _filled(
+    ranks: dict[str, int | None], layers: Sequence[_Layer], left: int
+) -> dict[str, int | None]:
+    """Spends what is left of a budget on the columns worth most."""
     columns = []
-    for name, spectrum in energies.items():
-        cost, whole_energy = sum(sizes[name]), math.fsum(spectrum) or 1.0
-        start, end = ranks[name], largest_rank(*sizes[name])
-        columns += [(spectrum[index] / whole_energy / cost, name) for index in range(start, end)]
+    for layer in layers:
+        rank = ranks[layer.name]
+        if rank is not None:
+            ends = range(rank, layer.largest)
+            columns += [(layer.worth_of_column(index), layer) for index in ends]
     columns.sort(key=lambda column: column[0], reverse=True)
-    for _, name in columns:
-        cost = sum(sizes[name])
-        if cost <= left:
-            ranks[name] += 1
-            left -= cost
-    found: dict[str, int | None] = {}
-    for name, rank in ranks.items():
-        size = sizes[name]
-        missing = num_parameters(None, *size) - num_parameters(rank, *size)
-        if rank == largest_rank(*size) and (rank == 0 or missing <= left):
-            found[name] = None
-            left -= missing if rank else 0
-        else:
-            found[name] = rank
-    return found
+    for _, layer in columns:
+        rank = ranks[layer.name]
+        if rank is not None and layer.column_cost <= left:
+            ranks[layer.name] = rank + 1
+            left -= layer.column_cost
+    for layer in layers:
+        if ranks[layer.name] == layer.largest and layer.largest:
+            size = layer.size
+            missing = num_parameters(None, *size) - num_parameters(layer.largest, *size)
+            if missing <= left:
+                ranks[layer.name] = None
+                left -= missing
+    return ranks

@@ -30,7 +30,8 @@ class Source:
     Args:
         network: Laid out without memory.
         weights: All of them, to be read in turn.
-        tokenizer: Of the network, where there is one.
+        tokenizer: Of the network, where there is one that it has rows for: of a GGUF file
+            transformers may add a token.
         layers: The linear ones of the blocks.
         embedding: That which is tied to the head; None where the head is its own.
         reader: Of the weights of both.
@@ -113,6 +114,14 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
         raise ValueError(
             f"{path} has low-rank pairs already; fingpt export --format hf makes it dense"
         )
+    found = stored.tokenizer
+    if found is not None and max(found.get_vocab().values()) >= network.config.vocab_size:
+        if tokenizer is not None or weights.files[0].suffix != ".gguf":
+            raise ValueError(
+                f"{tokenizer or path}: the tokenizer has {max(found.get_vocab().values()) + 1}"
+                f" tokens, the network {network.config.vocab_size}"
+            )
+        found = None
     names = _stored_names(network, weights)
     layers = tuple(
         _layer_weight(network, name, names[f"{name}.weight"]) for name in linear_names(network)
@@ -122,7 +131,7 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
     return Source(
         network,
         weights,
-        stored.tokenizer,
+        found,
         layers,
         _embedding(network, names),
         _reader(weights),

@@ -140,7 +140,7 @@ class LowRankPretraining(LanguageModelingModule):
                 "num_heads": num_heads, "num_positions": num_positions, "vocab_size": vocab_size,
             }  # fmt: skip
             for name, value in given.items():
-                if value is not None or (name == "rank" and rank is None):
+                if value is not None:
                     default = "auto" if name == "rank" else "null"
                     raise ValueError(
                         f"{name} {value}: init_from {init_from} decides the architecture; leave"

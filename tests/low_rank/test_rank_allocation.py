@@ -109,6 +109,14 @@ def test_columns_go_where_the_spectrum_is_flat() -> None:
     assert ranks["steep"] + ranks["flat"] == 20
 
 
+def test_a_square_layer_becomes_dense_where_its_rest_is_worth_more_than_columns() -> None:
+    """The pair of rank 19 takes 1520 of 1600 parameters: the rest is nearly free."""
+    sizes = {"square": (40, 40), "wide": (40, 400)}
+    energies = {"square": [1.0] * 40, "wide": [0.8**k for k in range(40)]}
+    ranks = allocate_ranks(energies, sizes, target=1600 + 440 * 10, least_share=0.1)
+    assert ranks == {"square": None, "wide": 10}
+
+
 def test_the_scale_of_a_layer_changes_nothing() -> None:
     sizes = {"a": (12, 16), "b": (12, 16)}
     energies = {name: [1 / (k + 1) for k in range(12)] for name in sizes}
