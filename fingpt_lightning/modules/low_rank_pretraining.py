@@ -113,8 +113,6 @@ class LowRankPretraining(LanguageModelingModule):
         beta2: float = 0.95,
     ) -> None:
         super().__init__()
-        if isinstance(rank, str) and rank != "auto":
-            raise ValueError(f"rank {rank!r} is none of a number, null and auto")
         if compression is not None:
             if rank != "auto":
                 raise ValueError(

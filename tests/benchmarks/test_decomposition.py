@@ -1,17 +1,17 @@
 import json
-import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.benchmarks import decomposed_quality
+from fingpt_lightning.benchmarks import decomposed_quality, decomposition
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer
 
 
-def _run(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [module, *words])
-    runpy.run_module(f"fingpt_lightning.benchmarks.{module}", run_name="__main__")
+def _run(main: Callable[[], None], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words])
+    main()
 
 
 def test_the_speed_benchmark_writes_its_record(
@@ -19,7 +19,7 @@ def test_the_speed_benchmark_writes_its_record(
 ) -> None:
     file = tmp_path / "record.json"
     words = ["--json", str(file), "--preset", "toy", "--processes_preset", "toy", "--repeats", "1"]
-    _run("decomposition", words, monkeypatch)
+    _run(decomposition.main, words, monkeypatch)
     record = json.loads(file.read_text())
     assert {"workers_speedup_ratio", "batched_speedup_ratio"} <= record["summary"].keys()
     by_name = {(row["group"], row["contender"]): row for row in record["rows"]}
@@ -49,10 +49,10 @@ def test_the_quality_benchmark_goes_on_where_it_ended(
         "--tokens", "64", "--block_length", "16", "--calibration_tokens", "64", "--steps", "2",
         "--batch_size", "2", "--dtype", "float32", "--precision", "32-true",
     ]  # fmt: skip
-    _run("decomposed_quality", [*words, "--max_rows", "2"], monkeypatch)
+    _run(decomposed_quality.main, [*words, "--max_rows", "2"], monkeypatch)
     first = json.loads(file.read_text())
     assert [row["contender"] for row in first["rows"]] == ["original", "plain"]
-    _run("decomposed_quality", words, monkeypatch)
+    _run(decomposed_quality.main, words, monkeypatch)
     record = json.loads(file.read_text())
     assert record["rows"][:2] == first["rows"]
     assert [row["contender"] for row in record["rows"][2:]] == [

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from typing_extensions import override
 
 from fingpt_lightning.deploy.decomposing import Request, decompose_model
 from fingpt_lightning.low_rank import LowRankLinear
@@ -31,21 +31,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "made"
 
 
-class SaveAfterTwo(Callback):
-    """Saves a checkpoint in the middle of a run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, *_: object, **__: object) -> None:
-        if trainer.global_step == 2:
-            trainer.save_checkpoint(self.path)
-
-
 def _trainer(root: Path, **changes: Any) -> Trainer:
     settings: dict[str, Any] = {
-        "accelerator": "cpu", "max_steps": 4, "max_epochs": -1, "logger": False,
+        "accelerator": "cpu", "max_steps": 8, "max_epochs": -1, "logger": False,
         "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0,
         "enable_model_summary": False, "default_root_dir": root,
     }  # fmt: skip
@@ -70,7 +58,9 @@ def test_training_starts_where_the_folder_is_and_moves_its_factors(
     module = LowRankPretraining(init_from=str(folder), learning_rate=0.01)
     module.configure_model()
     before = load_model(folder).network
+    assert module.network.training
     assert torch.equal(_logits(module.network), _logits(before))
+    module.network.train()
     _fit(tmp_path, module, max_steps=2)
     was = dict(before.named_parameters())
     moved = [n for n, p in module.network.named_parameters() if not torch.equal(p, was[n])]
@@ -80,14 +70,17 @@ def test_training_starts_where_the_folder_is_and_moves_its_factors(
     assert len(pairs) > 4
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_checkpoint_loads_and_resumes_exactly(folder: Path, tmp_path: Path) -> None:
     whole = LowRankPretraining(init_from=str(folder), learning_rate=0.01)
     _fit(tmp_path, whole)
     first = LowRankPretraining(init_from=str(folder), learning_rate=0.01)
-    path = tmp_path / "run.ckpt"
-    _fit(tmp_path, first, callbacks=[SaveAfterTwo(path)])
+    half = ModelCheckpoint(tmp_path / "kept", "half", every_n_train_steps=4)  # of 8, an epoch
+    _fit(tmp_path, first, callbacks=[half], enable_checkpointing=True)
+    path = tmp_path / "kept" / "half.ckpt"
     again = LowRankPretraining(init_from=str(folder), learning_rate=0.01)
-    trainer = _trainer(tmp_path)
+    other = ModelCheckpoint(tmp_path / "other", "half", every_n_train_steps=4)
+    trainer = _trainer(tmp_path, callbacks=[other], enable_checkpointing=True)
     trainer.fit(again, datamodule=TokenData(batch_size=2), ckpt_path=path, weights_only=True)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
@@ -95,9 +88,8 @@ def test_a_checkpoint_loads_and_resumes_exactly(folder: Path, tmp_path: Path) ->
     loaded = load_model(path).network
     kept = LowRankPretraining.load_from_checkpoint(path, weights_only=True)
     assert torch.equal(_logits(loaded), _logits(kept.network))
-    assert (
-        loaded.config.model_type == json.loads((folder / "config.json").read_text())["model_type"]
-    )
+    config = json.loads((folder / "config.json").read_text())
+    assert loaded.config.model_type == config["model_type"]
 
 
 def test_a_checkpoint_is_taken_apart_and_trained_on(tmp_path: Path) -> None:
