@@ -59,7 +59,7 @@ def test_the_quality_benchmark_goes_on_where_it_ended(
         "calibrated, one ratio", "calibrated", "calibrated, trained on",
     ]  # fmt: skip
     rows = {row["contender"]: row for row in record["rows"]}
-    assert rows["calibrated, trained on"]["training_tokens"] == 2 * 2 * 16
+    assert 32 < rows["calibrated, trained on"]["training_tokens"] <= 2 * 2 * 16  # ends of texts
     for row in record["rows"][1:]:
         share = row["parameters"] / rows["original"]["parameters"]
         assert share == pytest.approx(0.8, abs=0.02)
