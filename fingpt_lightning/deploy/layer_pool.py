@@ -1,7 +1,7 @@
 """Layers taken apart side by side: in processes of one thread, or on several devices."""
 
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import replace
@@ -56,7 +56,7 @@ class LayerPool:
 
     def _done(
         self, task: Callable[[Work, Batch], Sequence[Any]], tasks: list[tuple[Work, Batch]]
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """The number of layers of each batch, when it is done."""
         if self._workers == 1:
             for work, batch in tasks:

@@ -120,7 +120,8 @@ def square_roots(moments: Float[Tensor, "B I I"]) -> Float[Tensor, "B I I"]:
         values, vectors = torch.linalg.eigh(moments)
         by_eigen = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
         roots = torch.where((failed > 0)[:, None, None], by_eigen, roots)
-    return roots
+    found: Tensor = roots
+    return found
 
 
 def pair_of(
@@ -206,8 +207,11 @@ def _randomized_basis(
     num_weights, out_features, in_features = weights.shape
     width = min(num_columns + OVERSAMPLING, out_features, in_features)
     streams = [None] * num_weights if generators is None else generators
-    like = {"device": weights.device, "dtype": weights.dtype}
-    drawn = [torch.randn(in_features, width, generator=stream, **like) for stream in streams]
+    device, dtype = weights.device, weights.dtype
+    drawn = [
+        torch.randn(in_features, width, generator=stream, device=device, dtype=dtype)
+        for stream in streams
+    ]
     start = torch.stack(drawn)
     narrow = None if moments is None else moments.to(weights.dtype)
 

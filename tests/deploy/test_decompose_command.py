@@ -328,3 +328,31 @@ def test_an_output_is_replaced_when_asked(
     assert decompose(model, "--rank_ratio", "0.2", "--overwrite")[0] == 0
     record = json.loads((tmp_path / "out" / "decomposition.json").read_text())
     assert record["settings"]["rank_ratio"] == 0.2
+
+
+def test_fit_trains_on_from_the_folder_and_its_checkpoint_exports(
+    decompose: Decompose, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way on the command line: taken apart, trained on, evaluated, made dense."""
+    monkeypatch.chdir(tmp_path)
+    assert decompose(model, "--rank_ratio", "0.4")[0] == 0
+    words = [
+        "fit", "--model.init_from", "out", "--data.train_files", str(text),
+        "--data.val_files", str(text), "--data.block_length", "16", "--data.batch_size", "2",
+        "--data.cache_dir", str(tmp_path / "cache"), "--trainer.max_steps", "2",
+        "--trainer.max_epochs", "-1", "--trainer.logger", "false", "--trainer.accelerator", "cpu",
+        "--trainer.val_check_interval", "2", "--trainer.check_val_every_n_epoch", "null",
+        "--trainer.callbacks", "callbacks.CompressionMonitor", "--runs_dir", "runs",
+    ]  # fmt: skip
+    main(words)
+    (run,) = Path("runs").iterdir()
+    assert "tokenizer: out" in (run / "config.yaml").read_text()
+    trained = load_model(run)
+    assert trained.source.startswith(f"{run} (low-rank ")
+    assert trained.tokenizer is not None
+    main(["export", "--model", str(run), "--format", "hf", "--output", "dense"])
+    main(["export", "--model", str(run), "--format", "low_rank", "--output", "pairs"])
+    for folder, kind in (("dense", ""), ("pairs", "low-rank ")):
+        assert load_model(folder).source == f"{folder} ({kind}{trained.network.config.model_type})"
+    with pytest.raises(SystemExit):
+        main([*words, "--model.rank", "4"])

@@ -31,7 +31,8 @@ def _reference(weight: Tensor, moment: Tensor, rank: int) -> Tensor:
     root = torch.linalg.cholesky(moment)
     u, s, vh = torch.linalg.svd(weight @ root, full_matrices=False)
     kept = (u[:, :rank] * s[:rank]) @ vh[:rank]
-    return torch.linalg.solve_triangular(root, kept, upper=False, left=False)
+    truth: Tensor = torch.linalg.solve_triangular(root, kept, upper=False, left=False)
+    return truth
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
