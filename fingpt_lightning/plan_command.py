@@ -273,9 +273,9 @@ def _no_calibration(cli: FinGPTCLI, data: _Data, memory: MemoryPlan, free: int) 
         return "there are no data"
     if memory.peak > _FREE_SHARE * free:
         return f"it would take {format_bytes(memory.peak)} of {format_bytes(free)}"
-    base = getattr(cli.model, "base", None)
+    base = getattr(cli.model, "base", None) or cli.model.hparams.get("init_from")
     if base is not None and not Path(base).expanduser().exists():
-        return f"model.base {base} is not on this machine"
+        return f"{base} is not on this machine"
     return None
 
 

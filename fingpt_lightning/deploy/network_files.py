@@ -75,6 +75,23 @@ def _write(
         folder / SAFETENSORS,
         {"format": "pt"},
     )
+    write_config(network, folder, dtype, quantization)
+
+
+def write_config(
+    network: PreTrainedModel,
+    folder: Path,
+    dtype: torch.dtype,
+    quantization: dict[str, Any] | None = None,
+) -> None:
+    """Writes the configs of network and generation.
+
+    Args:
+        network: It may be on the meta device.
+        folder: There already.
+        dtype: Of the stored weights.
+        quantization: As transformers keeps it, where layers are quantised.
+    """
     described = network.config.to_diff_dict()
     described.pop("quantization_config", None)
     head_is_codes = isinstance(network.get_submodule("lm_head"), QuantizedHead)

@@ -1,6 +1,8 @@
 """transformers' GPT-2 with its linear layers, and if wanted its embedding, kept as thin pairs."""
 
 import hashlib
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +18,7 @@ from fingpt_lightning.low_rank import (
     RankRule,
 )
 from fingpt_lightning.low_rank.rank import Rank, resolve_rank
+from fingpt_lightning.low_rank.rank_allocation import num_parameters, ratio_for_parameters
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
 from fingpt_lightning.models.pair_config import note_pairs
 from fingpt_lightning.nearest import nearest
@@ -72,29 +75,80 @@ def preset_shape(preset: str, **changes: int | None) -> GPT2Shape:
     return replace(PRESETS[preset], **{k: v for k, v in changes.items() if v is not None})
 
 
-def check_ranks(shape: GPT2Shape, rank: RankRule, embedding_rank: Rank) -> None:
-    """Raises what `build_gpt2` would raise, before anything is built.
-
-    Raises:
-        ValueError: A rank that does not fit a layer, or a pattern that names no layer.
-    """
+def block_layers(shape: GPT2Shape) -> dict[str, tuple[int, int]]:
+    """In and out features of the blocks' linear layers, by full name."""
     sizes = {
         "attn.c_attn": (shape.width, 3 * shape.width),
         "attn.c_proj": (shape.width, shape.width),
         "mlp.c_fc": (shape.width, 4 * shape.width),
         "mlp.c_proj": (4 * shape.width, shape.width),
     }
-    layers = {
+    return {
         f"transformer.h.{block}.{name}": size
         for block in range(shape.num_layers)
         for name, size in sizes.items()
     }
+
+
+def rank_ratio_of(
+    compression: float,
+    shape: GPT2Shape,
+    vocab_size: int,
+    overrides: Mapping[str, Rank] | None = None,
+    embedding_rank: Rank = None,
+) -> float:
+    """The rank ratio with which a GPT-2 comes nearest to a total compression.
+
+    Args:
+        compression: All parameters of the dense network over all of this one.
+        shape: Its sizes.
+        vocab_size: Tokens.
+        overrides: Ranks by name pattern, as of a `RankRule`; these layers keep theirs.
+        embedding_rank: Of the tied embedding; None keeps it dense.
+
+    Raises:
+        ValueError: ``compression`` is below 1, or more than rank 1 everywhere gives.
+
+    >>> round(rank_ratio_of(2.64, PRESETS["gpt2-small"], 50257, embedding_rank=256), 3)
+    0.293
+    """
+    if not 1 <= compression < math.inf:
+        raise ValueError(f"compression {compression} is below 1 (dense over stored parameters)")
+    layers, rule = block_layers(shape), RankRule(None, overrides or {})
+    free = {name: size for name, size in layers.items() if not rule.patterns_of(name)}
+    given = {name: rule.rank_of(name, *layers[name]) for name in layers.keys() - free.keys()}
+    table = (vocab_size, shape.width)
+    beside = (shape.num_positions + 2) * shape.width  # positions and the last norm
+    # Biases: 3 + 1 + 4 + 1 times the width; two norms.
+    beside += shape.num_layers * 13 * shape.width
+    dense = beside + num_parameters(None, *table)
+    dense += sum(num_parameters(None, *size) for size in layers.values())
+    fixed = beside + num_parameters(resolve_rank(embedding_rank, *table), *table)
+    fixed += sum(num_parameters(rank, *layers[name]) for name, rank in given.items())
+    try:
+        return ratio_for_parameters(free, round(dense / compression) - fixed)
+    except ValueError:
+        least = fixed + sum(num_parameters(1, *size) for size in free.values())
+        raise ValueError(
+            f"compression {compression} is out of reach: rank 1 everywhere gives"
+            f" {dense / least:.2f}, for {fixed:,} parameters are given; embedding_rank makes the"
+            " embedding smaller"
+        ) from None
+
+
+def check_ranks(shape: GPT2Shape, rank: RankRule, embedding_rank: Rank) -> None:
+    """Raises what `build_gpt2` would raise, before anything is built.
+
+    Raises:
+        ValueError: A rank that does not fit a layer, or a pattern that names no layer.
+    """
+    layers = block_layers(shape)
     for name, size in layers.items():
         rank.rank_of(name, *size)
     if unused := rank.unused_patterns(list(layers)):
         raise ValueError(
             f"rank_overrides: {unused[0]!r} fits no layer; layers are named like"
-            f" {', '.join(f'transformer.h.0.{name}' for name in sizes)}"
+            f" {', '.join(list(layers)[:4])}"
         )
     try:  # the vocabulary is larger than the width, so the width is the bound
         resolve_rank(embedding_rank, shape.width, max(shape.width, 50257))

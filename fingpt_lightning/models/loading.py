@@ -156,6 +156,32 @@ def load_model(
     return LoadedModel(network, found, f"{path} ({kind})", commit, adapter, elsewhere)
 
 
+class StoredModel(NamedTuple):
+    """A model whose weights are still on disk, with its tokenizer and where it was found."""
+
+    weights: Weights
+    tokenizer: PreTrainedTokenizerFast | None
+    path: Path
+
+
+def open_stored(path: str | Path, tokenizer: str | Path | None = None) -> StoredModel:
+    """Finds a model as `load_model` does, and reads none of its weights.
+
+    Args:
+        path: As in `load_model`, but no adapter.
+        tokenizer: A folder to take the tokenizer from, in place of the model's own.
+
+    Raises:
+        FileNotFoundError: There is nothing by that name, or a part of it is missing.
+        ValueError: It is an adapter or cannot be read.
+    """
+    place = _find(str(path), None)
+    if (place.path / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{path} is an adapter; fingpt export --format merged makes a model of it")
+    given = None if tokenizer is None else Path(tokenizer).expanduser()
+    return StoredModel(*_open(place.path, given), place.path)
+
+
 class _Place(NamedTuple):
     path: Path
     commit: str | None
