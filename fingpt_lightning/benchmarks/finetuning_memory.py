@@ -77,7 +77,7 @@ class _ToHost(torch.autograd.Function):
         return on_host
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -166,7 +166,8 @@ def _set_recompute(
         def from_host(on_host: Tensor) -> Any:
             return block(on_host.clone(), *args)
 
-        return checkpoint(from_host, _ToHost.apply(hidden, count()), use_reentrant=False)
+        on_host = _ToHost.apply(hidden, count())  # type: ignore[no-untyped-call]
+        return checkpoint(from_host, on_host, use_reentrant=False)
 
     for block in network.modules():
         if isinstance(block, GradientCheckpointingLayer):

@@ -74,8 +74,8 @@ class Sizes(NamedTuple):
 _SMALL = (PRESETS["gpt2-small"], 50257, 224, 256)
 REAL = Sizes(
     training={
-        "preset": "gpt2-nano", "num_layers": 6, "rank": 64, "embedding_rank": 128, "learning_rate": 0.003,
-        "warmup": 0.1,
+        "preset": "gpt2-nano", "num_layers": 6, "rank": 64, "embedding_rank": 128,
+        "learning_rate": 0.003, "warmup": 0.1,
     },
     data={"vocab_size": 8192, "block_length": 128, "batch_size": 16},
     num_steps=1200,
@@ -163,7 +163,7 @@ def file_rows(
         rank: Of its pairs.
         embedding_rank: Of its embedding; None is a full table.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for form in ("float32", *FORMS):
         network = random_network(shape, vocab_size, rank, embedding_rank)
         num_parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -218,7 +218,7 @@ def loss_rows(work_dir: Path, data_dir: Path | None, sizes: Sizes) -> list[dict[
     data = TextBlocks(**sizes.data, **text, cache_dir=str(work_dir / "cache"))
     plain = _trained(work_dir / "plain", data, sizes, None)
     aware = _trained(work_dir / "aware", data, sizes, "nf4", work_dir / "plain" / "branch.ckpt")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run, checkpoint in (("plain", plain), ("nf4-aware", aware)):
         for form in ("float32", *FORMS):
             if (run, form) == ("nf4-aware", "int8"):

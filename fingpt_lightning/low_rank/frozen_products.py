@@ -31,7 +31,7 @@ def frozen_linear(
     is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if is_float32 and not is_trained and x.device.type == "cpu" and has_faster_products():
-        result: Tensor = _FrozenLinear.apply(x, weight, bias)
+        result: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
     return F.linear(x, weight, bias)
 
@@ -63,7 +63,8 @@ def _vendor() -> str:
 
 @contextmanager
 def _onednn() -> Iterator[None]:
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backend: Any = torch.backends.mkldnn
+    settings = backend.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
@@ -80,7 +81,7 @@ class _FrozenLinear(torch.autograd.Function):
             return F.linear(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         with _onednn():

@@ -10,7 +10,8 @@ from torch import Tensor
 from fingpt_lightning.models.frozen_matrix import product
 from fingpt_lightning.models.rounding import NF4_BLOCK, NF4Matrix, nf4_rows, nf4_values
 
-_Linear4bit: Any = bitsandbytes.nn.Linear4bit  # annotated in part, and wrongly
+_bnb: Any = bitsandbytes.nn  # annotated in part, and wrongly
+_Linear4bit: Any = _bnb.Linear4bit
 
 
 class NF4Linear(_Linear4bit):  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """Training with the weights that a quantised folder will have."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,8 @@ def _matrices(network: PreTrainedModel) -> Iterator[_Matrix]:
             case LowRankLinear():
                 found = [_Matrix(module.down, False), _Matrix(module.up, False)]
             case LowRankEmbedding() | LowRankHead():
-                found = [_Matrix(module.table, False), _Matrix(module.up, False)]
+                factors = cast("tuple[nn.Parameter, nn.Parameter]", (module.table, module.up))
+                found = [_Matrix(factor, False) for factor in factors]
             case Conv1D():
                 found = [_Matrix(module.weight, True)]
             case nn.Linear() if name != "lm_head" or network.config.tie_word_embeddings:

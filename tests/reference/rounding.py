@@ -29,8 +29,7 @@ def nearest_nf4(weight: Tensor, block: int) -> Tensor:
     for first in range(0, len(numbers), block):
         part = numbers[first : first + block]
         scale = max(abs(number) for number in part)
-        made += [
-            min((scale * level for level in NF4_LEVELS), key=lambda x, n=number: abs(x - n))
-            for number in part
-        ]
+        for number in part:
+            levels = [scale * level for level in NF4_LEVELS]
+            made.append(levels[min(range(16), key=[abs(x - number) for x in levels].__getitem__)])
     return torch.tensor(made, dtype=torch.float64).reshape(weight.shape)
