@@ -75,14 +75,13 @@ def _matrices(network: PreTrainedModel) -> Iterator[_Matrix]:
             case LowRankLinear():
                 found = [_Matrix(module.down, False), _Matrix(module.up, False)]
             case LowRankEmbedding() | LowRankHead():
-                factors = cast("tuple[nn.Parameter, nn.Parameter]", (module.table, module.up))
-                found = [_Matrix(factor, False) for factor in factors]
+                found = [_Matrix(module.table, False), _Matrix(module.up, False)]
             case Conv1D():
                 found = [_Matrix(module.weight, True)]
             case nn.Linear() if name != "lm_head" or network.config.tie_word_embeddings:
-                found = [_Matrix(module.weight, False)]
+                found = [_Matrix(cast("nn.Parameter", module.weight), False)]
             case nn.Embedding() if module is embedding:
-                found = [_Matrix(module.weight, False)]
+                found = [_Matrix(cast("nn.Parameter", module.weight), False)]
         # The last stage of a pipeline has a head of its own, tied to the first one's embedding.
         yield from (matrix for matrix in found if matrix.parameter not in seen)
         seen.update(matrix.parameter for matrix in found)
