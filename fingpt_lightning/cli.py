@@ -49,6 +49,11 @@ COMMANDS = {
         "fingpt_lightning.deploy.label_options",
         "fingpt_lightning.deploy.label_command",
     ),
+    "decompose": Command(
+        "a dense model's layers as low-rank pairs; the folder trains on, evaluates and exports",
+        "fingpt_lightning.deploy.decompose_options",
+        "fingpt_lightning.deploy.decompose_command",
+    ),
     "export": Command(
         "a model in the form that other tools read, compared before it is handed over",
         "fingpt_lightning.deploy.export_options",

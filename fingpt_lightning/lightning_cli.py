@@ -41,6 +41,7 @@ from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.progress import TrainingProgress
 from fingpt_lightning.cli import ConfigError
 from fingpt_lightning.config_errors import explain
+from fingpt_lightning.models.tokenizer_files import holds_tokenizer
 from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.reporting.environment import write_environment
 from fingpt_lightning.wandb_runs import (
@@ -239,6 +240,7 @@ class FinGPTCLI(LightningCLI):
             path = find_checkpoint(ckpt_path, _run_name(settings), Path(settings.runs_dir))
             settings.ckpt_path = str(path)
             _fill_from_checkpoint(settings, given, path)
+        _take_tokenizer_of_model(settings)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -398,6 +400,16 @@ def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> 
                     f"{part}.{key}: {_plain(given_args[key])} as given, in place of {value} in"
                     f" {path}"
                 )
+
+
+def _take_tokenizer_of_model(settings: Namespace) -> None:
+    """Data without a tokenizer get that of the model that is trained on."""
+    start = (settings.model.get("init_args") or Namespace()).get("init_from")
+    data = settings.data.get("init_args") or Namespace()
+    if start is None or "tokenizer" not in data or data.tokenizer is not None:
+        return
+    if holds_tokenizer(Path(start).expanduser()):
+        data.tokenizer = start
 
 
 @rank_zero_only

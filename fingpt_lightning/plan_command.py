@@ -23,8 +23,10 @@ from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.instructions import tokenizer_of_base
 from fingpt_lightning.lightning_cli import FinGPTCLI, build_trainer_command
+from fingpt_lightning.low_rank import factor_pairs
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
+from fingpt_lightning.modules.optimization import dense_in_blocks
 from fingpt_lightning.pipeline import Balance, Workload
 from fingpt_lightning.pipeline.schedule import largest_layout
 from fingpt_lightning.pipeline.stage import anatomy_of
@@ -37,6 +39,7 @@ from fingpt_lightning.reporting.plan import (
     batches_seen,
     jsonable,
     optimizer_bytes,
+    pairs_saving,
     rank_plans,
     run_length,
 )
@@ -126,6 +129,11 @@ def _plan(words: list[str], calibrate: bool, folder: str) -> tuple[dict[str, Any
     optimizer = cli.model.hparams.get("optimizer", "adamw")
     gradients = sum(count * width for count, width in made.trained_parameters)
     state = optimizer_bytes(made.trained_parameters, optimizer)
+    if optimizer == "pairs":
+        moved = [(min(p.shape), p) for p in factor_pairs(made.network)]
+        if cli.model.hparams["pairs_and_dense"]:
+            moved += [(0, p) for p in dense_in_blocks(made.network)]
+        state -= pairs_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
     # At the optimizer step gradients are whole and activations are gone.
     peak = made.weights + state + max(step.peak, gradients)
     memory = MemoryPlan(made.weights, gradients, state, step.activations, step.loss, peak)
@@ -287,9 +295,9 @@ def _no_calibration(cli: FinGPTCLI, data: _Data, memory: MemoryPlan, free: int) 
         return "there are no data"
     if memory.peak > _FREE_SHARE * free:
         return f"it would take {format_bytes(memory.peak)} of {format_bytes(free)}"
-    base = getattr(cli.model, "base", None)
+    base = getattr(cli.model, "base", None) or cli.model.hparams.get("init_from")
     if base is not None and not Path(base).expanduser().exists():
-        return f"model.base {base} is not on this machine"
+        return f"{base} is not on this machine"
     return None
 
 

@@ -1,5 +1,6 @@
 """Parameters, bytes and floating-point operations of a network and of its dense twin."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -134,6 +135,16 @@ class ModelBudget:
         """`block_bytes_at` for the dense twin."""
         return self.dense_block_parameters * bits // 8
 
+    def _ranks_by_kind(self) -> dict[str, list[int]]:
+        """The ranks of the pairs, by the layer's name within its block."""
+        found: dict[str, list[int]] = {}
+        for layer in self.layers:
+            if layer.rank is not None and layer.kind is not LayerKind.HEAD:
+                within = re.sub(r"^.*\.\d+\.", "", layer.name).rpartition(".")
+                kind = within[2] if not layer.in_block else f"{within[0]}.{within[2]}".strip(".")
+                found.setdefault(kind, []).append(layer.rank)
+        return found
+
     def to_table(self) -> Table:
         """A table of parameters, operations and bytes beside those of the dense twin."""
         table = Table(title=f"Budget at {self.sequence_length} tokens a sequence")
@@ -158,6 +169,10 @@ class ModelBudget:
             table.add_row(
                 name, f"{ours / unit:,.2f}", f"{dense / unit:,.2f}", f"{dense / ours:.2f}x"
             )
+        for kind, ranks in self._ranks_by_kind().items():
+            smallest, largest = min(ranks), max(ranks)
+            told = str(largest) if smallest == largest else f"{smallest} - {largest}"
+            table.add_row(f"rank, {kind}", told, "", "")
         table.add_row("linear share of parameters", "", f"{self.linear_parameter_share:.1%}", "")
         table.add_row("linear share of FLOP", "", f"{self.linear_flop_share:.1%}", "")
         return table

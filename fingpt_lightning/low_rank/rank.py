@@ -64,6 +64,10 @@ class RankRule:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
+    def patterns_of(self, name: str) -> list[str]:
+        """The patterns of the exceptions that a layer's name fits."""
+        return [pattern for pattern in self.overrides if fnmatchcase(name, pattern)]
+
     def unused_patterns(self, names: list[str]) -> list[str]:
         """The patterns that fit none of ``names``: most likely misspelt."""
         return [p for p in self.overrides if not any(fnmatchcase(name, p) for name in names)]

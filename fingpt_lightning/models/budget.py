@@ -1,25 +1,29 @@
-"""The budget of a transformers GPT-2, dense or low-rank."""
+"""The budget of a transformers GPT-2 or Llama, dense or low-rank."""
 
 from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
 from fingpt_lightning.low_rank.budget import LayerBudget, LayerKind, ModelBudget
 
 
-def model_budget(network: GPT2LMHeadModel, sequence_length: int) -> ModelBudget:
+def model_budget(network: PreTrainedModel, sequence_length: int) -> ModelBudget:
     """Parameters and floating-point operations of a network and its dense twin.
 
     Args:
-        network: GPT-2 as made by `build_gpt2`; a network on the meta device will do.
+        network: GPT-2 or Llama; one on the meta device will do.
         sequence_length: Tokens a sequence, which attention's cost grows with.
     """
-    layers = [_layer_budget(name, module) for name, module in network.named_modules()]
-    attention_flops = 4 * sequence_length * network.config.n_embd  # scores and their use
+    head = network.get_submodule("lm_head")
+    is_tied = {id(p) for p in head.parameters()} <= {
+        id(p) for p in network.get_input_embeddings().parameters()
+    }
+    layers = [_layer_budget(name, module, is_tied) for name, module in network.named_modules()]
+    attention_flops = 4 * sequence_length * _attention_width(network)  # scores and their use
     attention = [
         LayerBudget(
-            name=f"transformer.h.{block}.attn",
+            name=f"block {block}, attention",
             kind=LayerKind.ATTENTION,
             in_block=True,
             parameters=0,
@@ -27,7 +31,7 @@ def model_budget(network: GPT2LMHeadModel, sequence_length: int) -> ModelBudget:
             flops_per_token=attention_flops,
             dense_flops_per_token=attention_flops,
         )
-        for block in range(network.config.n_layer)
+        for block in range(network.config.num_hidden_layers)
     ]
     found = tuple([layer for layer in layers if layer is not None] + attention)
     stored = sum(p.numel() for p in network.parameters())
@@ -36,7 +40,13 @@ def model_budget(network: GPT2LMHeadModel, sequence_length: int) -> ModelBudget:
     return budget
 
 
-def _layer_budget(name: str, module: nn.Module) -> LayerBudget | None:
+def _attention_width(network: PreTrainedModel) -> int:
+    config = network.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * config.num_attention_heads)
+
+
+def _layer_budget(name: str, module: nn.Module, head_is_tied: bool) -> LayerBudget | None:
     kind, rank = LayerKind.LINEAR, None
     held = sum(p.numel() for p in module.parameters(recurse=False))
     dense = held
@@ -44,7 +54,8 @@ def _layer_budget(name: str, module: nn.Module) -> LayerBudget | None:
     match module:
         case LowRankLinear():
             rank = module.rank
-            dense = module.in_features * module.out_features + module.out_features
+            dense = module.in_features * module.out_features
+            dense += 0 if module.bias is None else module.out_features
             flops = 2 * rank * (module.in_features + module.out_features)
             dense_flops = 2 * module.in_features * module.out_features
         case Conv1D():
@@ -59,13 +70,15 @@ def _layer_budget(name: str, module: nn.Module) -> LayerBudget | None:
             dense_flops = 2 * module.table.shape[0] * module.up.shape[0]
             held = dense = 0  # the embedding's own parameters
         case nn.Linear():
-            kind, flops, held, dense = LayerKind.HEAD, 2 * module.weight.numel(), 0, 0
-            dense_flops = flops
-        case nn.Embedding() if name.endswith("wte"):
+            flops = dense_flops = 2 * module.weight.numel()
+            if name == "lm_head":
+                kind = LayerKind.HEAD
+                held = dense = 0 if head_is_tied else held
+        case nn.Embedding() if name.endswith(("wte", "embed_tokens")):
             kind = LayerKind.EMBEDDING
         case _ if held:
             kind = LayerKind.OTHER
         case _:
             return None
-    in_block = ".h." in name
+    in_block = ".h." in name or ".layers." in name
     return LayerBudget(name, kind, in_block, held, dense, flops, dense_flops, rank)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from fingpt_lightning.models.layout import FAMILIES, lay_out
+from fingpt_lightning.models.pair_config import folded_tensors
 from fingpt_lightning.models.stored_quantization import QuantizedLayers, find_quantized_layers
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -157,46 +158,79 @@ def gguf_weights(file: Path) -> Weights:
         ImportError: The package gguf is not installed.
         ValueError: The file is damaged or its architecture not supported.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(f"{file}: GGUF needs the package gguf: pip install gguf") from error
-    try:
-        reader = gguf.GGUFReader(file)
-        field = reader.fields["general.architecture"]
-        architecture = str(field.contents())
-    except (ValueError, KeyError, IndexError, OverflowError) as error:
-        raise ValueError(f"{file} is no whole GGUF file ({error})") from error
-    _checked_family(architecture, file)
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    if _checked_family(config.model_type, file) == "gpt2":
-        config.n_positions = config.n_ctx  # transformers leaves it at 1024
-    return Weights(config, (file,), {}, _dequantized(reader, config))
+    tensors = GgufTensors(file)
+    return Weights(tensors.config, (file,), {}, iter(tensors))
 
 
-def _dequantized(reader: Any, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """Source: transformers' load_gguf_checkpoint, which holds all tensors at once."""
-    from gguf import dequantize
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        get_gguf_hf_weights_map,
-    )
+class GgufTensors:
+    """The tensors of a GGUF file under transformers' names, each dequantised when it is read.
 
-    processors: dict[str, Any] = TENSOR_PROCESSORS
-    processor = processors[config.model_type](config=config.to_dict())
-    names: dict[str, str] = get_gguf_hf_weights_map(lay_out(config, {}), processor)
-    aside: dict[str, Tensor] = {}  # where GPT-2's processor puts the head
-    for tensor in reader.tensors:
-        made = processor.process(
-            weights=dequantize(tensor.data, tensor.tensor_type),
-            name=tensor.name,
-            tensor_key_mapping=names,
+    Args:
+        file: Of a supported architecture.
+
+    Raises:
+        ImportError: The package gguf is not installed.
+        ValueError: The file is damaged or its architecture not supported.
+
+    Source: transformers' load_gguf_checkpoint, which holds all tensors at once.
+    """
+
+    def __init__(self, file: Path) -> None:
+        try:
+            import gguf
+        except ImportError as error:
+            raise ImportError(f"{file}: GGUF needs the package gguf: pip install gguf") from error
+        try:
+            self._reader: Any = gguf.GGUFReader(file)
+            architecture = str(self._reader.fields["general.architecture"].contents())
+        except (ValueError, KeyError, IndexError, OverflowError) as error:
+            raise ValueError(f"{file} is no whole GGUF file ({error})") from error
+        _checked_family(architecture, file)
+        self.config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        if _checked_family(self.config.model_type, file) == "gpt2":
+            self.config.n_positions = self.config.n_ctx  # transformers leaves it at 1024
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            get_gguf_hf_weights_map,
+        )
+
+        processors: dict[str, Any] = TENSOR_PROCESSORS
+        self._processor = processors[self.config.model_type](config=self.config.to_dict())
+        self._names: dict[str, str] = get_gguf_hf_weights_map(
+            lay_out(self.config, {}), self._processor
+        )
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name.
+
+        Raises:
+            KeyError: There is none.
+        """
+        for stored in self._reader.tensors:
+            if self._names.get(stored.name) == name:
+                ((_, tensor),) = self._dequantized(stored)
+                return tensor
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for stored in self._reader.tensors:
+            yield from self._dequantized(stored)
+
+    def _dequantized(self, stored: Any) -> Iterator[tuple[str, Tensor]]:
+        from gguf import dequantize
+
+        aside: dict[str, Tensor] = {}  # where GPT-2's processor puts the head
+        made = self._processor.process(
+            weights=dequantize(stored.data, stored.tensor_type),
+            name=stored.name,
+            tensor_key_mapping=self._names,
             parsed_parameters={"tensors": aside},
         )
         if made.name is not None:
             # A name that is not known, such as a table of scaled rotary frequencies, must not pass.
-            yield names.get(made.name, made.name), torch.from_numpy(made.weights.copy())
-    yield from aside.items()
+            name = self._names.get(made.name, made.name)
+            yield name, torch.from_numpy(made.weights.copy())
+        yield from aside.items()
 
 
 class Checkpoint(NamedTuple):
@@ -227,7 +261,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     config = _made_config(family, described, file)
-    weights = Weights(config, (file,), shapes, iter(state.items()))
+    weights = Weights(config, (file,), shapes, folded_tensors(config, state))
     return Checkpoint(weights, contents.get("tokenizer"))
 
 

@@ -1,13 +1,27 @@
 """Pretraining a GPT-2 whose linear layers are low-rank pairs, or its dense twin."""
 
-from typing import Any, Literal
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from transformers import GPT2LMHeadModel
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
-from fingpt_lightning.low_rank import ModelBudget, RankRule
+from fingpt_lightning.data.batch import TokenBatch
+from fingpt_lightning.low_rank import (
+    FactorPairOptimizer,
+    Initialization,
+    ModelBudget,
+    RankRule,
+    decay_products,
+)
 from fingpt_lightning.models import (
     Recompute,
     compile_blocks,
@@ -15,22 +29,48 @@ from fingpt_lightning.models import (
     model_budget,
     recompute_blocks,
 )
-from fingpt_lightning.models.gpt2 import check_ranks, materialize, preset_shape
-from fingpt_lightning.modules.language_modeling import LanguageModelingModule
-from fingpt_lightning.modules.optimization import decay_groups
+from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
+from fingpt_lightning.models.gpt2 import check_ranks, materialize, preset_shape, rank_ratio_of
+from fingpt_lightning.models.layout import fill, lay_out
+from fingpt_lightning.models.loading import load_model, open_stored
+from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
+from fingpt_lightning.modules.language_modeling import LanguageModelingModule, TextSource
+from fingpt_lightning.modules.optimization import adamw_8bit, decay_groups, pair_groups
+from fingpt_lightning.modules.quantization_aware import RoundingSchedule
+from fingpt_lightning.modules.recipe import PLAIN, changes_of_pairs, check_recipe
 from fingpt_lightning.modules.sharding import shard
+
+_PRESET = "gpt2-small"
+_RANK_RATIO = 0.25
+_DRAWN_STD = 0.02
+
+
+class _Start(NamedTuple):
+    """What ``init_from`` says of itself before its weights are read."""
+
+    config: PreTrainedConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    tokenizer_sha256: str | None
 
 
 class LowRankPretraining(LanguageModelingModule):
-    """A GPT-2 trained from scratch with low-rank pairs in place of its linear layers.
+    """A GPT-2 trained with low-rank pairs in place of its linear layers, from scratch or on.
+
+    What is trained on is a GPT-2 or a Llama, such as a folder of ``fingpt decompose``.
 
     Args:
-        preset: gpt2-nano, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl.
+        preset: gpt2-nano, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl; null is gpt2-small.
         rank: An int is the rank of every linear layer of the blocks, a float in (0, 1] the share
             r / min(in, out); null is the dense twin. A layer whose pair would not be smaller
-            stays dense. Query, key and value are one layer with one ``down``.
+            stays dense. Query, key and value are one layer with one ``down``. ``auto`` is what
+            ``compression`` or ``init_from`` ask for, and 0.25 without them.
         rank_overrides: Other ranks by name pattern, such as ``{"*.mlp.*": 0.5}``.
         embedding_rank: The rank of the tied embedding and head; null keeps the full table.
+        compression: All parameters of the dense twin over all of this network, embedding
+            included; the one rank ratio that comes nearest is found. In place of ``rank``.
+        init_from: Folder, hub name, GGUF file, checkpoint or run folder of the model to train on,
+            which decides the architecture, in place of all settings above and those of sizes; and
+            the tokenizer, where the data name none.
         num_layers: In place of the preset's.
         width: In place of the preset's.
         num_heads: In place of the preset's.
@@ -48,6 +88,25 @@ class LowRankPretraining(LanguageModelingModule):
         weight_decay: Of matrices; biases and norms do not decay.
         beta1: AdamW's decay of the gradient's mean.
         beta2: AdamW's decay of the gradient's square.
+        initialization: How pairs start: ``svd``, the truncated singular value decomposition of the
+            dense draw; ``cola``, both factors normal; ``orthogonal``, both with orthogonal
+            directions of one length, the product's variance that of the dense draw.
+        factor_activation: ``silu`` between the two factors of each pair. No dense layer is the
+            same then: export to ``hf`` and ``gguf``, quantisation and merging refuse it.
+        factor_expansion: The alpha of a fixed way past ``up`` during training, which is folded into
+            ``up`` when a checkpoint is read as a network; 0 for none.
+        pair_decay: ``factors`` decays each factor by ``weight_decay``; ``product`` decays what they
+            make, up down.
+        optimizer: ``adamw``; ``adamw_8bit``, its state in 8 bits; ``pairs``, which moves factor
+            pairs along orthogonalised momentum by a bounded step, and all else by AdamW.
+        pair_learning_rate: With ``pairs``, the highest for the factor pairs: about the spectral
+            norm by which a step changes a product.
+        pair_momentum: With ``pairs``.
+        pairs_and_dense: With ``pairs``, whether layers of the blocks that stay dense are moved
+            alike, by ``pair_learning_rate`` in the spectral norm: a dense twin on equal terms.
+        quantization_aware: ``int8`` or ``nf4`` trains the end of the run with weights rounded as
+            an export in that format stores them; null does not.
+        quantization_start: Share of the steps from which on weights are rounded, in [0, 1].
 
     Raises:
         ValueError: A value outside its range; the message names it.
@@ -55,18 +114,20 @@ class LowRankPretraining(LanguageModelingModule):
     Source: https://arxiv.org/abs/2402.13533, section 3.
     """
 
-    network: GPT2LMHeadModel
     architecture_settings = (
         "preset", "num_layers", "width", "num_heads", "num_positions", "vocab_size", "rank",
-        "rank_overrides", "embedding_rank",
+        "rank_overrides", "embedding_rank", "compression", "factor_activation",
+        "factor_expansion",
     )  # fmt: skip
 
     def __init__(
         self,
-        preset: str = "gpt2-small",
-        rank: int | float | None = 0.25,
+        preset: str | None = None,
+        rank: int | float | Literal["auto"] | None = "auto",
         rank_overrides: dict[str, int | float | None] | None = None,
         embedding_rank: int | float | None = None,
+        compression: float | None = None,
+        init_from: str | None = None,
         num_layers: int | None = None,
         width: int | None = None,
         num_heads: int | None = None,
@@ -82,17 +143,51 @@ class LowRankPretraining(LanguageModelingModule):
         weight_decay: float = 0.1,
         beta1: float = 0.9,
         beta2: float = 0.95,
+        initialization: Literal["svd", "cola", "orthogonal"] = "svd",
+        factor_activation: Literal["none", "silu"] = "none",
+        factor_expansion: float = 0.0,
+        pair_decay: Literal["factors", "product"] = "factors",
+        optimizer: Literal["adamw", "adamw_8bit", "pairs"] = "adamw",
+        pair_learning_rate: float = 0.07,
+        pair_momentum: float = 0.95,
+        pairs_and_dense: bool = False,
+        quantization_aware: Literal["nf4", "int8"] | None = None,
+        quantization_start: float = 0.8,
     ) -> None:
         super().__init__()
+        if compression is not None:
+            if rank != "auto":
+                raise ValueError(
+                    f"rank {rank} and compression {compression}: give one of them; beside"
+                    " compression rank stays auto"
+                )
+            if not 1 <= compression < float("inf"):
+                raise ValueError(
+                    f"compression {compression} is below 1 (dense over stored parameters)"
+                )
         self.shape = preset_shape(
-            preset,
+            _PRESET if preset is None else preset,
             num_layers=num_layers,
             width=width,
             num_heads=num_heads,
             num_positions=num_positions,
         )
-        self.rank_rule = RankRule(rank, rank_overrides or {})
-        check_ranks(self.shape, self.rank_rule, embedding_rank)
+        if init_from is not None:
+            given = {
+                "preset": preset, "rank": None if rank == "auto" else repr(rank),
+                "rank_overrides": rank_overrides, "embedding_rank": embedding_rank,
+                "compression": compression, "num_layers": num_layers, "width": width,
+                "num_heads": num_heads, "num_positions": num_positions, "vocab_size": vocab_size,
+            }  # fmt: skip
+            for name, value in given.items():
+                if value is not None:
+                    default = "auto" if name == "rank" else "null"
+                    raise ValueError(
+                        f"{name} {value}: init_from {init_from} decides the architecture; leave"
+                        f" {name} at {default}"
+                    )
+        rank_now = _RANK_RATIO if isinstance(rank, str) else rank
+        check_ranks(self.shape, RankRule(rank_now, rank_overrides or {}), embedding_rank)
         if recompute not in list(Recompute):
             raise ValueError(f"recompute {recompute!r} is none of {', '.join(Recompute)}")
         if vocab_size is not None and vocab_size < 1:
@@ -105,17 +200,54 @@ class LowRankPretraining(LanguageModelingModule):
             raise ValueError(f"weight_decay {weight_decay} is below 0")
         if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
             raise ValueError(f"warmup {warmup} is neither a share in [0, 1] nor a number of steps")
-        for name, value in (("dropout", dropout), ("beta1", beta1), ("beta2", beta2)):
+        shares = {
+            "dropout": dropout, "beta1": beta1, "beta2": beta2, "pair_momentum": pair_momentum,
+        }  # fmt: skip
+        for name, value in shares.items():
             if not 0 <= value < 1:
                 raise ValueError(f"{name} {value} is outside [0, 1)")
         if not 0 <= final_learning_rate_ratio <= 1:
             raise ValueError(
                 f"final_learning_rate_ratio {final_learning_rate_ratio} is outside [0, 1]"
             )
+        check_recipe(
+            initialization, factor_activation, factor_expansion, pair_decay, optimizer,
+            pair_learning_rate, pairs_and_dense,
+        )  # fmt: skip
+        self.rounding = RoundingSchedule.checked(quantization_aware, quantization_start)
         self.loss_chunk_size = loss_chunk_size
+        self._start: _Start | None = None
+        self._is_dense_twin = False
         self.save_hyperparameters()
         # Drawn now, so that nothing that draws before the network is built changes the network.
         self.initialization_seed = int(torch.randint(2**31, ()))
+
+    @property
+    def init_from(self) -> str | None:
+        """The model that is trained on, where there is one."""
+        path: str | None = self.hparams["init_from"]
+        return path
+
+    @property
+    def rank_rule(self) -> RankRule:
+        """The rank of each linear layer of a network from scratch.
+
+        Raises:
+            ValueError: With ``compression``, that is out of reach or the vocabulary not known yet.
+        """
+        hparams = self.hparams
+        rank, overrides = hparams["rank"], hparams["rank_overrides"] or {}
+        if rank == "auto":
+            rank = _RANK_RATIO
+            if hparams["compression"] is not None:
+                rank = rank_ratio_of(
+                    hparams["compression"],
+                    self.shape,
+                    self._vocab_size(),
+                    overrides,
+                    hparams["embedding_rank"],
+                )
+        return RankRule(rank, overrides)
 
     def check_block_length(self, block_length: int) -> None:
         """Raises unless sequences of ``block_length`` tokens fit the positions.
@@ -123,11 +255,19 @@ class LowRankPretraining(LanguageModelingModule):
         Raises:
             ValueError: They do not.
         """
-        if block_length > self.shape.num_positions:
+        path = self.init_from
+        if path is not None:
+            if not Path(path).expanduser().exists():
+                return  # it is looked for when the run starts
+            longest, hint = self._num_positions(), "lower it"
+            of = f"model.init_from {path}"
+        else:
+            longest, hint = self.shape.num_positions, "lower it or raise model.num_positions"
+            of = f"model.preset {self.hparams['preset'] or _PRESET}"
+        if block_length > longest:
             raise ValueError(
-                f"data.block_length {block_length} is longer than the {self.shape.num_positions}"
-                f" positions of model.preset {self.hparams['preset']}; lower it or raise"
-                " model.num_positions"
+                f"data.block_length {block_length} is longer than the {longest} positions of {of};"
+                f" {hint}"
             )
 
     @override
@@ -136,6 +276,9 @@ class LowRankPretraining(LanguageModelingModule):
         if source is None:
             return
         self.check_block_length(source.block_length)
+        if self.init_from is not None:
+            self._check_tokenizer(source)
+            return
         vocab_size = self.hparams["vocab_size"]
         if vocab_size is None:
             self.hparams["vocab_size"] = source.vocabulary_size
@@ -145,47 +288,199 @@ class LowRankPretraining(LanguageModelingModule):
                 " the data's tokenizer"
             )
 
+    def _check_tokenizer(self, source: TextSource) -> None:
+        start, reference = self._stored_start(), source.tokenizer_reference()
+        if start.tokenizer_sha256 not in (None, reference["sha256"]):
+            raise ValueError(
+                f"data.tokenizer {reference['name_or_path']!r} is not the one of model.init_from"
+                f" {self.init_from}, which data.tokenizer null takes"
+            )
+        if source.vocabulary_size > start.config.vocab_size:
+            raise ValueError(
+                f"model.init_from {self.init_from} knows {start.config.vocab_size} tokens, the"
+                f" data's tokenizer has {source.vocabulary_size}"
+            )
+
     @override
     def configure_model(self) -> None:
         if "network" in self._modules:
             return
-        network = self._laid_out()
-        self.keep_own_part(network)
-        materialize(network, self.initialization_seed)
-        self.network = network
+        self._check_recipe_fits()
+        if self.init_from is not None:
+            self.network = self._loaded()
+        else:
+            network = self.laid_out()
+            self.keep_own_part(network)
+            materialize(
+                network,  # type: ignore[arg-type]
+                self.initialization_seed,
+                Initialization(self.hparams["initialization"]),
+            )
+            self.network = network
         recompute_blocks(self.network, Recompute(self.hparams["recompute"]))
         if self.hparams["compile"]:
             compile_blocks(self.network)
+        self.rounding.attach(self)
         shard(self, self.network)
+
+    @override
+    def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self.rounding.lend(self.trainer)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.rounding.take_back()
+        super().on_before_optimizer_step(optimizer)
+
+    @override
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.rounding.lend(self.trainer)
+
+    @override
+    def on_validation_end(self) -> None:
+        self.rounding.take_back()
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         hparams = self.hparams
-        optimizer = self.fused_adamw(
-            decay_groups(self.named_parameters(), hparams["weight_decay"]),
-            lr=hparams["learning_rate"],
-            betas=(hparams["beta1"], hparams["beta2"]),
+        optimizer = self._optimizer(
+            hparams["optimizer"], (hparams["beta1"], hparams["beta2"]), hparams["learning_rate"]
         )
+        if self._decays_products:
+            decay_products(optimizer)
         return self.with_cosine_schedule(optimizer)
+
+    def _optimizer(self, kind: str, betas: tuple[float, float], lr: float) -> Optimizer:
+        decay = self.hparams["weight_decay"]
+        if kind == "pairs" or self._decays_products:
+            of_pairs: dict[str, Any] = {"weight_decay": decay}
+            if self._decays_products:
+                of_pairs = {"weight_decay": 0.0, "product_decay": decay}
+            if kind == "pairs":
+                of_pairs |= {
+                    "is_pairs": True,
+                    "lr": self.hparams["pair_learning_rate"],
+                    "momentum": self.hparams["pair_momentum"],
+                    "expansion": self.hparams["factor_expansion"],
+                }
+            of_dense = None
+            if self.hparams["pairs_and_dense"]:
+                own = ("lr", "momentum", "weight_decay")
+                of_dense = {"is_dense": True} | {k: v for k, v in of_pairs.items() if k in own}
+                of_dense["weight_decay"] = decay
+            groups = pair_groups(self, decay, of_pairs, of_dense)
+        else:
+            groups = decay_groups(self.named_parameters(), decay)
+        if kind == "adamw_8bit":
+            return adamw_8bit(groups, betas, lr)
+        if kind == "pairs":
+            precision = self.trainer.precision_plugin
+            is_bf16 = isinstance(precision, MixedPrecision) and precision.precision == "bf16-mixed"
+            return FactorPairOptimizer(
+                groups,
+                lr,
+                betas=betas,
+                fused=getattr(precision, "scaler", None) is None,
+                product_dtype=torch.bfloat16 if is_bf16 else None,
+            )
+        return self.fused_adamw(groups, lr=lr, betas=betas)
+
+    @property
+    def _decays_products(self) -> bool:
+        return bool(self.hparams["pair_decay"] == "product")
+
+    def _check_recipe_fits(self) -> None:
+        """Raises where a setting cannot do what it says in this run."""
+        hparams = self.hparams
+        of_pairs = changes_of_pairs(hparams)
+        if of_pairs and hparams["rank"] is None and not hparams["rank_overrides"]:
+            key, value = next(iter(of_pairs.items()))
+            raise ValueError(f"model.{key} {value} is about pairs, and model.rank null makes none")
+        if self.device_mesh is None:
+            return
+        for key in ("optimizer", "pair_decay"):
+            if hparams[key] != PLAIN[key]:
+                raise ValueError(
+                    f"trainer.strategy {type(self.trainer.strategy).__name__} splits each matrix,"
+                    f" which model.{key} {hparams[key]} is not made for; take ddp or"
+                    " PipelineStrategy"
+                )
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_architecture(checkpoint)
+        saved = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
+        is_fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if is_fitting and saved != self.hparams["optimizer"]:
+            raise ValueError(
+                f"model.optimizer is {self.hparams['optimizer']}, whose state is not that of"
+                f" {saved}, with which the checkpoint was trained"
+            )
         super().on_load_checkpoint(checkpoint)
 
-    def _laid_out(self) -> GPT2LMHeadModel:
-        vocab_size = self.hparams["vocab_size"]
-        if vocab_size is None:
-            raise ValueError("vocab_size is null and there is no data whose tokenizer gives it")
+    def laid_out(self) -> PreTrainedModel:
+        """The whole network on the meta device: names and sizes, no memory."""
+        if self.init_from is not None:
+            start = self._stored_start()
+            return lay_out(copy.deepcopy(start.config), {} if self._is_dense_twin else start.shapes)
         source = self.text_source
         return lay_out_gpt2(
             self.shape,
-            vocab_size,
+            self._vocab_size(),
             rank=self.rank_rule,
             embedding_rank=self.hparams["embedding_rank"],
             dropout=self.hparams["dropout"],
             eos_token_id=None if source is None else source.eos_token_id,
+            factor_activation=self.hparams["factor_activation"],
+            expansion=self.hparams["factor_expansion"],
         )
+
+    def _vocab_size(self) -> int:
+        vocab_size: int | None = self.hparams["vocab_size"]
+        if vocab_size is None:
+            raise ValueError("vocab_size is null and there is no data whose tokenizer gives it")
+        return vocab_size
+
+    def _stored_start(self) -> _Start:
+        """What ``init_from`` holds, its weights unread."""
+        if self._start is None:
+            assert self.init_from is not None
+            stored = open_stored(self.init_from)
+            if stored.weights.quantized is not None:
+                raise ValueError(
+                    f"model.init_from {self.init_from} is stored in"
+                    f" {stored.weights.quantized.method}; train on from the model it was made of"
+                )
+            sha256 = None if stored.tokenizer is None else tokenizer_sha256(stored.tokenizer)
+            self._start = _Start(stored.weights.config, dict(stored.weights.shapes), sha256)
+        return self._start
+
+    def _loaded(self) -> PreTrainedModel:
+        """The network of ``init_from``, ready for training."""
+        assert self.init_from is not None
+        self._stored_start()
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()
+        if self._is_dense_twin:
+            network = self.laid_out()
+            shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+            drawn = ((n, torch.empty(x).normal_(std=_DRAWN_STD)) for n, x in shapes.items())
+            fill(network, drawn, dtype, device)
+        else:
+            network = load_model(
+                self.init_from, dtype=dtype, device=device, keep_part=self.keep_own_part
+            ).network
+        _set_dropout(network, self.hparams["dropout"])
+        network.config.use_cache = False
+        network.config._attn_implementation = BLOCKED_ATTENTION
+        network.train()  # a loaded one is in evaluation mode
+        return network
+
+    def _num_positions(self) -> int:
+        if self.init_from is None:
+            return self.shape.num_positions
+        return int(self._stored_start().config.max_position_embeddings)
 
     def budget(self, sequence_length: int | None = None) -> ModelBudget:
         """Parameters, bytes and operations of the network and its dense twin.
@@ -195,12 +490,35 @@ class LowRankPretraining(LanguageModelingModule):
         """
         if sequence_length is None:
             source = self.text_source
-            sequence_length = self.shape.num_positions if source is None else source.block_length
+            sequence_length = self._num_positions() if source is None else source.block_length
         # Laid out anew: a process may hold only a part of it.
-        return model_budget(self._laid_out(), sequence_length)
+        return model_budget(self.laid_out(), sequence_length)
 
     def dense_twin(self) -> "LowRankPretraining":
         """The module of the same settings with every layer dense, its network not yet built."""
         settings = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
-        dense = {"rank": None, "rank_overrides": None, "embedding_rank": None}
-        return type(self)(**(settings | dense))
+        plain = {key: PLAIN[key] for key in changes_of_pairs(settings)}
+        if self.init_from is not None:
+            twin = type(self)(**(settings | plain))
+            twin._is_dense_twin = True
+            return twin
+        dense: dict[str, Any] = {
+            "rank": None, "rank_overrides": None, "embedding_rank": None, "compression": None
+        }  # fmt: skip
+        return type(self)(**(settings | dense | plain))
+
+
+def _set_dropout(network: PreTrainedModel, dropout: float) -> None:
+    """Sets what a stored config says otherwise.
+
+    Raises:
+        ValueError: The network has no place for dropout.
+    """
+    found = [module for module in network.modules() if isinstance(module, nn.Dropout)]
+    if dropout and not found:
+        raise ValueError(f"dropout {dropout}: a {network.config.model_type} has none")
+    for module in found:
+        module.p = dropout
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if hasattr(network.config, key):
+            setattr(network.config, key, dropout)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from fingpt_lightning.low_rank.adapters import FrozenBase
-from fingpt_lightning.models import Recompute, lay_out_gpt2, recompute_blocks
+from fingpt_lightning.models import Recompute, recompute_blocks
 from fingpt_lightning.models.adapting import adapt, linear_names, matching_names
 from fingpt_lightning.models.layout import FAMILIES, features_of, lay_out
 from fingpt_lightning.models.loading import DTYPES
@@ -140,16 +140,10 @@ def _pretraining(
     dtype: torch.dtype | None,
 ) -> Blueprint:
     hparams: Any = module.hparams
-    if hparams["vocab_size"] is None:
+    if hparams["vocab_size"] is None and module.init_from is None:
         hparams["vocab_size"] = vocabulary_size
     module.check_block_length(block_length)
-    network = lay_out_gpt2(
-        module.shape,
-        hparams["vocab_size"],
-        rank=module.rank_rule,
-        embedding_rank=hparams["embedding_rank"],
-        dropout=hparams["dropout"],
-    )
+    network = module.laid_out()
     recompute = Recompute(hparams["recompute"])
     costs = network_costs(network, block_length, keeps_inputs_alone=recompute is Recompute.BLOCK)
     mode = FakeTensorMode()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
+from rich.progress import Progress
 from typing_extensions import override
 
 from callbacks import progress
@@ -58,11 +59,11 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     monkeypatch.setattr(progress, "time", _Clock())
     # Each change is drawn, not only what a timer finds.
     drawn = functools.partialmethod(_update_and_draw)
-    monkeypatch.setattr(progress.Progress, "update", drawn)
+    monkeypatch.setattr(Progress, "update", drawn)
     return text
 
 
-_UPDATE = progress.Progress.update
+_UPDATE = Progress.update
 
 
 def _update_and_draw(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from fingpt_lightning.deploy.decomposing import Request, decompose_model
 from fingpt_lightning.models import smollm2
+from fingpt_lightning.models.decomposing import open_source
 from fingpt_lightning.models.loading import load_model
 from tests.models.tiny_models import VOCABULARY, ids, tiny_gpt2, tiny_llama
 
@@ -126,6 +128,27 @@ def test_quantised_tensors_are_dequantised_and_quantised_anew(tmp_path: Path) ->
     for quantize, most in ((None, 0.04), ("int8", 0.08), ("nf4", 0.5)):
         error = (load_model(file, quantize=quantize).network(ids()).logits - expected).norm()
         assert 0 < error / expected.norm() < most
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_weights_are_read_by_name_and_taken_apart(tmp_path: Path, family: str) -> None:
+    network = tiny_llama() if family == "llama" else tiny_gpt2()
+    file = tmp_path / "tiny.gguf"
+    if family == "llama":
+        _llama_file(file, network)
+    else:
+        _gpt2_file(file, network, with_head=True)
+    source = open_source(file)
+    state = network.state_dict()
+    assert len(source.layers) == (14 if family == "llama" else 8)
+    for layer in source.layers:
+        assert torch.equal(source.reader.read(layer.stored), state[f"{layer.name}.weight"])
+    with pytest.raises(KeyError, match="nothing"):
+        source.reader.read("nothing")
+    made = decompose_model(source, Request(energy=1.0), tmp_path / "out")
+    assert made.total_compression_ratio == 1
+    loaded = load_model(tmp_path / "out")
+    torch.testing.assert_close(loaded.network(ids()).logits, network(ids()).logits)
 
 
 def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:

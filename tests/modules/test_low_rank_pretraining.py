@@ -52,13 +52,39 @@ def test_the_dense_twin_has_the_same_settings_and_no_pair() -> None:
     assert budget.sequence_length == 16
 
 
+@pytest.mark.parametrize("embedding_rank", [None, 4])
+@pytest.mark.parametrize("overrides", [None, {"*.mlp.c_fc": 2}])
+def test_a_compression_is_of_all_parameters_and_as_near_as_ranks_allow(
+    embedding_rank: int | None, overrides: dict[str, int | float | None] | None
+) -> None:
+    sizes = SIZES | {"width": 36, "vocab_size": 67, "embedding_rank": embedding_rank}
+    module = LowRankPretraining(**sizes, compression=1.7, rank_overrides=overrides)
+    budget = module.budget()
+    found = abs(budget.total_parameters - budget.dense_total_parameters / 1.7)
+    others = []
+    for rank in range(1, 37):
+        twin = LowRankPretraining(**sizes, rank=rank / 36, rank_overrides=overrides).budget()
+        others.append(abs(twin.total_parameters - budget.dense_total_parameters / 1.7))
+    assert found == min(others)
+    module.configure_model()
+    stored = sum(parameter.numel() for parameter in module.network.parameters())
+    assert stored == budget.total_parameters
+
+
+def test_a_compression_out_of_reach_says_what_is_within_it() -> None:
+    module = LowRankPretraining(**SIZES, vocab_size=5000, compression=4.0)
+    with pytest.raises(ValueError, match=r"compression 4.0 is out of reach: rank 1 .* gives 1\.0"):
+        module.configure_model()
+
+
 def test_recomputing_changes_no_weight(tmp_path: Path) -> None:
     weights = {}
     for recompute in Recompute:
         torch.manual_seed(2)
         module = LowRankPretraining(**SIZES | {"recompute": recompute.value}, rank=3)
         _fit(tmp_path, module)
-        assert module.network.transformer.h[0].gradient_checkpointing == (recompute != "none")
+        block = module.network.get_submodule("transformer.h.0")
+        assert block.gradient_checkpointing == (recompute != "none")
         weights[recompute] = module.state_dict()
     assert len(weights) == 3
     for name, weight in weights[Recompute.NONE].items():
@@ -92,6 +118,9 @@ def test_blocks_are_compiled_when_asked(monkeypatch: pytest.MonkeyPatch) -> None
         ({"weight_decay": -1.0}, "weight_decay -1.0 is below 0"),
         ({"beta2": 1.0}, "beta2 1.0 is outside [0, 1)"),
         ({"width": 13}, "width 13 is no multiple of num_heads 3"),
+        ({"compression": 0.9}, "compression 0.9 is below 1"),
+        ({"compression": 2.0, "rank": 3}, "rank 3 and compression 2.0: give one of them"),
+        ({"compression": 2.0, "rank": None}, "rank None and compression 2.0: give one of them"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -1,0 +1,227 @@
+"""Pairs of thin matrices nearest to dense weights, many weights of one shape at a time.
+
+Axes: B weights of one shape, O out_features, I in_features, R rank, K columns of a subspace,
+M = min(O, I).
+
+What is nearest is measured on the weights or, with moments, on what the layers put out: with
+E the error of a weight and C = X X' / n the second moments of a layer's n inputs X, that is
+|E|^2 or tr(E C E') = |E X|^2 / n.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fingpt_lightning.low_rank.factorize import Factors
+
+OVERSAMPLING = 16
+"""Columns of a randomised subspace beyond the rank."""
+POWER_ITERATIONS = 2
+
+
+class Method(StrEnum):
+    """How the leading subspace is found."""
+
+    EXACT = "exact"
+    """From all eigenvectors of the smaller Gram matrix, in float64."""
+    RANDOMIZED = "randomized"
+    """Subspace iteration from a random start, in float32: faster at small ranks."""
+
+
+class Basis(NamedTuple):
+    """Where the outputs of some layers are largest.
+
+    Args:
+        vectors: Orthonormal columns, the direction of the largest outputs first.
+        energies: Squares of all M singular values of W S, downwards, with S S' = C; of the
+            randomised method those of the subspace alone.
+    """
+
+    vectors: Float[Tensor, "B O K"]
+    energies: Float[Tensor, "B E"]
+
+
+class Errors(NamedTuple):
+    """How far a pair is from its weight: |W - U D| / |W|, and the same of the outputs."""
+
+    weight: float
+    output: float | None
+
+
+def output_basis(
+    weights: Float[Tensor, "B O I"],
+    num_columns: int,
+    moments: Float[Tensor, "B I I"] | None = None,
+    method: Method = Method.EXACT,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Basis:
+    """The leading left singular vectors of W S, where S S' = C, or of W without moments.
+
+    The nearest weight of rank R is U U' W with the first R of these columns U: no inverse of S
+    is taken, so that moments may be singular. Exact, W C W' (if O <= I) or S' W' W S is taken
+    apart, which resolves singular values down to 1e-8 of the largest. Randomised, a random
+    subspace is multiplied by W C W' and made orthonormal, over and over.
+
+    Args:
+        weights: On any device, all of one shape.
+        num_columns: K, in [1, M].
+        moments: C of each layer; None measures on the weights.
+        method: Exact or randomised.
+        generators: Of the randomised start, one a weight, on its device; None draws from torch's.
+
+    Raises:
+        ValueError: ``num_columns`` is out of range.
+
+    Source: https://arxiv.org/abs/2403.07378, section 3.2 (SVD-LLM: W S = U Sigma V', pair
+    U sqrt(Sigma) and sqrt(Sigma) V' S^-1, whose product is U U' W);
+    https://arxiv.org/abs/0909.4061, algorithm 4.4 (subspace iteration).
+    """
+    smaller = min(weights.shape[1:])
+    if not 1 <= num_columns <= smaller:
+        raise ValueError(f"{num_columns} columns are outside [1, {smaller}]")
+    if method is Method.RANDOMIZED:
+        return _randomized_basis(weights.float(), num_columns, moments, generators)
+    weights = weights.double()
+    if weights.shape[1] <= weights.shape[2]:
+        weighed = weights if moments is None else weights @ moments.double()
+        energies_BM, vectors_BOM = _downwards(weighed @ weights.mT)
+        return Basis(vectors_BOM[:, :, :num_columns], energies_BM)
+    scaled = weights if moments is None else weights @ square_roots(moments)
+    energies_BM, right_BIM = _downwards(scaled.mT @ scaled)
+    # Orthonormal where singular values are as good as zero, too.
+    vectors_BOK, _ = torch.linalg.qr(scaled @ right_BIM[:, :, :num_columns])
+    return Basis(vectors_BOK, energies_BM)
+
+
+def energies_of(
+    weights: Float[Tensor, "B O I"], moments: Float[Tensor, "B I I"] | None = None
+) -> Float[Tensor, "B M"]:
+    """Squares of all singular values of W S, downwards, without the vectors: half the time."""
+    weights = weights.double()
+    if weights.shape[1] <= weights.shape[2]:
+        weighed = weights if moments is None else weights @ moments.double()
+        gram = weighed @ weights.mT
+    else:
+        scaled = weights if moments is None else weights @ square_roots(moments)
+        gram = scaled.mT @ scaled
+    values: Tensor = torch.linalg.eigvalsh((gram + gram.mT) / 2)
+    return values.flip(-1).clamp_min(0)
+
+
+def square_roots(moments: Float[Tensor, "B I I"]) -> Float[Tensor, "B I I"]:
+    """S with S S' = C, in float64: Cholesky's, or that of the eigenvectors where C is singular."""
+    moments = moments.double()
+    roots, failed = torch.linalg.cholesky_ex(moments)
+    if bool(failed.any()):
+        values, vectors = torch.linalg.eigh(moments)
+        by_eigen = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+        roots = torch.where((failed > 0)[:, None, None], by_eigen, roots)
+    found: Tensor = roots
+    return found
+
+
+def pair_of(
+    weight: Float[Tensor, "O I"], vectors: Float[Tensor, "O R"]
+) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
+    """U U' W as two factors that share its singular values evenly: up' up = down down'.
+
+    Args:
+        weight: W.
+        vectors: U, orthonormal columns.
+    """
+    vectors, weight = vectors.double(), weight.double()
+    projection_RI = vectors.T @ weight
+    _, turned = _downwards((projection_RI @ projection_RI.T)[None])
+    rows_RI = turned[0].T @ projection_RI
+    singular_values = torch.linalg.vector_norm(rows_RI, dim=1, keepdim=True)
+    # A zero singular value has a zero row: any scale keeps it.
+    scale = torch.where(singular_values > 0, singular_values, 1.0).sqrt()
+    return (vectors @ turned[0]) * scale.T, rows_RI / scale
+
+
+def decompose(
+    weights: Float[Tensor, "B O I"],
+    ranks: Sequence[int],
+    moments: Float[Tensor, "B I I"] | None = None,
+    method: Method = Method.EXACT,
+    generators: Sequence[torch.Generator] | None = None,
+) -> list[Factors]:
+    """The nearest pair of each weight, in the dtype of the weights.
+
+    Args:
+        weights: As in `output_basis`.
+        ranks: One a weight.
+        moments: As in `output_basis`.
+        method: As in `output_basis`.
+        generators: As in `output_basis`.
+    """
+    basis = output_basis(weights, max(ranks), moments, method, generators)
+    return [
+        factors_of(weight, vectors[:, :rank])
+        for weight, vectors, rank in zip(weights, basis.vectors, ranks, strict=True)
+    ]
+
+
+def factors_of(weight: Float[Tensor, "O I"], vectors: Float[Tensor, "O R"]) -> Factors:
+    """`pair_of` in the dtype of the weight."""
+    up, down = pair_of(weight, vectors)
+    return Factors(up.to(weight.dtype).contiguous(), down.to(weight.dtype).contiguous())
+
+
+def relative_errors(
+    weight: Float[Tensor, "O I"], factors: Factors, moment: Float[Tensor, "I I"] | None = None
+) -> Errors:
+    """How far a pair is from its weight, as it is stored.
+
+    Args:
+        weight: W.
+        factors: Of any dtype.
+        moment: C of the layer's inputs, for the error of its outputs.
+    """
+    weight = weight.double()
+    error = weight - factors.up.double() @ factors.down.double()
+    of_weight = float(error.norm() / weight.norm().clamp_min(1e-300))
+    if moment is None:
+        return Errors(of_weight, None)
+    moment = moment.double()
+    lost, whole = (float(((x @ moment) * x).sum().clamp_min(0)) for x in (error, weight))
+    return Errors(of_weight, (lost / max(whole, 1e-300)) ** 0.5)
+
+
+def _downwards(gram: Float[Tensor, "B N N"]) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B N N"]]:
+    """Eigenvalues, none below zero, and eigenvectors, the largest first."""
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    return values.flip(-1).clamp_min(0), vectors.flip(-1)
+
+
+def _randomized_basis(
+    weights: Float[Tensor, "B O I"],
+    num_columns: int,
+    moments: Float[Tensor, "B I I"] | None,
+    generators: Sequence[torch.Generator] | None,
+) -> Basis:
+    num_weights, out_features, in_features = weights.shape
+    width = min(num_columns + OVERSAMPLING, out_features, in_features)
+    streams = [None] * num_weights if generators is None else generators
+    device, dtype = weights.device, weights.dtype
+    drawn = [
+        torch.randn(in_features, width, generator=stream, device=device, dtype=dtype)
+        for stream in streams
+    ]
+    start = torch.stack(drawn)
+    narrow = None if moments is None else moments.to(weights.dtype)
+
+    def weighed(x: Tensor) -> Tensor:
+        return x if narrow is None else narrow @ x
+
+    subspace, _ = torch.linalg.qr(weights @ weighed(start))
+    for _ in range(POWER_ITERATIONS):
+        subspace, _ = torch.linalg.qr(weights @ weighed(weights.mT @ subspace))
+    seen = (weights.mT @ subspace).double()
+    energies, turned = _downwards(seen.mT @ (seen if moments is None else moments.double() @ seen))
+    vectors = subspace.double() @ turned[:, :, :num_columns]
+    return Basis(vectors, energies)

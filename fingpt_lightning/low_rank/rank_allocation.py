@@ -1,0 +1,238 @@
+"""Ranks from what is asked for: so many parameters in all, or so much of a spectrum.
+
+A size is (in_features, out_features). A layer without a rank is dense.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from fingpt_lightning.low_rank.rank import resolve_rank
+
+Size = tuple[int, int]
+_LEAST_SHARE = 0.25
+"""Of the rank that all layers alike would get: what `allocate_ranks` leaves each at least."""
+
+
+def largest_rank(in_features: int, out_features: int) -> int:
+    """The largest rank whose pair is smaller than the dense layer; 0 where none is.
+
+    >>> largest_rank(768, 768), largest_rank(768, 3072), largest_rank(1, 5)
+    (383, 614, 0)
+    """
+    return (in_features * out_features - 1) // (in_features + out_features)
+
+
+def num_parameters(rank: int | None, in_features: int, out_features: int) -> int:
+    """Of a pair, or of the dense layer: the weight without the bias.
+
+    >>> num_parameters(224, 768, 2304), num_parameters(None, 768, 2304)
+    (688128, 1769472)
+    """
+    if rank is None:
+        return in_features * out_features
+    return rank * (in_features + out_features)
+
+
+def total_parameters(sizes: Mapping[str, Size], ranks: Mapping[str, int | None]) -> int:
+    """Of all layers."""
+    return sum(num_parameters(ranks[name], *size) for name, size in sizes.items())
+
+
+def ranks_at_ratio(sizes: Mapping[str, Size], ratio: float) -> dict[str, int | None]:
+    """The ranks of layers that all get the share ``ratio`` of their smaller side."""
+    return {name: resolve_rank(ratio, *size) for name, size in sizes.items()}
+
+
+def ratio_for_parameters(sizes: Mapping[str, Size], target: int) -> float:
+    """The one ratio r / min(in, out) with which all layers come nearest to so many parameters.
+
+    Parameters grow with the ratio in steps, one for each rank of each size, and to the left and
+    to the right of the target there is one step each: the nearer is taken, of two as near the
+    larger.
+
+    Args:
+        sizes: Of the layers, by name.
+        target: Parameters of all layers together.
+
+    Raises:
+        ValueError: Rank 1 everywhere takes more.
+
+    >>> ratio = ratio_for_parameters({"a": (8, 24), "b": (8, 8)}, target=160)
+    >>> ranks_at_ratio({"a": (8, 24), "b": (8, 8)}, ratio)
+    {'a': 3, 'b': 3}
+    """
+    smaller = sorted({min(size) for size in sizes.values()})
+    # Between two of these the rounded ranks do not change.
+    edges = sorted({(k + 0.5) / m for m in smaller for k in range(1, m)})
+    bounds = [0.5 / smaller[-1], *edges, 1.0]
+    candidates = [(a + b) / 2 for a, b in itertools.pairwise(bounds)] + [1.0]
+
+    def total(ratio: float) -> int:
+        return total_parameters(sizes, ranks_at_ratio(sizes, ratio))
+
+    if total(candidates[0]) > target:
+        raise ValueError(f"rank 1 everywhere takes {total(candidates[0])}, more than {target}")
+    first, last = 0, len(candidates) - 1
+    while last - first > 1:
+        middle = (first + last) // 2
+        first, last = (middle, last) if total(candidates[middle]) <= target else (first, middle)
+    gaps = [abs(total(candidates[index]) - target) for index in (first, last)]
+    return candidates[first] if gaps[0] < gaps[1] else candidates[last]
+
+
+def energy_rank(energies: Sequence[float], share: float) -> int:
+    """The smallest rank that keeps a share of the squared singular values.
+
+    Args:
+        energies: Squared singular values, downwards.
+        share: In (0, 1].
+
+    Raises:
+        ValueError: ``share`` is out of range.
+
+    >>> energy_rank([6.0, 3.0, 1.0], 0.9), energy_rank([6.0, 3.0, 1.0], 0.91)
+    (2, 3)
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"energy {share} is outside (0, 1]")
+    # What is lost, not what is kept: the tail has digits that the sum has not.
+    allowed, lost = (1 - share) * math.fsum(energies) * (1 + 1e-12), 0.0
+    for rank in range(len(energies), 1, -1):
+        lost += energies[rank - 1]
+        if lost > allowed:
+            return rank
+    return 1
+
+
+def dense_if_not_smaller(rank: int, size: Size) -> int | None:
+    """The rank, or None where its pair is not smaller than the dense layer."""
+    return rank if rank <= largest_rank(*size) else None
+
+
+def allocate_ranks(
+    energies: Mapping[str, Sequence[float]],
+    sizes: Mapping[str, Size],
+    target: int,
+    least_share: float = _LEAST_SHARE,
+) -> dict[str, int | None]:
+    """Ranks under one budget, by what each further parameter is worth.
+
+    Of each layer the share of its energy that is kept counts. For a price a parameter, each layer
+    takes the rank, or stays dense, where what it keeps less what it pays is largest: columns worth
+    their in + out parameters, and all of them where that is dearer by less than what the rest is
+    worth. The price is the lowest that the budget bears; what is left of it goes to the columns
+    worth most. Each layer gets at least ``least_share`` of the rank it would have if all were
+    alike: a sum of errors knows nothing of a network that breaks at its narrowest layer.
+
+    Args:
+        energies: Squared singular values of each layer, downwards; whitened where calibrated.
+        sizes: Of the same layers.
+        target: Parameters of all layers together.
+        least_share: In [0, 1].
+
+    Raises:
+        ValueError: Rank 1 everywhere takes more than ``target``, or ``least_share`` is out of
+            range.
+    """
+    if not 0 <= least_share <= 1:
+        raise ValueError(f"least_share {least_share} is outside [0, 1]")
+    alike = ranks_at_ratio(sizes, ratio_for_parameters(sizes, target))
+    layers = [
+        _Layer(name, size, energies[name], alike[name], least_share) for name, size in sizes.items()
+    ]
+    prices = sorted({worth for layer in layers for worth in layer.worths()}, reverse=True)
+
+    def ranks_at(price: float) -> dict[str, int | None]:
+        return {layer.name: layer.rank_at(price) for layer in layers}
+
+    first, last = -1, len(prices)  # every price up to the first is borne, none from the last on
+    while last - first > 1:
+        middle = (first + last) // 2
+        is_borne = total_parameters(sizes, ranks_at(prices[middle])) <= target
+        first, last = (middle, last) if is_borne else (first, middle)
+    ranks = ranks_at(math.inf if first < 0 else prices[first])
+    return _filled(ranks, layers, target - total_parameters(sizes, ranks))
+
+
+class _Layer:
+    """What the ranks of a layer keep and cost.
+
+    Args:
+        name: Of the layer.
+        size: Of the layer.
+        energies: Its squared singular values, downwards.
+        alike: Its rank if all were alike.
+        least_share: Of that.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: Size,
+        energies: Sequence[float],
+        alike: int | None,
+        least_share: float,
+    ) -> None:
+        self.name, self.size, self.column_cost = name, size, sum(size)
+        whole = math.fsum(energies) or 1.0
+        self.shares = [energy / whole for energy in energies]
+        self.kept = list(itertools.accumulate(self.shares, initial=0.0))
+        self.largest = largest_rank(*size)
+        even = self.largest if alike is None else alike
+        # Of a layer without a smaller pair nothing but the dense layer is left.
+        self.least = min(max(1, math.floor(least_share * even)), self.largest)
+
+    def worth_of_column(self, index: int) -> float:
+        """Share of the energy a parameter, of the column after so many."""
+        return self.shares[index] / self.column_cost
+
+    def worth_of_rest(self, rank: int) -> float:
+        """Share of the energy a parameter, of all that a pair of this rank leaves out."""
+        missing = num_parameters(None, *self.size) - num_parameters(rank, *self.size)
+        return (self.kept[-1] - self.kept[rank]) / max(1, missing)
+
+    def worths(self) -> list[float]:
+        """The prices at which the layer takes more or less."""
+        ranks = range(self.least, self.largest + 1)
+        columns = [self.worth_of_column(rank) for rank in ranks if rank < self.largest]
+        return columns + [self.worth_of_rest(rank) for rank in ranks]
+
+    def rank_at(self, price: float) -> int | None:
+        """The best rank at a price a parameter; None is dense."""
+        if self.largest == 0:
+            return None
+        low, high = self.least, self.largest
+        while low < high:  # columns are worth less and less
+            middle = (low + high) // 2
+            if self.worth_of_column(middle) >= price:
+                low = middle + 1
+            else:
+                high = middle
+        return None if self.worth_of_rest(low) >= price else low
+
+
+def _filled(
+    ranks: dict[str, int | None], layers: Sequence[_Layer], left: int
+) -> dict[str, int | None]:
+    """Spends what is left of a budget on the columns worth most."""
+    columns = []
+    for layer in layers:
+        rank = ranks[layer.name]
+        if rank is not None:
+            ends = range(rank, layer.largest)
+            columns += [(layer.worth_of_column(index), layer) for index in ends]
+    columns.sort(key=lambda column: column[0], reverse=True)
+    for _, layer in columns:
+        rank = ranks[layer.name]
+        if rank is not None and layer.column_cost <= left:
+            ranks[layer.name] = rank + 1
+            left -= layer.column_cost
+    for layer in layers:
+        if ranks[layer.name] == layer.largest and layer.largest:
+            size = layer.size
+            missing = num_parameters(None, *size) - num_parameters(layer.largest, *size)
+            if missing <= left:
+                ranks[layer.name] = None
+                left -= missing
+    return ranks

@@ -1,0 +1,134 @@
+"""What goes into each linear layer of a network on some text: second moments, block by block.
+
+Axes: N rows, T tokens, D width, I in_features of a layer.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fingpt_lightning.models.quantization import is_linear
+
+HEAD = "lm_head"
+_NORMS = ("norm", "ln_f")
+
+
+class InputMoments(NamedTuple):
+    """Of some layers.
+
+    Args:
+        groups: The name of the moments of each layer; layers that read the same tensor share one.
+        moments: C = X X' / n over all n tokens, in float64, by that name.
+    """
+
+    groups: dict[str, str]
+    moments: dict[str, Float[Tensor, "I I"]]
+
+
+class _BlockReached(Exception):
+    pass
+
+
+@torch.no_grad()
+def input_moments(
+    network: PreTrainedModel, ids: Int[Tensor, "N T"], batch_rows: int = 4
+) -> Iterator[InputMoments]:
+    """The second moments of each block's linear layers, one block after the other, then the head's.
+
+    All rows go through a block before any goes on, so that the moments of one block are held at a
+    time, beside the hidden states of all rows: N T D numbers. Products are made in the network's
+    dtype and summed over batches in float64.
+
+    Args:
+        network: In evaluation mode, whole, of the GPT-2 or Llama family.
+        ids: Rows of equal length.
+        batch_rows: Rows that go through a block at a time.
+
+    Cost: one forward pass without the head, and 2 I^2 operations a token for each distinct input.
+    """
+    name, blocks = _blocks(network)
+    captured = [_first_input(network, blocks[0], part) for part in ids.split(batch_rows)]
+    for index, block in enumerate(blocks):
+        sums = _Sums(f"{name}.{index}")
+        with sums.watching(block):
+            for row, (hidden, args, kwargs) in enumerate(captured):
+                out = block(hidden, *args, **kwargs)
+                captured[row] = (out[0] if isinstance(out, tuple) else out, args, kwargs)
+        yield sums.means(ids.numel())
+    norm = next(m for n, m in network.base_model.named_children() if n in _NORMS)
+    sums = _Sums("")
+    for hidden, _, _ in captured:
+        sums.add(HEAD, norm(hidden))
+    yield sums.means(ids.numel())
+
+
+class _Sums:
+    """Sums X X' of the layers of a module."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._groups: dict[str, str] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, str] | None = None
+
+    @contextmanager
+    def watching(self, block: nn.Module) -> Iterator[None]:
+        """Takes in what the linear layers of a block read."""
+        with ExitStack() as stack:
+            for name, module in block.named_modules():
+                if is_linear(module):
+                    full = f"{self._prefix}.{name}"
+                    hook = module.register_forward_pre_hook(
+                        lambda _, args, full=full: self.add(full, args[0])
+                    )
+                    stack.callback(hook.remove)
+            yield
+            self._last = None
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Adds what a layer reads, unless the layer before has read the same tensor."""
+        if self._last is not None and self._last[0] is x:
+            self._groups[name] = self._last[1]
+            return
+        self._last = (x, name)
+        self._groups[name] = name
+        x_NI = x.reshape(-1, x.shape[-1])
+        product = (x_NI.T @ x_NI).double()
+        self._sums[name] = product if name not in self._sums else self._sums[name].add_(product)
+
+    def means(self, num_tokens: int) -> InputMoments:
+        """Of all that was added."""
+        moments = {name: total / num_tokens for name, total in self._sums.items()}
+        return InputMoments(self._groups, moments)
+
+
+def _blocks(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    for name, module in network.named_modules():
+        if isinstance(module, nn.ModuleList):
+            return name, module
+    raise ValueError(f"{type(network).__name__} has no list of blocks")
+
+
+def _first_input(
+    network: PreTrainedModel, block: nn.Module, ids: Int[Tensor, "N T"]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """What the first block is called with."""
+    found: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args[0], args[1:], kwargs))
+        raise _BlockReached
+
+    hook = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        network.base_model(input_ids=ids, use_cache=False)
+    except _BlockReached:
+        pass
+    finally:
+        hook.remove()
+    return found[0]

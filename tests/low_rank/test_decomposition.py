@@ -1,0 +1,151 @@
+import pytest
+import torch
+from torch import Tensor
+
+from fingpt_lightning.low_rank.decomposition import (
+    Method,
+    decompose,
+    energies_of,
+    output_basis,
+    relative_errors,
+)
+from fingpt_lightning.low_rank.factorize import Factors
+
+SHAPES = [(7, 11), (11, 7), (9, 9)]
+
+
+def _weights(rows: int, columns: int, number: int = 3) -> Tensor:
+    return torch.randn(number, rows, columns, dtype=torch.float64)
+
+
+def _moments(columns: int, num_tokens: int = 40, number: int = 3) -> tuple[Tensor, Tensor]:
+    """Inputs of very unequal features, and their second moments."""
+    scales = torch.logspace(-2, 1, columns, dtype=torch.float64)
+    mixed = torch.randn(columns, columns, dtype=torch.float64) * scales
+    x = torch.randn(number, num_tokens, columns, dtype=torch.float64) @ mixed.T
+    return x, x.mT @ x / num_tokens
+
+
+def _reference(weight: Tensor, moment: Tensor, rank: int) -> Tensor:
+    """U_r S_r V_r' S^-1 of the singular value decomposition of W S, by Cholesky's S."""
+    root = torch.linalg.cholesky(moment)
+    u, s, vh = torch.linalg.svd(weight @ root, full_matrices=False)
+    kept = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    truth: Tensor = torch.linalg.solve_triangular(root, kept, upper=False, left=False)
+    return truth
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_without_moments_a_pair_is_the_truncated_singular_value_decomposition(
+    rows: int, columns: int
+) -> None:
+    weights = _weights(rows, columns)
+    for rank in (1, 4, min(rows, columns)):
+        for weight, pair in zip(weights, decompose(weights, [rank] * 3), strict=True):
+            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+            truth = (u[:, :rank] * s[:rank]) @ vh[:rank]
+            torch.testing.assert_close(pair.up @ pair.down, truth, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_with_moments_a_pair_is_that_of_the_whitened_weight(rows: int, columns: int) -> None:
+    weights = _weights(rows, columns)
+    x, moments = _moments(columns)
+    energies = energies_of(weights, moments)
+    for rank in (1, 3, min(rows, columns) - 1):
+        pairs = decompose(weights, [rank] * 3, moments)
+        for index, pair in enumerate(pairs):
+            product = pair.up @ pair.down
+            truth = _reference(weights[index], moments[index], rank)
+            torch.testing.assert_close(product, truth, rtol=1e-7, atol=1e-7)
+            # The error of the outputs themselves is what the spectrum leaves out.
+            lost = (x[index] @ (weights[index] - product).T).square().sum() / len(x[index])
+            torch.testing.assert_close(lost, energies[index, rank:].sum(), rtol=1e-8, atol=1e-9)
+
+
+def test_whitening_loses_less_of_the_outputs_and_more_of_the_weights() -> None:
+    weights = _weights(9, 13)
+    _, moments = _moments(13)
+    for weight, moment, plain, whitened in zip(
+        weights, moments, decompose(weights, [4] * 3), decompose(weights, [4] * 3, moments),
+        strict=True,
+    ):  # fmt: skip
+        of_plain = relative_errors(weight, plain, moment)
+        of_whitened = relative_errors(weight, whitened, moment)
+        assert of_plain.output is not None
+        assert of_whitened.output is not None
+        assert of_whitened.output < 0.7 * of_plain.output
+        assert of_plain.weight < of_whitened.weight
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_moments_of_few_tokens_lose_nothing_at_the_rank_of_the_inputs(
+    rows: int, columns: int
+) -> None:
+    """Two tokens: moments are singular, and outputs on them need two columns."""
+    weights = _weights(rows, columns)
+    x, moments = _moments(columns, num_tokens=2)
+    for method in Method:
+        for index, pair in enumerate(decompose(weights, [2] * 3, moments, method)):
+            outputs = x[index] @ weights[index].T
+            torch.testing.assert_close(
+                x[index] @ (pair.up @ pair.down).T, outputs, rtol=1e-4, atol=1e-3
+            )
+
+
+def test_factors_share_the_singular_values_evenly() -> None:
+    _, moments = _moments(11)
+    for pair in decompose(_weights(7, 11), [2, 3, 5], moments):
+        torch.testing.assert_close(pair.up.T @ pair.up, pair.down @ pair.down.T)
+
+
+@pytest.mark.parametrize("with_moments", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_weights_of_a_batch_get_what_each_would_alone(
+    rows: int, columns: int, with_moments: bool
+) -> None:
+    weights = _weights(rows, columns)
+    moments = _moments(columns)[1] if with_moments else None
+    ranks = [2, 5, 3]
+    for index, pair in enumerate(decompose(weights, ranks, moments)):
+        own = None if moments is None else moments[index : index + 1]
+        (alone,) = decompose(weights[index : index + 1], ranks[index : index + 1], own)
+        assert pair.up.shape == (rows, ranks[index])
+        torch.testing.assert_close(pair.up @ pair.down, alone.up @ alone.down)
+
+
+@pytest.mark.parametrize("with_moments", [False, True])
+def test_a_random_subspace_is_nearly_as_good(with_moments: bool) -> None:
+    weights = _weights(60, 90, 2) @ torch.diag(0.97 ** torch.arange(90, dtype=torch.float64))
+    moments = _moments(90, 300, 2)[1] if with_moments else None
+    exact = decompose(weights, [9, 9], moments)
+    streams = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    random = decompose(weights, [9, 9], moments, Method.RANDOMIZED, streams)
+    for index, weight in enumerate(weights):
+        moment = None if moments is None else moments[index]
+        errors = [relative_errors(weight, pair[index], moment) for pair in (exact, random)]
+        best, near = (e.weight if e.output is None else e.output for e in errors)
+        assert best <= near * (1 + 1e-9)
+        assert near < 1.01 * best
+
+
+def test_energies_are_squared_singular_values() -> None:
+    for rows, columns in SHAPES:
+        weights = _weights(rows, columns)
+        truth = torch.linalg.svdvals(weights).square()
+        torch.testing.assert_close(energies_of(weights), truth)
+        torch.testing.assert_close(output_basis(weights, 2).energies, truth)
+
+
+def test_errors_are_those_of_the_stored_factors() -> None:
+    weight = torch.eye(4)
+    pair = Factors(torch.eye(4)[:, :3], torch.eye(4)[:3])
+    moment = torch.diag(torch.tensor([1.0, 1.0, 1.0, 9.0]))
+    errors = relative_errors(weight, pair, moment)
+    assert errors.weight == pytest.approx(0.5)
+    assert errors.output == pytest.approx((9 / 12) ** 0.5)
+
+
+def test_a_rank_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"8 columns are outside \[1, 7\]"):
+        output_basis(_weights(7, 11), 8)
