@@ -4,10 +4,11 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,8 @@ from fingpt_lightning.strategies import PipelineStrategy
 from fingpt_lightning.units import MIB, format_bytes, peak_flops_per_s
 
 _CALIBRATION_STEPS = 5
+_LOOKED_AT = 200
+"""Batches of which the largest is planned: rows of instructions differ in length."""
 _WARMUP_STEPS = 2
 _FREE_SHARE = 0.8
 """Of the free memory that a calibration may take by account: the account leaves libraries out."""
@@ -59,9 +62,10 @@ _COMPUTE = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class _Data(NamedTuple):
-    """A batch, and how many there are; ``note`` says why they are assumed."""
+    """The largest batch, and how many there are; ``note`` says why they are assumed."""
 
     batch: Any
+    tokens_a_batch: float
     num_batches: int | None
     vocabulary_size: int
     note: str | None
@@ -143,7 +147,7 @@ def _plan(words: list[str], calibrate: bool, folder: str) -> tuple[dict[str, Any
         batches = batches_seen(data.num_batches // replicas, settings.trainer.limit_train_batches)
     accumulate = settings.trainer.accumulate_grad_batches
     lasts = run_length(settings.trainer.max_steps, settings.trainer.max_epochs, batches, accumulate)
-    tokens_a_step = data.batch["input_ids"].numel() * accumulate * replicas
+    tokens_a_step = round(data.tokens_a_batch * accumulate * replicas)
     device = trainer.strategy.root_device
     free = _free_bytes(device)
     measured: dict[str, int] | None = None
@@ -195,9 +199,8 @@ def _read_data(cli: FinGPTCLI) -> _Data:
             datamodule.prepare_data()
             datamodule.setup("fit")
             loader = datamodule.train_dataloader()
-            first = itertools.islice(loader, _CALIBRATION_STEPS)
-            batch = max(first, key=lambda batch: int(batch["input_ids"].numel()))
-            return _Data(batch, len(loader), datamodule.vocabulary_size, note)
+            batch, tokens_a_batch = _largest(itertools.islice(loader, _num_looked_at(cli)))
+            return _Data(batch, tokens_a_batch, len(loader), datamodule.vocabulary_size, note)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             refusal = " ".join(str(error).split())
     shape = (int(datamodule.batch_size), int(datamodule.block_length))
@@ -208,7 +211,28 @@ def _read_data(cli: FinGPTCLI) -> _Data:
     note = (
         f"the data were not read ({refusal}): {shape[0]} full rows of {shape[1]} tokens are assumed"
     )
-    return _Data(batch, None, _GPT2_VOCABULARY, note)
+    return _Data(batch, math.prod(shape), None, _GPT2_VOCABULARY, note)
+
+
+def _num_looked_at(cli: FinGPTCLI) -> int:
+    """Batches that are read: of what the run will see, a part that takes a moment."""
+    trainer = cli.config["fit"].trainer
+    if not isinstance(cli.datamodule, FinancialInstructions):
+        return 1  # blocks are all equal
+    if trainer.max_steps is None or trainer.max_steps < 0:
+        return _LOOKED_AT
+    return max(1, min(_LOOKED_AT, trainer.max_steps * trainer.accumulate_grad_batches))
+
+
+def _largest(batches: Iterable[Any]) -> tuple[Any, float]:
+    """The batch with the most tokens, and how many they have on average."""
+    largest: Any = None
+    sizes: list[int] = []
+    for batch in batches:
+        sizes.append(int(batch["input_ids"].numel()))
+        if sizes[-1] == max(sizes):
+            largest = batch
+    return largest, statistics.mean(sizes)
 
 
 def _take_tokenizer(cli: FinGPTCLI) -> str | None:

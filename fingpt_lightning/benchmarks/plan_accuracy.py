@@ -66,10 +66,10 @@ def compare(config: str, words: Sequence[str], max_steps: int) -> dict[str, Any]
     """
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "plan.json"
-        fingpt(["plan", *words, "--no_calibrate", "--json", str(plan)])
+        short = ["--trainer.max_steps", str(max_steps), "--trainer.limit_val_batches", "1"]
+        fingpt(["plan", *words, *short, "--no_calibrate", "--json", str(plan)])
         planned = {part: json.loads(plan.read_text())["bytes"][part] / MIB for part in PARTS}
         run = Path(folder) / "run"
-        short = ["--trainer.max_steps", str(max_steps), "--trainer.limit_val_batches", "1"]
         # Batches differ in length: each is measured.
         each_step = {"class_path": "callbacks.MemoryMonitor", "init_args": {"every_n_steps": 1}}
         monitor = ["--trainer.callbacks", json.dumps([each_step])]
