@@ -232,7 +232,7 @@ def _largest(batches: Iterable[Any]) -> tuple[Any, float]:
         sizes.append(int(batch["input_ids"].numel()))
         if sizes[-1] == max(sizes):
             largest = batch
-    return largest, statistics.mean(sizes)
+    return largest, statistics.fmean(sizes)
 
 
 def _take_tokenizer(cli: FinGPTCLI) -> str | None:
