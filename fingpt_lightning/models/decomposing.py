@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
@@ -156,7 +156,8 @@ def _embedding(network: PreTrainedModel, names: Mapping[str, str]) -> LayerWeigh
         return None
     embedding = network.get_input_embeddings()
     name = next(name for name, module in network.named_modules() if module is embedding)
-    num_tokens, width = embedding.weight.shape
+    assert isinstance(embedding, nn.Embedding)
+    width, num_tokens = embedding.embedding_dim, embedding.num_embeddings
     return LayerWeight(name, names[f"{name}.weight"], width, num_tokens)
 
 

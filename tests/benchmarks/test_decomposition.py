@@ -36,8 +36,8 @@ def test_the_quality_benchmark_goes_on_where_it_ended(
 ) -> None:
     tiny_network("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    for file in (*decomposed_quality.TEXTS.values(), decomposed_quality.TRAINING):
-        path = tmp_path / "data" / file
+    for name in (*decomposed_quality.TEXTS.values(), decomposed_quality.TRAINING):
+        path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         line = "Shares of Foo fell as the dividend rose and profit was kept"
         text = json.dumps({"text": line * 9}) if path.suffix == ".jsonl" else line * 9

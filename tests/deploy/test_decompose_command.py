@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from fingpt_lightning.cli import main
 from fingpt_lightning.deploy import decomposing
-from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
+from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear, layer_files
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.modules import LowRankPretraining
 from tests.deploy.tiny_clients import save_clients, save_low_rank_model
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer
 
@@ -131,7 +132,7 @@ def test_calibration_loses_less_of_the_outputs(
 def test_a_compression_is_met_as_nearly_as_ranks_allow(
     decompose: Decompose, model: Path, tmp_path: Path, allocation: str
 ) -> None:
-    words = ("--compression", "1.3", "--allocation", allocation)
+    words: tuple[str, ...] = ("--compression", "1.3", "--allocation", allocation)
     if model.name == "gpt2":  # whose embedding is tied
         words = (*words, "--embedding_rank", "0.5")
     status, _, error = decompose(model, *words)
@@ -163,7 +164,7 @@ def test_a_factorised_embedding_is_the_nearest_to_the_logits(
         )
         assert status == 0, error
     dense = load_model(gpt2).network
-    table = dense.get_input_embeddings().weight.detach()
+    table = dense.get_parameter("transformer.wte.weight").detach()
     u, s, vh = torch.linalg.svd(table.double(), full_matrices=False)
     embedding = load_model(tmp_path / "out0").network.get_input_embeddings()
     assert isinstance(embedding, LowRankEmbedding)
@@ -215,7 +216,7 @@ def test_a_run_that_was_killed_goes_on(
     status, _, error = decompose(model, *words, "--output", tmp_path / "whole")
     assert status == 0, error
     done: list[str] = []
-    real = decomposing.decompose_batch
+    real = layer_files.decompose_batch
 
     def killed(work: object, batch: object) -> object:
         if len(done) >= 2:
@@ -242,8 +243,8 @@ def test_a_run_that_was_killed_goes_on(
     assert len(kept) >= 2
     status, _, error = decompose(model, *words)
     assert status == 0, error
-    whole, again = (_linear(load_model(tmp_path / n).network) for n in ("whole", "out"))
-    torch.testing.assert_close(whole, again)
+    first, second = (_linear(load_model(tmp_path / n).network) for n in ("whole", "out"))
+    torch.testing.assert_close(first, second)
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -346,6 +347,8 @@ def test_fit_trains_on_from_the_folder_and_its_checkpoint_exports(
     ]  # fmt: skip
     main(words)
     (run,) = Path("runs").iterdir()
+    record = json.loads(Path("out/decomposition.json").read_text())
+    assert LowRankPretraining(init_from="out").budget().total_parameters == record["parameters"]
     assert "tokenizer: out" in (run / "config.yaml").read_text()
     trained = load_model(run)
     assert trained.source.startswith(f"{run} (low-rank ")
