@@ -8,6 +8,7 @@ from callbacks.compression import CompressionMonitor
 from callbacks.financial_evaluation import FinancialEvaluation
 from callbacks.memory import MemoryMonitor
 from callbacks.pipeline_trace import PipelineTrace
+from callbacks.progress import TrainingProgress
 from callbacks.summary import RunSummary
 from callbacks.throughput import ThroughputMonitor
 
@@ -21,6 +22,7 @@ __all__ = [
     "PipelineTrace",
     "RunSummary",
     "ThroughputMonitor",
+    "TrainingProgress",
 ]
 
 DISTRIBUTION = "fingpt-lightning"

@@ -1,7 +1,8 @@
 """What training does to a model's answers on tasks."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import override
 
+from callbacks.progress import TrainingProgress
 from callbacks.recording import Cadence
 from fingpt_lightning.evaluation.results import prediction_rows
 from fingpt_lightning.evaluation.runner import (
@@ -170,14 +172,17 @@ class FinancialEvaluation(Callback):
         run: TaskRun,
     ) -> list[Prediction]:
         """The answers to all rows, each rank having asked for its share."""
-        own = predict(
-            network,
-            tokenizer,
-            run.task,
-            run.examples[trainer.global_rank :: trainer.world_size],
-            calibrate=self._calibrate,
-            batch_tokens=self._batch_tokens,
-        )
+        examples = run.examples[trainer.global_rank :: trainer.world_size]
+        with _shown(trainer, f"evaluating {run.task.name}", len(examples)) as show:
+            own = predict(
+                network,
+                tokenizer,
+                run.task,
+                examples,
+                calibrate=self._calibrate,
+                batch_tokens=self._batch_tokens,
+                on_answered=show,
+            )
         if trainer.world_size == 1:
             return own
         by_rank: list[Sequence[Prediction]] = [[] for _ in range(trainer.world_size)]
@@ -186,6 +191,14 @@ class FinancialEvaluation(Callback):
             by_rank[index % trainer.world_size][index // trainer.world_size]
             for index in range(len(run.examples))
         ]
+
+
+def _shown(
+    trainer: Trainer, what: str, total: int
+) -> AbstractContextManager[Callable[[int], None] | None]:
+    """Shows the work below the training, where that is shown."""
+    bar = trainer.progress_bar_callback
+    return bar.work(what, total) if isinstance(bar, TrainingProgress) else nullcontext()
 
 
 def _tasks_of(datamodule: Any) -> list[str]:

@@ -25,6 +25,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -37,6 +38,7 @@ from torch.distributed.rendezvous import rendezvous
 from typing_extensions import override
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from callbacks.progress import TrainingProgress
 from fingpt_lightning.cli import ConfigError
 from fingpt_lightning.config_errors import explain
 from fingpt_lightning.models.tokenizer_files import holds_tokenizer
@@ -194,11 +196,11 @@ class FinGPTCLI(LightningCLI):
             args=words,
         )
 
-    @staticmethod
     @override
-    def subcommands() -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        # One parser takes a tenth of a second to build: only that of this command.
         # Checkpoints are always read with weights_only=True: there is no option to run a pickle.
-        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+        return {self.command: LightningCLI.subcommands()[self.command] | {"weights_only"}}
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -295,7 +297,8 @@ class FinGPTCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        given = self._get(self.config_init, "trainer").logger
+        settings = self._get(self.config_init, "trainer")
+        given = settings.logger
         loggers: list[Logger] = given if isinstance(given, list) else [given]
         loggers = [logger for logger in loggers if isinstance(logger, Logger)]
         if self.command == "fit" and not any(isinstance(x, CSVLogger) for x in loggers):
@@ -303,7 +306,18 @@ class FinGPTCLI(LightningCLI):
             # Written at once: a sweep reads it while the run goes on, and a kill loses no row.
             log = CSVLogger(str(self.run_folder), "", "", flush_logs_every_n_steps=1)
             loggers = [*loggers, log]
-        trainer = super().instantiate_trainer(logger=loggers or False, **kwargs)
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                # Lightning 2.6.6 names it even where it is not set, and wandb 0.25 warns of it.
+                logger._wandb_init.pop("anonymous", None)
+        own = settings.callbacks or []
+        own = own if isinstance(own, list) else [own]
+        if settings.enable_progress_bar and not any(isinstance(x, ProgressBar) for x in own):
+            # First, so that it is gone from the screen when others print what came of the run.
+            own = [TrainingProgress(), *own]
+        trainer = super().instantiate_trainer(
+            logger=loggers or False, callbacks=own or None, **kwargs
+        )
         if isinstance(trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
         return trainer

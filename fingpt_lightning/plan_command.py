@@ -21,8 +21,10 @@ from typing_extensions import override
 from callbacks.memory import MemoryMonitor
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.lightning_cli import FinGPTCLI, build_trainer_command
+from fingpt_lightning.low_rank import factor_pairs
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
+from fingpt_lightning.modules.optimization import dense_in_blocks
 from fingpt_lightning.pipeline import Balance, Workload
 from fingpt_lightning.pipeline.schedule import largest_layout
 from fingpt_lightning.pipeline.stage import anatomy_of
@@ -35,6 +37,7 @@ from fingpt_lightning.reporting.plan import (
     batches_seen,
     jsonable,
     optimizer_bytes,
+    pairs_saving,
     rank_plans,
     run_length,
 )
@@ -124,6 +127,11 @@ def _plan(words: list[str], calibrate: bool, folder: str) -> tuple[dict[str, Any
     optimizer = cli.model.hparams.get("optimizer", "adamw")
     gradients = sum(count * width for count, width in made.trained_parameters)
     state = optimizer_bytes(made.trained_parameters, optimizer)
+    if optimizer == "pairs":
+        moved = [(min(p.shape), p) for p in factor_pairs(made.network)]
+        if cli.model.hparams["pairs_and_dense"]:
+            moved += [(0, p) for p in dense_in_blocks(made.network)]
+        state -= pairs_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
     # At the optimizer step gradients are whole and activations are gone.
     peak = made.weights + state + max(step.peak, gradients)
     memory = MemoryPlan(made.weights, gradients, state, step.activations, step.loss, peak)

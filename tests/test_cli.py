@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from callbacks.progress import TrainingProgress
 from fingpt_lightning.cli import COMMANDS, main
 from fingpt_lightning.lightning_cli import FinGPTCLI
 from fingpt_lightning.modules import LowRankPretraining
@@ -228,6 +229,20 @@ def test_a_run_leaves_one_folder_that_later_commands_need_alone(
     status, stderr = run("validate", "--ckpt_path", str(checkpoint), "--model.rank", "4")
     assert status != 0
     assert "model.rank is 4, the checkpoint was trained with 8" in stderr
+
+
+@pytest.mark.parametrize("shown", ["true", "false"])
+def test_a_terminal_sees_our_own_progress(
+    shown: str, fit: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[FinGPTCLI] = []
+    monkeypatch.setattr(FinGPTCLI, "_run_subcommand", lambda self, subcommand: built.append(self))
+    assert fit("--trainer.enable_progress_bar", shown)[0] == 0
+    bar = built[0].trainer.progress_bar_callback
+    assert isinstance(bar, TrainingProgress) == (shown == "true")
+    if shown == "true":
+        # Others print what came of the run when it has left the screen.
+        assert built[0].trainer.callbacks[0] is bar  # type: ignore[attr-defined]
 
 
 _STEPS = (

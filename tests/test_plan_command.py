@@ -57,16 +57,31 @@ def test_planned_bytes_are_those_that_a_run_measures(plan: Plan, config: str) ->
     assert "fits: the run accounts for" in text
 
 
-def test_a_model_that_is_not_there_is_planned_by_its_shapes(plan: Plan) -> None:
-    status, text, found = plan("finetune_llama2_7b_qlora.yaml", "--data.max_length", "64")
+@pytest.mark.parametrize(
+    ("config", "billions", "weights_gb"),
+    [
+        ("finetune_llama2_7b_qlora.yaml", 6.7, 3.9),
+        ("finetune_llama2_13b_qlora.yaml", 13.0, 7.3),
+        ("finetune_llama2_70b_qlora_pipeline.yaml", 69.0, 36.8),
+    ],
+)
+def test_a_model_that_is_not_there_is_planned_by_its_shapes(
+    plan: Plan, config: str, billions: float, weights_gb: float
+) -> None:
+    status, text, found = plan(config, "--data.max_length", "64", "--trainer.accelerator", "cpu")
     assert status == 0, text
-    assert found["parameters"] > 6.7e9
+    assert found["parameters"] == pytest.approx(1e9 * billions, rel=0.02)
     assert found["trained"] < 0.01 * found["parameters"]
-    assert 3.4e9 < found["bytes"]["weights"] < 4.2e9
+    assert found["bytes"]["weights"] == pytest.approx(1e9 * weights_gb, rel=0.03)
     assert not found["is_calibrated"]
     assert "the data were not read (they lie on the hub)" in text
-    assert "not calibrated: there are no data" in text
+    assert "not calibrated: " in text
     assert found["seconds"] is None
+    assert f"Plan of {config}" in text, "in one line"
+    if "pipeline" in config:
+        assert len(found["stages"]) == 4
+        fullest = max(s["weights_and_state"] + s["activations"] for s in found["stages"])
+        assert 9e9 < fullest < 10.1e9
 
 
 def test_a_pipeline_is_planned_rank_by_rank(plan: Plan) -> None:

@@ -122,6 +122,7 @@ def test_a_run_whose_server_is_away_goes_on_offline_and_says_so_once(
     assert f"fingpt: W&B at {closed_port} cannot be reached" in output
     assert "this run is kept offline; upload it later with: wandb sync runs/debug_q" in output
     assert "Run summary" in output
+    assert "anonymous" not in output
     (folder,) = tmp_path.glob("runs/*/wandb/offline-run-*")
     run_client(server, tmp_path, "-m", "wandb", "sync", str(folder))
     (run,) = server.runs.values()

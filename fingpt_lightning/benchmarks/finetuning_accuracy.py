@@ -1,15 +1,19 @@
 """What does finetuning gain on each task, and what does it cost on the others?
 
 Each run trains adapters on one task or a mixture and answers the validation sets before, with
-calibration, and after. The record is written after every run, and a run in it is not repeated.
+calibration, and after. The record is written after every run, and a run in it is not repeated;
+several processes with other ``--runs`` may share it.
 """
 
 import argparse
+import fcntl
 import json
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +85,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=0.001)
     parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_length", type=int, default=512, help="tokens of a training row")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--limit", type=int, help="rows of each validation set")
     parser.add_argument("--max_steps", type=int, default=-1, help="of each run, to try this out")
@@ -92,11 +97,29 @@ def main() -> None:
     for name in names:
         if any(row["run"] == name for row in record["rows"]):
             continue
-        rows = _train_and_ask(name, RUNS[name], options, record["untrained"])
-        record["rows"] += [{**row, "commit": new_record("", {})["commit"]} for row in rows]
-        record["summary"] = summary(record["rows"], record["untrained"])
-        write_record(options.json, record, table(record))
+        untrained = dict(record["untrained"])
+        rows = _train_and_ask(name, RUNS[name], options, untrained)
+        rows = [{**row, "commit": new_record("", {})["commit"]} for row in rows]
+        with _alone(options.json):
+            record = _started(options.json, settings)
+            record["untrained"] |= untrained
+            record["rows"] = sorted(
+                record["rows"] + rows, key=lambda row: list(RUNS).index(row["run"])
+            )
+            record["summary"] = summary(record["rows"], record["untrained"])
+            write_record(options.json, record, table(record))
     print(table(record))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Within it no other process reads or writes the record."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _names(text: str) -> list[str]:
@@ -153,7 +176,7 @@ def _train_and_ask(
         list(run.tasks),
         str(options.data_dir),
         batch_size=options.batch_size,
-        max_length=512,
+        max_length=options.max_length,
         seed=run.seed,
     )
     with tempfile.TemporaryDirectory() as folder:

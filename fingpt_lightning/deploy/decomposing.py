@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 
 from fingpt_lightning.deploy.layer_pool import LayerPool
 from fingpt_lightning.deploy.network_files import write_config, write_tokenizer
-from fingpt_lightning.deploy.progress import shown_progress
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.low_rank.layer_files import (
     LayerResult,
@@ -42,6 +41,7 @@ from fingpt_lightning.models.input_moments import HEAD, input_moments
 from fingpt_lightning.models.layout import full_name, lay_out
 from fingpt_lightning.models.loading import DTYPES, load_model
 from fingpt_lightning.models.weights import SAFETENSORS, SAFETENSORS_INDEX, files_sha256
+from fingpt_lightning.progress import shown_progress
 from fingpt_lightning.units import GIB
 
 RECORD = "decomposition.json"

@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> None:
         texts=texts,
         tolerance=options.tolerance,
         overwrite=options.overwrite,
+        embeddings=options.embeddings,
     )
     console = Console(soft_wrap=True, highlight=False)
     console.print(difference_table(exported), soft_wrap=False)

@@ -39,6 +39,11 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     )
     add("--output", type=Path, required=True, help="folder that is made")
     add("--overwrite", action="store_true", help="replace the folder")
+    add(
+        "--embeddings",
+        choices=("quantized", "kept"),
+        help="with int8 and nf4; default: quantized where the model is low-rank",
+    )
     add("--prompts", type=Path, help="real prompts to compare on: .txt, one a line, or .jsonl")
     add("--tolerance", type=float, help="largest relative error of the logits; by format if unsaid")
     return parser.read(words)

@@ -13,11 +13,12 @@ from fingpt_lightning.deploy.comparing import TEXTS, differences, logits_of, pro
 from fingpt_lightning.deploy.gguf_file import write_gguf
 from fingpt_lightning.deploy.model_card import CARD, Exported, made_by_us, model_card
 from fingpt_lightning.deploy.network_files import write_network, write_quantized, write_tokenizer
-from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
 from fingpt_lightning.models.adapter_files import adapter_base
 from fingpt_lightning.models.adapting import adapted_layers, load_adapter, save_adapter
 from fingpt_lightning.models.expansion import expand, merge_into_base
 from fingpt_lightning.models.loading import DTYPES, LoadedModel, load_model
+from fingpt_lightning.models.quantization import QUANTIZATIONS
+from fingpt_lightning.models.stored_quantization import is_low_rank
 
 TOLERANCES = {
     "float64": 1e-10,
@@ -60,6 +61,7 @@ def export(
     texts: Sequence[str] = TEXTS,
     tolerance: float | None = None,
     overwrite: bool = False,
+    embeddings: str | None = None,
 ) -> Exported:
     """Writes a model in another form; the folder appears whole and compared, or not at all.
 
@@ -74,12 +76,16 @@ def export(
         texts: Real prompts to compare on.
         tolerance: The largest relative error of the logits; None is that of `TOLERANCES`.
         overwrite: Replaces an export that is there.
+        embeddings: ``quantized`` or ``kept``, for the forms int8 and nf4; None quantises those of
+            low-rank networks, which plain transformers cannot read anyhow.
 
     Raises:
         FileExistsError: As in `check_output`.
         ValueError: The form does not fit the model, or the export differs by more than allowed.
     """
     check_output(output, overwrite)
+    if embeddings is not None and form not in QUANTIZATIONS:
+        raise ValueError(f"embeddings {embeddings} has no effect on the format {form}")
     network = source.network
     if source.adapter is not None:
         load_adapter(source.adapter, network)
@@ -92,7 +98,7 @@ def export(
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{output.name}.", suffix=".partial", dir=output.parent))
     try:
-        num_parameters = _write(source, form, scratch, DTYPES[dtype], base)
+        num_parameters = _write(source, form, scratch, DTYPES[dtype], base, embeddings)
         again = _loaded_again(form, scratch, working_dtype(dtype))
         found = differences(asked, expected, logits_of(again, asked))
         worst = max(found, key=lambda difference: difference.relative_error)
@@ -118,13 +124,17 @@ def _check_form(network: PreTrainedModel, form: str, dtype: str) -> None:
         raise ValueError(f"format {form} needs an adapter: give one, or its folder as the model")
     if form == "peft" and dtype != "float32":
         raise ValueError(f"dtype {dtype} has no effect: an adapter is kept as it is, in float32")
-    has_pairs = any(isinstance(m, LowRankLinear | LowRankEmbedding) for m in network.modules())
-    if form == "low_rank" and not has_pairs:
+    if form == "low_rank" and not is_low_rank(network):
         raise ValueError("format low_rank: the model has no low-rank pair; hf writes a dense one")
 
 
 def _write(
-    source: LoadedModel, form: str, folder: Path, dtype: torch.dtype, base: str | None
+    source: LoadedModel,
+    form: str,
+    folder: Path,
+    dtype: torch.dtype,
+    base: str | None,
+    embeddings: str | None,
 ) -> int:
     """Writes the files; gives the number of the export's parameters."""
     network = source.network
@@ -145,8 +155,9 @@ def _write(
     if form == "gguf":
         write_gguf(network, source.require_tokenizer(), folder / GGUF, dtype)
         return num_parameters
-    if form in ("int8", "nf4"):
-        write_quantized(network, folder, dtype, form)
+    if form in QUANTIZATIONS:
+        with_embeddings = embeddings == "quantized" or (embeddings is None and is_low_rank(network))
+        write_quantized(network, folder, dtype, form, embeddings=with_embeddings)
     else:
         write_network(network, folder, dtype)
     write_tokenizer(source.tokenizer, folder)

@@ -18,7 +18,7 @@ from fingpt_lightning.deploy.labelling import (
     row_chunks,
 )
 from fingpt_lightning.deploy.loading import load_with_adapters
-from fingpt_lightning.deploy.progress import shown_progress
+from fingpt_lightning.progress import shown_progress
 from fingpt_lightning.tasks import Task, find_task
 from fingpt_lightning.tasks.sources import open_rows
 

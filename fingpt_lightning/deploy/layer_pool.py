@@ -8,7 +8,6 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
-from fingpt_lightning.deploy.progress import shown_progress
 from fingpt_lightning.low_rank.layer_files import (
     Batch,
     LayerWeight,
@@ -16,6 +15,7 @@ from fingpt_lightning.low_rank.layer_files import (
     batches_of,
     use_one_thread,
 )
+from fingpt_lightning.progress import shown_progress
 
 
 class LayerPool:

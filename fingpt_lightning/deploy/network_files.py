@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fingpt_lightning.models.quantized_embedding import QuantizedHead
 from fingpt_lightning.models.stored_quantization import quantization_config, quantize_layers
 from fingpt_lightning.models.weights import SAFETENSORS
 
@@ -27,7 +28,12 @@ def write_network(network: PreTrainedModel, folder: Path, dtype: torch.dtype) ->
 
 
 def write_quantized(
-    network: PreTrainedModel, folder: Path, dtype: torch.dtype, method: str
+    network: PreTrainedModel,
+    folder: Path,
+    dtype: torch.dtype,
+    method: str,
+    *,
+    embeddings: bool = False,
 ) -> None:
     """Writes a network whose layers are quantised here, in place, as bitsandbytes stores them.
 
@@ -36,14 +42,16 @@ def write_quantized(
         folder: There already.
         dtype: Of what stays unquantised.
         method: ``nf4`` or ``int8``.
+        embeddings: Also the token embedding, with the head tied to it.
     """
-    quantize_layers(network, method)
+    quantize_layers(network, method, embeddings=embeddings)
     is_own = {name for name, _ in network.named_parameters()}
     tied = {name for name, _ in network.named_parameters(remove_duplicate=False)} - is_own
+    head_is_codes = isinstance(network.get_submodule("lm_head"), QuantizedHead)
     state = {
         name: tensor.detach().to("cpu")
         for name, tensor in network.state_dict().items()
-        if name not in tied
+        if name not in tied and not (head_is_codes and name.startswith("lm_head."))
     }
     # What goes with the codes, scales among them, stays as it is.
     quantised = [name for name, m in network.named_modules() if _is_quantised(m)]
@@ -86,10 +94,11 @@ def write_config(
     """
     described = network.config.to_diff_dict()
     described.pop("quantization_config", None)
+    head_is_codes = isinstance(network.get_submodule("lm_head"), QuantizedHead)
     described |= {
         "architectures": [type(network).__name__],
         "model_type": network.config.model_type,
-        "tie_word_embeddings": network.config.tie_word_embeddings,
+        "tie_word_embeddings": head_is_codes or network.config.tie_word_embeddings,
         "dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
     }

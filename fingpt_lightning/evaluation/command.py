@@ -15,6 +15,7 @@ from fingpt_lightning.evaluation.results import check_output, remarks, table, wr
 from fingpt_lightning.evaluation.runner import Scoring, evaluate, read_tasks
 from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.progress import shown_progress
 
 _PACKAGES = ("fingpt-lightning", "torch", "transformers", "tokenizers", "bitsandbytes", "peft")
 
@@ -56,14 +57,17 @@ def run(options: argparse.Namespace) -> None:
     batch_tokens = options.batch_tokens or default_batch_tokens(network.device.type)
     results = []
     for run in runs:
-        result = evaluate(
-            network,
-            tokenizer,
-            run,
-            scoring=scoring,
-            calibrate=options.calibrate,
-            batch_tokens=batch_tokens,
-        )
+        what = f"evaluating {run.task.name}"
+        with shown_progress(what, len(run.examples), "rows", in_log=False) as show:
+            result = evaluate(
+                network,
+                tokenizer,
+                run,
+                scoring=scoring,
+                calibrate=options.calibrate,
+                batch_tokens=batch_tokens,
+                on_answered=show,
+            )
         results.append(result)
     # A file has 80 columns for rich, which would cut the figures.
     console = Console(width=max(Console().width, _TABLE_WIDTH), soft_wrap=True)

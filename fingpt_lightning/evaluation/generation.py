@@ -4,7 +4,7 @@ Axes: B rows, T tokens of a prompt, S keys, D width.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ def generate(
     examples: Sequence[Example],
     *,
     batch_tokens: int | None = None,
+    on_answered: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
     """Writes an answer to every example, greedily, and reads the label in it.
 
@@ -41,6 +42,7 @@ def generate(
         examples: Of one task of kind ``labels``.
         batch_tokens: Tokens of the prompts of a batch, padding included; None leaves it to the
             device.
+        on_answered: Is told after each batch how many examples have an answer.
 
     Raises:
         ValueError: As in `score`.
@@ -60,10 +62,14 @@ def generate(
     num_shared = num_common_tokens([[Text(prompt, len(prompt))] for prompt in prompts])
     prefix = SharedPrefix(network, prompts[0][:num_shared])
     answers: list[str] = [""] * len(rows)
+    num_answered = 0
     for batch in plan_batches([len(prompt) - num_shared for prompt in prompts], batch_tokens):
         written = _continue(network, tokenizer, [prompts[i] for i in batch], prefix, num_new)
         for index, answer in zip(batch, written, strict=True):
             answers[index] = answer
+        num_answered += len(batch)
+        if on_answered is not None:
+            on_answered(num_answered)
     return [
         Prediction(read_label(answer, labels), (), row.is_cut, answer)
         for answer, row in zip(answers, rows, strict=True)

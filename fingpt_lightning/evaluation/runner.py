@@ -1,7 +1,7 @@
 """One evaluation: tasks read and checked first, then asked one after the other."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,6 +110,7 @@ def predict(
     scoring: Scoring = Scoring.CHOICES,
     calibrate: bool = False,
     batch_tokens: int | None = None,
+    on_answered: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
     """Answers examples of a task.
 
@@ -121,11 +122,21 @@ def predict(
         scoring: How answers come about.
         calibrate: Whether labels are calibrated; other kinds never are.
         batch_tokens: As in `score`.
+        on_answered: As in `score`.
     """
     if scoring is Scoring.GENERATE:
-        return generate(network, tokenizer, examples, batch_tokens=batch_tokens)
+        return generate(
+            network, tokenizer, examples, batch_tokens=batch_tokens, on_answered=on_answered
+        )
     has_labels = task.kind == "labels"
-    found = score(network, tokenizer, examples, relative=has_labels, batch_tokens=batch_tokens)
+    found = score(
+        network,
+        tokenizer,
+        examples,
+        relative=has_labels,
+        batch_tokens=batch_tokens,
+        on_answered=on_answered,
+    )
     if calibrate and has_labels and examples:
         return calibrated(network, tokenizer, task, examples, found, batch_tokens)
     return found
@@ -139,6 +150,7 @@ def evaluate(
     scoring: Scoring = Scoring.CHOICES,
     calibrate: bool = False,
     batch_tokens: int | None = None,
+    on_answered: Callable[[int], None] | None = None,
 ) -> TaskResult:
     """`predict` on all rows of a task, its time, and what `metrics_of` makes of the answers."""
     started_s = time.perf_counter()
@@ -150,6 +162,7 @@ def evaluate(
         scoring=scoring,
         calibrate=calibrate,
         batch_tokens=batch_tokens,
+        on_answered=on_answered,
     )
     seconds = time.perf_counter() - started_s
     return TaskResult(run, predictions, metrics_of(run, predictions), seconds)

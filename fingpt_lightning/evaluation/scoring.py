@@ -1,7 +1,7 @@
 """The scoring engine: which of the possible answers a model finds likeliest."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ def score(
     *,
     relative: bool = False,
     batch_tokens: int | None = None,
+    on_answered: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
     """Scores every choice of every example; the likeliest is the prediction.
 
@@ -53,6 +54,7 @@ def score(
         relative: Whether scores are log-probabilities among the choices, which add up to 1: the
             cheaper way for labels. Else they are those of the texts.
         batch_tokens: Tokens of a batch, padding included; None leaves it to the device.
+        on_answered: Is told after each batch how many examples have been scored.
 
     Raises:
         ValueError: ``batch_tokens`` is below 1, or a prompt does not fit the context.
@@ -67,6 +69,7 @@ def score(
     trees = [build_tree(row.texts, num_shared) for row in rows]
     head = network.get_submodule("lm_head")
     predictions: list[Prediction | None] = [None] * len(rows)
+    num_answered = 0
     for batch in plan_batches([len(tree.tokens) for tree in trees], batch_tokens):
         of_batch = [trees[index] for index in batch]
         hidden_BTD = run_trees(network, of_batch, prefix)
@@ -74,6 +77,9 @@ def score(
         for place, index in enumerate(batch):
             greedy = [] if relative else found.are_greedy[place]
             predictions[index] = _prediction(rows[index], found.scores[place], greedy)
+        num_answered += len(batch)
+        if on_answered is not None:
+            on_answered(num_answered)
     return [prediction for prediction in predictions if prediction is not None]
 
 

@@ -4,13 +4,18 @@ from fingpt_lightning.low_rank.adapters import AdaptedLinear, AdapterOptions
 from fingpt_lightning.low_rank.budget import LayerBudget, ModelBudget
 from fingpt_lightning.low_rank.embedding import LowRankEmbedding, LowRankHead
 from fingpt_lightning.low_rank.factorize import Factors, factorize
+from fingpt_lightning.low_rank.initialization import Initialization
 from fingpt_lightning.low_rank.linear import LowRankLinear
+from fingpt_lightning.low_rank.pair_optimizer import FactorPairOptimizer, factor_pairs
+from fingpt_lightning.low_rank.product_decay import decay_products
 from fingpt_lightning.low_rank.rank import Rank, RankRule, resolve_rank
 
 __all__ = [
     "AdaptedLinear",
     "AdapterOptions",
+    "FactorPairOptimizer",
     "Factors",
+    "Initialization",
     "LayerBudget",
     "LowRankEmbedding",
     "LowRankHead",
@@ -18,6 +23,8 @@ __all__ = [
     "ModelBudget",
     "Rank",
     "RankRule",
+    "decay_products",
+    "factor_pairs",
     "factorize",
     "resolve_rank",
 ]

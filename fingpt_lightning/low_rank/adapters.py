@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fingpt_lightning.low_rank.frozen_products import frozen_linear
+
 
 @dataclass(frozen=True)
 class AdapterOptions:
@@ -134,7 +136,7 @@ class AdaptedLinear(nn.Module):
         """Cost: 2 R (I + O) floating-point operations a row beside those of the base."""
         if not self.enabled:
             return cast("Tensor", self.base_layer(x))
-        y_NO: Tensor = self.base_layer(x.reshape(-1, self.in_features))
+        y_NO = self._base_product(x.reshape(-1, self.in_features))
         h_NR = self._down(self, x).reshape(-1, self.options.rank).to(y_NO.dtype)
         # In place, since no product's backward pass reads its own result; not into a view, for
         # which autograd would make more copies than that saves.
@@ -147,6 +149,12 @@ class AdaptedLinear(nn.Module):
             if bias is not None:
                 y_NO = y_NO + bias * (1 - factor_O)
         return y_NO.view(*x.shape[:-1], self.out_features)
+
+    def _base_product(self, x_NI: Tensor) -> Tensor:
+        layer = self.base_layer
+        if type(layer) is nn.Linear:
+            return frozen_linear(x_NI, layer.weight, layer.bias)
+        return cast("Tensor", layer(x_NI))
 
     @torch.no_grad()
     def _row_lengths(self, input_dtype: torch.dtype) -> Float[Tensor, "O"]:

@@ -3,7 +3,7 @@
 Axes: V vocabulary, D width, R rank.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,21 @@ class LowRankEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
 
 
+class HeadFactors(NamedTuple):
+    """What a head multiplies: logits are ``features @ weight'``."""
+
+    features: Float[Tensor, "*batch K"]
+    weight: Float[Tensor, "V K"]
+
+
+@runtime_checkable
+class FactoredHead(Protocol):
+    """A head that says what its last product is made of."""
+
+    def factors(self, hidden: Float[Tensor, "*batch D"]) -> HeadFactors:
+        """The last product of the head for these hidden states."""
+
+
 class LowRankHead(nn.Module):
     """Logits ``h up table'`` from the very parameters of a `LowRankEmbedding`."""
 
@@ -65,26 +80,23 @@ class LowRankHead(nn.Module):
         """Cost: 2 R (D + V) floating-point operations a row; the dense head takes 2 D V."""
         return F.linear(hidden @ self.up, self.table)
 
-
-class HeadFactors(NamedTuple):
-    """What a head multiplies: logits are ``features @ weight'``."""
-
-    features: Float[Tensor, "*batch K"]
-    weight: Float[Tensor, "V K"]
+    def factors(self, hidden: Float[Tensor, "*batch D"]) -> HeadFactors:
+        """See `head_factors`."""
+        return HeadFactors(hidden @ self.up, self.table)
 
 
 def head_factors(head: nn.Module, hidden: Float[Tensor, "*batch D"]) -> HeadFactors:
     """Takes a head up to its last, widest product, which a loss can then do in chunks.
 
     Args:
-        head: A `LowRankHead` or a ``torch.nn.Linear`` without bias.
+        head: A `FactoredHead` or a ``torch.nn.Linear`` without bias.
         hidden: The final hidden states.
 
     Raises:
         TypeError: The head is of another class or has a bias.
     """
-    if isinstance(head, LowRankHead):
-        return HeadFactors(hidden @ head.up, head.table)
+    if isinstance(head, FactoredHead):
+        return head.factors(hidden)
     if isinstance(head, nn.Linear) and head.bias is None:
         return HeadFactors(hidden, head.weight)
     raise TypeError(f"a head is a LowRankHead or a Linear without bias, not {head!r}")

@@ -9,10 +9,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fingpt_lightning.low_rank.factorize import factorize
+from fingpt_lightning.low_rank.initialization import Initialization, initial_factors
+
+FACTOR_ACTIVATIONS = ("none", "silu")
 
 
 class LowRankLinear(nn.Module):
     """The map x -> x D' U' + b, with R (I + O) weights in place of I O.
+
+    With an ``expansion`` it is x -> z U' + c expand(z) + b, where z = x D', expand repeats the R
+    numbers of z to O (the last time in part) and c = expansion / sqrt(ceil(O / R)): a way from x
+    past U for the gradient. U + c [1; 1; ...] does the same alone: `fold` makes it so.
 
     Args:
         in_features: I.
@@ -20,18 +27,36 @@ class LowRankLinear(nn.Module):
             one ``down`` among the three.
         rank: R, in [1, min(I, O)].
         bias: Whether b is there.
+        activation: What z goes through before U: ``none`` or ``silu``, with which the layer is no
+            linear map and no single matrix can stand for it.
+        expansion: The alpha of the expansion; 0 for none.
 
     Raises:
-        ValueError: ``rank`` is outside [1, min(I, O)].
+        ValueError: ``rank`` is outside [1, min(I, O)], ``activation`` is unknown, or both it and
+            ``expansion`` are asked for.
 
-    Source: https://arxiv.org/abs/2402.13533, section 3 (their A is ``down``, their B is ``up``).
+    Source: https://arxiv.org/abs/2402.13533, section 3 (their A is ``down``, their B is ``up``);
+    https://arxiv.org/abs/2502.10940 (``silu``); https://arxiv.org/abs/2606.28932 (``expansion``).
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        activation: str = "none",
+        expansion: float = 0.0,
+    ) -> None:
         super().__init__()
+        if activation not in FACTOR_ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is none of {FACTOR_ACTIVATIONS}")
+        if activation != "none" and expansion:
+            raise ValueError(f"expansion {expansion} cannot be folded behind {activation}")
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(f"rank {rank} is outside [1, {min(in_features, out_features)}]")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.activation, self.expansion = activation, expansion
         self.down = nn.Parameter(torch.empty(rank, in_features))
         self.up = nn.Parameter(torch.empty(out_features, rank))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
@@ -59,10 +84,23 @@ class LowRankLinear(nn.Module):
         return layer
 
     @torch.no_grad()
-    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Sets the factors to those of a dense weight drawn from N(0, std^2), the bias to 0."""
-        dense = torch.empty(self.out_features, self.in_features, device=self.up.device)
-        factors = factorize(dense.normal_(std=std, generator=generator), self.rank, torch.float32)
+    def reset_parameters(
+        self,
+        std: float,
+        generator: torch.Generator | None = None,
+        initialization: Initialization = Initialization.SVD,
+    ) -> None:
+        """Draws the factors anew; the bias becomes 0.
+
+        Args:
+            std: Of the numbers of a dense weight in the layer's place.
+            generator: Of the draws, on the layer's device.
+            initialization: How the factors follow from it.
+        """
+        factors = initial_factors(
+            initialization, self.in_features, self.out_features, self.rank, std, generator,
+            self.up.device,
+        )  # fmt: skip
         self.up.copy_(factors.up)
         self.down.copy_(factors.down)
         if self.bias is not None:
@@ -70,8 +108,49 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """Cost: 2 R (I + O) floating-point operations a row; the dense layer takes 2 I O."""
-        return F.linear(F.linear(x, self.down), self.up, self.bias)
+        z = F.linear(x, self.down)
+        if self.activation == "silu":
+            z = F.silu(z)
+        return F.linear(z, self._folded_up() if self.expansion else self.up, self.bias)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Takes the expansion into ``up``: the layer stays the same map, without it."""
+        self.up.copy_(self._folded_up())
+        self.expansion = 0.0
+
+    def product(self, dtype: torch.dtype | None = None) -> Float[Tensor, "O I"]:
+        """The weight of the dense layer that is the same map.
+
+        Args:
+            dtype: Of product and result; None for the factors' own.
+
+        Raises:
+            ValueError: There is no such layer: the factors have an activation between them.
+        """
+        if self.activation != "none":
+            raise ValueError(
+                f"a pair with {self.activation} between its factors is no linear map, so no dense"
+                " layer can take its place"
+            )
+        return self._folded_up().detach().to(dtype) @ self.down.detach().to(dtype)
+
+    def _folded_up(self) -> Tensor:
+        return folded_up(self.up, self.expansion)
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(network)``."""
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}"
+        sizes = f"{self.in_features}, {self.out_features}, rank={self.rank}"
+        activation = "" if self.activation == "none" else f", activation={self.activation}"
+        return sizes + activation + (f", expansion={self.expansion}" if self.expansion else "")
+
+
+def folded_up(up: Float[Tensor, "O R"], expansion: float) -> Float[Tensor, "O R"]:
+    """``up`` with the expansion of a `LowRankLinear` taken into it."""
+    if not expansion:
+        return up
+    out_features, rank = up.shape
+    repeats = -(-out_features // rank)
+    identity = torch.eye(rank, dtype=up.dtype, device=up.device)
+    folded: Tensor = up + expansion / repeats**0.5 * identity.repeat(repeats, 1)[:out_features]
+    return folded

@@ -24,8 +24,10 @@ from fingpt_lightning.models.adapter_files import (
     check_adapter,
     read_adapter,
 )
+from fingpt_lightning.models.frozen_matrix import Int8Linear
 from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.quantization import is_linear
+from fingpt_lightning.models.rounding import NF4Matrix, nf4_values
 
 ALL_LINEAR = "all-linear"
 _WRAPPER = "base_model.model."  # what PEFT puts before the names of the base
@@ -38,9 +40,11 @@ _SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def linear_names(network: PreTrainedModel) -> list[str]:
     """The layers that can be adapted or are: all linear ones but the head; a pair is one."""
     names: list[str] = []
+    embedding = network.get_input_embeddings()
+    in_embedding = set(embedding.modules())  # a quantised table is a linear layer
     for name, module in network.named_modules():
         is_inside = bool(names) and name.startswith(f"{names[-1]}.")
-        if name.split(".")[0] == "lm_head" or is_inside:
+        if name.split(".")[0] == "lm_head" or is_inside or module in in_embedding:
             continue
         if is_linear(module) or _is_pair(module) or isinstance(module, AdaptedLinear):
             names.append(name)
@@ -126,13 +130,13 @@ def dense_weight(layer: nn.Module) -> Tensor:
     """What a linear layer multiplies with, ``out_features x in_features``, dequantised.
 
     Raises:
-        ValueError: It is no linear layer.
+        ValueError: It is no linear layer, or a pair with an activation between its factors.
     """
     match layer:
         case nn.Sequential():
             return dense_weight(layer[1]) @ dense_weight(layer[0])
         case LowRankLinear():
-            return (layer.up @ layer.down).detach()
+            return layer.product()
         case Conv1D():
             return layer.weight.detach().T
         case nn.Linear():
@@ -350,9 +354,9 @@ def _dequantized(layer: Any) -> Tensor:
     weight = layer.weight
     dense: Tensor
     if (state := getattr(weight, "quant_state", None)) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        dense = dequantize_4bit(weight.data, state)
+        dense = nf4_values(NF4Matrix(weight.data, state), state.dtype)
+    elif isinstance(layer, Int8Linear):
+        dense = layer.values(torch.float32)
     elif weight.dtype == torch.int8:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
@@ -361,4 +365,3 @@ def _dequantized(layer: Any) -> Tensor:
     else:
         dense = layer.weight
     return dense
-    return layer.weight

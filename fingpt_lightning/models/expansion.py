@@ -13,6 +13,7 @@ from fingpt_lightning.models.adapting import (
     ends_features,
     linear_names,
 )
+from fingpt_lightning.models.quantized_embedding import QuantizedEmbedding
 
 
 @torch.no_grad()
@@ -23,6 +24,9 @@ def merge_into_base(network: PreTrainedModel) -> None:
 
     Args:
         network: With adapters on dense layers, pairs or quantised layers; changed in place.
+
+    Raises:
+        ValueError: A pair under an adapter has an activation between its factors.
     """
     for name, layer in adapted_layers(network).items():
         pair = _widened(layer) if isinstance(layer.base_layer, LowRankLinear) else None
@@ -42,6 +46,9 @@ def expand(network: PreTrainedModel) -> None:
 
     Args:
         network: Without adapters; changed in place.
+
+    Raises:
+        ValueError: A pair has an activation between its factors.
     """
     own = Conv1D if network.config.model_type == "gpt2" else nn.Linear
     for name in linear_names(network):
@@ -50,14 +57,18 @@ def expand(network: PreTrainedModel) -> None:
             continue
         last = layer[-1] if isinstance(layer, nn.Sequential) else layer
         weight = (
-            layer.up.double() @ layer.down.double()
+            layer.product(torch.float64)
             if isinstance(layer, LowRankLinear)
             else dense_weight(layer)
         )
         network.set_submodule(name, _dense_layer(network, weight, getattr(last, "bias", None)))
     embedding = network.get_input_embeddings()
-    if isinstance(embedding, LowRankEmbedding):
-        table = embedding.table.double() @ embedding.up.double().T
+    if isinstance(embedding, LowRankEmbedding | QuantizedEmbedding):
+        table = (
+            embedding.dense_table()
+            if isinstance(embedding, QuantizedEmbedding)
+            else embedding.table.double() @ embedding.up.double().T
+        )
         with torch.device("meta"):
             dense = nn.Embedding(embedding.num_embeddings, embedding.embedding_dim)
             head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
@@ -88,6 +99,10 @@ def _widened(layer: AdaptedLinear) -> LowRankLinear | None:
     """The pair that does what pair and adapter do; None where a dense layer is no larger."""
     base = layer.base_layer
     assert isinstance(base, LowRankLinear)
+    if base.activation != "none":
+        raise ValueError(
+            f"an adapter beside a pair with {base.activation} between its factors cannot be merged"
+        )
     in_features, out_features = ends_features(base)
     rank = base.rank + layer.options.rank
     if rank * (in_features + out_features) >= in_features * out_features:

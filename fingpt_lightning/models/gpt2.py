@@ -10,10 +10,17 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear, RankRule
+from fingpt_lightning.low_rank import (
+    Initialization,
+    LowRankEmbedding,
+    LowRankHead,
+    LowRankLinear,
+    RankRule,
+)
 from fingpt_lightning.low_rank.rank import Rank, resolve_rank
 from fingpt_lightning.low_rank.rank_allocation import num_parameters, ratio_for_parameters
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
+from fingpt_lightning.models.pair_config import note_pairs
 from fingpt_lightning.nearest import nearest
 
 INITIALIZER_STD = 0.02
@@ -156,8 +163,13 @@ def lay_out_gpt2(
     embedding_rank: Rank = None,
     dropout: float = 0.0,
     eos_token_id: int | None = None,
+    factor_activation: str = "none",
+    expansion: float = 0.0,
 ) -> GPT2LMHeadModel:
-    """The network of `build_gpt2` on the meta device: names and sizes, no memory."""
+    """The network of `build_gpt2` on the meta device: names and sizes, no memory.
+
+    What `LowRankLinear` takes beside sizes is noted in the config, where loading looks for it.
+    """
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=shape.num_positions,
@@ -174,15 +186,16 @@ def lay_out_gpt2(
         use_cache=False,
     )
     config._attn_implementation = BLOCKED_ATTENTION
+    note_pairs(config, factor_activation, expansion)
     embedding_columns = resolve_rank(embedding_rank, vocab_size, shape.width)
     config.tie_word_embeddings = embedding_columns is None
     with torch.device("meta"):
         network = GPT2LMHeadModel(config)
-        _replace_linears(network, rank or RankRule())
+        _replace_linears(network, rank or RankRule(), factor_activation, expansion)
         if embedding_columns is not None:
             embedding = LowRankEmbedding(vocab_size, shape.width, embedding_columns)
             network.set_submodule("transformer.wte", embedding)
-    _tie(network)
+    tie(network)
     return network
 
 
@@ -194,6 +207,7 @@ def build_gpt2(
     dropout: float = 0.0,
     eos_token_id: int | None = None,
     seed: int | None = None,
+    initialization: Initialization = Initialization.SVD,
 ) -> GPT2LMHeadModel:
     """A freshly initialised GPT-2 with every linear layer of its blocks a low-rank pair.
 
@@ -209,26 +223,31 @@ def build_gpt2(
         dropout: Probability after embedding, attention and MLP, in [0, 1).
         eos_token_id: The token that ends a document, for generation.
         seed: Of the initialisation; None draws one from torch's global generator.
+        initialization: Of the pairs; a factorised embedding is always the truncated SVD.
 
     Raises:
         ValueError: A rank does not fit its layer.
 
     Source: initialisation of Radford et al. (2019) as in transformers: N(0, 0.02^2), projections
-    into the residual stream divided by sqrt(2 x layers); a pair is the truncated SVD of that draw.
+    into the residual stream divided by sqrt(2 x layers); a pair follows from that draw.
     """
     network = lay_out_gpt2(shape, vocab_size, rank, embedding_rank, dropout, eos_token_id)
-    materialize(network, seed if seed is not None else int(torch.randint(2**31, ())))
+    seed = seed if seed is not None else int(torch.randint(2**31, ()))
+    materialize(network, seed, initialization)
     return network
 
 
-def materialize(network: GPT2LMHeadModel, seed: int) -> None:
+def materialize(
+    network: GPT2LMHeadModel, seed: int, initialization: Initialization = Initialization.SVD
+) -> None:
     """Gives a network of `lay_out_gpt2`, or the part of it that is left, memory and weights."""
     network.to_empty(device=torch.get_default_device())
-    _tie(network)  # to_empty gives tied parameters a memory each
-    initialize(network, seed)
+    tie(network)  # to_empty gives tied parameters a memory each
+    initialize(network, seed, initialization)
 
 
-def _tie(network: GPT2LMHeadModel) -> None:
+def tie(network: GPT2LMHeadModel) -> None:
+    """Makes the head share the embedding's parameters, again after ``to_empty``."""
     embedding = network.get_submodule("transformer.wte")
     if not list(embedding.parameters()):  # another process has it
         return
@@ -242,18 +261,25 @@ def _tie(network: GPT2LMHeadModel) -> None:
         network.tie_weights()
 
 
-def _replace_linears(network: GPT2LMHeadModel, rank: RankRule) -> None:
+def _replace_linears(
+    network: GPT2LMHeadModel, rank: RankRule, activation: str, expansion: float
+) -> None:
     for name, module in list(network.named_modules()):
         if not isinstance(module, Conv1D):
             continue
         in_features, out_features = module.weight.shape
         columns = rank.rank_of(name, in_features, out_features)
         if columns is not None:
-            network.set_submodule(name, LowRankLinear(in_features, out_features, columns))
+            pair = LowRankLinear(
+                in_features, out_features, columns, activation=activation, expansion=expansion
+            )
+            network.set_submodule(name, pair)
 
 
 @torch.no_grad()
-def initialize(network: GPT2LMHeadModel, seed: int) -> None:
+def initialize(
+    network: GPT2LMHeadModel, seed: int, initialization: Initialization = Initialization.SVD
+) -> None:
     """Fills every parameter; each layer's stream depends on ``seed`` and its name alone."""
     into_residual = INITIALIZER_STD / (2 * network.config.n_layer) ** 0.5
     filled = set[nn.Parameter]()
@@ -265,7 +291,9 @@ def initialize(network: GPT2LMHeadModel, seed: int) -> None:
         stream = torch.Generator(network.device).manual_seed(int.from_bytes(digest[:7], "big"))
         std = into_residual if name.endswith("c_proj") else INITIALIZER_STD
         match module:
-            case LowRankLinear() | LowRankEmbedding():
+            case LowRankLinear():
+                module.reset_parameters(std, stream, initialization)
+            case LowRankEmbedding():
                 module.reset_parameters(std, stream)
             case Conv1D():
                 module.weight.normal_(std=std, generator=stream)

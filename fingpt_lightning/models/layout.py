@@ -10,7 +10,9 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedConfig, Pr
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from fingpt_lightning.models.pair_config import noted_activation
 from fingpt_lightning.models.quantization import is_linear, quantized_layer
+from fingpt_lightning.models.quantized_embedding import QuantizedEmbedding
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}
 """The networks that can be loaded, by the ``model_type`` of their config."""
@@ -40,7 +42,9 @@ def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
                 layer = _stored_layer(network, layer_name)
                 in_features, out_features = features_of(layer)
                 has_bias = getattr(layer, "bias", None) is not None
-                pair = LowRankLinear(in_features, out_features, shape[0], has_bias)
+                pair = LowRankLinear(
+                    in_features, out_features, shape[0], has_bias, noted_activation(config)
+                )
                 network.set_submodule(layer_name, pair)
             elif part == "table" and not layer_name.startswith("lm_head"):
                 table = _stored_layer(network, layer_name)
@@ -170,6 +174,8 @@ def _return_freed_memory() -> None:
 def _tie_head(network: PreTrainedModel) -> None:
     embedding = network.get_input_embeddings()
     if not list(embedding.parameters()):  # another process has it
+        return
+    if isinstance(embedding, QuantizedEmbedding):  # tied where it was placed
         return
     if isinstance(embedding, LowRankEmbedding):
         network.set_submodule("lm_head", LowRankHead(embedding))

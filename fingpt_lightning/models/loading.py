@@ -10,11 +10,10 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
 from fingpt_lightning.models.adapter_files import ADAPTER_CONFIG, adapter_base, check_adapter
 from fingpt_lightning.models.layout import cut, fill, lay_out
 from fingpt_lightning.models.quantization import QUANTIZATIONS
-from fingpt_lightning.models.stored_quantization import place_quantized_layers
+from fingpt_lightning.models.stored_quantization import is_low_rank, place_quantized_layers
 from fingpt_lightning.models.tokenizer_files import (
     check_tokenizer,
     checkpoint_tokenizer,
@@ -136,12 +135,13 @@ def load_model(
             _check_vocabulary(found, network)
         if adapter is not None:
             check_adapter(adapter, network)
-        kind = _kind(network, quantize)
+        low_rank = is_low_rank(network)
+        stored_as = None
         if weights.quantized is not None:
             stored_as = weights.quantized.method
             if keep_part is not None or quantize not in (None, stored_as):
                 raise ValueError(f"the weights are stored in {stored_as}; load them whole, as such")
-            kind = f"{kind.removesuffix(f', {quantize}')}, {stored_as}"
+            low_rank = low_rank or weights.quantized.are_low_rank
             place_quantized_layers(network, weights.quantized, dtype, torch.device(device))
         elsewhere = cut(network, keep_part)
         fill(network, weights.tensors, dtype, torch.device(device), quantize, elsewhere)
@@ -150,6 +150,9 @@ def load_model(
     if (place.path / "generation_config.json").is_file():
         network.generation_config = GenerationConfig.from_pretrained(str(place.path))
     commit = place.commit or files_sha256(weights.files)
+    kind = f"{'low-rank ' if low_rank else ''}{network.config.model_type}"
+    if method := stored_as or quantize:
+        kind += f", {method}"
     return LoadedModel(network, found, f"{path} ({kind})", commit, adapter, elsewhere)
 
 
@@ -293,10 +296,3 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerFast | None, network: PreTra
         raise ValueError(
             f"the tokenizer has {num_tokens} tokens, the network {network.config.vocab_size}"
         )
-
-
-def _kind(network: PreTrainedModel, quantize: str | None) -> str:
-    pairs = (LowRankLinear, LowRankEmbedding)
-    is_low_rank = any(isinstance(module, pairs) for module in network.modules())
-    kind = f"{'low-rank ' if is_low_rank else ''}{network.config.model_type}"
-    return f"{kind}, {quantize}" if quantize else kind

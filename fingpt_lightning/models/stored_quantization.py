@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fingpt_lightning.low_rank import LowRankLinear
+from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from fingpt_lightning.models.frozen_matrix import Int8Linear
 from fingpt_lightning.models.quantization import bare_layer, is_linear, quantized_layer
+from fingpt_lightning.models.quantized_embedding import QuantizedEmbedding, QuantizedHead
 
 _MARKS = {"nf4": ".weight.quant_state.bitsandbytes__nf4", "int8": ".SCB"}
 """What the name of a tensor ends with that only a layer of this method has."""
@@ -32,6 +34,16 @@ class QuantizedLayers(NamedTuple):
         """Whether a stored tensor belongs to one of the layers."""
         parts = stored.split(".")
         return any(".".join(parts[:end]) in self.places for end in range(1, len(parts)))
+
+    @property
+    def are_low_rank(self) -> bool:
+        """Whether there are pairs or a factorised embedding among them."""
+        return any(name.endswith(".up") for name in self.places)
+
+    @property
+    def are_ours(self) -> bool:
+        """Whether there is a quantised embedding, which nobody else writes."""
+        return any(name.endswith(".table") for name in self.places)
 
 
 def find_quantized_layers(
@@ -76,7 +88,10 @@ def find_quantized_layers(
 def place_quantized_layers(
     network: PreTrainedModel, layers: QuantizedLayers, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Puts stored layers into a network of `lay_out`; ``down`` and ``up`` become a pair.
+    """Puts stored layers into a network of `lay_out`.
+
+    ``down`` and ``up`` become a pair, ``table`` with or without ``up`` the embedding, and the head
+    where the config ties it.
 
     Args:
         network: On the meta device.
@@ -87,19 +102,26 @@ def place_quantized_layers(
     Raises:
         ValueError: The network has no such layer, or one of other sizes.
     """
-    pairs: dict[str, dict[str, nn.Module]] = {}
+    keeps_input = layers.are_ours
+    joined: dict[str, dict[str, nn.Module]] = {}
     for name, places in layers.places.items():
         parts = dict(_read(name, places))
-        layer = _stored_layer(parts, layers.method, dtype, device)
         parent, _, end = name.rpartition(".")
-        if end in ("down", "up"):
-            pairs.setdefault(parent, {})[end] = layer
+        is_part = end in ("down", "up", "table")
+        layer = _stored_layer(parts, layers.method, dtype, device, is_part or keeps_input)
+        if is_part:
+            joined.setdefault(parent, {})[end] = layer
         else:
             _replace(network, name, layer, (layer.in_features, layer.out_features))
-    for name, pair in pairs.items():
-        if missing := {"down", "up"} - pair.keys():
+    for name, found in joined.items():
+        if "table" in found:
+            _place_embedding(
+                network, name, QuantizedEmbedding(found["table"], found.get("up"), dtype)
+            )
+            continue
+        if missing := {"down", "up"} - found.keys():
             raise ValueError(f"layer {name} has no {missing.pop()}")
-        down, up = pair["down"], pair["up"]
+        down, up = found["down"], found["up"]
         made = nn.Sequential()
         made.add_module("down", down)
         made.add_module("up", up)
@@ -107,16 +129,50 @@ def place_quantized_layers(
         _replace(network, name, made, sizes)
 
 
-def quantize_layers(network: PreTrainedModel, method: str) -> None:
+def _place_embedding(network: PreTrainedModel, name: str, embedding: QuantizedEmbedding) -> None:
+    there = network.get_input_embeddings()
+    if network.get_submodule(name) is not there or not isinstance(there, nn.Embedding):
+        raise ValueError(f"{name} is not the token embedding of the network")
+    sizes = (embedding.num_embeddings, embedding.embedding_dim)
+    wanted = (there.num_embeddings, there.embedding_dim)
+    if sizes != wanted:
+        raise ValueError("{} is {} x {}, the config asks for {} x {}".format(name, *sizes, *wanted))
+    _set_embedding(network, name, embedding)
+
+
+def _set_embedding(network: PreTrainedModel, name: str, embedding: QuantizedEmbedding) -> None:
+    is_tied = network.config.tie_word_embeddings or isinstance(network.lm_head, LowRankHead)
+    network.set_submodule(name, embedding)
+    if is_tied:
+        network.set_submodule("lm_head", QuantizedHead(embedding))
+        network.config.tie_word_embeddings = False  # transformers' own tying knows no codes
+
+
+def is_low_rank(network: PreTrainedModel) -> bool:
+    """Whether it has pairs or a factorised embedding."""
+    kinds = (LowRankLinear, LowRankEmbedding)
+    return any(isinstance(module, kinds) for module in network.modules())
+
+
+def quantize_layers(network: PreTrainedModel, method: str, *, embeddings: bool = False) -> None:
     """Quantises the linear layers of the blocks, in place, one after the other.
 
     Args:
         network: Unquantised, on the CPU.
         method: ``nf4`` or ``int8``.
+        embeddings: Also the token embedding, with the head tied to it. Such a network is read by
+            `load_model` alone, so that int8 layers keep their input.
     """
+    cpu = torch.device("cpu")
     for name, layer in list(network.named_modules()):
         if is_linear(layer) and name != "lm_head":
-            network.set_submodule(name, quantized_layer(layer, method, torch.device("cpu")))
+            made = quantized_layer(layer, method, cpu, keeps_input=embeddings)
+            network.set_submodule(name, made)
+    if embeddings:
+        embedding = network.get_input_embeddings()
+        name = next(name for name, module in network.named_modules() if module is embedding)
+        assert isinstance(embedding, nn.Embedding | LowRankEmbedding)
+        _set_embedding(network, name, QuantizedEmbedding.of(embedding, method, cpu))
 
 
 def quantization_config(method: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -147,12 +203,23 @@ def _read(layer: str, places: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]
 
 
 def _stored_layer(
-    parts: dict[str, Tensor], method: str, dtype: torch.dtype, device: torch.device
+    parts: dict[str, Tensor],
+    method: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    keeps_input: bool,
 ) -> Any:
+    weight, bias = parts.pop("weight"), parts.pop("bias", None)
+    if method == "int8" and keeps_input:
+        out_features, in_features = weight.shape
+        layer: Any = Int8Linear(in_features, out_features, bias is not None)
+        layer.fill(weight.to(device), parts["SCB"].to(device))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.to(device, dtype))
+        return layer
     import bitsandbytes  # takes a second
 
     bnb: Any = bitsandbytes.nn
-    weight, bias = parts.pop("weight"), parts.pop("bias", None)
     if method == "nf4":
         stats = {name.removeprefix("weight."): tensor for name, tensor in parts.items()}
         made = bnb.Params4bit.from_prequantized(weight, stats, device=device)
@@ -162,7 +229,7 @@ def _stored_layer(
         out_features, in_features = weight.shape
         codes = weight.to(device)
         made = bnb.Int8Params(codes, requires_grad=False, CB=codes, SCB=parts["SCB"].to(device))
-    layer: Any = bare_layer(in_features, out_features, bias is not None, method, dtype)
+    layer = bare_layer(in_features, out_features, bias is not None, method, dtype, keeps_input)
     layer.weight = made
     if method == "nf4":
         made.module, layer.quant_state = layer, made.quant_state

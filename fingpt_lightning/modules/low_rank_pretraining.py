@@ -6,12 +6,22 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
-from fingpt_lightning.low_rank import ModelBudget, RankRule
+from fingpt_lightning.data.batch import TokenBatch
+from fingpt_lightning.low_rank import (
+    FactorPairOptimizer,
+    Initialization,
+    ModelBudget,
+    RankRule,
+    decay_products,
+)
 from fingpt_lightning.models import (
     Recompute,
     compile_blocks,
@@ -25,7 +35,9 @@ from fingpt_lightning.models.layout import fill, lay_out
 from fingpt_lightning.models.loading import load_model, open_stored
 from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule, TextSource
-from fingpt_lightning.modules.optimization import decay_groups
+from fingpt_lightning.modules.optimization import adamw_8bit, decay_groups, pair_groups
+from fingpt_lightning.modules.quantization_aware import RoundingSchedule
+from fingpt_lightning.modules.recipe import PLAIN, changes_of_pairs, check_recipe
 from fingpt_lightning.modules.sharding import shard
 
 _PRESET = "gpt2-small"
@@ -76,6 +88,25 @@ class LowRankPretraining(LanguageModelingModule):
         weight_decay: Of matrices; biases and norms do not decay.
         beta1: AdamW's decay of the gradient's mean.
         beta2: AdamW's decay of the gradient's square.
+        initialization: How pairs start: ``svd``, the truncated singular value decomposition of the
+            dense draw; ``cola``, both factors normal; ``orthogonal``, both with orthogonal
+            directions of one length, the product's variance that of the dense draw.
+        factor_activation: ``silu`` between the two factors of each pair. No dense layer is the
+            same then: export to ``hf`` and ``gguf``, quantisation and merging refuse it.
+        factor_expansion: The alpha of a fixed way past ``up`` during training, which is folded into
+            ``up`` when a checkpoint is read as a network; 0 for none.
+        pair_decay: ``factors`` decays each factor by ``weight_decay``; ``product`` decays what they
+            make, up down.
+        optimizer: ``adamw``; ``adamw_8bit``, its state in 8 bits; ``pairs``, which moves factor
+            pairs along orthogonalised momentum by a bounded step, and all else by AdamW.
+        pair_learning_rate: With ``pairs``, the highest for the factor pairs: about the spectral
+            norm by which a step changes a product.
+        pair_momentum: With ``pairs``.
+        pairs_and_dense: With ``pairs``, whether layers of the blocks that stay dense are moved
+            alike, by ``pair_learning_rate`` in the spectral norm: a dense twin on equal terms.
+        quantization_aware: ``int8`` or ``nf4`` trains the end of the run with weights rounded as
+            an export in that format stores them; null does not.
+        quantization_start: Share of the steps from which on weights are rounded, in [0, 1].
 
     Raises:
         ValueError: A value outside its range; the message names it.
@@ -85,7 +116,8 @@ class LowRankPretraining(LanguageModelingModule):
 
     architecture_settings = (
         "preset", "num_layers", "width", "num_heads", "num_positions", "vocab_size", "rank",
-        "rank_overrides", "embedding_rank", "compression",
+        "rank_overrides", "embedding_rank", "compression", "factor_activation",
+        "factor_expansion",
     )  # fmt: skip
 
     def __init__(
@@ -111,6 +143,16 @@ class LowRankPretraining(LanguageModelingModule):
         weight_decay: float = 0.1,
         beta1: float = 0.9,
         beta2: float = 0.95,
+        initialization: Literal["svd", "cola", "orthogonal"] = "svd",
+        factor_activation: Literal["none", "silu"] = "none",
+        factor_expansion: float = 0.0,
+        pair_decay: Literal["factors", "product"] = "factors",
+        optimizer: Literal["adamw", "adamw_8bit", "pairs"] = "adamw",
+        pair_learning_rate: float = 0.07,
+        pair_momentum: float = 0.95,
+        pairs_and_dense: bool = False,
+        quantization_aware: Literal["nf4", "int8"] | None = None,
+        quantization_start: float = 0.8,
     ) -> None:
         super().__init__()
         if compression is not None:
@@ -158,13 +200,21 @@ class LowRankPretraining(LanguageModelingModule):
             raise ValueError(f"weight_decay {weight_decay} is below 0")
         if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
             raise ValueError(f"warmup {warmup} is neither a share in [0, 1] nor a number of steps")
-        for name, value in (("dropout", dropout), ("beta1", beta1), ("beta2", beta2)):
+        shares = {
+            "dropout": dropout, "beta1": beta1, "beta2": beta2, "pair_momentum": pair_momentum,
+        }  # fmt: skip
+        for name, value in shares.items():
             if not 0 <= value < 1:
                 raise ValueError(f"{name} {value} is outside [0, 1)")
         if not 0 <= final_learning_rate_ratio <= 1:
             raise ValueError(
                 f"final_learning_rate_ratio {final_learning_rate_ratio} is outside [0, 1]"
             )
+        check_recipe(
+            initialization, factor_activation, factor_expansion, pair_decay, optimizer,
+            pair_learning_rate, pairs_and_dense,
+        )  # fmt: skip
+        self.rounding = RoundingSchedule.checked(quantization_aware, quantization_start)
         self.loss_chunk_size = loss_chunk_size
         self._start: _Start | None = None
         self._is_dense_twin = False
@@ -255,31 +305,119 @@ class LowRankPretraining(LanguageModelingModule):
     def configure_model(self) -> None:
         if "network" in self._modules:
             return
+        self._check_recipe_fits()
         if self.init_from is not None:
             self.network = self._loaded()
         else:
             network = self.laid_out()
             self.keep_own_part(network)
-            materialize(network, self.initialization_seed)  # type: ignore[arg-type]
+            materialize(
+                network,  # type: ignore[arg-type]
+                self.initialization_seed,
+                Initialization(self.hparams["initialization"]),
+            )
             self.network = network
         recompute_blocks(self.network, Recompute(self.hparams["recompute"]))
         if self.hparams["compile"]:
             compile_blocks(self.network)
+        self.rounding.attach(self)
         shard(self, self.network)
+
+    @override
+    def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self.rounding.lend(self.trainer)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.rounding.take_back()
+        super().on_before_optimizer_step(optimizer)
+
+    @override
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.rounding.lend(self.trainer)
+
+    @override
+    def on_validation_end(self) -> None:
+        self.rounding.take_back()
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         hparams = self.hparams
-        optimizer = self.fused_adamw(
-            decay_groups(self.named_parameters(), hparams["weight_decay"]),
-            lr=hparams["learning_rate"],
-            betas=(hparams["beta1"], hparams["beta2"]),
+        optimizer = self._optimizer(
+            hparams["optimizer"], (hparams["beta1"], hparams["beta2"]), hparams["learning_rate"]
         )
+        if self._decays_products:
+            decay_products(optimizer)
         return self.with_cosine_schedule(optimizer)
+
+    def _optimizer(self, kind: str, betas: tuple[float, float], lr: float) -> Optimizer:
+        decay = self.hparams["weight_decay"]
+        if kind == "pairs" or self._decays_products:
+            of_pairs: dict[str, Any] = {"weight_decay": decay}
+            if self._decays_products:
+                of_pairs = {"weight_decay": 0.0, "product_decay": decay}
+            if kind == "pairs":
+                of_pairs |= {
+                    "is_pairs": True,
+                    "lr": self.hparams["pair_learning_rate"],
+                    "momentum": self.hparams["pair_momentum"],
+                    "expansion": self.hparams["factor_expansion"],
+                }
+            of_dense = None
+            if self.hparams["pairs_and_dense"]:
+                own = ("lr", "momentum", "weight_decay")
+                of_dense = {"is_dense": True} | {k: v for k, v in of_pairs.items() if k in own}
+                of_dense["weight_decay"] = decay
+            groups = pair_groups(self, decay, of_pairs, of_dense)
+        else:
+            groups = decay_groups(self.named_parameters(), decay)
+        if kind == "adamw_8bit":
+            return adamw_8bit(groups, betas, lr)
+        if kind == "pairs":
+            precision = self.trainer.precision_plugin
+            is_bf16 = isinstance(precision, MixedPrecision) and precision.precision == "bf16-mixed"
+            return FactorPairOptimizer(
+                groups,
+                lr,
+                betas=betas,
+                fused=getattr(precision, "scaler", None) is None,
+                product_dtype=torch.bfloat16 if is_bf16 else None,
+            )
+        return self.fused_adamw(groups, lr=lr, betas=betas)
+
+    @property
+    def _decays_products(self) -> bool:
+        return bool(self.hparams["pair_decay"] == "product")
+
+    def _check_recipe_fits(self) -> None:
+        """Raises where a setting cannot do what it says in this run."""
+        hparams = self.hparams
+        of_pairs = changes_of_pairs(hparams)
+        if of_pairs and hparams["rank"] is None and not hparams["rank_overrides"]:
+            key, value = next(iter(of_pairs.items()))
+            raise ValueError(f"model.{key} {value} is about pairs, and model.rank null makes none")
+        if self.device_mesh is None:
+            return
+        for key in ("optimizer", "pair_decay"):
+            if hparams[key] != PLAIN[key]:
+                raise ValueError(
+                    f"trainer.strategy {type(self.trainer.strategy).__name__} splits each matrix,"
+                    f" which model.{key} {hparams[key]} is not made for; take ddp or"
+                    " PipelineStrategy"
+                )
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_architecture(checkpoint)
+        saved = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
+        is_fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if is_fitting and saved != self.hparams["optimizer"]:
+            raise ValueError(
+                f"model.optimizer is {self.hparams['optimizer']}, whose state is not that of"
+                f" {saved}, with which the checkpoint was trained"
+            )
         super().on_load_checkpoint(checkpoint)
 
     def laid_out(self) -> PreTrainedModel:
@@ -295,6 +433,8 @@ class LowRankPretraining(LanguageModelingModule):
             embedding_rank=self.hparams["embedding_rank"],
             dropout=self.hparams["dropout"],
             eos_token_id=None if source is None else source.eos_token_id,
+            factor_activation=self.hparams["factor_activation"],
+            expansion=self.hparams["factor_expansion"],
         )
 
     def _vocab_size(self) -> int:
@@ -357,14 +497,15 @@ class LowRankPretraining(LanguageModelingModule):
     def dense_twin(self) -> "LowRankPretraining":
         """The module of the same settings with every layer dense, its network not yet built."""
         settings = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
+        plain = {key: PLAIN[key] for key in changes_of_pairs(settings)}
         if self.init_from is not None:
-            twin = type(self)(**settings)
+            twin = type(self)(**(settings | plain))
             twin._is_dense_twin = True
             return twin
-        dense = {
+        dense: dict[str, Any] = {
             "rank": None, "rank_overrides": None, "embedding_rank": None, "compression": None
         }  # fmt: skip
-        return type(self)(**(settings | dense))
+        return type(self)(**(settings | dense | plain))
 
 
 def _set_dropout(network: PreTrainedModel, dropout: float) -> None:

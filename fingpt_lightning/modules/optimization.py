@@ -1,10 +1,13 @@
-"""Parameter groups and learning-rate schedules."""
+"""Parameter groups, optimisers in 8 bits and learning-rate schedules."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 from torch import nn
+from torch.optim import Optimizer
+
+from fingpt_lightning.low_rank import factor_pairs
 
 
 def decay_groups(
@@ -46,3 +49,67 @@ def cosine_with_warmup(
         return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
+
+
+def pair_groups(
+    module: nn.Module,
+    weight_decay: float,
+    pair_settings: Mapping[str, Any],
+    dense_settings: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Matrices that decay, biases and norms that do not, factor pairs, and dense layers of blocks.
+
+    A group stays where it is empty, so that the processes of a pipeline, which each hold a part of
+    the parameters, have the same groups.
+
+    Args:
+        module: Its trained parameters, pairs in the order of their names.
+        weight_decay: Of the matrices that are in no pair.
+        pair_settings: Of the group of pairs: down, up, down, up, ...
+        dense_settings: Of the group of matrices in blocks that are in no pair; None leaves them
+            with the other matrices.
+    """
+    pairs = factor_pairs(module)
+    in_pairs = {id(p) for p in pairs}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in in_pairs]
+    dense = [] if dense_settings is None else dense_in_blocks(module)
+    in_dense = {id(p) for p in dense}
+    matrices = [p for p in others if p.ndim >= 2 and id(p) not in in_dense]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        {"params": pairs, **pair_settings},
+    ]
+    return groups if dense_settings is None else [*groups, {"params": dense, **dense_settings}]
+
+
+def dense_in_blocks(module: nn.Module) -> list[nn.Parameter]:
+    """The trained matrices of a GPT-2's blocks that are in no pair."""
+    in_pairs = {id(p) for p in factor_pairs(module)}
+    return [
+        p
+        for name, p in module.named_parameters()
+        if ".h." in name and p.ndim == 2 and p.requires_grad and id(p) not in in_pairs
+    ]
+
+
+def adamw_8bit(
+    groups: list[dict[str, Any]], betas: tuple[float, float], lr: float, is_paged: bool = False
+) -> Optimizer:
+    """AdamW with its averages in 8 bits, in blocks of 256 with a scale each.
+
+    Parameters of less than 4096 numbers keep theirs in 32 bits.
+
+    Args:
+        groups: Of parameters, whole on each process.
+        betas: Decay of the averages.
+        lr: Learning rate, where a group has none.
+        is_paged: Move the averages to the host when a GPU is full.
+
+    Source: https://arxiv.org/abs/2110.02861, through bitsandbytes.
+    """
+    import bitsandbytes  # takes a second
+
+    optimizers: Any = bitsandbytes.optim  # not annotated
+    kind = optimizers.PagedAdamW8bit if is_paged else optimizers.AdamW8bit
+    return cast("Optimizer", kind(groups, lr=lr, betas=betas))

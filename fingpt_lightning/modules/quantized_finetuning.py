@@ -38,6 +38,7 @@ from fingpt_lightning.models.packed_attention import run_packed, use_packed_atte
 from fingpt_lightning.models.quantization import BYTES_PER_NUMBER
 from fingpt_lightning.modules.base_model import RandomLlama, random_llama
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
+from fingpt_lightning.modules.optimization import adamw_8bit
 
 _OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 _RECOMPUTE = ("none", "block", "offload")
@@ -330,17 +331,13 @@ class QuantizedFinetuning(LanguageModelingModule):
         groups = self._parameter_groups()
         if hparams["optimizer"] == "adamw":
             return self.fused_adamw(groups, betas=betas)
-        import bitsandbytes  # takes a second
-
         is_paged = hparams["optimizer"] == "paged_adamw_8bit"
         if is_paged and self.network.device.type != "cuda":
             raise ValueError(
                 f"model.optimizer {hparams['optimizer']} moves its state between GPU and host;"
                 f" on {self.network.device.type} take adamw_8bit"
             )
-        optimizers: Any = bitsandbytes.optim  # not annotated
-        kind = optimizers.PagedAdamW8bit if is_paged else optimizers.AdamW8bit
-        return cast("Optimizer", kind(groups, betas=betas))
+        return adamw_8bit(groups, betas, hparams["learning_rate"], is_paged)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """First matrices, second matrices, lengths: by learning rate and decay."""

@@ -82,10 +82,12 @@ def module_memory(module: nn.Module, optimizer: Optimizer | None = None) -> Modu
     """Bytes of parameters with buffers, of gradients, and of the optimizer's state.
 
     Each storage counts once, so tied weights and views do; of a sharded tensor the local shard.
+    The scales of weights that bitsandbytes quantised count as weights.
     """
     parameters = list(module.parameters())
+    scales = [scale for parameter in parameters for scale in _scales(parameter)]
     return ModuleMemory(
-        weights=storage_bytes([*parameters, *module.buffers()]),
+        weights=storage_bytes([*parameters, *module.buffers(), *scales]),
         gradients=storage_bytes(p.grad for p in parameters if p.grad is not None),
         optimizer=0 if optimizer is None else storage_bytes(_tensors(optimizer.state)),
     )
@@ -139,6 +141,16 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_meta:
             yield leaf.untyped_storage()
+
+
+def _scales(parameter: nn.Parameter) -> Iterator[Tensor]:
+    """What bitsandbytes keeps beside a quantised weight, in objects that no module lists."""
+    if isinstance(rows := getattr(parameter, "SCB", None), Tensor):
+        yield rows
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        yield from _tensors(vars(state))
+        state = getattr(state, "state2", None)
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

@@ -65,7 +65,8 @@ def optimizer_bytes(parameters: Iterable[tuple[int, int]], optimizer: str = "ada
 
     Args:
         parameters: Numbers and bytes a number of each trained parameter.
-        optimizer: ``adamw``, or one in 8 bits: ``adamw_8bit``, ``paged_adamw_8bit``.
+        optimizer: ``adamw``; ``pairs``, without what `pairs_saving` counts; or one in 8 bits:
+            ``adamw_8bit``, ``paged_adamw_8bit``.
 
     Source: torch.optim.AdamW (a step count in float32 beside each parameter);
     bitsandbytes.optim.optimizer.Optimizer2State (blocks of 256, small parameters in 32 bits).
@@ -85,6 +86,19 @@ def optimizer_bytes(parameters: Iterable[tuple[int, int]], optimizer: str = "ada
         else:
             found += 2 * width * count + 4
     return found + (2 * _MAP_BYTES if has_map else 0)
+
+
+def pairs_saving(factors: Iterable[tuple[int, int, int]]) -> int:
+    """What the state of ``pairs`` lacks beside AdamW's: one mean a number, and the step count.
+
+    Args:
+        factors: Rank, numbers and bytes a number of each; a dense matrix that is moved alike has
+            no vector, so 0 for the rank.
+
+    >>> pairs_saving([(10, 1000, 4)])  # a vector of the rank is kept instead
+    3964
+    """
+    return sum((count - rank) * width + 4 for rank, count, width in factors)
 
 
 def run_length(

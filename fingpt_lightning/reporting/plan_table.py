@@ -21,7 +21,8 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     Args:
         plan: As ``fingpt plan --json`` writes it.
     """
-    table = Table(title=f"Plan of {plan['config']}")
+    title = f"Plan of {plan['config']}"
+    table = Table(title=title, min_width=len(title))
     measured: Mapping[str, int] = plan.get("measured_bytes") or {}
     table.add_column("")
     table.add_column("planned", justify="right")

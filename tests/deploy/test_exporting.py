@@ -14,6 +14,7 @@ from fingpt_lightning.models.decoding import decode
 from fingpt_lightning.models.loading import LoadedModel, load_model
 from tests.deploy.tiny_clients import save_clients, save_low_rank_model
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer
+from tests.models.tiny_models import ids, save, tiny_llama
 
 PROMPTS = [[5, 60, 7], [200, 31, 4, 99, 8]]
 
@@ -110,7 +111,7 @@ def test_a_quantised_export_is_what_quantising_while_loading_gives(
     family: str, form: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     base = request.getfixturevalue(family)
-    made = export(load_model(base), form, tmp_path / "out", tolerance=2.0)
+    made = export(load_model(base), form, tmp_path / "out", tolerance=2.0, embeddings="kept")
     again = load_model(tmp_path / "out")
     assert again.source.endswith(f", {form})")
     assert torch.equal(_logits(again.network), _logits(load_model(base, quantize=form).network))
@@ -123,11 +124,14 @@ def test_a_quantised_export_is_what_quantising_while_loading_gives(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_plain_transformers_reads_a_quantised_llama(form: str, llama: Path, tmp_path: Path) -> None:
+def test_plain_transformers_reads_a_quantised_llama(form: str, tmp_path: Path) -> None:
+    # On the CPU bitsandbytes 0.50.2 itself reads NF4 rows of 16 or 48 features wrongly.
+    llama = save(tiny_llama(mlp_width=128), tmp_path / "llama")
     export(load_model(llama), form, tmp_path / "out", tolerance=2.0)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ours = load_model(tmp_path / "out").network
-    torch.testing.assert_close(_logits(plain), _logits(ours), rtol=1e-4, atol=1e-3)
+    found, expected = (network(input_ids=ids()).logits.detach() for network in (plain, ours))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -239,8 +243,6 @@ def test_a_format_that_does_not_fit_is_refused(
 
 
 def test_a_tokenizer_that_gguf_cannot_say_is_refused(tmp_path: Path) -> None:
-    from tests.models.tiny_models import save, tiny_llama
-
     pytest.importorskip("gguf", reason="gguf is not installed")
     with pytest.raises(ValueError, match="no byte-level BPE"):
         export(load_model(save(tiny_llama(), tmp_path / "words")), "gguf", tmp_path / "out")

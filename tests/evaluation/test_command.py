@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fingpt_lightning import tasks
+from fingpt_lightning import progress, tasks
 from fingpt_lightning.cli import main
 from tests.evaluation.test_adapters import save_adapter
 from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer, write_rows
@@ -43,6 +43,23 @@ def evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Evaluate:
         return status, captured.out, captured.err
 
     return call
+
+
+@pytest.mark.parametrize("scoring", ["choices", "generate"])
+def test_a_terminal_sees_how_many_rows_were_answered_and_a_log_nothing(
+    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch, scoring: str
+) -> None:
+    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
+    words = ("--scoring", scoring, "--batch_tokens", "60")
+    status, _, error = evaluate(*words)
+    assert (status, error) == (0, "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    status, _, error = evaluate(*words, "--overwrite")
+    assert status == 0, error
+    assert "evaluating fpb" in error
+    assert "5/5" in error
+    assert "a second" not in error
 
 
 def test_a_table_and_all_files_are_made(evaluate: Evaluate, tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,3 +50,41 @@ def test_initial_factors_are_the_truncated_draw() -> None:
 def test_a_rank_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rank 9 is outside \[1, 8\]"):
         LowRankLinear(8, 24, rank=9)
+
+
+@pytest.mark.parametrize(("out_features", "rank"), [(24, 3), (11, 4), (5, 5)])
+def test_a_folded_expansion_is_the_same_map(out_features: int, rank: int) -> None:
+    layer = LowRankLinear(8, out_features, rank, expansion=0.7).double()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    z = x @ layer.down.T
+    repeats = -(-out_features // rank)
+    expanded = torch.stack([z[:, i % rank] for i in range(out_features)], 1)
+    truth = z @ layer.up.T + 0.7 / repeats**0.5 * expanded
+    unfolded = layer(x)
+    torch.testing.assert_close(unfolded, truth, rtol=0, atol=1e-14)
+    product = layer.product()
+    layer.fold()
+    assert layer.expansion == 0
+    torch.testing.assert_close(layer(x), unfolded, rtol=0, atol=1e-14)
+    torch.testing.assert_close(layer.up @ layer.down, product, rtol=0, atol=1e-14)
+
+
+def test_an_activation_stands_between_the_factors_and_no_matrix_for_both() -> None:
+    layer = LowRankLinear(8, 11, rank=3, activation="silu")
+    x = torch.randn(2, 8)
+    truth = F.linear(F.silu(F.linear(x, layer.down)), layer.up, layer.bias)
+    assert torch.equal(layer(x), truth)
+    with pytest.raises(ValueError, match="a pair with silu between its factors is no linear map"):
+        layer.product()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation": "gelu"}, "activation 'gelu' is none of"),
+        ({"activation": "silu", "expansion": 0.5}, "expansion 0.5 cannot be folded behind silu"),
+    ],
+)
+def test_what_a_pair_cannot_do_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LowRankLinear(8, 11, rank=3, **settings)

@@ -26,11 +26,11 @@ def tiny_gpt2() -> PreTrainedModel:
     return _spread(GPT2LMHeadModel(config))
 
 
-def tiny_llama() -> PreTrainedModel:
+def tiny_llama(mlp_width: int = 96) -> PreTrainedModel:
     """Two blocks, grouped heads, a head of its own; widths that blocks of 32 divide."""
     torch.manual_seed(1)
     config = LlamaConfig(
-        num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=4,
+        num_hidden_layers=2, hidden_size=64, intermediate_size=mlp_width, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=32, vocab_size=VOCABULARY,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
+from fingpt_lightning.models.quantization import quantized_layer
 from fingpt_lightning.profiling import (
     LiveTensorBytes,
     module_memory,
@@ -196,3 +197,14 @@ def test_without_a_proc_file_system_the_peak_is_that_of_the_process(
     )
     assert not reset_peak_rss()
     assert peak_rss_bytes() > 10 * 2**20
+
+
+@pytest.mark.parametrize(("quantize", "bytes_each"), [("nf4", 0.5 + 1 / 64), ("int8", 1.0)])
+def test_scales_of_a_quantised_weight_count_as_weights(quantize: str, bytes_each: float) -> None:
+    dense = nn.Linear(512, 256, bias=False)
+    layer = quantized_layer(dense, quantize, torch.device("cpu"))
+    codes = storage_bytes(layer.parameters())
+    weights = module_memory(layer).weights
+    assert codes < weights
+    # The scales of NF4's scales, and its table of 256 values, come on top; int8 has one a row.
+    assert bytes_each <= weights / dense.weight.numel() < bytes_each + 0.03

@@ -29,6 +29,7 @@ TIED: dict[str, Any] = {
     "rank": None, "learning_rate": 0.01, "warmup": 1,
 }  # fmt: skip
 LOW_RANK = TIED | {"rank": 3, "embedding_rank": 5}
+ROUNDED = LOW_RANK | {"quantization_aware": "int8", "quantization_start": 0.5}
 FP32: dict[str, Any] = {"plugins": []}
 BF16: dict[str, Any] = {"plugins": [], "precision": "bf16-mixed"}
 
@@ -118,6 +119,8 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
         results |= fit(schedule.value, _strategy(schedule))
         results |= fit(f"fp32 {schedule.value}", _strategy(schedule), **FP32)
     results |= fit("low rank", _strategy(activation_checkpointing="low_rank"), LOW_RANK)
+    results |= fit("rounded", _strategy(), ROUNDED)
+    results |= fit("rounded ddp", DDPStrategy(), ROUNDED, batch_size=2)
     results |= fit("bf16", _strategy(), **BF16)
     results |= fit("two of four", _strategy(), resume_from=saved_by_four, save_at=14)
     saved_by_two = _saved(folder / "two of four", 14)
@@ -146,6 +149,7 @@ class Runs:
         self.folder = folder
         self.tied = fit_one(folder / "one", TIED, save_at=8)
         self.low_rank = fit_one(folder / "low rank", LOW_RANK)
+        self.rounded = fit_one(folder / "rounded", ROUNDED)
         self.bf16 = fit_one(folder / "bf16", TIED, **BF16)
         self.fp32 = fit_one(folder / "fp32", TIED, **FP32)
         self.four = run_ranks(_on_four, 4, str(folder), timeout_s=600)
@@ -202,6 +206,13 @@ def test_four_ranks_and_two_pipelines_of_two_do_too(runs: Runs) -> None:
 @pytest.mark.slow
 def test_a_recomputed_low_rank_network_does_too(runs: Runs) -> None:
     assert_same(runs.by_rank("low rank"), runs.low_rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["rounded", "rounded ddp"])
+def test_training_with_rounded_weights_does_too(runs: Runs, case: str) -> None:
+    assert runs.rounded["losses"][-1] != pytest.approx(runs.low_rank["losses"][-1], rel=1e-8)
+    assert_same(runs.by_rank(case), runs.rounded)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ ROWS = (
     ("modules", "strategies", "data", "evaluation"),
     ("pipeline", "models", "tasks"),
     ("low_rank", "profiling"),
-    ("command_line",),
+    ("command_line", "progress"),
     ("nearest", "units"),
 )
 # The program is one room of several files.

@@ -140,7 +140,7 @@ def test_random_and_bayes_need_a_number_and_repeat_themselves(tmp_path: Path) ->
 def _killed(folder: Path, trial: int, end: Callable[[subprocess.Popen[bytes]], None]) -> None:
     """Runs a sweep in a process, which is ended as soon as a trial has begun."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _OWN_PROGRAM + RUN, str(folder)],
+        [sys.executable, "-c", OWN_PROGRAM + RUN, str(folder)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -159,7 +159,7 @@ def _killed(folder: Path, trial: int, end: Callable[[subprocess.Popen[bytes]], N
             process.wait()
 
 
-_OWN_PROGRAM = "import fingpt_lightning.sweeping.sweep_file as f\nf._PROGRAM = 'fake_fit'\n"
+OWN_PROGRAM = "import fingpt_lightning.sweeping.sweep_file as f\nf._PROGRAM = 'fake_fit'\n"
 
 
 @pytest.mark.slow

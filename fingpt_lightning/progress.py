@@ -20,7 +20,9 @@ _QUIET_S = 2.0
 
 
 @contextmanager
-def shown_progress(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+def shown_progress(
+    what: str, total: int | None, unit: str, in_log: bool = True
+) -> Iterator[Callable[[int], None]]:
     """Shows work that takes longer than two seconds on stderr.
 
     A terminal sees a line that moves; anything else one line at the start and one at the end.
@@ -29,6 +31,7 @@ def shown_progress(what: str, total: int | None, unit: str) -> Iterator[Callable
         what: Is done, as in "labelling news.csv".
         total: Units of work; None where they are not known before.
         unit: What is counted.
+        in_log: Whether there are lines at the start and at the end too.
 
     Yields:
         What is to be called with the units that are done.
@@ -49,7 +52,7 @@ def shown_progress(what: str, total: int | None, unit: str) -> Iterator[Callable
             is_shown = True
             if console.is_terminal:
                 display.start()
-            else:
+            elif in_log:
                 console.print(what, markup=False)
         display.update(task, completed=now)
 
@@ -58,7 +61,7 @@ def shown_progress(what: str, total: int | None, unit: str) -> Iterator[Callable
     finally:
         if display.live.is_started:
             display.stop()
-    if is_shown:
+    if is_shown and in_log:
         time_s = time.monotonic() - started_s
         rate = f"{done / time_s:.3g} a second"
         console.print(f"{what}: {done:,} {unit} in {format_duration(time_s)}, {rate}", markup=False)

@@ -1,0 +1,269 @@
+"""How far a run is, on a terminal."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+from typing_extensions import override
+
+from fingpt_lightning.units import format_bytes, format_duration
+
+_REFRESH_S = 0.5
+_WINDOW = 20
+"""Refreshes over which tokens a second are taken."""
+
+
+class TrainingProgress(ProgressBar):
+    """Shows how far a run is: steps, time left, loss, tokens a second, memory.
+
+    Logs nothing. Cost: twice a second, on the first rank, a read of the last logged loss, which
+    waits for the device. Memory is the peak of CUDA's allocator, elsewhere what the process holds.
+    The time left is that of the steps of this fit so far, with validation, without evaluation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_enabled = True
+        self._display: Progress | None = None
+        self._training: TaskID | None = None
+        self._evaluating: TaskID | None = None
+        self._first_step = 0
+        self._started_s = self._shown_s = 0.0
+        self._past: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
+        self._tokens_per_s: float | None = None
+
+    @override
+    def disable(self) -> None:
+        self._is_enabled = False
+
+    @override
+    def enable(self) -> None:
+        self._is_enabled = True
+
+    @override
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        if self._display is None:
+            print(*args, **kwargs)
+        else:
+            self._display.console.print(*args, markup=False, highlight=False)
+
+    @contextmanager
+    def work(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows other work of the run, such as an evaluation, below the training.
+
+        Args:
+            what: Is done.
+            total: Units of work.
+
+        Yields:
+            What is to be called with the units that are done.
+        """
+        if not self._is_enabled:
+            yield _unseen
+            return
+        is_alone = self._display is None
+        began_s = time.monotonic()
+        display = self._started()
+        task = display.add_task(what, total=total, told="")
+
+        def show(done: int) -> None:
+            display.update(task, completed=done, told=f"{done:,}/{total:,}")
+
+        try:
+            yield show
+        finally:
+            display.remove_task(task)
+            # It is no part of the training's pace.
+            self._started_s += time.monotonic() - began_s
+            self._past.clear()
+            if is_alone:
+                self._stop()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_enabled:
+            return
+        self._started_s, self._first_step = time.monotonic(), trainer.global_step
+        self._past.clear()
+        total = trainer.estimated_stepping_batches
+        self._training = self._started().add_task(
+            "training",
+            total=None if total == float("inf") else int(total),
+            completed=trainer.global_step,
+            told="",
+        )
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self._training is not None and time.monotonic() - self._shown_s >= _REFRESH_S:
+            self._show_training(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._training is not None:
+            self._show_training(trainer)
+        self._stop()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_evaluating("validating", trainer.num_val_batches)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_evaluating("testing", trainer.num_test_batches)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_evaluating("predicting", trainer.num_predict_batches)
+
+    @override
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        self._advance()
+
+    @override
+    def on_test_batch_end(self, *_: Any, **__: Any) -> None:
+        self._advance()
+
+    @override
+    def on_predict_batch_end(self, *_: Any, **__: Any) -> None:
+        self._advance()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluating(trainer)
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluating(trainer)
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluating(trainer)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop()
+
+    def _started(self) -> Progress:
+        if self._display is None:
+            told = Column(no_wrap=True, overflow="ellipsis")
+            self._display = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(16),
+                TextColumn("{task.fields[told]}", markup=False, table_column=told),
+                console=Console(stderr=True, highlight=False),
+            )
+            self._display.start()
+        return self._display
+
+    def _stop(self) -> None:
+        if self._display is not None:
+            self._display.stop()
+        self._display = self._training = self._evaluating = None
+
+    def _show_training(self, trainer: Trainer) -> None:
+        assert self._display is not None
+        assert self._training is not None
+        now_s = self._shown_s = time.monotonic()
+        metrics, step = trainer.callback_metrics, trainer.global_step
+        tokens = metrics.get("train/tokens")
+        if tokens is not None:
+            self._past.append((now_s, float(tokens)))
+            (first_s, first), (last_s, last) = self._past[0], self._past[-1]
+            if last_s > first_s:
+                self._tokens_per_s = (last - first) / (last_s - first_s)
+        task = next(one for one in self._display.tasks if one.id == self._training)
+        num_done = step - self._first_step
+        left_s = None
+        if task.total is not None and num_done:
+            left_s = (task.total - step) * (now_s - self._started_s) / num_done
+        found = {key: metrics.get(f"{key}/loss") for key in ("train", "val")}
+        text = told(
+            step,
+            None if task.total is None else int(task.total),
+            left_s,
+            {key: float(value) for key, value in found.items() if value is not None},
+            self._tokens_per_s,
+            _memory_bytes(trainer.strategy.root_device),
+        )
+        self._display.update(self._training, completed=step, told=text)
+
+    def _begin_evaluating(self, what: str, num_batches: Any) -> None:
+        if not self._is_enabled:
+            return
+        counts = num_batches if isinstance(num_batches, list) else [num_batches]
+        total = sum(counts)
+        self._evaluating = self._started().add_task(
+            what, total=None if total == float("inf") else total, told=""
+        )
+
+    def _advance(self) -> None:
+        if self._display is not None and self._evaluating is not None:
+            self._display.advance(self._evaluating)
+
+    def _end_evaluating(self, trainer: Trainer) -> None:
+        if self._display is not None and self._evaluating is not None:
+            self._display.remove_task(self._evaluating)
+        self._evaluating = None
+        # The time of a validation is none of training's.
+        self._past.clear()
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._stop()
+
+
+def told(
+    step: int,
+    num_steps: int | None,
+    left_s: float | None,
+    losses: dict[str, float],
+    tokens_per_s: float | None,
+    num_bytes: int,
+) -> str:
+    """What stands behind the bar; what is not known is left out.
+
+    >>> told(1200, 20000, 7384.0, {"train": 3.2141, "val": 3.4}, 8123.4, 3 * 2**29)
+    '1,200/20,000, 2 h 03 min left, loss 3.214, val 3.400, 8,123 tokens/s, 1.5 GiB'
+    >>> told(7, None, None, {}, None, 2**20)
+    '7 steps, 1.0 MiB'
+    """
+    parts = [f"{step:,} steps" if num_steps is None else f"{step:,}/{num_steps:,}"]
+    if left_s is not None and num_steps != step:
+        parts.append(f"{format_duration(left_s)} left")
+    names = {"train": "loss", "val": "val"}
+    parts += [f"{names[key]} {loss:.3f}" for key, loss in losses.items()]
+    if tokens_per_s is not None:
+        parts.append(f"{tokens_per_s:,.0f} tokens/s")
+    return ", ".join([*parts, format_bytes(num_bytes)])
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def _unseen(done: int) -> None:
+    """Of a bar that is not shown."""

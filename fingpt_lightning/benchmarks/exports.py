@@ -1,0 +1,212 @@
+"""Do the forms in which a finetuned model is exported give the answers that it gives?
+
+The model, a base with its adapter, answers a validation set; so does each export of it, loaded
+again. Then many adapters on one base answer in mixed batches, and each of them alone.
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fingpt_lightning.benchmarks.record import markdown_table, new_record, write_record
+from fingpt_lightning.deploy.adapter_bank import AdapterBank
+from fingpt_lightning.deploy.exporting import GGUF, export
+from fingpt_lightning.evaluation.runner import TaskRun, metrics_of, predict, read_tasks
+from fingpt_lightning.evaluation.scoring import Prediction
+from fingpt_lightning.models.adapting import adapted_layers, load_adapter, save_adapter
+from fingpt_lightning.models.loading import load_model
+
+QUESTION = (
+    "Which share of a finetuned model's answers do its exports give too, how large are they, and do"
+    " many adapters in mixed batches answer as each does alone?"
+)
+FORMS = ("merged", "int8", "nf4", "gguf")
+_SOURCE = "base and adapter"
+_SPLIT = "validation"
+
+
+def main() -> None:
+    """Exports in all forms, asks all of them, and writes record and table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="record to write; .md beside")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder in PEFT's format")
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--task", default="fpb")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--limit", type=int, help="rows of the task")
+    parser.add_argument("--num_adapters", type=int, default=50, help="in mixed batches")
+    parser.add_argument("--batch_size", type=int, default=10, help="of mixed batches")
+    parser.add_argument("--seed", type=int, default=1, help="of the made-up adapters")
+    options = parser.parse_args()
+    (run,) = read_tasks([options.task], options.data_dir, _SPLIT, limit=options.limit)
+    names = ("task", "forms", "limit", "num_adapters", "batch_size", "seed")
+    settings = {name: getattr(options, name) for name in names}
+    settings |= {"split": _SPLIT, "split_sha256": run.sha256}
+    record = new_record(QUESTION, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        record["rows"] = compare_forms(options.adapter, options.forms, run, Path(folder))
+        record["adapters"] = compare_adapters(
+            options.adapter, run, options.num_adapters, options.batch_size, Path(folder)
+        )
+    record["summary"] = summary(record["rows"], record["adapters"])
+    write_record(options.json, record, table(record["rows"], record["adapters"]))
+    print(json.dumps(record["summary"], indent=1))
+
+
+def compare_forms(
+    adapter: Path, forms: Sequence[str], run: TaskRun, folder: Path
+) -> list[dict[str, Any]]:
+    """The answers of each export beside those of its source, in float32.
+
+    Args:
+        adapter: The finetuned model's.
+        forms: Of `FORMS`.
+        run: The questions.
+        folder: For the exports, which stay there.
+    """
+    source = load_model(adapter)
+    network, tokenizer = source.network, source.require_tokenizer()
+    assert source.adapter is not None
+    load_adapter(source.adapter, network)
+    network.eval()
+    expected = predict(network, tokenizer, run.task, run.examples)
+    base_bytes = sum(p.nbytes for n, p in network.named_parameters() if "lora_" not in n)
+    rows = [_row(_SOURCE, run, expected, expected, base_bytes)]
+    for form in forms:
+        # An export changes the network that it is given.
+        exported = export(load_model(adapter), form, folder / form)
+        again = load_model(folder / form / GGUF if form == "gguf" else folder / form)
+        answers = predict(again.network.eval(), tokenizer, run.task, run.examples)
+        row = _row(form, run, answers, expected, exported.num_bytes)
+        errors = [difference.relative_error for difference in exported.differences]
+        rows.append({**row, "max_relative_logit_error": max(errors)})
+    return rows
+
+
+def _row(
+    form: str,
+    run: TaskRun,
+    answers: Sequence[Prediction],
+    expected: Sequence[Prediction],
+    num_bytes: int,
+) -> dict[str, Any]:
+    equal = sum(a.choice == b.choice for a, b in zip(answers, expected, strict=True))
+    return {
+        "contender": form,
+        "share_equal_predictions": equal / len(expected),
+        "accuracy": metrics_of(run, answers)["accuracy"],
+        "num_prompts": len(expected),
+        "file_mb": num_bytes / 1e6,
+    }
+
+
+@torch.no_grad()
+def compare_adapters(
+    adapter: Path, run: TaskRun, num_adapters: int, batch_size: int, folder: Path
+) -> dict[str, Any]:
+    """Mixed batches, each row its own client's adapter, beside one row at a time.
+
+    Args:
+        adapter: What the clients' adapters vary, each with noise of its own.
+        run: Whose first rows are asked.
+        num_adapters: Clients, each with one row.
+        batch_size: Rows of a mixed batch.
+        folder: For the clients' adapters.
+    """
+    base = load_model(adapter)
+    tokenizer, network = base.require_tokenizer(), base.network
+    assert base.adapter is not None
+    adapted = copy.deepcopy(network)
+    load_adapter(base.adapter, adapted)
+    bank = AdapterBank(network.eval())
+    generator = torch.Generator().manual_seed(1)
+    plain = {n: p.clone() for n, p in adapted.named_parameters() if "lora_" in n}
+    clients = [f"client {number}" for number in range(num_adapters)]
+    for client in clients:
+        for layer_name, layer in adapted_layers(adapted).items():
+            for part in ("lora_A", "lora_B"):
+                own = plain[f"{layer_name}.{part}"]
+                noise = torch.randn(own.shape, generator=generator) * own.std()
+                getattr(layer, part).copy_(own + noise / 2)
+        save_adapter(adapted, folder / client, str(adapter))
+        bank.load(client, folder / client)
+    prompts = [run.examples[i % len(run.examples)] for i in range(num_adapters)]
+    rows = [tokenizer(one.prefix + one.prompts[0])["input_ids"] for one in prompts]
+    mixed: list[Tensor] = []
+    alone: list[Tensor] = []
+    for first in range(0, num_adapters, batch_size):
+        names = clients[first : first + batch_size]
+        with bank.rows(names):
+            mixed += _next_token_logits(network, tokenizer, rows[first : first + batch_size])
+    for client, row in zip(clients, rows, strict=True):
+        with bank.rows(client):
+            alone += _next_token_logits(network, tokenizer, [row])
+    with bank.rows(None):
+        base_logits = _next_token_logits(network, tokenizer, rows[:1])[0]
+    pairs = list(zip(mixed, alone, strict=True))
+    return {
+        "num_adapters": num_adapters,
+        "batch_size": batch_size,
+        "share_equal_answers": sum(int(a.argmax() == b.argmax()) for a, b in pairs) / len(pairs),
+        "max_logit_difference": max(float((a - b).abs().max()) for a, b in pairs),
+        "logit_change_by_an_adapter": float((alone[0] - base_logits).abs().max()),
+        "memory_per_adapter_mib": bank.num_bytes(clients[0]) / 2**20,
+        "base_mib": sum(p.nbytes for p in network.parameters()) / 2**20,
+    }
+
+
+def _next_token_logits(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[list[int]]
+) -> list[Tensor]:
+    longest = max(map(len, rows))
+    # On the right no row sees its padding.
+    ids = torch.tensor([row + [tokenizer.eos_token_id] * (longest - len(row)) for row in rows])
+    hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    last = hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
+    return list(network.get_submodule("lm_head")(last))
+
+
+def summary(rows: Sequence[dict[str, Any]], adapters: dict[str, Any]) -> dict[str, float]:
+    """The shares of the question."""
+    found = {
+        f"share_equal_predictions_{row['contender']}": row["share_equal_predictions"]
+        for row in rows
+        if row["contender"] != _SOURCE
+    }
+    found["share_equal_answers_mixed_batches"] = adapters["share_equal_answers"]
+    found["max_logit_difference_mixed_batches"] = adapters["max_logit_difference"]
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]], adapters: dict[str, Any]) -> str:
+    """The Markdown table, and a sentence on the adapters."""
+    lines = [
+        [
+            row["contender"],
+            f"{row['share_equal_predictions']:.3f}",
+            f"{row['accuracy']:.3f}",
+            f"{row['file_mb']:.1f}",
+            f"{row['max_relative_logit_error']:.2g}" if "max_relative_logit_error" in row else "-",
+        ]
+        for row in rows
+    ]
+    header = ["", "equal predictions", "accuracy", "MB", "relative error of logits"]
+    sentence = (
+        "{num_adapters} adapters in mixed batches of {batch_size}: share of equal answers"
+        " {share_equal_answers:.3f}, largest difference of a logit {max_logit_difference:.1g} (an"
+        " adapter changes them by up to {logit_change_by_an_adapter:.2g}); an adapter takes"
+        " {memory_per_adapter_mib:.1f} MiB beside the {base_mib:.0f} MiB of the base."
+    ).format(**adapters)
+    return f"{markdown_table(header, lines)}\n\n{sentence}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""Which way of training a low-rank GPT-2 keeps the quality of its dense twin?
+
+Tunes the learning rate of every variant of a grid, the dense twin's too, on a short budget; then
+trains the dense twin, the naive way and the best of the others on the same tokens, several seeds
+each, and those that are faster than the dense twin once more for as long as that took. The record
+is written after every run, and a run in it is not repeated.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fingpt_lightning.benchmarks.quality_plot import draw
+from fingpt_lightning.benchmarks.quality_runs import Grid, Run, Variant, Workshop, read_grid
+from fingpt_lightning.benchmarks.record import markdown_table, new_record, spread, write_record
+from fingpt_lightning.profiling import keep_freed_memory
+
+QUESTION = (
+    "Which recipe keeps the quality of a dense GPT-2 in a network 2.64 times smaller, on the same"
+    " tokens and in the same time?"
+)
+WANTED_RATIO = 2.64
+GRID = Path(__file__).with_name("quality_grid.yaml")
+
+
+def main() -> None:
+    """Runs what the record lacks."""
+    options = _options()
+    deadline_s = time.monotonic() + 60 * options.max_minutes
+    grid = read_grid(options.grid)
+    keep_freed_memory()
+    # One line a run is enough.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    text = options.data_dir / "fed_text"
+    workshop = Workshop(
+        grid,
+        text / "train.jsonl",
+        text / "validation.jsonl",
+        options.cache_dir.expanduser(),
+        options.tokenizer,
+    )
+    comparison = Comparison(grid, workshop, options.json, options.repeats, options.tokenizer)
+    if options.rates_from is not None:
+        comparison.take_rates(options.rates_from)
+    for step in comparison.steps(options.only):
+        if time.monotonic() > deadline_s:
+            print(f"max_minutes {options.max_minutes:g} are over: the same command goes on")
+            break
+        step()
+        comparison.write()
+    print(json.dumps(comparison.record["summary"], indent=1))
+
+
+class Comparison:
+    """A grid's runs, those that are done and those that are to come.
+
+    Args:
+        grid: What is compared.
+        workshop: Trains.
+        path: Of the record.
+        repeats: Turns of timed steps.
+        tokenizer: In place of one that is trained on the text.
+
+    Raises:
+        ValueError: ``path`` holds the record of another grid.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        workshop: Workshop,
+        path: Path,
+        repeats: int,
+        tokenizer: Path | None = None,
+    ) -> None:
+        self.grid, self.workshop, self.path, self.repeats = grid, workshop, path, repeats
+        config = json.loads(json.dumps(asdict(grid)))
+        config["tokenizer"] = None if tokenizer is None else tokenizer.name
+        self.record = new_record(QUESTION, config) | {
+            "rows": [], "summary": {}, "rates": {}, "step_times_s": {}, "sizes": {}, "runs": [],
+        }  # fmt: skip
+        self.runs: dict[tuple[Any, ...], Run] = {}
+        if path.is_file():
+            self.record = json.loads(path.read_text())
+            if self.record["config"] != config:
+                raise ValueError(f"json {path} is of another grid: name another file")
+            for row in self.record["runs"]:
+                run = Run(**row)
+                self.runs[run.key()] = run
+
+    def take_rates(self, path: Path) -> None:
+        """Takes the learning rates that another record found best: nothing is tuned."""
+        self.record["rates"] |= json.loads(path.read_text())["rates"]
+
+    def steps(self, only: Sequence[str] = ()) -> Iterable[Callable[[], None]]:
+        """What is left to do, one thing after the other; each decides by what came before.
+
+        Args:
+            only: Names of variants; the first two are always among them.
+
+        Raises:
+            ValueError: There is no such variant.
+        """
+        known = [variant.name for variant in self.grid.variants]
+        if unknown := set(only) - set(known):
+            raise ValueError(f"only {sorted(unknown)} are none of {', '.join(known)}")
+        chosen = [v for v in self.grid.variants if not only or v.name in {*known[:2], *only}]
+        for variant in chosen:
+            if variant.name not in self.record["sizes"]:
+                self.record["sizes"][variant.name] = self.workshop.sizes(variant)
+        grid = self.grid
+        for variant in chosen:
+            if variant.name in self.record["rates"]:
+                continue
+            if len(variant.rates) > 1:
+                for rate in variant.rates:
+                    run = Run(variant.name, "tuning", rate, grid.seeds[0], grid.num_tuning_steps)
+                    yield from self._training(variant, run)
+            self.record["rates"][variant.name] = self._best_rate(variant)
+        final = self._finalists(chosen)
+        if any(v.name not in self.record["step_times_s"] for v in final):
+            # All of them, so that their ratios are of one time of day.
+            yield lambda: self._time(final)
+        for seed in grid.seeds:
+            for variant in final:
+                rate = self.record["rates"][variant.name]
+                run = Run(variant.name, "equal tokens", rate, seed, grid.num_steps)
+                yield from self._training(variant, run)
+            for variant in final[1:]:
+                rate = self.record["rates"][variant.name]
+                run = Run(variant.name, "equal time", rate, seed, self._steps_in_time(variant))
+                yield from self._training(variant, run)
+
+    def _training(self, variant: Variant, run: Run) -> Iterable[Callable[[], None]]:
+        def train() -> None:
+            done = self.workshop.train(variant, run)
+            self.runs[done.key()] = done
+            print(json.dumps({"run": done.key(), "val_loss_nats": done.val_loss_nats}), flush=True)
+
+        if run.key() not in self.runs:
+            yield train
+
+    def _best_rate(self, variant: Variant) -> float:
+        tried = [r for r in self.runs.values() if r.variant == variant.name and r.stage == "tuning"]
+        finished = [run for run in tried if run.val_loss_nats is not None]
+        best = min(finished, key=lambda run: run.val_loss_nats or 0.0, default=None)
+        return variant.rates[0] if best is None else best.rate
+
+    def _tuned_loss(self, variant: Variant) -> float:
+        losses = [
+            run.val_loss_nats
+            for run in self.runs.values()
+            if run.variant == variant.name and run.val_loss_nats is not None
+        ]
+        return min(losses, default=float("inf"))
+
+    def _finalists(self, chosen: Sequence[Variant]) -> list[Variant]:
+        first, others = list(chosen[:2]), list(chosen[2:])
+        is_small = {
+            v.name: self.record["sizes"][v.name]["total_compression_ratio"] >= WANTED_RATIO
+            for v in others
+        }
+        small = sorted((v for v in others if is_small[v.name]), key=self._tuned_loss)
+        # The frontier: what is larger is there to say what its size buys.
+        larger = [v for v in others if not is_small[v.name]]
+        return first + small[: self.grid.num_finalists] + larger
+
+    def _time(self, variants: Sequence[Variant]) -> None:
+        rates = self.record["rates"]
+        for name, taken_s in self.workshop.step_times_s(variants, rates, self.repeats).items():
+            self.record["step_times_s"][name] = spread(taken_s)
+
+    def _steps_in_time(self, variant: Variant) -> int:
+        times = self.record["step_times_s"]
+        dense = self.grid.variants[0].name
+        ratio: float = times[dense]["median"] / times[variant.name]["median"]
+        return max(1, round(self.grid.num_steps * ratio))
+
+    def write(self) -> None:
+        """Writes record, table and picture of what there is."""
+        self.record["runs"] = [run.as_row() for run in self.runs.values()]
+        self.record["rows"] = rows = self._rows()
+        self.record["summary"] = summary(rows)
+        write_record(self.path, self.record, table(rows))
+        draw(
+            list(self.runs.values()),
+            rows,
+            self.record["step_times_s"],
+            self.grid.tokens_per_step,
+            self.path.with_suffix(".svg"),
+        )
+
+    def _rows(self) -> list[dict[str, Any]]:
+        found = []
+        for variant in self.grid.variants:
+            name = variant.name
+            if name not in self.record["sizes"]:
+                continue
+            row: dict[str, Any] = {"contender": name, **self.record["sizes"][name]}
+            row["tuned"], row["rate"] = variant.tuned, self.record["rates"].get(name)
+            tuning = self._tuning_loss(name)
+            row |= {} if tuning is None else {"tuning_loss_nats": tuning}
+            if name in self.record["step_times_s"]:
+                row["step_time_s"] = self.record["step_times_s"][name]
+            for stage in ("equal tokens", "equal time"):
+                if losses := self._losses(name, stage):
+                    row[f"{stage.replace(' ', '_')}_loss_nats"] = losses
+            found.append(row)
+        dense = found[0] if found else {}
+        for row in found:
+            row["repeats"] = len(row.get("equal_tokens_loss_nats", {}))
+            if {"step_time_s"} <= row.keys() & dense.keys():
+                times = row["step_time_s"]["median"], dense["step_time_s"]["median"]
+                row["ratio_to_dense"] = {"step_time_s": times[0] / times[1]}
+        return found
+
+    def _tuning_loss(self, name: str) -> float | None:
+        rate = self.record["rates"].get(name)
+        for run in self.runs.values():
+            if (run.variant, run.stage, run.rate) == (name, "tuning", rate):
+                return run.val_loss_nats
+        return None
+
+    def _losses(self, name: str, stage: str) -> dict[str, float]:
+        """By seed."""
+        return {
+            str(run.seed): run.val_loss_nats
+            for run in self.runs.values()
+            if (run.variant, run.stage) == (name, stage) and run.val_loss_nats is not None
+        }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The best variant that is small enough beside the dense twin, and the naive way too.
+
+    A gap is the mean, over the seeds that both have, of a variant's loss minus the dense twin's
+    after `equal tokens`: at equal tokens, or after as much time as that took.
+
+    Args:
+        rows: Of the record; the first is the dense twin, the second the naive way.
+    """
+    if len(rows) < 2 or "equal_tokens_loss_nats" not in rows[0]:
+        return {}
+    dense, naive, *others = rows
+    small = [
+        row
+        for row in others
+        if row["total_compression_ratio"] >= WANTED_RATIO and "equal_tokens_loss_nats" in row
+    ]
+    found: dict[str, Any] = {}
+    if small:
+        best = min(small, key=lambda row: _gap(row, dense, "equal_tokens") or 0.0)
+        found = {
+            "best": best["contender"],
+            "total_compression_ratio": best["total_compression_ratio"],
+            **_gaps(best, dense, ""),
+        }
+    return found | _gaps(naive, dense, "naive_")
+
+
+def _gaps(row: dict[str, Any], dense: dict[str, Any], prefix: str) -> dict[str, float]:
+    gaps = {
+        f"{prefix}loss_gap_nats_{stage}": _gap(row, dense, stage)
+        for stage in ("equal_tokens", "equal_time")
+    }
+    return {key: round(gap, 5) for key, gap in gaps.items() if gap is not None}
+
+
+def _gap(row: dict[str, Any], dense: dict[str, Any], stage: str) -> float | None:
+    ours, theirs = row.get(f"{stage}_loss_nats", {}), dense["equal_tokens_loss_nats"]
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return statistics.mean(differences) if differences else None
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table of all variants; runs that were not made leave their cells empty."""
+    header = [
+        "", "learning rate", "parameters (M)", "smaller in total", "loss of tuning",
+        "loss, equal tokens", "gap", "s a step (p10-p90)", "loss, equal time", "gap",
+    ]  # fmt: skip
+    dense = rows[0] if rows and "equal_tokens_loss_nats" in rows[0] else None
+    lines = []
+    for row in rows:
+        times = row.get("step_time_s")
+        line = [
+            row["contender"],
+            "" if row["rate"] is None else f"{row['rate']:g}",
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['total_compression_ratio']:.2f}x",
+            f"{row['tuning_loss_nats']:.3f}" if row.get("tuning_loss_nats") is not None else "",
+        ]
+        for stage in ("equal_tokens", "equal_time"):
+            losses = list(row.get(f"{stage}_loss_nats", {}).values())
+            gap = _gap(row, dense, stage) if dense is not None and row is not dense else None
+            if stage == "equal_time":
+                line.append(
+                    f"{times['median']:.2f} ({times['p10']:.2f}-{times['p90']:.2f})"
+                    if times
+                    else ""
+                )
+            line.append(_mean_and_range(losses))
+            line.append("" if gap is None else f"{gap:+.3f}")
+        lines.append(line)
+    return markdown_table(header, lines)
+
+
+def _mean_and_range(losses: Sequence[float]) -> str:
+    if len(losses) < 2:
+        return f"{losses[0]:.3f}" if losses else ""
+    return f"{statistics.mean(losses):.3f} ({min(losses):.3f}-{max(losses):.3f})"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--grid", type=Path, default=GRID, help="YAML; the shipped one by default")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="record to write or go on with; .md, .svg beside"
+    )
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("data"), help="with fed_text/{train,validation}.jsonl"
+    )
+    parser.add_argument("--cache_dir", type=Path, default=Path("~/.cache/fingpt_lightning"))
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="of these variants")
+    parser.add_argument("--max_minutes", type=float, default=float("inf"))
+    parser.add_argument("--repeats", type=int, default=5, help="turns of timed steps")
+    parser.add_argument("--tokenizer", type=Path, help="folder, in place of a BPE of the text")
+    parser.add_argument(
+        "--rates_from", type=Path, metavar="RECORD", help="whose best learning rates to take"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The grid of the quality benchmark, and one training run of it."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from fingpt_lightning.data import TextBlocks
+from fingpt_lightning.modules import LowRankPretraining
+
+_NUM_CURVE_BATCHES = 20
+_NUM_POINTS = 10
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train.
+
+    Args:
+        name: Of its row.
+        model: Settings of `LowRankPretraining` beside those of the grid.
+        rates: Learning rates to try.
+        tuned: The setting that takes them.
+    """
+
+    name: str
+    model: Mapping[str, Any]
+    rates: Sequence[float]
+    tuned: str = "learning_rate"
+
+    def __post_init__(self) -> None:
+        if not self.rates:
+            raise ValueError(f"variant {self.name!r} has no rates")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared, on what, for how long.
+
+    Args:
+        model: Settings of `LowRankPretraining` that all share.
+        data: Settings of `TextBlocks`.
+        variants: The first is the dense twin, the second the naive way.
+        trainer: Settings of the trainer.
+        num_tuning_steps: Of a run that tries a learning rate.
+        num_steps: Of a run that counts.
+        seeds: Of weights and order of the data, a run for each; the first also for tuning.
+        num_finalists: Variants beside the first two that get the runs that count: the best of the
+            tuning of those that are small enough.
+    """
+
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    variants: Sequence[Variant]
+    trainer: Mapping[str, Any]
+    num_tuning_steps: int
+    num_steps: int
+    seeds: Sequence[int]
+    num_finalists: int = 2
+
+    def __post_init__(self) -> None:
+        if len(self.variants) < 2:
+            raise ValueError(f"a grid of {len(self.variants)} variants compares nothing")
+        for name in ("num_tuning_steps", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1")
+        if not self.seeds:
+            raise ValueError("seeds is empty")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all variants alike."""
+        return int(self.data["batch_size"] * self.data["block_length"])
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid of a YAML file.
+
+    Raises:
+        ValueError: A key is missing or unknown.
+    """
+    contents = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        variants = [Variant(**described) for described in contents.pop("variants")]
+        return Grid(variants=variants, **contents)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+@dataclass
+class Run:
+    """What came of one training run: without a loss where it diverged or is still to come."""
+
+    variant: str
+    stage: str
+    rate: float
+    seed: int
+    num_steps: int
+    val_loss_nats: float | None = None
+    training_time_s: float = 0.0
+    curve_steps: Sequence[int] = ()
+    curve_loss_nats: Sequence[float] = ()
+
+    def key(self) -> tuple[Any, ...]:
+        """What makes it this run."""
+        return self.variant, self.stage, self.rate, self.seed, self.num_steps
+
+    def as_row(self) -> dict[str, Any]:
+        """For the record."""
+        return asdict(self)
+
+
+class Watch(Callback):
+    """Times steps, and keeps the loss at each validation."""
+
+    def __init__(self) -> None:
+        self.step_times_s: list[float] = []
+        self.steps: list[int] = []
+        self.losses: list[float] = []
+        self._start_s = 0.0
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._start_s = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        self.step_times_s.append(time.perf_counter() - self._start_s)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = trainer.callback_metrics["val/loss"].item()
+        if trainer.state.fn == "fit" and math.isfinite(loss):
+            self.steps.append(trainer.global_step)
+            self.losses.append(round(loss, 4))
+
+
+class Workshop:
+    """Trains variants of one grid on one text.
+
+    Args:
+        grid: What is compared.
+        train_files: Of the text.
+        val_files: Of the text.
+        cache_dir: Of tokens and tokenizer.
+        tokenizer: In place of one that is trained on the text.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        train_files: Path,
+        val_files: Path,
+        cache_dir: Path,
+        tokenizer: Path | None = None,
+    ) -> None:
+        self.grid = grid
+        self._data = {
+            **grid.data,
+            "train_files": str(train_files),
+            "val_files": str(val_files),
+            "cache_dir": str(cache_dir),
+            "tokenizer": None if tokenizer is None else str(tokenizer),
+        }
+        self._folder = cache_dir
+
+    def module(self, variant: Variant, rate: float | None = None) -> LowRankPretraining:
+        """A variant's module, its network not yet built."""
+        rate = variant.rates[0] if rate is None else rate
+        return LowRankPretraining(**{**self.grid.model, **variant.model, variant.tuned: rate})
+
+    def sizes(self, variant: Variant) -> dict[str, int | float]:
+        """Numbers that a variant stores, and what its dense twin does over that."""
+        module, data = self.module(variant), TextBlocks(**self._data)
+        data.prepare_data()
+        data.setup()
+        module.hparams["vocab_size"] = data.vocabulary_size
+        budget = module.budget(data.block_length)
+        return {
+            "parameters": budget.total_parameters,
+            "total_compression_ratio": budget.total_compression_ratio,
+            "block_compression_ratio": budget.block_compression_ratio,
+        }
+
+    def train(self, variant: Variant, run: Run) -> Run:
+        """Fills a run in; one that diverges has no loss."""
+        data, module, watch = self._made(variant, run.rate, run.seed)
+        every = max(1, run.num_steps // _NUM_POINTS)
+        trainer = self._trainer(
+            watch, run.num_steps, val_check_interval=every, limit_val_batches=_NUM_CURVE_BATCHES
+        )
+        try:
+            trainer.fit(module, datamodule=data)
+        except FloatingPointError as error:
+            print(error, flush=True)
+        else:
+            (found,) = self._trainer(Watch(), 1).validate(module, data, verbose=False)
+            loss = found["val/loss"]
+            run.val_loss_nats = round(loss, 5) if math.isfinite(loss) else None
+        run.training_time_s = round(sum(watch.step_times_s), 1)
+        run.curve_steps, run.curve_loss_nats = watch.steps, watch.losses
+        return run
+
+    def step_times_s(
+        self, variants: Sequence[Variant], rates: Mapping[str, float], repeats: int
+    ) -> dict[str, list[float]]:
+        """Seconds of steps of each variant, taken in turns; the first turn is dropped.
+
+        Args:
+            variants: To time.
+            rates: Of each, by name.
+            repeats: Timed turns, of two steps each.
+        """
+        taken: dict[str, list[float]] = {variant.name: [] for variant in variants}
+        for turn in range(repeats + 1):
+            for variant in variants:
+                data, module, watch = self._made(variant, rates[variant.name], seed=1)
+                self._trainer(watch, 4, limit_val_batches=0).fit(module, datamodule=data)
+                if turn > 0:
+                    # The first makes the optimiser's state.
+                    taken[variant.name] += watch.step_times_s[2:]
+        return taken
+
+    def _made(
+        self, variant: Variant, rate: float, seed: int
+    ) -> tuple[TextBlocks, LowRankPretraining, Watch]:
+        lightning.seed_everything(seed, verbose=False)
+        return TextBlocks(**self._data, seed=seed), self.module(variant, rate), Watch()
+
+    def _trainer(self, watch: Watch, num_steps: int, **settings: Any) -> Trainer:
+        options: dict[str, Any] = {
+            "accelerator": "cuda" if torch.cuda.is_available() else "cpu", "devices": 1,
+            "max_steps": num_steps, "max_epochs": -1, "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0, "logger": False, "enable_checkpointing": False,
+            "enable_progress_bar": False, "enable_model_summary": False, "callbacks": [watch],
+            "default_root_dir": self._folder,
+        }  # fmt: skip
+        return Trainer(**(options | dict(self.grid.trainer) | settings))

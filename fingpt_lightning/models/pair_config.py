@@ -1,0 +1,54 @@
+"""What a network's config says of its low-rank pairs, beyond the sizes that its weights show.
+
+A pair's activation goes with the network wherever it is written. Its expansion is a matter of
+training: a checkpoint has it, to go on; whatever reads a checkpoint as a network gets it folded.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from fingpt_lightning.low_rank.linear import folded_up
+
+_ACTIVATION, _EXPANSION = "factor_activation", "factor_expansion"
+
+
+def note_pairs(config: PreTrainedConfig, activation: str, expansion: float) -> None:
+    """Notes both, where they are not what a config without the note means.
+
+    Args:
+        config: Of the network; changed in place.
+        activation: Of all its `LowRankLinear`.
+        expansion: Of all its `LowRankLinear`.
+    """
+    if activation != "none":
+        setattr(config, _ACTIVATION, activation)
+    if expansion:
+        setattr(config, _EXPANSION, expansion)
+
+
+def noted_activation(config: PreTrainedConfig) -> str:
+    """The activation of the network's pairs."""
+    return str(getattr(config, _ACTIVATION, "none"))
+
+
+def folded_tensors(
+    config: PreTrainedConfig, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """A state dict's tensors, the expansion of its pairs taken into them and out of the config.
+
+    Args:
+        config: Of the network; changed in place, at once.
+        state: By name; ``LAYER.down`` beside ``LAYER.up`` is a pair.
+    """
+    expansion = float(config.__dict__.pop(_EXPANSION, 0.0))
+    return (
+        (name, folded_up(tensor, expansion) if _is_of_pair(name, state) else tensor)
+        for name, tensor in state.items()
+    )
+
+
+def _is_of_pair(name: str, state: Mapping[str, Tensor]) -> bool:
+    layer, _, part = name.rpartition(".")
+    return part == "up" and f"{layer}.down" in state

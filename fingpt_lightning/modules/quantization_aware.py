@@ -1,0 +1,79 @@
+"""When a run trains with rounded weights."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from transformers import PreTrainedModel
+
+from fingpt_lightning.models.quantization import QUANTIZATIONS
+from fingpt_lightning.models.rounded_weights import RoundedWeights
+
+DEFAULT_START = 0.8
+
+
+class RoundingSchedule:
+    """Rounds weights for the passes of the last steps of a run.
+
+    They are rounded once an optimiser step, whatever number of microbatches it has, and for
+    validations among these steps, whose loss is then that of the quantised network. Whoever asks
+    for the module's state gets the weights themselves.
+
+    Args:
+        method: ``nf4`` or ``int8``; None rounds nothing.
+        start: Share of the steps from which on.
+    """
+
+    def __init__(self, method: str | None, start: float) -> None:
+        self._method, self._start = method, start
+        self._weights: RoundedWeights | None = None
+
+    @classmethod
+    def checked(cls, method: str | None, start: float) -> "RoundingSchedule":
+        """The schedule of two hyper-parameters.
+
+        Raises:
+            ValueError: A value outside its range, or one that has no effect.
+        """
+        if method is not None and method not in QUANTIZATIONS:
+            raise ValueError(f"quantization_aware {method!r} is none of {', '.join(QUANTIZATIONS)}")
+        if not 0 <= start <= 1:
+            raise ValueError(f"quantization_start {start} is outside [0, 1]")
+        if method is None and start != DEFAULT_START:
+            raise ValueError(f"quantization_start {start} has no effect without quantization_aware")
+        return cls(method, start)
+
+    def attach(self, module: LightningModule) -> None:
+        """Takes hold of a module's network.
+
+        Args:
+            module: With its ``network``.
+
+        Raises:
+            ValueError: The network is to be sharded, which leaves no rank whole rows.
+        """
+        if self._method is None:
+            return
+        if module.device_mesh is not None:
+            raise ValueError(
+                f"quantization_aware {self._method} rounds whole matrices, which FSDP leaves no"
+                " rank: train with ddp or a pipeline, or set it to null"
+            )
+        network = module.network
+        assert isinstance(network, PreTrainedModel)
+        self._weights = RoundedWeights(network, self._method)
+        module.register_state_dict_pre_hook(self._give_whole_state)  # type: ignore[no-untyped-call]
+
+    def lend(self, trainer: Trainer) -> None:
+        """Rounds the weights where the run is far enough."""
+        if self._weights is None:
+            return
+        if trainer.global_step >= round(self._start * trainer.estimated_stepping_batches):
+            self._weights.lend()
+
+    def take_back(self) -> None:
+        """Puts the weights themselves back where they are rounded."""
+        if self._weights is not None:
+            self._weights.take_back()
+
+    def _give_whole_state(self, *_: Any) -> None:
+        self.take_back()

@@ -1,0 +1,69 @@
+"""Which settings of how pairs are trained exist, and which fit each other."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fingpt_lightning.low_rank import Initialization
+from fingpt_lightning.low_rank.linear import FACTOR_ACTIVATIONS
+from fingpt_lightning.nearest import nearest
+
+PLAIN: Mapping[str, Any] = {
+    "initialization": "svd", "factor_activation": "none", "factor_expansion": 0.0,
+    "pair_decay": "factors", "optimizer": "adamw",
+}  # fmt: skip
+"""The settings of pairs that are trained as dense layers would be."""
+PAIR_DECAYS = ("factors", "product")
+OPTIMIZERS = ("adamw", "adamw_8bit", "pairs")
+
+
+def check_recipe(
+    initialization: str,
+    factor_activation: str,
+    factor_expansion: float,
+    pair_decay: str,
+    optimizer: str,
+    pair_learning_rate: float,
+    pairs_and_dense: bool = False,
+) -> None:
+    """Raises unless the settings of a `LowRankPretraining` fit each other.
+
+    Raises:
+        ValueError: One is unknown or out of range, or two exclude each other.
+    """
+    for name, value, known in (
+        ("initialization", initialization, tuple(Initialization)),
+        ("factor_activation", factor_activation, FACTOR_ACTIVATIONS),
+        ("pair_decay", pair_decay, PAIR_DECAYS),
+        ("optimizer", optimizer, OPTIMIZERS),
+    ):
+        if value not in known:
+            hint = nearest(value, known)
+            raise ValueError(f"{name} {value!r} is none of {', '.join(known)}{hint}")
+    if pair_learning_rate <= 0:
+        raise ValueError(f"pair_learning_rate {pair_learning_rate} is not above 0")
+    if pairs_and_dense and optimizer != "pairs":
+        raise ValueError(f"pairs_and_dense has no effect with optimizer {optimizer}: set pairs")
+    if factor_expansion < 0:
+        raise ValueError(f"factor_expansion {factor_expansion} is below 0")
+    if factor_expansion and factor_activation != "none":
+        raise ValueError(
+            f"factor_expansion {factor_expansion} cannot be folded behind factor_activation"
+            f" {factor_activation}: set one of them"
+        )
+    if factor_expansion and pair_decay == "product":
+        raise ValueError(
+            f"pair_decay product decays up down, which factor_expansion {factor_expansion} makes a"
+            " part of the weight: set one of them"
+        )
+
+
+def changes_of_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``settings`` differs from `PLAIN` and has no effect without pairs."""
+    found = {
+        key: settings[key]
+        for key, plain in PLAIN.items()
+        if settings[key] not in (plain, "adamw_8bit")
+    }
+    if settings["pairs_and_dense"]:
+        found.pop("optimizer", None)
+    return found

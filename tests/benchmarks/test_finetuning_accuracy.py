@@ -1,0 +1,43 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fingpt_lightning.benchmarks import finetuning_accuracy
+from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer
+
+
+def test_runs_are_trained_once_and_their_gain_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_network("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "fpb").mkdir()
+    lines = [json.dumps(row) + "\n" for row in ROWS["fpb"]]
+    (tmp_path / "fpb" / "train.jsonl").write_text("".join(lines * 4))
+    (tmp_path / "fpb" / "validation.jsonl").write_text("".join(lines))
+    path = tmp_path / "record.json"
+    words = {
+        "--model": tmp_path / "model", "--data_dir": tmp_path, "--batch_size": 4, "--rank": 2,
+        "--max_steps": 2, "--max_length": 300, "--json": path,
+    }  # fmt: skip
+    arguments = ["accuracy", *(str(word) for pair in words.items() for word in pair)]
+    for runs in ("fpb, unquantised", "fpb", "fpb, unquantised,fpb"):
+        monkeypatch.setattr(sys, "argv", [*arguments, "--runs", runs])
+        finetuning_accuracy.main()
+    record = json.loads(path.read_text())
+    # In the order of the grid, and neither trained again.
+    assert [row["run"] for row in record["rows"]] == ["fpb", "fpb, unquantised"]
+    assert [row["steps"] for row in record["rows"]] == [2, 2]
+    accuracy, before = record["rows"][0]["accuracy"], record["untrained"]["fpb"]["accuracy"]
+    assert record["summary"]["fpb_accuracy"] == accuracy
+    assert record["summary"]["financial_gain_points"] == pytest.approx(100 * (accuracy - before))
+    assert "fpb, unquantised -> fpb" in capsys.readouterr().out
+
+
+def test_an_unknown_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--json", str(tmp_path / "r.json"), "--data_dir", str(tmp_path), "--runs", "fbp"]
+    monkeypatch.setattr(sys, "argv", ["accuracy", *arguments])
+    with pytest.raises(SystemExit, match="'fbp' is none of fpb; "):
+        finetuning_accuracy.main()

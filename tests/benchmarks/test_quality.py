@@ -1,0 +1,143 @@
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fingpt_lightning.benchmarks import quality
+from fingpt_lightning.benchmarks.quality_runs import Run, Variant, Workshop, read_grid
+from fingpt_lightning.modules import LowRankPretraining
+
+SMALL = {"rank": 2, "embedding_rank": 2}
+GRID: dict[str, Any] = {
+    "model": {
+        "preset": "gpt2-nano", "num_layers": 2, "width": 16, "num_heads": 2, "num_positions": 16,
+    },
+    "data": {"vocab_size": 300, "block_length": 16, "batch_size": 2},
+    "trainer": {"gradient_clip_val": 1.0},
+    "num_tuning_steps": 2,
+    "num_steps": 2,
+    "seeds": [3],
+    "num_finalists": 1,
+    "variants": [
+        {"name": "dense", "model": {"rank": None}, "rates": [0.001]},
+        {"name": "naive", "model": SMALL, "rates": [1e30, 0.01]},
+        {"name": "pairs", "model": {**SMALL, "optimizer": "pairs"}, "rates": [0.07],
+         "tuned": "pair_learning_rate"},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    text = tmp_path / "data" / "fed_text"
+    text.mkdir(parents=True)
+    documents = [f"The rate of year {year} rose by {year % 7} points." for year in range(300)]
+    for name, part in (("train", documents), ("validation", documents[:4])):
+        rows = [json.dumps({"text": document}) for document in part]
+        (text / f"{name}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(GRID))
+    return [
+        "quality", "--grid", str(tmp_path / "grid.yaml"), "--json", str(tmp_path / "record.json"),
+        "--data_dir", str(tmp_path / "data"), "--cache_dir", str(tmp_path / "cache"),
+        "--repeats", "1",
+    ]  # fmt: skip
+
+
+def test_a_toy_grid_is_run_stopped_and_gone_on_with(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[Any, ...]] = []
+    train = Workshop.train
+
+    def counted(workshop: Workshop, variant: Variant, run: Run) -> Run:
+        trained.append(run.key())
+        return train(workshop, variant, run)
+
+    monkeypatch.setattr(Workshop, "train", counted)
+    monkeypatch.setattr(sys, "argv", [*words, "--max_minutes", "0"])
+    quality.main()
+    assert trained == []
+    monkeypatch.setattr(sys, "argv", [*words, "--only", "pairs"])
+    quality.main()
+    quality.main()
+    stages = [(key[0], key[1], key[3]) for key in trained]
+    assert stages[:2] == [("naive", "tuning", 3)] * 2
+    assert sorted(stages[2:]) == sorted(
+        (name, stage, 3)
+        for name, stage in (
+            ("dense", "equal tokens"), ("naive", "equal tokens"), ("naive", "equal time"),
+            ("pairs", "equal tokens"), ("pairs", "equal time"),
+        )
+    )  # fmt: skip
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["rates"] == {"dense": 0.001, "naive": 0.01, "pairs": 0.07}
+    diverged, fine = [run["val_loss_nats"] for run in record["runs"] if run["stage"] == "tuning"]
+    assert diverged is None
+    assert fine > 0
+    assert record["summary"]["best"] == "pairs"
+    assert record["summary"]["total_compression_ratio"] >= 2.64
+    assert {
+        "loss_gap_nats_equal_tokens", "loss_gap_nats_equal_time",
+        "naive_loss_gap_nats_equal_tokens", "naive_loss_gap_nats_equal_time",
+    } <= set(record["summary"])  # fmt: skip
+    assert (tmp_path / "record.svg").read_text().startswith("<?xml")
+    assert "| pairs |" in (tmp_path / "record.md").read_text()
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(GRID | {"num_steps": 3}))
+    with pytest.raises(ValueError, match=r"record\.json is of another grid"):
+        quality.main()
+
+
+def _row(name: str, ratio: float, tokens: dict[str, float], time: dict[str, float]) -> Any:
+    return {
+        "contender": name, "total_compression_ratio": ratio, "rate": 0.1, "parameters": 1e6,
+        "equal_tokens_loss_nats": tokens, "equal_time_loss_nats": time,
+    }  # fmt: skip
+
+
+def test_gaps_are_means_over_the_seeds_that_both_have() -> None:
+    rows = [
+        _row("dense", 1.0, {"1": 4.0, "2": 5.0}, {}),
+        _row("naive", 2.7, {"1": 4.5}, {"1": 4.4}),
+        _row("ours", 2.7, {"1": 4.1, "2": 5.05}, {"1": 3.9, "2": 4.8}),
+        _row("larger", 2.0, {"1": 3.9}, {"1": 3.8}),
+    ]
+    found = quality.summary(rows)
+    assert found["best"] == "ours"
+    assert found["loss_gap_nats_equal_tokens"] == pytest.approx(0.075)
+    assert found["loss_gap_nats_equal_time"] == pytest.approx(-0.15)
+    assert found["naive_loss_gap_nats_equal_tokens"] == pytest.approx(0.5)
+    assert "| naive | 0.1 | 1.00 | 2.70x |  | 4.500 | +0.500 |" in quality.table(rows)
+
+
+def test_every_variant_of_the_shipped_grid_is_a_module_of_its_size() -> None:
+    grid = read_grid(quality.GRID)
+    assert len(grid.variants) > 4
+    ratios = {}
+    for variant in grid.variants:
+        settings = {**grid.model, **variant.model, variant.tuned: variant.rates[0]}
+        module = LowRankPretraining(**settings, vocab_size=8192)
+        ratios[variant.name] = module.budget(256).total_compression_ratio
+    assert ratios.pop("dense") == 1
+    assert ratios["naive"] >= quality.WANTED_RATIO
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variants": GRID["variants"][:1]}, "a grid of 1 variants compares nothing"),
+        ({"num_stepps": 3}, "num_stepps"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"num_steps": 0}, "num_steps 0 is below 1"),
+        ({"variants": [{"name": "a", "model": {}, "rates": []}]}, "variant 'a' has no rates"),
+    ],
+)
+def test_a_grid_that_cannot_be_run_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(GRID | change))
+    with pytest.raises(ValueError, match=message):
+        read_grid(path)

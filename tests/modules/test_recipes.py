@@ -1,0 +1,289 @@
+"""The ways to train pairs: each resumes, loads as a network, and is the same on several ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import DoublePrecision
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from fingpt_lightning.deploy.exporting import export
+from fingpt_lightning.deploy.network_files import write_network
+from fingpt_lightning.low_rank import FactorPairOptimizer, LowRankLinear, factor_pairs
+from fingpt_lightning.models.expansion import expand, merge_into_base
+from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.models.quantization import quantized_layer
+from fingpt_lightning.modules import LowRankPretraining
+from fingpt_lightning.modules.optimization import dense_in_blocks
+from fingpt_lightning.modules.recipe import PLAIN, check_recipe
+from fingpt_lightning.profiling.memory import module_memory
+from fingpt_lightning.reporting.plan import optimizer_bytes, pairs_saving
+from fingpt_lightning.strategies import FullySharded, PipelineStrategy
+from tests.models.tiny_models import ids
+from tests.support.lightning_ranks import RanksEnvironment
+from tests.support.ranks import run_ranks
+from tests.support.token_data import TokenData
+
+SIZES: dict[str, Any] = {
+    "preset": "gpt2-nano", "num_layers": 2, "width": 12, "num_heads": 3, "num_positions": 16,
+    "rank": 3, "embedding_rank": 5, "learning_rate": 0.01, "warmup": 1,
+}  # fmt: skip
+RECIPES: dict[str, dict[str, Any]] = {
+    "pairs": {"optimizer": "pairs", "initialization": "orthogonal", "factor_expansion": 0.5},
+    "pairs, product": {
+        "optimizer": "pairs",
+        "pair_decay": "product",
+        "pairs_and_dense": True,
+        "rank_overrides": {"*.c_fc": None},
+    },
+    "adamw_8bit": {"optimizer": "adamw_8bit", "rank_overrides": {"*.c_fc": None}, "width": 36},
+    "product": {"pair_decay": "product", "initialization": "cola"},
+    "silu": {"factor_activation": "silu", "initialization": "cola"},
+}
+NUM_STEPS, CHECKPOINT_STEP = 6, 4  # the checkpoint is at the end of the second epoch
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+]
+
+
+def _fit(
+    folder: Path,
+    recipe: dict[str, Any],
+    *,
+    batch_size: int = 4,
+    resume_from: Path | None = None,
+    **options: Any,
+) -> LowRankPretraining:
+    """Six clipped steps, a checkpoint after the fourth."""
+    torch.manual_seed(3)
+    module = LowRankPretraining(**(SIZES | recipe))
+    settings: dict[str, Any] = {
+        "accelerator": "cpu", "devices": 1, "max_steps": NUM_STEPS, "max_epochs": -1,
+        "gradient_clip_val": 0.5, "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "limit_val_batches": 0, "default_root_dir": folder,
+        "callbacks": [
+            ModelCheckpoint(folder, "{step}", every_n_train_steps=CHECKPOINT_STEP, save_top_k=-1)
+        ],
+        "plugins": [DoublePrecision()],
+    }  # fmt: skip
+    trainer = Trainer(**(settings | options))
+    data = TokenData(batch_size)
+    trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    return module
+
+
+def _checkpoint(folder: Path) -> Path:
+    return folder / f"step={CHECKPOINT_STEP}.ckpt"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path: Path, name: str) -> None:
+    recipe = RECIPES[name]
+    precise: dict[str, Any] = {"plugins": []} if name == "adamw_8bit" else {}
+    whole = _fit(tmp_path / "one", recipe, **precise).state_dict()
+    path = _checkpoint(tmp_path / "one")
+    resumed = _fit(tmp_path / "two", recipe, resume_from=path, **precise).state_dict()
+    plain = _fit(tmp_path / "plain", {"width": recipe.get("width", 12)}, **precise).state_dict()
+    assert whole.keys() == resumed.keys()
+    for key, weight in whole.items():
+        assert torch.equal(resumed[key], weight), key
+    key = "network.transformer.h.1.attn.c_proj.up"
+    assert not torch.allclose(whole[key], plain[key], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pairs", "silu"])
+def test_what_is_loaded_or_written_is_the_trained_network(tmp_path: Path, name: str) -> None:
+    module = _fit(tmp_path, RECIPES[name])
+    module.trainer.save_checkpoint(tmp_path / "end.ckpt")
+    truth = module.eval().network(ids()).logits
+    again = LowRankPretraining.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    torch.testing.assert_close(again.eval().network(ids()).logits.double(), truth)
+    loaded = load_model(tmp_path / "end.ckpt", tokenizer=None, dtype="float64").network
+    torch.testing.assert_close(loaded(ids()).logits, truth, rtol=0, atol=1e-12)
+    pairs = [m for m in loaded.modules() if isinstance(m, LowRankLinear)]
+    assert len(pairs) == 8
+    assert {(pair.activation, pair.expansion) for pair in pairs} == {
+        ("silu" if name == "silu" else "none", 0.0)
+    }
+    (tmp_path / "folder").mkdir()
+    write_network(loaded, tmp_path / "folder", torch.float64)
+    read = load_model(tmp_path / "folder", dtype="float64").network
+    torch.testing.assert_close(read(ids()).logits, truth, rtol=0, atol=1e-12)
+    assert ("factor" in (tmp_path / "folder" / "config.json").read_text()) == (name == "silu")
+
+
+def test_a_network_with_activations_between_factors_becomes_no_dense_one(tmp_path: Path) -> None:
+    module = _fit(tmp_path, RECIPES["silu"])
+    module.trainer.save_checkpoint(tmp_path / "end.ckpt")
+    source = load_model(tmp_path / "end.ckpt")
+    told = "a pair with silu between its factors is no linear map"
+    for form in ("hf", "gguf"):
+        with pytest.raises(ValueError, match=told):
+            export(source, form, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=told):
+        expand(source.network)
+    pair = source.network.get_submodule("transformer.h.0.mlp.c_fc")
+    for quantize in ("nf4", "int8"):
+        with pytest.raises(ValueError, match=r"a pair with silu .* cannot be quantised"):
+            quantized_layer(pair, quantize, torch.device("cpu"))
+    merge_into_base(source.network)  # no adapter, nothing to merge
+
+
+def test_momentum_is_orthogonalised_in_the_dtype_of_products_and_all_the_state_it_has(
+    tmp_path: Path,
+) -> None:
+    bf16: dict[str, Any] = {"plugins": [], "precision": "bf16-mixed"}
+    for options, dtype in (({}, None), (bf16, torch.bfloat16)):
+        mixed = {"rank_overrides": {"*.c_fc": None}, "pairs_and_dense": True}
+        module = _fit(tmp_path, RECIPES["pairs"] | mixed, **options)
+        (optimizer,) = module.trainer.optimizers
+        assert isinstance(optimizer, FactorPairOptimizer)
+        assert optimizer.product_dtype == dtype
+        assert optimizer.param_groups[2]["expansion"] == 0.5
+        trained = [(p.numel(), p.element_size()) for p in module.parameters()]
+        dense = dense_in_blocks(module)
+        moved = [(min(p.shape), p) for p in factor_pairs(module)] + [(0, p) for p in dense]
+        assert len(dense) == 2
+        saving = pairs_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
+        planned = optimizer_bytes(trained, "pairs") - saving
+        assert module_memory(module, optimizer).optimizer == planned
+
+
+def test_the_product_decays_by_rate_and_weight_decay(tmp_path: Path) -> None:
+    once: dict[str, Any] = {"max_steps": 1, "callbacks": [], "enable_checkpointing": False}
+    for recipe in ({"optimizer": "adamw"}, {"optimizer": "pairs", "pair_learning_rate": 0.01}):
+        recipe |= {"pair_decay": "product"}
+        plain, decayed = (
+            factor_pairs(_fit(tmp_path, recipe | {"weight_decay": decay}, **once))
+            for decay in (0.0, 0.5)
+        )
+        assert len(plain) == len(decayed) == 16
+        for down, up, ours_down, ours_up in zip(
+            plain[::2], plain[1::2], decayed[::2], decayed[1::2], strict=True
+        ):
+            product = up @ down
+            expected = down - 0.01 * 0.5 * up.T @ product, up - 0.01 * 0.5 * product @ down.T
+            torch.testing.assert_close((ours_down, ours_up), expected, rtol=0, atol=1e-14)
+            assert not torch.equal(ours_up, up)
+
+
+def test_the_dense_twin_of_any_recipe_is_plain(tmp_path: Path) -> None:
+    for name, recipe in RECIPES.items():
+        twin = LowRankPretraining(**(SIZES | recipe)).dense_twin()
+        expected = {"adamw_8bit": "adamw_8bit", "pairs, product": "pairs"}.get(name, "adamw")
+        assert (twin.hparams["optimizer"], twin.hparams["initialization"]) == (expected, "svd")
+        twin.hparams["vocab_size"] = 23
+        twin.configure_model()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pair_learning_rate": 0.0}, "pair_learning_rate 0.0 is not above 0"),
+        ({"pair_momentum": 1.0}, r"pair_momentum 1.0 is outside \[0, 1\)"),
+        ({"pairs_and_dense": True}, "pairs_and_dense has no effect with optimizer adamw"),
+        ({"factor_expansion": -1.0}, "factor_expansion -1.0 is below 0"),
+        ({"factor_expansion": 0.5, "factor_activation": "silu"}, "cannot be folded behind"),
+        ({"factor_expansion": 0.5, "pair_decay": "product"}, "pair_decay product decays up down"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LowRankPretraining(**(SIZES | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"initialization": "svdd"}, "initialization 'svdd' is none of .*did you mean svd"),
+        ({"factor_activation": "gelu"}, "factor_activation 'gelu' is none of none, silu"),
+        ({"pair_decay": "both"}, "pair_decay 'both' is none of factors, product"),
+        ({"optimizer": "pair"}, "optimizer 'pair' is none of .*did you mean pairs"),
+    ],
+)
+def test_a_word_that_is_none_of_a_settings_is_refused(
+    settings: dict[str, str], message: str
+) -> None:
+    # Of the check alone: the annotations of the module's arguments are checked before it here.
+    with pytest.raises(ValueError, match=message):
+        check_recipe(**{**PLAIN, "pair_learning_rate": 0.07, **settings})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"optimizer": "pairs"}, {"pair_decay": "product"}, {"initialization": "cola"}]
+)
+def test_a_recipe_for_pairs_needs_pairs(settings: dict[str, str]) -> None:
+    module = LowRankPretraining(**(SIZES | settings | {"rank": None, "vocab_size": 23}))
+    ((key, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"model.{key} {value} is about pairs, and model.rank"):
+        module.configure_model()
+
+
+def test_another_optimisers_state_is_refused(tmp_path: Path) -> None:
+    _fit(tmp_path, RECIPES["pairs"])
+    with pytest.raises(ValueError, match=r"model.optimizer is adamw, whose state .* of pairs"):
+        _fit(tmp_path, RECIPES["pairs"] | {"optimizer": "adamw"}, resume_from=_checkpoint(tmp_path))
+
+
+def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
+    folder = Path(name)
+
+    def fit(case: str, recipe: str, strategy: Any, **options: Any) -> dict[str, Any]:
+        ranks: dict[str, Any] = {
+            "strategy": strategy, "devices": num_ranks,
+            "plugins": [RanksEnvironment(), DoublePrecision()],
+        }  # fmt: skip
+        module = _fit(folder / case, RECIPES[recipe], **ranks, **options)
+        return {case: dict(module.state_dict())}
+
+    def pipeline() -> PipelineStrategy:
+        return PipelineStrategy(schedule="1F1B", num_microbatches=2)
+
+    results = {
+        **fit("ddp", "pairs", DDPStrategy(), batch_size=2),
+        **fit("pipeline", "pairs", pipeline()),
+        **fit("pipeline, product", "pairs, product", pipeline()),
+        **fit("of one", "pairs", pipeline(), resume_from=_checkpoint(folder / "one")),
+    }
+    for recipe, key in (("pairs", "optimizer pairs"), ("product", "pair_decay product")):
+        with pytest.raises(ValueError, match=f"splits each matrix, which model.{key}"):
+            fit("sharded", recipe, FullySharded(), batch_size=2)
+    mesh = init_device_mesh("cpu", (num_ranks,))
+    sharded = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    with pytest.raises(TypeError, match="takes whole parameters, these are sharded"):
+        FactorPairOptimizer([{"params": [sharded]}])
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_ranks_train_pairs_as_one_and_take_each_others_checkpoints(tmp_path: Path) -> None:
+    one = {
+        name: _fit(tmp_path / folder, RECIPES[name]).state_dict()
+        for folder, name in (("one", "pairs"), ("one, product", "pairs, product"))
+    }
+    per_rank = run_ranks(_on_two, 2, str(tmp_path), timeout_s=300)
+    cases = {"ddp": "pairs", "pipeline": "pairs", "of one": "pairs"}
+    cases["pipeline, product"] = "pairs, product"
+    for case, recipe in cases.items():
+        truth, seen = one[recipe], set[str]()
+        for results in per_rank:
+            for key, weight in results[case].items():
+                torch.testing.assert_close(weight, truth[key], rtol=0, atol=1e-10)
+            seen |= results[case].keys()
+        assert seen == truth.keys()
+    path = _checkpoint(tmp_path / "pipeline")
+    ours = torch.load(path, weights_only=True)["optimizer_states"]
+    theirs = torch.load(_checkpoint(tmp_path / "one"), weights_only=True)["optimizer_states"]
+    assert ours[0]["state"].keys() == theirs[0]["state"].keys()
+    back = _fit(tmp_path / "back", RECIPES["pairs"], resume_from=path).state_dict()
+    for key, weight in one["pairs"].items():
+        torch.testing.assert_close(back[key], weight, rtol=0, atol=1e-10)
