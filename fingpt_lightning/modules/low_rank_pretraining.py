@@ -178,10 +178,14 @@ class LowRankPretraining(LanguageModelingModule):
                 "rank_overrides": rank_overrides, "embedding_rank": embedding_rank,
                 "compression": compression, "num_layers": num_layers, "width": width,
                 "num_heads": num_heads, "num_positions": num_positions, "vocab_size": vocab_size,
+                "initialization": None if initialization == "svd" else initialization,
+                "factor_activation": None if factor_activation == "none" else factor_activation,
+                "factor_expansion": factor_expansion or None,
             }  # fmt: skip
+            defaults = {"rank": "auto"} | {key: str(value) for key, value in PLAIN.items()}
             for name, value in given.items():
                 if value is not None:
-                    default = "auto" if name == "rank" else "null"
+                    default = defaults.get(name, "null")
                     raise ValueError(
                         f"{name} {value}: init_from {init_from} decides the architecture; leave"
                         f" {name} at {default}"

@@ -92,6 +92,18 @@ def test_a_checkpoint_loads_and_resumes_exactly(folder: Path, tmp_path: Path) ->
     assert loaded.config.model_type == config["model_type"]
 
 
+def test_pairs_that_were_loaded_are_moved_by_the_optimizer_for_pairs(
+    folder: Path, tmp_path: Path
+) -> None:
+    module = LowRankPretraining(init_from=str(folder), optimizer="pairs")
+    trainer = _fit(tmp_path, module, max_steps=1)
+    groups = trainer.optimizers[0].param_groups
+    of_pairs = {id(p) for group in groups if group.get("is_pairs") for p in group["params"]}
+    pairs = [m for m in module.network.modules() if isinstance(m, LowRankLinear)]
+    assert pairs
+    assert {id(pair.up) for pair in pairs} <= of_pairs
+
+
 def test_a_checkpoint_is_taken_apart_and_trained_on(tmp_path: Path) -> None:
     torch.manual_seed(2)
     sizes: dict[str, Any] = {"num_layers": 1, "width": 12, "num_heads": 3, "num_positions": 16}
@@ -136,6 +148,13 @@ def test_the_budget_and_the_dense_twin_are_those_of_the_dense_model(
         ({"compression": 2.0}, "compression 2.0: init_from X decides"),
         ({"num_layers": 3}, "num_layers 3: init_from X decides"),
         ({"vocab_size": 23}, "vocab_size 23: init_from X decides"),
+        (
+            {"initialization": "cola"},
+            "initialization cola: init_from X decides the architecture;"
+            " leave initialization at svd",
+        ),
+        ({"factor_expansion": 0.5}, "leave factor_expansion at 0.0"),
+        ({"factor_activation": "silu"}, "leave factor_activation at none"),
     ],
 )
 def test_a_setting_that_the_folder_decides_is_refused(
