@@ -221,7 +221,8 @@ def _num_looked_at(cli: FinGPTCLI) -> int:
         return 1  # blocks are all equal
     if trainer.max_steps is None or trainer.max_steps < 0:
         return _LOOKED_AT
-    return max(1, min(_LOOKED_AT, trainer.max_steps * trainer.accumulate_grad_batches))
+    num_batches: int = trainer.max_steps * trainer.accumulate_grad_batches
+    return max(1, min(_LOOKED_AT, num_batches))
 
 
 def _largest(batches: Iterable[Any]) -> tuple[Any, float]:
