@@ -56,6 +56,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--stride", type=int, default=16, help="of the steps without a cache")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--with_transformers",
+        action="store_true",
+        help="also its generate, which takes a second a token in bf16 on some CPUs",
+    )
     parser.add_argument("--toy", action="store_true", help="a tiny network and a few tokens")
     options = parser.parse_args()
     sizes = Sizes(PRESETS["gpt2-small"], 50257, 224, 256, 32, 256, options.stride)
@@ -73,7 +78,14 @@ def main() -> None:
     record["rows"] = [
         row
         for dtype in options.dtypes
-        for row in _measure(dtype, options.batch_sizes, sizes, options.repeats, options.device)
+        for row in _measure(
+            dtype,
+            options.batch_sizes,
+            sizes,
+            options.repeats,
+            options.device,
+            options.with_transformers,
+        )
     ]
     record["summary"] = summary(record["rows"])
     write_record(options.json, record, table(record["rows"]))
@@ -169,10 +181,17 @@ def _wait(device: str) -> None:
 
 
 def _measure(
-    dtype: str, batch_sizes: Sequence[int], sizes: Sizes, repeats: int, device: str
+    dtype: str,
+    batch_sizes: Sequence[int],
+    sizes: Sizes,
+    repeats: int,
+    device: str,
+    with_transformers: bool,
 ) -> list[dict[str, Any]]:
     built = networks(dtype, sizes, device)
     writers = contenders(built, dtype, sizes, device)
+    if not with_transformers:
+        writers.pop(TRANSFORMERS, None)
     bytes_per_token = cache_bytes_per_token(built[DENSE])
     stream = torch.Generator().manual_seed(1)
     rows = []

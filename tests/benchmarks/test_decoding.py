@@ -13,7 +13,9 @@ from fingpt_lightning.models.gpt2 import GPT2Shape
 
 def test_all_contenders_run_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "record.json"
-    monkeypatch.setattr(sys, "argv", ["decoding", "--toy", "--json", str(path)])
+    monkeypatch.setattr(
+        sys, "argv", ["decoding", "--toy", "--with_transformers", "--json", str(path)]
+    )
     decoding.main()
     record: dict[str, Any] = json.loads(path.read_text())
     assert len(record["rows"]) == 2 * (5 + 5 + 2)
