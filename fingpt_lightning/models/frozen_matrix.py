@@ -73,8 +73,7 @@ def product(x: Float[Tensor, "*batch I"], layer: FrozenMatrix, bias: Tensor | No
 class Int8Linear(nn.Linear):
     """x W' + b with W in int8 and one scale a row; x stays as it is.
 
-    bitsandbytes' layer of the same files rounds x to int8 as well. For the thin factors of a pair
-    that costs accuracy and gains no time at few rows.
+    bitsandbytes' layer of the same files rounds x to int8 as well.
 
     Args:
         in_features: I.

@@ -22,20 +22,17 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear | Conv1D | LowRankLinear)
 
 
-def quantized_layer(
-    layer: nn.Module, quantize: str, device: torch.device, *, keeps_input: bool = False
-) -> nn.Module:
+def quantized_layer(layer: nn.Module, quantize: str, device: torch.device) -> nn.Module:
     """The layer of the same map with its weight frozen in 4 or 8 bits, its bias as it was.
 
-    A pair becomes two quantised layers, ``down`` and ``up``, which keep their input.
+    A pair becomes two quantised layers, ``down`` and ``up``. Weights alone are rounded: the int8
+    layer of bitsandbytes rounds its input too, which costs answers and makes them depend on the
+    batch.
 
     Args:
-        layer: On the CPU (bitsandbytes leaves int8 weights that come from elsewhere as they
-            are); its dtype becomes that of the products.
+        layer: Its dtype becomes that of the products.
         quantize: ``nf4`` (blocks of 64, their scales quantised again) or ``int8`` (by row).
         device: Where the quantised layer goes.
-        keeps_input: int8 multiplies the input as it is. Else bitsandbytes rounds it to int8, but
-            for outlying features above 6.
 
     Raises:
         TypeError: It is no linear layer.
@@ -50,13 +47,13 @@ def quantized_layer(
                     f"a pair with {layer.activation} between its factors cannot be quantised:"
                     " the two quantised layers would follow each other without it"
                 )
-            down = _quantized(layer.down, None, quantize, device, keeps_input=True)
-            up = _quantized(layer.up, layer.bias, quantize, device, keeps_input=True)
+            down = _quantized(layer.down, None, quantize, device)
+            up = _quantized(layer.up, layer.bias, quantize, device)
             return nn.Sequential(OrderedDict(down=down, up=up))
         case Conv1D():
-            return _quantized(layer.weight.T, layer.bias, quantize, device, keeps_input)
+            return _quantized(layer.weight.T, layer.bias, quantize, device)
         case nn.Linear():
-            return _quantized(layer.weight, layer.bias, quantize, device, keeps_input)
+            return _quantized(layer.weight, layer.bias, quantize, device)
     raise TypeError(f"{type(layer).__name__} is no linear layer")
 
 
@@ -68,36 +65,27 @@ def quantized_matrix(weight: Tensor, quantize: str, device: torch.device) -> nn.
         quantize: ``nf4`` or ``int8``.
         device: Where the layer goes.
     """
-    return _quantized(weight, None, quantize, device, keeps_input=True)
+    return _quantized(weight, None, quantize, device)
 
 
 @torch.no_grad()
 def _quantized(
-    weight: Tensor, bias: Tensor | None, quantize: str, device: torch.device, keeps_input: bool
+    weight: Tensor, bias: Tensor | None, quantize: str, device: torch.device
 ) -> nn.Module:
     out_features, in_features = weight.shape
-    layer = bare_layer(
-        in_features, out_features, bias is not None, quantize, weight.dtype, keeps_input
-    )
-    match layer:
-        case Int8Linear():
-            layer.fill(*round_to_int8(weight.to(device)))
-        case _ if quantize == "nf4":
-            import bitsandbytes
+    layer = bare_layer(in_features, out_features, bias is not None, quantize, weight.dtype)
+    if quantize == "int8":
+        layer.fill(*round_to_int8(weight.to(device)))
+    else:
+        import bitsandbytes
 
-            codes, state = round_to_nf4(weight.to(device))
-            bnb: Any = bitsandbytes.nn  # annotated in part, and wrongly
-            state.dtype = weight.dtype
-            layer.weight = bnb.Params4bit(
-                codes, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer
-            )
-            layer.quant_state = state
-        case _:
-            import bitsandbytes
-
-            bnb = bitsandbytes.nn
-            # The move quantises.
-            layer.weight = bnb.Int8Params(weight.detach(), requires_grad=False).to(device)
+        codes, state = round_to_nf4(weight.to(device))
+        bnb: Any = bitsandbytes.nn  # annotated in part, and wrongly
+        state.dtype = weight.dtype
+        layer.weight = bnb.Params4bit(
+            codes, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer
+        )
+        layer.quant_state = state
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(device))
     assert isinstance(layer, nn.Module)
@@ -105,12 +93,7 @@ def _quantized(
 
 
 def bare_layer(
-    in_features: int,
-    out_features: int,
-    has_bias: bool,
-    quantize: str,
-    dtype: torch.dtype,
-    keeps_input: bool,
+    in_features: int, out_features: int, has_bias: bool, quantize: str, dtype: torch.dtype
 ) -> Any:
     """A layer that waits for its quantised weight.
 
@@ -120,25 +103,17 @@ def bare_layer(
         has_bias: Whether it waits for a bias too.
         quantize: ``nf4`` or ``int8``.
         dtype: Of the products.
-        keeps_input: As in `quantized_layer`.
     """
-    if quantize == "int8" and keeps_input:
+    if quantize == "int8":
         return Int8Linear(in_features, out_features, has_bias)
     for module in ("autograd._functions", "backends.cpu.ops"):
         # It tells of its casts at each product, and advises a package that fetches native code.
         logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
-    import bitsandbytes  # takes a second
+    from fingpt_lightning.models.nf4_linear import NF4Linear  # takes a second
 
-    bnb: Any = bitsandbytes.nn  # annotated in part, and wrongly
     with torch.device("meta"):
-        if quantize == "nf4":
-            from fingpt_lightning.models.nf4_linear import NF4Linear
-
-            layer = NF4Linear(in_features, out_features, has_bias, dtype)
-            # bitsandbytes 0.50 packs the weight at the first evaluation on a CPU with AVX-512, and
-            # a training step after that gets wrong gradients without an error.
-            layer.support_avx512bf16_for_cpu = False
-            return layer
-        return bnb.Linear8bitLt(
-            in_features, out_features, has_bias, has_fp16_weights=False, threshold=6.0
-        )
+        layer = NF4Linear(in_features, out_features, has_bias, dtype)
+    # bitsandbytes 0.50 packs the weight at the first evaluation on a CPU with AVX-512, and a
+    # training step after that gets wrong gradients without an error.
+    layer.support_avx512bf16_for_cpu = False
+    return layer

@@ -40,11 +40,6 @@ class QuantizedLayers(NamedTuple):
         """Whether there are pairs or a factorised embedding among them."""
         return any(name.endswith(".up") for name in self.places)
 
-    @property
-    def are_ours(self) -> bool:
-        """Whether there is a quantised embedding, which nobody else writes."""
-        return any(name.endswith(".table") for name in self.places)
-
 
 def find_quantized_layers(
     described: Mapping[str, Any], files: Mapping[str, Path], where: Path
@@ -102,13 +97,12 @@ def place_quantized_layers(
     Raises:
         ValueError: The network has no such layer, or one of other sizes.
     """
-    keeps_input = layers.are_ours
     joined: dict[str, dict[str, nn.Module]] = {}
     for name, places in layers.places.items():
         parts = dict(_read(name, places))
         parent, _, end = name.rpartition(".")
         is_part = end in ("down", "up", "table")
-        layer = _stored_layer(parts, layers.method, dtype, device, is_part or keeps_input)
+        layer = _stored_layer(parts, layers.method, dtype, device)
         if is_part:
             joined.setdefault(parent, {})[end] = layer
         else:
@@ -161,12 +155,12 @@ def quantize_layers(network: PreTrainedModel, method: str, *, embeddings: bool =
         network: Unquantised, on the CPU.
         method: ``nf4`` or ``int8``.
         embeddings: Also the token embedding, with the head tied to it. Such a network is read by
-            `load_model` alone, so that int8 layers keep their input.
+            `load_model` alone.
     """
     cpu = torch.device("cpu")
     for name, layer in list(network.named_modules()):
         if is_linear(layer) and name != "lm_head":
-            made = quantized_layer(layer, method, cpu, keeps_input=embeddings)
+            made = quantized_layer(layer, method, cpu)
             network.set_submodule(name, made)
     if embeddings:
         embedding = network.get_input_embeddings()
@@ -203,14 +197,10 @@ def _read(layer: str, places: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]
 
 
 def _stored_layer(
-    parts: dict[str, Tensor],
-    method: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    keeps_input: bool,
+    parts: dict[str, Tensor], method: str, dtype: torch.dtype, device: torch.device
 ) -> Any:
     weight, bias = parts.pop("weight"), parts.pop("bias", None)
-    if method == "int8" and keeps_input:
+    if method == "int8":
         out_features, in_features = weight.shape
         layer: Any = Int8Linear(in_features, out_features, bias is not None)
         layer.fill(weight.to(device), parts["SCB"].to(device))
@@ -220,19 +210,13 @@ def _stored_layer(
     import bitsandbytes  # takes a second
 
     bnb: Any = bitsandbytes.nn
-    if method == "nf4":
-        stats = {name.removeprefix("weight."): tensor for name, tensor in parts.items()}
-        made = bnb.Params4bit.from_prequantized(weight, stats, device=device)
-        made.quant_state.dtype = dtype
-        out_features, in_features = made.quant_state.shape
-    else:
-        out_features, in_features = weight.shape
-        codes = weight.to(device)
-        made = bnb.Int8Params(codes, requires_grad=False, CB=codes, SCB=parts["SCB"].to(device))
-    layer = bare_layer(in_features, out_features, bias is not None, method, dtype, keeps_input)
+    stats = {name.removeprefix("weight."): tensor for name, tensor in parts.items()}
+    made = bnb.Params4bit.from_prequantized(weight, stats, device=device)
+    made.quant_state.dtype = dtype
+    out_features, in_features = made.quant_state.shape
+    layer = bare_layer(in_features, out_features, bias is not None, method, dtype)
     layer.weight = made
-    if method == "nf4":
-        made.module, layer.quant_state = layer, made.quant_state
+    made.module, layer.quant_state = layer, made.quant_state
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(device, dtype))
     return layer
