@@ -134,7 +134,7 @@ def test_plain_transformers_reads_a_quantised_llama(form: str, tmp_path: Path) -
     if form == "int8":  # there bitsandbytes rounds the inputs too: the weights are the same
         for name, layer in ours.named_modules():
             if isinstance(layer, Int8Linear):
-                theirs = plain.get_submodule(name)
+                theirs: Any = plain.get_submodule(name)
                 assert type(theirs).__name__ == "Linear8bitLt"
                 assert torch.equal(theirs.weight.data, layer.weight.data)
                 assert torch.equal(theirs.weight.SCB, layer.SCB)
