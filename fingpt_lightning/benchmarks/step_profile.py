@@ -75,7 +75,7 @@ def main() -> None:
                     "part": part,
                     "repeats": len(times),
                     "time_s": {key: round(value, 6) for key, value in spread(times).items()},
-                    "bound_s": round(bounds[part], 6) if part in bounds else None,
+                    "bound_s": float(f"{bounds[part]:.4g}") if part in bounds else None,
                 }
                 for part, times in seconds.items()
             ]
