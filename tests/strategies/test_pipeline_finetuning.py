@@ -34,8 +34,13 @@ CASES: dict[str, dict[str, Any]] = {
     "last block": EXACT | {"target_modules": ["layers.3.mlp.down_proj"]},
     "first block": EXACT | {"target_modules": ["layers.0.self_attn.q_proj"]},
     "nf4": {},
-    "dora": {"quantize": "int8", "dora": True, "recompute": "offload", "optimizer": "adamw_8bit"},
-}
+    # A number of the 8-bit state that is rounded the other way moves its weight by some percent of
+    # the rate: at this one by less than what is compared.
+    "dora": {
+        "quantize": "int8", "dora": True, "recompute": "offload", "optimizer": "adamw_8bit",
+        "learning_rate": 0.003,
+    },
+}  # fmt: skip
 
 
 class ExactFinetuning(QuantizedFinetuning):
