@@ -19,6 +19,7 @@ from fingpt_lightning.deploy.decomposing import (
     check_output,
     decompose_model,
 )
+from fingpt_lightning.low_rank.budget import name_within_block
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.models.decomposing import Source, open_source
 from fingpt_lightning.models.device import find_device
@@ -148,13 +149,13 @@ def layer_table(layers: Sequence[DecomposedLayer]) -> Table:
     has_outputs = any(layer.output_error is not None for layer in layers)
     what = "outputs on the calibration text" if has_outputs else "weights"
     table = Table(box=None, pad_edge=False, title=f"rank, and relative error of the {what} (%)")
-    kinds = list(dict.fromkeys(_kind(layer.name) for layer in layers))
+    kinds = list(dict.fromkeys(name_within_block(layer.name) for layer in layers))
     table.add_column("block")
     for kind in kinds:
         table.add_column(kind.rpartition(".")[2], justify="right")
     rows: dict[str, dict[str, DecomposedLayer]] = {}
     for layer in layers:
-        rows.setdefault(_block(layer.name), {})[_kind(layer.name)] = layer
+        rows.setdefault(_block(layer.name), {})[name_within_block(layer.name)] = layer
     for block, found in rows.items():
         table.add_row(block, *(_cell(found.get(kind)) for kind in kinds))
     return table
@@ -169,7 +170,7 @@ def kind_table(layers: Sequence[DecomposedLayer]) -> Table:
         table.add_column(title, justify="right")
     kinds: dict[str, list[DecomposedLayer]] = {}
     for layer in layers:
-        kinds.setdefault(_kind(layer.name), []).append(layer)
+        kinds.setdefault(name_within_block(layer.name), []).append(layer)
     for kind, found in kinds.items():
         size = found[0].in_features, found[0].out_features
         ranks = sorted(layer.rank for layer in found if layer.rank is not None)
@@ -193,17 +194,6 @@ def kind_table(layers: Sequence[DecomposedLayer]) -> Table:
 
 def _block(name: str) -> str:
     return next((part for part in name.split(".") if part.isdecimal()), "")
-
-
-def _kind(name: str) -> str:
-    """The name of a layer within its block.
-
-    >>> _kind("transformer.h.11.attn.c_attn"), _kind("model.embed_tokens")
-    ('attn.c_attn', 'embed_tokens')
-    """
-    parts = name.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 2)
-    return ".".join(parts[index + 1 :])
 
 
 def _cell(layer: DecomposedLayer | None) -> str:

@@ -14,7 +14,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from fingpt_lightning.deploy.layer_pool import LayerPool
-from fingpt_lightning.deploy.network_files import write_config, write_tokenizer
+from fingpt_lightning.deploy.network_files import (
+    check_replaceable,
+    put_in_place,
+    write_config,
+    write_tokenizer,
+)
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.low_rank.layer_files import (
     LayerResult,
@@ -33,6 +38,7 @@ from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.low_rank.rank_allocation import (
     allocate_ranks,
     num_parameters,
+    parameters_left,
     ranks_at_ratio,
     ratio_for_parameters,
 )
@@ -146,12 +152,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: ``output`` is there and not to be replaced, or is no decomposition.
     """
-    if not output.exists():
-        return
-    if not (output / RECORD).is_file():
-        raise FileExistsError(f"output {output} is there, and no decomposition; name another")
-    if not overwrite:
-        raise FileExistsError(f"output {output} is there already; --overwrite replaces it")
+    check_replaceable(output, overwrite, (output / RECORD).is_file(), "decomposition")
 
 
 def decompose_model(
@@ -227,11 +228,7 @@ def decompose_model(
     )
     whole = folder / "whole"
     (whole / RECORD).write_text(record.to_json(), encoding="utf-8")
-    for file in whole.iterdir():
-        file.chmod(0o644)  # safetensors makes it readable by its owner alone
-    if output.exists():
-        shutil.rmtree(output)
-    whole.rename(output)
+    put_in_place(whole, output)
     shutil.rmtree(folder, ignore_errors=True)
     return record
 
@@ -317,18 +314,16 @@ def _ranks(
     if source.embedding is not None and source.embedding.name in ranks:
         size = source.embedding.size
         fixed += num_parameters(ranks[source.embedding.name], *size) - num_parameters(None, *size)
-    target = round(dense / request.compression) - fixed
-    try:
-        if request.allocation == "uniform":
-            return ranks | ranks_at_ratio(sizes, ratio_for_parameters(sizes, target))
-        ratio_for_parameters(sizes, target)  # before hours of spectra
-    except ValueError:
-        least = fixed + sum(num_parameters(1, *size) for size in sizes.values())
-        raise ValueError(
-            f"compression {request.compression:g} is out of reach: rank 1 everywhere gives"
-            f" {dense / least:.2f}, for {fixed:,} parameters stay as they are (--embedding_rank"
-            " makes a tied embedding smaller)"
-        ) from None
+    target = parameters_left(
+        sizes,
+        request.compression,
+        dense,
+        fixed,
+        f"compression {request.compression:g}",
+        "--embedding_rank makes a tied embedding smaller",
+    )
+    if request.allocation == "uniform":
+        return ranks | ranks_at_ratio(sizes, ratio_for_parameters(sizes, target))
     linear = [layer for layer in layers if layer.name in sizes]
     pending = [x for x in linear if not spectrum_file(work.folder, x.name).is_file()]
     pool.run(measure_batch, [(work, layer) for layer in pending], "measuring spectra")

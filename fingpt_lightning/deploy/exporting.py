@@ -12,7 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fingpt_lightning.deploy.comparing import TEXTS, differences, logits_of, probes
 from fingpt_lightning.deploy.gguf_file import write_gguf
 from fingpt_lightning.deploy.model_card import CARD, Exported, made_by_us, model_card
-from fingpt_lightning.deploy.network_files import write_network, write_quantized, write_tokenizer
+from fingpt_lightning.deploy.network_files import (
+    check_replaceable,
+    put_in_place,
+    write_network,
+    write_quantized,
+    write_tokenizer,
+)
 from fingpt_lightning.models.adapter_files import adapter_base
 from fingpt_lightning.models.adapting import adapted_layers, load_adapter, save_adapter
 from fingpt_lightning.models.expansion import expand, merge_into_base
@@ -43,12 +49,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: ``output`` is there and not to be replaced, or is no export.
     """
-    if not output.exists():
-        return
-    if not made_by_us(output):
-        raise FileExistsError(f"output {output} is there, and no export; name another folder")
-    if not overwrite:
-        raise FileExistsError(f"output {output} is there already; --overwrite replaces it")
+    check_replaceable(output, overwrite, made_by_us(output), "export")
 
 
 def export(
@@ -110,10 +111,7 @@ def export(
         num_bytes = sum(file.stat().st_size for file in scratch.iterdir())
         exported = Exported(form, dtype, num_bytes, num_parameters, tolerance, found)
         (scratch / CARD).write_text(model_card(source, exported, output.name), encoding="utf-8")
-        for file in scratch.iterdir():
-            file.chmod(0o644)  # safetensors makes it readable by its owner alone
-        scratch.chmod(0o755)
-        _put_in_place(scratch, output)
+        put_in_place(scratch, output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return exported
@@ -181,13 +179,3 @@ def _loaded_again(form: str, folder: Path, dtype: torch.dtype) -> PreTrainedMode
         load_adapter(loaded.adapter, loaded.network)
     loaded.network.eval()
     return loaded.network
-
-
-def _put_in_place(scratch: Path, output: Path) -> None:
-    if output.exists():
-        old = Path(tempfile.mkdtemp(prefix=f"{output.name}.", suffix=".old", dir=output.parent))
-        output.rename(old / output.name)
-        scratch.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        scratch.rename(output)

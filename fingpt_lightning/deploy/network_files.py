@@ -1,6 +1,8 @@
 """A network's files: safetensors, config, generation config, tokenizer."""
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,45 @@ def write_config(
     (folder / "config.json").write_text(text, encoding="utf-8")
     if network.generation_config is not None:
         network.generation_config.save_pretrained(folder)
+
+
+def check_replaceable(output: Path, overwrite: bool, is_ours: bool, what: str) -> None:
+    """Raises where a finished folder could not be put in place.
+
+    Args:
+        output: Its name to be.
+        overwrite: Whether one of its kind may be replaced.
+        is_ours: Whether what is there is of its kind.
+        what: Its kind.
+
+    Raises:
+        FileExistsError: ``output`` is there and not to be replaced.
+    """
+    if not output.exists():
+        return
+    if not is_ours:
+        raise FileExistsError(f"output {output} is there, and no {what}; name another folder")
+    if not overwrite:
+        raise FileExistsError(f"output {output} is there already; --overwrite replaces it")
+
+
+def put_in_place(finished: Path, output: Path) -> None:
+    """Gives a folder of files its name; what had that name goes when the new one has it.
+
+    Args:
+        finished: On the file system of ``output``.
+        output: The name.
+    """
+    for file in finished.iterdir():
+        file.chmod(0o644)  # safetensors makes it readable by its owner alone
+    finished.chmod(0o755)
+    if not output.exists():
+        finished.rename(output)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f"{output.name}.", suffix=".old", dir=output.parent))
+    output.rename(old / output.name)
+    finished.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> None:

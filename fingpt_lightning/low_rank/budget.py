@@ -1,10 +1,20 @@
 """Parameters, bytes and floating-point operations of a network and of its dense twin."""
 
-import re
 from dataclasses import dataclass
 from enum import StrEnum
 
 from rich.table import Table
+
+
+def name_within_block(name: str) -> str:
+    """The name of a layer within its block; outside of blocks, the last part of it.
+
+    >>> name_within_block("transformer.h.11.attn.c_attn"), name_within_block("model.embed_tokens")
+    ('attn.c_attn', 'embed_tokens')
+    """
+    parts = name.split(".")
+    index = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 2)
+    return ".".join(parts[index + 1 :])
 
 
 class LayerKind(StrEnum):
@@ -140,9 +150,7 @@ class ModelBudget:
         found: dict[str, list[int]] = {}
         for layer in self.layers:
             if layer.rank is not None and layer.kind is not LayerKind.HEAD:
-                within = re.sub(r"^.*\.\d+\.", "", layer.name).rpartition(".")
-                kind = within[2] if not layer.in_block else f"{within[0]}.{within[2]}".strip(".")
-                found.setdefault(kind, []).append(layer.rank)
+                found.setdefault(name_within_block(layer.name), []).append(layer.rank)
         return found
 
     def to_table(self) -> Table:

@@ -85,15 +85,13 @@ def output_basis(
         raise ValueError(f"{num_columns} columns are outside [1, {smaller}]")
     if method is Method.RANDOMIZED:
         return _randomized_basis(weights.float(), num_columns, moments, generators)
-    weights = weights.double()
-    if weights.shape[1] <= weights.shape[2]:
-        weighed = weights if moments is None else weights @ moments.double()
-        energies_BM, vectors_BOM = _downwards(weighed @ weights.mT)
-        return Basis(vectors_BOM[:, :, :num_columns], energies_BM)
-    scaled = weights if moments is None else weights @ square_roots(moments)
-    energies_BM, right_BIM = _downwards(scaled.mT @ scaled)
+    gram_BMM, tall_BOI = _smaller_gram(weights, moments)
+    energies_BM, vectors_BMM = _downwards(gram_BMM)
+    leading_BMK = vectors_BMM[:, :, :num_columns]
+    if tall_BOI is None:
+        return Basis(leading_BMK, energies_BM)
     # Orthonormal where singular values are as good as zero, too.
-    vectors_BOK, _ = torch.linalg.qr(scaled @ right_BIM[:, :, :num_columns])
+    vectors_BOK, _ = torch.linalg.qr(tall_BOI @ leading_BMK)
     return Basis(vectors_BOK, energies_BM)
 
 
@@ -101,13 +99,7 @@ def energies_of(
     weights: Float[Tensor, "B O I"], moments: Float[Tensor, "B I I"] | None = None
 ) -> Float[Tensor, "B M"]:
     """Squares of all singular values of W S, downwards, without the vectors: half the time."""
-    weights = weights.double()
-    if weights.shape[1] <= weights.shape[2]:
-        weighed = weights if moments is None else weights @ moments.double()
-        gram = weighed @ weights.mT
-    else:
-        scaled = weights if moments is None else weights @ square_roots(moments)
-        gram = scaled.mT @ scaled
+    gram, _ = _smaller_gram(weights, moments)
     values: Tensor = torch.linalg.eigvalsh((gram + gram.mT) / 2)
     return values.flip(-1).clamp_min(0)
 
@@ -190,6 +182,18 @@ def relative_errors(
     moment = moment.double()
     lost, whole = (float(((x @ moment) * x).sum().clamp_min(0)) for x in (error, weight))
     return Errors(of_weight, (lost / max(whole, 1e-300)) ** 0.5)
+
+
+def _smaller_gram(
+    weights: Float[Tensor, "B O I"], moments: Float[Tensor, "B I I"] | None
+) -> tuple[Float[Tensor, "B M M"], Float[Tensor, "B O I"] | None]:
+    """W C W', or S' W' W S and beside it W S, where that is smaller; in float64."""
+    weights = weights.double()
+    if weights.shape[1] <= weights.shape[2]:
+        weighed = weights if moments is None else weights @ moments.double()
+        return weighed @ weights.mT, None
+    scaled = weights if moments is None else weights @ square_roots(moments)
+    return scaled.mT @ scaled, scaled
 
 
 def _downwards(gram: Float[Tensor, "B N N"]) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B N N"]]:

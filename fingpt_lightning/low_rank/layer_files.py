@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -139,10 +139,11 @@ class Batch:
     """
 
     layers: tuple[LayerWeight, ...]
-    cost: float = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "cost", sum(layer.cost() for layer in self.layers))
+    @property
+    def cost(self) -> float:
+        """Of all layers."""
+        return sum(layer.cost() for layer in self.layers)
 
 
 def batches_of(

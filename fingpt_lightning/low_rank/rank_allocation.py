@@ -81,6 +81,35 @@ def ratio_for_parameters(sizes: Mapping[str, Size], target: int) -> float:
     return candidates[first] if gaps[0] < gaps[1] else candidates[last]
 
 
+def parameters_left(
+    sizes: Mapping[str, Size], compression: float, dense: int, fixed: int, asked: str, hint: str
+) -> int:
+    """What a total compression leaves for some layers.
+
+    Args:
+        sizes: Of the layers, by name.
+        compression: All parameters of the dense network over all that are stored.
+        dense: All of the dense network.
+        fixed: Stored ones beside these layers.
+        asked: What was asked for, for the message.
+        hint: What makes the fixed ones fewer.
+
+    Raises:
+        ValueError: Rank 1 everywhere takes more.
+
+    >>> parameters_left({"a": (8, 24)}, 2.0, dense=300, fixed=90, asked="", hint="")
+    60
+    """
+    left = round(dense / compression) - fixed
+    least = total_parameters(sizes, {name: resolve_rank(1, *size) for name, size in sizes.items()})
+    if least > left:
+        raise ValueError(
+            f"{asked} is out of reach: rank 1 everywhere gives {dense / (fixed + least):.2f}, for"
+            f" {fixed:,} parameters stay as they are; {hint}"
+        )
+    return left
+
+
 def energy_rank(energies: Sequence[float], share: float) -> int:
     """The smallest rank that keeps a share of the squared singular values.
 

@@ -2,19 +2,18 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
 from fingpt_lightning.low_rank.layer_files import LayerWeight, SafetensorsReader, TensorReader
 from fingpt_lightning.models.adapting import linear_names
 from fingpt_lightning.models.layout import features_of, full_name, lay_out
 from fingpt_lightning.models.loading import open_stored
+from fingpt_lightning.models.stored_quantization import is_low_rank
 from fingpt_lightning.models.weights import (
     GgufTensors,
     Weights,
@@ -109,8 +108,7 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
             f"{path} is stored in {weights.quantized.method}; decompose the model it was made of"
         )
     network = lay_out(weights.config, weights.shapes)
-    pairs = (LowRankLinear, LowRankEmbedding)
-    if any(isinstance(module, pairs) for module in network.modules()):
+    if is_low_rank(network):
         raise ValueError(
             f"{path} has low-rank pairs already; fingpt export --format hf makes it dense"
         )
@@ -142,8 +140,7 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
 
 def with_moments(layer: LayerWeight, moments: Mapping[str, str]) -> LayerWeight:
     """The layer with the name of its inputs' second moments, where there are any."""
-    fields: dict[str, Any] = dict(vars(layer)) | {"moments": moments.get(layer.name)}
-    return LayerWeight(**fields)
+    return replace(layer, moments=moments.get(layer.name))
 
 
 def _layer_weight(network: PreTrainedModel, name: str, stored: str) -> LayerWeight:

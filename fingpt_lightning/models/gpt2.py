@@ -18,7 +18,11 @@ from fingpt_lightning.low_rank import (
     RankRule,
 )
 from fingpt_lightning.low_rank.rank import Rank, resolve_rank
-from fingpt_lightning.low_rank.rank_allocation import num_parameters, ratio_for_parameters
+from fingpt_lightning.low_rank.rank_allocation import (
+    num_parameters,
+    parameters_left,
+    ratio_for_parameters,
+)
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
 from fingpt_lightning.models.pair_config import note_pairs
 from fingpt_lightning.nearest import nearest
@@ -125,15 +129,15 @@ def rank_ratio_of(
     dense += sum(num_parameters(None, *size) for size in layers.values())
     fixed = beside + num_parameters(resolve_rank(embedding_rank, *table), *table)
     fixed += sum(num_parameters(rank, *layers[name]) for name, rank in given.items())
-    try:
-        return ratio_for_parameters(free, round(dense / compression) - fixed)
-    except ValueError:
-        least = fixed + sum(num_parameters(1, *size) for size in free.values())
-        raise ValueError(
-            f"compression {compression} is out of reach: rank 1 everywhere gives"
-            f" {dense / least:.2f}, for {fixed:,} parameters are given; embedding_rank makes the"
-            " embedding smaller"
-        ) from None
+    left = parameters_left(
+        free,
+        compression,
+        dense,
+        fixed,
+        f"compression {compression}",
+        "embedding_rank makes the embedding smaller",
+    )
+    return ratio_for_parameters(free, left)
 
 
 def check_ranks(shape: GPT2Shape, rank: RankRule, embedding_rank: Rank) -> None:

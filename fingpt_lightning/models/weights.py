@@ -199,6 +199,7 @@ class GgufTensors:
         self._names: dict[str, str] = get_gguf_hf_weights_map(
             lay_out(self.config, {}), self._processor
         )
+        self._stored = {self._names.get(x.name, x.name): x for x in self._reader.tensors}
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name.
@@ -206,11 +207,8 @@ class GgufTensors:
         Raises:
             KeyError: There is none.
         """
-        for stored in self._reader.tensors:
-            if self._names.get(stored.name) == name:
-                ((_, tensor),) = self._dequantized(stored)
-                return tensor
-        raise KeyError(name)
+        ((_, tensor),) = self._dequantized(self._stored[name])
+        return tensor
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for stored in self._reader.tensors:
