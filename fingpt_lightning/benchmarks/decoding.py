@@ -116,7 +116,11 @@ def networks(dtype: str, sizes: Sizes, device: str = "cpu") -> dict[str, PreTrai
 
 
 def contenders(
-    built: Mapping[str, PreTrainedModel], dtype: str, sizes: Sizes, device: str
+    built: Mapping[str, PreTrainedModel],
+    dtype: str,
+    sizes: Sizes,
+    device: str,
+    with_transformers: bool,
 ) -> dict[str, Callable[[Tensor], float]]:
     """Of each contender what writes on from prompts and gives the seconds that it took."""
     dense, low_rank = built[DENSE], built[LOW_RANK]
@@ -150,11 +154,10 @@ def contenders(
 
     found = {DENSE: timed(ours(dense)), LOW_RANK: timed(ours(low_rank))}
     if dtype != "int8":
-        found |= {
-            GROWING: timed(ours(dense, is_growing=True)),
-            TRANSFORMERS: timed(theirs),
-            NO_CACHE: lambda ids_BT: seconds_without_cache(dense, ids_BT, sizes),
-        }
+        found[GROWING] = timed(ours(dense, is_growing=True))
+        if with_transformers:
+            found[TRANSFORMERS] = timed(theirs)
+        found[NO_CACHE] = lambda ids_BT: seconds_without_cache(dense, ids_BT, sizes)
     return found
 
 
@@ -189,9 +192,7 @@ def _measure(
     with_transformers: bool,
 ) -> list[dict[str, Any]]:
     built = networks(dtype, sizes, device)
-    writers = contenders(built, dtype, sizes, device)
-    if not with_transformers:
-        writers.pop(TRANSFORMERS, None)
+    writers = contenders(built, dtype, sizes, device, with_transformers)
     bytes_per_token = cache_bytes_per_token(built[DENSE])
     stream = torch.Generator().manual_seed(1)
     rows = []

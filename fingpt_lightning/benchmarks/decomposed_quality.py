@@ -17,12 +17,17 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fingpt_lightning.benchmarks.record import markdown_table, new_record, write_record
+from fingpt_lightning.benchmarks.record import (
+    markdown_table,
+    new_record,
+    started_record,
+    write_record,
+)
+from fingpt_lightning.benchmarks.text_loss import text_loss
 from fingpt_lightning.data import TextBlocks
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
 from fingpt_lightning.deploy.decompose_command import read_calibration
 from fingpt_lightning.deploy.decomposing import Request, decompose_model
-from fingpt_lightning.models import vocabulary_loss
 from fingpt_lightning.models.decomposing import open_source
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import LowRankPretraining
@@ -77,7 +82,7 @@ def main() -> None:
     keep_freed_memory()
     asides = ("json", "work_dir", "data_dir", "max_rows")
     settings = {key: value for key, value in vars(options).items() if key not in asides}
-    record = _started(options.json, settings)
+    record = started_record(options.json, QUESTION, settings, rows=[])
     made = 0
     for share, contender in contenders(options.shares):
         if any((r["contender"], r["share"]) == (contender, share) for r in record["rows"]):
@@ -98,16 +103,6 @@ def contenders(shares: str) -> Iterator[tuple[float, str]]:
     for text in shares.split(","):
         for name in (*WAYS, TRAINED):
             yield float(text), name
-
-
-def _started(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The record as far as it goes, where it was made with the same settings."""
-    if not path.exists():
-        return new_record(QUESTION, settings) | {"rows": []}
-    record: dict[str, Any] = json.loads(path.read_text())
-    if record["config"] != json.loads(json.dumps(settings)):
-        raise SystemExit(f"{path} was made with other settings: {record['config']}")
-    return record
 
 
 def measure(share: float, contender: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -196,17 +191,10 @@ def trained(
     return module.network, figures
 
 
-@torch.no_grad()
 def perplexity(network: PreTrainedModel, ids: Tensor) -> float:
     """Exp of the mean loss of each token but the first of each row."""
-    loss_sum, num_tokens = 0.0, 0
-    head = network.get_submodule("lm_head")
-    for rows in ids.split(4):
-        hidden = network.base_model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
-        sums = vocabulary_loss(head, hidden, rows[:, 1:])
-        loss_sum += float(sums.loss_sum)
-        num_tokens += int(sums.num_tokens)
-    return math.exp(loss_sum / num_tokens)
+    loss, _ = text_loss(network, ((rows[:, :-1], rows[:, 1:]) for rows in ids.split(4)))
+    return math.exp(loss)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -54,7 +54,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         record["rows"] = compare_forms(options.adapter, options.forms, run, Path(folder))
         record["adapters"] = compare_adapters(
-            options.adapter, run, options.num_adapters, options.batch_size, Path(folder)
+            options.adapter,
+            run,
+            options.num_adapters,
+            options.batch_size,
+            options.seed,
+            Path(folder),
         )
     record["summary"] = summary(record["rows"], record["adapters"])
     write_record(options.json, record, table(record["rows"], record["adapters"]))
@@ -110,7 +115,7 @@ def _row(
 
 @torch.no_grad()
 def compare_adapters(
-    adapter: Path, run: TaskRun, num_adapters: int, batch_size: int, folder: Path
+    adapter: Path, run: TaskRun, num_adapters: int, batch_size: int, seed: int, folder: Path
 ) -> dict[str, Any]:
     """Mixed batches, each row its own client's adapter, beside one row at a time.
 
@@ -119,6 +124,7 @@ def compare_adapters(
         run: Whose first rows are asked.
         num_adapters: Clients, each with one row.
         batch_size: Rows of a mixed batch.
+        seed: Of the noise.
         folder: For the clients' adapters.
     """
     base = load_model(adapter)
@@ -127,7 +133,7 @@ def compare_adapters(
     adapted = copy.deepcopy(network)
     load_adapter(base.adapter, adapted)
     bank = AdapterBank(network.eval())
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     plain = {n: p.clone() for n, p in adapted.named_parameters() if "lora_" in n}
     clients = [f"client {number}" for number in range(num_adapters)]
     for client in clients:

@@ -7,7 +7,6 @@ several processes with other ``--runs`` may share it.
 
 import argparse
 import fcntl
-import json
 import os
 import statistics
 import tempfile
@@ -15,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,12 @@ from lightning.pytorch.callbacks import EarlyStopping
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from callbacks.checkpoints import BestCheckpoint
-from fingpt_lightning.benchmarks.record import markdown_table, new_record, write_record
+from fingpt_lightning.benchmarks.record import (
+    markdown_table,
+    new_record,
+    started_record,
+    write_record,
+)
 from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.evaluation.runner import TaskRun, evaluate, read_tasks
 from fingpt_lightning.models.loading import load_model
@@ -93,7 +98,8 @@ def main() -> None:
     names = [name for name in RUNS if name in _names(options.runs)]
     keep_freed_memory()
     settings = {k: v for k, v in vars(options).items() if k not in ("json", "runs", "data_dir")}
-    record = _started(options.json, settings)
+    begin = partial(started_record, options.json, QUESTION, settings, untrained={}, rows=[])
+    record = begin()
     for name in names:
         if any(row["run"] == name for row in record["rows"]):
             continue
@@ -101,7 +107,7 @@ def main() -> None:
         rows = _train_and_ask(name, RUNS[name], options, untrained)
         rows = [{**row, "commit": new_record("", {})["commit"]} for row in rows]
         with _alone(options.json):
-            record = _started(options.json, settings)
+            record = begin()
             record["untrained"] |= untrained
             record["rows"] = sorted(
                 record["rows"] + rows, key=lambda row: list(RUNS).index(row["run"])
@@ -139,16 +145,6 @@ def _names(text: str) -> list[str]:
         else:
             raise SystemExit(f"--runs: {rest[0]!r} is none of {'; '.join(RUNS)}")
     return names
-
-
-def _started(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The record as far as it goes, where it was made with the same settings."""
-    if not path.exists():
-        return new_record(QUESTION, settings) | {"untrained": {}, "rows": []}
-    record: dict[str, Any] = json.loads(path.read_text())
-    if record["config"] != json.loads(json.dumps(settings)):
-        raise SystemExit(f"{path} was made with other settings: {record['config']}")
-    return record
 
 
 def _train_and_ask(

@@ -7,6 +7,7 @@ that it holds is not repeated.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import tempfile
@@ -24,12 +25,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from callbacks.checkpoints import LastCheckpoint
-from fingpt_lightning.benchmarks.record import markdown_table, new_record, spread, write_record
+from fingpt_lightning.benchmarks.record import (
+    markdown_table,
+    spread,
+    started_record,
+    write_record,
+)
+from fingpt_lightning.benchmarks.text_loss import text_loss
 from fingpt_lightning.data import TextBlocks
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.deploy.network_files import write_network, write_quantized
 from fingpt_lightning.low_rank import RankRule
-from fingpt_lightning.models import lay_out_gpt2, vocabulary_loss
+from fingpt_lightning.models import lay_out_gpt2
 from fingpt_lightning.models.gpt2 import PRESETS, GPT2Shape, tie
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.rounded_weights import RoundedWeights
@@ -142,13 +149,7 @@ def _started(file: Path, options: argparse.Namespace, sizes: Sizes) -> dict[str,
         "repeats": options.repeats,
         "seed": 1,
     }
-    record = new_record(QUESTION, config) | {"rows": []}
-    if not file.exists():
-        return record
-    before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if before["config"] != config:
-        raise ValueError(f"json {file} was made with other settings; name another file")
-    return before
+    return started_record(file, QUESTION, config, rows=[])
 
 
 def file_rows(
@@ -281,7 +282,6 @@ def _trained(
     return last
 
 
-@torch.no_grad()
 def validation_loss(
     network: PreTrainedModel, data: TextBlocks, num_batches: int
 ) -> tuple[float, int]:
@@ -294,15 +294,8 @@ def validation_loss(
     """
     data.prepare_data()
     data.setup()
-    loss_sum, num_tokens = 0.0, 0
-    for index, batch in enumerate(data.val_dataloader()):
-        if index == num_batches:
-            break
-        hidden = network.base_model(batch["input_ids"], use_cache=False).last_hidden_state
-        sums = vocabulary_loss(network.get_submodule("lm_head"), hidden, batch["labels"])
-        loss_sum += float(sums.loss_sum)
-        num_tokens += int(sums.num_tokens)
-    return loss_sum / num_tokens, num_tokens
+    batches = itertools.islice(data.val_dataloader(), num_batches)
+    return text_loss(network, ((batch["input_ids"], batch["labels"]) for batch in batches))
 
 
 def speed_rows(sizes: Sizes, repeats: int) -> list[dict[str, Any]]:

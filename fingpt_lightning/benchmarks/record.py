@@ -40,6 +40,28 @@ def new_record(question: str, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def started_record(
+    path: Path, question: str, config: Mapping[str, Any], **parts: Any
+) -> dict[str, Any]:
+    """The record that is there, to go on with, or the head of a new one.
+
+    Args:
+        path: Of the record.
+        question: As in `new_record`.
+        config: As in `new_record`.
+        parts: What a new one holds beside its head.
+
+    Raises:
+        ValueError: The record that is there was made with another ``config``.
+    """
+    if not path.exists():
+        return new_record(question, config) | parts
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if record["config"] != json.loads(json.dumps(config)):
+        raise ValueError(f"json {path} was made with other settings; name another file")
+    return record
+
+
 def machine() -> dict[str, str | int | float | None]:
     """CPU, cores, GPU and memory."""
     return {

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
-from fingpt_lightning.models.frozen_matrix import Int8Linear
 from fingpt_lightning.models.quantization import bare_layer, is_linear, quantized_layer
 from fingpt_lightning.models.quantized_embedding import QuantizedEmbedding, QuantizedHead
 
@@ -101,9 +100,8 @@ def place_quantized_layers(
     for name, places in layers.places.items():
         parts = dict(_read(name, places))
         parent, _, end = name.rpartition(".")
-        is_part = end in ("down", "up", "table")
         layer = _stored_layer(parts, layers.method, dtype, device)
-        if is_part:
+        if end in ("down", "up", "table"):
             joined.setdefault(parent, {})[end] = layer
         else:
             _replace(network, name, layer, (layer.in_features, layer.out_features))
@@ -160,8 +158,7 @@ def quantize_layers(network: PreTrainedModel, method: str, *, embeddings: bool =
     cpu = torch.device("cpu")
     for name, layer in list(network.named_modules()):
         if is_linear(layer) and name != "lm_head":
-            made = quantized_layer(layer, method, cpu)
-            network.set_submodule(name, made)
+            network.set_submodule(name, quantized_layer(layer, method, cpu))
     if embeddings:
         embedding = network.get_input_embeddings()
         name = next(name for name, module in network.named_modules() if module is embedding)
@@ -202,21 +199,19 @@ def _stored_layer(
     weight, bias = parts.pop("weight"), parts.pop("bias", None)
     if method == "int8":
         out_features, in_features = weight.shape
-        layer: Any = Int8Linear(in_features, out_features, bias is not None)
+        layer = bare_layer(in_features, out_features, bias is not None, method, dtype)
         layer.fill(weight.to(device), parts["SCB"].to(device))
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.to(device, dtype))
-        return layer
-    import bitsandbytes  # takes a second
+    else:
+        import bitsandbytes  # takes a second
 
-    bnb: Any = bitsandbytes.nn
-    stats = {name.removeprefix("weight."): tensor for name, tensor in parts.items()}
-    made = bnb.Params4bit.from_prequantized(weight, stats, device=device)
-    made.quant_state.dtype = dtype
-    out_features, in_features = made.quant_state.shape
-    layer = bare_layer(in_features, out_features, bias is not None, method, dtype)
-    layer.weight = made
-    made.module, layer.quant_state = layer, made.quant_state
+        bnb: Any = bitsandbytes.nn
+        stats = {name.removeprefix("weight."): tensor for name, tensor in parts.items()}
+        made = bnb.Params4bit.from_prequantized(weight, stats, device=device)
+        made.quant_state.dtype = dtype
+        out_features, in_features = made.quant_state.shape
+        layer = bare_layer(in_features, out_features, bias is not None, method, dtype)
+        layer.weight = made
+        made.module, layer.quant_state = layer, made.quant_state
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(device, dtype))
     return layer

@@ -144,9 +144,7 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def _scales(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """What bitsandbytes keeps beside a quantised weight, in objects that no module lists."""
-    if isinstance(rows := getattr(parameter, "SCB", None), Tensor):
-        yield rows
+    """What bitsandbytes keeps beside an NF4 weight, in objects that no module lists."""
     state = getattr(parameter, "quant_state", None)
     while state is not None:
         yield from _tensors(vars(state))

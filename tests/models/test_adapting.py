@@ -89,7 +89,6 @@ def test_switched_off_adapters_leave_the_base() -> None:
     assert not torch.allclose(_logits(network), _logits(tiny_llama()))
 
 
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_base_keeps_its_weights_and_merges(

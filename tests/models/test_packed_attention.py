@@ -1,4 +1,6 @@
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from fingpt_lightning.models.packed_attention import (
 from fingpt_lightning.models.recompute import recompute_blocks
 from tests.models.tiny_models import VOCABULARY, ids, tiny_gpt2, tiny_llama
 from tests.support.exact_llama import exact_norms
+from tests.support.numerics import assert_no_worse
 
 Group = tuple[int, list[int]]
 groups_of_rows = st.lists(
@@ -90,6 +93,32 @@ def test_without_packing_a_network_computes_as_it_did(build: type) -> None:
     torch.testing.assert_close(
         network(ids(), attention_mask=mask).logits, build()(ids(), attention_mask=mask).logits
     )
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_in_bfloat16_packed_rows_are_no_further_from_the_truth_than_rows_by_themselves(
+    build: Callable[[], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [ids()[0], ids()[1, :5]]
+    packing = [packed_group(0, 0, [len(row) for row in rows])]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    truth = torch.cat(_plain(exact_norms(build().double()), rows)).detach()
+    plain = torch.cat(_plain(build().bfloat16(), rows)).detach()
+    network = build().bfloat16()
+    use_packed_attention(network)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    dtypes = set[torch.dtype]()
+
+    def watched(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        dtypes.add(query.dtype)
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    ours = run_packed(network, torch.cat(rows)[None], positions, packing)[0]
+    assert dtypes == {torch.float32}
+    assert_no_worse(ours.detach(), plain=plain, truth=truth)
+    ours.float().square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
 
 
 def test_what_cannot_be_packed_is_named() -> None:
