@@ -8,6 +8,7 @@ several processes with other ``--runs`` may share it.
 import argparse
 import fcntl
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -31,6 +32,7 @@ from fingpt_lightning.benchmarks.record import (
 )
 from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.evaluation.runner import TaskRun, evaluate, read_tasks
+from fingpt_lightning.models.adapting import save_adapter
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import QuantizedFinetuning
 from fingpt_lightning.profiling import keep_freed_memory, module_memory
@@ -87,17 +89,19 @@ def main() -> None:
     parser.add_argument("--model", default="models/smollm2-135m")
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--runs", default=",".join(RUNS), help="names, with commas")
+    parser.add_argument("--adapters", type=Path, help="folder that keeps each run's adapter")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=0.001)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=0.0005)
+    parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a training row")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--limit", type=int, help="rows of each validation set")
     parser.add_argument("--max_steps", type=int, default=-1, help="of each run, to try this out")
     options = parser.parse_args()
     names = [name for name in RUNS if name in _names(options.runs)]
     keep_freed_memory()
-    settings = {k: v for k, v in vars(options).items() if k not in ("json", "runs", "data_dir")}
+    asides = ("json", "runs", "adapters", "data_dir")
+    settings = {key: value for key, value in vars(options).items() if key not in asides}
     begin = partial(started_record, options.json, QUESTION, settings, untrained={}, rows=[])
     record = begin()
     for name in names:
@@ -199,6 +203,9 @@ def _train_and_ask(
             state = _weights(best.best_model_path)
             module.load_state_dict(state, strict=False)
     module.network.eval()
+    if options.adapters is not None:
+        base = str(Path(options.model).resolve())
+        save_adapter(module.network, options.adapters / re.sub(r"\W+", "_", name), base)
     num_examples = trainer.global_step * options.batch_size
     shared = {
         "run": name,

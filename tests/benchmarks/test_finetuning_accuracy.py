@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from fingpt_lightning.benchmarks import finetuning_accuracy
+from fingpt_lightning.models.adapting import load_adapter
+from fingpt_lightning.models.loading import load_model
 from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer
 
 
@@ -20,7 +22,7 @@ def test_runs_are_trained_once_and_their_gain_is_recorded(
     path = tmp_path / "record.json"
     words = {
         "--model": tmp_path / "model", "--data_dir": tmp_path, "--batch_size": 4, "--rank": 2,
-        "--max_steps": 2, "--max_length": 300, "--json": path,
+        "--max_steps": 2, "--max_length": 300, "--json": path, "--adapters": tmp_path / "adapters",
     }  # fmt: skip
     arguments = ["accuracy", *(str(word) for pair in words.items() for word in pair)]
     for runs in ("fpb, unquantised", "fpb", "fpb, unquantised,fpb"):
@@ -33,6 +35,9 @@ def test_runs_are_trained_once_and_their_gain_is_recorded(
     accuracy, before = record["rows"][0]["accuracy"], record["untrained"]["fpb"]["accuracy"]
     assert record["summary"]["fpb_accuracy"] == accuracy
     assert record["summary"]["financial_gain_points"] == pytest.approx(100 * (accuracy - before))
+    kept = load_model(tmp_path / "adapters" / "fpb_unquantised")
+    assert kept.adapter is not None
+    assert load_adapter(kept.adapter, kept.network)
     assert "fpb, unquantised -> fpb" in capsys.readouterr().out
 
 
