@@ -106,3 +106,39 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--quantize", choices=("nf4", "int8"), help="the linear layers of the blocks")
     add("--device", help="cpu, cuda or cuda:1; default: cuda where there is one")
+
+
+def add_calibration_options(parser: OptionParser) -> None:
+    """The options that say on which tokens the outputs of compressed layers are kept."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--calibration",
+        nargs="+",
+        help="text files (.jsonl, .txt, .parquet): the layers' outputs on them are kept",
+    )
+    group.add_argument(
+        "--calibration_task",
+        metavar="TASK",
+        help="the same on prompts and answers of a task's train split, from --data_dir",
+    )
+    parser.add_argument(
+        "--calibration_tokens", type=positive_int, help="that are read; default: 32768"
+    )
+    parser.add_argument(
+        "--data_dir", type=Path, help="holds TASK/train.jsonl; left out: the Hugging Face hub"
+    )
+
+
+def check_calibration_options(options: argparse.Namespace) -> None:
+    """Refuses options of calibration that have no effect.
+
+    Raises:
+        WrongOptions: There is one.
+    """
+    if options.data_dir is not None and options.calibration_task is None:
+        raise WrongOptions("--data_dir has an effect with --calibration_task alone")
+    is_asked = options.calibration is not None or options.calibration_task is not None
+    if options.calibration_tokens is not None and not is_asked:
+        raise WrongOptions(
+            "--calibration_tokens has an effect with --calibration or --calibration_task alone"
+        )

@@ -26,7 +26,7 @@ from fingpt_lightning.benchmarks.record import (
 from fingpt_lightning.benchmarks.text_loss import text_loss
 from fingpt_lightning.data import TextBlocks
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
-from fingpt_lightning.deploy.decompose_command import read_calibration
+from fingpt_lightning.deploy.calibration import text_calibration
 from fingpt_lightning.deploy.decomposing import Request, decompose_model
 from fingpt_lightning.models.decomposing import open_source
 from fingpt_lightning.models.loading import load_model
@@ -123,10 +123,11 @@ def measure(share: float, contender: str, options: argparse.Namespace) -> dict[s
         record = json.loads((folder / "decomposition.json").read_text())
         row["parameters"] = record["parameters"]
         network = load_model(folder, dtype=options.dtype).network
-    tokenizer_of = open_source(options.model)
+    source = open_source(options.model)
+    tokenizer, config = source.tokenizer, source.network.config
     for name, file in TEXTS.items():
         text = TextFiles(find_text_files(str(options.data_dir / file)))
-        found = read_calibration(text, tokenizer_of, options.tokens, options.block_length)
+        found = text_calibration(text, tokenizer, config, options.tokens, options.block_length)
         row[f"{name}_perplexity"] = perplexity(network, found.ids)
         row[f"{name}_tokens"] = found.ids.numel()
     return row
@@ -142,8 +143,13 @@ def decomposed(share: float, contender: str, options: argparse.Namespace) -> Pat
         calibration = None
         if way.is_calibrated:
             text = TextFiles(find_text_files(str(options.data_dir / TRAINING)))
-            number = options.calibration_tokens
-            calibration = read_calibration(text, source, number, options.block_length)
+            calibration = text_calibration(
+                text,
+                source.tokenizer,
+                source.network.config,
+                options.calibration_tokens,
+                options.block_length,
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         request = Request(compression=1 / share, allocation=way.allocation)
         decompose_model(source, request, folder, calibration)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.benchmarks.record import markdown_table, new_record, write_record
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
+from fingpt_lightning.deploy.calibration import CALIBRATION_TOKENS, task_calibration
 from fingpt_lightning.deploy.exporting import GGUF, export
 from fingpt_lightning.evaluation.runner import TaskRun, metrics_of, predict, read_tasks
 from fingpt_lightning.evaluation.scoring import Prediction
@@ -28,7 +29,8 @@ QUESTION = (
     "Which share of a finetuned model's answers do its exports give too, how large are they, and do"
     " many adapters in mixed batches answer as each does alone?"
 )
-FORMS = ("merged", "int8", "nf4", "gguf")
+_CALIBRATED = "_calibrated"
+FORMS = ("merged", "int8", "nf4", "int8_calibrated", "nf4_calibrated", "gguf")
 _SOURCE = "base and adapter"
 _SPLIT = "validation"
 
@@ -41,18 +43,28 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--task", default="fpb")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--calibration_tokens", type=int, default=CALIBRATION_TOKENS)
     parser.add_argument("--limit", type=int, help="rows of the task")
     parser.add_argument("--num_adapters", type=int, default=50, help="in mixed batches")
     parser.add_argument("--batch_size", type=int, default=10, help="of mixed batches")
     parser.add_argument("--seed", type=int, default=1, help="of the made-up adapters")
     options = parser.parse_args()
     (run,) = read_tasks([options.task], options.data_dir, _SPLIT, limit=options.limit)
-    names = ("task", "forms", "limit", "num_adapters", "batch_size", "seed")
+    names = (
+        "task", "forms", "calibration_tokens", "limit", "num_adapters", "batch_size", "seed"
+    )  # fmt: skip
     settings = {name: getattr(options, name) for name in names}
     settings |= {"split": _SPLIT, "split_sha256": run.sha256}
     record = new_record(QUESTION, settings)
     with tempfile.TemporaryDirectory() as folder:
-        record["rows"] = compare_forms(options.adapter, options.forms, run, Path(folder))
+        record["rows"] = compare_forms(
+            options.adapter,
+            options.forms,
+            run,
+            Path(folder),
+            options.data_dir,
+            options.calibration_tokens,
+        )
         record["adapters"] = compare_adapters(
             options.adapter,
             run,
@@ -67,7 +79,12 @@ def main() -> None:
 
 
 def compare_forms(
-    adapter: Path, forms: Sequence[str], run: TaskRun, folder: Path
+    adapter: Path,
+    forms: Sequence[str],
+    run: TaskRun,
+    folder: Path,
+    data_dir: Path,
+    calibration_tokens: int,
 ) -> list[dict[str, Any]]:
     """The answers of each export beside those of its source, in float32.
 
@@ -76,6 +93,8 @@ def compare_forms(
         forms: Of `FORMS`.
         run: The questions.
         folder: For the exports, which stay there.
+        data_dir: With the task's ``train`` split, on which calibrated forms keep outputs.
+        calibration_tokens: Of it that are read.
     """
     source = load_model(adapter)
     network, tokenizer = source.network, source.require_tokenizer()
@@ -86,8 +105,14 @@ def compare_forms(
     base_bytes = sum(p.nbytes for n, p in network.named_parameters() if "lora_" not in n)
     rows = [_row(_SOURCE, run, expected, expected, base_bytes)]
     for form in forms:
+        calibration = None
+        if form.endswith(_CALIBRATED):
+            calibration = task_calibration(
+                run.task.name, data_dir, tokenizer, network.config, calibration_tokens
+            )
         # An export changes the network that it is given.
-        exported = export(load_model(adapter), form, folder / form)
+        kind = form.removesuffix(_CALIBRATED)
+        exported = export(load_model(adapter), kind, folder / form, calibration=calibration)
         again = load_model(folder / form / GGUF if form == "gguf" else folder / form)
         answers = predict(again.network.eval(), tokenizer, run.task, run.examples)
         row = _row(form, run, answers, expected, exported.num_bytes)

@@ -204,8 +204,8 @@ def _train_and_ask(
             module.load_state_dict(state, strict=False)
     module.network.eval()
     if options.adapters is not None:
-        base = str(Path(options.model).resolve())
-        save_adapter(module.network, options.adapters / re.sub(r"\W+", "_", name), base)
+        folder = options.adapters / re.sub(r"\W+", "_", name)
+        save_adapter(module.network, folder, str(Path(options.model).resolve()))
     num_examples = trainer.global_step * options.batch_size
     shared = {
         "run": name,

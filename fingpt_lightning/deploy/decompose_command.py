@@ -8,12 +8,10 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from fingpt_lightning.data.text_files import TextFiles, find_text_files
+from fingpt_lightning.deploy.calibration import read_calibration
 from fingpt_lightning.deploy.decomposing import (
-    Calibration,
     DecomposedLayer,
     Request,
     check_output,
@@ -21,12 +19,10 @@ from fingpt_lightning.deploy.decomposing import (
 )
 from fingpt_lightning.low_rank.budget import name_within_block
 from fingpt_lightning.low_rank.decomposition import Method
-from fingpt_lightning.models.decomposing import Source, open_source
+from fingpt_lightning.models.decomposing import open_source
 from fingpt_lightning.models.device import find_device
 from fingpt_lightning.units import format_count
 
-CALIBRATION_TOKENS = 32768
-BLOCK_LENGTH = 512
 _LOG_COLUMNS = 140
 
 
@@ -44,15 +40,9 @@ def run(options: argparse.Namespace) -> None:
     devices = find_devices(options.device)
     if options.workers > 1 and devices != ["cpu"]:
         raise ValueError(f"workers {options.workers}: processes share the layers on the CPU alone")
-    files = None
-    if options.calibration is not None:
-        files = TextFiles(find_text_files(options.calibration, "calibration"))
     logging.disable_progress_bar()
     source = open_source(options.model, options.tokenizer)
-    calibration = None
-    if files is not None:
-        number = options.calibration_tokens or CALIBRATION_TOKENS
-        calibration = read_calibration(files, source, number)
+    calibration = read_calibration(options, source.tokenizer, source.network.config)
     request = Request(
         options.rank_ratio,
         options.compression,
@@ -106,42 +96,6 @@ def find_devices(name: str | None) -> list[str]:
     if device.type == "cuda" and device.index is None:
         return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return [str(device)]
-
-
-def read_calibration(
-    files: TextFiles, source: Source, num_tokens: int, block_length: int = BLOCK_LENGTH
-) -> Calibration:
-    """The first tokens of some text, in rows; documents follow each other, each with its end.
-
-    Raises:
-        ValueError: There is no text, or the model has no tokenizer for it.
-    """
-    tokenizer = source.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{source.name} has no tokenizer for the calibration; name --tokenizer")
-    tokens = _tokens(files, tokenizer, num_tokens)
-    if not tokens:
-        raise ValueError(f"calibration: {files} holds no text")
-    vocabulary = int(source.network.config.vocab_size)
-    if max(tokens) >= vocabulary:
-        raise ValueError(
-            f"calibration: the tokenizer gives token {max(tokens)}, the network has {vocabulary}"
-        )
-    length = min(block_length, int(source.network.config.max_position_embeddings), len(tokens))
-    rows = len(tokens) // length
-    ids = torch.tensor(tokens[: rows * length]).view(rows, length)
-    return Calibration(ids, f"{files}, {files.fingerprint()}")
-
-
-def _tokens(files: TextFiles, tokenizer: PreTrainedTokenizerFast, num_tokens: int) -> list[int]:
-    found: list[int] = []
-    for piece in files.pieces():
-        found += tokenizer.encode(piece.text, add_special_tokens=False, verbose=False)
-        if piece.ends_document and piece.text and tokenizer.eos_token_id is not None:
-            found.append(int(tokenizer.eos_token_id))
-        if len(found) >= num_tokens:
-            break
-    return found[:num_tokens]
 
 
 def layer_table(layers: Sequence[DecomposedLayer]) -> Table:

@@ -3,7 +3,13 @@
 import argparse
 from pathlib import Path
 
-from fingpt_lightning.command_line import OptionParser, WrongOptions, positive_int
+from fingpt_lightning.command_line import (
+    OptionParser,
+    WrongOptions,
+    add_calibration_options,
+    check_calibration_options,
+    positive_int,
+)
 
 METHODS = ("exact", "randomized")
 ALLOCATIONS = ("spectrum", "uniform")
@@ -48,16 +54,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         type=_rank,
         help="rank, or share of the width, of an embedding tied to the head; default: dense",
     )
-    add(
-        "--calibration",
-        nargs="+",
-        help="text files (.jsonl, .txt, .parquet): pairs keep the layers' outputs on them",
-    )
-    add(
-        "--calibration_tokens",
-        type=positive_int,
-        help="tokens of them that are read; default: 32768",
-    )
+    add_calibration_options(parser)
     add("--method", choices=METHODS, default="exact", help="default: %(default)s")
     add("--seed", type=_seed, help="of --method randomized; default: 1")
     add(
@@ -78,8 +75,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     options = parser.read(words)
     if options.allocation is not None and options.compression is None:
         raise WrongOptions("--allocation has an effect with --compression alone")
-    if options.calibration_tokens is not None and options.calibration is None:
-        raise WrongOptions("--calibration_tokens has an effect with --calibration alone")
+    check_calibration_options(options)
     if options.seed is not None and options.method == "exact":
         raise WrongOptions("--seed has an effect with --method randomized alone")
     if options.energy is not None and options.method == "randomized":

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from fingpt_lightning.deploy.calibration import Calibration
 from fingpt_lightning.deploy.layer_pool import LayerPool
 from fingpt_lightning.deploy.network_files import (
     check_replaceable,
@@ -78,13 +78,6 @@ class Request:
     method: Method = Method.EXACT
     seed: int = 1
     dtype: str = "float32"
-
-
-class Calibration(NamedTuple):
-    """Text whose tokens the layers' outputs are kept on, and what names it in the record."""
-
-    ids: Int[Tensor, "N T"]
-    name: str
 
 
 class DecomposedLayer(NamedTuple):

@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+from fingpt_lightning.data.text_files import find_text_files
+from fingpt_lightning.deploy.calibration import read_calibration
 from fingpt_lightning.deploy.comparing import TEXTS
 from fingpt_lightning.deploy.exporting import check_output, export, working_dtype
 from fingpt_lightning.deploy.generate_command import read_prompts
@@ -31,6 +33,8 @@ def run(options: argparse.Namespace) -> None:
     if options.device is not None and find_device(options.device).type != "cpu":
         raise ValueError(f"device {options.device}: exports are made on the CPU")
     texts = [p.text for p in read_prompts(options.prompts)] if options.prompts else list(TEXTS)
+    if options.calibration:
+        find_text_files(options.calibration, "calibration")
     logging.disable_progress_bar()
     source = load_model(
         options.model,
@@ -39,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
         adapter=options.adapter,
         tokenizer=options.tokenizer,
     )
+    calibration = read_calibration(options, source.tokenizer, source.network.config)
     exported = export(
         source,
         options.format,
@@ -50,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
         tolerance=options.tolerance,
         overwrite=options.overwrite,
         embeddings=options.embeddings,
+        calibration=calibration,
     )
     console = Console(soft_wrap=True, highlight=False)
     console.print(difference_table(exported), soft_wrap=False)

@@ -3,7 +3,13 @@
 import argparse
 from pathlib import Path
 
-from fingpt_lightning.command_line import OptionParser, add_model_options
+from fingpt_lightning.command_line import (
+    OptionParser,
+    WrongOptions,
+    add_calibration_options,
+    add_model_options,
+    check_calibration_options,
+)
 
 FORMATS = {
     "hf": "dense, for plain transformers",
@@ -46,4 +52,10 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     )
     add("--prompts", type=Path, help="real prompts to compare on: .txt, one a line, or .jsonl")
     add("--tolerance", type=float, help="largest relative error of the logits; by format if unsaid")
-    return parser.read(words)
+    add_calibration_options(parser)
+    options = parser.read(words)
+    check_calibration_options(options)
+    is_calibrated = options.calibration is not None or options.calibration_task is not None
+    if is_calibrated and options.format not in ("int8", "nf4"):
+        raise WrongOptions("calibration has an effect with --format int8 and nf4 alone")
+    return options

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from fingpt_lightning.deploy.calibration import Calibration, shown_moments
 from fingpt_lightning.deploy.comparing import TEXTS, differences, logits_of, probes
 from fingpt_lightning.deploy.gguf_file import write_gguf
 from fingpt_lightning.deploy.model_card import CARD, Exported, made_by_us, model_card
@@ -63,6 +64,7 @@ def export(
     tolerance: float | None = None,
     overwrite: bool = False,
     embeddings: str | None = None,
+    calibration: Calibration | None = None,
 ) -> Exported:
     """Writes a model in another form; the folder appears whole and compared, or not at all.
 
@@ -79,6 +81,8 @@ def export(
         overwrite: Replaces an export that is there.
         embeddings: ``quantized`` or ``kept``, for the forms int8 and nf4; None quantises those of
             low-rank networks, which plain transformers cannot read anyhow.
+        calibration: For the forms int8 and nf4: the tokens on which rounding keeps the layers'
+            outputs; None rounds each number to its nearest.
 
     Raises:
         FileExistsError: As in `check_output`.
@@ -87,6 +91,8 @@ def export(
     check_output(output, overwrite)
     if embeddings is not None and form not in QUANTIZATIONS:
         raise ValueError(f"embeddings {embeddings} has no effect on the format {form}")
+    if calibration is not None and form not in QUANTIZATIONS:
+        raise ValueError(f"calibration has no effect on the format {form}")
     network = source.network
     if source.adapter is not None:
         load_adapter(source.adapter, network)
@@ -99,7 +105,7 @@ def export(
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{output.name}.", suffix=".partial", dir=output.parent))
     try:
-        num_parameters = _write(source, form, scratch, DTYPES[dtype], base, embeddings)
+        num_parameters = _write(source, form, scratch, DTYPES[dtype], base, embeddings, calibration)
         again = _loaded_again(form, scratch, working_dtype(dtype))
         found = differences(asked, expected, logits_of(again, asked))
         worst = max(found, key=lambda difference: difference.relative_error)
@@ -109,7 +115,8 @@ def export(
                 f" more than the tolerance {tolerance:g}; nothing was written"
             )
         num_bytes = sum(file.stat().st_size for file in scratch.iterdir())
-        exported = Exported(form, dtype, num_bytes, num_parameters, tolerance, found)
+        text = None if calibration is None else calibration.described()
+        exported = Exported(form, dtype, num_bytes, num_parameters, tolerance, found, text)
         (scratch / CARD).write_text(model_card(source, exported, output.name), encoding="utf-8")
         put_in_place(scratch, output)
     finally:
@@ -133,6 +140,7 @@ def _write(
     dtype: torch.dtype,
     base: str | None,
     embeddings: str | None,
+    calibration: Calibration | None,
 ) -> int:
     """Writes the files; gives the number of the export's parameters."""
     network = source.network
@@ -155,7 +163,8 @@ def _write(
         return num_parameters
     if form in QUANTIZATIONS:
         with_embeddings = embeddings == "quantized" or (embeddings is None and is_low_rank(network))
-        write_quantized(network, folder, dtype, form, embeddings=with_embeddings)
+        moments = () if calibration is None else shown_moments(network, calibration)
+        write_quantized(network, folder, dtype, form, embeddings=with_embeddings, moments=moments)
     else:
         write_network(network, folder, dtype)
     write_tokenizer(source.tokenizer, folder)

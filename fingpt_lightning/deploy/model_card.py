@@ -32,7 +32,7 @@ llama = Llama("{name}/model.gguf")""",
 
 
 class Exported(NamedTuple):
-    """What an export weighs, and how far it is from its source."""
+    """What an export weighs, how far it is from its source, and what it was rounded on."""
 
     format: str
     dtype: str
@@ -40,6 +40,7 @@ class Exported(NamedTuple):
     num_parameters: int
     tolerance: float
     differences: list[Difference]
+    calibration: str | None = None
 
 
 def made_by_us(folder: Path) -> bool:
@@ -64,6 +65,8 @@ def model_card(source: LoadedModel, exported: Exported, name: str) -> str:
     ]
     stored = {"int8": "int8 by bitsandbytes", "nf4": "NF4 by bitsandbytes, scales quantised too"}
     kept = stored.get(exported.format, exported.dtype)
+    if exported.calibration is not None:
+        kept += f", rounded on {exported.calibration}"
     return "\n".join(
         [
             f"# {name}",

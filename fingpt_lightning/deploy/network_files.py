@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fingpt_lightning.models.input_moments import InputMoments
 from fingpt_lightning.models.quantized_embedding import QuantizedHead
 from fingpt_lightning.models.stored_quantization import quantization_config, quantize_layers
 from fingpt_lightning.models.weights import SAFETENSORS
@@ -36,6 +38,7 @@ def write_quantized(
     method: str,
     *,
     embeddings: bool = False,
+    moments: Iterable[InputMoments] = (),
 ) -> None:
     """Writes a network whose layers are quantised here, in place, as bitsandbytes stores them.
 
@@ -45,8 +48,9 @@ def write_quantized(
         dtype: Of what stays unquantised.
         method: ``nf4`` or ``int8``.
         embeddings: Also the token embedding, with the head tied to it.
+        moments: As in `quantize_layers`.
     """
-    quantize_layers(network, method, embeddings=embeddings)
+    quantize_layers(network, method, embeddings=embeddings, moments=moments)
     is_own = {name for name, _ in network.named_parameters()}
     tied = {name for name, _ in network.named_parameters(remove_duplicate=False)} - is_own
     head_is_codes = isinstance(network.get_submodule("lm_head"), QuantizedHead)

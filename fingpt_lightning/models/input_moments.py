@@ -3,9 +3,9 @@
 Axes: N rows, T tokens, D width, I in_features of a layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -30,13 +30,21 @@ class InputMoments(NamedTuple):
     moments: dict[str, Float[Tensor, "I I"]]
 
 
+_Call: TypeAlias = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
+"""Hidden states, and what else a block is called with."""
+
+
 class _BlockReached(Exception):
     pass
 
 
 @torch.no_grad()
 def input_moments(
-    network: PreTrainedModel, ids: Int[Tensor, "N T"], batch_rows: int = 4
+    network: PreTrainedModel,
+    ids: Int[Tensor, "N T"],
+    batch_rows: int = 4,
+    *,
+    refresh: bool = False,
 ) -> Iterator[InputMoments]:
     """The second moments of each block's linear layers, one block after the other, then the head's.
 
@@ -48,6 +56,8 @@ def input_moments(
         network: In evaluation mode, whole, of the GPT-2 or Llama family.
         ids: Rows of equal length.
         batch_rows: Rows that go through a block at a time.
+        refresh: Whether later blocks read what a block puts out after its moments were taken, for
+            those who change it then; it is run twice.
 
     Cost: one forward pass without the head, and 2 I^2 operations a token for each distinct input.
     """
@@ -56,15 +66,24 @@ def input_moments(
     for index, block in enumerate(blocks):
         sums = _Sums(f"{name}.{index}")
         with sums.watching(block):
-            for row, (hidden, args, kwargs) in enumerate(captured):
-                out = block(hidden, *args, **kwargs)
-                captured[row] = (out[0] if isinstance(out, tuple) else out, args, kwargs)
+            outputs = _outputs(block, captured)
         yield sums.means(ids.numel())
+        if refresh:
+            outputs = _outputs(block, captured)
+        captured = [
+            (hidden, args, kwargs)
+            for hidden, (_, args, kwargs) in zip(outputs, captured, strict=True)
+        ]
     norm = next(m for n, m in network.base_model.named_children() if n in _NORMS)
     sums = _Sums("")
     for hidden, _, _ in captured:
         sums.add(HEAD, norm(hidden))
     yield sums.means(ids.numel())
+
+
+def _outputs(block: nn.Module, captured: Sequence[_Call]) -> list[Tensor]:
+    outputs = (block(hidden, *args, **kwargs) for hidden, args, kwargs in captured)
+    return [out[0] if isinstance(out, tuple) else out for out in outputs]
 
 
 class _Sums:
@@ -114,11 +133,9 @@ def _blocks(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise ValueError(f"{type(network).__name__} has no list of blocks")
 
 
-def _first_input(
-    network: PreTrainedModel, block: nn.Module, ids: Int[Tensor, "N T"]
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+def _first_input(network: PreTrainedModel, block: nn.Module, ids: Int[Tensor, "N T"]) -> _Call:
     """What the first block is called with."""
-    found: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+    found: list[_Call] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args[0], args[1:], kwargs))

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +23,12 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear | Conv1D | LowRankLinear)
 
 
-def quantized_layer(layer: nn.Module, quantize: str, device: torch.device) -> nn.Module:
+def quantized_layer(
+    layer: nn.Module,
+    quantize: str,
+    device: torch.device,
+    moments: Float[Tensor, "I I"] | None = None,
+) -> Any:
     """The layer of the same map with its weight frozen in 4 or 8 bits, its bias as it was.
 
     A pair becomes two quantised layers, ``down`` and ``up``. Weights alone are rounded: the int8
@@ -33,6 +39,7 @@ def quantized_layer(layer: nn.Module, quantize: str, device: torch.device) -> nn
         layer: Its dtype becomes that of the products.
         quantize: ``nf4`` (blocks of 64, their scales quantised again) or ``int8`` (by row).
         device: Where the quantised layer goes.
+        moments: Of its inputs, as in `rounding.rounded`.
 
     Raises:
         TypeError: It is no linear layer.
@@ -47,13 +54,16 @@ def quantized_layer(layer: nn.Module, quantize: str, device: torch.device) -> nn
                     f"a pair with {layer.activation} between its factors cannot be quantised:"
                     " the two quantised layers would follow each other without it"
                 )
-            down = _quantized(layer.down, None, quantize, device)
-            up = _quantized(layer.up, layer.bias, quantize, device)
+            down = _quantized(layer.down, None, quantize, device, moments)
+            if moments is not None:  # of what the quantised first factor gives to the second
+                factor = down.values(moments.dtype)
+                moments = factor @ moments @ factor.T
+            up = _quantized(layer.up, layer.bias, quantize, device, moments)
             return nn.Sequential(OrderedDict(down=down, up=up))
         case Conv1D():
-            return _quantized(layer.weight.T, layer.bias, quantize, device)
+            return _quantized(layer.weight.T, layer.bias, quantize, device, moments)
         case nn.Linear():
-            return _quantized(layer.weight, layer.bias, quantize, device)
+            return _quantized(layer.weight, layer.bias, quantize, device, moments)
     raise TypeError(f"{type(layer).__name__} is no linear layer")
 
 
@@ -65,21 +75,26 @@ def quantized_matrix(weight: Tensor, quantize: str, device: torch.device) -> nn.
         quantize: ``nf4`` or ``int8``.
         device: Where the layer goes.
     """
-    return _quantized(weight, None, quantize, device)
+    made: nn.Module = _quantized(weight, None, quantize, device)
+    return made
 
 
 @torch.no_grad()
 def _quantized(
-    weight: Tensor, bias: Tensor | None, quantize: str, device: torch.device
-) -> nn.Module:
+    weight: Tensor,
+    bias: Tensor | None,
+    quantize: str,
+    device: torch.device,
+    moments: Tensor | None = None,
+) -> Any:
     out_features, in_features = weight.shape
     layer = bare_layer(in_features, out_features, bias is not None, quantize, weight.dtype)
     if quantize == "int8":
-        layer.fill(*round_to_int8(weight.to(device)))
+        layer.fill(*round_to_int8(weight.to(device), moments))
     else:
         import bitsandbytes
 
-        codes, state = round_to_nf4(weight.to(device))
+        codes, state = round_to_nf4(weight.to(device), moments)
         bnb: Any = bitsandbytes.nn  # annotated in part, and wrongly
         state.dtype = weight.dtype
         layer.weight = bnb.Params4bit(
@@ -88,7 +103,6 @@ def _quantized(
         layer.quant_state = state
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(device))
-    assert isinstance(layer, nn.Module)
     return layer
 
 

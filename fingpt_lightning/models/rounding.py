@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
+from fingpt_lightning.models.error_feedback import round_with_feedback
+
 NF4_BLOCK = 64
 """Numbers, row after row, that share a scale."""
 _INT8_LEVELS = 127
@@ -28,11 +30,24 @@ class NF4Matrix(NamedTuple):
     state: Any
 
 
-def round_to_int8(weight: Float[Tensor, "O I"]) -> Int8Matrix:
-    """Rounds each row to multiples of 1/127 of its largest magnitude."""
+def round_to_int8(
+    weight: Float[Tensor, "O I"], moments: Float[Tensor, "I I"] | None = None
+) -> Int8Matrix:
+    """Rounds each row to multiples of 1/127 of its largest magnitude.
+
+    Args:
+        weight: Unquantised.
+        moments: As in `rounded`.
+    """
     wide = weight.detach().float()
     scales = wide.abs().amax(1)
     steps = scales.clamp_min(torch.finfo(torch.float32).tiny) / _INT8_LEVELS
+    if moments is not None:
+
+        def nearest(column: Tensor, _: int) -> Tensor:
+            return (column / steps).round_().clamp_(-_INT8_LEVELS, _INT8_LEVELS) * steps
+
+        wide = round_with_feedback(wide, moments, nearest)
     return Int8Matrix((wide / steps[:, None]).round_().to(torch.int8), scales)
 
 
@@ -43,20 +58,46 @@ def int8_values(
     return (codes * (scales / _INT8_LEVELS)[:, None]).to(dtype)
 
 
-def round_to_nf4(weight: Float[Tensor, "O I"]) -> NF4Matrix:
+def round_to_nf4(
+    weight: Float[Tensor, "O I"], moments: Float[Tensor, "I I"] | None = None
+) -> NF4Matrix:
     """Rounds each block to 16 levels, its scale to one of 256.
+
+    Args:
+        weight: Unquantised.
+        moments: As in `rounded`.
 
     Source: https://arxiv.org/abs/2305.14314, section 3.
     """
     from bitsandbytes.functional import quantize_4bit  # takes a second
 
+    wide = weight.detach().float().contiguous()
     codes, state = quantize_4bit(
-        weight.detach().float().contiguous(),
-        blocksize=NF4_BLOCK,
-        quant_type="nf4",
-        compress_statistics=True,
+        wide, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=True
     )
+    if moments is not None:
+        codes = _nf4_codes_with_feedback(wide, moments, state)
     return NF4Matrix(codes, state)
+
+
+def _nf4_codes_with_feedback(weight: Tensor, moments: Tensor, state: Any) -> Tensor:
+    levels = state.code.float()
+    between = (levels[1:] + levels[:-1]) / 2
+    blocks = torch.arange(len(state.absmax), device=weight.device)
+    scales = _scales(state, blocks).clamp_min(torch.finfo(torch.float32).tiny)
+    scales = scales.repeat_interleave(state.blocksize)[: weight.numel()].view(weight.shape)
+    columns = scales.T.contiguous()
+
+    def nearest(column: Tensor, place: int) -> Tensor:
+        scale = columns[place]
+        level: Tensor = levels[torch.bucketize(column / scale, between)]
+        return level * scale
+
+    made = round_with_feedback(weight, moments, nearest)
+    places = torch.bucketize(made / scales, between).to(torch.uint8).view(-1)
+    if len(places) % 2:
+        places = torch.cat([places, places.new_zeros(1)])
+    return (places[::2] << 4 | places[1::2]).unsqueeze(1)
 
 
 def nf4_values(
@@ -108,13 +149,17 @@ def _scales(state: Any, blocks: Tensor) -> Tensor:
     return scales.float()
 
 
-def rounded(weight: Float[Tensor, "O I"], method: str) -> Float[Tensor, "O I"]:
+def rounded(
+    weight: Float[Tensor, "O I"], method: str, moments: Float[Tensor, "I I"] | None = None
+) -> Float[Tensor, "O I"]:
     """The matrix that a quantised layer multiplies with in place of ``weight``.
 
     Args:
         weight: Unquantised.
         method: ``nf4`` or ``int8``.
+        moments: Of the layer's inputs: the outputs are kept, as `round_with_feedback` does it,
+            under the same scales. None rounds each number to its nearest.
     """
     if method == "int8":
-        return int8_values(*round_to_int8(weight), weight.dtype)
-    return nf4_values(round_to_nf4(weight), weight.dtype)
+        return int8_values(*round_to_int8(weight, moments), weight.dtype)
+    return nf4_values(round_to_nf4(weight, moments), weight.dtype)

@@ -1,6 +1,6 @@
 """Quantised layers as bitsandbytes writes them into safetensors: found, read and written."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from fingpt_lightning.models.input_moments import HEAD, InputMoments
 from fingpt_lightning.models.quantization import bare_layer, is_linear, quantized_layer
 from fingpt_lightning.models.quantized_embedding import QuantizedEmbedding, QuantizedHead
 
@@ -146,7 +147,13 @@ def is_low_rank(network: PreTrainedModel) -> bool:
     return any(isinstance(module, kinds) for module in network.modules())
 
 
-def quantize_layers(network: PreTrainedModel, method: str, *, embeddings: bool = False) -> None:
+def quantize_layers(
+    network: PreTrainedModel,
+    method: str,
+    *,
+    embeddings: bool = False,
+    moments: Iterable[InputMoments] = (),
+) -> None:
     """Quantises the linear layers of the blocks, in place, one after the other.
 
     Args:
@@ -154,11 +161,18 @@ def quantize_layers(network: PreTrainedModel, method: str, *, embeddings: bool =
         method: ``nf4`` or ``int8``.
         embeddings: Also the token embedding, with the head tied to it. Such a network is read by
             `load_model` alone.
+        moments: Of the network's `input_moments`, refreshed: each layer is rounded so that its
+            outputs are kept, as soon as its moments come.
     """
     cpu = torch.device("cpu")
-    for name, layer in list(network.named_modules()):
-        if is_linear(layer) and name != "lm_head":
-            network.set_submodule(name, quantized_layer(layer, method, cpu))
+    layers = {n: m for n, m in network.named_modules() if is_linear(m) and n != HEAD}
+    for found in moments:
+        for name, group in found.groups.items():
+            if (layer := layers.pop(name, None)) is not None:
+                made = quantized_layer(layer, method, cpu, found.moments[group])
+                network.set_submodule(name, made)
+    for name, layer in layers.items():
+        network.set_submodule(name, quantized_layer(layer, method, cpu))
     if embeddings:
         embedding = network.get_input_embeddings()
         name = next(name for name, module in network.named_modules() if module is embedding)

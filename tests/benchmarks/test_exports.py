@@ -26,17 +26,20 @@ def test_exports_and_mixed_adapters_are_compared_with_their_source(
             nn.init.normal_(layer.lora_B, std=0.3)
     save_adapter(network, adapter, str(base))
     write_rows(tmp_path, "fpb")
+    write_rows(tmp_path, "fpb", "train")
     path = tmp_path / "record.json"
     words = {
         "--adapter": adapter, "--data_dir": tmp_path, "--num_adapters": 3, "--batch_size": 2,
         "--json": path,
     }  # fmt: skip
     arguments = ["exports", *(str(word) for pair in words.items() for word in pair)]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--forms", "merged", "int8", "nf4"])
+    forms = ["merged", "int8", "nf4", "nf4_calibrated"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--forms", *forms])
     exports.main()
     record = json.loads(path.read_text())
-    names = ["base and adapter", "merged", "int8", "nf4"]
-    assert [row["contender"] for row in record["rows"]] == names
+    assert [row["contender"] for row in record["rows"]] == ["base and adapter", *forms]
+    errors = {row["contender"]: row.get("max_relative_logit_error") for row in record["rows"]}
+    assert errors["nf4_calibrated"] < errors["nf4"]
     assert all(row["num_prompts"] == 5 for row in record["rows"])
     assert record["summary"]["share_equal_predictions_merged"] == 1.0
     assert record["summary"]["share_equal_answers_mixed_batches"] == 1.0

@@ -7,6 +7,7 @@ import pytest
 from fingpt_lightning.cli import main
 from fingpt_lightning.models.loading import load_model
 from tests.deploy.tiny_clients import save_clients, save_low_rank_model
+from tests.evaluation.tiny_language import write_rows
 
 Export = Callable[..., tuple[int, str, str]]
 
@@ -87,3 +88,58 @@ def test_an_adapter_is_not_stored_in_another_dtype(export: Export, tmp_path: Pat
     status, _, error = export(*words)
     assert status == 1
     assert "dtype float16 has no effect" in error
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["text", "task"])
+def test_calibration_brings_a_quantised_export_nearer(
+    export: Export, tmp_path: Path, form: str, kind: str
+) -> None:
+    (tmp_path / "text.txt").write_text("Profit of Foo rose. Sales of Bar fell to EUR 3 mn. " * 60)
+    write_rows(tmp_path, "fpb", "train")
+    asked = {
+        "text": ("--calibration", str(tmp_path / "text.txt"), "--calibration_tokens", "256"),
+        "task": ("--calibration_task", "fpb", "--data_dir", str(tmp_path)),
+    }[kind]
+    (tmp_path / "own.txt").write_text("Profit of Bar rose. Sales of Foo fell to EUR 3 mn.\n")
+    errors = []
+    for words in ((), asked):
+        status, output, error = export(
+            "--format", form, "--prompts", str(tmp_path / "own.txt"), "--overwrite",
+            "--tolerance", "2", *words,
+        )  # fmt: skip
+        assert status == 0, error
+        (found,) = re.findall(r"^real +\d+ +\S+ +(\S+) ", output, re.MULTILINE)
+        errors.append(float(found))
+    assert errors[1] < 0.9 * errors[0]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(r"rounded on \d+ tokens of (train of fpb|.*text.txt), ", card)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (("--format", "hf", "--calibration", "{}/text.txt"), 2, "with --format int8 and nf4 alone"),
+        (("--format", "nf4", "--calibration", "{}/none.txt"), 1, "none.txt does not exist"),
+        (("--format", "nf4", "--calibration_task", "fpb"), 1, "give data_dir to read"),
+        (("--format", "nf4", "--data_dir", "{}"), 2, "with --calibration_task alone"),
+        (("--format", "nf4", "--calibration_tokens", "7"), 2, "--calibration_tokens has an effect"),
+        (
+            ("--format", "nf4", "--calibration_task", "fbp", "--data_dir", "{}"),
+            1,
+            "did you mean fpb",
+        ),
+        (
+            ("--format", "nf4", "--calibration_task", "fpb", "--data_dir", "{}/gone"),
+            1,
+            "gone",
+        ),
+    ],
+)
+def test_calibration_that_cannot_be_is_one_line(
+    export: Export, tmp_path: Path, words: tuple[str, ...], status: int, message: str
+) -> None:
+    found, _, error = export(*[word.format(tmp_path) for word in words])
+    assert found == status, error
+    assert message in error.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()

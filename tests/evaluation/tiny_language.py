@@ -130,11 +130,11 @@ def tiny_network(kind: str) -> PreTrainedModel:
     return network
 
 
-def write_rows(folder: Path, task: str) -> Path:
-    """Writes the rows of a task's folder as its validation split; gives the data directory."""
+def write_rows(folder: Path, task: str, split: str = "validation") -> Path:
+    """Writes the rows of a task's folder as a split; gives the data directory."""
     (folder / task).mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) for row in ROWS[task]]
-    (folder / task / "validation.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 

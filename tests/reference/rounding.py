@@ -1,5 +1,7 @@
 """Rounding of matrices in float64, number by number."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,3 +35,27 @@ def nearest_nf4(weight: Tensor, block: int) -> Tensor:
             levels = [scale * level for level in NF4_LEVELS]
             made.append(levels[min(range(16), key=[abs(x - number) for x in levels].__getitem__)])
     return torch.tensor(made, dtype=torch.float64).reshape(weight.shape)
+
+
+def rounded_with_feedback(
+    weight: Tensor, moments: Tensor, nearest: Callable[[Tensor, int], Tensor], damping: float
+) -> Tensor:
+    """Column after column: round, spread the error over the rest, take the column out of H^-1.
+
+    Source: https://arxiv.org/abs/2208.11580, equations 3 and 4, for the columns in the order of
+    falling moments.
+    """
+    diagonal = moments.diagonal().double()
+    hessian = moments.double() + damping * diagonal.mean() * torch.eye(len(moments))
+    inverse = torch.linalg.inv(hessian)
+    left = weight.double().clone()
+    order = sorted(range(len(moments)), key=lambda column: -float(diagonal[column]))
+    for position, column in enumerate(order):
+        value = nearest(left[:, column], column)
+        error = (left[:, column] - value) / inverse[column, column]
+        for other in order[position + 1 :]:
+            left[:, other] -= error * inverse[column, other]
+        left[:, column] = value
+        removed = torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+        inverse = inverse - removed
+    return left

@@ -26,6 +26,7 @@ _LIBRARY_VARIABLES = {
     "PL_GLOBAL_SEED": "lightning.seed_everything",
     "PL_SEED_WORKERS": "lightning.seed_everything",
     "PYTEST_CURRENT_TEST": "pytest",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "lightning, when it is imported",
     "TORCHINDUCTOR_CACHE_DIR": "torch.compile",
     "WANDB_SERVICE": "wandb: the address of its service process",
 }
