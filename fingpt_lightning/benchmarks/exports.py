@@ -9,6 +9,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fingpt_lightning.benchmarks.llama_cpp import next_token_logprobs
 from fingpt_lightning.benchmarks.record import markdown_table, new_record, write_record
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.deploy.calibration import CALIBRATION_TOKENS, task_calibration
@@ -32,6 +34,7 @@ QUESTION = (
 _CALIBRATED = "_calibrated"
 FORMS = ("merged", "int8", "nf4", "int8_calibrated", "nf4_calibrated", "gguf")
 _SOURCE = "base and adapter"
+_LLAMA_CPP_PROMPTS = 100
 _SPLIT = "validation"
 
 
@@ -117,7 +120,10 @@ def compare_forms(
         answers = predict(again.network.eval(), tokenizer, run.task, run.examples)
         row = _row(form, run, answers, expected, exported.num_bytes)
         errors = [difference.relative_error for difference in exported.differences]
-        rows.append({**row, "max_relative_logit_error": max(errors)})
+        row |= {"max_relative_logit_error": max(errors)}
+        if form == "gguf" and find_spec("xllamacpp"):
+            row |= _by_llama_cpp(folder / form / GGUF, network, tokenizer, run)
+        rows.append(row)
     return rows
 
 
@@ -135,6 +141,27 @@ def _row(
         "accuracy": metrics_of(run, answers)["accuracy"],
         "num_prompts": len(expected),
         "file_mb": num_bytes / 1e6,
+    }
+
+
+@torch.no_grad()
+def _by_llama_cpp(
+    file: Path, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, run: TaskRun
+) -> dict[str, float | int]:
+    """The token after each of the first prompts, as llama.cpp sees it and as the source does."""
+    prompts = [one.prefix + one.prompts[0] for one in run.examples[:_LLAMA_CPP_PROMPTS]]
+    theirs = next_token_logprobs(file, prompts, network.config.vocab_size)
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    ours = torch.stack([
+        _next_token_logits(network, tokenizer, [row])[0].log_softmax(-1) for row in rows
+    ])  # fmt: skip
+    centred = ours - ours.mean(1, keepdim=True)
+    return {
+        "llama_cpp_prompts": len(prompts),
+        "llama_cpp_share_equal_next_tokens": float(
+            (theirs.argmax(1) == ours.argmax(1)).float().mean()
+        ),
+        "llama_cpp_relative_logit_error": float((theirs - ours).norm() / centred.norm()),
     }
 
 
@@ -212,6 +239,8 @@ def summary(rows: Sequence[dict[str, Any]], adapters: dict[str, Any]) -> dict[st
         for row in rows
         if row["contender"] != _SOURCE
     }
+    for row in rows:
+        found |= {key: row[key] for key in row if key.startswith("llama_cpp_")}
     found["share_equal_answers_mixed_batches"] = adapters["share_equal_answers"]
     found["max_logit_difference_mixed_batches"] = adapters["max_logit_difference"]
     return found
@@ -229,6 +258,13 @@ def table(rows: Sequence[dict[str, Any]], adapters: dict[str, Any]) -> str:
         ]
         for row in rows
     ]
+    llama_cpp = [row for row in rows if "llama_cpp_prompts" in row]
+    heard = [
+        " The token after each of {llama_cpp_prompts} prompts, by llama.cpp from the GGUF file:"
+        " share of equal ones {llama_cpp_share_equal_next_tokens:.3f}, relative error of the logits"
+        " {llama_cpp_relative_logit_error:.2g}.".format(**row)
+        for row in llama_cpp
+    ]
     header = ["", "equal predictions", "accuracy", "MB", "relative error of logits"]
     sentence = (
         "{num_adapters} adapters in mixed batches of {batch_size}: share of equal answers"
@@ -236,7 +272,7 @@ def table(rows: Sequence[dict[str, Any]], adapters: dict[str, Any]) -> str:
         " adapter changes them by up to {logit_change_by_an_adapter:.2g}); an adapter takes"
         " {memory_per_adapter_mib:.1f} MiB beside the {base_mib:.0f} MiB of the base."
     ).format(**adapters)
-    return f"{markdown_table(header, lines)}\n\n{sentence}"
+    return f"{markdown_table(header, lines)}\n\n{sentence}{''.join(heard)}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,8 @@ def test_exports_and_mixed_adapters_are_compared_with_their_source(
         "--json": path,
     }  # fmt: skip
     arguments = ["exports", *(str(word) for pair in words.items() for word in pair)]
-    forms = ["merged", "int8", "nf4", "nf4_calibrated"]
+    forms = ["merged", "int8", "nf4", "nf4_calibrated", "gguf"]
+    pytest.importorskip("gguf", reason="gguf is not installed")
     monkeypatch.setattr(sys, "argv", [*arguments, "--forms", *forms])
     exports.main()
     record = json.loads(path.read_text())
@@ -43,6 +45,9 @@ def test_exports_and_mixed_adapters_are_compared_with_their_source(
     assert all(row["num_prompts"] == 5 for row in record["rows"])
     assert record["summary"]["share_equal_predictions_merged"] == 1.0
     assert record["summary"]["share_equal_answers_mixed_batches"] == 1.0
+    if find_spec("xllamacpp"):
+        assert record["summary"]["llama_cpp_share_equal_next_tokens"] == 1.0
+        assert record["summary"]["llama_cpp_relative_logit_error"] < 0.01
     adapters = record["adapters"]
     assert adapters["max_logit_difference"] < 1e-4 < adapters["logit_change_by_an_adapter"]
     assert "3 adapters in mixed batches of 2" in path.with_suffix(".md").read_text()

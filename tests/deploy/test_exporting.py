@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from fingpt_lightning.benchmarks.llama_cpp import next_token_logprobs
 from fingpt_lightning.deploy import exporting
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.models.adapting import load_adapter
@@ -184,6 +185,25 @@ def test_a_gguf_has_the_logits_of_the_model(
     assert again.require_tokenizer().encode(text, add_special_tokens=False) == (
         load_model(base).require_tokenizer().encode(text, add_special_tokens=False)
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "low_rank"])
+def test_llama_cpp_answers_as_the_model(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    pytest.importorskip("xllamacpp", reason="xllamacpp, which brings llama.cpp, is not installed")
+    loaded = load_model(request.getfixturevalue(family))
+    tokenizer, network = loaded.require_tokenizer(), loaded.network
+    texts = ["Shares of Foo Corp fell", "EUR 3.5 mn, up from EUR 12 mn in 2007"]
+    with torch.no_grad():
+        ours = [
+            network(input_ids=torch.tensor([tokenizer.encode(text)])).logits[0, -1].log_softmax(0)
+            for text in texts
+        ]
+    vocab_size = network.config.vocab_size
+    export(loaded, "gguf", tmp_path / "out")
+    theirs = next_token_logprobs(tmp_path / "out" / "model.gguf", texts, vocab_size)
+    torch.testing.assert_close(theirs, torch.stack(ours), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
