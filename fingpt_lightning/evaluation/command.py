@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> None:
         results.append(result)
     # A file has 80 columns for rich, which would cut the figures.
     console = Console(width=max(Console().width, _TABLE_WIDTH), soft_wrap=True)
+    console.print(model.source, highlight=False, markup=False)
     console.print(table(results), soft_wrap=False)
     for remark in remarks(results):
         console.print(remark)

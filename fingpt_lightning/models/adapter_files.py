@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,6 +13,8 @@ from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.weights import read_json, refuse_pickled, stored_shapes
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE_QUANTIZE = "base_quantize"
+"""In the metadata of the weights, where PEFT looks for nothing: ``nf4`` or ``int8``."""
 _WRAPPER = "base_model.model."  # what PEFT puts before the names of the base
 PARTS, MAGNITUDE = ("lora_A", "lora_B"), "lora_magnitude_vector"
 """Of a layer's adapter, by PEFT's names."""
@@ -53,6 +56,12 @@ def adapter_base(folder: Path) -> Base:
         if there.exists():
             return Base(str(there), None)
     return Base(str(name), config.get("revision"))
+
+
+def trained_quantization(folder: Path) -> str | None:
+    """In what the base was quantised when an adapter of ours was saved; None where none is told."""
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as opened:
+        return (opened.metadata() or {}).get(BASE_QUANTIZE)
 
 
 class StoredAdapter(NamedTuple):

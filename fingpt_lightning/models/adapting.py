@@ -5,7 +5,7 @@ Folders are PEFT's: what is written here loads there, and what PEFT writes loads
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +21,11 @@ from fingpt_lightning.low_rank.adapters import AdaptedLinear, AdapterOptions, Sh
 from fingpt_lightning.models.adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BASE_QUANTIZE,
     check_adapter,
     read_adapter,
 )
-from fingpt_lightning.models.frozen_matrix import Int8Linear
+from fingpt_lightning.models.frozen_matrix import FrozenMatrix, Int8Linear
 from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.quantization import is_linear
 from fingpt_lightning.models.rounding import NF4Matrix, nf4_values
@@ -144,6 +145,14 @@ def dense_weight(layer: nn.Module) -> Tensor:
     raise ValueError(f"{type(layer).__name__} is no linear layer")
 
 
+def _quantization(layers: Iterable[AdaptedLinear]) -> str | None:
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(module, FrozenMatrix):
+                return "int8" if isinstance(module, Int8Linear) else "nf4"
+    return None
+
+
 def adapter_state(network: nn.Module) -> dict[str, Tensor]:
     """The adapters' weights under PEFT's names, on the CPU."""
     state: dict[str, Tensor] = {}
@@ -207,7 +216,10 @@ def save_adapter(
     }
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f"{ADAPTER_WEIGHTS}.partial"
-    save_file(state, aside, {"format": "pt"})
+    told = {"format": "pt"}
+    if (method := _quantization(layers.values())) is not None:
+        told[BASE_QUANTIZE] = method
+    save_file(state, aside, told)
     aside.replace(folder / ADAPTER_WEIGHTS)
     aside = folder / f"{ADAPTER_CONFIG}.partial"
     aside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,12 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from fingpt_lightning.models.adapter_files import ADAPTER_CONFIG, adapter_base, check_adapter
+from fingpt_lightning.models.adapter_files import (
+    ADAPTER_CONFIG,
+    adapter_base,
+    check_adapter,
+    trained_quantization,
+)
 from fingpt_lightning.models.layout import cut, fill, lay_out
 from fingpt_lightning.models.quantization import QUANTIZATIONS
 from fingpt_lightning.models.stored_quantization import is_low_rank, place_quantized_layers
@@ -153,6 +158,8 @@ def load_model(
     kind = f"{'low-rank ' if low_rank else ''}{network.config.model_type}"
     if method := stored_as or quantize:
         kind += f", {method}"
+    if adapter is not None and (trained_on := trained_quantization(adapter)) not in (None, method):
+        kind += f"; its adapter was trained on {trained_on}"
     return LoadedModel(network, found, f"{path} ({kind})", commit, adapter, elsewhere)
 
 

@@ -106,8 +106,12 @@ def test_a_quantised_base_keeps_its_weights_and_merges(
         if "lora_" not in name:
             assert torch.equal(parameter, frozen[name.replace(".base_layer", "")]), name
     before = _logits(network)
+    save_adapter(network, tmp_path / "adapter", str(folder))
     merge_adapters(network)
     assert (_logits(network) - before).norm() < 1e-4 * before.norm()
+    # Loading on another base than that of the training is said, and nothing else changes.
+    assert load_model(tmp_path / "adapter", quantize=quantize).source.endswith(f", {quantize})")
+    assert load_model(tmp_path / "adapter").source.endswith(f"adapter was trained on {quantize})")
 
 
 def test_pairs_of_low_rank_networks_are_adapted_quantised_or_not(tmp_path: Path) -> None:
