@@ -104,7 +104,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16", "float64"),
         help="of weights and products; default: %(default)s",
     )
-    add("--quantize", choices=("nf4", "int8"), help="the linear layers of the blocks")
+    add(
+        "--quantize",
+        default="auto",
+        choices=("auto", "none", "nf4", "int8"),
+        help="the linear layers of the blocks; default: auto, as what the adapter was trained on",
+    )
     add("--device", help="cpu, cuda or cuda:1; default: cuda where there is one")
 
 

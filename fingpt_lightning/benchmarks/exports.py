@@ -25,7 +25,7 @@ from fingpt_lightning.deploy.exporting import GGUF, export
 from fingpt_lightning.evaluation.runner import TaskRun, metrics_of, predict, read_tasks
 from fingpt_lightning.evaluation.scoring import Prediction
 from fingpt_lightning.models.adapting import adapted_layers, load_adapter, save_adapter
-from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.models.loading import AUTO, load_model
 
 QUESTION = (
     "Which share of a finetuned model's answers do its exports give too, how large are they, and do"
@@ -89,7 +89,7 @@ def compare_forms(
     data_dir: Path,
     calibration_tokens: int,
 ) -> list[dict[str, Any]]:
-    """The answers of each export beside those of its source, in float32.
+    """The answers of each export beside those of its source, in float32, as it was trained.
 
     Args:
         adapter: The finetuned model's.
@@ -99,7 +99,7 @@ def compare_forms(
         data_dir: With the task's ``train`` split, on which calibrated forms keep outputs.
         calibration_tokens: Of it that are read.
     """
-    source = load_model(adapter)
+    source = load_model(adapter, quantize=AUTO)
     network, tokenizer = source.network, source.require_tokenizer()
     assert source.adapter is not None
     load_adapter(source.adapter, network)
@@ -115,7 +115,8 @@ def compare_forms(
             )
         # An export changes the network that it is given.
         kind = form.removesuffix(_CALIBRATED)
-        exported = export(load_model(adapter), kind, folder / form, calibration=calibration)
+        trained = load_model(adapter, quantize=AUTO)
+        exported = export(trained, kind, folder / form, calibration=calibration)
         again = load_model(folder / form / GGUF if form == "gguf" else folder / form)
         answers = predict(again.network.eval(), tokenizer, run.task, run.examples)
         row = _row(form, run, answers, expected, exported.num_bytes)

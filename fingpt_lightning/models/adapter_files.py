@@ -3,14 +3,18 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank.adapters import AdapterOptions
 from fingpt_lightning.models.layout import features_of
-from fingpt_lightning.models.weights import read_json, refuse_pickled, stored_shapes
+from fingpt_lightning.models.weights import (
+    read_json,
+    refuse_pickled,
+    stored_metadata,
+    stored_shapes,
+)
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_QUANTIZE = "base_quantize"
@@ -59,9 +63,21 @@ def adapter_base(folder: Path) -> Base:
 
 
 def trained_quantization(folder: Path) -> str | None:
-    """In what the base was quantised when an adapter of ours was saved; None where none is told."""
-    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as opened:
-        return (opened.metadata() or {}).get(BASE_QUANTIZE)
+    """In what the base was quantised when an adapter of ours was saved; None where none is told.
+
+    Raises:
+        FileNotFoundError: The adapter has no weights.
+        ValueError: They are damaged.
+    """
+    return stored_metadata(_weights_file(folder)).get(BASE_QUANTIZE)
+
+
+def _weights_file(folder: Path) -> Path:
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        refuse_pickled(sorted(folder.glob("adapter_model.*")))
+        raise FileNotFoundError(f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
+    return file
 
 
 class StoredAdapter(NamedTuple):
@@ -118,10 +134,7 @@ def check_adapter(folder: Path, network: PreTrainedModel) -> None:
         FileNotFoundError: The adapter has no weights.
         ValueError: A layer is missing, or its sizes are others.
     """
-    file = folder / ADAPTER_WEIGHTS
-    if not file.is_file():
-        refuse_pickled(sorted(folder.glob("adapter_model.*")))
-        raise FileNotFoundError(f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
+    file = _weights_file(folder)
     num_pairs = 0
     for name, shape in stored_shapes(file).items():
         layer_name, part, _ = name.removeprefix(_WRAPPER).partition(".lora_")

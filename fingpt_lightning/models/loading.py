@@ -44,6 +44,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 """What ``dtype`` may name."""
+AUTO, NONE = "auto", "none"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 
@@ -98,7 +99,8 @@ def load_model(
         dtype: Of weights and products: float32, bfloat16, float16 or float64.
         device: Where the network goes.
         quantize: ``nf4`` (with double quantisation) or ``int8`` for the linear layers of the
-            blocks; None keeps them.
+            blocks; None or ``none`` keeps them; ``auto`` takes what an adapter tells that it was
+            trained on.
         adapter: An adapter folder to check against the network and to hand on.
         tokenizer: A folder to take the tokenizer from, in place of the model's own.
         revision: Of a hub name: branch, tag or commit.
@@ -111,8 +113,9 @@ def load_model(
         ValueError: What is there cannot be loaded; the message names the file and why.
     """
     dtype = _checked_dtype(dtype)
-    if quantize is not None and quantize not in QUANTIZATIONS:
-        raise ValueError(f"quantize {quantize!r} is none of {', '.join(QUANTIZATIONS)}")
+    known = (AUTO, NONE, *QUANTIZATIONS)
+    if quantize not in (None, *known):
+        raise ValueError(f"quantize {quantize!r} is none of {', '.join(known)}")
     place = _find(str(path), revision)
     if (place.path / ADAPTER_CONFIG).is_file():
         if adapter is not None:
@@ -132,6 +135,8 @@ def load_model(
         adapter_base(adapter)
         if tokenizer is None and holds_tokenizer(adapter):
             tokenizer = adapter
+    trained_on = None if adapter is None else trained_quantization(adapter)
+    quantize = {AUTO: trained_on, NONE: None}.get(quantize or NONE, quantize)
     weights, found = _open(place.path, None if tokenizer is None else Path(tokenizer).expanduser())
     try:
         network = lay_out(weights.config, weights.shapes)
@@ -158,7 +163,7 @@ def load_model(
     kind = f"{'low-rank ' if low_rank else ''}{network.config.model_type}"
     if method := stored_as or quantize:
         kind += f", {method}"
-    if adapter is not None and (trained_on := trained_quantization(adapter)) not in (None, method):
+    if trained_on not in (None, method):
         kind += f"; its adapter was trained on {trained_on}"
     return LoadedModel(network, found, f"{path} ({kind})", commit, adapter, elsewhere)
 

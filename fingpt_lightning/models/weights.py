@@ -8,6 +8,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,9 +105,25 @@ def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: The file is damaged.
     """
+    with _opened(file) as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
+def stored_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file tells beside its tensors.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    with _opened(file) as opened:
+        return dict(opened.metadata() or {})
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, "pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            yield opened
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is no whole safetensors file ({error})") from error
 

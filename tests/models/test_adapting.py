@@ -112,6 +112,9 @@ def test_a_quantised_base_keeps_its_weights_and_merges(
     # Loading on another base than that of the training is said, and nothing else changes.
     assert load_model(tmp_path / "adapter", quantize=quantize).source.endswith(f", {quantize})")
     assert load_model(tmp_path / "adapter").source.endswith(f"adapter was trained on {quantize})")
+    again = load_model(tmp_path / "adapter", quantize="auto")
+    load_adapter(tmp_path / "adapter", again.network)
+    torch.testing.assert_close(_logits(again.network.eval()), before)
 
 
 def test_pairs_of_low_rank_networks_are_adapted_quantised_or_not(tmp_path: Path) -> None:
