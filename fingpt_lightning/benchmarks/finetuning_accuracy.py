@@ -1,7 +1,8 @@
 """What does finetuning gain on each task, and what does it cost on the others?
 
 Each run trains adapters on one task or a mixture and answers the validation sets before, with
-calibration, and after. The record is written after every run, and a run in it is not repeated;
+calibration, and after. The record is written after every run, and a run in it is not repeated, nor
+trained again for tasks that it has not been asked yet where ``--adapters`` has kept its adapter;
 several processes with other ``--runs`` may share it.
 """
 
@@ -32,7 +33,7 @@ from fingpt_lightning.benchmarks.record import (
 )
 from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.evaluation.runner import TaskRun, evaluate, read_tasks
-from fingpt_lightning.models.adapting import save_adapter
+from fingpt_lightning.models.adapting import load_adapter, save_adapter
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import QuantizedFinetuning
 from fingpt_lightning.profiling import keep_freed_memory, module_memory
@@ -44,6 +45,11 @@ QUESTION = (
 )
 FINANCIAL = ("fpb", "tfns", "fiqa_sa")
 GENERAL = ("arc_easy", "arc_challenge", "boolq", "piqa", "openbookqa", "winogrande")
+_SHARED = (
+    "run", "tasks", "quantize", "seed", "epochs", "kl_weight", "steps", "examples_per_s",
+    "trained_share", "weights_mib", "optimizer_mib",
+)  # fmt: skip
+"""What the rows of a run have in common."""
 _FIGURES = ("accuracy", "accuracy_interval", "macro_f1", "weighted_f1", "n")
 
 
@@ -69,13 +75,13 @@ class Run:
 
 
 RUNS = {
-    "fpb": Run(("fpb",), ("fpb",)),
+    "fpb": Run(("fpb",), ("fpb", *GENERAL)),
     "fpb, seed 2": Run(("fpb",), ("fpb",), seed=2),
     "fpb, seed 3": Run(("fpb",), ("fpb",), seed=3),
     "fiqa_sa": Run(("fiqa_sa",), ("fiqa_sa",), epochs=6),
     "tfns": Run(("tfns",), ("tfns",), epochs=2),
     "all three": Run(FINANCIAL, (*FINANCIAL, *GENERAL), epochs=2),
-    "all three, KL": Run(FINANCIAL, (*FINANCIAL, *GENERAL), epochs=2, kl_weight=0.1),
+    "fpb, KL": Run(("fpb",), ("fpb", *GENERAL), kl_weight=0.1),
     "general": Run(GENERAL, GENERAL, epochs=2),
     "fpb, int8": Run(("fpb",), ("fpb",), quantize="int8"),
     "fpb, unquantised": Run(("fpb",), ("fpb",), quantize=None),
@@ -105,11 +111,25 @@ def main() -> None:
     begin = partial(started_record, options.json, QUESTION, settings, untrained={}, rows=[])
     record = begin()
     for name in names:
-        if any(row["run"] == name for row in record["rows"]):
+        before = [row for row in record["rows"] if row["run"] == name]
+        tasks = [t for t in RUNS[name].asked if t not in {row["task"] for row in before}]
+        if not tasks:
             continue
+        asked = read_tasks(tasks, options.data_dir, "validation", limit=options.limit)
         untrained = dict(record["untrained"])
-        rows = _train_and_ask(name, RUNS[name], options, untrained)
-        rows = [{**row, "commit": new_record("", {})["commit"]} for row in rows]
+        _ask_untrained(asked, options, untrained)
+        kept = None if options.adapters is None else options.adapters / re.sub(r"\W+", "_", name)
+        if before and kept is not None and kept.is_dir():
+            trained = _kept(kept, RUNS[name], options, before[0])
+        else:
+            trained = _train(name, RUNS[name], options, kept)
+        network, tokenizer, shared = trained
+        shared |= {"commit": new_record("", {})["commit"]}
+        rows = [
+            {**shared, "task": one.task.name, **_ask(network, tokenizer, one, False)}
+            for one in asked
+        ]
+        del network, trained
         with _alone(options.json):
             record = begin()
             record["untrained"] |= untrained
@@ -151,18 +171,33 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _train_and_ask(
-    name: str, run: Run, options: argparse.Namespace, untrained: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
-    asked = read_tasks(list(run.asked), options.data_dir, "validation", limit=options.limit)
+def _ask_untrained(
+    asked: Sequence[TaskRun], options: argparse.Namespace, untrained: dict[str, dict[str, Any]]
+) -> None:
     missing = [one for one in asked if one.task.name not in untrained]
-    if missing:
-        base = load_model(options.model, dtype=options.dtype)
-        tokenizer = base.require_tokenizer()
-        for one in missing:
-            calibrate = one.task.kind == "labels"
-            untrained[one.task.name] = _ask(base.network, tokenizer, one, calibrate)
-        del base
+    if not missing:
+        return
+    base = load_model(options.model, dtype=options.dtype)
+    tokenizer = base.require_tokenizer()
+    for one in missing:
+        calibrate = one.task.kind == "labels"
+        untrained[one.task.name] = _ask(base.network, tokenizer, one, calibrate)
+
+
+def _kept(
+    folder: Path, run: Run, options: argparse.Namespace, row: Mapping[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]:
+    """A trained network as its adapter keeps it, and what its rows share."""
+    loaded = load_model(folder, dtype=options.dtype, quantize=run.quantize)
+    load_adapter(folder, loaded.network)
+    loaded.network.eval()
+    return loaded.network, loaded.require_tokenizer(), {key: row[key] for key in _SHARED}
+
+
+def _train(
+    name: str, run: Run, options: argparse.Namespace, kept: Path | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]:
+    """A trained network, and what its rows share; ``kept`` is where its adapter goes."""
     seed_everything(run.seed, verbose=False)
     module = QuantizedFinetuning(
         options.model,
@@ -203,23 +238,20 @@ def _train_and_ask(
             state = _weights(best.best_model_path)
             module.load_state_dict(state, strict=False)
     module.network.eval()
-    if options.adapters is not None:
-        folder = options.adapters / re.sub(r"\W+", "_", name)
-        save_adapter(module.network, folder, str(Path(options.model).resolve()))
+    if kept is not None:
+        save_adapter(module.network, kept, str(Path(options.model).resolve()))
     num_examples = trainer.global_step * options.batch_size
     shared = {
         "run": name,
-        **asdict(run),
+        **{key: value for key, value in asdict(run).items() if key != "asked"},
         "steps": trainer.global_step,
         "examples_per_s": num_examples / seconds,
         "trained_share": module.trained_share(),
         "weights_mib": memory.weights / MIB,
         "optimizer_mib": memory.optimizer / MIB,
     }
-    return [
-        {**shared, "task": one.task.name, **_ask(module.network, data.tokenizer, one, False)}
-        for one in asked
-    ]
+    assert shared.keys() == set(_SHARED)
+    return module.network, data.tokenizer, shared
 
 
 def _weights(path: str) -> dict[str, Any]:
@@ -259,7 +291,8 @@ def summary(
     for key, run in (
         ("general_gain_points", "general"),
         ("general_cost_points_of_financial", "all three"),
-        ("general_cost_points_of_financial_with_kl", "all three, KL"),
+        ("general_cost_points_of_fpb", "fpb"),
+        ("general_cost_points_of_fpb_with_kl", "fpb, KL"),
     ):
         pairs = [(of(run, task), untrained.get(task)) for task in GENERAL]
         if all(after is not None for after, _ in pairs):

@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from fingpt_lightning.benchmarks import finetuning_accuracy
 from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.loading import load_model
-from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer
+from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer, write_rows
 
 
 def test_runs_are_trained_once_and_their_gain_is_recorded(
@@ -25,6 +26,8 @@ def test_runs_are_trained_once_and_their_gain_is_recorded(
         "--max_steps": 2, "--max_length": 300, "--json": path, "--adapters": tmp_path / "adapters",
     }  # fmt: skip
     arguments = ["accuracy", *(str(word) for pair in words.items() for word in pair)]
+    fpb = replace(finetuning_accuracy.RUNS["fpb"], asked=("fpb",))
+    monkeypatch.setitem(finetuning_accuracy.RUNS, "fpb", fpb)
     for runs in ("fpb, unquantised", "fpb", "fpb, unquantised,fpb"):
         monkeypatch.setattr(sys, "argv", [*arguments, "--runs", runs])
         finetuning_accuracy.main()
@@ -35,6 +38,15 @@ def test_runs_are_trained_once_and_their_gain_is_recorded(
     accuracy, before = record["rows"][0]["accuracy"], record["untrained"]["fpb"]["accuracy"]
     assert record["summary"]["fpb_accuracy"] == accuracy
     assert record["summary"]["financial_gain_points"] == pytest.approx(100 * (accuracy - before))
+    # Of a run whose adapter is kept, another task is asked without training anew.
+    wider = replace(fpb, asked=("fpb", "fiqa_sa"))
+    monkeypatch.setitem(finetuning_accuracy.RUNS, "fpb", wider)
+    write_rows(tmp_path, "fiqa_sa")
+    monkeypatch.setattr(finetuning_accuracy, "Trainer", None)
+    finetuning_accuracy.main()
+    (trained, asked) = json.loads(path.read_text())["rows"][:2]
+    assert (trained["task"], asked["task"]) == ("fpb", "fiqa_sa")
+    assert trained["steps"] == asked["steps"] == 2
     kept = load_model(tmp_path / "adapters" / "fpb_unquantised")
     assert kept.adapter is not None
     assert load_adapter(kept.adapter, kept.network)
