@@ -100,10 +100,7 @@ def compare_forms(
         calibration_tokens: Of it that are read.
     """
     source = load_model(adapter, quantize=AUTO)
-    network, tokenizer = source.network, source.require_tokenizer()
-    assert source.adapter is not None
-    load_adapter(source.adapter, network)
-    network.eval()
+    network, tokenizer = source.adapted(), source.require_tokenizer()
     expected = predict(network, tokenizer, run.task, run.examples)
     base_bytes = sum(p.nbytes for n, p in network.named_parameters() if "lora_" not in n)
     rows = [_row(_SOURCE, run, expected, expected, base_bytes)]
@@ -118,7 +115,7 @@ def compare_forms(
         trained = load_model(adapter, quantize=AUTO)
         exported = export(trained, kind, folder / form, calibration=calibration)
         again = load_model(folder / form / GGUF if form == "gguf" else folder / form)
-        answers = predict(again.network.eval(), tokenizer, run.task, run.examples)
+        answers = predict(again.adapted(), tokenizer, run.task, run.examples)
         row = _row(form, run, answers, expected, exported.num_bytes)
         errors = [difference.relative_error for difference in exported.differences]
         row |= {"max_relative_logit_error": max(errors)}

@@ -33,7 +33,7 @@ from fingpt_lightning.benchmarks.record import (
 )
 from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.evaluation.runner import TaskRun, evaluate, read_tasks
-from fingpt_lightning.models.adapting import load_adapter, save_adapter
+from fingpt_lightning.models.adapting import save_adapter
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import QuantizedFinetuning
 from fingpt_lightning.profiling import keep_freed_memory, module_memory
@@ -189,9 +189,7 @@ def _kept(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]:
     """A trained network as its adapter keeps it, and what its rows share."""
     loaded = load_model(folder, dtype=options.dtype, quantize=run.quantize)
-    load_adapter(folder, loaded.network)
-    loaded.network.eval()
-    return loaded.network, loaded.require_tokenizer(), {key: row[key] for key in _SHARED}
+    return loaded.adapted(), loaded.require_tokenizer(), {key: row[key] for key in _SHARED}
 
 
 def _train(

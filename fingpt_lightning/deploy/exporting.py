@@ -20,9 +20,15 @@ from fingpt_lightning.deploy.network_files import (
     write_quantized,
     write_tokenizer,
 )
-from fingpt_lightning.models.adapter_files import adapter_base
-from fingpt_lightning.models.adapting import adapted_layers, load_adapter, save_adapter
+from fingpt_lightning.models.adapter_files import ADAPTER_FOLDER, adapter_base
+from fingpt_lightning.models.adapting import (
+    adapted_layers,
+    base_quantization,
+    remove_adapters,
+    save_adapter,
+)
 from fingpt_lightning.models.expansion import expand, merge_into_base
+from fingpt_lightning.models.frozen_matrix import FrozenMatrix
 from fingpt_lightning.models.loading import DTYPES, LoadedModel, load_model
 from fingpt_lightning.models.quantization import QUANTIZATIONS
 from fingpt_lightning.models.stored_quantization import is_low_rank
@@ -68,7 +74,8 @@ def export(
 ) -> Exported:
     """Writes a model in another form; the folder appears whole and compared, or not at all.
 
-    An adapter is merged in, but for the form ``peft``.
+    An adapter is merged in, but for the form ``peft``, and for a base that is quantised as the
+    form says: that keeps its codes and the adapter beside them, unless there is a calibration.
 
     Args:
         source: On the CPU in `working_dtype`; its network is changed.
@@ -93,10 +100,7 @@ def export(
         raise ValueError(f"embeddings {embeddings} has no effect on the format {form}")
     if calibration is not None and form not in QUANTIZATIONS:
         raise ValueError(f"calibration has no effect on the format {form}")
-    network = source.network
-    if source.adapter is not None:
-        load_adapter(source.adapter, network)
-        network.eval()
+    network = source.adapted()
     _check_form(network, form, dtype)
     if tolerance is None:
         tolerance = TOLERANCES[form if form in TOLERANCES else dtype]
@@ -114,7 +118,7 @@ def export(
                 f"the export's logits differ by {worst.relative_error:.2g} on {worst.kind} prompts,"
                 f" more than the tolerance {tolerance:g}; nothing was written"
             )
-        num_bytes = sum(file.stat().st_size for file in scratch.iterdir())
+        num_bytes = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
         text = None if calibration is None else calibration.described()
         exported = Exported(form, dtype, num_bytes, num_parameters, tolerance, found, text)
         (scratch / CARD).write_text(model_card(source, exported, output.name), encoding="utf-8")
@@ -154,10 +158,17 @@ def _write(
         write_tokenizer(source.tokenizer, folder)
         layers = adapted_layers(network).values()
         return sum(p.numel() for x in layers for n, p in x.named_parameters() if "lora_" in n)
+    if form in QUANTIZATIONS and base_quantization(network) == form and calibration is None:
+        num_parameters = _num_parameters(network)
+        save_adapter(network, folder / ADAPTER_FOLDER, "..")
+        remove_adapters(network)
+        write_quantized(network, folder, dtype, form, embeddings=embeddings == "quantized")
+        write_tokenizer(source.tokenizer, folder)
+        return num_parameters
     merge_into_base(network)
     if form in ("hf", "gguf") or any(_is_quantised(module) for module in network.modules()):
         expand(network)
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    num_parameters = _num_parameters(network)
     if form == "gguf":
         write_gguf(network, source.require_tokenizer(), folder / GGUF, dtype)
         return num_parameters
@@ -169,6 +180,12 @@ def _write(
         write_network(network, folder, dtype)
     write_tokenizer(source.tokenizer, folder)
     return num_parameters
+
+
+def _num_parameters(network: PreTrainedModel) -> int:
+    frozen = [module for module in network.modules() if isinstance(module, FrozenMatrix)]
+    plain = [p.numel() for p in network.parameters() if p.is_floating_point()]
+    return sum(plain) + sum(matrix.in_features * matrix.out_features for matrix in frozen)
 
 
 def _is_quantised(module: nn.Module) -> bool:
@@ -183,8 +200,4 @@ def _loaded_again(form: str, folder: Path, dtype: torch.dtype) -> PreTrainedMode
         assert isinstance(network, PreTrainedModel)
         network.eval()
         return network
-    loaded = load_model(folder / GGUF if form == "gguf" else folder, dtype=dtype)
-    if loaded.adapter is not None:
-        load_adapter(loaded.adapter, loaded.network)
-    loaded.network.eval()
-    return loaded.network
+    return load_model(folder / GGUF if form == "gguf" else folder, dtype=dtype).adapted()

@@ -6,7 +6,6 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
-from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.loading import LoadedModel, load_model
 
@@ -36,13 +35,11 @@ def load_with_adapters(options: argparse.Namespace) -> ReadyModel:
         tokenizer=options.tokenizer,
     )
     tokenizer, bank = loaded.require_tokenizer(), None
-    if loaded.adapter is not None:
-        if options.adapters:
-            raise ValueError(f"--adapters need a base; {options.model} is an adapter itself")
-        load_adapter(loaded.adapter, loaded.network)
-        loaded.network.eval()
+    if loaded.adapter is not None and options.adapters:
+        raise ValueError(f"--adapters need a base; {options.model} has an adapter already")
+    network = loaded.adapted()
     if options.adapters:
-        bank = AdapterBank(loaded.network)
+        bank = AdapterBank(network)
         for name, folder in options.adapters.items():
             bank.load(name, folder)
-    return ReadyModel(loaded, loaded.network, tokenizer, bank)
+    return ReadyModel(loaded, network, tokenizer, bank)

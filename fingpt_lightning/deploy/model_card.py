@@ -19,7 +19,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 _OURS = """from fingpt_lightning.models.loading import load_model
 
 loaded = load_model("{name}")
-loaded.network, loaded.tokenizer"""
+network, tokenizer = loaded.adapted(), loaded.tokenizer"""
 _LOADING = {
     "hf": _TRANSFORMERS,
     "peft": """from peft import AutoPeftModelForCausalLM

@@ -40,10 +40,10 @@ def write_quantized(
     embeddings: bool = False,
     moments: Iterable[InputMoments] = (),
 ) -> None:
-    """Writes a network whose layers are quantised here, in place, as bitsandbytes stores them.
+    """Writes a network whose layers are quantised, here where they are not yet, in place.
 
     Args:
-        network: Without adapters, unquantised, on the CPU.
+        network: Without adapters, on the CPU; what is quantised in it is so by ``method``.
         folder: There already.
         dtype: Of what stays unquantised.
         method: ``nf4`` or ``int8``.
@@ -143,9 +143,8 @@ def put_in_place(finished: Path, output: Path) -> None:
         finished: On the file system of ``output``.
         output: The name.
     """
-    for file in finished.iterdir():
-        file.chmod(0o644)  # safetensors makes it readable by its owner alone
-    finished.chmod(0o755)
+    for path in (finished, *finished.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # else some are their owner's alone
     if not output.exists():
         finished.rename(output)
         return

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 import torch
 from rich.console import Console
 
-from fingpt_lightning.evaluation.adapters import adapted_network
 from fingpt_lightning.evaluation.batches import default_batch_tokens
 from fingpt_lightning.evaluation.results import check_output, remarks, table, write_results
 from fingpt_lightning.evaluation.runner import Scoring, evaluate, read_tasks
@@ -53,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer,
     )
     tokenizer = model.require_tokenizer()
-    network = adapted_network(model)
+    network = model.adapted()
     batch_tokens = options.batch_tokens or default_batch_tokens(network.device.type)
     results = []
     for run in runs:

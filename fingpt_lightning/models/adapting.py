@@ -5,7 +5,7 @@ Folders are PEFT's: what is written here loads there, and what PEFT writes loads
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,6 +127,12 @@ def merge_adapters(network: PreTrainedModel) -> None:
         network.set_submodule(name, merged)
 
 
+def remove_adapters(network: PreTrainedModel) -> None:
+    """Puts each adapted layer's base back in its place."""
+    for name, layer in adapted_layers(network).items():
+        network.set_submodule(name, layer.base_layer)
+
+
 def dense_weight(layer: nn.Module) -> Tensor:
     """What a linear layer multiplies with, ``out_features x in_features``, dequantised.
 
@@ -145,8 +151,9 @@ def dense_weight(layer: nn.Module) -> Tensor:
     raise ValueError(f"{type(layer).__name__} is no linear layer")
 
 
-def _quantization(layers: Iterable[AdaptedLinear]) -> str | None:
-    for layer in layers:
+def base_quantization(network: nn.Module) -> str | None:
+    """In what the layers under adapters are quantised; None where they are not."""
+    for layer in adapted_layers(network).values():
         for module in layer.modules():
             if isinstance(module, FrozenMatrix):
                 return "int8" if isinstance(module, Int8Linear) else "nf4"
@@ -217,7 +224,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f"{ADAPTER_WEIGHTS}.partial"
     told = {"format": "pt"}
-    if (method := _quantization(layers.values())) is not None:
+    if (method := base_quantization(network)) is not None:
         told[BASE_QUANTIZE] = method
     save_file(state, aside, told)
     aside.replace(folder / ADAPTER_WEIGHTS)

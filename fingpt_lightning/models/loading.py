@@ -12,10 +12,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from fingpt_lightning.models.adapter_files import (
     ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
     adapter_base,
     check_adapter,
     trained_quantization,
 )
+from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.layout import cut, fill, lay_out
 from fingpt_lightning.models.quantization import QUANTIZATIONS
 from fingpt_lightning.models.stored_quantization import is_low_rank, place_quantized_layers
@@ -74,6 +76,17 @@ class LoadedModel(NamedTuple):
             raise ValueError(f"{self.source} has no tokenizer beside it; name the folder of one")
         return self.tokenizer
 
+    def adapted(self) -> PreTrainedModel:
+        """The network in evaluation mode, the adapter, where there is one, on its layers.
+
+        Raises:
+            ValueError: The adapter needs what is not supported here.
+        """
+        if self.adapter is not None:
+            load_adapter(self.adapter, self.network)
+        self.network.eval()
+        return self.network
+
 
 def load_model(
     path: str | Path,
@@ -95,7 +108,8 @@ def load_model(
     Args:
         path: A Hugging Face folder or hub name, the folder of a PEFT adapter (whose base is
             loaded), a GGUF file or its folder, a checkpoint, or a run folder, whose best
-            checkpoint is taken, or its last where there is no best.
+            checkpoint is taken, or its last where there is no best. An adapter that lies as
+            ``adapter/`` in a Hugging Face folder belongs to it.
         dtype: Of weights and products: float32, bfloat16, float16 or float64.
         device: Where the network goes.
         quantize: ``nf4`` (with double quantisation) or ``int8`` for the linear layers of the
@@ -128,6 +142,9 @@ def load_model(
             raise FileNotFoundError(f"the base of the adapter {adapter}: {error}") from error
         if (place.path / ADAPTER_CONFIG).is_file():
             raise ValueError(f"{adapter}: its base {base.path} is an adapter too")
+    elif adapter is None and (place.path / "config.json").is_file():
+        beside = place.path / ADAPTER_FOLDER
+        adapter = beside if (beside / ADAPTER_CONFIG).is_file() else None
     if adapter is not None:
         adapter = Path(adapter).expanduser()
         if not (adapter / ADAPTER_CONFIG).is_file():

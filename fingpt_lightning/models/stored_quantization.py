@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from fingpt_lightning.models.frozen_matrix import FrozenMatrix
 from fingpt_lightning.models.input_moments import HEAD, InputMoments
 from fingpt_lightning.models.quantization import bare_layer, is_linear, quantized_layer
 from fingpt_lightning.models.quantized_embedding import QuantizedEmbedding, QuantizedHead
@@ -154,10 +155,10 @@ def quantize_layers(
     embeddings: bool = False,
     moments: Iterable[InputMoments] = (),
 ) -> None:
-    """Quantises the linear layers of the blocks, in place, one after the other.
+    """Quantises the linear layers of the blocks, in place, but for those that are already.
 
     Args:
-        network: Unquantised, on the CPU.
+        network: On the CPU.
         method: ``nf4`` or ``int8``.
         embeddings: Also the token embedding, with the head tied to it. Such a network is read by
             `load_model` alone.
@@ -165,7 +166,11 @@ def quantize_layers(
             outputs are kept, as soon as its moments come.
     """
     cpu = torch.device("cpu")
-    layers = {n: m for n, m in network.named_modules() if is_linear(m) and n != HEAD}
+    layers = {
+        name: module
+        for name, module in network.named_modules()
+        if is_linear(module) and not isinstance(module, FrozenMatrix) and name != HEAD
+    }
     for found in moments:
         for name, group in found.groups.items():
             if (layer := layers.pop(name, None)) is not None:

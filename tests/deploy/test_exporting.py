@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fingpt_lightning.benchmarks.llama_cpp import next_token_logprobs
@@ -105,6 +106,45 @@ def test_an_adapter_is_merged_into_the_base_as_it_was_quantised(
     torch.testing.assert_close(
         _logits(merged), _logits(quantised.network.eval()), rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "low_rank", "gpt2"])
+def test_codes_that_an_adapter_was_trained_on_are_kept_and_it_stays_beside_them(
+    family: str, form: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    (client,) = save_clients(request.getfixturevalue(family), tmp_path / "clients", 1)
+    expected = load_model(client, quantize=form).adapted()
+    source = load_model(client, quantize=form)
+    made = export(source, form, tmp_path / "out")
+    again = load_model(tmp_path / "out")
+    assert again.adapter == tmp_path / "out" / "adapter"
+    torch.testing.assert_close(_logits(again.adapted()), _logits(expected))
+    assert made.differences[0].relative_error < 1e-5
+    whole = load_model(client).adapted()
+    assert made.num_parameters == sum(p.numel() for p in whole.parameters())
+    assert (tmp_path / "out" / "adapter").stat().st_mode & 0o777 == 0o755
+    # Read from anywhere, and again exported.
+    (tmp_path / "out").rename(tmp_path / "moved")
+    merged = export(load_model(tmp_path / "moved"), "merged", tmp_path / "merged")
+    assert merged.differences[0].relative_error < 1e-4
+    torch.testing.assert_close(
+        _logits(load_model(tmp_path / "merged").network), _logits(expected), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_reads_an_adapter_beside_its_codes(tmp_path: Path) -> None:
+    save(tiny_llama(mlp_width=128), tmp_path / "llama")
+    (client,) = save_clients(tmp_path / "llama", tmp_path / "clients", 1)
+    export(load_model(client, quantize="nf4"), "nf4", tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+    # In evaluation bitsandbytes repacks weights on some CPUs and multiplies in bfloat16.
+    theirs.train()
+    ours = load_model(tmp_path / "out").adapted()
+    found, expected = (network(input_ids=ids()).logits.detach() for network in (theirs, ours))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])

@@ -4,7 +4,6 @@ import peft
 import pytest
 import torch
 
-from fingpt_lightning.evaluation.adapters import adapted_network
 from fingpt_lightning.evaluation.scoring import score
 from fingpt_lightning.models.loading import load_model
 from tests.evaluation.tiny_language import examples_of, tiny_network, tiny_tokenizer
@@ -28,11 +27,11 @@ def save_adapter(base: Path, folder: Path) -> None:
 def test_an_adapter_answers_as_its_merged_network(quantize: str | None, tmp_path: Path) -> None:
     save_adapter(tmp_path / "base", tmp_path / "adapter")
     plain = load_model(tmp_path / "base", quantize=quantize)
-    assert adapted_network(plain) is plain.network
+    assert plain.adapted() is plain.network
     tokenizer = plain.require_tokenizer()
     examples = examples_of(tmp_path, "nwgi7")
     before = score(plain.network, tokenizer, examples)
-    network = adapted_network(load_model(tmp_path / "adapter", quantize=quantize))
+    network = load_model(tmp_path / "adapter", quantize=quantize).adapted()
     assert not any(part.training for part in network.modules())
     found = score(network, tokenizer, examples)
     assert [p.scores for p in found] != [p.scores for p in before]
