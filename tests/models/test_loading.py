@@ -128,7 +128,7 @@ def test_a_model_without_tokenizer_says_so_when_asked(tmp_path: Path) -> None:
     [
         ({"dtype": "bfloat"}, "dtype bfloat is none of float32, bfloat16, float16, float64; did"),
         ({"dtype": torch.int8}, "dtype int8 is none of"),
-        ({"quantize": "nf8"}, "quantize 'nf8' is none of nf4, int8"),
+        ({"quantize": "nf8"}, "quantize 'nf8' is none of auto, none, nf4, int8"),
         ({"revision": "main"}, "revision main: "),
     ],
 )
