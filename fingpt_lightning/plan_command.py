@@ -381,7 +381,8 @@ def _stages(cli: FinGPTCLI, made: Blueprint) -> list[StagePlan]:
         layout = largest_layout(layout.schedule, layout.num_ranks, layout.stages_per_rank, rows)
     width = next(iter(made.network.parameters())).itemsize
     tokens = max(1, rows // layout.num_microbatches) * int(cli.datamodule.block_length)
-    workload = Workload(tokens, bytes_per_activation=width)
+    num_shards = _num_replicas(cli.trainer) if own.get("data_parallel") == "shard" else 1
+    workload = Workload(tokens, bytes_per_activation=width, num_shards=num_shards)
     balance = Balance(own.get("balance", "time"))
     return rank_plans(made.costs, layout, workload, balance, own.get("blocks_per_stage"))
 

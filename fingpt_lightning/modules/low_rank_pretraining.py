@@ -409,7 +409,7 @@ class LowRankPretraining(LanguageModelingModule):
                 raise ValueError(
                     f"trainer.strategy {type(self.trainer.strategy).__name__} splits each matrix,"
                     f" which model.{key} {hparams[key]} is not made for; take ddp or"
-                    " PipelineStrategy"
+                    " PipelineStrategy with data_parallel replicate"
                 )
 
     @override

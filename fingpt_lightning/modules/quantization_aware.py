@@ -56,7 +56,8 @@ class RoundingSchedule:
         if module.device_mesh is not None:
             raise ValueError(
                 f"quantization_aware {self._method} rounds whole matrices, which FSDP leaves no"
-                " rank: train with ddp or a pipeline, or set it to null"
+                " rank: train with ddp or a pipeline with data_parallel replicate, or set it to"
+                " null"
             )
         network = module.network
         assert isinstance(network, PreTrainedModel)

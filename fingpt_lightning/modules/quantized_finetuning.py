@@ -366,7 +366,7 @@ class QuantizedFinetuning(LanguageModelingModule):
             raise ValueError(
                 f"trainer.strategy {type(self.trainer.strategy).__name__} splits each matrix, which"
                 " a base under adapters is not made for; take ddp, with all of it on each device,"
-                " or PipelineStrategy, with some of its blocks"
+                " or PipelineStrategy with data_parallel replicate, with some of its blocks"
             )
         if self.partial_network is not None and self.hparams["kl_weight"]:
             raise ValueError(

@@ -17,6 +17,7 @@ from fingpt_lightning.pipeline.schedule import (
     largest_layout,
     schedule_named,
 )
+from fingpt_lightning.pipeline.sharding import gathered, joined, own_share, split_like
 from fingpt_lightning.pipeline.stage import (
     Stage,
     keep_stages,
@@ -42,13 +43,17 @@ __all__ = [
     "bubble_share",
     "chrome_trace",
     "draw",
+    "gathered",
     "given_partition",
+    "joined",
     "keep_stages",
     "largest_layout",
     "network_costs",
+    "own_share",
     "part_index",
     "partition",
     "schedule_named",
+    "split_like",
     "sum_over",
     "tied_parameters",
     "to_table",

@@ -143,15 +143,19 @@ class Workload:
         tokens_per_microbatch: Of each pass.
         bytes_per_number: Of trained weights, their gradients and AdamW's state.
         bytes_per_activation: Of what is kept for the backward pass.
+        num_shards: Ranks among which FSDP2 splits what is held for a trained parameter. While a
+            batch runs, its weight and its gradient are there whole beside the shares.
     """
 
     tokens_per_microbatch: int
     bytes_per_number: int = 4
     bytes_per_activation: float | int = 4
+    num_shards: int = 1
 
     def stage_bytes(self, cost: Cost, passes_in_flight: float) -> float:
         """Weights, gradients, AdamW's state and kept activations of a stage."""
-        trained = _TRAINING_COPIES * (cost.parameters - cost.frozen_parameters)
+        copies = _TRAINING_COPIES / self.num_shards + (2 if self.num_shards > 1 else 0)
+        trained = copies * (cost.parameters - cost.frozen_parameters)
         kept = cost.activations_per_token * self.tokens_per_microbatch * passes_in_flight
         return (
             self.bytes_per_number * trained + cost.frozen_bytes + self.bytes_per_activation * kept

@@ -20,6 +20,7 @@ from torch.distributed.pipelining.schedules import (
 from typing_extensions import override
 
 from fingpt_lightning.pipeline.schedule import PipelineLayout
+from fingpt_lightning.pipeline.sharding import keep_sums_in_reduce_dtype
 from fingpt_lightning.pipeline.stage import Stage
 from fingpt_lightning.pipeline.timeline import Pass, Work
 
@@ -279,6 +280,7 @@ class _ObservedStage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         with self.runtime._noting(self.stage_index, bwd_chunk_id, Work.WEIGHT):
             super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+            keep_sums_in_reduce_dtype(self.submod)
 
 
 class _Recorder:

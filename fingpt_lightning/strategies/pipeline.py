@@ -11,6 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -25,11 +26,14 @@ from fingpt_lightning.pipeline import (
     Span,
     Stage,
     Workload,
+    gathered,
     given_partition,
     keep_stages,
     network_costs,
+    own_share,
     part_index,
     partition,
+    split_like,
     sum_over,
     tied_parameters,
     to_table,
@@ -80,6 +84,9 @@ class PipelineStrategy(PipelineProcesses):
         pipeline_size: Ranks of one pipeline; ``auto`` takes all that ``data_parallel_size`` leaves.
         data_parallel_size: Pipelines that each read their own data; ``auto`` takes all ranks that
             ``pipeline_size`` leaves: 1 where both are ``auto``.
+        data_parallel: What the ranks that have a stage in common hold of it: ``replicate``, all;
+            ``shard``, a share of its weights, gradients and optimiser state each (FSDP2). Weights
+            are gathered once a batch, and gradients are summed where they belong at its end.
         schedule: GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV.
         num_microbatches: Parts of a batch; they divide ``data.batch_size``. ``auto`` takes the most
             that do, up to four a rank.
@@ -91,8 +98,9 @@ class PipelineStrategy(PipelineProcesses):
         timeout_s: How long a rank waits for another before it ends the run, once all are set up.
 
     Raises:
-        ValueError: The ranks, blocks, microbatches or precision do not fit. All but a wrong number
-            of blocks is found before a process is started.
+        ValueError: The ranks, blocks, microbatches or precision do not fit, or the module is not
+            one that can be sharded. All but these and a wrong number of blocks is found before a
+            process is started.
         TypeError: The module is not a `PipelinedModule`.
     """
 
@@ -100,6 +108,7 @@ class PipelineStrategy(PipelineProcesses):
         self,
         pipeline_size: int | Literal["auto"] = "auto",
         data_parallel_size: int | Literal["auto"] = "auto",
+        data_parallel: Literal["replicate", "shard"] = "replicate",
         schedule: str = "1F1B",
         num_microbatches: int | Literal["auto"] = "auto",
         num_virtual_stages: int | Literal["auto"] = "auto",
@@ -110,8 +119,8 @@ class PipelineStrategy(PipelineProcesses):
         timeout_s: float | int = 1800,
     ) -> None:
         super().__init__(
-            pipeline_size, data_parallel_size, schedule, num_microbatches, num_virtual_stages,
-            process_group_backend, timeout_s,
+            pipeline_size, data_parallel_size, data_parallel, schedule, num_microbatches,
+            num_virtual_stages, process_group_backend, timeout_s,
         )  # fmt: skip
         self._balance, self._blocks_per_stage = Balance(balance), blocks_per_stage
         self._recompute = activation_checkpointing
@@ -138,6 +147,7 @@ class PipelineStrategy(PipelineProcesses):
         workload = Workload(
             max(1, rows // self.layout.num_microbatches) * length,
             bytes_per_activation=4 if base is None else base.bytes_per_number,
+            num_shards=self._mesh_of("data_parallel").size() if self._shards else 1,
         )
         if self._blocks_per_stage is None:
             self._spans = partition(costs, self.layout, workload, self._balance)
@@ -168,6 +178,12 @@ class PipelineStrategy(PipelineProcesses):
             raise ValueError(
                 f"model.compile: {self._schedule.value} takes the backward pass apart, which"
                 " torch.compile does not allow; take 1F1B or Interleaved1F1B"
+            )
+        if self._shards and not isinstance(module, FSDPModule):
+            raise ValueError(
+                f"data_parallel shard: {type(module).__name__} holds its stages whole, as one whose"
+                " network was built before the trainer does; let configure_model shard it over"
+                " device_mesh['data_parallel'], or take replicate"
             )
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
@@ -208,10 +224,11 @@ class PipelineStrategy(PipelineProcesses):
             # Lightning would free them only after the schedule has made new ones.
             _assign_gradients((p, None) for p in parameters)
         self._is_in_window = True
-        replicas = self.distributed_sampler_kwargs["num_replicas"]
+        # FSDP averages gradients over its ranks, where replicas add them up.
+        replicas = 1 if self._shards else self.distributed_sampler_kwargs["num_replicas"]
         unit = torch.ones((), dtype=torch.float64)
         scale = module.backward_start(unit).item() / (trainer.accumulate_grad_batches * replicas)
-        with _told_by_stages():
+        with _told_by_stages(), gathered(module, trains=True):
             sums = runtime.train(*_rows(batch), scale, record=self._record_next)
         self._record_next = False
         # Lightning sets gradients to zero between this step and its backward pass.
@@ -251,27 +268,30 @@ class PipelineStrategy(PipelineProcesses):
         if self._ends is not None:
             named = module.named_parameters()
             tied = [p.grad for name, p in named if name in self._tied and p.grad is not None]
-            sum_over(tied, self._ends)
+            sum_over([own_share(gradient) for gradient in tied], self._ends)
         replicas = self._mesh_of("data_parallel")
-        if replicas.size() > 1:
+        if replicas.size() > 1 and not self._shards:
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
             sum_over(gradients, replicas.get_group())
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
-        """Over all stages, tied weights once; the ranks of the pipeline call it together."""
+        """Over all stages and shares, tied weights once; the ranks call it together."""
         module, _ = self._running()
         elsewhere = {id(p) for p in module.parameters()} - {id(p) for p in self._own_names()}
-        counted = [p.grad for p in parameters if p.grad is not None and id(p) not in elsewhere]
+        gradients = [p.grad for p in parameters if p.grad is not None and id(p) not in elsewhere]
+        counted = [own_share(gradient) for gradient in gradients]
         norm = get_total_norm(counted, foreach=True)
         # In one dtype: that of a rank where nothing is trained is not the others'.
         square: Tensor = norm.to(self.root_device, torch.float64).square()
         dist.all_reduce(square, group=self._pipeline_group)
+        if self._shards:
+            dist.all_reduce(square, group=self._mesh_of("data_parallel").get_group())
         return square.sqrt().to(norm.dtype if counted else square.dtype)
 
     @override
     def validation_step(self, batch: Mapping[str, Any], *args: Any) -> None:
         module, runtime = self._running()
-        with _told_by_stages():
+        with _told_by_stages(), gathered(module):
             sums = runtime.evaluate(*_rows(batch))
         module.log_evaluation(LossSums(*sums))
 
@@ -288,7 +308,7 @@ class PipelineStrategy(PipelineProcesses):
                 tokens: Tensor = module.likeliest_tokens(hidden)
                 return tokens
 
-        with _told_by_stages():
+        with _told_by_stages(), gathered(module):
             input_ids, _, position_ids = _rows(batch)
             return runtime.predict(input_ids, position_ids, likeliest)
 
@@ -303,8 +323,6 @@ class PipelineStrategy(PipelineProcesses):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        if not self._saves:
-            return {}
         module = self.lightning_module
         assert module is not None
         own, names = set(self._own_names().values()), self._whole_names()
@@ -313,17 +331,15 @@ class PipelineStrategy(PipelineProcesses):
             for key, tensor in module.state_dict().items()
             if key in own or key not in names.first_name
         }
-        gathered = gather_tensors(answered, self._pipeline_group, self.root_device)
+        whole = gather_tensors(answered, self._pipeline_group, self.root_device, self._saves)
         first_name = names.first_name
-        return {key: gathered[first_name.get(key, key)] for key in names.state if gathered}
+        return {key: whole[first_name.get(key, key)] for key in names.state if whole}
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if not self._saves:
-            return {}
         return gather_optimizer_state(
             _bare(optimizer), self._own_names(), self._whole_names(), self._pipeline_group,
-            self.root_device,
+            self.root_device, self._saves,
         )  # fmt: skip
 
     @override
@@ -339,7 +355,8 @@ class PipelineStrategy(PipelineProcesses):
                 f"{len(wrong)} weights are in the checkpoint or the network alone: {min(wrong)},"
                 " ..."
             )
-        own = {key: state[key] for key in module.state_dict() if key in state}
+        held = module.state_dict()
+        own = {key: split_like(state[key], like) for key, like in held.items() if key in state}
         module.load_state_dict(own, strict=strict)
 
     @override

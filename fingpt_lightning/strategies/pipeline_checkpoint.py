@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fingpt_lightning.pipeline import joined, split_like
+
 
 @dataclass(frozen=True)
 class WholeNames:
@@ -55,17 +57,22 @@ class WholeNames:
 
 
 def gather_tensors(
-    own: Mapping[str, Tensor], group: dist.ProcessGroup, device: torch.device
+    own: Mapping[str, Tensor], group: dist.ProcessGroup, device: torch.device, saves: bool = True
 ) -> dict[str, Tensor]:
     """The tensors of all ranks in the host memory of the group's first, one on its way at a time.
 
-    All ranks of the group call it together; the others get an empty dict.
+    All ranks of all pipelines call it together; the others get an empty dict.
 
     Args:
         own: No name is another rank's too.
-        group: Whose tensors are wanted.
+        group: Whose tensors are wanted: the ranks of a pipeline.
         device: From which the group's backend sends.
+        saves: Whether this pipeline is the one to gather; the others give it their shares.
     """
+    if not saves:
+        for tensor in own.values():
+            joined(tensor)
+        return {}
     is_first = dist.get_rank(group) == 0
     described: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{}] * dist.get_world_size(group)
     dist.gather_object(
@@ -76,9 +83,9 @@ def gather_tensors(
     )
     if not is_first:
         for tensor in own.values():
-            dist.send(tensor.detach().to(device).contiguous(), group=group, group_dst=0)
+            dist.send(joined(tensor).to(device).contiguous(), group=group, group_dst=0)
         return {}
-    whole = {name: tensor.detach().cpu() for name, tensor in own.items()}
+    whole = {name: joined(tensor).cpu() for name, tensor in own.items()}
     for source, of_source in enumerate(described[1:], 1):
         for name, (shape, dtype) in of_source.items():
             tensor = torch.empty(shape, dtype=dtype, device=device)
@@ -93,6 +100,7 @@ def gather_optimizer_state(
     names: WholeNames,
     group: dist.ProcessGroup,
     device: torch.device,
+    saves: bool = True,
 ) -> dict[str, Any]:
     """The optimiser's state as on one device, on the group's first rank; elsewhere empty.
 
@@ -100,8 +108,9 @@ def gather_optimizer_state(
         optimizer: Of this rank's parameters.
         own_names: Of the parameters whose state this rank answers for.
         names: Of the whole module.
-        group: All ranks of the pipeline, which call it together.
+        group: All ranks of the pipeline; those of all pipelines call it together.
         device: From which the group's backend sends.
+        saves: Whether this pipeline is the one to gather; the others give it their shares.
     """
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
@@ -114,8 +123,8 @@ def gather_optimizer_state(
     groups = _whole_groups(optimizer, own_names, names, group)
     plain_by_rank: list[dict[str, dict[str, Any]]] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(plain_by_rank, plain, group=group)
-    gathered = gather_tensors(tensors, group, device)
-    if dist.get_rank(group) != 0:
+    gathered = gather_tensors(tensors, group, device, saves)
+    if dist.get_rank(group) != 0 or not saves:
         return {}
     by_name: dict[str, dict[str, Any]] = {}
     for of_rank in plain_by_rank:
@@ -168,9 +177,13 @@ def own_optimizer_state(
     own = optimizer.state_dict()["param_groups"]
     own_ids = (index for part in own for index in part["params"])
     parameters = (p for part in optimizer.param_groups for p in part["params"])
-    wanted = {index: saved_ids[own_names[p]] for index, p in zip(own_ids, parameters, strict=True)}
+    states = {
+        index: {key: split_like(value, p) for key, value in state.items()}
+        for index, p in zip(own_ids, parameters, strict=True)
+        if (state := saved["state"].get(saved_ids[own_names[p]])) is not None
+    }
     return {
-        "state": {i: saved["state"][j] for i, j in wanted.items() if j in saved["state"]},
+        "state": states,
         "param_groups": [
             {**saved_part, "params": part["params"]}
             for part, saved_part in zip(own, saved["param_groups"], strict=True)

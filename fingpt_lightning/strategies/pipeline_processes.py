@@ -39,6 +39,7 @@ class PipelineProcesses(DDPStrategy):
         self,
         pipeline_size: int | Literal["auto"],
         data_parallel_size: int | Literal["auto"],
+        data_parallel: Literal["replicate", "shard"],
         schedule: str,
         num_microbatches: int | Literal["auto"],
         num_virtual_stages: int | Literal["auto"],
@@ -47,6 +48,8 @@ class PipelineProcesses(DDPStrategy):
     ) -> None:
         if timeout_s <= 0:
             raise ValueError(f"timeout_s {timeout_s} is not above 0")
+        if data_parallel not in ("replicate", "shard"):
+            raise ValueError(f"data_parallel {data_parallel!r} is neither replicate nor shard")
         for name, size in (
             ("pipeline_size", pipeline_size), ("data_parallel_size", data_parallel_size),
             ("num_microbatches", num_microbatches), ("num_virtual_stages", num_virtual_stages),
@@ -66,6 +69,7 @@ class PipelineProcesses(DDPStrategy):
             else num_virtual_stages
         )
         self._timeout_s = timeout_s
+        self._shards = data_parallel == "shard"
         self._layout: PipelineLayout | None = None
         self._mesh: DeviceMesh | None = None
         self._ends: dist.ProcessGroup | None = None
@@ -87,6 +91,11 @@ class PipelineProcesses(DDPStrategy):
             raise ValueError(
                 "trainer.strategy PipelineStrategy parts a network among ranks, and a pipeline has"
                 " one: raise trainer.devices or leave the strategy out"
+            )
+        if self._shards and replicas == 1:
+            raise ValueError(
+                "data_parallel shard splits a stage among pipelines, and data_parallel_size is 1:"
+                " raise trainer.devices or take replicate"
             )
         if str(self.precision_plugin.precision).startswith("16"):
             raise ValueError(
@@ -111,6 +120,9 @@ class PipelineProcesses(DDPStrategy):
         super().setup_environment()
         if self._mesh is None:
             self._meet()
+        if self._shards:
+            assert self.lightning_module is not None
+            self.lightning_module._device_mesh = self._mesh  # by which a module shards itself
         self._fit_to_data()
 
     def _fit_to_data(self) -> None:

@@ -76,14 +76,15 @@ def _fit(
     (tested,) = trainer.test(module, datamodule=TokenData(batch_size), verbose=False)
     return {
         "losses": reader.losses,
-        "weights": {name: _whole(weight) for name, weight in module.state_dict().items()},
+        "weights": {name: whole_copy(weight) for name, weight in module.state_dict().items()},
         "held_bytes": list(held),
         "test/loss": tested["test/loss"],
         "tokens_seen": module.tokens_seen,
     }
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole_copy(tensor: Tensor) -> Tensor:
+    """Also of a sharded tensor; the ranks that share it call this together."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 

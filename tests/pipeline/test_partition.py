@@ -68,6 +68,12 @@ def test_equal_memory_is_another_cut_than_equal_time() -> None:
     assert [span.end - span.first for span in spans] == [6, 6]
 
 
+def test_a_sharded_stage_holds_shares_and_what_a_batch_needs_whole() -> None:
+    shares = Workload(64, num_shards=8)
+    assert WORK.stage_bytes(BLOCK, 0.0) == 4 * 4 * BLOCK.parameters
+    assert shares.stage_bytes(BLOCK, 0.0) == 4 * (2 + 4 / 8) * BLOCK.parameters
+
+
 def test_more_stages_than_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="13 stages are more than the 12 blocks"):
         partition(SMALL, _layout(13), WORK)

@@ -11,11 +11,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.strategies import DDPStrategy
 
-from fingpt_lightning.modules import LowRankPretraining
+from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
+from fingpt_lightning.modules.base_model import RandomLlama
 from fingpt_lightning.pipeline import Schedule
 from fingpt_lightning.profiling.memory import module_memory
 from fingpt_lightning.strategies import PipelineStrategy
-from tests.modules.test_several_devices import LossReader
+from tests.modules.test_several_devices import LossReader, whole_copy
 from tests.support.lightning_ranks import RanksEnvironment
 from tests.support.ranks import run_ranks
 from tests.support.token_data import TokenData
@@ -83,7 +84,7 @@ def fit_one(
     return {
         "losses": reader.losses,
         "norms": reader.norms,
-        "weights": {name: weight.clone() for name, weight in module.state_dict().items()},
+        "weights": {name: whole_copy(weight) for name, weight in module.state_dict().items()},
         "held_bytes": list(held),
         "test/loss": tested["test/loss"],
         "tokens_seen": module.tokens_seen,
@@ -126,6 +127,7 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
     saved_by_two = _saved(folder / "two of four", 14)
     results |= fit("ddp of two", DDPStrategy(), resume_from=saved_by_two, batch_size=2)
     results |= fit("two of one", _strategy("ZBVZeroBubble"), resume_from=saved_by_one)
+    results |= fit("two of sharded", _strategy(), resume_from=_saved(folder / "sharded", 8))
     return results
 
 
@@ -135,11 +137,41 @@ def _on_four(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
     def fit(case: str, strategy: Any, **options: Any) -> dict[str, Any]:
         return {case: fit_on_ranks(folder / case, num_ranks, strategy, TIED, **options)}
 
-    two_by_two = _strategy(pipeline_size=2, num_microbatches=2)
-    return {
+    def two_by_two(schedule: str = "1F1B", **settings: Any) -> PipelineStrategy:
+        return _strategy(schedule, pipeline_size=2, num_microbatches=2, **settings)
+
+    results = {
         **fit("four", _strategy(blocks_per_stage=[2, 1, 1, 1]), save_at=8),
-        **fit("two by two", two_by_two, batch_size=2),
+        **fit("two by two", two_by_two(), batch_size=2),
+        **fit("sharded", two_by_two(data_parallel="shard"), batch_size=2, save_at=8),
     }
+    for kind in ("replicate", "shard"):
+        strategy = two_by_two("InterleavedZeroBubble", data_parallel=kind)
+        results |= fit(f"bf16 {kind}", strategy, batch_size=2, max_steps=2, **BF16)
+    return results | {"refusals": _refusals_of_shards()}
+
+
+def _refusals_of_shards() -> list[str]:
+    """Of modules whose matrices have to be whole."""
+    built = LowRankPretraining(**TIED, vocab_size=23)
+    built.configure_model()
+    modules: list[LightningModule] = [
+        LowRankPretraining(**LOW_RANK, optimizer="pairs"),
+        LowRankPretraining(**ROUNDED),
+        QuantizedFinetuning(random_base=RandomLlama(num_positions=400)),
+        built,
+    ]
+    told = []
+    for module in modules:
+        strategy = _strategy(pipeline_size=2, data_parallel="shard", num_microbatches=2)
+        trainer = Trainer(
+            accelerator="cpu", devices=4, strategy=strategy, plugins=[RanksEnvironment()],
+            max_steps=2, logger=False, enable_checkpointing=False,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=r".") as error:
+            trainer.fit(module, datamodule=TokenData(2, NUM_ROWS))
+        told.append(str(error.value))
+    return told
 
 
 class Runs:
@@ -198,7 +230,7 @@ def test_losses_in_float32_are_those_of_one_device(runs: Runs, case: str) -> Non
 
 @pytest.mark.slow
 def test_four_ranks_and_two_pipelines_of_two_do_too(runs: Runs) -> None:
-    for case, num_replicas in (("four", 1), ("two by two", 2)):
+    for case, num_replicas in (("four", 1), ("two by two", 2), ("sharded", 2)):
         assert_same(runs.by_rank(case), runs.tied)
         assert [results["num_replicas"] for results in runs.by_rank(case)] == [num_replicas] * 4
 
@@ -225,7 +257,8 @@ def test_mixed_precision_is_that_of_one_device(runs: Runs) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "num_steps"), [("two of four", 12), ("ddp of two", 6), ("two of one", 12)]
+    ("case", "num_steps"),
+    [("two of four", 12), ("ddp of two", 6), ("two of one", 12), ("two of sharded", 12)],
 )
 def test_a_run_goes_on_with_another_number_of_stages(runs: Runs, case: str, num_steps: int) -> None:
     assert {len(results["losses"]) for results in runs.by_rank(case)} == {num_steps}
@@ -249,6 +282,54 @@ def test_a_checkpoint_of_stages_is_that_of_one_device(runs: Runs) -> None:
     assert embedding.data_ptr() == head.data_ptr()
     loaded = LowRankPretraining.load_from_checkpoint(path, weights_only=True)
     assert loaded.state_dict().keys() == truth["state_dict"].keys()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_shards_is_that_of_one_device(runs: Runs) -> None:
+    ours, truth = (
+        torch.load(_saved(runs.folder / who, 8), weights_only=True) for who in ("sharded", "one")
+    )
+    (optimizer,), (expected,) = ours["optimizer_states"], truth["optimizer_states"]
+    assert list(ours["state_dict"]) == list(truth["state_dict"])
+    assert optimizer["param_groups"] == expected["param_groups"]
+    assert optimizer["state"]
+    for found, wanted in (
+        (ours["state_dict"], truth["state_dict"]),
+        (optimizer["state"], expected["state"]),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_a_rank_holds_its_share_of_a_stage(runs: Runs) -> None:
+    whole_stages = [results["held_bytes"] for results in runs.by_rank("two by two")]
+    shares = [results["held_bytes"] for results in runs.by_rank("sharded")]
+    for stage in (0, 1):
+        for whole_stage, *of_ranks in zip(
+            whole_stages[stage], shares[stage], shares[stage + 2], strict=True
+        ):
+            assert sum(of_ranks) == pytest.approx(whole_stage, rel=0.02)  # counts of steps
+            assert max(of_ranks) < 0.55 * whole_stage
+
+
+@pytest.mark.slow
+def test_shards_in_mixed_precision_sum_gradients_in_float32(runs: Runs) -> None:
+    """Also where those of weights are computed apart."""
+    whole_stage, shares = (list(runs.by_rank(f"bf16 {k}")) for k in ("replicate", "shard"))
+    for ours, truth in zip(shares, whole_stage, strict=True):
+        assert ours["losses"][0] == pytest.approx(truth["losses"][0], rel=1e-6)
+        assert ours["norms"][0] == pytest.approx(truth["norms"][0], rel=1e-5)
+        assert {weight.dtype for weight in ours["weights"].values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_what_needs_whole_matrices_is_refused_on_shards(runs: Runs) -> None:
+    for pairs, rounded, base, built in runs.by_rank("refusals"):
+        assert "splits each matrix, which model.optimizer pairs is not made for" in pairs
+        assert "take ddp or PipelineStrategy with data_parallel replicate" in pairs
+        assert "quantization_aware int8 rounds whole matrices" in rounded
+        assert "splits each matrix, which a base under adapters is not made for" in base
+        assert "data_parallel shard: LowRankPretraining holds its stages whole" in built
 
 
 @pytest.mark.slow
@@ -278,6 +359,7 @@ def _trainer(**settings: Any) -> Trainer:
         ({"schedule": "1F2B"}, "did you mean 1F1B"),
         ({"num_virtual_stages": 2}, "1F1B has one stage a rank"),
         ({"options": {"precision": "16-true"}}, "16-true: float16 needs a gradient scaler"),
+        ({"data_parallel": "shard"}, "data_parallel shard .* data_parallel_size is 1: raise"),
         ({"timeout_s": 0}, "timeout_s 0 is not above 0"),
         ({"pipeline_size": -1}, "pipeline_size -1 is below 1"),
         ({"num_microbatches": 0}, "num_microbatches 0 is below 1"),
