@@ -58,6 +58,12 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         type=positive_int,
         help="tokens of them that are read; default: 32768",
     )
+    add(
+        "--damping",
+        type=_damping,
+        help="of the calibration: how much of the weights' own error counts beside that of the"
+        " outputs, from 0 on; default: 0",
+    )
     add("--method", choices=METHODS, default="exact", help="default: %(default)s")
     add("--seed", type=_seed, help="of --method randomized; default: 1")
     add(
@@ -80,6 +86,8 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         raise WrongOptions("--allocation has an effect with --compression alone")
     if options.calibration_tokens is not None and options.calibration is None:
         raise WrongOptions("--calibration_tokens has an effect with --calibration alone")
+    if options.damping is not None and options.calibration is None:
+        raise WrongOptions("--damping has an effect with --calibration alone")
     if options.seed is not None and options.method == "exact":
         raise WrongOptions("--seed has an effect with --method randomized alone")
     if options.energy is not None and options.method == "randomized":
@@ -98,6 +106,13 @@ def _compression(text: str) -> float:
     number = _number(text)
     if not 1 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is below 1 (dense over stored parameters)")
+    return number
+
+
+def _damping(text: str) -> float:
+    number = _number(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
     return number
 
 
