@@ -26,7 +26,7 @@ from fingpt_lightning.benchmarks.record import (
 from fingpt_lightning.benchmarks.text_loss import text_loss
 from fingpt_lightning.data import TextBlocks
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
-from fingpt_lightning.deploy.calibration import text_calibration
+from fingpt_lightning.deploy.calibration import Calibration, text_calibration
 from fingpt_lightning.deploy.decomposing import Request, decompose_model
 from fingpt_lightning.models.decomposing import open_source
 from fingpt_lightning.models.loading import load_model
@@ -42,22 +42,34 @@ TEXTS = {
     "fed_text": "fed_text/validation.jsonl",
 }
 TRAINING = "fed_text/train.jsonl"
+OTHER = "wikitext2/test.txt"
 ORIGINAL = "original"
 TRAINED = "calibrated, trained on"
 
 
 class Way(NamedTuple):
-    """How ranks are found, and whether the outputs on calibration text count."""
+    """How ranks are found, the texts whose outputs count, in equal parts, and the damping."""
 
     allocation: str
-    is_calibrated: bool
+    texts: tuple[str, ...] = ()
+    damping: float = 0.0
 
 
 WAYS = {
-    "plain": Way("uniform", False),
-    "calibrated, one ratio": Way("uniform", True),
-    "calibrated": Way("spectrum", True),
+    "plain": Way("uniform"),
+    "calibrated, one ratio": Way("uniform", (TRAINING,)),
+    "calibrated": Way("spectrum", (TRAINING,)),
 }
+MORE_WAYS = {
+    **{
+        f"one ratio, damping {damping:g}": Way("uniform", (TRAINING,), damping)
+        for damping in (0.01, 0.03, 0.1, 0.3, 1.0)
+    },
+    "damping 0.1": Way("spectrum", (TRAINING,), 0.1),
+    "both texts, one ratio": Way("uniform", (TRAINING, OTHER)),
+    "both texts, one ratio, damping 0.1": Way("uniform", (TRAINING, OTHER), 0.1),
+}
+"""What may carry over to other text than that of the calibration."""
 
 
 def main() -> None:
@@ -101,7 +113,7 @@ def contenders(shares: str) -> Iterator[tuple[float, str]]:
     """Share of the parameters and what is done, in the order of the record."""
     yield 1.0, ORIGINAL
     for text in shares.split(","):
-        for name in (*WAYS, TRAINED):
+        for name in (*WAYS, TRAINED, *MORE_WAYS):
             yield float(text), name
 
 
@@ -135,23 +147,28 @@ def measure(share: float, contender: str, options: argparse.Namespace) -> dict[s
 
 def decomposed(share: float, contender: str, options: argparse.Namespace) -> Path:
     """The folder of a decomposed model, made where it is not there."""
-    way = WAYS[contender]
+    way = (WAYS | MORE_WAYS)[contender]
     name = f"{contender.replace(', ', '_').replace(' ', '_')}-{share:g}"
     folder: Path = options.work_dir / name
     if not folder.exists():
         source = open_source(options.model)
         calibration = None
-        if way.is_calibrated:
-            text = TextFiles(find_text_files(str(options.data_dir / TRAINING)))
-            calibration = text_calibration(
-                text,
-                source.tokenizer,
-                source.network.config,
-                options.calibration_tokens,
-                options.block_length,
+        if way.texts:
+            tokenizer, config = source.tokenizer, source.network.config
+            number = options.calibration_tokens // len(way.texts)
+            parts = [
+                text_calibration(
+                    TextFiles(find_text_files(str(options.data_dir / text))), tokenizer, config,
+                    number, options.block_length,
+                )
+                for text in way.texts
+            ]  # fmt: skip
+            calibration = Calibration(
+                torch.cat([part.ids for part in parts]), "; ".join(part.name for part in parts)
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        request = Request(compression=1 / share, allocation=way.allocation)
+        damping = way.damping if way.texts else None
+        request = Request(compression=1 / share, allocation=way.allocation, damping=damping)
         decompose_model(source, request, folder, calibration)
     return folder
 

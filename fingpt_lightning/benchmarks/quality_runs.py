@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -226,12 +226,24 @@ class Workshop:
         taken: dict[str, list[float]] = {variant.name: [] for variant in variants}
         for turn in range(repeats + 1):
             for variant in variants:
-                data, module, watch = self._made(variant, rates[variant.name], seed=1)
-                self._trainer(watch, 4, limit_val_batches=0).fit(module, datamodule=data)
+                times = self._two_step_times_s(variant, rates[variant.name])
                 if turn > 0:
-                    # The first makes the optimiser's state.
-                    taken[variant.name] += watch.step_times_s[2:]
+                    taken[variant.name] += times
         return taken
+
+    def _two_step_times_s(self, variant: Variant, rate: float) -> list[float]:
+        """Of a run's steps on average, where it is guided in a share of them."""
+        share = variant.model.get("self_guided", 0.0)
+        mean_s = [0.0, 0.0]
+        for guided, weight in ((1.0, share), (0.0, 1 - share)):
+            if weight:
+                settings = {**variant.model, "self_guided": guided}
+                data, module, watch = self._made(replace(variant, model=settings), rate, seed=1)
+                self._trainer(watch, 4, limit_val_batches=0).fit(module, datamodule=data)
+                # The first makes the optimiser's state.
+                timed = watch.step_times_s[2:]
+                mean_s = [mean + weight * s for mean, s in zip(mean_s, timed, strict=True)]
+        return mean_s
 
     def _made(
         self, variant: Variant, rate: float, seed: int

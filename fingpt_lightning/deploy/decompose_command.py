@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
         Method(options.method),
         1 if options.seed is None else options.seed,
         options.dtype,
+        options.damping,
     )
     made = decompose_model(
         source,

@@ -55,6 +55,12 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         help="rank, or share of the width, of an embedding tied to the head; default: dense",
     )
     add_calibration_options(parser)
+    add(
+        "--damping",
+        type=_damping,
+        help="of the calibration: how much of the weights' own error counts beside that of the"
+        " outputs, from 0 on; default: 0",
+    )
     add("--method", choices=METHODS, default="exact", help="default: %(default)s")
     add("--seed", type=_seed, help="of --method randomized; default: 1")
     add(
@@ -76,6 +82,9 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     if options.allocation is not None and options.compression is None:
         raise WrongOptions("--allocation has an effect with --compression alone")
     check_calibration_options(options)
+    is_calibrated = options.calibration is not None or options.calibration_task is not None
+    if options.damping is not None and not is_calibrated:
+        raise WrongOptions("--damping has an effect with a calibration alone")
     if options.seed is not None and options.method == "exact":
         raise WrongOptions("--seed has an effect with --method randomized alone")
     if options.energy is not None and options.method == "randomized":
@@ -94,6 +103,13 @@ def _compression(text: str) -> float:
     number = _number(text)
     if not 1 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is below 1 (dense over stored parameters)")
+    return number
+
+
+def _damping(text: str) -> float:
+    number = _number(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
     return number
 
 

@@ -68,6 +68,8 @@ class Request:
         method: Exact or randomised.
         seed: Of the randomised method.
         dtype: Of the stored weights.
+        damping: How much of the weights' own error counts beside that of the outputs on the
+            calibration text, as in `low_rank.decomposition.damped`; None without calibration.
     """
 
     rank_ratio: float | None = None
@@ -78,6 +80,7 @@ class Request:
     method: Method = Method.EXACT
     seed: int = 1
     dtype: str = "float32"
+    damping: float | None = None
 
 
 class DecomposedLayer(NamedTuple):
@@ -199,6 +202,7 @@ def decompose_model(
         energy=request.energy,
         method=request.method,
         dtype=DTYPES[request.dtype],
+        damping=request.damping or 0.0,
         seed=request.seed,
     )
     pool = LayerPool(workers, devices)

@@ -104,6 +104,23 @@ def energies_of(
     return values.flip(-1).clamp_min(0)
 
 
+def damped(moments: Float[Tensor, "B I I"] | None, damping: float) -> Float[Tensor, "B I I"] | None:
+    """C + damping mean(diag C) 1: moments that leave no direction of the inputs out.
+
+    Those of few tokens, or of one kind of text, say of most directions only that they did not
+    occur there; this much of the error of the weight itself counts beside that of the outputs.
+
+    Args:
+        moments: C of each layer; None stays None.
+        damping: From 0 on; 0 changes nothing, and a large one leaves the weight's error alone.
+    """
+    if moments is None or not damping:
+        return moments
+    means_B11 = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
+    return moments + damping * means_B11 * identity
+
+
 def square_roots(moments: Float[Tensor, "B I I"]) -> Float[Tensor, "B I I"]:
     """S with S S' = C, in float64: Cholesky's, or that of the eigenvectors where C is singular."""
     moments = moments.double()

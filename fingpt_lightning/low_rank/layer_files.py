@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fingpt_lightning.low_rank.decomposition import (
     Method,
+    damped,
     energies_of,
     factors_of,
     output_basis,
@@ -107,6 +108,7 @@ class Work:
         energy: The share of the squared singular values to keep.
         method: Exact or randomised.
         dtype: Of the stored factors.
+        damping: Of the moments, as in `damped`.
         seed: Of the randomised method; a layer's stream depends on it and its name alone.
         device: Where it is computed.
     """
@@ -117,6 +119,7 @@ class Work:
     energy: float | None = None
     method: Method = Method.EXACT
     dtype: torch.dtype = torch.float32
+    damping: float = 0.0
     seed: int = 1
     device: str = "cpu"
 
@@ -246,7 +249,7 @@ def decompose_batch(work: Work, batch: Batch) -> list[LayerResult]:
     if not columns:
         return [_kept(work, layer) for layer in batch.layers]
     streams = [_generator(work, name) for name in names]
-    basis = output_basis(weights, columns, moments, work.method, streams)
+    basis = output_basis(weights, columns, damped(moments, work.damping), work.method, streams)
     if work.energy is not None:
         found = [energy_rank(energies.tolist(), work.energy) for energies in basis.energies]
         ranks = [dense_if_not_smaller(rank, size) for rank in found]
@@ -268,7 +271,8 @@ def decompose_batch(work: Work, batch: Batch) -> list[LayerResult]:
 
 def measure_batch(work: Work, batch: Batch) -> list[str]:
     """Writes the squared singular values of a batch of weights; gives the layers' names."""
-    energies = energies_of(_weights(work, batch), _moments(work, batch)).cpu()
+    moments = damped(_moments(work, batch), work.damping)
+    energies = energies_of(_weights(work, batch), moments).cpu()
     for layer, row in zip(batch.layers, energies, strict=True):
         write_tensors(spectrum_file(work.folder, layer.name), {"energies": row})
     return [layer.name for layer in batch.layers]

@@ -21,6 +21,10 @@ class LowRankLinear(nn.Module):
     numbers of z to O (the last time in part) and c = expansion / sqrt(ceil(O / R)): a way from x
     past U for the gradient. U + c [1; 1; ...] does the same alone: `fold` makes it so.
 
+    With a guide W, a dense matrix that starts as the product, it is a x W' + (1 - a) x D' U' + b in
+    training mode: as long as the share a falls from 1 to 0, W learns first and the factors with it
+    what they can. In evaluation mode a guide does nothing: that is the layer it will leave.
+
     Args:
         in_features: I.
         out_features: O. A layer that makes query, key and value at once has O = 3 I and shares
@@ -36,8 +40,12 @@ class LowRankLinear(nn.Module):
             ``expansion`` are asked for.
 
     Source: https://arxiv.org/abs/2402.13533, section 3 (their A is ``down``, their B is ``up``);
-    https://arxiv.org/abs/2502.10940 (``silu``); https://arxiv.org/abs/2606.28932 (``expansion``).
+    https://arxiv.org/abs/2502.10940 (``silu``); https://arxiv.org/abs/2606.28932 (``expansion``);
+    https://arxiv.org/abs/2406.16450 (guide: their self-guided training).
     """
+
+    guide: nn.Parameter | None
+    guide_share: Tensor | None
 
     def __init__(
         self,
@@ -60,6 +68,8 @@ class LowRankLinear(nn.Module):
         self.down = nn.Parameter(torch.empty(rank, in_features))
         self.up = nn.Parameter(torch.empty(out_features, rank))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.register_parameter("guide", None)
+        self.register_buffer("guide_share", None, persistent=False)
         if self.down.device.type != "meta":
             self.reset_parameters(in_features**-0.5)
 
@@ -111,7 +121,27 @@ class LowRankLinear(nn.Module):
         z = F.linear(x, self.down)
         if self.activation == "silu":
             z = F.silu(z)
-        return F.linear(z, self._folded_up() if self.expansion else self.up, self.bias)
+        y = F.linear(z, self._folded_up() if self.expansion else self.up, self.bias)
+        if self.guide is None or self.guide_share is None or not self.training:
+            return y
+        # A tensor of no axes takes the dtype of y, and compiled code does not change with it.
+        guided = F.linear(x, self.guide, self.bias)
+        return self.guide_share * guided + (1 - self.guide_share) * y
+
+    def add_guide(self) -> None:
+        """Sets a trained dense matrix beside the factors: their product, with a share of 1.
+
+        Memory: O I numbers and the optimiser's state for them, until `drop_guide`.
+
+        Raises:
+            ValueError: The factors have an activation between them, so that no matrix is their map.
+        """
+        self.guide = nn.Parameter(self.product())
+        self.guide_share = torch.ones_like(self.up[0, 0], requires_grad=False)
+
+    def drop_guide(self) -> None:
+        """Leaves the factors alone, as a layer that was never guided."""
+        self.guide = self.guide_share = None
 
     @torch.no_grad()
     def fold(self) -> None:

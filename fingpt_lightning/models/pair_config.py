@@ -1,9 +1,11 @@
 """What a network's config says of its low-rank pairs, beyond the sizes that its weights show.
 
-A pair's activation goes with the network wherever it is written. Its expansion is a matter of
-training: a checkpoint has it, to go on; whatever reads a checkpoint as a network gets it folded.
+A pair's activation goes with the network wherever it is written. Its expansion and its guide are a
+matter of training: a checkpoint has them, to go on; whatever reads a checkpoint as a network gets
+the expansion folded and no guide.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
@@ -47,6 +49,29 @@ def folded_tensors(
         (name, folded_up(tensor, expansion) if _is_of_pair(name, state) else tensor)
         for name, tensor in state.items()
     )
+
+
+def is_guide(name: str) -> bool:
+    """Whether a tensor of a state dict is the matrix that guides a pair."""
+    return name.endswith(".guide")
+
+
+def drop_guides(state: dict[str, Tensor], source: str) -> None:
+    """Takes the guides out of a state dict that is read as a network; a warning says so.
+
+    Args:
+        state: By name; changed in place.
+        source: What it was read from.
+    """
+    guides = [name for name in state if is_guide(name)]
+    for name in guides:
+        del state[name]
+    if guides:
+        warnings.warn(
+            f"{source} is from the guided steps of a run (model.self_guided): its pairs are taken"
+            " without their guides, as val/loss was measured",
+            stacklevel=2,
+        )
 
 
 def _is_of_pair(name: str, state: Mapping[str, Tensor]) -> bool:

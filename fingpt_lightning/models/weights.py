@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from fingpt_lightning.models.layout import FAMILIES, lay_out
-from fingpt_lightning.models.pair_config import folded_tensors
+from fingpt_lightning.models.pair_config import drop_guides, folded_tensors
 from fingpt_lightning.models.stored_quantization import QuantizedLayers, find_quantized_layers
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -274,6 +274,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
         for name, tensor in contents["state_dict"].items()
         if name.startswith(_NETWORK)
     }
+    drop_guides(state, str(file))
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     config = _made_config(family, described, file)
     weights = Weights(config, (file,), shapes, folded_tensors(config, state))

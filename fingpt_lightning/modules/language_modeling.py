@@ -63,6 +63,9 @@ class PartialNetwork(Protocol):
     def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """Over the parameters of all processes, which call this together."""
 
+    def parameters_changed(self) -> None:
+        """Takes note that the module lost parameters; all processes call this together."""
+
 
 class LanguageModelingModule(LightningModule):
     """Next-token training whose gradients are those of one big batch.

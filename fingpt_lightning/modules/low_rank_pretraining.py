@@ -21,6 +21,7 @@ from fingpt_lightning.low_rank import (
     ModelBudget,
     RankRule,
     decay_products,
+    factor_pairs,
 )
 from fingpt_lightning.models import (
     Recompute,
@@ -33,11 +34,13 @@ from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTIO
 from fingpt_lightning.models.gpt2 import check_ranks, materialize, preset_shape, rank_ratio_of
 from fingpt_lightning.models.layout import fill, lay_out
 from fingpt_lightning.models.loading import load_model, open_stored
+from fingpt_lightning.models.pair_config import drop_guides, is_guide
 from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule, TextSource
 from fingpt_lightning.modules.optimization import adamw_8bit, decay_groups, pair_groups
 from fingpt_lightning.modules.quantization_aware import RoundingSchedule
 from fingpt_lightning.modules.recipe import PLAIN, changes_of_pairs, check_recipe
+from fingpt_lightning.modules.self_guided import GuideSchedule
 from fingpt_lightning.modules.sharding import shard
 
 _PRESET = "gpt2-small"
@@ -95,6 +98,10 @@ class LowRankPretraining(LanguageModelingModule):
             same then: export to ``hf`` and ``gguf``, quantisation and merging refuse it.
         factor_expansion: The alpha of a fixed way past ``up`` during training, which is folded into
             ``up`` when a checkpoint is read as a network; 0 for none.
+        self_guided: Share of the steps, in [0, 1], in which each pair is trained beside a dense
+            matrix W that starts as ``up down``: a W x + (1 - a) up down x, a from 1 to 0 by half a
+            cosine. Then W is dropped. Validations, and whatever reads a checkpoint as a network,
+            take the pairs alone.
         pair_decay: ``factors`` decays each factor by ``weight_decay``; ``product`` decays what they
             make, up down.
         optimizer: ``adamw``; ``adamw_8bit``, its state in 8 bits; ``pairs``, which moves factor
@@ -146,6 +153,7 @@ class LowRankPretraining(LanguageModelingModule):
         initialization: Literal["svd", "cola", "orthogonal"] = "svd",
         factor_activation: Literal["none", "silu"] = "none",
         factor_expansion: float = 0.0,
+        self_guided: float = 0.0,
         pair_decay: Literal["factors", "product"] = "factors",
         optimizer: Literal["adamw", "adamw_8bit", "pairs"] = "adamw",
         pair_learning_rate: float = 0.07,
@@ -215,10 +223,11 @@ class LowRankPretraining(LanguageModelingModule):
                 f"final_learning_rate_ratio {final_learning_rate_ratio} is outside [0, 1]"
             )
         check_recipe(
-            initialization, factor_activation, factor_expansion, pair_decay, optimizer,
-            pair_learning_rate, pairs_and_dense,
+            initialization, factor_activation, factor_expansion, self_guided, pair_decay,
+            optimizer, pair_learning_rate, pairs_and_dense,
         )  # fmt: skip
         self.rounding = RoundingSchedule.checked(quantization_aware, quantization_start)
+        self.guiding = GuideSchedule(self_guided)
         self.loss_chunk_size = loss_chunk_size
         self._start: _Start | None = None
         self._is_dense_twin = False
@@ -307,8 +316,12 @@ class LowRankPretraining(LanguageModelingModule):
 
     @override
     def configure_model(self) -> None:
-        if "network" in self._modules:
-            return
+        if "network" not in self._modules:
+            self._make_network()
+        if self._is_fitting:
+            self.guiding.attach(self.network)
+
+    def _make_network(self) -> None:
         self._check_recipe_fits()
         if self.init_from is not None:
             self.network = self._loaded()
@@ -330,6 +343,7 @@ class LowRankPretraining(LanguageModelingModule):
     @override
     def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        self.guiding.begin_step(self.trainer)
         self.rounding.lend(self.trainer)
 
     @override
@@ -338,8 +352,14 @@ class LowRankPretraining(LanguageModelingModule):
         super().on_before_optimizer_step(optimizer)
 
     @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Before the callbacks of this step, one of which may write a checkpoint.
+        self.guiding.drop_after(self.trainer.global_step + 1, self.trainer)
+
+    @override
     def on_validation_start(self) -> None:
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self._is_fitting:
             self.rounding.lend(self.trainer)
 
     @override
@@ -392,6 +412,10 @@ class LowRankPretraining(LanguageModelingModule):
         return self.fused_adamw(groups, lr=lr, betas=betas)
 
     @property
+    def _is_fitting(self) -> bool:
+        return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+
+    @property
     def _decays_products(self) -> bool:
         return bool(self.hparams["pair_decay"] == "product")
 
@@ -402,9 +426,12 @@ class LowRankPretraining(LanguageModelingModule):
         if of_pairs and hparams["rank"] is None and not hparams["rank_overrides"]:
             key, value = next(iter(of_pairs.items()))
             raise ValueError(f"model.{key} {value} is about pairs, and model.rank null makes none")
+        guided = hparams["self_guided"]
+        if guided and not factor_pairs(self.laid_out()):
+            raise ValueError(f"model.self_guided {guided} is about pairs, and the network has none")
         if self.device_mesh is None:
             return
-        for key in ("optimizer", "pair_decay"):
+        for key in ("optimizer", "pair_decay", "self_guided"):
             if hparams[key] != PLAIN[key]:
                 raise ValueError(
                     f"trainer.strategy {type(self.trainer.strategy).__name__} splits each matrix,"
@@ -416,11 +443,19 @@ class LowRankPretraining(LanguageModelingModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_architecture(checkpoint)
         saved = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
-        is_fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if is_fitting and saved != self.hparams["optimizer"]:
+        if self._is_fitting and saved != self.hparams["optimizer"]:
             raise ValueError(
                 f"model.optimizer is {self.hparams['optimizer']}, whose state is not that of"
                 f" {saved}, with which the checkpoint was trained"
+            )
+        if not self._is_fitting:
+            drop_guides(checkpoint["state_dict"], "the checkpoint")
+        elif not any(map(is_guide, checkpoint["state_dict"])):
+            self.guiding.drop(self.trainer)  # it is past its guided steps
+        elif not self.hparams["self_guided"]:
+            raise ValueError(
+                "model.self_guided is 0.0, the checkpoint is from the guided steps of a run with"
+                f" {checkpoint['hyper_parameters']['self_guided']}"
             )
         super().on_load_checkpoint(checkpoint)
 

@@ -9,7 +9,7 @@ from fingpt_lightning.nearest import nearest
 
 PLAIN: Mapping[str, Any] = {
     "initialization": "svd", "factor_activation": "none", "factor_expansion": 0.0,
-    "pair_decay": "factors", "optimizer": "adamw",
+    "self_guided": 0.0, "pair_decay": "factors", "optimizer": "adamw",
 }  # fmt: skip
 """The settings of pairs that are trained as dense layers would be."""
 PAIR_DECAYS = ("factors", "product")
@@ -20,6 +20,7 @@ def check_recipe(
     initialization: str,
     factor_activation: str,
     factor_expansion: float,
+    self_guided: float,
     pair_decay: str,
     optimizer: str,
     pair_learning_rate: float,
@@ -54,6 +55,13 @@ def check_recipe(
         raise ValueError(
             f"pair_decay product decays up down, which factor_expansion {factor_expansion} makes a"
             " part of the weight: set one of them"
+        )
+    if not 0 <= self_guided <= 1:
+        raise ValueError(f"self_guided {self_guided} is outside [0, 1]")
+    if self_guided and factor_activation != "none":
+        raise ValueError(
+            f"self_guided {self_guided} sets a matrix beside each pair, and none does what one with"
+            f" factor_activation {factor_activation} does: set one of them"
         )
 
 

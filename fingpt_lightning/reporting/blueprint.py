@@ -17,6 +17,7 @@ from fingpt_lightning.models.adapting import adapt, linear_names, matching_names
 from fingpt_lightning.models.layout import FAMILIES, features_of, lay_out
 from fingpt_lightning.models.loading import DTYPES
 from fingpt_lightning.models.packed_attention import use_packed_attention
+from fingpt_lightning.models.pair_config import is_guide
 from fingpt_lightning.models.quantization import BYTES_PER_NUMBER
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 from fingpt_lightning.modules.base_model import RandomLlama
@@ -40,8 +41,9 @@ class Blueprint(NamedTuple):
         mode: Of its tensors.
         network: Parameters and buffers have shapes only.
         costs: Of its parts, for a cut into stages.
-        parameters: All numbers, quantised ones counted as what they stand for.
-        trained: Those that are trained.
+        parameters: All numbers, quantised ones counted as what they stand for, without the guides
+            of a self-guided run, which bytes and trained parameters have.
+        trained: Those of them that are trained.
         dense_parameters: Of the dense twin; None where there is none.
         weights: Bytes of parameters and buffers as they are stored.
         trained_parameters: Numbers and bytes a number of each trained one.
@@ -146,6 +148,7 @@ def _pretraining(
     network = module.laid_out()
     recompute = Recompute(hparams["recompute"])
     costs = network_costs(network, block_length, keeps_inputs_alone=recompute is Recompute.BLOCK)
+    module.guiding.attach(network)
     mode = FakeTensorMode()
     fake_parameters(network, mode, dtype)
     recompute_blocks(network, recompute)
@@ -206,12 +209,13 @@ def _blueprint(
         for name, width in bytes_of_quantised.items()
     )
     trained = [p for p in named.values() if p.requires_grad]
+    lasting = {name: p for name, p in named.items() if not is_guide(name)}
     return Blueprint(
         mode=mode,
         network=network,
         costs=costs,
-        parameters=sum(p.numel() for p in named.values()),
-        trained=sum(p.numel() for p in trained),
+        parameters=sum(p.numel() for p in lasting.values()),
+        trained=sum(p.numel() for p in lasting.values() if p.requires_grad),
         dense_parameters=dense_parameters,
         weights=round(whole - saved),
         trained_parameters=[(p.numel(), p.itemsize) for p in trained],

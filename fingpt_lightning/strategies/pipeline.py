@@ -372,6 +372,10 @@ class PipelineStrategy(PipelineProcesses):
         """Keys of the whole module's state dict; the ranks of a pipeline call it together."""
         return list(self._whole_names().state)
 
+    def parameters_changed(self) -> None:
+        """Takes note that the module lost parameters; the ranks of a pipeline call it together."""
+        self._names = None
+
     def _whole_names(self) -> WholeNames:
         if self._names is None:
             module = self.lightning_module

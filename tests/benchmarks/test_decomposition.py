@@ -36,7 +36,8 @@ def test_the_quality_benchmark_goes_on_where_it_ended(
 ) -> None:
     tiny_network("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    for name in (*decomposed_quality.TEXTS.values(), decomposed_quality.TRAINING):
+    texts = (decomposed_quality.TRAINING, decomposed_quality.OTHER)
+    for name in (*decomposed_quality.TEXTS.values(), *texts):
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         line = "Shares of Foo fell as the dividend rose and profit was kept"
@@ -57,7 +58,12 @@ def test_the_quality_benchmark_goes_on_where_it_ended(
     assert record["rows"][:2] == first["rows"]
     assert [row["contender"] for row in record["rows"][2:]] == [
         "calibrated, one ratio", "calibrated", "calibrated, trained on",
+        *decomposed_quality.MORE_WAYS,
     ]  # fmt: skip
+    both = tmp_path / "work" / "both_texts_one_ratio_damping_0.1-0.8" / "decomposition.json"
+    made = json.loads(both.read_text())
+    assert made["calibration"]["tokens"] == 64
+    assert made["settings"]["damping"] == 0.1
     rows = {row["contender"]: row for row in record["rows"]}
     assert 32 < rows["calibrated, trained on"]["training_tokens"] <= 2 * 2 * 16  # ends of texts
     for row in record["rows"][1:]:

@@ -128,6 +128,27 @@ def test_calibration_loses_less_of_the_outputs(
     assert errors["whitened"] < 0.8 * errors["plain"]
 
 
+def test_damping_trades_outputs_for_weights(
+    decompose: Decompose, model: Path, text: Path, tmp_path: Path
+) -> None:
+    rows = {}
+    for damping in ("0", "1"):
+        folder = tmp_path / damping
+        words = ("--compression", "1.3", "--calibration", text, "--damping", damping)
+        assert decompose(model, *words, "--output", folder)[0] == 0
+        record = json.loads((folder / "decomposition.json").read_text())
+        assert record["settings"]["damping"] == float(damping)
+        rows[damping] = [row for row in record["layers"] if row["rank"] is not None]
+    ranks = [[row["rank"] for row in found] for found in rows.values()]
+    assert ranks[0] != ranks[1]  # spectra are damped too
+    weight, output = (
+        [sum(row[error] for row in found) / len(found) for found in rows.values()]
+        for error in ("weight_error", "output_error")
+    )
+    assert weight[1] < weight[0]
+    assert output[1] > output[0]
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "spectrum"])
 def test_a_compression_is_met_as_nearly_as_ranks_allow(
     decompose: Decompose, model: Path, tmp_path: Path, allocation: str
@@ -283,6 +304,8 @@ def test_the_tables_name_rank_and_error_of_each_layer(decompose: Decompose, mode
         (("--rank_ratio", "0.3", "--seed", "2"), 2, "--seed has an effect with --method random"),
         (("--rank_ratio", "0.3", "--allocation", "uniform"), 2, "with --compression alone"),
         (("--rank_ratio", "0.3", "--calibration_tokens", "9"), 2, "or --calibration_task alone"),
+        (("--rank_ratio", "0.3", "--damping", "0.1"), 2, "--damping has an effect with a calib"),
+        (("--rank_ratio", "0.3", "--damping", "-1"), 2, "--damping: -1 is no number from 0 on"),
         (("--energy", "0.9", "--method", "randomized"), 2, "needs the whole spectrum"),
         (("--rank_ratio", "0.3", "--embedding_rank", "99"), 1, r"embedding_rank 99 is outside \[1"),
         (("--rank_ratio", "0.3", "--calibration", "{}/none.txt"), 1, "none.txt does not exist"),

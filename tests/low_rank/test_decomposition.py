@@ -4,6 +4,7 @@ from torch import Tensor
 
 from fingpt_lightning.low_rank.decomposition import (
     Method,
+    damped,
     decompose,
     energies_of,
     output_basis,
@@ -91,6 +92,35 @@ def test_moments_of_few_tokens_lose_nothing_at_the_rank_of_the_inputs(
             torch.testing.assert_close(
                 x[index] @ (pair.up @ pair.down).T, outputs, rtol=1e-4, atol=1e-3
             )
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_damped_moments_weigh_both_errors(rows: int, columns: int) -> None:
+    weights = _weights(rows, columns)
+    x, moments = _moments(columns, num_tokens=2)
+    shrunk = damped(moments, 0.3)
+    assert shrunk is not None
+    for index, moment in enumerate(moments):
+        of_mean = 0.3 * float(x[index].square().sum()) / 2 / columns  # both tokens, all features
+        torch.testing.assert_close(
+            shrunk[index], moment + of_mean * torch.eye(columns, dtype=torch.float64)
+        )
+    # Between those of the outputs alone and those of the weights alone.
+    errors = [
+        relative_errors(weights[0], decompose(weights, [2] * 3, damped(moments, damping))[0],
+                        moments[0])
+        for damping in (0.0, 0.3, 1e9)
+    ]  # fmt: skip
+    outputs = [error.output for error in errors if error.output is not None]
+    of_weights = [error.weight for error in errors]
+    assert outputs == sorted(outputs)
+    assert of_weights == sorted(of_weights, reverse=True)
+    assert outputs[0] < outputs[-1]
+    plain = decompose(weights, [2] * 3)[0]
+    far = decompose(weights, [2] * 3, damped(moments, 1e9))[0]
+    torch.testing.assert_close(far.up @ far.down, plain.up @ plain.down, rtol=0, atol=1e-6)
+    assert damped(moments, 0.0) is moments
+    assert damped(None, 0.3) is None
 
 
 def test_factors_share_the_singular_values_evenly() -> None:

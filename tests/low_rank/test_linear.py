@@ -78,6 +78,31 @@ def test_an_activation_stands_between_the_factors_and_no_matrix_for_both() -> No
         layer.product()
 
 
+@pytest.mark.parametrize("expansion", [0.0, 0.7])
+def test_a_guide_starts_as_the_product_and_takes_its_share_in_training_alone(
+    expansion: float,
+) -> None:
+    layer = LowRankLinear(8, 11, rank=3, expansion=expansion).double()
+    assert layer.bias is not None
+    nn.init.normal_(layer.bias)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    alone = layer(x)
+    layer.add_guide()
+    assert layer.guide is not None
+    assert layer.guide_share is not None
+    torch.testing.assert_close(layer.train()(x), alone, rtol=0, atol=1e-14)
+    nn.init.normal_(layer.guide)
+    for share in (1.0, 0.3):
+        layer.guide_share.fill_(share)
+        truth = x @ (share * layer.guide + (1 - share) * layer.product()).T + layer.bias
+        torch.testing.assert_close(layer.train()(x), truth, rtol=0, atol=1e-14)
+        assert torch.equal(layer.eval()(x), alone)
+    layer.drop_guide()
+    assert layer.state_dict().keys() == {"down", "up", "bias"}
+    assert not list(layer.buffers())
+    assert torch.equal(layer.train()(x), alone)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -45,6 +45,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adamw_8bit": {"optimizer": "adamw_8bit", "rank_overrides": {"*.c_fc": None}, "width": 36},
     "product": {"pair_decay": "product", "initialization": "cola"},
     "silu": {"factor_activation": "silu", "initialization": "cola"},
+    "guided": {"self_guided": 0.8, "factor_expansion": 0.5},
+    "guided, pairs": {"self_guided": 0.8, "optimizer": "pairs", "pairs_and_dense": True},
+    "guided, 8 bits": {"self_guided": 0.8, "optimizer": "adamw_8bit", "width": 36},
 }
 NUM_STEPS, CHECKPOINT_STEP = 6, 4  # the checkpoint is at the end of the second epoch
 pytestmark = [
@@ -53,7 +56,7 @@ pytestmark = [
 ]
 
 
-def _fit(
+def fit_recipe(
     folder: Path,
     recipe: dict[str, Any],
     *,
@@ -79,18 +82,20 @@ def _fit(
     return module
 
 
-def _checkpoint(folder: Path) -> Path:
+def checkpoint_of(folder: Path) -> Path:
     return folder / f"step={CHECKPOINT_STEP}.ckpt"
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path: Path, name: str) -> None:
     recipe = RECIPES[name]
-    precise: dict[str, Any] = {"plugins": []} if name == "adamw_8bit" else {}
-    whole = _fit(tmp_path / "one", recipe, **precise).state_dict()
-    path = _checkpoint(tmp_path / "one")
-    resumed = _fit(tmp_path / "two", recipe, resume_from=path, **precise).state_dict()
-    plain = _fit(tmp_path / "plain", {"width": recipe.get("width", 12)}, **precise).state_dict()
+    precise: dict[str, Any] = {"plugins": []} if recipe.get("optimizer") == "adamw_8bit" else {}
+    whole = fit_recipe(tmp_path / "one", recipe, **precise).state_dict()
+    path = checkpoint_of(tmp_path / "one")
+    resumed = fit_recipe(tmp_path / "two", recipe, resume_from=path, **precise).state_dict()
+    plain = fit_recipe(
+        tmp_path / "plain", {"width": recipe.get("width", 12)}, **precise
+    ).state_dict()
     assert whole.keys() == resumed.keys()
     for key, weight in whole.items():
         assert torch.equal(resumed[key], weight), key
@@ -98,9 +103,9 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path: Path, name: st
     assert not torch.allclose(whole[key], plain[key], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["pairs", "silu"])
+@pytest.mark.parametrize("name", ["pairs", "silu", "guided"])
 def test_what_is_loaded_or_written_is_the_trained_network(tmp_path: Path, name: str) -> None:
-    module = _fit(tmp_path, RECIPES[name])
+    module = fit_recipe(tmp_path, RECIPES[name])
     module.trainer.save_checkpoint(tmp_path / "end.ckpt")
     truth = module.eval().network(ids()).logits
     again = LowRankPretraining.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)
@@ -120,7 +125,7 @@ def test_what_is_loaded_or_written_is_the_trained_network(tmp_path: Path, name: 
 
 
 def test_a_network_with_activations_between_factors_becomes_no_dense_one(tmp_path: Path) -> None:
-    module = _fit(tmp_path, RECIPES["silu"])
+    module = fit_recipe(tmp_path, RECIPES["silu"])
     module.trainer.save_checkpoint(tmp_path / "end.ckpt")
     source = load_model(tmp_path / "end.ckpt")
     told = "a pair with silu between its factors is no linear map"
@@ -143,7 +148,7 @@ def test_momentum_is_orthogonalised_in_the_dtype_of_products_and_all_the_state_i
     bf16: dict[str, Any] = {"plugins": [], "precision": "bf16-mixed"}
     for options, dtype in (({}, None), (bf16, torch.bfloat16)):
         mixed = {"rank_overrides": {"*.c_fc": None}, "pairs_and_dense": True}
-        module = _fit(tmp_path, RECIPES["pairs"] | mixed, **options)
+        module = fit_recipe(tmp_path, RECIPES["pairs"] | mixed, **options)
         (optimizer,) = module.trainer.optimizers
         assert isinstance(optimizer, FactorPairOptimizer)
         assert optimizer.product_dtype == dtype
@@ -162,7 +167,7 @@ def test_the_product_decays_by_rate_and_weight_decay(tmp_path: Path) -> None:
     for recipe in ({"optimizer": "adamw"}, {"optimizer": "pairs", "pair_learning_rate": 0.01}):
         recipe |= {"pair_decay": "product"}
         plain, decayed = (
-            factor_pairs(_fit(tmp_path, recipe | {"weight_decay": decay}, **once))
+            factor_pairs(fit_recipe(tmp_path, recipe | {"weight_decay": decay}, **once))
             for decay in (0.0, 0.5)
         )
         assert len(plain) == len(decayed) == 16
@@ -176,10 +181,13 @@ def test_the_product_decays_by_rate_and_weight_decay(tmp_path: Path) -> None:
 
 
 def test_the_dense_twin_of_any_recipe_is_plain(tmp_path: Path) -> None:
-    for name, recipe in RECIPES.items():
+    for recipe in RECIPES.values():
         twin = LowRankPretraining(**(SIZES | recipe)).dense_twin()
-        expected = {"adamw_8bit": "adamw_8bit", "pairs, product": "pairs"}.get(name, "adamw")
+        expected = "pairs" if recipe.get("pairs_and_dense") else "adamw"
+        if recipe.get("optimizer") == "adamw_8bit":
+            expected = "adamw_8bit"
         assert (twin.hparams["optimizer"], twin.hparams["initialization"]) == (expected, "svd")
+        assert twin.hparams["self_guided"] == 0
         twin.hparams["vocab_size"] = 23
         twin.configure_model()
 
@@ -193,6 +201,8 @@ def test_the_dense_twin_of_any_recipe_is_plain(tmp_path: Path) -> None:
         ({"factor_expansion": -1.0}, "factor_expansion -1.0 is below 0"),
         ({"factor_expansion": 0.5, "factor_activation": "silu"}, "cannot be folded behind"),
         ({"factor_expansion": 0.5, "pair_decay": "product"}, "pair_decay product decays up down"),
+        ({"self_guided": 1.5}, r"self_guided 1.5 is outside \[0, 1\]"),
+        ({"self_guided": 0.5, "factor_activation": "silu"}, "none does what one with factor_act"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -228,9 +238,11 @@ def test_a_recipe_for_pairs_needs_pairs(settings: dict[str, str]) -> None:
 
 
 def test_another_optimisers_state_is_refused(tmp_path: Path) -> None:
-    _fit(tmp_path, RECIPES["pairs"])
+    fit_recipe(tmp_path, RECIPES["pairs"])
     with pytest.raises(ValueError, match=r"model.optimizer is adamw, whose state .* of pairs"):
-        _fit(tmp_path, RECIPES["pairs"] | {"optimizer": "adamw"}, resume_from=_checkpoint(tmp_path))
+        fit_recipe(
+            tmp_path, RECIPES["pairs"] | {"optimizer": "adamw"}, resume_from=checkpoint_of(tmp_path)
+        )
 
 
 def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
@@ -241,7 +253,7 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
             "strategy": strategy, "devices": num_ranks,
             "plugins": [RanksEnvironment(), DoublePrecision()],
         }  # fmt: skip
-        module = _fit(folder / case, RECIPES[recipe], **ranks, **options)
+        module = fit_recipe(folder / case, RECIPES[recipe], **ranks, **options)
         return {case: dict(module.state_dict())}
 
     def pipeline() -> PipelineStrategy:
@@ -251,7 +263,7 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
         **fit("ddp", "pairs", DDPStrategy(), batch_size=2),
         **fit("pipeline", "pairs", pipeline()),
         **fit("pipeline, product", "pairs, product", pipeline()),
-        **fit("of one", "pairs", pipeline(), resume_from=_checkpoint(folder / "one")),
+        **fit("of one", "pairs", pipeline(), resume_from=checkpoint_of(folder / "one")),
     }
     for recipe, key in (("pairs", "optimizer pairs"), ("product", "pair_decay product")):
         with pytest.raises(ValueError, match=f"splits each matrix, which model.{key}"):
@@ -267,7 +279,7 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
 @pytest.mark.timeout(600)
 def test_two_ranks_train_pairs_as_one_and_take_each_others_checkpoints(tmp_path: Path) -> None:
     one = {
-        name: _fit(tmp_path / folder, RECIPES[name]).state_dict()
+        name: fit_recipe(tmp_path / folder, RECIPES[name]).state_dict()
         for folder, name in (("one", "pairs"), ("one, product", "pairs, product"))
     }
     per_rank = run_ranks(_on_two, 2, str(tmp_path), timeout_s=300)
@@ -280,10 +292,10 @@ def test_two_ranks_train_pairs_as_one_and_take_each_others_checkpoints(tmp_path:
                 torch.testing.assert_close(weight, truth[key], rtol=0, atol=1e-10)
             seen |= results[case].keys()
         assert seen == truth.keys()
-    path = _checkpoint(tmp_path / "pipeline")
+    path = checkpoint_of(tmp_path / "pipeline")
     ours = torch.load(path, weights_only=True)["optimizer_states"]
-    theirs = torch.load(_checkpoint(tmp_path / "one"), weights_only=True)["optimizer_states"]
+    theirs = torch.load(checkpoint_of(tmp_path / "one"), weights_only=True)["optimizer_states"]
     assert ours[0]["state"].keys() == theirs[0]["state"].keys()
-    back = _fit(tmp_path / "back", RECIPES["pairs"], resume_from=path).state_dict()
+    back = fit_recipe(tmp_path / "back", RECIPES["pairs"], resume_from=path).state_dict()
     for key, weight in one["pairs"].items():
         torch.testing.assert_close(back[key], weight, rtol=0, atol=1e-10)

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch import LightningModule
@@ -44,6 +45,20 @@ def test_low_rank_pretraining_knows_its_dense_twin() -> None:
     assert made.dense_parameters is not None
     assert made.dense_parameters > 3 * made.parameters
     assert made.dense_parameters == module.budget(128).dense_total_parameters
+
+
+def test_the_guides_of_a_run_take_memory_and_count_as_no_parameters() -> None:
+    settings: dict[str, Any] = {"preset": "gpt2-nano", "rank": 16, "embedding_rank": 16}
+    plain = blueprint(LowRankPretraining(**settings), 512, 128, "32-true")
+    guided = blueprint(LowRankPretraining(**settings, self_guided=0.5), 512, 128, "32-true")
+    assert (guided.parameters, guided.trained) == (plain.parameters, plain.trained)
+    assert guided.dense_parameters == plain.dense_parameters
+    width, num_layers = 256, 4
+    dense = num_layers * 12 * width**2
+    shares = num_layers * 4
+    assert guided.weights - plain.weights == 4 * (dense + shares)
+    in_training = sum(count for count, _ in guided.trained_parameters)
+    assert in_training - sum(count for count, _ in plain.trained_parameters) == dense
 
 
 def test_sequences_beyond_the_positions_are_refused() -> None:
