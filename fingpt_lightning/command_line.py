@@ -134,6 +134,11 @@ def add_calibration_options(parser: OptionParser) -> None:
     )
 
 
+def asks_for_calibration(options: argparse.Namespace) -> bool:
+    """Whether one of the sources of `add_calibration_options` is named."""
+    return options.calibration is not None or options.calibration_task is not None
+
+
 def check_calibration_options(options: argparse.Namespace) -> None:
     """Refuses options of calibration that have no effect.
 
@@ -142,8 +147,7 @@ def check_calibration_options(options: argparse.Namespace) -> None:
     """
     if options.data_dir is not None and options.calibration_task is None:
         raise WrongOptions("--data_dir has an effect with --calibration_task alone")
-    is_asked = options.calibration is not None or options.calibration_task is not None
-    if options.calibration_tokens is not None and not is_asked:
+    if options.calibration_tokens is not None and not asks_for_calibration(options):
         raise WrongOptions(
             "--calibration_tokens has an effect with --calibration or --calibration_task alone"
         )

@@ -7,6 +7,7 @@ from fingpt_lightning.command_line import (
     OptionParser,
     WrongOptions,
     add_calibration_options,
+    asks_for_calibration,
     check_calibration_options,
     positive_int,
 )
@@ -82,8 +83,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     if options.allocation is not None and options.compression is None:
         raise WrongOptions("--allocation has an effect with --compression alone")
     check_calibration_options(options)
-    is_calibrated = options.calibration is not None or options.calibration_task is not None
-    if options.damping is not None and not is_calibrated:
+    if options.damping is not None and not asks_for_calibration(options):
         raise WrongOptions("--damping has an effect with a calibration alone")
     if options.seed is not None and options.method == "exact":
         raise WrongOptions("--seed has an effect with --method randomized alone")

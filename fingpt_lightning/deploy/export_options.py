@@ -8,6 +8,7 @@ from fingpt_lightning.command_line import (
     WrongOptions,
     add_calibration_options,
     add_model_options,
+    asks_for_calibration,
     check_calibration_options,
 )
 
@@ -55,7 +56,6 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     add_calibration_options(parser)
     options = parser.read(words)
     check_calibration_options(options)
-    is_calibrated = options.calibration is not None or options.calibration_task is not None
-    if is_calibrated and options.format not in ("int8", "nf4"):
+    if asks_for_calibration(options) and options.format not in ("int8", "nf4"):
         raise WrongOptions("calibration has an effect with --format int8 and nf4 alone")
     return options
