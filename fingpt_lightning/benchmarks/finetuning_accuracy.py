@@ -1,18 +1,19 @@
 """What does finetuning gain on each task, and what does it cost on the others?
 
 Each run trains adapters on one task or a mixture and answers the validation sets before, with
-calibration, and after. The record is written after every run, and a run in it is not repeated, nor
-trained again for tasks that it has not been asked yet where ``--adapters`` has kept its adapter;
-several processes with other ``--runs`` may share it.
+calibration, and after. The record is written after every run, and a run in it is not repeated;
+several processes with other ``--runs`` may share it. Where ``--adapters`` keeps what was trained,
+the same command goes on within a run, and asks a trained one more tasks without training it again.
 """
 
 import argparse
 import fcntl
 import os
 import re
+import shutil
 import statistics
 import tempfile
-import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,11 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from callbacks.checkpoints import BestCheckpoint
+from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from fingpt_lightning.benchmarks.record import (
     markdown_table,
     new_record,
@@ -102,11 +104,12 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a training row")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--limit", type=int, help="rows of each validation set")
+    parser.add_argument("--checkpoint_interval", type=int, default=50, help="steps")
     parser.add_argument("--max_steps", type=int, default=-1, help="of each run, to try this out")
     options = parser.parse_args()
     names = [name for name in RUNS if name in _names(options.runs)]
     keep_freed_memory()
-    asides = ("json", "runs", "adapters", "data_dir")
+    asides = ("json", "runs", "adapters", "data_dir", "checkpoint_interval")
     settings = {key: value for key, value in vars(options).items() if key not in asides}
     begin = partial(started_record, options.json, QUESTION, settings, untrained={}, rows=[])
     record = begin()
@@ -195,7 +198,10 @@ def _kept(
 def _train(
     name: str, run: Run, options: argparse.Namespace, kept: Path | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]:
-    """A trained network, and what its rows share; ``kept`` is where its adapter goes."""
+    """A trained network, and what its rows share; ``kept`` is where its adapter goes.
+
+    Beside it lies, until the training is over, a folder with what it takes to go on.
+    """
     seed_everything(run.seed, verbose=False)
     module = QuantizedFinetuning(
         options.model,
@@ -212,8 +218,8 @@ def _train(
         max_length=options.max_length,
         seed=run.seed,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        best = BestCheckpoint("val/loss", dirpath=folder)
+    with _checkpoints(kept) as folder:
+        best, timer = BestCheckpoint("val/loss", dirpath=str(folder)), Timer()
         trainer = Trainer(
             accelerator="auto",
             devices=1,
@@ -225,12 +231,22 @@ def _train(
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[best, EarlyStopping("val/loss", patience=3)],
+            callbacks=[
+                best,
+                LastCheckpoint(options.checkpoint_interval, str(folder)),
+                EarlyStopping("val/loss", patience=3),
+                timer,
+            ],
             default_root_dir=folder,
         )
-        started_s = time.perf_counter()
-        trainer.fit(module, data)
-        seconds = time.perf_counter() - started_s
+        last = folder / "last.ckpt"
+        resumed = last if last.exists() else None
+        with warnings.catch_warnings():
+            # That is what a run goes on from.
+            warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
+            trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
+        # Of all processes that took part.
+        seconds = timer.time_elapsed("train")
         memory = module_memory(module.network, trainer.optimizers[0])
         if best.best_model_path:
             state = _weights(best.best_model_path)
@@ -252,9 +268,20 @@ def _train(
     return module.network, data.tokenizer, shared
 
 
-def _weights(path: str) -> dict[str, Any]:
-    import torch
+@contextmanager
+def _checkpoints(kept: Path | None) -> Iterator[Path]:
+    """A folder that outlives what ends too early, where ``kept`` says where."""
+    if kept is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    path = kept.with_name(f"{kept.name}.training")
+    path.mkdir(parents=True, exist_ok=True)
+    yield path
+    shutil.rmtree(path)
 
+
+def _weights(path: str) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
     return state
 

@@ -13,6 +13,7 @@ from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.blocks import EMPTY_BLOCK
 from fingpt_lightning.models.tokenizer_files import begin_tokens
 from fingpt_lightning.tasks import Example
+from fingpt_lightning.tasks.cutting import cut_own_text
 
 
 class InstructionRow(NamedTuple):
@@ -86,9 +87,7 @@ def encode_examples(
         for example, gold in zip(examples, golds, strict=True)
     ]
     answers = [e.choices[gold] for e, gold in zip(examples, golds, strict=True)]
-    contexts = tokenizer(
-        prompts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
+    contexts = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
     joined = tokenizer(
         [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
         add_special_tokens=False,
@@ -97,20 +96,18 @@ def encode_examples(
     begin, end = begin_tokens(tokenizer), (int(tokenizer.eos_token_id),)
     rows = []
     for i, example in enumerate(examples):
-        context, answer = (
-            contexts["input_ids"][i],
-            tuple(joined[i][len(contexts["input_ids"][i]) :]),
-        )
+        context: Sequence[int] | None = contexts[i]
+        answer = tuple(joined[i][len(contexts[i]) :])
         if not answer:
             raise ValueError(
                 f"row {example.row}: the tokenizer merges the answer {answers[i]!r} into the"
                 " prompt's last token"
             )
         # The end is never read, only foretold.
-        num_excess = len(begin) + len(context) + len(answer) - max_length
+        num_excess = len(begin) + len(contexts[i]) + len(answer) - max_length
         if num_excess > 0:
-            text = prompts[i].rfind(example.text), len(example.text)
-            context = _cut(context, contexts["offset_mapping"][i], *text, num_excess)
+            own_text = tokenizer(example.text, add_special_tokens=False)["input_ids"]
+            context = cut_own_text(contexts[i], own_text, num_excess)
         if context is None:
             raise ValueError(
                 f"row {example.row}: {num_excess} tokens more than max_length {max_length} are more"
@@ -126,24 +123,3 @@ def _gold(example: Example) -> int:
     if example.gold is None:
         raise ValueError(f"row {example.row}: its answer is not known, so it cannot be trained on")
     return example.gold
-
-
-def _cut(
-    context: list[int],
-    offsets: Sequence[tuple[int, int]],
-    text_begin: int,
-    text_length: int,
-    num_excess: int,
-) -> list[int] | None:
-    """The context without ``num_excess`` tokens of the text; None where those are too many."""
-    text_end = text_begin + text_length
-    inside = (
-        [i for i, (begin, end) in enumerate(offsets) if begin < text_end and end > text_begin]
-        if text_begin >= 0
-        else []
-    )
-    if len(inside) < num_excess:
-        return None
-    is_last = inside[-1] == len(context) - 1
-    first = inside[0] if is_last else inside[-1] + 1 - num_excess
-    return context[:first] + context[first + num_excess :]

@@ -1,7 +1,6 @@
 """From examples to tokens: those of the joined text, cut where the context is too short."""
 
 from collections.abc import Sequence
-from difflib import SequenceMatcher
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
@@ -9,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from fingpt_lightning.evaluation.token_tree import Text
 from fingpt_lightning.models.tokenizer_files import begin_tokens
 from fingpt_lightning.tasks import Example
+from fingpt_lightning.tasks.cutting import cut_own_text
 
 Tokens = tuple[int, ...]
 
@@ -125,13 +125,10 @@ def _cut(
     if num_excess <= 0:
         return context
     (own_text,) = _tokenize(tokenizer, [example.text])
-    # What prompt and text have in common is the text, but for its first and last token.
-    block = SequenceMatcher(None, context, own_text, autojunk=False).find_longest_match()
-    if block.size < num_excess:
+    cut = cut_own_text(context, own_text, num_excess)
+    if cut is None:
         raise ValueError(
             f"row {example.row}: instruction and answer leave no room for the text in a context"
             f" {num_excess} tokens too short"
         )
-    end = block.a + block.size
-    first = block.a if end == len(context) else end - num_excess
-    return context[:first] + context[first + num_excess :]
+    return cut

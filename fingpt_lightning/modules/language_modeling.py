@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from fingpt_lightning.data.batch import TokenBatch
+from fingpt_lightning.data.blocks import ResumableDataLoader
 from fingpt_lightning.low_rank.adapters import FrozenBase
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
 from fingpt_lightning.modules.optimization import cosine_with_warmup
@@ -99,6 +100,7 @@ class LanguageModelingModule(LightningModule):
         self._window: LossSums | None = None
         self._evaluated: LossSums | None = None
         self._batch_idx = 0
+        self._loader_states: list[dict[str, Any]] = []
 
     @property
     def text_source(self) -> TextSource | None:
@@ -147,6 +149,16 @@ class LanguageModelingModule(LightningModule):
         """The likeliest next token at every position."""
         head = self.network.get_submodule("lm_head")
         return cast("Tensor", head(hidden).argmax(-1))
+
+    @override
+    def on_train_start(self) -> None:
+        # Lightning 2.6 leaves the loader at the start of its epoch where the schedule has asked for
+        # `estimated_stepping_batches` before (issue 20550): then its loader is already made when
+        # the positions are loaded. Where it did load them, this does the same again.
+        states, self._loader_states = self._loader_states, []
+        loader = self.trainer.train_dataloader
+        if states and isinstance(loader, ResumableDataLoader):
+            loader.load_state_dict(states[0])
 
     @override
     def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
@@ -225,6 +237,9 @@ class LanguageModelingModule(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
+            self._loader_states = fit_loop.get("state_dict", {}).get("combined_loader", [])
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         saved = checkpoint.get("tokenizer")
         if saved is None or self.text_source is None:

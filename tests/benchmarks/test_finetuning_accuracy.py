@@ -2,30 +2,43 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fingpt_lightning.benchmarks import finetuning_accuracy
 from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.modules import QuantizedFinetuning
 from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer, write_rows
 
 
-def test_runs_are_trained_once_and_their_gain_is_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """A command line with a tiny model and few rows."""
     tiny_network("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "fpb").mkdir()
     lines = [json.dumps(row) + "\n" for row in ROWS["fpb"]]
     (tmp_path / "fpb" / "train.jsonl").write_text("".join(lines * 4))
     (tmp_path / "fpb" / "validation.jsonl").write_text("".join(lines))
-    path = tmp_path / "record.json"
     words = {
         "--model": tmp_path / "model", "--data_dir": tmp_path, "--batch_size": 4, "--rank": 2,
-        "--max_steps": 2, "--max_length": 300, "--json": path, "--adapters": tmp_path / "adapters",
+        "--max_length": 300, "--json": tmp_path / "record.json",
     }  # fmt: skip
-    arguments = ["accuracy", *(str(word) for pair in words.items() for word in pair)]
+    return ["accuracy", *(str(word) for pair in words.items() for word in pair)]
+
+
+def test_runs_are_trained_once_and_their_gain_is_recorded(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments += ["--max_steps", "2", "--adapters", str(tmp_path / "adapters")]
+    path = tmp_path / "record.json"
     fpb = replace(finetuning_accuracy.RUNS["fpb"], asked=("fpb",))
     monkeypatch.setitem(finetuning_accuracy.RUNS, "fpb", fpb)
     for runs in ("fpb, unquantised", "fpb", "fpb, unquantised,fpb"):
@@ -51,6 +64,39 @@ def test_runs_are_trained_once_and_their_gain_is_recorded(
     assert kept.adapter is not None
     assert load_adapter(kept.adapter, kept.network)
     assert "fpb, unquantised -> fpb" in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on_and_ends_where_it_would_have(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fpb = replace(finetuning_accuracy.RUNS["fpb"], asked=("fpb",))
+    monkeypatch.setitem(finetuning_accuracy.RUNS, "fpb", fpb)
+    arguments += ["--max_steps", "5", "--checkpoint_interval", "2", "--runs", "fpb"]
+    step = QuantizedFinetuning.training_step
+
+    def killed(self: QuantizedFinetuning, *args: Any) -> Any:
+        if self.global_step == 3:
+            raise RuntimeError("killed")
+        return step(self, *args)
+
+    monkeypatch.setattr(sys, "argv", [*arguments, "--adapters", str(tmp_path / "whole")])
+    finetuning_accuracy.main()
+    (tmp_path / "record.json").unlink()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--adapters", str(tmp_path / "halves")])
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantizedFinetuning, "training_step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            finetuning_accuracy.main()
+    assert not (tmp_path / "record.json").exists()
+    finetuning_accuracy.main()
+    (row,) = json.loads((tmp_path / "record.json").read_text())["rows"]
+    assert row["steps"] == 5
+    whole, halves = (
+        load_file(tmp_path / name / "fpb" / "adapter_model.safetensors")
+        for name in ("whole", "halves")
+    )
+    assert all(torch.equal(halves[name], tensor) for name, tensor in whole.items())
+    assert [path.name for path in (tmp_path / "halves").iterdir()] == ["fpb"]
 
 
 def test_an_unknown_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

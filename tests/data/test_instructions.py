@@ -220,6 +220,16 @@ def test_a_text_at_the_end_loses_its_beginning() -> None:
     assert _decoded(row.tokens).startswith("Say.\nQ:")
 
 
+def test_a_text_that_the_prompt_puts_otherwise_is_cut_where_they_agree() -> None:
+    prompt = "a b c d e f g h i j\nQuestion: is it so?\nAnswer:"
+    example = Example("", (prompt,), (" no",), 0, 7, "is it so? a b c d e f g h i j")
+    (row,) = encode_examples(TOKENIZER, [example], 40)
+    assert len(row.tokens) - 1 == 40
+    joined = _decoded(row.tokens)
+    assert joined.startswith("a b c")
+    assert joined.endswith(f"\nQuestion: is it so?\nAnswer: no{TOKENIZER.eos_token}")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -117,6 +117,25 @@ def test_a_resumed_run_is_exact_and_its_checkpoint_holds_no_base(tmp_path: Path)
             assert torch.equal(resumed.state_dict()[name], tensor), (optimizer, name)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+def test_a_run_of_epochs_is_resumed_within_one_and_between_them(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    options: dict[str, Any] = {
+        "max_steps": -1, "max_epochs": 2, "enable_checkpointing": True, "val_check_interval": 0.5,
+        "limit_val_batches": 1, "num_sanity_val_steps": 0, "callbacks": checkpoint,
+    }  # fmt: skip
+    _trainer(tmp_path, **options).fit(whole := _module(), datamodule=_data())
+    assert whole.trainer.global_step == 12
+    for step in (2, 6, 8):
+        saved = tmp_path / f"step={step}.ckpt"
+        trainer = _trainer(tmp_path / "again", **options)
+        trainer.fit(resumed := _module(), datamodule=_data(), ckpt_path=saved, weights_only=True)
+        assert trainer.global_step == 12
+        assert resumed.tokens_seen == whole.tokens_seen
+        for name, tensor in _weights(whole).items():
+            assert torch.equal(resumed.state_dict()[name], tensor), (step, name)
+
+
 def test_another_base_or_rank_than_the_checkpoint_s_is_refused(tmp_path: Path) -> None:
     _trainer(tmp_path, max_steps=1).fit(first := _module(), datamodule=_data())
     first.trainer.save_checkpoint(tmp_path / "one.ckpt")
