@@ -7,8 +7,6 @@ the same command goes on within a run, and asks a trained one more tasks without
 """
 
 import argparse
-import fcntl
-import os
 import re
 import shutil
 import statistics
@@ -30,6 +28,7 @@ from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from fingpt_lightning.benchmarks.record import (
     markdown_table,
     new_record,
+    record_lock,
     started_record,
     write_record,
 )
@@ -133,7 +132,7 @@ def main() -> None:
             for one in asked
         ]
         del network, trained
-        with _alone(options.json):
+        with record_lock(options.json):
             record = begin()
             record["untrained"] |= untrained
             record["rows"] = sorted(
@@ -142,17 +141,6 @@ def main() -> None:
             record["summary"] = summary(record["rows"], record["untrained"])
             write_record(options.json, record, table(record))
     print(table(record))
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Within it no other process reads or writes the record."""
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
 
 
 def _names(text: str) -> list[str]:

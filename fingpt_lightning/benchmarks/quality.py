@@ -2,8 +2,8 @@
 
 Tunes the learning rate of every variant of a grid, the dense twin's too, on a short budget; then
 trains the dense twin, the naive way and the best of the others on the same tokens, several seeds
-each, and those that are faster than the dense twin once more for as long as that took. The record
-is written after every run, and a run in it is not repeated.
+each, and those that are smaller than the dense twin once more for as long as that took. The record
+is written after every run, and a run in it is not repeated; processes that take turns share it.
 """
 
 import argparse
@@ -17,8 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from fingpt_lightning.benchmarks.quality_plot import draw
-from fingpt_lightning.benchmarks.quality_runs import Grid, Run, Variant, Workshop, read_grid
-from fingpt_lightning.benchmarks.record import markdown_table, new_record, spread, write_record
+from fingpt_lightning.benchmarks.quality_runs import TUNING, Grid, Run, Variant, Workshop, read_grid
+from fingpt_lightning.benchmarks.record import (
+    markdown_table,
+    new_record,
+    record_lock,
+    spread,
+    write_record,
+)
 from fingpt_lightning.profiling import keep_freed_memory
 
 QUESTION = (
@@ -26,6 +32,7 @@ QUESTION = (
     " tokens and in the same time?"
 )
 WANTED_RATIO = 2.64
+_PATIENCE_S = 2.0
 GRID = Path(__file__).with_name("quality_grid.yaml")
 
 
@@ -45,7 +52,9 @@ def main() -> None:
         options.cache_dir.expanduser(),
         options.tokenizer,
     )
-    comparison = Comparison(grid, workshop, options.json, options.repeats, options.tokenizer)
+    comparison = Comparison(
+        grid, workshop, options.json, options.repeats, options.tokenizer, options.turn
+    )
     if options.rates_from is not None:
         comparison.take_rates(options.rates_from)
     for step in comparison.steps(options.only):
@@ -53,7 +62,6 @@ def main() -> None:
             print(f"max_minutes {options.max_minutes:g} are over: the same command goes on")
             break
         step()
-        comparison.write()
     print(json.dumps(comparison.record["summary"], indent=1))
 
 
@@ -66,6 +74,7 @@ class Comparison:
         path: Of the record.
         repeats: Turns of timed steps.
         tokenizer: In place of one that is trained on the text.
+        turn: Of the processes that share the record, the number of this one, and how many.
 
     Raises:
         ValueError: ``path`` holds the record of another grid.
@@ -78,8 +87,10 @@ class Comparison:
         path: Path,
         repeats: int,
         tokenizer: Path | None = None,
+        turn: tuple[int, int] = (1, 1),
     ) -> None:
         self.grid, self.workshop, self.path, self.repeats = grid, workshop, path, repeats
+        self._turn, self._num_planned = turn, 0
         config = json.loads(json.dumps(asdict(grid)))
         config["tokenizer"] = None if tokenizer is None else tokenizer.name
         self.record = new_record(QUESTION, config) | {
@@ -87,12 +98,21 @@ class Comparison:
         }  # fmt: skip
         self.runs: dict[tuple[Any, ...], Run] = {}
         if path.is_file():
-            self.record = json.loads(path.read_text())
-            if self.record["config"] != config:
+            if json.loads(path.read_text())["config"] != config:
                 raise ValueError(f"json {path} is of another grid: name another file")
-            for row in self.record["runs"]:
-                run = Run(**row)
-                self.runs[run.key()] = run
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """What the record on disk has, of this process and others."""
+        if not self.path.is_file():
+            return
+        written = json.loads(self.path.read_text())
+        for row in written["runs"]:
+            run = Run(**row)
+            self.runs[run.key()] = run
+        ours, self.record = self.record, written
+        for part in ("rates", "step_times_s", "sizes"):
+            self.record[part] |= ours[part]
 
     def take_rates(self, path: Path) -> None:
         """Takes the learning rates that another record found best: nothing is tuned."""
@@ -114,40 +134,79 @@ class Comparison:
         for variant in chosen:
             if variant.name not in self.record["sizes"]:
                 self.record["sizes"][variant.name] = self.workshop.sizes(variant)
-        grid = self.grid
-        for variant in chosen:
-            if variant.name in self.record["rates"]:
-                continue
-            if len(variant.rates) > 1:
-                for rate in variant.rates:
-                    run = Run(variant.name, "tuning", rate, grid.seeds[0], grid.num_tuning_steps)
-                    yield from self._training(variant, run)
-            self.record["rates"][variant.name] = self._best_rate(variant)
+        yield from self._tuning(chosen)
         final = self._finalists(chosen)
-        if any(v.name not in self.record["step_times_s"] for v in final):
-            # All of them, so that their ratios are of one time of day.
-            yield lambda: self._time(final)
+        yield from self._timing(final)
+        # Not before: looking at what other processes wrote puts another record in its place.
+        rates, grid = self.record["rates"], self.grid
         for seed in grid.seeds:
             for variant in final:
-                rate = self.record["rates"][variant.name]
-                run = Run(variant.name, "equal tokens", rate, seed, grid.num_steps)
+                rate, num_steps = rates[variant.name], grid.num_steps
+                run = Run(variant.name, "equal tokens", rate, seed, num_steps)
                 yield from self._training(variant, run)
-            for variant in final[1:]:
-                rate = self.record["rates"][variant.name]
-                run = Run(variant.name, "equal time", rate, seed, self._steps_in_time(variant))
+            for variant in filter(self._is_smaller, final[1:]):
+                rate, num_steps = rates[variant.name], self._steps_in_time(variant)
+                run = Run(variant.name, "equal time", rate, seed, num_steps)
                 yield from self._training(variant, run)
 
-    def _training(self, variant: Variant, run: Run) -> Iterable[Callable[[], None]]:
+    def _tuning(self, chosen: Sequence[Variant]) -> Iterable[Callable[[], None]]:
+        grid = self.grid
+        untuned = {variant.name for variant in chosen} - self.record["rates"].keys()
+        tries = [
+            (variant, Run(variant.name, TUNING, rate, grid.seeds[0], grid.num_tuning_steps))
+            for variant in chosen
+            if len(variant.rates) > 1
+            for rate in variant.rates
+        ]
+        for variant, run in tries:
+            yield from self._training(variant, run, is_wanted=variant.name in untuned)
+        wanted = {run.key() for _, run in tries if run.variant in untuned}
+        yield from self._awaited(lambda: self.runs.keys() >= wanted)
+        for variant in chosen:
+            if variant.name in untuned:
+                self.record["rates"][variant.name] = self._best_rate(variant)
+
+    def _timing(self, final: Sequence[Variant]) -> Iterable[Callable[[], None]]:
+        def are_timed() -> bool:
+            return all(variant.name in self.record["step_times_s"] for variant in final)
+
+        if self._turn[0] == 1 and not are_timed():
+            # All of them, so that their ratios are of one time of day.
+            yield lambda: self._time(final)
+        yield from self._awaited(are_timed)
+
+    def _training(
+        self, variant: Variant, run: Run, is_wanted: bool = True
+    ) -> Iterable[Callable[[], None]]:
         def train() -> None:
             done = self.workshop.train(variant, run)
             self.runs[done.key()] = done
             print(json.dumps({"run": done.key(), "val_loss_nats": done.val_loss_nats}), flush=True)
+            self.write()
 
-        if run.key() not in self.runs:
+        # All processes count the same runs in the same order, those that are done too.
+        self._num_planned += 1
+        number, processes = self._turn
+        is_ours = self._num_planned % processes == number % processes
+        if is_wanted and is_ours and run.key() not in self.runs:
             yield train
 
+    def _awaited(self, is_there: Callable[[], bool]) -> Iterable[Callable[[], None]]:
+        """Looks at the record again and again until other processes have done their part."""
+
+        def look_again() -> None:
+            time.sleep(_PATIENCE_S)
+            with record_lock(self.path):
+                self._take_in()
+
+        while not is_there():
+            yield look_again
+
+    def _is_smaller(self, variant: Variant) -> bool:
+        return bool(self.record["sizes"][variant.name]["total_compression_ratio"] > 1)
+
     def _best_rate(self, variant: Variant) -> float:
-        tried = [r for r in self.runs.values() if r.variant == variant.name and r.stage == "tuning"]
+        tried = [r for r in self.runs.values() if r.variant == variant.name and r.stage == TUNING]
         finished = [run for run in tried if run.val_loss_nats is not None]
         best = min(finished, key=lambda run: run.val_loss_nats or 0.0, default=None)
         return variant.rates[0] if best is None else best.rate
@@ -156,7 +215,7 @@ class Comparison:
         losses = [
             run.val_loss_nats
             for run in self.runs.values()
-            if run.variant == variant.name and run.val_loss_nats is not None
+            if (run.variant, run.stage) == (variant.name, TUNING) and run.val_loss_nats is not None
         ]
         return min(losses, default=float("inf"))
 
@@ -175,6 +234,7 @@ class Comparison:
         rates = self.record["rates"]
         for name, taken_s in self.workshop.step_times_s(variants, rates, self.repeats).items():
             self.record["step_times_s"][name] = spread(taken_s)
+        self.write()
 
     def _steps_in_time(self, variant: Variant) -> int:
         times = self.record["step_times_s"]
@@ -183,7 +243,12 @@ class Comparison:
         return max(1, round(self.grid.num_steps * ratio))
 
     def write(self) -> None:
-        """Writes record, table and picture of what there is."""
+        """Writes record, table and picture of what there is, other processes' part included."""
+        with record_lock(self.path):
+            self._take_in()
+            self._write()
+
+    def _write(self) -> None:
         self.record["runs"] = [run.as_row() for run in self.runs.values()]
         self.record["rows"] = rows = self._rows()
         self.record["summary"] = summary(rows)
@@ -223,7 +288,7 @@ class Comparison:
     def _tuning_loss(self, name: str) -> float | None:
         rate = self.record["rates"].get(name)
         for run in self.runs.values():
-            if (run.variant, run.stage, run.rate) == (name, "tuning", rate):
+            if (run.variant, run.stage, run.rate) == (name, TUNING, rate):
                 return run.val_loss_nats
         return None
 
@@ -328,12 +393,22 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cache_dir", type=Path, default=Path("~/.cache/fingpt_lightning"))
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="of these variants")
     parser.add_argument("--max_minutes", type=float, default=float("inf"))
+    parser.add_argument(
+        "--turn", type=_turn, default=(1, 1), metavar="I/N", help="the Ith of N that share a record"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="turns of timed steps")
     parser.add_argument("--tokenizer", type=Path, help="folder, in place of a BPE of the text")
     parser.add_argument(
         "--rates_from", type=Path, metavar="RECORD", help="whose best learning rates to take"
     )
     return parser.parse_args()
+
+
+def _turn(text: str) -> tuple[int, int]:
+    number, _, processes = text.partition("/")
+    if not 1 <= int(number) <= int(processes):
+        raise ValueError(text)
+    return int(number), int(processes)
 
 
 if __name__ == "__main__":

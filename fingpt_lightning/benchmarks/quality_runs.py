@@ -18,6 +18,8 @@ from fingpt_lightning.modules import LowRankPretraining
 
 _NUM_CURVE_BATCHES = 20
 _NUM_POINTS = 10
+TUNING = "tuning"
+"""The stage in which rates are tried."""
 
 
 @dataclass(frozen=True)
@@ -195,11 +197,13 @@ class Workshop:
         }
 
     def train(self, variant: Variant, run: Run) -> Run:
-        """Fills a run in; one that diverges has no loss."""
+        """Fills a run in; one that diverges has no loss, one that tries a rate has no curve."""
         data, module, watch = self._made(variant, run.rate, run.seed)
-        every = max(1, run.num_steps // _NUM_POINTS)
         trainer = self._trainer(
-            watch, run.num_steps, val_check_interval=every, limit_val_batches=_NUM_CURVE_BATCHES
+            watch,
+            run.num_steps,
+            val_check_interval=max(1, run.num_steps // _NUM_POINTS),
+            limit_val_batches=0 if run.stage == TUNING else _NUM_CURVE_BATCHES,
         )
         try:
             trainer.fit(module, datamodule=data)

@@ -1,5 +1,6 @@
 """What every benchmark records beside its figures, and how a record is written."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -7,7 +8,8 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,10 +65,11 @@ def started_record(
 
 
 def machine() -> dict[str, str | int | float | None]:
-    """CPU, cores, GPU and memory."""
+    """CPU, cores and how many of them this process computes with, GPU and memory."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
@@ -93,6 +96,18 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         return {"median": values[0], "p10": values[0], "p90": values[0]}
     deciles = statistics.quantiles(values, n=10, method="inclusive")
     return {"median": statistics.median(values), "p10": deciles[0], "p90": deciles[-1]}
+
+
+@contextmanager
+def record_lock(path: Path) -> Iterator[None]:
+    """Within it no other process that asks for it reads or writes the record ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def write_record(path: Path, record: Mapping[str, Any], table: str) -> None:

@@ -1,5 +1,6 @@
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,33 @@ def test_a_toy_grid_is_run_stopped_and_gone_on_with(
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(GRID | {"num_steps": 3}))
     with pytest.raises(ValueError, match=r"record\.json is of another grid"):
         quality.main()
+
+
+def _stop(seconds: float) -> None:
+    raise InterruptedError(f"would wait {seconds} s")
+
+
+def test_processes_take_turns_and_end_with_the_record_of_one(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[int] = []
+    train, turn = Workshop.train, 0
+
+    def counted(workshop: Workshop, variant: Variant, run: Run) -> Run:
+        trained.append(turn)
+        return train(workshop, variant, run)
+
+    monkeypatch.setattr(Workshop, "train", counted)
+    # Each in its turn as far as it comes without the other.
+    monkeypatch.setattr("time.sleep", _stop)
+    for turn, has_to_wait in ((1, True), (2, True), (1, False), (2, False)):
+        monkeypatch.setattr(sys, "argv", [*words, "--turn", f"{turn}/2"])
+        with pytest.raises(InterruptedError) if has_to_wait else nullcontext():
+            quality.main()
+    assert trained == [1, 2, 1, 1, 1, 2, 2]
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert len(record["runs"]) == 2 + 5
+    assert record["summary"]["best"] == "pairs"
 
 
 def _row(name: str, ratio: float, tokens: dict[str, float], time: dict[str, float]) -> Any:
