@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
         1 if options.seed is None else options.seed,
         options.dtype,
         options.damping,
+        options.sequential,
     )
     made = decompose_model(
         source,

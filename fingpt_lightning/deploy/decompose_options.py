@@ -62,6 +62,12 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         help="of the calibration: how much of the weights' own error counts beside that of the"
         " outputs, from 0 on; default: 0",
     )
+    add(
+        "--sequential",
+        action="store_true",
+        help="of the calibration: layer after layer, each for what reaches it through the pairs"
+        " before it; slower, and nearer to the model",
+    )
     add("--method", choices=METHODS, default="exact", help="default: %(default)s")
     add("--seed", type=_seed, help="of --method randomized; default: 1")
     add(
@@ -85,6 +91,10 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     check_calibration_options(options)
     if options.damping is not None and not asks_for_calibration(options):
         raise WrongOptions("--damping has an effect with a calibration alone")
+    if options.sequential and not asks_for_calibration(options):
+        raise WrongOptions("--sequential needs --calibration or --calibration_task")
+    if options.sequential and options.energy is not None:
+        raise WrongOptions("--sequential needs --rank_ratio or --compression")
     if options.seed is not None and options.method == "exact":
         raise WrongOptions("--seed has an effect with --method randomized alone")
     if options.energy is not None and options.method == "randomized":

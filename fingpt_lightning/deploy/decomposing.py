@@ -20,6 +20,7 @@ from fingpt_lightning.deploy.network_files import (
     write_config,
     write_tokenizer,
 )
+from fingpt_lightning.deploy.sequential_decomposition import decompose_in_sequence
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.low_rank.layer_files import (
     LayerResult,
@@ -70,6 +71,8 @@ class Request:
         dtype: Of the stored weights.
         damping: How much of the weights' own error counts beside that of the outputs on the
             calibration text, as in `low_rank.decomposition.damped`; None without calibration.
+        sequential: Whether layers are taken apart one after the other, each for what reaches it
+            through the pairs before it; with calibration and without ``energy`` alone.
     """
 
     rank_ratio: float | None = None
@@ -81,6 +84,7 @@ class Request:
     seed: int = 1
     dtype: str = "float32"
     damping: float | None = None
+    sequential: bool = False
 
 
 class DecomposedLayer(NamedTuple):
@@ -185,13 +189,15 @@ def decompose_model(
     if request.embedding_rank is not None and source.embedding is None:
         raise ValueError("embedding_rank: the embedding is not tied to the head, and stays dense")
     revision = files_sha256(source.weights.files)
+    if request.sequential and (calibration is None or request.energy is not None):
+        raise ValueError("sequential needs a calibration, and rank_ratio or compression")
     settings = asdict(request) | {"revision": revision, "calibration": _described(calibration)}
     folder = output.with_name(f"{output.name}.partial")
     _begin(folder, settings, overwrite)
     layers = [*source.layers]
     if request.embedding_rank is not None and source.embedding is not None:
         layers.append(source.embedding)
-    if calibration is not None:
+    if calibration is not None and _needs_moments(request):
         groups = _calibrated(source, calibration, folder, devices[0])
         if source.embedding is not None:
             groups[source.embedding.name] = HEAD
@@ -213,13 +219,21 @@ def decompose_model(
     else:  # the embedding's rank alone is known
         known = replace(work, ranks=ranks, energy=None)
         pending = [(known if layer.name in ranks else work, layer) for layer in layers]
+    if request.sequential:
+        assert calibration is not None
+        on_device = replace(work, device=devices[0])
+        decompose_in_sequence(source, calibration, source.layers, on_device)
     pending = [pair for pair in pending if read_result(folder, pair[1].name) is None]
     pool.run(decompose_batch, pending, "taking layers apart")
     made = _assembled(source, request, folder, layers)
     record = Decomposition(
         source.name,
         revision,
-        {key: value for key, value in asdict(request).items() if value is not None},
+        {
+            key: value
+            for key, value in asdict(request).items()
+            if value is not None and value is not False
+        },
         _described(calibration),
         *made,
     )
@@ -228,6 +242,12 @@ def decompose_model(
     put_in_place(whole, output)
     shutil.rmtree(folder, ignore_errors=True)
     return record
+
+
+def _needs_moments(request: Request) -> bool:
+    """Whether those of the network as it is are."""
+    has_spectra = request.compression is not None and request.allocation == "spectrum"
+    return not request.sequential or has_spectra or request.embedding_rank is not None
 
 
 def _described(calibration: Calibration | None) -> dict[str, Any] | None:

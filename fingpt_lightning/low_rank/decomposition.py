@@ -5,7 +5,8 @@ M = min(O, I).
 
 What is nearest is measured on the weights or, with moments, on what the layers put out: with
 E the error of a weight and C = X X' / n the second moments of a layer's n inputs X, that is
-|E|^2 or tr(E C E') = |E X|^2 / n.
+|E|^2 or tr(E C E') = |E X|^2 / n. Where the layers before have changed what reaches a layer to Y,
+it is |W X - P Y|^2 / n of the pair P = U D.
 """
 
 from collections.abc import Sequence
@@ -50,6 +51,20 @@ class Errors(NamedTuple):
 
     weight: float
     output: float | None
+
+
+class ShiftedMoments(NamedTuple):
+    """Of a layer's n inputs X, and of those, Y, that reach it after layers before it have changed.
+
+    Args:
+        whole: C = X X' / n.
+        cross: K = X Y' / n.
+        own: D = Y Y' / n.
+    """
+
+    whole: Float[Tensor, "I I"]
+    cross: Float[Tensor, "I I"]
+    own: Float[Tensor, "I I"]
 
 
 def output_basis(
@@ -119,6 +134,29 @@ def damped(moments: Float[Tensor, "B I I"] | None, damping: float) -> Float[Tens
     means_B11 = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
     return moments + damping * means_B11 * identity
+
+
+def shifted_weight(
+    weight: Float[Tensor, "O I"], moments: ShiftedMoments, damping: float
+) -> Float[Tensor, "O I"]:
+    """The V nearest to putting out on Y what W puts out on X: W K D^-1, in float64.
+
+    With l = damping mean(diag D) it is W (K + l 1) (D + l 1)^-1, the least of
+    |W X - V Y|^2 / n + l |W - V|^2: where Y says little, V is W.
+
+    Args:
+        weight: W.
+        moments: Of X and Y.
+        damping: Above 0 where D may be singular.
+
+    Source: with P = U D of full rank the least squares of
+    https://arxiv.org/abs/2403.07378, section 3.3, whose X is that of the changed network.
+    """
+    shift = damping * moments.own.diagonal().mean()
+    identity = torch.eye(len(moments.own), dtype=torch.float64, device=moments.own.device)
+    seen = weight.double() @ (moments.cross.double() + shift * identity)
+    found: Tensor = torch.linalg.solve(moments.own.double() + shift * identity, seen.T).T
+    return found
 
 
 def square_roots(moments: Float[Tensor, "B I I"]) -> Float[Tensor, "B I I"]:
@@ -199,6 +237,25 @@ def relative_errors(
     moment = moment.double()
     lost, whole = (float(((x @ moment) * x).sum().clamp_min(0)) for x in (error, weight))
     return Errors(of_weight, (lost / max(whole, 1e-300)) ** 0.5)
+
+
+def shifted_errors(
+    weight: Float[Tensor, "O I"], factors: Factors, moments: ShiftedMoments
+) -> Errors:
+    """`relative_errors` of |W X - U D Y|, as the pair is stored.
+
+    Args:
+        weight: W.
+        factors: Of any dtype.
+        moments: Of X and Y.
+    """
+    weight = weight.double()
+    product = factors.up.double() @ factors.down.double()
+    of_weight = float((weight - product).norm() / weight.norm().clamp_min(1e-300))
+    whole = ((weight @ moments.whole) * weight).sum()
+    cross, own = ((x * product).sum() for x in (weight @ moments.cross, product @ moments.own))
+    lost = float((whole - 2 * cross + own).clamp_min(0))
+    return Errors(of_weight, (lost / max(float(whole), 1e-300)) ** 0.5)
 
 
 def _smaller_gram(

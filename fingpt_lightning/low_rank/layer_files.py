@@ -17,12 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fingpt_lightning.low_rank.decomposition import (
+    Errors,
     Method,
+    ShiftedMoments,
     damped,
     energies_of,
     factors_of,
     output_basis,
     relative_errors,
+    shifted_errors,
+    shifted_weight,
 )
 from fingpt_lightning.low_rank.factorize import Factors
 from fingpt_lightning.low_rank.rank_allocation import (
@@ -247,7 +251,7 @@ def decompose_batch(work: Work, batch: Batch) -> list[LayerResult]:
     else:
         columns = largest_rank(*size)
     if not columns:
-        return [_kept(work, layer) for layer in batch.layers]
+        return [keep_dense(work, layer) for layer in batch.layers]
     streams = [_generator(work, name) for name in names]
     basis = output_basis(weights, columns, damped(moments, work.damping), work.method, streams)
     if work.energy is not None:
@@ -256,17 +260,47 @@ def decompose_batch(work: Work, batch: Batch) -> list[LayerResult]:
     results = []
     for index, (name, rank) in enumerate(zip(names, ranks, strict=True)):
         if rank is None:
-            results.append(_kept(work, batch.layers[index]))
+            results.append(keep_dense(work, batch.layers[index]))
             continue
         pair = factors_of(weights[index].double(), basis.vectors[index, :, :rank])
         stored = Factors(pair.up.to(work.dtype), pair.down.to(work.dtype))
         moment = None if moments is None else moments[index]
         errors = relative_errors(weights[index], stored, moment)
-        result = LayerResult(name, rank, errors.weight, errors.output)
-        tensors = {"up": stored.up.cpu(), "down": stored.down.cpu()}
-        write_tensors(result_file(work.folder, name), tensors, json.dumps(result._asdict()))
-        results.append(result)
+        results.append(_written(work, name, stored, errors))
     return results
+
+
+def decompose_reached(work: Work, layer: LayerWeight, moments: ShiftedMoments) -> LayerResult:
+    """Takes one weight apart, for what reaches it through pairs, and writes the pair.
+
+    Args:
+        work: How; the layer has a rank in it.
+        layer: Whose result is not there yet.
+        moments: Of its inputs before and now.
+    """
+    assert work.ranks is not None
+    rank = work.ranks[layer.name]
+    assert rank is not None, layer.name
+    weight = _weights(work, Batch((layer,)))[0]
+    target = shifted_weight(weight, moments, work.damping)
+    own = damped(moments.own[None], work.damping)
+    basis = output_basis(target[None], rank, own, work.method, [_generator(work, layer.name)])
+    pair = factors_of(target, basis.vectors[0])
+    stored = Factors(pair.up.to(work.dtype), pair.down.to(work.dtype))
+    return _written(work, layer.name, stored, shifted_errors(weight, stored, moments))
+
+
+def keep_dense(work: Work, layer: LayerWeight) -> LayerResult:
+    """Writes that a layer stays dense."""
+    result = LayerResult(layer.name, None, 0.0, None if layer.moments is None else 0.0)
+    write_tensors(result_file(work.folder, layer.name), {}, json.dumps(result._asdict()))
+    return result
+
+
+def read_factors(folder: Path, name: str) -> Factors:
+    """The pair that a layer has become."""
+    tensors = read_tensors(result_file(folder, name))
+    return Factors(tensors["up"], tensors["down"])
 
 
 def measure_batch(work: Work, batch: Batch) -> list[str]:
@@ -304,7 +338,8 @@ def _generator(work: Work, name: str) -> torch.Generator:
     return torch.Generator(work.device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _kept(work: Work, layer: LayerWeight) -> LayerResult:
-    result = LayerResult(layer.name, None, 0.0, None if layer.moments is None else 0.0)
-    write_tensors(result_file(work.folder, layer.name), {}, json.dumps(result._asdict()))
+def _written(work: Work, name: str, pair: Factors, errors: Errors) -> LayerResult:
+    result = LayerResult(name, pair.up.shape[1], errors.weight, errors.output)
+    tensors = {"up": pair.up.cpu(), "down": pair.down.cpu()}
+    write_tensors(result_file(work.folder, name), tensors, json.dumps(result._asdict()))
     return result

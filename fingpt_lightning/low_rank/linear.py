@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fingpt_lightning.low_rank.factorize import factorize
+from fingpt_lightning.low_rank.factorize import Factors, factorize
 from fingpt_lightning.low_rank.initialization import Initialization, initial_factors
 
 FACTOR_ACTIVATIONS = ("none", "silu")
@@ -84,10 +84,19 @@ class LowRankLinear(nn.Module):
             bias: Its bias, copied.
             rank: R, in [1, min(I, O)].
         """
-        out_features, in_features = weight.shape
+        return cls.from_factors(factorize(weight.detach(), rank), bias)
+
+    @classmethod
+    def from_factors(cls, factors: Factors, bias: Float[Tensor, "O"] | None) -> "LowRankLinear":
+        """The layer of these factors.
+
+        Args:
+            factors: Taken as they are.
+            bias: Of the layer, copied.
+        """
+        (out_features, rank), (_, in_features) = factors.up.shape, factors.down.shape
         with torch.device("meta"):
             layer = cls(in_features, out_features, rank, bias=bias is not None)
-        factors = factorize(weight.detach(), rank)
         layer.up, layer.down = nn.Parameter(factors.up), nn.Parameter(factors.down)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone())

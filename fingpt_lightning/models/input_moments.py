@@ -3,7 +3,8 @@
 Axes: N rows, T tokens, D width, I in_features of a layer.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fingpt_lightning.low_rank.decomposition import ShiftedMoments
 from fingpt_lightning.models.quantization import is_linear
 
 HEAD = "lm_head"
@@ -30,15 +32,28 @@ class InputMoments(NamedTuple):
     moments: dict[str, Float[Tensor, "I I"]]
 
 
+class ReachedLayers(NamedTuple):
+    """Layers that read the same tensor, when all that comes before them has been changed.
+
+    Args:
+        block: The block that is to be changed, a copy of the network's.
+        layers: Their names in it, by their names in the network.
+        moments: Of their inputs; None where they were not wanted.
+    """
+
+    block: nn.Module
+    layers: dict[str, str]
+    moments: ShiftedMoments | None
+
+
 _Call: TypeAlias = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 """Hidden states, and what else a block is called with."""
 
 
-class _BlockReached(Exception):
+class _Reached(Exception):
     pass
 
 
-@torch.no_grad()
 def input_moments(
     network: PreTrainedModel,
     ids: Int[Tensor, "N T"],
@@ -70,17 +85,100 @@ def input_moments(
         yield sums.means(ids.numel())
         if refresh:
             outputs = _outputs(block, captured)
-        captured = [
-            (hidden, args, kwargs)
-            for hidden, (_, args, kwargs) in zip(outputs, captured, strict=True)
-        ]
+        captured = _next_calls(outputs, captured)
     norm = next(m for n, m in network.base_model.named_children() if n in _NORMS)
     sums = _Sums("")
-    for hidden, _, _ in captured:
-        sums.add(HEAD, norm(hidden))
+    with torch.no_grad():
+        for hidden, _, _ in captured:
+            sums.add(HEAD, norm(hidden))
     yield sums.means(ids.numel())
 
 
+def shifted_moments(
+    network: PreTrainedModel,
+    ids: Int[Tensor, "N T"],
+    is_wanted: Callable[[Sequence[str]], bool],
+    batch_rows: int = 4,
+) -> Iterator[ReachedLayers]:
+    """Layer after layer, what it reads in the network, and what in one that is changed on the way.
+
+    Whoever takes a group of layers changes them in its block before the next: what later layers
+    read comes through all that has been changed by then. The network itself stays as it is.
+
+    Args:
+        network: As in `input_moments`.
+        ids: Rows of equal length.
+        is_wanted: Whether the moments are, of layers by their names.
+        batch_rows: Rows that go through a block at a time.
+
+    Memory: the hidden states of all rows twice, a copy of a block, three moments.
+
+    Cost: for each block two passes, and a part of two for each group of layers, about seven in all.
+    """
+    name, blocks = _blocks(network)
+    whole = [_first_input(network, blocks[0], part) for part in ids.split(batch_rows)]
+    changed = whole
+    for index, block in enumerate(blocks):
+        own = copy.deepcopy(block)
+        for group in _groups(block, whole[0]):
+            layers = {f"{name}.{index}.{local}": local for local in group}
+            moments = None
+            if is_wanted(list(layers)):
+                reads = (
+                    (_input(block, group[0], before), _input(own, group[0], now))
+                    for before, now in zip(whole, changed, strict=True)
+                )
+                moments = _shifted(reads, ids.numel())
+            yield ReachedLayers(own, layers, moments)
+        changed = _next_calls(_outputs(own, changed), changed)
+        whole = _next_calls(_outputs(block, whole), whole)
+
+
+def _groups(block: nn.Module, call: _Call) -> list[list[str]]:
+    """The linear layers of a block in the order they are reached, those of one input together."""
+    groups: list[list[str]] = []
+    last: list[Tensor] = []
+
+    def reached(name: str, x: Tensor) -> None:
+        if last and last[-1] is x:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        last.append(x)
+
+    with ExitStack() as stack:
+        for name, module in block.named_modules():
+            if is_linear(module):
+                hook = module.register_forward_pre_hook(
+                    lambda _, args, name=name: reached(name, args[0])
+                )
+                stack.callback(hook.remove)
+        _outputs(block, [call])
+    return groups
+
+
+def _input(block: nn.Module, name: str, call: _Call) -> Tensor:
+    """What one of its layers reads, as a matrix of rows."""
+    hidden, args, kwargs = call
+    found: Tensor = _call_of(block.get_submodule(name), lambda: block(hidden, *args, **kwargs))[0]
+    return found.reshape(-1, found.shape[-1])
+
+
+def _shifted(reads: Iterator[tuple[Tensor, Tensor]], num_tokens: int) -> ShiftedMoments:
+    sums: list[Tensor] = []
+    for before, now in reads:
+        products = [(x.T @ y).double() for x, y in ((before, before), (before, now), (now, now))]
+        sums = [a + b for a, b in zip(sums, products, strict=True)] if sums else products
+    return ShiftedMoments(*(total / num_tokens for total in sums))
+
+
+def _next_calls(outputs: Sequence[Tensor], calls: Sequence[_Call]) -> list[_Call]:
+    return [
+        (hidden, args, kwargs) for hidden, (_, args, kwargs) in zip(outputs, calls, strict=True)
+    ]
+
+
+@torch.no_grad()
 def _outputs(block: nn.Module, captured: Sequence[_Call]) -> list[Tensor]:
     outputs = (block(hidden, *args, **kwargs) for hidden, args, kwargs in captured)
     return [out[0] if isinstance(out, tuple) else out for out in outputs]
@@ -135,16 +233,22 @@ def _blocks(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def _first_input(network: PreTrainedModel, block: nn.Module, ids: Int[Tensor, "N T"]) -> _Call:
     """What the first block is called with."""
+    return _call_of(block, lambda: network.base_model(input_ids=ids, use_cache=False))
+
+
+@torch.no_grad()
+def _call_of(module: nn.Module, run: Callable[[], object]) -> _Call:
+    """What a module is called with in a run that ends there."""
     found: list[_Call] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args[0], args[1:], kwargs))
-        raise _BlockReached
+        raise _Reached
 
-    hook = block.register_forward_pre_hook(stop, with_kwargs=True)
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        network.base_model(input_ids=ids, use_cache=False)
-    except _BlockReached:
+        run()
+    except _Reached:
         pass
     finally:
         hook.remove()

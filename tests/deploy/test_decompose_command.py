@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fingpt_lightning.cli import main
-from fingpt_lightning.deploy import decomposing
+from fingpt_lightning.deploy import decomposing, sequential_decomposition
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear, layer_files
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.models.loading import load_model
@@ -147,6 +147,60 @@ def test_damping_trades_outputs_for_weights(
     )
     assert weight[1] < weight[0]
     assert output[1] > output[0]
+
+
+@torch.no_grad()
+def _logit_gap(folder: Path, model: Path) -> float:
+    tokens = torch.tensor([tiny_tokenizer().encode(" ".join(LINES))])
+    made, dense = (load_model(x).network(input_ids=tokens).logits for x in (folder, model))
+    return float((made - dense).norm())
+
+
+@pytest.mark.parametrize("damping", ["0.001", "0.1"])
+def test_in_sequence_layers_make_up_for_those_before_them(
+    decompose: Decompose, model: Path, text: Path, tmp_path: Path, damping: str
+) -> None:
+    gaps = []
+    words = ("--compression", "1.4", "--calibration", text, "--damping", damping)
+    for name, extra in (("at_once", ()), ("in_sequence", ("--sequential",))):
+        status, _, error = decompose(model, *words, *extra, "--output", tmp_path / name)
+        assert status == 0, error
+        gaps.append(_logit_gap(tmp_path / name, model))
+    assert gaps[1] < gaps[0]
+    at_once, in_sequence = (
+        json.loads((tmp_path / name / "decomposition.json").read_text())
+        for name in ("at_once", "in_sequence")
+    )
+    assert in_sequence["settings"]["sequential"] is True
+    assert "sequential" not in at_once["settings"]
+    ranks = [[row["rank"] for row in record["layers"]] for record in (at_once, in_sequence)]
+    assert ranks[0] == ranks[1]
+
+
+def test_a_sequence_that_was_killed_goes_on(
+    decompose: Decompose, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--rank_ratio", "0.4", "--calibration", text, "--sequential")
+    status, _, error = decompose(model, *words, "--output", tmp_path / "whole")
+    assert status == 0, error
+    real, done = layer_files.decompose_reached, []
+
+    def killed(work: object, layer: layer_files.LayerWeight, moments: object) -> object:
+        if len(done) == 3:
+            raise RuntimeError("killed")
+        done.append(layer.name)
+        return real(work, layer, moments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sequential_decomposition, "decompose_reached", killed)
+    status, _, error = decompose(model, *words)
+    assert (status, "killed" in error) == (1, True)
+    monkeypatch.setattr(sequential_decomposition, "decompose_reached", real)
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out.partial/layers").iterdir()}
+    assert len(kept) >= 3
+    status, _, error = decompose(model, *words)
+    assert status == 0, error
+    first, second = (_linear(load_model(tmp_path / n).network) for n in ("whole", "out"))
+    torch.testing.assert_close(first, second)
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "spectrum"])
@@ -306,6 +360,9 @@ def test_the_tables_name_rank_and_error_of_each_layer(decompose: Decompose, mode
         (("--rank_ratio", "0.3", "--calibration_tokens", "9"), 2, "or --calibration_task alone"),
         (("--rank_ratio", "0.3", "--damping", "0.1"), 2, "--damping has an effect with a calib"),
         (("--rank_ratio", "0.3", "--damping", "-1"), 2, "--damping: -1 is no number from 0 on"),
+        (("--rank_ratio", "0.3", "--sequential"), 2, "--sequential needs --calibration or"),
+        (("--energy", "0.3", "--sequential", "--calibration", "{}/empty.txt"), 2,
+         "--sequential needs --rank_ratio or --compression"),
         (("--energy", "0.9", "--method", "randomized"), 2, "needs the whole spectrum"),
         (("--rank_ratio", "0.3", "--embedding_rank", "99"), 1, r"embedding_rank 99 is outside \[1"),
         (("--rank_ratio", "0.3", "--calibration", "{}/none.txt"), 1, "none.txt does not exist"),

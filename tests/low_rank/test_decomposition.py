@@ -4,11 +4,14 @@ from torch import Tensor
 
 from fingpt_lightning.low_rank.decomposition import (
     Method,
+    ShiftedMoments,
     damped,
     decompose,
     energies_of,
     output_basis,
     relative_errors,
+    shifted_errors,
+    shifted_weight,
 )
 from fingpt_lightning.low_rank.factorize import Factors
 
@@ -179,3 +182,44 @@ def test_errors_are_those_of_the_stored_factors() -> None:
 def test_a_rank_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"8 columns are outside \[1, 7\]"):
         output_basis(_weights(7, 11), 8)
+
+
+def _shifted(columns: int, num_tokens: int) -> tuple[Tensor, Tensor, ShiftedMoments]:
+    """Inputs before and after something has changed, a row a token, and their moments."""
+    x = _moments(columns, num_tokens, 1)[0][0]
+    y = x @ (torch.eye(columns) + 0.3 * torch.randn(columns, columns)).double()
+    products = (x.T @ x, x.T @ y, y.T @ y)
+    return x, y, ShiftedMoments(*(product / num_tokens for product in products))
+
+
+def test_a_shifted_weight_is_the_least_squares_on_what_reaches_it() -> None:
+    (weight,) = _weights(7, 11, 1)
+    x, y, moments = _shifted(11, 40)
+    least = torch.linalg.lstsq(y, x @ weight.T).solution.T
+    torch.testing.assert_close(shifted_weight(weight, moments, 0.0), least)
+    # Damped, of the rows of one more kind of input, on which it is to be what it was.
+    level = (0.5 * moments.own.diagonal().mean() * 40).sqrt() * torch.eye(11, dtype=torch.float64)
+    rows, wanted = torch.cat([y, level]), torch.cat([x, level]) @ weight.T
+    least = torch.linalg.lstsq(rows, wanted).solution.T
+    torch.testing.assert_close(shifted_weight(weight, moments, 0.5), least)
+
+
+def test_few_tokens_leave_the_weight_as_it_was_elsewhere() -> None:
+    (weight,) = _weights(7, 11, 1)
+    _, y, moments = _shifted(11, 4)
+    _, _, vh = torch.linalg.svd(y)
+    unseen = vh[4:].T
+    torch.testing.assert_close(shifted_weight(weight, moments, 1e-3) @ unseen, weight @ unseen)
+
+
+def test_shifted_errors_are_of_the_outputs() -> None:
+    (weight,) = _weights(7, 11, 1)
+    x, y, moments = _shifted(11, 40)
+    pair = Factors(torch.randn(7, 3), torch.randn(3, 11))
+    product = (pair.up @ pair.down).double()
+    errors = shifted_errors(weight, pair, moments)
+    assert errors.weight == pytest.approx(
+        float((weight - pair.up.double() @ pair.down.double()).norm() / weight.norm())
+    )
+    truth = (x @ weight.T - y @ product.T).norm() / (x @ weight.T).norm()
+    assert errors.output == pytest.approx(float(truth), rel=1e-4)

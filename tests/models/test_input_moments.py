@@ -1,9 +1,11 @@
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fingpt_lightning.models.input_moments import HEAD, input_moments
+from fingpt_lightning.models.input_moments import HEAD, input_moments, shifted_moments
 from fingpt_lightning.models.quantization import is_linear
 from tests.models.tiny_models import ids, tiny_gpt2, tiny_llama
 
@@ -55,3 +57,34 @@ def test_layers_that_read_the_same_share_their_moments() -> None:
     assert attention == {f"{block}self_attn.q_proj"}
     assert mlp == {f"{block}mlp.gate_proj"}
     assert len(names) == len(set(names)) == 2 * 4 + 1
+
+
+@pytest.mark.parametrize("made", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("batch_rows", [1, 4])
+def test_shifted_moments_are_those_of_the_network_and_of_one_that_is_changed(
+    made: object, batch_rows: int
+) -> None:
+    assert callable(made)
+    network, tokens = made().double(), ids()
+    changed = copy.deepcopy(network)
+    for name, module in changed.named_modules():
+        if is_linear(module) and name != HEAD:
+            module.weight.data *= 0.9
+    found = {}
+    for reached in shifted_moments(network, tokens, lambda _: True, batch_rows):
+        for name, place in reached.layers.items():
+            found[name] = reached.moments
+            reached.block.get_submodule(place).weight.data *= 0.9
+    before, now = _seen_inputs(network, tokens), _seen_inputs(changed, tokens)
+    assert found.keys() == before.keys() - {HEAD}
+    for name, moments in found.items():
+        assert moments is not None
+        x, y = before[name], now[name]
+        for ours, truth in zip(moments, (x.T @ x, x.T @ y, y.T @ y), strict=True):
+            torch.testing.assert_close(ours, truth / len(x), rtol=1e-9, atol=1e-9)
+
+
+def test_shifted_moments_are_gathered_where_they_are_wanted() -> None:
+    wanted = "model.layers.1.mlp.down_proj"
+    for reached in shifted_moments(tiny_llama(), ids(), lambda names: wanted in names):
+        assert (reached.moments is not None) == (wanted in reached.layers)
