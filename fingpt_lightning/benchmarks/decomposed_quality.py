@@ -1,7 +1,8 @@
 """What does decomposing a pretrained model cost in perplexity, and what wins it back?
 
-Each model is decomposed to a share of its parameters: plain, on calibration text, and on that with
-brief training after it. The record is written after every row, and a row in it is not made again.
+Each model is decomposed to a share of its parameters: plain, on calibration text, in sequence, and
+with brief training after it. The record is written after every row, and a row in it is not made
+again.
 """
 
 import argparse
@@ -44,14 +45,16 @@ TEXTS = {
 TRAINING = "fed_text/train.jsonl"
 OTHER = "wikitext2/test.txt"
 ORIGINAL = "original"
-TRAINED = "calibrated, trained on"
+BOTH = "both texts, in sequence"
+TRAINED = f"{BOTH}, trained on"
 
 
 class Way(NamedTuple):
-    """How ranks are found, the texts whose outputs count, in equal parts, and the damping."""
+    """How ranks are found, the texts whose outputs count, in equal parts, and the rest."""
 
     allocation: str
     texts: tuple[str, ...] = ()
+    sequential: bool = False
     damping: float = 0.0
 
 
@@ -59,17 +62,12 @@ WAYS = {
     "plain": Way("uniform"),
     "calibrated, one ratio": Way("uniform", (TRAINING,)),
     "calibrated": Way("spectrum", (TRAINING,)),
-}
-MORE_WAYS = {
-    **{
-        f"one ratio, damping {damping:g}": Way("uniform", (TRAINING,), damping)
-        for damping in (0.01, 0.03, 0.1, 0.3, 1.0)
-    },
-    "damping 0.1": Way("spectrum", (TRAINING,), 0.1),
+    "one ratio, damping 0.1": Way("uniform", (TRAINING,), damping=0.1),
+    "in sequence, one ratio": Way("uniform", (TRAINING,), sequential=True, damping=0.01),
+    "in sequence": Way("spectrum", (TRAINING,), sequential=True, damping=0.01),
     "both texts, one ratio": Way("uniform", (TRAINING, OTHER)),
-    "both texts, one ratio, damping 0.1": Way("uniform", (TRAINING, OTHER), 0.1),
+    BOTH: Way("uniform", (TRAINING, OTHER), sequential=True, damping=0.01),
 }
-"""What may carry over to other text than that of the calibration."""
 
 
 def main() -> None:
@@ -81,10 +79,10 @@ def main() -> None:
     add("--data_dir", type=Path, required=True, help="with wikitext2/ and fed_text/")
     add("--work_dir", type=Path, required=True, help="for the decomposed models")
     add("--shares", default="0.8,0.6", help="parameters kept, of all, with commas")
-    add("--tokens", type=int, default=8192, help="of each text whose perplexity is asked")
+    add("--tokens", type=int, default=16384, help="of each text whose perplexity is asked")
     add("--block_length", type=int, default=512)
-    add("--calibration_tokens", type=int, default=8192)
-    add("--steps", type=int, default=40, help="of the training")
+    add("--calibration_tokens", type=int, default=16384)
+    add("--steps", type=int, default=150, help="of the training")
     add("--batch_size", type=int, default=4)
     add("--learning_rate", type=float, default=0.0003)
     add("--precision", default="bf16-mixed", help="of the training")
@@ -113,7 +111,7 @@ def contenders(shares: str) -> Iterator[tuple[float, str]]:
     """Share of the parameters and what is done, in the order of the record."""
     yield 1.0, ORIGINAL
     for text in shares.split(","):
-        for name in (*WAYS, TRAINED, *MORE_WAYS):
+        for name in (*WAYS, TRAINED):
             yield float(text), name
 
 
@@ -124,7 +122,7 @@ def measure(share: float, contender: str, options: argparse.Namespace) -> dict[s
         network = load_model(options.model, dtype=options.dtype).network
         row["parameters"] = sum(p.numel() for p in network.parameters())
     elif contender == TRAINED:
-        folder = decomposed(share, "calibrated", options)
+        folder = decomposed(share, BOTH, options)
         network, figures = trained(folder, options)
         row |= figures | {"parameters": sum(p.numel() for p in network.parameters())}
         network = network.to(getattr(torch, options.dtype))
@@ -147,7 +145,7 @@ def measure(share: float, contender: str, options: argparse.Namespace) -> dict[s
 
 def decomposed(share: float, contender: str, options: argparse.Namespace) -> Path:
     """The folder of a decomposed model, made where it is not there."""
-    way = (WAYS | MORE_WAYS)[contender]
+    way = WAYS[contender]
     name = f"{contender.replace(', ', '_').replace(' ', '_')}-{share:g}"
     folder: Path = options.work_dir / name
     if not folder.exists():
@@ -168,7 +166,12 @@ def decomposed(share: float, contender: str, options: argparse.Namespace) -> Pat
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
         damping = way.damping if way.texts else None
-        request = Request(compression=1 / share, allocation=way.allocation, damping=damping)
+        request = Request(
+            compression=1 / share,
+            allocation=way.allocation,
+            damping=damping,
+            sequential=way.sequential,
+        )
         decompose_model(source, request, folder, calibration)
     return folder
 

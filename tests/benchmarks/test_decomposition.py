@@ -56,16 +56,16 @@ def test_the_quality_benchmark_goes_on_where_it_ended(
     _run(decomposed_quality.main, words, monkeypatch)
     record = json.loads(file.read_text())
     assert record["rows"][:2] == first["rows"]
-    assert [row["contender"] for row in record["rows"][2:]] == [
-        "calibrated, one ratio", "calibrated", "calibrated, trained on",
-        *decomposed_quality.MORE_WAYS,
+    assert [row["contender"] for row in record["rows"][1:]] == [
+        *decomposed_quality.WAYS, decomposed_quality.TRAINED,
     ]  # fmt: skip
-    both = tmp_path / "work" / "both_texts_one_ratio_damping_0.1-0.8" / "decomposition.json"
+    both = tmp_path / "work" / "both_texts_in_sequence-0.8" / "decomposition.json"
     made = json.loads(both.read_text())
     assert made["calibration"]["tokens"] == 64
-    assert made["settings"]["damping"] == 0.1
+    assert made["settings"]["damping"] == 0.01
+    assert made["settings"]["sequential"] is True
     rows = {row["contender"]: row for row in record["rows"]}
-    assert 32 < rows["calibrated, trained on"]["training_tokens"] <= 2 * 2 * 16  # ends of texts
+    assert 32 < rows[decomposed_quality.TRAINED]["training_tokens"] <= 2 * 2 * 16  # ends of texts
     for row in record["rows"][1:]:
         share = row["parameters"] / rows["original"]["parameters"]
         assert share == pytest.approx(0.8, abs=0.02)

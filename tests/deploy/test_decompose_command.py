@@ -183,7 +183,8 @@ def test_a_sequence_that_was_killed_goes_on(
     words = ("--rank_ratio", "0.4", "--calibration", text, "--sequential")
     status, _, error = decompose(model, *words, "--output", tmp_path / "whole")
     assert status == 0, error
-    real, done = layer_files.decompose_reached, []
+    real = layer_files.decompose_reached
+    done: list[str] = []
 
     def killed(work: object, layer: layer_files.LayerWeight, moments: object) -> object:
         if len(done) == 3:

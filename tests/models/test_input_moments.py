@@ -59,6 +59,10 @@ def test_layers_that_read_the_same_share_their_moments() -> None:
     assert len(names) == len(set(names)) == 2 * 4 + 1
 
 
+def _scale(layer: nn.Module) -> None:
+    layer.get_parameter("weight").data.mul_(0.9)
+
+
 @pytest.mark.parametrize("made", [tiny_gpt2, tiny_llama])
 @pytest.mark.parametrize("batch_rows", [1, 4])
 def test_shifted_moments_are_those_of_the_network_and_of_one_that_is_changed(
@@ -69,12 +73,12 @@ def test_shifted_moments_are_those_of_the_network_and_of_one_that_is_changed(
     changed = copy.deepcopy(network)
     for name, module in changed.named_modules():
         if is_linear(module) and name != HEAD:
-            module.weight.data *= 0.9
+            _scale(module)
     found = {}
     for reached in shifted_moments(network, tokens, lambda _: True, batch_rows):
         for name, place in reached.layers.items():
             found[name] = reached.moments
-            reached.block.get_submodule(place).weight.data *= 0.9
+            _scale(reached.block.get_submodule(place))
     before, now = _seen_inputs(network, tokens), _seen_inputs(changed, tokens)
     assert found.keys() == before.keys() - {HEAD}
     for name, moments in found.items():
