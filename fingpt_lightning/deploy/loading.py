@@ -1,13 +1,16 @@
 """The model that a command's options name, with its adapter or a bank of them."""
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
+from fingpt_lightning.models.adapter_files import ADAPTER_CONFIG, trained_quantization
 from fingpt_lightning.models.device import find_device
-from fingpt_lightning.models.loading import LoadedModel, load_model
+from fingpt_lightning.models.loading import AUTO, NONE, LoadedModel, load_model
 
 
 class ReadyModel(NamedTuple):
@@ -26,11 +29,14 @@ def load_with_adapters(options: argparse.Namespace) -> ReadyModel:
         FileNotFoundError: A path leads nowhere.
         ValueError: A model or adapter is not as it must be.
     """
+    quantize = options.quantize
+    if options.adapters and quantize == AUTO:
+        quantize = common_quantization(options.adapters)
     loaded = load_model(
         options.model,
         dtype=options.dtype,
         device=find_device(options.device),
-        quantize=options.quantize,
+        quantize=quantize,
         adapter=options.adapter,
         tokenizer=options.tokenizer,
     )
@@ -43,3 +49,28 @@ def load_with_adapters(options: argparse.Namespace) -> ReadyModel:
         for name, folder in options.adapters.items():
             bank.load(name, folder)
     return ReadyModel(loaded, network, tokenizer, bank)
+
+
+def common_quantization(adapters: Mapping[str, Path]) -> str:
+    """In what the bases of some adapters were quantised when they were trained.
+
+    Args:
+        adapters: Their folders, by name.
+
+    Raises:
+        FileNotFoundError: A folder has no adapter.
+        ValueError: They were trained on bases that differ in it.
+    """
+    found = {}
+    for name, path in adapters.items():
+        folder = path.expanduser()
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise FileNotFoundError(f"adapter {folder} has no {ADAPTER_CONFIG}")
+        found[name] = trained_quantization(folder) or NONE
+    if len(set(found.values())) > 1:
+        told = ", ".join(f"{name} {method}" for name, method in found.items())
+        raise ValueError(
+            f"--adapters share one base, but theirs were quantised otherwise ({told}): say which"
+            " it is to be by --quantize"
+        )
+    return next(iter(found.values()))

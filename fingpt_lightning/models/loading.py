@@ -153,7 +153,7 @@ def load_model(
         if tokenizer is None and holds_tokenizer(adapter):
             tokenizer = adapter
     trained_on = None if adapter is None else trained_quantization(adapter)
-    quantize = {AUTO: trained_on, NONE: None}.get(quantize or NONE, quantize)
+    asked, quantize = quantize, {AUTO: trained_on, NONE: None}.get(quantize or NONE, quantize)
     weights, found = _open(place.path, None if tokenizer is None else Path(tokenizer).expanduser())
     try:
         network = lay_out(weights.config, weights.shapes)
@@ -166,6 +166,8 @@ def load_model(
         stored_as = None
         if weights.quantized is not None:
             stored_as = weights.quantized.method
+            if asked == AUTO:
+                quantize = None
             if keep_part is not None or quantize not in (None, stored_as):
                 raise ValueError(f"the weights are stored in {stored_as}; load them whole, as such")
             low_rank = low_rank or weights.quantized.are_low_rank

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
+from fingpt_lightning.deploy.loading import common_quantization
 from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.decoding import decode
 from fingpt_lightning.models.loading import load_model
@@ -154,3 +155,16 @@ def test_wrong_names_and_folders_are_refused(base: Path, tmp_path: Path) -> None
     adapted = _alone(base, save_clients(base, tmp_path / "again", 1)[0])
     with pytest.raises(ValueError, match="has an adapter already"):
         AdapterBank(adapted)
+
+
+def test_many_adapters_are_put_on_the_base_that_all_were_trained_on(
+    base: Path, tmp_path: Path
+) -> None:
+    plain = save_clients(base, tmp_path / "plain", 1)[0]
+    nf4 = save_clients(base, tmp_path / "nf4", 2, quantize="nf4")
+    assert common_quantization({"ann": plain}) == "none"
+    assert common_quantization({"ann": nf4[0], "bob": nf4[1]}) == "nf4"
+    with pytest.raises(ValueError, match=r"\(ann none, bob nf4\): say which"):
+        common_quantization({"ann": plain, "bob": nf4[0]})
+    with pytest.raises(FileNotFoundError, match=r"nowhere has no adapter_config\.json"):
+        common_quantization({"ann": tmp_path / "nowhere"})

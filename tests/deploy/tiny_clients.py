@@ -19,10 +19,10 @@ KINDS = (
 )
 
 
-def save_clients(base: Path, folder: Path, number: int) -> list[Path]:
+def save_clients(base: Path, folder: Path, number: int, quantize: str | None = None) -> list[Path]:
     """Folders of adapters for a saved base, of different ranks and kinds in turn."""
     folders = []
-    plain = load_model(base).network
+    plain = load_model(base, quantize=quantize).network
     for index in range(number):
         network = copy.deepcopy(plain)
         adapt(network, KINDS[index % len(KINDS)], seed=index)
