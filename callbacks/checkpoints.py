@@ -1,9 +1,11 @@
 """The two checkpoints that every run keeps: the best one and the last one."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 
@@ -44,7 +46,8 @@ class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``, of every Nth step and of the last one.
 
     Keys: none.
-    Cost: a write every ``every_n_train_steps``, aside and then renamed: a kill while writing
+    Cost: a write every ``every_n_train_steps``, and another after a validation at such a step, so
+    that a resumed run does not miss it. Each goes aside and is then renamed: a kill while writing
     leaves the one before.
 
     Args:
@@ -66,12 +69,36 @@ class LastCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
         )
         self._interval_steps = every_n_train_steps
+        self._saved_batch: int | None = None
 
     @property
     @override
     def state_key(self) -> str:
         # Without the settings, so that a run may be resumed with others.
         return type(self).__qualname__
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A resumed run has been saved at its first step. Within a window of accumulation it would
+        # be again, with the next batch counted as seen and its gradient lost.
+        self._last_global_step_saved = trainer.global_step
+        self._saved_batch = None
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        before = self._last_global_step_saved
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        if self._last_global_step_saved != before:
+            self._saved_batch = trainer.fit_loop.total_batch_idx
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        is_same_batch = self._saved_batch == trainer.fit_loop.total_batch_idx
+        if trainer.state.fn == TrainerFn.FITTING and is_same_batch:
+            # Lightning 2.6 holds a validation to be done that comes right after what it goes on
+            # from, so that early stopping and the best checkpoint would not hear of it.
+            trainer.save_checkpoint(self.best_model_path)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

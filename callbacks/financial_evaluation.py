@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from callbacks.progress import TrainingProgress
 from callbacks.recording import Cadence
+from callbacks.throughput import ThroughputMonitor
 from fingpt_lightning.evaluation.results import prediction_rows
 from fingpt_lightning.evaluation.runner import (
     TaskResult,
@@ -154,15 +155,24 @@ class FinancialEvaluation(Callback):
         in_training = [part for part in network.modules() if part.training]
         network.eval()
         try:
-            for run in self._runs:
-                with trainer.precision_plugin.forward_context():
-                    predictions = self._predict(trainer, network, tokenizer, run)
-                if trainer.is_global_zero:
-                    result = TaskResult(run, predictions, metrics_of(run, predictions), 0.0)
-                    self.history.setdefault(run.task.name, []).append(_log(trainer, result))
+            with ExitStack() as stack:
+                for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                    if isinstance(callback, ThroughputMonitor):
+                        stack.enter_context(callback.standing_still())
+                self._ask(trainer, network, tokenizer)
         finally:
             for part in in_training:
                 part.training = True
+
+    def _ask(
+        self, trainer: Trainer, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        for run in self._runs:
+            with trainer.precision_plugin.forward_context():
+                predictions = self._predict(trainer, network, tokenizer, run)
+            if trainer.is_global_zero:
+                result = TaskResult(run, predictions, metrics_of(run, predictions), 0.0)
+                self.history.setdefault(run.task.name, []).append(_log(trainer, result))
 
     def _predict(
         self,

@@ -35,7 +35,8 @@ class MemoryMonitor(Callback):
     - ``memory/activations_mib``: what is alive when the backward pass starts and was not when the
       step began. On CUDA the allocator's difference in the logged step; elsewhere counted in the
       run's first step, and again in a logged step whose batch has other shapes. Not logged for
-      modules under ``torch.compile`` elsewhere than on CUDA: counting would undo the compiling.
+      modules under ``torch.compile`` elsewhere than on CUDA: counting would undo the compiling;
+      nor in a pipeline, whose forward and backward passes take turns.
 
     Cost: at a log a walk over parameters and optimizer state, the counters' reads, two small
     all-reduces and one sync; at other steps nothing. A counted step on the CPU takes some
@@ -57,6 +58,7 @@ class MemoryMonitor(Callback):
         self._gradient_bytes: int | None = None
         self._activation_bytes: int | None = None
         self._may_count = True
+        self._is_pipeline = False
         self._counted_shapes: list[torch.Size] | None = None
         self._count: LiveTensorBytes | None = None
         self._allocated_before: int | None = None
@@ -76,7 +78,8 @@ class MemoryMonitor(Callback):
         self._device = trainer.strategy.root_device
         self._cadence.start(trainer)
         self._run_peak_bytes = 0
-        self._may_count = not _is_compiled(pl_module)
+        self._is_pipeline = getattr(pl_module, "partial_network", None) is not None
+        self._may_count = not (_is_compiled(pl_module) or self._is_pipeline)
         self._gradient_bytes = self._activation_bytes = self._counted_shapes = None
         self._reset_peaks()
 
@@ -86,7 +89,7 @@ class MemoryMonitor(Callback):
     ) -> None:
         due = self._cadence.next_is_due(trainer)
         if self._device.type == "cuda":
-            if due:
+            if due and not self._is_pipeline:
                 self._allocated_before = torch.cuda.memory_allocated(self._device)
         elif self._may_count and (due or self._counted_shapes is None):
             shapes = [leaf.shape for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]

@@ -1,7 +1,8 @@
 """How fast training goes, and how near to what the device can do."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class ThroughputMonitor(Callback):
     """Logs the speed of training since the previous log.
 
     The clock runs over everything that a step needs, waiting for data included; it stands still
-    while validating and while writing a checkpoint.
+    while validating, while `FinancialEvaluation` asks, and while writing a checkpoint.
 
     Keys:
 
@@ -90,6 +91,15 @@ class ThroughputMonitor(Callback):
     def run_tokens_per_s(self) -> float | None:
         """The mean rate over all logged steps of the run; None before the first log."""
         return self._run_tokens / self._run_time_s if self._run_time_s else None
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Within it nothing counts as training; for callbacks that do other work in a step."""
+        was_running = self._running_since_s is not None
+        self._pause()
+        yield
+        if was_running:
+            self._resume()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

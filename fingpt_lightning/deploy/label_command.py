@@ -18,6 +18,8 @@ from fingpt_lightning.deploy.labelling import (
     row_chunks,
 )
 from fingpt_lightning.deploy.loading import load_with_adapters
+from fingpt_lightning.models.adapter_files import adapter_digest
+from fingpt_lightning.models.loading import LoadedModel
 from fingpt_lightning.progress import shown_progress
 from fingpt_lightning.tasks import Task, find_task
 from fingpt_lightning.tasks.sources import open_rows
@@ -41,9 +43,9 @@ def run(options: argparse.Namespace) -> None:
         raise FileExistsError(f"output {options.output} is there already; --overwrite replaces it")
     num_rows, names = checked_rows(task, options.input, columns, list(adapters))
     names += label_columns(task)
-    model = load_with_adapters(options)
     schema = _schema(options.input, task) if options.output.suffix == ".parquet" else None
-    file = LabelledFile(options.output, _settings(options, task, model.loaded.revision), schema)
+    model = load_with_adapters(options)
+    file = LabelledFile(options.output, _settings(options, task, model.loaded), schema)
     num_done = file.begin(options.overwrite)
     labeller = Labeller(
         model.network,
@@ -72,23 +74,27 @@ def run(options: argparse.Namespace) -> None:
         console.print(f"{counts[None]:,} rows with an empty text have no label")
 
 
-def _settings(options: argparse.Namespace, task: Task, revision: str) -> dict[str, object]:
+def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> dict[str, object]:
     state = options.input.stat()
-    adapters = {name: str(path) for name, path in (options.adapters or {}).items()}
+    adapters = {name: adapter_digest(path) for name, path in (options.adapters or {}).items()}
     return {
         "input": str(options.input.resolve()),
         "input_bytes": state.st_size,
         "input_changed_ns": state.st_mtime_ns,
         "model": options.model,
-        "revision": revision,
-        "adapter": options.adapter,
+        "revision": model.revision,
+        "adapter": None if model.adapter is None else adapter_digest(model.adapter),
         "adapters": adapters,
+        "tokenizer": options.tokenizer,
         "dtype": options.dtype,
         "quantize": options.quantize,
         "task": task.name,
         "task_version": task.version,
         "labels": list(task.labels),
         "instruction": task.instruction,
+        "templates": [template.pattern for template in task.templates],
+        "delimiter": task.delimiter,
+        "substitute": {pattern.pattern: by for pattern, by in task.substitute.items()},
         "text_column": options.text_column,
         "adapter_column": options.adapter_column,
         "calibrate": not options.no_calibrate,
@@ -97,13 +103,30 @@ def _settings(options: argparse.Namespace, task: Task, revision: str) -> dict[st
 
 
 def _schema(file: Path, task: Task) -> Any:
-    """Of the output, where the input has types of its own."""
-    if file.suffix != ".parquet":
-        return None
+    """Of the output: the types of the input, or those that all its rows fit.
+
+    Raises:
+        ValueError: There are none.
+    """
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
-    schema = parquet.read_schema(file)
+    if file.suffix == ".parquet":
+        schema = parquet.read_schema(file)
+    else:
+        schema = pyarrow.schema([])
+        for _, rows in row_chunks(file, 0):
+            names = dict.fromkeys(name for row in rows for name in row)
+            whole = [{name: row.get(name) for name in names} for row in rows]
+            try:
+                part = pyarrow.Table.from_pylist(whole).schema
+                schema = pyarrow.unify_schemas([schema, part], promote_options="permissive")
+            except pyarrow.ArrowException as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"{file}: its rows have no common types, which Parquet needs ({reason}); write"
+                    " .jsonl"
+                ) from None
     label, *probabilities = label_columns(task)
     schema = schema.append(pyarrow.field(label, pyarrow.string()))
     for name in probabilities:

@@ -114,7 +114,9 @@ def _write_csv(
     file: Path, rows: Sequence[Row], names: Sequence[str], is_first: bool, _: object
 ) -> None:
     with file.open("w", encoding="utf-8", newline="") as opened:
-        writer = csv.DictWriter(opened, names, lineterminator="\n")
+        # The end of a line of RFC 4180, because both its characters are quoted then: a text with a
+        # bare carriage return would end its row.
+        writer = csv.DictWriter(opened, names, lineterminator="\r\n")
         if is_first:
             writer.writeheader()
         writer.writerows(rows)
@@ -135,8 +137,9 @@ def _write_parquet(
 
     if schema is None and not is_first:
         schema = parquet.read_schema(file.with_name(f"{0:07}.part"))
+    whole = [{name: row.get(name) for name in names} for row in rows]
     try:
-        table = pyarrow.Table.from_pylist(list(rows), schema=schema)
+        table = pyarrow.Table.from_pylist(whole, schema=schema)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

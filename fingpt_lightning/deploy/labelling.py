@@ -1,5 +1,6 @@
 """Labels for rows as they come, a chunk at a time."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,6 +172,7 @@ def checked_rows(
         num_rows += 1
         names |= dict.fromkeys(row)
         try:
+            _check_characters(row)
             if taken := added & row.keys():
                 raise ValueError(f"the column {min(taken)!r} is there already; rename it")
             example_of_row(task, row, number, columns)
@@ -183,6 +185,15 @@ def checked_rows(
     if not num_rows:
         raise ValueError(f"{file} holds no row")
     return num_rows, list(names)
+
+
+def _check_characters(row: Row) -> None:
+    """Raises where a row could not be written: JSON may hold half of a surrogate pair."""
+    for name, value in row.items():
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name!r} has half of a surrogate pair, which is no text") from None
 
 
 def row_chunks(file: Path, num_done: int) -> Iterator[tuple[int, list[Row]]]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from fingpt_lightning.low_rank.adapters import AdapterOptions
 from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.weights import (
+    files_sha256,
     read_json,
     refuse_pickled,
     stored_metadata,
@@ -72,6 +73,15 @@ def trained_quantization(folder: Path) -> str | None:
         ValueError: They are damaged.
     """
     return stored_metadata(_weights_file(folder)).get(BASE_QUANTIZE)
+
+
+def adapter_digest(folder: Path) -> str:
+    """The digest of an adapter's weights.
+
+    Raises:
+        FileNotFoundError: It has none.
+    """
+    return files_sha256((_weights_file(folder.expanduser()),))
 
 
 def _weights_file(folder: Path) -> Path:

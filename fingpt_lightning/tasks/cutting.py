@@ -1,5 +1,6 @@
 """Rows that are too long lose tokens of their own text, in training as in evaluation."""
 
+from array import array
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
@@ -20,12 +21,38 @@ def cut_own_text(
     Returns:
         None where the text has fewer tokens than that.
     """
-    # From the end: of what is there twice, the text is the later, the instruction comes before it.
-    # The text's first and last token may be others in the prompt, where it touches other text.
-    matcher = SequenceMatcher(None, context[::-1], own_text[::-1], autojunk=False)
-    block = matcher.find_longest_match()
-    if block.size < num_excess:
+    begin, end = _common(context, own_text)
+    if end - begin < num_excess:
         return None
-    end = len(context) - block.a
-    first = end - block.size if end == len(context) else end - num_excess
+    first = begin if end == len(context) else end - num_excess
     return (*context[:first], *context[first + num_excess :])
+
+
+def _common(context: Sequence[int], own_text: Sequence[int]) -> tuple[int, int]:
+    """Where the longest run of tokens that is in the text too begins and ends in the context.
+
+    From the end: of what is there twice, the text is the later, the instruction comes before it.
+    The text's first and last token may be others in the prompt, where it touches other text.
+    """
+    inner = own_text[1:-1]
+    begin = _last_place(context, inner) if inner else -1
+    if begin < 0:  # quadratic, but few tasks put the text otherwise, and theirs is short
+        matcher = SequenceMatcher(None, context[::-1], own_text[::-1], autojunk=False)
+        block = matcher.find_longest_match()
+        end = len(context) - block.a
+        return end - block.size, end
+    end = begin + len(inner)
+    if begin > 0 and context[begin - 1] == own_text[0]:
+        begin -= 1
+    if end < len(context) and context[end] == own_text[-1]:
+        end += 1
+    return begin, end
+
+
+def _last_place(whole: Sequence[int], part: Sequence[int]) -> int:
+    """Where ``part`` is in ``whole`` for the last time, or -1; in time of the length of both."""
+    haystack, needle = array("Q", whole).tobytes(), array("Q", part).tobytes()
+    found = haystack.rfind(needle)
+    while found > 0 and found % 8:  # begins within a number
+        found = haystack.rfind(needle, 0, found + len(needle) - 1)
+    return found // 8

@@ -106,6 +106,8 @@ def _json_object(line: bytes, path: Path, number: int) -> Mapping[str, object]:
 
 
 def _csv_rows(path: Path) -> Iterator[NumberedRow]:
+    # Of the process; 128 kB are fewer than a report has.
+    csv.field_size_limit(_LONGEST_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, strict=True)
         names: list[str] = []
@@ -114,6 +116,8 @@ def _csv_rows(path: Path) -> Iterator[NumberedRow]:
             for values in rows:
                 if not names:
                     names = values
+                    if twice := [name for name in names if names.count(name) > 1]:
+                        raise ValueError(f"{path}:1: the header has {twice[0]!r} twice")
                 elif len(values) > len(names):
                     raise ValueError(f"{path}:{number}: more values than the header has names")
                 elif values:
@@ -138,6 +142,7 @@ def _parquet_rows(path: Path) -> Iterator[NumberedRow]:
         raise ValueError(f"{path} is no Parquet file ({_first_line(error)})") from None
 
 
+_LONGEST_FIELD = 2**31 - 1
 _READERS: Mapping[str, Callable[[Path], Iterator[NumberedRow]]] = {
     ".jsonl": _jsonl_rows,
     ".jsonl.gz": _jsonl_rows,

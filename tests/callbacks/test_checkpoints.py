@@ -1,10 +1,13 @@
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.modules import LowRankPretraining
 from tests.support.token_data import TokenData
 
@@ -48,6 +51,72 @@ def test_a_run_can_be_resumed_with_another_interval(tmp_path: Path) -> None:
     _fit(first, 4, every_n_train_steps=1)
     _fit(second, 8, every_n_train_steps=3, ckpt_path=str(first / "last.ckpt"))
     assert torch.load(second / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+class _Killed(Callback):
+    """Ends a run before its ``batch``-th batch, counted from 1 since it began or went on."""
+
+    def __init__(self, batch: int) -> None:
+        self._num_left = batch
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._num_left -= 1
+        if self._num_left == 0:
+            raise RuntimeError("killed")
+
+
+def _run(folder: Path, *callbacks: Callback, resumed: bool = False, **options: Any) -> Trainer:
+    torch.manual_seed(3)
+    module = LowRankPretraining(
+        "gpt2-nano", rank=3, num_layers=1, width=12, num_heads=3, num_positions=400
+    )
+    trainer = Trainer(
+        accelerator="cpu", max_steps=6, max_epochs=-1, logger=False,
+        check_val_every_n_epoch=None, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[*callbacks, BestCheckpoint(dirpath=str(folder)), LastCheckpoint(2, str(folder))],
+        default_root_dir=folder, num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+    path = folder / "last.ckpt" if resumed else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
+        trainer.fit(module, _data(), ckpt_path=path, weights_only=True)
+    return trainer
+
+
+def _data() -> FinancialInstructions:
+    return FinancialInstructions(
+        num_synthetic_items=40, batch_size=4, vocab_size=400, max_length=400, batching="padded"
+    )
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_best_and_last_survive_a_kill_after_a_validation_at_a_saved_step(
+    tmp_path: Path, number: int
+) -> None:
+    options: dict[str, Any] = {"val_check_interval": 2}
+    whole = _run(tmp_path / "whole", **options)
+    with pytest.raises(RuntimeError, match="killed"):
+        _run(tmp_path / "halves", _Killed(2 + number), **options)
+    saved = torch.load(tmp_path / "halves" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+    (best,) = (state for key, state in saved["callbacks"].items() if key.startswith("Best"))
+    assert best["best_model_score"] is not None
+    resumed = _run(tmp_path / "halves", resumed=True, **options)
+    for name, tensor in whole.lightning_module.state_dict().items():
+        assert torch.equal(resumed.lightning_module.state_dict()[name], tensor), name
+    scores = [trainer.checkpoint_callbacks[0].best_model_score for trainer in (whole, resumed)]
+    assert scores[0] == scores[1]
+
+
+def test_a_resumed_run_is_not_saved_within_a_window_of_accumulation(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "val_check_interval": 3}
+    whole = _run(tmp_path / "whole", **options)
+    for resumed in (False, True):  # in the third window, and then in its second batch
+        with pytest.raises(RuntimeError, match="killed"):
+            _run(tmp_path / "parts", _Killed(3 if resumed else 8), resumed=resumed, **options)
+    trainer = _run(tmp_path / "parts", resumed=True, **options)
+    for name, tensor in whole.lightning_module.state_dict().items():
+        assert torch.equal(trainer.lightning_module.state_dict()[name], tensor), name
 
 
 def test_an_interval_of_no_step_is_refused() -> None:

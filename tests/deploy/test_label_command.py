@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,44 @@ def test_every_form_of_file_is_read_and_written(
     assert "1 rows with an empty text have no label" in output
 
 
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_no_column_and_no_character_is_lost(
+    label: Label, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _small_chunks(monkeypatch, 2)
+    rows: list[dict[str, Any]] = [
+        {"text": "Profit\rrose"},
+        {"text": "Profit\r\nfell", "date": None},
+        {"text": "x" * 140_000, "date": "May", "price": 1},
+        {"text": "Foo", "price": 1.5},
+    ]
+    file, out = write(tmp_path / "news.jsonl", rows), tmp_path / f"labelled{ending}"
+    status, _, error = label("--input", str(file), "--output", str(out))
+    assert status == 0, error
+    found = read(out)
+    assert [row["text"] for row in found] == [row["text"] for row in rows]
+    assert [row.get("date") or None for row in found] == [None, None, "May", None]
+    assert [float(row.get("price") or 0) for row in found] == [0, 0, 1, 1.5]
+
+
+def test_types_that_parquet_cannot_hold_are_named_before_the_model_is_loaded(
+    label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _small_chunks(monkeypatch, 1)
+    file = write(tmp_path / "news.jsonl", [{"text": "a", "by": 1}, {"text": "b", "by": "Ann"}])
+    words = ("--input", str(file), "--output", str(tmp_path / "out.parquet"))
+    status, _, error = label(*words, "--model", "no/such/model")
+    assert status == 1
+    assert "news.jsonl: its rows have no common types, which Parquet needs" in error
+
+
+def test_a_column_that_is_there_twice_is_named(label: Label, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("text,score,score\nFoo,1,2\n")
+    status, _, error = label("--input", str(tmp_path / "in.csv"))
+    assert status == 1
+    assert "in.csv:1: the header has 'score' twice" in error
+
+
 def _small_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     for module in (labelling, label_command):
         monkeypatch.setattr(module, "CHUNK_ROWS", rows)
@@ -170,6 +209,21 @@ def test_parts_of_other_settings_are_not_gone_on_with(
     status, _, error = label()
     assert status == 1
     assert "out.jsonl is there already; --overwrite replaces it" in error
+
+
+def test_parts_of_an_adapter_that_was_trained_anew_are_not_gone_on_with(
+    label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = save_clients(tmp_path / "model", tmp_path / "clients", 2)
+    own = Labeller.label
+    monkeypatch.setattr(Labeller, "label", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert label("--adapter", str(first))[0] == 130
+    monkeypatch.setattr(Labeller, "label", own)
+    for file in second.iterdir():
+        shutil.copy(file, first)
+    status, _, error = label("--adapter", str(first))
+    assert status == 1
+    assert "is of an earlier run with adapter " in error
 
 
 def test_each_row_is_labelled_by_its_own_adapter(label: Label, tmp_path: Path) -> None:
@@ -242,6 +296,7 @@ def test_bad_input_is_one_line_and_status_1_before_anything_is_written(
         ('{"text": "a"}\n{"text": "b", "fpb_label": 1}', "in.jsonl:2: the column 'fpb_label' is"),
         ('{"text": "a"}\n\n{"text": ["b"]', "in.jsonl:3: no JSON"),
         ('{"text": {"a": 1}}', "in.jsonl:1: field 'text' holds a dict"),
+        ('{"text": "a"}\n{"text": "b", "by": ["\\ud83d"]}', "in.jsonl:2: 'by' has half of a"),
         ("\n", "in.jsonl holds no row"),
     ],
 )
