@@ -41,7 +41,7 @@ from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.progress import TrainingProgress
 from fingpt_lightning.cli import ConfigError
 from fingpt_lightning.config_errors import explain
-from fingpt_lightning.models.tokenizer_files import holds_tokenizer
+from fingpt_lightning.models.tokenizer_files import tokenizer_of_model
 from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.reporting.environment import write_environment
 from fingpt_lightning.wandb_runs import (
@@ -408,8 +408,8 @@ def _take_tokenizer_of_model(settings: Namespace) -> None:
     data = settings.data.get("init_args") or Namespace()
     if start is None or "tokenizer" not in data or data.tokenizer is not None:
         return
-    if holds_tokenizer(Path(start).expanduser()):
-        data.tokenizer = start
+    if (found := tokenizer_of_model(start)) is not None:
+        data.tokenizer = found
 
 
 @rank_zero_only

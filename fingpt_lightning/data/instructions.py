@@ -4,7 +4,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -29,6 +28,7 @@ from fingpt_lightning.data.tokenizers import (
     load_tokenizer,
     train_tokenizer,
 )
+from fingpt_lightning.models.tokenizer_files import tokenizer_of_model
 from fingpt_lightning.tasks import Example, find_task, read_rows
 
 SYNTHETIC = "synthetic_news"
@@ -220,19 +220,22 @@ class FinancialInstructions(TokenizedData):
 
     def _hold_out(self, tasks: Sequence[Sequence[Example]]) -> None:
         self._rows["train"], self._rows["val"] = [], []
-        for number, rows in enumerate(self._encode(tasks)):
+        for number, (examples, rows) in enumerate(zip(tasks, self._encode(tasks), strict=True)):
             seed = (self.seed * 1_000_003 + number) % 2**32  # of which torch reads 32 bits
             generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(len(rows), generator=generator).tolist()
-            num_held_out = round(self.val_share * len(rows))
-            if not 0 < num_held_out < len(rows):
+            # What was asked of one row of the file stays together: its text must not be in both.
+            of_file = list(dict.fromkeys(example.row for example in examples))
+            order = torch.randperm(len(of_file), generator=generator).tolist()
+            num_held_out = round(self.val_share * len(of_file))
+            if not 0 < num_held_out < len(of_file):
                 name = list(self.weights)[number]
                 raise ValueError(
-                    f"val_share {self.val_share} of the {len(rows)} training rows of {name} leaves"
-                    " nothing to train on or to validate on"
+                    f"val_share {self.val_share} of the {len(of_file)} training rows of {name}"
+                    " leaves nothing to train on or to validate on"
                 )
-            self._rows["val"] += [rows[i] for i in sorted(order[:num_held_out])]
-            self._rows["train"] += [rows[i] for i in sorted(order[num_held_out:])]
+            held_out = {of_file[i] for i in order[:num_held_out]}
+            for example, row in zip(examples, rows, strict=True):
+                self._rows["val" if example.row in held_out else "train"].append(row)
         if self.balance_labels:  # the parts of the order follow each other
             self._rows["train"].sort(key=lambda row: (row.task, row.answer or 0))
 
@@ -280,13 +283,8 @@ class FinancialInstructions(TokenizedData):
 
 
 def tokenizer_of_base(base: str) -> str:
-    """The folder or hub name of the tokenizer that belongs to a module's base.
-
-    Args:
-        base: Of the module; in a run folder the tokenizer has a folder of its own.
-    """
-    of_run = Path(base).expanduser() / "tokenizer"
-    return str(of_run) if of_run.is_dir() else base
+    """`tokenizer_of_model` of a module's base, or the base itself, where to look for one."""
+    return tokenizer_of_model(base) or base
 
 
 def _weights(

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fingpt_lightning.data.corpus import Corpus
 from fingpt_lightning.data.messages import first_line, nearest_name
+from fingpt_lightning.models.tokenizer_files import read_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
@@ -23,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """Loads a fast tokenizer from a local folder, or by its name from the Hugging Face hub.
+    """Loads a fast tokenizer from a local folder or GGUF file, or by name from the hub.
 
     Truncation and padding that its file asks for are switched off: documents stay whole.
 
@@ -34,7 +35,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     """
     folder = Path(name_or_path).expanduser()
     is_path = folder.is_absolute() or name_or_path.startswith((".", "~"))
-    if not folder.is_dir():
+    tokenizer: object
+    if folder.suffix == ".gguf" and folder.is_file():
+        tokenizer = read_tokenizer(folder.parent, folder.name)
+    elif not folder.is_dir():
         if is_path or name_or_path.count("/") > 1:
             raise FileNotFoundError(f"tokenizer: no folder {folder}{nearest_name(folder)}")
         tokenizer = _load_from_hub(name_or_path)

@@ -20,6 +20,8 @@ from fingpt_lightning.models.weights import (
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_FOLDER = "adapter"
 """Of a run, and of an export that keeps the adapter beside its base."""
+BEST_ADAPTER_FOLDER = "adapter_best"
+"""Of a run: that of its best checkpoint."""
 BASE_QUANTIZE = "base_quantize"
 """In the metadata of the weights, where PEFT looks for nothing: ``nf4`` or ``int8``."""
 _WRAPPER = "base_model.model."  # what PEFT puts before the names of the base

@@ -13,6 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from fingpt_lightning.models.adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
+    BEST_ADAPTER_FOLDER,
+    Base,
     adapter_base,
     check_adapter,
     trained_quantization,
@@ -56,7 +58,8 @@ class LoadedModel(NamedTuple):
 
     ``source`` names it in tables. ``revision`` is the commit of a model from the hub, else the
     SHA-256 of its weights. ``adapter`` is the folder of an adapter that fits the network and has
-    not been applied. ``elsewhere`` names the parameters that ``keep_part`` took out.
+    not been applied. ``elsewhere`` names the parameters that ``keep_part`` took out. ``base`` is
+    where the network itself was found, whatever adapter led there.
     """
 
     network: PreTrainedModel
@@ -65,6 +68,7 @@ class LoadedModel(NamedTuple):
     revision: str
     adapter: Path | None
     elsewhere: frozenset[str] = frozenset()
+    base: Base = Base("", None)
 
     def require_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, where one is needed.
@@ -108,8 +112,9 @@ def load_model(
     Args:
         path: A Hugging Face folder or hub name, the folder of a PEFT adapter (whose base is
             loaded), a GGUF file or its folder, a checkpoint, or a run folder, whose best
-            checkpoint is taken, or its last where there is no best. An adapter that lies as
-            ``adapter/`` in a Hugging Face folder belongs to it.
+            checkpoint is taken, or its last where there is no best; of a finetuning run the
+            adapter of either. An adapter that lies as ``adapter/`` in a Hugging Face folder
+            belongs to it.
         dtype: Of weights and products: float32, bfloat16, float16 or float64.
         device: Where the network goes.
         quantize: ``nf4`` (with double quantisation) or ``int8`` for the linear layers of the
@@ -130,7 +135,9 @@ def load_model(
     known = (AUTO, NONE, *QUANTIZATIONS)
     if quantize not in (None, *known):
         raise ValueError(f"quantize {quantize!r} is none of {', '.join(known)}")
-    place = _find(str(path), revision)
+    place, base = _find(str(path), revision), Base(str(path), revision)
+    if (of_run := _adapter_of_run(place.path)) is not None:
+        place = _Place(of_run, None)
     if (place.path / ADAPTER_CONFIG).is_file():
         if adapter is not None:
             raise ValueError(f"adapter {adapter}: {path} is an adapter itself")
@@ -163,16 +170,15 @@ def load_model(
         if adapter is not None:
             check_adapter(adapter, network)
         low_rank = is_low_rank(network)
-        stored_as = None
+        elsewhere, stored_as = cut(network, keep_part), None
         if weights.quantized is not None:
             stored_as = weights.quantized.method
             if asked == AUTO:
                 quantize = None
-            if keep_part is not None or quantize not in (None, stored_as):
+            if elsewhere or quantize not in (None, stored_as):
                 raise ValueError(f"the weights are stored in {stored_as}; load them whole, as such")
             low_rank = low_rank or weights.quantized.are_low_rank
             place_quantized_layers(network, weights.quantized, dtype, torch.device(device))
-        elsewhere = cut(network, keep_part)
         fill(network, weights.tensors, dtype, torch.device(device), quantize, elsewhere)
     except ValueError as error:
         raise ValueError(f"{place.path}: {error}") from error
@@ -184,7 +190,7 @@ def load_model(
         kind += f", {method}"
     if trained_on not in (None, method):
         kind += f"; its adapter was trained on {trained_on}"
-    return LoadedModel(network, found, f"{path} ({kind})", commit, adapter, elsewhere)
+    return LoadedModel(network, found, f"{path} ({kind})", commit, adapter, elsewhere, base)
 
 
 class StoredModel(NamedTuple):
@@ -228,6 +234,14 @@ def _find(name: str, revision: str | None) -> _Place:
         raise FileNotFoundError(f"model {name}: no such file or folder{_nearest(path)}")
     folder = _hub_folder(name, revision, _nearest(path))
     return _Place(folder, folder.name)
+
+
+def _adapter_of_run(path: Path) -> Path | None:
+    """The adapter that a finetuning run left, of its best checkpoint where there is one."""
+    if any((path / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
+        return None
+    folders = (path / name for name in (BEST_ADAPTER_FOLDER, ADAPTER_FOLDER))
+    return next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
 
 
 def _nearest(path: Path) -> str:

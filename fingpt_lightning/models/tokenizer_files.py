@@ -5,12 +5,36 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fingpt_lightning.models.adapter_files import ADAPTER_FOLDER
+
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def holds_tokenizer(folder: Path) -> bool:
     """Whether a tokenizer is among the files of a folder."""
     return any((folder / name).is_file() for name in _FILES)
+
+
+def tokenizer_of_model(model: str) -> str | None:
+    """Where the tokenizer of a model is, unread; None where its files have none.
+
+    Args:
+        model: A Hugging Face or adapter folder, a run folder, a checkpoint, a GGUF file or its
+            folder; what is none of them counts as a hub name, which is its tokenizer's too.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        return model
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return str(path)
+        folders = [path.absolute().parents[up] / "tokenizer" for up in (0, 1)]
+    else:
+        folders = [path / "tokenizer", path, path / ADAPTER_FOLDER]
+    found = [str(folder) for folder in folders if holds_tokenizer(folder)]
+    if not found and path.is_dir():
+        found = [str(file) for file in path.glob("*.gguf")]
+    return found[0] if found else None
 
 
 def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedTokenizerFast:

@@ -265,6 +265,10 @@ def read_checkpoint(file: Path) -> Checkpoint:
         contents = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{file} is no checkpoint that can be read safely") from error
+    if isinstance(contents, dict) and "base_revision" in contents:
+        raise ValueError(
+            f"{file} holds adapters alone; of a finetuning run take the folder, or adapter/ in it"
+        )
     if not isinstance(contents, dict) or not {"state_dict", "network_config"} <= contents.keys():
         raise ValueError(f"{file} is no checkpoint of a run of this project: no network_config")
     described = contents["network_config"]

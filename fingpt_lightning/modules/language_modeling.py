@@ -109,7 +109,16 @@ class LanguageModelingModule(LightningModule):
         return datamodule if isinstance(datamodule, TextSource) else None
 
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "B T D"]:
-        """The network's final hidden states, normed, before the head."""
+        """The network's final hidden states, normed, before the head.
+
+        Raises:
+            ValueError: The batch has rows that share what they begin with.
+        """
+        if "packing" in batch:
+            raise ValueError(
+                "data.batching packs several rows into one, which"
+                f" {type(self).__name__} would not keep apart: set data.batching padded"
+            )
         output = self.network.base_model(
             input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False
         )

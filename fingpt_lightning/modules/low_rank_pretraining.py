@@ -303,6 +303,11 @@ class LowRankPretraining(LanguageModelingModule):
 
     def _check_tokenizer(self, source: TextSource) -> None:
         start, reference = self._stored_start(), source.tokenizer_reference()
+        if start.tokenizer_sha256 is None and getattr(source, "tokenizer_name", "") is None:
+            raise ValueError(
+                f"model.init_from {self.init_from} has no tokenizer beside it: data.tokenizer has"
+                " to name the one that it was trained with"
+            )
         if start.tokenizer_sha256 not in (None, reference["sha256"]):
             raise ValueError(
                 f"data.tokenizer {reference['name_or_path']!r} is not the one of model.init_from"

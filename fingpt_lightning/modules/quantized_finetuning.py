@@ -4,6 +4,7 @@ Axes: B batch, T tokens, N supervised tokens, D width, V vocabulary.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,7 +20,7 @@ from typing_extensions import override
 from fingpt_lightning.data.batch import IGNORED_LABEL, TokenBatch
 from fingpt_lightning.low_rank.adapters import AdapterOptions, FrozenBase
 from fingpt_lightning.models import LossSums, Recompute, recompute_blocks
-from fingpt_lightning.models.adapter_files import ADAPTER_CONFIG, adapter_base
+from fingpt_lightning.models.adapter_files import ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, Base
 from fingpt_lightning.models.adapting import (
     ALL_LINEAR,
     WholeAdapters,
@@ -158,6 +159,8 @@ class QuantizedFinetuning(LanguageModelingModule):
         self.random_base = random_base
         self.loss_chunk_size = loss_chunk_size
         self.base_revision = ""
+        self._found = Base("random", None)
+        """The base itself, where ``base`` names an adapter of it."""
         self.strict_loading = False  # a checkpoint holds no base
         self.save_hyperparameters(ignore=["random_base"])
         self.hparams["random_base"] = None if random_base is None else dict(vars(random_base))
@@ -182,6 +185,7 @@ class QuantizedFinetuning(LanguageModelingModule):
             )
             self.network, self.base_revision = loaded.network, loaded.revision
             adapter, elsewhere = loaded.adapter, loaded.elsewhere
+            self._found = loaded.base
         else:
             source = self.text_source
             if source is None:
@@ -308,19 +312,26 @@ class QuantizedFinetuning(LanguageModelingModule):
 
     @override
     def on_train_end(self) -> None:
-        """Writes ``adapter/`` and the tokenizer in it, once."""
+        """Writes ``adapter/``, and ``adapter_best/`` of the best checkpoint where there is one."""
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         whole = self._whole_adapters()
         if not self.trainer.is_global_zero:
             return
-        folder = Path(self.trainer.default_root_dir) / "adapter"
-        base = "random" if self.base is None else self.base
-        if (Path(base) / ADAPTER_CONFIG).is_file():
-            base = adapter_base(Path(base)).path
-        if Path(base).exists():
-            base = str(Path(base).resolve())
-        save_adapter(self.network, folder, base, self.hparams["revision"], whole)
+        self._save_adapter(ADAPTER_FOLDER, whole)
+        best = next(
+            (c for c in self.trainer.checkpoint_callbacks if getattr(c, "monitor", "")), None
+        )
+        path = Path(getattr(best, "best_model_path", ""))
+        if path.is_file():
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            self._save_adapter(BEST_ADAPTER_FOLDER, self._all_adapters(saved["state_dict"]))
+
+    def _save_adapter(self, name: str, whole: WholeAdapters | None) -> None:
+        folder = Path(self.trainer.default_root_dir) / name
+        path = Path(self._found.path).expanduser()
+        base = Base(str(path.resolve()), None) if path.exists() else self._found
+        save_adapter(self.network, folder, *base, whole)
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -391,11 +402,13 @@ class QuantizedFinetuning(LanguageModelingModule):
         """Those of all processes, where each has a part; they call it together."""
         if self.partial_network is None:
             return None
+        return self._all_adapters(self.partial_network.lightning_module_state_dict())
+
+    def _all_adapters(self, state: Mapping[str, Tensor]) -> WholeAdapters:
         held = adapted_layers(self.network).values()
-        gathered = self.partial_network.lightning_module_state_dict()
         return WholeAdapters(
             next((layer.options for layer in held), self.options),
-            {name.removeprefix("network."): tensor for name, tensor in gathered.items()},
+            {name.removeprefix("network."): tensor for name, tensor in state.items()},
             self._linear,
         )
 

@@ -264,11 +264,11 @@ def _texts(name: str, fields: Mapping[str, Field]) -> tuple[str, ...]:
 
 
 def _gold_label(task: Task, label: str) -> int | None:
-    if not label:
-        return None
     for index, known in enumerate(task.labels):
         if label.casefold() == known.casefold():
             return index
+    if label in _UNKNOWN_GOLD:
+        return None
     allowed = ", ".join(task.labels)
     raise ValueError(f"label {label!r} is none of {allowed}{nearest(label, task.labels)}")
 

@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -188,6 +189,23 @@ def test_two_ranks_read_what_one_reads_and_go_on_where_they_stopped(folder: Path
     assert [sorted(first + second) for first, second in pairs] == [sorted(batch) for batch in one]
     assert rows(0, 1, 4, skip=2) == one[2:]
     assert len(data.train_dataloader()) == len(one)
+
+
+def test_what_is_asked_of_one_row_is_held_out_together(folder: Path) -> None:
+    (folder / "headline").mkdir()
+    questions = ("price_up", "price_constant", "price_down", "asset_comparison", "past_info")
+    answers = dict.fromkeys((*questions, "future_info"), 1)
+    rows = [{"text": f"gold {number}", **answers} for number in range(20)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "headline" / "train.jsonl").write_text(text)
+    data = _data(folder, tasks="headline")
+    texts: dict[str, set[str]] = {}
+    for part in ("train", "val"):
+        decoded = [_decoded(row.tokens) for row in data._of(part)]
+        texts[part] = {re.search(r"gold \d+", text)[0] for text in decoded}  # type: ignore[index]
+    assert len(texts["val"]) == 4
+    assert len(texts["train"]) == 16
+    assert not texts["val"] & texts["train"]
 
 
 def _example(text: str, prompt: str, answer: str = " positive") -> Example:

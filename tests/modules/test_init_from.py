@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from fingpt_lightning.data import FinancialInstructions, TextBlocks
 from fingpt_lightning.deploy.decomposing import Request, decompose_model
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.models.decomposing import open_source
@@ -90,6 +91,22 @@ def test_a_checkpoint_loads_and_resumes_exactly(folder: Path, tmp_path: Path) ->
     assert torch.equal(_logits(loaded), _logits(kept.network))
     config = json.loads((folder / "config.json").read_text())
     assert loaded.config.model_type == config["model_type"]
+
+
+def test_rows_that_share_their_beginning_are_refused(tmp_path: Path) -> None:
+    data = FinancialInstructions(num_synthetic_items=20, batch_size=4, vocab_size=400)
+    module = LowRankPretraining(
+        "gpt2-nano", num_layers=1, width=12, num_heads=3, rank=3, num_positions=512
+    )
+    with pytest.raises(ValueError, match=r"would not keep apart: set data\.batching"):
+        _trainer(tmp_path).fit(module, datamodule=data)
+
+
+def test_a_start_without_a_tokenizer_needs_one_that_is_named(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    module = LowRankPretraining(init_from=str(tmp_path / "bare"))
+    with pytest.raises(ValueError, match=r"bare has no tokenizer beside it: data\.tokenizer has"):
+        _trainer(tmp_path).fit(module, datamodule=TextBlocks(block_length=16, batch_size=2))
 
 
 def test_pairs_that_were_loaded_are_moved_by_the_optimizer_for_pairs(

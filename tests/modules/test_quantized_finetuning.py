@@ -8,13 +8,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from callbacks.checkpoints import BestCheckpoint
 from fingpt_lightning.data import FinancialInstructions
+from fingpt_lightning.deploy.exporting import export
+from fingpt_lightning.models.adapter_files import adapter_base
 from fingpt_lightning.models.adapting import adapted_layers, load_adapter, without_adapters
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import QuantizedFinetuning
 from fingpt_lightning.modules.base_model import RandomLlama
-from tests.models.tiny_models import tiny_gpt2, tiny_llama
+from tests.models.tiny_models import save, tiny_gpt2, tiny_llama
 from tests.support.exact_llama import exact_norms
 from tests.support.lightning_ranks import RanksEnvironment
 from tests.support.ranks import run_ranks
@@ -30,6 +34,15 @@ def _data(**settings: Any) -> FinancialInstructions:
         "num_synthetic_items": 30, "batch_size": 4, "vocab_size": 400, "max_length": 400,
     }  # fmt: skip
     return FinancialInstructions(**(given | settings))
+
+
+def tiny_llama_of(data: FinancialInstructions) -> PreTrainedModel:
+    """One that knows the tokens of some data; their tokenizer is saved with it."""
+    data.prepare_data()
+    data.setup()
+    config = tiny_llama().config
+    config.vocab_size, config.max_position_embeddings = data.vocabulary_size, 400
+    return type(tiny_llama())(config)
 
 
 def _trainer(folder: Path, **settings: Any) -> Trainer:
@@ -176,6 +189,48 @@ def test_a_base_from_a_folder_is_trained_and_its_adapter_is_in_the_run_folder(
         with without_adapters(module.network):
             torch.testing.assert_close(network.eval()(ids).logits, module.network(ids).logits)
     assert 0 < module.trained_share() < 0.5
+
+
+def test_the_adapter_of_the_best_checkpoint_is_kept_and_is_what_the_run_is_loaded_with(
+    tmp_path: Path,
+) -> None:
+    save(tiny_llama_of(_data()), tmp_path / "base")
+    run = tmp_path / "run"
+    best = BestCheckpoint("val/loss", mode="max", dirpath=str(run / "checkpoints"))  # the first
+    trainer = _trainer(
+        run, enable_checkpointing=True, callbacks=best, limit_val_batches=1, val_check_interval=1,
+        check_val_every_n_epoch=None,
+    )  # fmt: skip
+    base = str(tmp_path / "base")
+    module = _module(random_base=None, base=base, quantize=None, learning_rate=0.1)
+    trainer.fit(module, datamodule=_data())
+    kept = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert kept["global_step"] < trainer.global_step
+    loaded = load_model(run)
+    assert loaded.adapter == run / "adapter_best"
+    network = loaded.adapted()
+    for name, tensor in kept["state_dict"].items():
+        assert torch.equal(network.state_dict()[name.removeprefix("network.")], tensor), name
+    assert (run / "adapter_best" / "tokenizer.json").is_file()
+    with pytest.raises(ValueError, match="holds adapters alone; of a finetuning run take the fold"):
+        load_model(run / "checkpoints" / "best.ckpt")
+    # Trained on from the run, its base is still the base.
+    again = _module(random_base=None, base=str(run), quantize=None)
+    _trainer(tmp_path / "second", max_steps=1).fit(again, datamodule=_data())
+    assert adapter_base(tmp_path / "second" / "adapter").path == base
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_a_base_that_is_stored_quantised_is_trained_on(form: str, tmp_path: Path) -> None:
+    base = save(tiny_llama_of(_data()), tmp_path / "base")
+    export(load_model(base), form, tmp_path / "small", tolerance=2.0)
+    found = []
+    for folder, quantize in ((base, form), (tmp_path / "small", form)):
+        module = _module(random_base=None, base=str(folder), quantize=quantize)
+        _trainer(tmp_path / "run", max_steps=2).fit(module, datamodule=_data())
+        found.append(_weights(module))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor)
 
 
 def test_training_lowers_the_loss_of_a_quantised_base(tmp_path: Path) -> None:

@@ -218,7 +218,8 @@ def test_a_hidden_answer_is_none(gold: object) -> None:
 
 
 def test_a_hidden_label_is_none() -> None:
-    assert only_example("fpb", {"text": "x", "label": None}).gold is None
+    for label in (None, "", -1, "-1"):
+        assert only_example("fpb", {"text": "x", "label": label}).gold is None
     assert only_example("fiqa_sa", {"text": "x", "kind": "post", "score": None}).gold is None
 
 
