@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
@@ -19,7 +20,6 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from fingpt_lightning.data.batch import TokenBatch
-from fingpt_lightning.data.blocks import ResumableDataLoader
 from fingpt_lightning.low_rank.adapters import FrozenBase
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
 from fingpt_lightning.modules.optimization import cosine_with_warmup
@@ -166,7 +166,7 @@ class LanguageModelingModule(LightningModule):
         # the positions are loaded. Where it did load them, this does the same again.
         states, self._loader_states = self._loader_states, []
         loader = self.trainer.train_dataloader
-        if states and isinstance(loader, ResumableDataLoader):
+        if states and isinstance(loader, Stateful):
             loader.load_state_dict(states[0])
 
     @override

@@ -34,19 +34,16 @@ def _common(context: Sequence[int], own_text: Sequence[int]) -> tuple[int, int]:
     From the end: of what is there twice, the text is the later, the instruction comes before it.
     The text's first and last token may be others in the prompt, where it touches other text.
     """
-    inner = own_text[1:-1]
-    begin = _last_place(context, inner) if inner else -1
-    if begin < 0:  # quadratic, but few tasks put the text otherwise, and theirs is short
-        matcher = SequenceMatcher(None, context[::-1], own_text[::-1], autojunk=False)
-        block = matcher.find_longest_match()
-        end = len(context) - block.a
-        return end - block.size, end
-    end = begin + len(inner)
-    if begin > 0 and context[begin - 1] == own_text[0]:
-        begin -= 1
-    if end < len(context) and context[end] == own_text[-1]:
-        end += 1
-    return begin, end
+    for at_begin, at_end in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        part = own_text[at_begin : len(own_text) - at_end]
+        begin = _last_place(context, part) if part else -1
+        if begin >= 0:
+            return begin, begin + len(part)
+    # Quadratic, but few tasks put the text otherwise in the prompt, and theirs is short.
+    matcher = SequenceMatcher(None, context[::-1], own_text[::-1], autojunk=False)
+    block = matcher.find_longest_match()
+    end = len(context) - block.a
+    return end - block.size, end
 
 
 def _last_place(whole: Sequence[int], part: Sequence[int]) -> int:
