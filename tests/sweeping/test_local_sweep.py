@@ -23,10 +23,13 @@ ROOT = Path(__file__).parents[2]
 COMMAND = ["${env}", "${interpreter}", str(FAKE), "fit", "--config", "${args_json_file}"]
 # A sweep in a process of its own, to be killed.
 RUN = """
+import signal
 import sys
 from pathlib import Path
 from rich.console import Console
 from fingpt_lightning.sweeping.local_sweep import LocalSweep
+# A shell's background job ignores interrupts, and so would this.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 LocalSweep(Path(sys.argv[1])).run(Console())
 """
 
