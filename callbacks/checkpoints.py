@@ -79,6 +79,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         # A resumed run has been saved at its first step. Within a window of accumulation it would
         # be again, with the next batch counted as seen and its gradient lost.
         self._last_global_step_saved = trainer.global_step

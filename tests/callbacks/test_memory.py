@@ -291,3 +291,11 @@ def test_equal_batches_are_counted_once_a_run(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, [MemoryMonitor(), modes], max_epochs=2)
     fit(trainer, TinyModule(), [make_batch()] * 3)
     assert modes.counted == [True] + [False] * 5
+
+
+def test_in_a_pipeline_no_activations_are_logged(tmp_path: Path) -> None:
+    module = TinyModule()
+    module.__dict__["partial_network"] = object()  # as a strategy makes it
+    fit(tiny_trainer(tmp_path, [MemoryMonitor()]), module, [make_batch()])
+    (row,) = logged_rows(tmp_path)
+    assert row.keys() & _KEYS == _KEYS - {"memory/activations_mib"}

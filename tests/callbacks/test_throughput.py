@@ -203,3 +203,17 @@ def test_the_labels_of_a_batch_are_asked_for(tmp_path: Path) -> None:
 def test_values_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ThroughputMonitor(**arguments)
+
+
+def test_the_clock_stands_still_for_other_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter((10.0, 11.0, 50.0, 53.0))
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    monitor = ThroughputMonitor()
+    monitor._resume()
+    with monitor.standing_still():
+        assert monitor._running_since_s is None
+    monitor._pause()
+    assert monitor._training_time_s == (11.0 - 10.0) + (53.0 - 50.0)
+    with monitor.standing_still():
+        pass
+    assert monitor._running_since_s is None  # it was not running before
