@@ -2,8 +2,10 @@
 
 Tunes the learning rate of every variant of a grid, the dense twin's too, on a short budget; then
 trains the dense twin, the naive way and the best of the others on the same tokens, several seeds
-each, and those that are smaller than the dense twin once more for as long as that took. The record
-is written after every run, and a run in it is not repeated; processes that take turns share it.
+each, and the best of the others once more for as long as the dense twin took. What is there for
+comparison alone, variants that are not small enough and the naive way in equal time, has the first
+seed only. The record is written after every run, and a run in it is not repeated; processes that
+take turns share it.
 """
 
 import argparse
@@ -137,17 +139,21 @@ class Comparison:
         yield from self._tuning(chosen)
         final = self._finalists(chosen)
         yield from self._timing(final)
-        # Not before: looking at what other processes wrote puts another record in its place.
+        for seed in self.grid.seeds:
+            for variant, run in self._counting_runs(final, seed):
+                yield from self._training(variant, run)
+
+    def _counting_runs(self, final: Sequence[Variant], seed: int) -> Iterable[tuple[Variant, Run]]:
+        """Those of one seed; what is there for comparison alone has the first only."""
         rates, grid = self.record["rates"], self.grid
-        for seed in grid.seeds:
-            for variant in final:
-                rate, num_steps = rates[variant.name], grid.num_steps
-                run = Run(variant.name, "equal tokens", rate, seed, num_steps)
-                yield from self._training(variant, run)
-            for variant in filter(self._is_smaller, final[1:]):
-                rate, num_steps = rates[variant.name], self._steps_in_time(variant)
-                run = Run(variant.name, "equal time", rate, seed, num_steps)
-                yield from self._training(variant, run)
+        best = list(filter(self._is_small_enough, final[2:]))
+        is_first = seed == grid.seeds[0]
+        for variant in final if is_first else [*final[:2], *best]:
+            rate, num_steps = rates[variant.name], grid.num_steps
+            yield variant, Run(variant.name, "equal tokens", rate, seed, num_steps)
+        for variant in filter(self._is_smaller, final[1:] if is_first else best):
+            rate, num_steps = rates[variant.name], self._steps_in_time(variant)
+            yield variant, Run(variant.name, "equal time", rate, seed, num_steps)
 
     def _tuning(self, chosen: Sequence[Variant]) -> Iterable[Callable[[], None]]:
         grid = self.grid
@@ -205,6 +211,10 @@ class Comparison:
     def _is_smaller(self, variant: Variant) -> bool:
         return bool(self.record["sizes"][variant.name]["total_compression_ratio"] > 1)
 
+    def _is_small_enough(self, variant: Variant) -> bool:
+        ratio = self.record["sizes"][variant.name]["total_compression_ratio"]
+        return bool(ratio >= WANTED_RATIO)
+
     def _best_rate(self, variant: Variant) -> float:
         tried = [r for r in self.runs.values() if r.variant == variant.name and r.stage == TUNING]
         finished = [run for run in tried if run.val_loss_nats is not None]
@@ -221,13 +231,9 @@ class Comparison:
 
     def _finalists(self, chosen: Sequence[Variant]) -> list[Variant]:
         first, others = list(chosen[:2]), list(chosen[2:])
-        is_small = {
-            v.name: self.record["sizes"][v.name]["total_compression_ratio"] >= WANTED_RATIO
-            for v in others
-        }
-        small = sorted((v for v in others if is_small[v.name]), key=self._tuned_loss)
+        small = sorted(filter(self._is_small_enough, others), key=self._tuned_loss)
         # The frontier: what is larger is there to say what its size buys.
-        larger = [v for v in others if not is_small[v.name]]
+        larger = [v for v in others if v not in small]
         return first + small[: self.grid.num_finalists] + larger
 
     def _time(self, variants: Sequence[Variant]) -> None:

@@ -118,6 +118,24 @@ def test_processes_take_turns_and_end_with_the_record_of_one(
     assert record["summary"]["best"] == "pairs"
 
 
+def test_seeds_beyond_the_first_are_for_what_is_judged(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    larger = {"name": "larger", "model": {"rank": 2, "embedding_rank": None}, "rates": [0.001]}
+    grid = GRID | {"seeds": [3, 4], "variants": [*GRID["variants"], larger]}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    monkeypatch.setattr(sys, "argv", words)
+    quality.main()
+    runs = json.loads((tmp_path / "record.json").read_text())["runs"]
+    of_seed_4 = [(run["variant"], run["stage"]) for run in runs if run["seed"] == 4]
+    assert of_seed_4 == [
+        *((name, "equal tokens") for name in ("dense", "naive", "pairs")),
+        ("pairs", "equal time"),
+    ]
+    of_seed_3 = {(run["variant"], run["stage"]) for run in runs if run["seed"] == 3}
+    assert {("naive", "equal time"), ("larger", "equal tokens")} <= of_seed_3
+
+
 def _row(name: str, ratio: float, tokens: dict[str, float], time: dict[str, float]) -> Any:
     return {
         "contender": name, "total_compression_ratio": ratio, "rate": 0.1, "parameters": 1e6,
