@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fingpt_lightning.deploy.calibration import Calibration, shown_moments
@@ -166,7 +165,7 @@ def _write(
         write_tokenizer(source.tokenizer, folder)
         return num_parameters
     merge_into_base(network)
-    if form in ("hf", "gguf") or any(_is_quantised(module) for module in network.modules()):
+    if form in ("hf", "gguf") or any(isinstance(m, FrozenMatrix) for m in network.modules()):
         expand(network)
     num_parameters = _num_parameters(network)
     if form == "gguf":
@@ -186,10 +185,6 @@ def _num_parameters(network: PreTrainedModel) -> int:
     frozen = [module for module in network.modules() if isinstance(module, FrozenMatrix)]
     plain = [p.numel() for p in network.parameters() if p.is_floating_point()]
     return sum(plain) + sum(matrix.in_features * matrix.out_features for matrix in frozen)
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    return any(not p.is_floating_point() for p in module.parameters(recurse=False))
 
 
 def _loaded_again(form: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fingpt_lightning.models.frozen_matrix import FrozenMatrix
 from fingpt_lightning.models.input_moments import InputMoments
 from fingpt_lightning.models.quantized_embedding import QuantizedHead
 from fingpt_lightning.models.stored_quantization import quantization_config, quantize_layers
@@ -60,7 +61,7 @@ def write_quantized(
         if name not in tied and not (head_is_codes and name.startswith("lm_head."))
     }
     # What goes with the codes, scales among them, stays as it is.
-    quantised = [name for name, m in network.named_modules() if _is_quantised(m)]
+    quantised = [name for name, m in network.named_modules() if isinstance(m, FrozenMatrix)]
     beside = {f"{name}.bias" for name in quantised}
     for name, tensor in state.items():
         is_part = any(name.startswith(f"{layer}.") for layer in quantised) and name not in beside
@@ -158,8 +159,3 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> 
     """Writes the tokenizer, where there is one."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and not weight.is_floating_point()

@@ -146,6 +146,14 @@ def _groups(block: nn.Module, call: _Call) -> list[list[str]]:
             groups.append([name])
         last.append(x)
 
+    with _watching(block, reached):
+        _outputs(block, [call])
+    return groups
+
+
+@contextmanager
+def _watching(block: nn.Module, reached: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Tells the name of each linear layer that a block reaches, and what it reads."""
     with ExitStack() as stack:
         for name, module in block.named_modules():
             if is_linear(module):
@@ -153,8 +161,7 @@ def _groups(block: nn.Module, call: _Call) -> list[list[str]]:
                     lambda _, args, name=name: reached(name, args[0])
                 )
                 stack.callback(hook.remove)
-        _outputs(block, [call])
-    return groups
+        yield
 
 
 def _input(block: nn.Module, name: str, call: _Call) -> Tensor:
@@ -196,16 +203,9 @@ class _Sums:
     @contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
         """Takes in what the linear layers of a block read."""
-        with ExitStack() as stack:
-            for name, module in block.named_modules():
-                if is_linear(module):
-                    full = f"{self._prefix}.{name}"
-                    hook = module.register_forward_pre_hook(
-                        lambda _, args, full=full: self.add(full, args[0])
-                    )
-                    stack.callback(hook.remove)
+        with _watching(block, lambda name, x: self.add(f"{self._prefix}.{name}", x)):
             yield
-            self._last = None
+        self._last = None
 
     def add(self, name: str, x: Tensor) -> None:
         """Adds what a layer reads, unless the layer before has read the same tensor."""
