@@ -47,10 +47,10 @@ QUESTION = (
 FINANCIAL = ("fpb", "tfns", "fiqa_sa")
 GENERAL = ("arc_easy", "arc_challenge", "boolq", "piqa", "openbookqa", "winogrande")
 _SHARED = (
-    "run", "tasks", "quantize", "seed", "epochs", "kl_weight", "steps", "examples_per_s",
-    "trained_share", "weights_mib", "optimizer_mib",
+    "run", "tasks", "quantize", "seed", "epochs", "kl_weight", "learning_rate", "steps",
+    "val_loss", "examples_per_s", "trained_share", "weights_mib", "optimizer_mib",
 )  # fmt: skip
-"""What the rows of a run have in common."""
+"""What the rows of a run have in common; rows of earlier versions lack some."""
 _FIGURES = ("accuracy", "accuracy_interval", "macro_f1", "weighted_f1", "n")
 
 
@@ -65,6 +65,7 @@ class Run:
         seed: Of adapters and order; held-out rows differ with it too.
         epochs: At most.
         kl_weight: Of the guard against forgetting.
+        learning_rate: Where it is another than that of the record.
     """
 
     tasks: tuple[str, ...]
@@ -73,6 +74,7 @@ class Run:
     seed: int = 1
     epochs: int = 3
     kl_weight: float = 0.0
+    learning_rate: float | None = None
 
 
 RUNS = {
@@ -84,6 +86,7 @@ RUNS = {
     "all three": Run(FINANCIAL, (*FINANCIAL, *GENERAL), epochs=2),
     "fpb, KL": Run(("fpb",), ("fpb", *GENERAL), kl_weight=0.1),
     "general": Run(GENERAL, GENERAL, epochs=2),
+    "general, lower rate": Run(GENERAL, GENERAL, epochs=2, learning_rate=0.0002),
     "fpb, int8": Run(("fpb",), ("fpb",), quantize="int8"),
     "fpb, unquantised": Run(("fpb",), ("fpb",), quantize=None),
 }
@@ -180,7 +183,11 @@ def _kept(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]:
     """A trained network as its adapter keeps it, and what its rows share."""
     loaded = load_model(folder, dtype=options.dtype, quantize=run.quantize)
-    return loaded.adapted(), loaded.require_tokenizer(), {key: row[key] for key in _SHARED}
+    return (
+        loaded.adapted(),
+        loaded.require_tokenizer(),
+        {key: row[key] for key in _SHARED if key in row},
+    )
 
 
 def _train(
@@ -196,7 +203,7 @@ def _train(
         quantize=run.quantize,
         dtype=options.dtype,
         rank=options.rank,
-        learning_rate=options.learning_rate,
+        learning_rate=options.learning_rate if run.learning_rate is None else run.learning_rate,
         kl_weight=run.kl_weight,
     )
     data = FinancialInstructions(
@@ -247,6 +254,7 @@ def _train(
         "run": name,
         **{key: value for key, value in asdict(run).items() if key != "asked"},
         "steps": trainer.global_step,
+        "val_loss": None if best.best_model_score is None else best.best_model_score.item(),
         "examples_per_s": num_examples / seconds,
         "trained_share": module.trained_share(),
         "weights_mib": memory.weights / MIB,
@@ -303,6 +311,7 @@ def summary(
         found["financial_gain_points"] = 100 * statistics.mean(gains)
     for key, run in (
         ("general_gain_points", "general"),
+        ("general_gain_points_at_lower_rate", "general, lower rate"),
         ("general_cost_points_of_financial", "all three"),
         ("general_cost_points_of_fpb", "fpb"),
         ("general_cost_points_of_fpb_with_kl", "fpb, KL"),
