@@ -14,6 +14,7 @@ from fingpt_lightning.pipeline import Pass, bubble_share, chrome_trace, draw
 from fingpt_lightning.profiling.memory import module_memory
 from fingpt_lightning.strategies import PipelineStrategy
 from fingpt_lightning.units import MIB
+from fingpt_lightning.whole_files import write_whole
 
 
 class PipelineTrace(Callback):
@@ -102,7 +103,7 @@ class PipelineTrace(Callback):
             f" {figures['pipeline/bubble_share']:.0%} idle, by formula {layout.bubble_share:.0%}"
         )
         draw(passes, picture, title)
-        picture.with_suffix(".json").write_text(json.dumps(chrome_trace(passes)))
+        write_whole(picture.with_suffix(".json"), json.dumps(chrome_trace(passes)))
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=step)
             if isinstance(logger, WandbLogger):

@@ -27,6 +27,7 @@ from callbacks.throughput import ThroughputMonitor
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.profiling.memory import peak_rss_bytes
 from fingpt_lightning.units import MIB, format_count
+from fingpt_lightning.whole_files import write_whole
 
 _AFTER = "/accuracy_after"
 _CallbackT = TypeVar("_CallbackT", bound=Callback)
@@ -163,9 +164,7 @@ class RunSummary(Callback):
             console.print(line, soft_wrap=True, markup=False, highlight=False)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / "summary.json.partial"
-        unfinished.write_text(json.dumps(figures, indent=2) + "\n")
-        unfinished.replace(folder / "summary.json")
+        write_whole(folder / "summary.json", json.dumps(figures, indent=2) + "\n")
         record_in_wandb_summary(trainer, {f"summary/{key}": v for key, v in figures.items()})
         self._last_batch = None
 

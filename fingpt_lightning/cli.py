@@ -96,6 +96,10 @@ class ConfigError(ValueError):
     """A wrong command line or config: exit status 2."""
 
 
+class TerminatedError(RuntimeError):
+    """A run that was told to end: exit status 143, as the shell has it of SIGTERM."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command.
 
@@ -104,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: With status 1 when the command fails, 2 when the command line or a config is
-            wrong, 130 when interrupted. A success returns None.
+            wrong, 130 when interrupted, 143 when ended by SIGTERM. A success returns None.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -123,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _run(words)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except TerminatedError as error:
+        _fail(str(error), 143)
     except Exception as error:
         if debug:
             traceback.print_exc()

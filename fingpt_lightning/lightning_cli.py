@@ -13,8 +13,8 @@ import typing
 import warnings
 import zipfile
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -34,12 +34,13 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.rendezvous import rendezvous
 from typing_extensions import override
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.progress import TrainingProgress
-from fingpt_lightning.cli import ConfigError
+from fingpt_lightning.cli import ConfigError, TerminatedError
 from fingpt_lightning.config_errors import explain
 from fingpt_lightning.models.tokenizer_files import tokenizer_of_model
 from fingpt_lightning.profiling import keep_freed_memory
@@ -50,6 +51,7 @@ from fingpt_lightning.wandb_runs import (
     place_wandb_run,
     record_config,
 )
+from fingpt_lightning.whole_files import write_whole
 
 RUN_FOLDER_VARIABLE = "FINGPT_RUN_FOLDER"
 """Tells the processes that Lightning starts for other ranks the folder of rank 0."""
@@ -72,9 +74,19 @@ def run_trainer_command(words: list[str]) -> None:
 
     Raises:
         ConfigError: The command line or a config is wrong.
+        KeyboardInterrupt: Lightning has ended the run after one.
+        TerminatedError: Lightning has ended the run after SIGTERM.
     """
     with _quiet():
-        FinGPTCLI(words)
+        try:
+            FinGPTCLI(words)
+        except SIGTERMException as error:
+            # A SystemExit without a status, which would count as a success.
+            raise TerminatedError("ended by SIGTERM") from error
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from error
+            raise
 
 
 def build_trainer_command(words: list[str]) -> "FinGPTCLI":
@@ -152,7 +164,7 @@ class RunRecord(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         text = self.parser.dump(self.config, skip_none=False)
-        (folder / "config.yaml").write_text(text)
+        write_whole(folder / "config.yaml", text)
         write_environment(folder)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -178,6 +190,11 @@ class FinGPTCLI(LightningCLI):
 
     def __init__(self, words: list[str]) -> None:
         self.command = words[0]
+        with ExitStack() as self._on_failure:
+            self._build_and_run(words)
+            self._on_failure.pop_all()
+
+    def _build_and_run(self, words: list[str]) -> None:
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -249,10 +266,10 @@ class FinGPTCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.command]
+        self._as_given = settings.clone()
         trainer = settings.trainer
         if trainer.default_root_dir is None:
-            folder = _new_run_folder(settings, self.command)
-            trainer.default_root_dir = self._of_rank_zero(str(folder))
+            trainer.default_root_dir = self._of_rank_zero(self._new_run_folder)
         self.run_folder = Path(trainer.default_root_dir)
         os.environ[RUN_FOLDER_VARIABLE] = str(self.run_folder)
         listed = trainer.callbacks if isinstance(trainer.callbacks, list) else []
@@ -269,13 +286,41 @@ class FinGPTCLI(LightningCLI):
                 if self.runs:
                     keep_offline_if_unreachable(logger.init_args)
 
-    def _of_rank_zero(self, run_folder: str) -> str:
+    def _new_run_folder(self) -> str:
+        """``runs/NAME-DATE-TIME``, with a number behind it when that is taken."""
+        if known := os.environ.get(RUN_FOLDER_VARIABLE):
+            return known
+        settings = self.config[self.command]
+        name = _run_name(settings)
+        name = name if self.command == "fit" else f"{name}-{self.command}"
+        first = Path(settings.runs_dir) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder, number = first, 2
+        while not self._is_ours(folder):
+            folder, number = first.with_name(f"{first.name}-{number}"), number + 1
+        return str(folder)
+
+    def _is_ours(self, folder: Path) -> bool:
+        """Whether a folder was not there; then it is, so that no other run takes its name."""
+        if not self.runs:
+            return not folder.exists()
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.exists():  # a file is in the way, above
+                raise
+            return False
+        for path in reversed(made):  # the last one that is told goes first
+            self._on_failure.callback(_remove_empty, path)
+        return True
+
+    def _of_rank_zero(self, new_run_folder: Callable[[], str]) -> str:
         """Rank 0's choice on all ranks that torchrun or SLURM started: their clocks differ."""
         # Lightning's order: torchrun may run inside of SLURM.
         kinds = (TorchElasticEnvironment, SLURMEnvironment)
         ranks = next((kind() for kind in kinds if kind.detect()), None)
         if ranks is None or ranks.world_size() == 1:
-            return run_folder
+            return new_run_folder()
         url = (
             f"tcp://{ranks.main_address}:{ranks.main_port}"
             f"?rank={ranks.global_rank()}&world_size={ranks.world_size()}"
@@ -283,7 +328,7 @@ class FinGPTCLI(LightningCLI):
         # Kept: rank 0 serves it until the process group takes over the same address.
         self._store, _, _ = next(rendezvous(url))
         if ranks.global_rank() == 0:
-            self._store.set(RUN_FOLDER_VARIABLE, run_folder)
+            self._store.set(RUN_FOLDER_VARIABLE, new_run_folder())
         return str(self._store.get(RUN_FOLDER_VARIABLE).decode())
 
     @override
@@ -302,7 +347,8 @@ class FinGPTCLI(LightningCLI):
         loggers: list[Logger] = given if isinstance(given, list) else [given]
         loggers = [logger for logger in loggers if isinstance(logger, Logger)]
         if self.command == "fit" and not any(isinstance(x, CSVLogger) for x in loggers):
-            _keep_old_metrics(self.run_folder)
+            if self.runs:
+                _keep_old_metrics(self.run_folder)
             # Written at once: a sweep reads it while the run goes on, and a kill loses no row.
             log = CSVLogger(str(self.run_folder), "", "", flush_logs_every_n_steps=1)
             loggers = [*loggers, log]
@@ -315,6 +361,8 @@ class FinGPTCLI(LightningCLI):
         if settings.enable_progress_bar and not any(isinstance(x, ProgressBar) for x in own):
             # First, so that it is gone from the screen when others print what came of the run.
             own = [TrainingProgress(), *own]
+        # What is written down, for another run too, does not say where this one lies.
+        self.config[self.command] = self._as_given
         trainer = super().instantiate_trainer(
             logger=loggers or False, callbacks=own or None, **kwargs
         )
@@ -428,16 +476,9 @@ def _run_name(settings: Namespace) -> str:
     return Path(str(configs[0])).stem if configs else "run"
 
 
-def _new_run_folder(settings: Namespace, command: str) -> Path:
-    """``runs/NAME-DATE-TIME``, with a number behind it when that is taken."""
-    if known := os.environ.get(RUN_FOLDER_VARIABLE):
-        return Path(known)
-    name = _run_name(settings) if command == "fit" else f"{_run_name(settings)}-{command}"
-    first = Path(settings.runs_dir) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, number = first, 2
-    while folder.exists():
-        folder, number = first.with_name(f"{first.name}-{number}"), number + 1
-    return folder
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # not there, or not empty
+        folder.rmdir()
 
 
 @rank_zero_only

@@ -47,6 +47,7 @@ from fingpt_lightning.reporting.plan import (
 from fingpt_lightning.reporting.plan_table import plan_table, stages_table
 from fingpt_lightning.strategies import PipelineStrategy
 from fingpt_lightning.units import MIB, format_bytes, peak_flops_per_s
+from fingpt_lightning.whole_files import write_whole
 
 _CALIBRATION_STEPS = 5
 _LOOKED_AT = 200
@@ -110,9 +111,7 @@ def run(options: argparse.Namespace) -> None:
     for line in (*notes, _verdict(plan)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if options.json is not None:
-        aside = options.json.with_name(f"{options.json.name}.partial")
-        aside.write_text(json.dumps(plan, indent=1) + "\n")
-        aside.replace(options.json)
+        write_whole(options.json, json.dumps(plan, indent=1) + "\n")
 
 
 def _plan(words: list[str], calibrate: bool, folder: str) -> tuple[dict[str, Any], list[str]]:

@@ -17,7 +17,7 @@ import yaml
 
 from callbacks.progress import TrainingProgress
 from fingpt_lightning.cli import COMMANDS, main
-from fingpt_lightning.lightning_cli import FinGPTCLI
+from fingpt_lightning.lightning_cli import RUN_FOLDER_VARIABLE, FinGPTCLI
 from fingpt_lightning.modules import LowRankPretraining
 
 REPOSITORY = Path(__file__).parents[1]
@@ -286,6 +286,63 @@ def test_a_run_killed_at_any_step_and_resumed_equals_one_that_was_not(
     assert states[0]["epoch"] >= 1
     for name, weight in states[0]["state_dict"].items():
         assert torch.equal(weight, states[1]["state_dict"][name]), f"{name}, stop at {stop_at}"
+
+
+def test_the_config_of_a_run_makes_another_run(fit: Run, run: Run, tmp_path: Path) -> None:
+    assert fit("--trainer.max_steps", "1")[0] == 0
+    (first,) = (tmp_path / "runs").iterdir()
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    status, stderr = run("fit", "--config", str(first / "config.yaml"))
+    assert status == 0, stderr
+    (second,) = set((tmp_path / "runs").iterdir()) - {first}
+    assert (second / "checkpoints" / "last.ckpt").is_file()
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
+
+
+def test_two_runs_of_one_second_have_folders_of_their_own(
+    fit: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+
+    def note(cli: FinGPTCLI, _: str) -> None:
+        # The first has written nothing when the second begins.
+        folders.append(cli.run_folder)
+        if len(folders) == 1:
+            del os.environ[RUN_FOLDER_VARIABLE]  # another process would not have it
+            assert fit()[0] == 0
+
+    monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")
+    monkeypatch.setattr(FinGPTCLI, "_run_subcommand", note)
+    assert fit()[0] == 0
+    names = ["debug_quickstart-20260101-000000", "debug_quickstart-20260101-000000-2"]
+    assert [folder.name for folder in folders] == names
+
+
+@pytest.mark.parametrize(
+    ("signum", "status", "told"),
+    [
+        (signal.SIGTERM, 143, "ended by SIGTERM"),
+        (signal.SIGINT, 130, "interrupted"),
+    ],
+    ids=["terminated", "interrupted"],
+)
+def test_a_run_that_is_told_to_end_does_not_count_as_done(
+    signum: signal.Signals, status: int, told: str, fit: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signal_self(*_: Any) -> None:
+        os.kill(os.getpid(), signum)
+
+    # A job in the background ignores interrupts, which its children then do too.
+    monkeypatch.setattr(LowRankPretraining, "on_train_batch_end", signal_self)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        found, stderr = fit("--trainer.max_steps", "9")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert found == status
+    assert _only_error(stderr) == f"fingpt: error: {told}"
 
 
 def _wait_for_step(runs: Path, step: int, process: subprocess.Popen[bytes]) -> None:

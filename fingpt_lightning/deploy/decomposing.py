@@ -50,6 +50,7 @@ from fingpt_lightning.models.loading import DTYPES, load_model
 from fingpt_lightning.models.weights import SAFETENSORS, SAFETENSORS_INDEX, files_sha256
 from fingpt_lightning.progress import shown_progress
 from fingpt_lightning.units import GIB
+from fingpt_lightning.whole_files import write_whole
 
 RECORD = "decomposition.json"
 _SETTINGS, _GROUPS = "settings.json", "moments.json"
@@ -272,13 +273,7 @@ def _begin(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
                 )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    _write_text(file, json.dumps(now))
-
-
-def _write_text(file: Path, text: str) -> None:
-    aside = file.with_name(f"{file.name}.aside")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
+    write_whole(file, json.dumps(now))
 
 
 def _calibrated(
@@ -301,7 +296,7 @@ def _calibrated(
                 # Half the bytes of float64; sums were made in that.
                 write_tensors(moments_file(folder, name), {"moments": moments.float().cpu()})
             show(min(number + 1, num_blocks))
-    _write_text(done, json.dumps(groups))
+    write_whole(done, json.dumps(groups))
     return groups
 
 

@@ -14,6 +14,7 @@ from fingpt_lightning.deploy.sampling import Sampling
 from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
 from fingpt_lightning.nearest import nearest
 from fingpt_lightning.progress import shown_progress
+from fingpt_lightning.whole_files import write_whole
 
 
 def run(options: argparse.Namespace) -> None:
@@ -104,9 +105,7 @@ def write_completions(file: Path, completions: list[Completion]) -> None:
         for completion in completions
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f"{file.name}.partial")
-    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    aside.replace(file)
+    write_whole(file, "".join(f"{line}\n" for line in lines))
 
 
 def _json_prompt(line: str, where: str) -> Prompt:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fingpt_lightning.nearest import nearest
+from fingpt_lightning.whole_files import write_whole
 
 Row = Mapping[str, object]
 _SETTINGS = "settings.json"
@@ -65,9 +66,7 @@ class LabelledFile:
                     )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            aside = file.with_suffix(".aside")
-            aside.write_text(json.dumps(self._settings), encoding="utf-8")
-            aside.replace(file)
+            write_whole(file, json.dumps(self._settings))
         return len(self._parts())
 
     def add(self, number: int, rows: Sequence[Row], names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from fingpt_lightning.evaluation.runner import TaskResult
+from fingpt_lightning.whole_files import write_whole
 
 RESULTS = "results.json"
 _COLUMNS = {
@@ -96,12 +97,12 @@ def write_results(folder: Path, head: Mapping[str, Any], results: Sequence[TaskR
     with_labels = [result for result in results if "confusion" in result.metrics]
     for result in with_labels:
         picture = confusion_png(result.metrics["confusion"], result.run.task)
-        _write(folder / f"confusion_{result.run.task.name}.png", picture)
+        write_whole(folder / f"confusion_{result.run.task.name}.png", picture)
     lines = [json.dumps(row, ensure_ascii=False) for row in prediction_rows(results)]
-    _write(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    write_whole(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines).encode())
     by_task = {result.run.task.name: results_of(result) for result in results}
     text = json.dumps({"tasks": by_task, **head}, indent=1) + "\n"
-    _write(folder / RESULTS, text.encode())
+    write_whole(folder / RESULTS, text.encode())
 
 
 def prediction_rows(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
@@ -140,9 +141,3 @@ def _cell(metrics: Mapping[str, Any], key: str) -> str:
         low, high = metrics["accuracy_interval"]
         return f"{metrics[key]:.3f} ({low:.2f}-{high:.2f})"
     return f"{metrics[key]:.3f}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(content)
-    aside.replace(path)

@@ -29,6 +29,7 @@ from fingpt_lightning.models.frozen_matrix import FrozenMatrix, Int8Linear
 from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.quantization import is_linear
 from fingpt_lightning.models.rounding import NF4Matrix, nf4_values
+from fingpt_lightning.whole_files import write_whole
 
 ALL_LINEAR = "all-linear"
 _WRAPPER = "base_model.model."  # what PEFT puts before the names of the base
@@ -228,9 +229,7 @@ def save_adapter(
         told[BASE_QUANTIZE] = method
     save_file(state, aside, told)
     aside.replace(folder / ADAPTER_WEIGHTS)
-    aside = folder / f"{ADAPTER_CONFIG}.partial"
-    aside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    aside.replace(folder / ADAPTER_CONFIG)
+    write_whole(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def load_adapter(

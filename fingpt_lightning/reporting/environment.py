@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from fingpt_lightning.units import GIB
+from fingpt_lightning.whole_files import write_whole
 
 ENVIRONMENT = "environment.json"
 _PACKAGES = ("fingpt-lightning", "torch", "lightning", "transformers", "bitsandbytes", "wandb")
@@ -45,9 +46,7 @@ def environment(words: Sequence[str] | None = None) -> dict[str, Any]:
 
 def write_environment(folder: Path) -> None:
     """Writes `ENVIRONMENT` into a run folder, aside and then renamed."""
-    aside = folder / f"{ENVIRONMENT}.partial"
-    aside.write_text(json.dumps(environment(), indent=1) + "\n")
-    aside.replace(folder / ENVIRONMENT)
+    write_whole(folder / ENVIRONMENT, json.dumps(environment(), indent=1) + "\n")
 
 
 def git_state(file: Path) -> dict[str, str | bool] | None:

@@ -17,6 +17,7 @@ from fingpt_lightning.reporting.run_sections import (
 )
 from fingpt_lightning.reporting.runs import Evaluation, Run, Sweep, read_folder
 from fingpt_lightning.reporting.sweep_sections import sweep_section
+from fingpt_lightning.whole_files import write_whole
 
 _NUM_TRIALS_SHOWN = 5
 """How many of a sweep's trials stand beside each other as runs: the best ones."""
@@ -31,9 +32,7 @@ def write_page(paths: Sequence[Path], output: Path) -> None:
     if output.is_dir():
         raise ValueError(f"output {output} is a folder; name a file, as {output / 'report.html'}")
     html = to_html(_page([read_folder(path) for path in dict.fromkeys(paths)]))
-    aside = output.with_name(f"{output.name}.partial")
-    aside.write_text(html, encoding="utf-8")
-    aside.replace(output)
+    write_whole(output, html)
 
 
 def _page(found: Sequence[Run | Sweep | Evaluation]) -> Page:

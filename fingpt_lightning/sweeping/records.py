@@ -14,6 +14,7 @@ from fingpt_lightning.sweeping.space import short_names, shown
 from fingpt_lightning.sweeping.sweep_file import Sweep
 from fingpt_lightning.sweeping.trial_process import TrialState
 from fingpt_lightning.units import format_duration
+from fingpt_lightning.whole_files import write_whole
 
 RECORD = "sweep.json"
 BEST_CONFIG = "best.yaml"
@@ -53,7 +54,7 @@ def write_record(folder: Path, sweep: Sweep, study: Study) -> None:
         "trials": [_entry(folder, sweep, trial) for trial in _begun(study)],
         "best": best_number(study),
     }
-    _write(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def write_best_config(folder: Path, number: int) -> None:
@@ -77,7 +78,7 @@ def write_best_config(folder: Path, number: int) -> None:
             own = {key: None for key in _OF_ONE_LOGGER if key in logger["init_args"]}
             logger["init_args"] |= own | {"offline": not logger["init_args"].get("log_model")}
     text = yaml.safe_dump(settings, sort_keys=False)
-    _write(folder / BEST_CONFIG, f"# Trial {number} of {folder.name}.\n{text}")
+    write_whole(folder / BEST_CONFIG, f"# Trial {number} of {folder.name}.\n{text}")
 
 
 def table(sweep: Sweep, study: Study) -> Table:
@@ -142,9 +143,3 @@ def _value(trial: FrozenTrial) -> float | None:
 
 def _parameters(sweep: Sweep, trial: FrozenTrial) -> dict[str, Any]:
     return {name: sweep.parameters[name].restored(stored) for name, stored in trial.params.items()}
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text)
-    aside.replace(path)
