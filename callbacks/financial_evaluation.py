@@ -73,7 +73,8 @@ class FinancialEvaluation(Callback):
         batch_tokens: Tokens of a batch, padding included; null leaves it to the device.
 
     Attributes:
-        history: The figures of each task, oldest first, of this fit; on the first rank.
+        history: The figures of each task and the ``step`` after which it answered, oldest first, of
+            this fit; on the first rank.
 
     Raises:
         ValueError: A setting, a task or a row is wrong.
@@ -172,7 +173,8 @@ class FinancialEvaluation(Callback):
                 predictions = self._predict(trainer, network, tokenizer, run)
             if trainer.is_global_zero:
                 result = TaskResult(run, predictions, metrics_of(run, predictions), 0.0)
-                self.history.setdefault(run.task.name, []).append(_log(trainer, result))
+                figures = _log(trainer, result) | {"step": trainer.global_step}
+                self.history.setdefault(run.task.name, []).append(figures)
 
     def _predict(
         self,

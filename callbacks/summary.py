@@ -186,9 +186,10 @@ class RunSummary(Callback):
             figures["trained_share"] = pl_module.trained_share()
         evaluation = _beside(trainer, FinancialEvaluation)
         for task, found in ({} if evaluation is None else evaluation.history).items():
-            if len(found) > 1:
+            if found[0]["step"] == 0:
                 figures[f"{task}/accuracy_before"] = found[0].get("accuracy")
-            figures[f"{task}/accuracy_after"] = found[-1].get("accuracy")
+            if found[-1]["step"] > 0:
+                figures[f"{task}/accuracy_after"] = found[-1].get("accuracy")
         throughput = _beside(trainer, ThroughputMonitor)
         figures |= {
             "first_val_loss": self._first_val_loss,
@@ -236,7 +237,7 @@ def _race(trainer: Trainer, pl_module: LightningModule, batch: Any, num_steps: i
             precision = trainer.precision_plugin
             with trainer.strategy.tensor_init_context(), precision.module_init_context():
                 twin.configure_model()
-            contenders = [_Contender(trainer, m) for m in (twin, copy.deepcopy(pl_module))]
+            contenders = [_Contender(trainer, m) for m in (twin, _copy(pl_module))]
             times_s: list[list[float]] = [[], []]
             for _ in range(1 + num_steps):
                 for contender, its_times_s in zip(contenders, times_s, strict=True):
@@ -247,6 +248,15 @@ def _race(trainer: Trainer, pl_module: LightningModule, batch: Any, num_steps: i
     dense_s, ours_s = (statistics.median(its_times_s[1:]) for its_times_s in times_s)
     num_tokens = int((batch["labels"] != IGNORED_LABEL).sum())
     return _Race(num_tokens / ours_s, num_tokens / dense_s, dense_s / ours_s)
+
+
+def _copy(module: LightningModule) -> LightningModule:
+    """A deep copy that is compiled where the module is, which torch leaves out of a copy."""
+    copied = copy.deepcopy(module)
+    for part, its_copy in zip(module.modules(), copied.modules(), strict=True):
+        if part._compiled_call_impl is not None:
+            its_copy.compile()
+    return copied
 
 
 class _Contender:

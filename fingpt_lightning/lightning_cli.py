@@ -45,6 +45,7 @@ from fingpt_lightning.config_errors import explain
 from fingpt_lightning.models.tokenizer_files import tokenizer_of_model
 from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.reporting.environment import write_environment
+from fingpt_lightning.settings import as_list
 from fingpt_lightning.wandb_runs import (
     keep_offline_if_unreachable,
     log_adapter,
@@ -272,15 +273,15 @@ class FinGPTCLI(LightningCLI):
             trainer.default_root_dir = self._of_rank_zero(self._new_run_folder)
         self.run_folder = Path(trainer.default_root_dir)
         os.environ[RUN_FOLDER_VARIABLE] = str(self.run_folder)
-        listed = trainer.callbacks if isinstance(trainer.callbacks, list) else []
         checkpoints = [
-            callback.init_args for callback in listed if "dirpath" in callback.get("init_args", {})
+            callback.init_args
+            for callback in as_list(trainer.callbacks)
+            if "dirpath" in callback.get("init_args", {})
         ]
         for checkpoint in [settings.best_checkpoint, settings.last_checkpoint, *checkpoints]:
             if checkpoint.dirpath is None:
                 checkpoint.dirpath = str(self.run_folder / "checkpoints")
-        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-        for logger in loggers:
+        for logger in as_list(trainer.logger):
             if isinstance(logger, Namespace) and logger.class_path.endswith(".WandbLogger"):
                 place_wandb_run(logger.init_args, self.run_folder)
                 if self.runs:
@@ -343,9 +344,7 @@ class FinGPTCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
-        given = settings.logger
-        loggers: list[Logger] = given if isinstance(given, list) else [given]
-        loggers = [logger for logger in loggers if isinstance(logger, Logger)]
+        loggers = [logger for logger in as_list(settings.logger) if isinstance(logger, Logger)]
         if self.command == "fit" and not any(isinstance(x, CSVLogger) for x in loggers):
             if self.runs:
                 _keep_old_metrics(self.run_folder)
@@ -356,8 +355,7 @@ class FinGPTCLI(LightningCLI):
             if isinstance(logger, WandbLogger):
                 # Lightning 2.6.6 names it even where it is not set, and wandb 0.25 warns of it.
                 logger._wandb_init.pop("anonymous", None)
-        own = settings.callbacks or []
-        own = own if isinstance(own, list) else [own]
+        own = as_list(settings.callbacks)
         if settings.enable_progress_bar and not any(isinstance(x, ProgressBar) for x in own):
             # First, so that it is gone from the screen when others print what came of the run.
             own = [TrainingProgress(), *own]

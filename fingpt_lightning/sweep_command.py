@@ -126,8 +126,9 @@ def _run_on_server(options: argparse.Namespace, console: Console) -> None:
     # An agent starts the first `python` that it finds: let it be this one.
     folders = (str(Path(sys.executable).parent), os.environ.get("PATH", ""))
     os.environ["PATH"] = os.pathsep.join(folders)
-    identity = wandb.sweep(sweep.content, project=project)
-    wandb.agent(identity, project=project, count=options.count)
+    entity = sweep.content.get("entity")
+    identity = wandb.sweep(sweep.content, project=project, entity=entity)
+    wandb.agent(identity, project=project, entity=entity, count=options.count)
 
 
 def _new_folder(sweep: Sweep) -> Path:

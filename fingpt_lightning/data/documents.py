@@ -15,9 +15,13 @@ from fingpt_lightning.data.messages import first_line, no_field
 
 _PIECE_BYTES = 2**20
 _PARQUET_ROWS = 64
+_LOOK_BACK = 3  # characters that decide whether a text may be cut at a place
 _DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 # Byte-level BPE splits text before the last blank of a run of blanks. Cut at such a line end, the
 # pieces have the tokens of the whole: either the line end is the whole run, or one blank follows.
+_LONG_LINE_CHARACTERS = 8 * 2**20
+# So is the start of a word behind one blank a place to cut, for lines that are too long to hold.
+_WORD_START = re.compile(r".*\S(?= \S)", re.DOTALL)
 _CLEAN_LINE_END = re.compile(r".*(?:(?<=\S)\n(?=\S)|\n(?=\s\S))", re.DOTALL)
 
 
@@ -39,16 +43,23 @@ def jsonl_documents(path: Path, text_field: str) -> Iterator[Piece]:
 
 
 def txt_pieces(path: Path, _: str) -> Iterator[Piece]:
-    """The file is one document, cut at line ends about every MiB.
+    """The file is one document, cut at line ends about every MiB, or within very long lines.
 
     Raises:
         ValueError: It is no UTF-8 text.
     """
     buffer = ""
-    num_pieces = bytes_read = 0
+    num_pieces = num_searched = bytes_read = 0
     for text, bytes_read in _decoded(path):
         buffer += text
-        if len(buffer) >= _PIECE_BYTES and (cut := _cut_after_line(buffer)):
+        if len(buffer) < _PIECE_BYTES:
+            continue
+        cut = _cut_after_line(buffer, num_searched)
+        if not cut and len(buffer) >= _LONG_LINE_CHARACTERS:
+            found = _WORD_START.match(buffer, num_searched)
+            cut = found.end() if found else 0
+        num_searched = 0 if cut else max(0, len(buffer) - _LOOK_BACK)
+        if cut:
             yield Piece(buffer[:cut], False, bytes_read)
             num_pieces += 1
             buffer = buffer[cut:]
@@ -147,12 +158,15 @@ def _json_object(line: bytes, place: str) -> dict[str, object]:
     return row
 
 
-def _cut_after_line(text: str) -> int:
-    """Where to cut, or 0 to read on: only the last line may still be open, so it is never cut."""
+def _cut_after_line(text: str, start: int) -> int:
+    """Where to cut, or 0 to read on: only the last line may still be open, so it is never cut.
+
+    Before ``start`` there is no such place.
+    """
     if text.isspace():
         return 0
-    clean = _CLEAN_LINE_END.match(text)
-    return clean.end() if clean else text.rfind("\n", 0, -1) + 1
+    clean = _CLEAN_LINE_END.match(text, start) if "\n" in text[start:] else None
+    return clean.end() if clean else text.rfind("\n", start, -1) + 1
 
 
 def _decoded(path: Path) -> Iterator[tuple[str, int]]:

@@ -62,10 +62,12 @@ def find_text_files(paths: str | Sequence[str], key: str = "files") -> tuple[Pat
 
     Raises:
         FileNotFoundError: A file is missing, or a folder or glob has no supported file.
-        ValueError: No path is given, or a file's ending is not supported.
+        ValueError: No path is given, or an empty one, or a file's ending is not supported.
     """
     found: list[Path] = []
     for text in [paths] if isinstance(paths, str) else paths:
+        if not text:  # which a path takes for the current folder
+            raise ValueError(f"{key}: an empty path")
         path = Path(text).expanduser()
         if path.is_dir():
             found += _files_in_folder(path, key)

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +27,7 @@ from fingpt_lightning.data.tokenizing import encoded_batches
 from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
 
 FORMAT_VERSION = 1
+_YOUNG_S = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -153,12 +154,34 @@ def _find(cache_dir: Path, key: str) -> TokenFile | None:
 @contextmanager
 def _written_atomically(path: Path) -> Iterator[BinaryIO]:
     """Opens a scratch file beside ``path`` that replaces it when, and only when, all went well."""
+    for left in path.parent.glob(f"{path.name}.*.tmp"):
+        _remove_left(left)
     scratch = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
     try:
         with scratch.open("xb") as file:
+            _lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Takes the lock of a file, which a process that ends gives back; whether that went."""
+    try:
+        import fcntl  # there is none on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # held, or the file system has no locks
+        return False
+    return True
+
+
+def _remove_left(scratch: Path) -> None:
+    """Removes what a killed process left: gigabytes that nobody would look for."""
+    with suppress(OSError), scratch.open("rb") as file:
+        # One that has just been made may not be locked yet.
+        if time.time() - scratch.stat().st_mtime > _YOUNG_S and _lock(file):
+            scratch.unlink()

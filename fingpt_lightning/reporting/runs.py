@@ -14,6 +14,7 @@ from fingpt_lightning.reporting.files import Row, read_config, read_metrics, rea
 
 TOKENS, TIME_S = "train/tokens", "throughput/training_time_s"
 _RUN_FILES = ("config.yaml", "metrics.csv", "summary.json")
+_FINISHED = "finished"
 _KNOWN_FILES = (*_RUN_FILES, "sweep.json", "results.json")
 
 
@@ -44,7 +45,9 @@ class Run(NamedTuple):
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps that were logged."""
+        """Optimizer steps: of a run that came to its end all, else those that were logged."""
+        if isinstance(of_all := self.summary.get("steps"), int):
+            return of_all
         trained = [row["step"] for row in self.rows if "train/loss" in row]
         return int(max(trained)) + 1 if trained else 0
 
@@ -92,14 +95,17 @@ class Sweep(NamedTuple):
     metric: str
     goal: str
     method: str
-    best: int | None
     trials: tuple[Trial, ...]
 
     def ranked(self) -> list[Trial]:
-        """The trials that have a value, the best first."""
+        """The trials that came to their end with a value, the best first."""
         sign = -1 if self.goal == "maximize" else 1
-        known = [(sign * t.value, t) for t in self.trials if t.value is not None]
-        return [trial for value, trial in sorted(known, key=lambda x: x[0]) if math.isfinite(value)]
+        known = [
+            (sign * t.value, t)
+            for t in self.trials
+            if t.state == _FINISHED and t.value is not None and math.isfinite(t.value)
+        ]
+        return [trial for _, trial in sorted(known, key=lambda x: x[0])]
 
 
 class Evaluation(NamedTuple):
@@ -148,7 +154,7 @@ def read_run(folder: Path, name: str | None = None, error: str | None = None) ->
     Raises:
         ValueError: A file is broken.
     """
-    rows = tuple(read_metrics(folder / "metrics.csv"))
+    rows = tuple(_rows(folder))
     return Run(
         name=name or folder.resolve().name,
         folder=folder,
@@ -160,6 +166,25 @@ def read_run(folder: Path, name: str | None = None, error: str | None = None) ->
         steps=tuple(_recorded_steps(folder / "pipeline")),
         error=error,
     )
+
+
+def _rows(folder: Path) -> list[Row]:
+    """The rows of a run that was stopped and resumed in its folder, those made twice once.
+
+    What each start wrote lies in ``metrics-1.csv`` and so on, and of the last in ``metrics.csv``.
+    """
+    earlier = sorted(folder.glob("metrics-*.csv"), key=lambda path: (len(path.name), path.name))
+    rows: list[Row] = []
+    for path in (*earlier, folder / "metrics.csv"):
+        new = read_metrics(path)
+        if not new:
+            continue
+        begin = min(row["step"] for row in new)
+        rows = [row for row in rows if row["step"] < begin]
+        # It counts from each start.
+        before_s = max((row[TIME_S] for row in rows if TIME_S in row), default=0.0)
+        rows += [row | {TIME_S: row[TIME_S] + before_s} if TIME_S in row else row for row in new]
+    return rows
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -199,7 +224,6 @@ def _read_sweep(folder: Path) -> Sweep:
             metric=str(metric["name"]),
             goal=str(metric["goal"]),
             method=str(found["method"]),
-            best=found.get("best"),
             trials=trials,
         )
     except (KeyError, TypeError, AttributeError) as error:

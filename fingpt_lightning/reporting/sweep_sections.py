@@ -84,8 +84,9 @@ def _frontier(points: list[Point]) -> Chart:
 
 
 def _trials(sweep: Sweep, ranked: list[Trial]) -> Table:
-    others = [trial for trial in sweep.trials if trial not in ranked]
-    shown = [*ranked[:_MAX_ROWS], *others]
+    pruned = [trial for trial in sweep.trials if trial.state == "pruned"]
+    others = [trial for trial in sweep.trials if trial not in (*ranked, *pruned)]
+    shown = [*[*ranked, *pruned][:_MAX_ROWS], *others]
     names = list(dict.fromkeys(name for trial in shown for name in trial.parameters))
     has_errors = any(trial.error for trial in shown)
     rows = []
@@ -106,7 +107,7 @@ def _trials(sweep: Sweep, ranked: list[Trial]) -> Table:
         number("time"),
         Cell("state"),
     ]
-    hidden = len(ranked) - min(len(ranked), _MAX_ROWS)
+    hidden = max(0, len(ranked) + len(pruned) - _MAX_ROWS)
     caption = f"Best trials; {hidden} more are not shown" if hidden else "Trials, the best first"
     return Table([*head, Cell("error")] if has_errors else head, rows, caption)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 from rich.table import Table
 
 from fingpt_lightning.nearest import nearest
+from fingpt_lightning.settings import as_list
 from fingpt_lightning.sweeping.space import Point, sample_points, short_names, shown
 from fingpt_lightning.sweeping.sweep_file import Sweep, WrongSweep
 
@@ -128,7 +129,7 @@ def _check_metric(sweep: Sweep, built: Built) -> None:
 def _tasks(settings: Mapping[str, Any]) -> Iterator[str]:
     """The tasks that a run evaluates: those of a callback, else those of the data."""
     data = (settings.get("data") or {}).get("init_args") or {}
-    for callback in (settings.get("trainer") or {}).get("callbacks") or []:
+    for callback in as_list((settings.get("trainer") or {}).get("callbacks")):
         given = (callback.get("init_args") or {}).get("tasks") or data.get("tasks") or []
         for task in given.split(",") if isinstance(given, str) else given:
             yield Path(task.strip()).stem

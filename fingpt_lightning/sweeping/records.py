@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as StudyState
 from rich.table import Table
 
+from fingpt_lightning.settings import as_list
 from fingpt_lightning.sweeping.space import short_names, shown
 from fingpt_lightning.sweeping.sweep_file import Sweep
 from fingpt_lightning.sweeping.trial_process import TrialState
@@ -69,11 +70,10 @@ def write_best_config(folder: Path, number: int) -> None:
     trainer["default_root_dir"] = None
     for key in ("best_checkpoint", "last_checkpoint"):
         settings[key]["dirpath"] = None
-    for callback in trainer.get("callbacks") or []:
+    for callback in as_list(trainer.get("callbacks")):
         if "dirpath" in (callback.get("init_args") or {}):
             callback["init_args"]["dirpath"] = None
-    given = trainer.get("logger")
-    for logger in given if isinstance(given, list) else [given]:
+    for logger in as_list(trainer.get("logger")):
         if isinstance(logger, dict) and logger["class_path"].endswith(".WandbLogger"):
             own = {key: None for key in _OF_ONE_LOGGER if key in logger["init_args"]}
             logger["init_args"] |= own | {"offline": not logger["init_args"].get("log_model")}

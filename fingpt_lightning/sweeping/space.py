@@ -95,8 +95,9 @@ class Range:
     def samples(self) -> list[int | float]:
         """What is checked before a sweep starts: both ends and the middle."""
         if self.step is not None:
-            steps = self._steps()
-            found = [steps[0], steps[len(steps) // 2], steps[-1]]
+            # Not of the list of all: it may be longer than memory.
+            last = self._num_steps()
+            found = [self._step(index) for index in (0, (last + 1) // 2, last)]
         elif self.is_log:
             found = [self.low, math.sqrt(self.low * self.high), self.high]
         else:
@@ -105,7 +106,9 @@ class Range:
 
     def grid(self) -> list[int | float] | None:
         """Every number, or None where there is no end of them."""
-        return None if self.step is None else self._steps()
+        if self.step is None:
+            return None
+        return [self._step(index) for index in range(self._num_steps() + 1)]
 
     def suggest(self, trial: Trial, name: str) -> int | float:
         """A number of Optuna's choice."""
@@ -129,11 +132,14 @@ class Range:
         step = "" if self.step is None or self.step == 1 else f" in steps of {self.step:g}"
         return f"{kind}{self.low:g} to {self.high:g}{step}"
 
-    def _steps(self) -> list[int | float]:
+    def _num_steps(self) -> int:
         assert self.step is not None
-        num_steps = round((self.high - self.low) / self.step)
-        found = [round(self.low + index * self.step, _DECIMALS) for index in range(num_steps + 1)]
-        return [int(value) for value in found] if self.is_int else found
+        return round((self.high - self.low) / self.step)
+
+    def _step(self, index: int) -> int | float:
+        assert self.step is not None
+        found = round(self.low + index * self.step, _DECIMALS)
+        return int(found) if self.is_int else found
 
 
 Distribution: TypeAlias = Choices | Range

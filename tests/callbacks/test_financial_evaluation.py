@@ -123,6 +123,12 @@ def test_without_names_the_tasks_and_the_folder_of_the_data_are_taken(tmp_path: 
     before, after = (row["accuracy"] for row in callback.history["piqa"])
     assert found["piqa/accuracy_before"] == before
     assert found["piqa/accuracy_after"] == after
+    # What the untrained network answered is not what came of the training.
+    trainer = tiny_trainer(tmp_path, [FinancialEvaluation(after=False), RunSummary()])
+    trainer.fit(_Module(), datamodule=OnTasks())
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["piqa/accuracy_before"] == before
+    assert "piqa/accuracy_after" not in found
     with pytest.raises(ValueError, match="the datamodule trains on none that has right answers"):
         tiny_trainer(tmp_path, [FinancialEvaluation()]).fit(_Module(), datamodule=_Data())
 

@@ -216,6 +216,23 @@ def test_the_twin_is_timed_in_the_precision_of_the_run(tmp_path: Path) -> None:
     assert _KeepsDtypes.dtypes == {torch.bfloat16}
 
 
+class _Compiled(TinyModule):
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.compile()
+
+
+def test_the_copy_that_is_timed_is_compiled_where_the_module_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled.append(call) or call)
+    trainer = tiny_trainer(tmp_path, [RunSummary(dense_twin_steps=1)])
+    fit(trainer, _Compiled(), [make_batch()])
+    # The module, its twin, which is plain, and its copy.
+    assert len(compiled) == 2
+
+
 class _TooLarge(TinyModule):
     @override
     def dense_twin(self) -> TinyModule:

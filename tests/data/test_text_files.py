@@ -15,7 +15,7 @@ from pyarrow import parquet
 from fingpt_lightning.data import documents
 from fingpt_lightning.data.corpus import Piece
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
-from fingpt_lightning.data.tokenizers import load_tokenizer
+from fingpt_lightning.data.tokenizers import load_tokenizer, train_tokenizer
 
 _ENDINGS = ".jsonl, .jsonl.gz, .txt, .txt.gz or .parquet"
 
@@ -104,6 +104,15 @@ def test_a_path_without_text_is_refused(
     assert "\n" not in str(raised.value)
 
 
+def test_an_empty_path_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("not meant")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="train_files: an empty path"):
+        find_text_files("", "train_files")
+
+
 def test_no_path_is_refused() -> None:
     with pytest.raises(ValueError, match="train_files: no path is given"):
         find_text_files([], "train_files")
@@ -180,6 +189,25 @@ def test_pieces_have_the_tokens_of_the_whole(
         pieces = list(TextFiles((tmp_path / "a.txt",)).pieces())
         assert len(pieces) > 4
         assert [i for piece in pieces for i in encode(piece.text).ids] == encode(text).ids
+
+
+def test_a_line_that_is_too_long_is_cut_before_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(documents, "_LONG_LINE_CHARACTERS", 300)
+    text = "shares  rose by 3 % on Monday " * 100 + "\n" + "x" * 2000 + "\nend of it"
+    (tmp_path / "a.txt").write_text(text)
+    pieces = [piece.text for piece in TextFiles((tmp_path / "a.txt",)).pieces()]
+    assert "".join(pieces) == text
+    # A word without a blank is not cut.
+    assert max(map(len, pieces)) < 2300
+    in_the_line = [piece for piece in pieces[1:] if piece.startswith(" ")]
+    assert len(in_the_line) > 6
+    tokenizer = train_tokenizer([text], 300).backend_tokenizer
+    assert [i for piece in pieces for i in tokenizer.encode(piece).ids] == tokenizer.encode(
+        text
+    ).ids
 
 
 def test_the_fingerprint_follows_contents_order_and_field_but_not_names(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
+import fcntl
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -171,6 +173,24 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(
     assert {path.suffix for path in tmp_path.iterdir()} == {".tmp"}
     with pytest.raises(RuntimeError, match="prepare_data has to run first"):
         find_token_file(_Listed([["x"]], "killed"), train_tokenizer(["x"], 257), tmp_path)
+
+
+def test_what_a_killed_build_left_goes_with_the_next_build(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    corpus = _Listed([["shares rose"]])
+    built = build_token_file(corpus, tokenizer, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    built.path.unlink()
+    old, held, young = (tmp_path / f"{built.path.name}.{i}.9.tmp" for i in range(3))
+    for path in (old, held, young):
+        path.write_bytes(b"half")
+    for path in (old, held):
+        os.utime(path, (1e9, 1e9))
+    with held.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        build_token_file(corpus, tokenizer, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names | {held.name, young.name}
 
 
 def test_a_failed_build_leaves_nothing(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

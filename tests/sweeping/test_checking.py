@@ -87,6 +87,8 @@ def test_a_metric_that_nobody_logs_names_the_nearest(tmp_path: Path) -> None:
 def test_keys_of_tasks_are_those_of_the_tasks_that_are_evaluated() -> None:
     callback = {"class_path": "callbacks.FinancialEvaluation", "init_args": {"tasks": ["fpb"]}}
     built = Built({"trainer": {"callbacks": [callback]}}, [FinancialEvaluation])
+    single = Built({"trainer": {"callbacks": callback}}, [FinancialEvaluation])
+    assert documented_keys(single) == documented_keys(built)
     keys = documented_keys(built)
     assert keys is not None
     assert "eval/fpb/macro_f1" in keys

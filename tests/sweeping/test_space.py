@@ -35,6 +35,8 @@ def _one(leaf: Any) -> Choices | Range:
         ({"distribution": "log_uniform_values", "min": 0.01, "max": 1}, [0.01, 0.1, 1]),
         ({"distribution": "q_uniform", "min": 0.05, "max": 0.5, "q": 0.1}, [0.1, 0.3, 0.5]),
         ({"distribution": "q_uniform", "min": 7, "max": 34, "q": 8}, [8, 24, 32]),
+        # A list of all would not fit into memory.
+        ({"min": 0, "max": 10**15}, [0, 5 * 10**14, 10**15]),
     ],
 )
 def test_a_range_is_checked_at_both_ends_and_in_the_middle(leaf: Any, samples: list[Any]) -> None:
