@@ -60,7 +60,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         "--damping",
         type=_damping,
         help="of the calibration: how much of the weights' own error counts beside that of the"
-        " outputs, from 0 on; default: 0",
+        " outputs, from 0 on; default: 0, with --sequential 0.01",
     )
     add(
         "--sequential",
@@ -93,6 +93,8 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         raise WrongOptions("--damping has an effect with a calibration alone")
     if options.sequential and not asks_for_calibration(options):
         raise WrongOptions("--sequential needs --calibration or --calibration_task")
+    if options.sequential and options.damping == 0:
+        raise WrongOptions("--sequential needs a --damping above 0; 0.01 if not said")
     if options.sequential and options.energy is not None:
         raise WrongOptions("--sequential needs --rank_ratio or --compression")
     if options.seed is not None and options.method == "exact":

@@ -55,6 +55,7 @@ from fingpt_lightning.whole_files import write_whole
 RECORD = "decomposition.json"
 _SETTINGS, _GROUPS = "settings.json", "moments.json"
 _SHARD_BYTES = 2 * GIB
+_SEQUENTIAL_DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Request:
         seed: Of the randomised method.
         dtype: Of the stored weights.
         damping: How much of the weights' own error counts beside that of the outputs on the
-            calibration text, as in `low_rank.decomposition.damped`; None without calibration.
+            calibration text, as in `low_rank.decomposition.damped`; None without calibration, and
+            for what is usual: 0.01 with ``sequential``, else 0.
         sequential: Whether layers are taken apart one after the other, each for what reaches it
             through the pairs before it; with calibration and without ``energy`` alone.
     """
@@ -192,6 +194,11 @@ def decompose_model(
     revision = files_sha256(source.weights.files)
     if request.sequential and (calibration is None or request.energy is not None):
         raise ValueError("sequential needs a calibration, and rank_ratio or compression")
+    if request.sequential:
+        damping = _SEQUENTIAL_DAMPING if request.damping is None else request.damping
+        if damping <= 0:
+            raise ValueError(f"damping {damping:g} of sequential is not above 0")
+        request = replace(request, damping=damping)
     settings = asdict(request) | {"revision": revision, "calibration": _described(calibration)}
     folder = output.with_name(f"{output.name}.partial")
     _begin(folder, settings, overwrite)

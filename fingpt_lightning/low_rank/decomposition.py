@@ -147,7 +147,7 @@ def shifted_weight(
     Args:
         weight: W.
         moments: Of X and Y.
-        damping: Above 0 where D may be singular.
+        damping: Above 0: D of few tokens is singular or nearly so.
 
     Source: with P = U D of full rank the least squares of
     https://arxiv.org/abs/2403.07378, section 3.3, whose X is that of the changed network.

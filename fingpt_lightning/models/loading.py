@@ -210,11 +210,14 @@ def open_stored(path: str | Path, tokenizer: str | Path | None = None) -> Stored
 
     Raises:
         FileNotFoundError: There is nothing by that name, or a part of it is missing.
-        ValueError: It is an adapter or cannot be read.
+        ValueError: It is an adapter, has one, or cannot be read.
     """
     place = _find(str(path), None)
-    if (place.path / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{path} is an adapter; fingpt export --format merged makes a model of it")
+    for folder, holds in ((place.path, "is"), (place.path / ADAPTER_FOLDER, "has")):
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"{path} {holds} an adapter; fingpt export --format merged makes a model of it"
+            )
     given = None if tokenizer is None else Path(tokenizer).expanduser()
     return StoredModel(*_open(place.path, given), place.path)
 

@@ -3,6 +3,8 @@
 Axes: B batch, T tokens, D width.
 """
 
+import hashlib
+import os
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
@@ -101,6 +103,7 @@ class LanguageModelingModule(LightningModule):
         self._evaluated: LossSums | None = None
         self._batch_idx = 0
         self._loader_states: list[dict[str, Any]] = []
+        self._group_settings: list[dict[str, Any]] = []
 
     @property
     def text_source(self) -> TextSource | None:
@@ -168,10 +171,31 @@ class LanguageModelingModule(LightningModule):
         loader = self.trainer.train_dataloader
         if states and isinstance(loader, Stateful):
             loader.load_state_dict(states[0])
+        self._take_settings()
+
+    def _take_settings(self) -> None:
+        """Has a resumed run go on with this run's rates, decays and so on, not the checkpoint's."""
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if not isinstance(scheduler, LambdaLR) or not self._group_settings:
+                continue
+            groups = scheduler.optimizer.param_groups
+            for number, (group, own) in enumerate(zip(groups, self._group_settings, strict=True)):
+                scheduler.base_lrs[number] = own["lr"]
+                rate = own["lr"] * scheduler.lr_lambdas[number](scheduler.last_epoch)
+                group.update(own | {"initial_lr": own["lr"], "lr": rate})
 
     @override
     def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
         self._batch_idx = batch_idx
+        if self.hparams.get("dropout"):
+            # By the place in the run and the process: a resumed run drops what one that was never
+            # stopped does, and replicas do not all drop the same.
+            trainer = self.trainer
+            base = os.environ.get("PL_GLOBAL_SEED", "0")
+            place = f"{base} {trainer.current_epoch} {batch_idx} {trainer.global_rank}"
+            digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
+            torch.manual_seed(int.from_bytes(digest, "little"))
 
     @override
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
@@ -285,6 +309,10 @@ class LanguageModelingModule(LightningModule):
             raise ValueError(
                 "trainer.max_steps or trainer.max_epochs must be set: the schedule needs an end"
             )
+        self._group_settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
         num_steps, warmup = int(num_steps), self.hparams["warmup"]
         warmup_steps = round(warmup * num_steps) if isinstance(warmup, float) else warmup
         final_ratio = self.hparams["final_learning_rate_ratio"]

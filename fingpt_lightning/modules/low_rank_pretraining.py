@@ -224,7 +224,7 @@ class LowRankPretraining(LanguageModelingModule):
             )
         check_recipe(
             initialization, factor_activation, factor_expansion, self_guided, pair_decay,
-            optimizer, pair_learning_rate, pairs_and_dense,
+            optimizer, pair_learning_rate, pairs_and_dense, quantization_aware,
         )  # fmt: skip
         self.rounding = RoundingSchedule.checked(quantization_aware, quantization_start)
         self.guiding = GuideSchedule(self_guided)
@@ -428,12 +428,12 @@ class LowRankPretraining(LanguageModelingModule):
         """Raises where a setting cannot do what it says in this run."""
         hparams = self.hparams
         of_pairs = changes_of_pairs(hparams)
-        if of_pairs and hparams["rank"] is None and not hparams["rank_overrides"]:
+        if of_pairs and not factor_pairs(self.laid_out()):
             key, value = next(iter(of_pairs.items()))
-            raise ValueError(f"model.{key} {value} is about pairs, and model.rank null makes none")
-        guided = hparams["self_guided"]
-        if guided and not factor_pairs(self.laid_out()):
-            raise ValueError(f"model.self_guided {guided} is about pairs, and the network has none")
+            of_none = ", as model.rank is null" if hparams["rank"] is None else ""
+            raise ValueError(
+                f"model.{key} {value} is about pairs, and the network has none{of_none}"
+            )
         if self.device_mesh is None:
             return
         for key in ("optimizer", "pair_decay", "self_guided"):
@@ -447,12 +447,8 @@ class LowRankPretraining(LanguageModelingModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_architecture(checkpoint)
-        saved = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
-        if self._is_fitting and saved != self.hparams["optimizer"]:
-            raise ValueError(
-                f"model.optimizer is {self.hparams['optimizer']}, whose state is not that of"
-                f" {saved}, with which the checkpoint was trained"
-            )
+        if self._is_fitting:
+            self._check_optimizer(checkpoint.get("hyper_parameters", {}))
         if not self._is_fitting:
             drop_guides(checkpoint["state_dict"], "the checkpoint")
         elif not any(map(is_guide, checkpoint["state_dict"])):
@@ -463,6 +459,21 @@ class LowRankPretraining(LanguageModelingModule):
                 f" {checkpoint['hyper_parameters']['self_guided']}"
             )
         super().on_load_checkpoint(checkpoint)
+
+    def _check_optimizer(self, saved: Mapping[str, Any]) -> None:
+        """Raises where the state of the checkpoint's optimiser is none of ours."""
+        plain = {"optimizer": "adamw", "pair_decay": "factors", "pairs_and_dense": False}
+        for key, default in plain.items():
+            before, now = saved.get(key, default), self.hparams[key]
+            if before != now:
+                raise ValueError(
+                    f"model.{key} is {now}, whose state is not that of {before}, with which the"
+                    " checkpoint was trained"
+                )
+        if (guided := self.hparams["self_guided"]) and not saved.get("self_guided", 0.0):
+            raise ValueError(
+                f"model.self_guided is {guided}, the checkpoint is of a run that was not guided"
+            )
 
     def laid_out(self) -> PreTrainedModel:
         """The whole network on the meta device: names and sizes, no memory."""

@@ -251,11 +251,19 @@ class QuantizedFinetuning(LanguageModelingModule):
     ) -> Float[Tensor, ""]:
         """KL(base || network) in nats a token, mean over unlabelled positions, evenly spread.
 
+        Raises:
+            ValueError: The batch has no unlabelled positions.
+
         Cost: one more forward pass, without gradients.
         """
+        positions = (batch["labels"].flatten() == IGNORED_LABEL).nonzero().squeeze(1)
+        if not len(positions):
+            raise ValueError(
+                f"model.kl_weight {self.hparams['kl_weight']:g} compares with the base where"
+                " nothing is trained, as on prompts, and these data train every token: set 0"
+            )
         with torch.no_grad(), without_adapters(self.network):
             base_hidden = self.hidden_states(batch)
-        positions = (batch["labels"].flatten() == IGNORED_LABEL).nonzero().squeeze(1)
         stride = max(1, -(-len(positions) // self.hparams["kl_positions"]))
         head = self.network.get_submodule("lm_head")
         log_p, base_log_p = (

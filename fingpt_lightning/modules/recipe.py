@@ -25,6 +25,7 @@ def check_recipe(
     optimizer: str,
     pair_learning_rate: float,
     pairs_and_dense: bool = False,
+    quantization_aware: str | None = None,
 ) -> None:
     """Raises unless the settings of a `LowRankPretraining` fit each other.
 
@@ -56,6 +57,17 @@ def check_recipe(
             f"pair_decay product decays up down, which factor_expansion {factor_expansion} makes a"
             " part of the weight: set one of them"
         )
+    if quantization_aware is not None:
+        if factor_expansion:
+            raise ValueError(
+                f"quantization_aware {quantization_aware} rounds up as it is stored, of which"
+                f" factor_expansion {factor_expansion} is a part by then: set one of them"
+            )
+        if factor_activation != "none":
+            raise ValueError(
+                f"quantization_aware {quantization_aware} is for an export that factor_activation"
+                f" {factor_activation} does not have: set one of them"
+            )
     if not 0 <= self_guided <= 1:
         raise ValueError(f"self_guided {self_guided} is outside [0, 1]")
     if self_guided and factor_activation != "none":

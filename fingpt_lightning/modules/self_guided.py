@@ -30,6 +30,8 @@ class GuideSchedule:
 
     def __init__(self, share: float) -> None:
         self._share = share
+        # A rank of a pipeline may guide without a pair of its own.
+        self._is_guiding = False
         self._layers: list[LowRankLinear] = []
 
     def attach(self, network: nn.Module) -> None:
@@ -40,6 +42,7 @@ class GuideSchedule:
         """
         if not self._share:
             return
+        self._is_guiding = True
         self._layers = [m for m in network.modules() if isinstance(m, LowRankLinear)]
         for layer in self._layers:
             if layer.guide is None:
@@ -47,7 +50,7 @@ class GuideSchedule:
 
     def begin_step(self, trainer: Trainer) -> None:
         """Sets the guides' share in the step that is to come."""
-        if not self._layers:
+        if not self._is_guiding:
             return
         # A run that is resumed with fewer steps may be past its guided ones.
         self.drop_after(trainer.global_step, trainer)
@@ -58,12 +61,12 @@ class GuideSchedule:
 
     def drop_after(self, num_steps: int, trainer: Trainer) -> None:
         """Drops the guides where ``num_steps`` steps are all that were to be guided."""
-        if self._layers and num_steps >= self._num_steps(trainer):
+        if self._is_guiding and num_steps >= self._num_steps(trainer):
             self.drop(trainer)
 
     def drop(self, trainer: Trainer) -> None:
         """Leaves the pairs alone, as in a run that never guided them; all ranks call this."""
-        if not self._layers:
+        if not self._is_guiding:
             return
         guides = {layer.guide for layer in self._layers if layer.guide is not None}
         for optimizer in trainer.optimizers:
@@ -73,7 +76,7 @@ class GuideSchedule:
                 optimizer.state.pop(guide, None)
         for layer in self._layers:
             layer.drop_guide()
-        self._layers = []
+        self._is_guiding, self._layers = False, []
         strategy = trainer.strategy
         if isinstance(strategy, DDPStrategy) and isinstance(
             strategy.model, DistributedDataParallel

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import NamedTuple
 
 from rich.table import Table
@@ -40,6 +41,15 @@ class Cost:
     frozen_parameters: int = 0
     frozen_bytes: int = 0
 
+    def __sub__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.parameters - other.parameters,
+            self.flops_per_token - other.flops_per_token,
+            self.activations_per_token - other.activations_per_token,
+            self.frozen_parameters - other.frozen_parameters,
+            self.frozen_bytes - other.frozen_bytes,
+        )
+
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
             self.parameters + other.parameters,
@@ -67,12 +77,17 @@ class NetworkCosts:
 
     def stage(self, span: "Span") -> Cost:
         """The cost of a stage."""
-        parts = list(self.blocks[span.first : span.end])
+        cost = self._sums[span.end] - self._sums[span.first]
         if span.is_first:
-            parts.append(self.front)
+            cost += self.front
         if span.is_last:
-            parts.append(self.back)
-        return sum(parts, Cost())
+            cost += self.back
+        return cost
+
+    @cached_property
+    def _sums(self) -> list[Cost]:
+        """Of the first blocks, none to all: a stage is the difference of two."""
+        return list(itertools.accumulate(self.blocks, initial=Cost()))
 
 
 class Span(NamedTuple):

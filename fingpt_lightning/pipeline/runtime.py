@@ -51,6 +51,7 @@ class PipelineRuntime:
         device: Where the stages are.
         width: Features of the hidden states between stages.
         loss: Called on the rank of the last stage.
+        batch_rows: Of a full batch, where that is known before the first one.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class PipelineRuntime:
         device: torch.device,
         width: int,
         loss: LossFunction,
+        batch_rows: int = 0,
     ) -> None:
         self.layout, self.stages, self.group = layout, dict(stages), group
         self.rank = dist.get_rank(group)
         self._device, self._width, self._loss = device, width, loss
         self._dtype = next(iter(self.stages.values())).dtype
         self._last_rank = layout.rank_of(layout.num_stages - 1)
-        self._full_rows = 0
+        self._full_rows = batch_rows
         self._shape: tuple[int, int] | None = None
         self._schedule: PipelineScheduleSingle | PipelineScheduleMulti | None = None
         self._scale = 1.0

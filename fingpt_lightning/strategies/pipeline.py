@@ -2,10 +2,12 @@
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -206,6 +208,7 @@ class PipelineStrategy(PipelineProcesses):
                 return module.loss_sum_and_tokens(hidden, labels)
 
         own = self.layout.stages_of(self._pipeline_rank)
+        batch_size = getattr(self._datamodule, "batch_size", None)
         return PipelineRuntime(
             self.layout,
             {stage: Stage(module.network, self._spans[stage], context) for stage in own},
@@ -213,6 +216,7 @@ class PipelineStrategy(PipelineProcesses):
             self.root_device,
             module.network.config.hidden_size,
             loss,
+            batch_size if isinstance(batch_size, int) else 0,
         )
 
     @override
@@ -367,6 +371,18 @@ class PipelineStrategy(PipelineProcesses):
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             own = own_optimizer_state(saved, optimizer, names, whole, self._pipeline_group)
             optimizer.load_state_dict(own)
+
+    @override
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        path = Path(checkpoint_path)
+        if type(self.checkpoint_io) is not TorchCheckpointIO or not path.is_file():
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        # A rank takes its part, and what it does not read is not in its memory.
+        is_safe = True if weights_only is None else weights_only
+        whole: dict[str, Any] = torch.load(path, "cpu", weights_only=is_safe, mmap=True)
+        return whole
 
     def state_names(self) -> list[str]:
         """Keys of the whole module's state dict; the ranks of a pipeline call it together."""

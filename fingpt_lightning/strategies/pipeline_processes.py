@@ -211,10 +211,12 @@ class PipelineProcesses(DDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        if any(sign in str(exception) for sign in _SIGNS_OF_A_LOST_RANK):
+        told = str(exception)
+        if isinstance(exception, RuntimeError) and any(x in told for x in _SIGNS_OF_A_LOST_RANK):
             exception.args = (
                 f"rank {self.global_rank} lost another rank of the pipeline, which failed (its own"
-                f" message tells why) or gave no answer for timeout_s {self._timeout_s:g}",
+                f" message tells why) or gave no answer for timeout_s {self._timeout_s:g}"
+                f" ({told.splitlines()[0]})",
             )
         if isinstance(self.launcher, _SubprocessScriptLauncher):
             _end(self.launcher.procs)

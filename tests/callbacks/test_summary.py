@@ -226,7 +226,12 @@ def test_the_copy_that_is_timed_is_compiled_where_the_module_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[Any] = []
-    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled.append(call) or call)
+
+    def note(call: Any, **_: Any) -> Any:
+        compiled.append(call)
+        return call
+
+    monkeypatch.setattr(torch, "compile", note)
     trainer = tiny_trainer(tmp_path, [RunSummary(dense_twin_steps=1)])
     fit(trainer, _Compiled(), [make_batch()])
     # The module, its twin, which is plain, and its copy.

@@ -172,6 +172,7 @@ def test_in_sequence_layers_make_up_for_those_before_them(
         for name in ("at_once", "in_sequence")
     )
     assert in_sequence["settings"]["sequential"] is True
+    assert in_sequence["settings"]["damping"] == 0.01
     assert "sequential" not in at_once["settings"]
     ranks = [[row["rank"] for row in record["layers"]] for record in (at_once, in_sequence)]
     assert ranks[0] == ranks[1]
@@ -362,6 +363,8 @@ def test_the_tables_name_rank_and_error_of_each_layer(decompose: Decompose, mode
         (("--rank_ratio", "0.3", "--damping", "0.1"), 2, "--damping has an effect with a calib"),
         (("--rank_ratio", "0.3", "--damping", "-1"), 2, "--damping: -1 is no number from 0 on"),
         (("--rank_ratio", "0.3", "--sequential"), 2, "--sequential needs --calibration or"),
+        (("--rank_ratio", "0.3", "--sequential", "--damping", "0", "--calibration", "{}/a.txt"), 2,
+         "--sequential needs a --damping above 0"),
         (("--energy", "0.3", "--sequential", "--calibration", "{}/empty.txt"), 2,
          "--sequential needs --rank_ratio or --compression"),
         (("--energy", "0.9", "--method", "randomized"), 2, "needs the whole spectrum"),

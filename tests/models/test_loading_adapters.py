@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.models.loading import load_model, open_stored
 from tests.models.tiny_models import ids, save, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 _SIZES = {
@@ -46,6 +46,14 @@ def test_an_adapter_given_beside_its_base_is_checked_and_handed_on(tmp_path: Pat
     loaded = load_model(tmp_path / "base", adapter=adapter, quantize="nf4")
     assert loaded.adapter == adapter
     assert load_model(tmp_path / "base").adapter is None
+
+
+def test_a_model_with_an_adapter_in_its_folder_is_not_opened_without(tmp_path: Path) -> None:
+    save(tiny_llama(), tmp_path / "base")
+    open_stored(tmp_path / "base")
+    _adapter(tmp_path / "base" / "adapter", "..")
+    with pytest.raises(ValueError, match="base has an adapter; fingpt export --format merged"):
+        open_stored(tmp_path / "base")
 
 
 def test_the_tokenizer_of_the_adapter_comes_first(tmp_path: Path) -> None:

@@ -253,6 +253,11 @@ def test_the_divergence_from_the_base_is_zero_at_first_and_then_holds_back() -> 
         same = module.divergence_from_base(batch, module.hidden_states(batch))
     assert same == 0
     assert divergence > 0
+    whole: Any = {**batch, "labels": batch["input_ids"].clone()}
+    with pytest.raises(
+        ValueError, match=r"kl_weight 0\.5 compares .* these data train every token"
+    ):
+        module.divergence_from_base(whole, hidden)
     plain = _ready()
     extra = module.training_step(batch, 0) - plain.training_step(batch, 0)
     num_tokens = int((batch["labels"] != -100).sum())

@@ -103,6 +103,32 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path: Path, name: st
     assert not torch.allclose(whole[key], plain[key], atol=1e-6)
 
 
+def test_a_resumed_run_drops_what_one_that_was_not_stopped_does(tmp_path: Path) -> None:
+    whole = fit_recipe(tmp_path / "one", {"dropout": 0.3}).state_dict()
+    path = checkpoint_of(tmp_path / "one")
+    resumed = fit_recipe(tmp_path / "two", {"dropout": 0.3}, resume_from=path).state_dict()
+    for key, weight in whole.items():
+        assert torch.equal(resumed[key], weight), key
+
+
+@pytest.mark.parametrize("name", ["pairs", "product", "adamw_8bit"])
+def test_settings_of_the_optimiser_are_those_of_the_resumed_run(tmp_path: Path, name: str) -> None:
+    recipe = RECIPES[name]
+    precise: dict[str, Any] = {"plugins": []} if name == "adamw_8bit" else {}
+    fit_recipe(tmp_path, recipe, **precise)
+    changed = recipe | {
+        "learning_rate": 0.002, "pair_learning_rate": 0.03, "weight_decay": 0.7, "beta1": 0.5,
+        "pair_momentum": 0.6,
+    }  # fmt: skip
+    resumed = fit_recipe(
+        tmp_path / "two", changed, resume_from=checkpoint_of(tmp_path), **precise
+    ).trainer.optimizers[0]
+    fresh = fit_recipe(tmp_path / "fresh", changed, **precise).trainer.optimizers[0]
+    for ours, truth in zip(resumed.param_groups, fresh.param_groups, strict=True):
+        own = {key: value for key, value in ours.items() if key != "params"}
+        assert own == {key: value for key, value in truth.items() if key != "params"}
+
+
 @pytest.mark.parametrize("name", ["pairs", "silu", "guided"])
 def test_what_is_loaded_or_written_is_the_trained_network(tmp_path: Path, name: str) -> None:
     module = fit_recipe(tmp_path, RECIPES[name])
@@ -203,6 +229,8 @@ def test_the_dense_twin_of_any_recipe_is_plain(tmp_path: Path) -> None:
         ({"factor_expansion": 0.5, "pair_decay": "product"}, "pair_decay product decays up down"),
         ({"self_guided": 1.5}, r"self_guided 1.5 is outside \[0, 1\]"),
         ({"self_guided": 0.5, "factor_activation": "silu"}, "none does what one with factor_act"),
+        ({"quantization_aware": "nf4", "factor_expansion": 0.5}, "rounds up as it is stored"),
+        ({"quantization_aware": "nf4", "factor_activation": "silu"}, "is for an export that fac"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -233,16 +261,30 @@ def test_a_word_that_is_none_of_a_settings_is_refused(
 def test_a_recipe_for_pairs_needs_pairs(settings: dict[str, str]) -> None:
     module = LowRankPretraining(**(SIZES | settings | {"rank": None, "vocab_size": 23}))
     ((key, value),) = settings.items()
-    with pytest.raises(ValueError, match=f"model.{key} {value} is about pairs, and model.rank"):
+    with pytest.raises(
+        ValueError, match=f"model.{key} {value} is about pairs, .* model.rank is null"
+    ):
         module.configure_model()
 
 
-def test_another_optimisers_state_is_refused(tmp_path: Path) -> None:
-    fit_recipe(tmp_path, RECIPES["pairs"])
-    with pytest.raises(ValueError, match=r"model.optimizer is adamw, whose state .* of pairs"):
-        fit_recipe(
-            tmp_path, RECIPES["pairs"] | {"optimizer": "adamw"}, resume_from=checkpoint_of(tmp_path)
-        )
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "adamw"}, r"model.optimizer is adamw, whose state .* of pairs"),
+        (
+            {"pair_decay": "product"},
+            r"model.pair_decay is product, whose state .* of factors",
+        ),
+        ({"pairs_and_dense": True}, r"model.pairs_and_dense is True, whose state .* of False"),
+        ({"self_guided": 0.9}, r"model.self_guided is 0.9, .* of a run that was not guided"),
+    ],
+)
+def test_another_optimisers_state_is_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    fit_recipe(tmp_path, {"optimizer": "pairs"})
+    with pytest.raises(ValueError, match=message):
+        fit_recipe(tmp_path, {"optimizer": "pairs"} | settings, resume_from=checkpoint_of(tmp_path))
 
 
 def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:

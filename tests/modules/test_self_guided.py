@@ -27,6 +27,8 @@ from tests.support.ranks import run_ranks
 from tests.support.token_data import TokenData
 
 GUIDED: dict[str, Any] = {"self_guided": 0.5}  # three of six steps
+# One of two ranks has no pairs then.
+DENSE_FRONT: dict[str, Any] = GUIDED | {"rank_overrides": {"*.h.0.*": None}}
 LONGER: dict[str, Any] = {"self_guided": 0.8}  # five: the checkpoint of the fourth step has guides
 KEY = "transformer.h.1.attn.c_proj"
 pytestmark = [
@@ -242,6 +244,7 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
         **fit("pipeline", pipeline()),
         **fit("pipeline of one", pipeline(), resume_from=one),
         **fit("pipeline past", pipeline(), GUIDED, resume_from=checkpoint_of(folder / "past")),
+        **fit("pipeline, dense front", pipeline(), DENSE_FRONT),
     }
     with pytest.raises(ValueError, match=r"splits each matrix, which model.self_guided 0.8"):
         fit("sharded", FullySharded(), batch_size=2)
@@ -253,9 +256,11 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
 def test_two_ranks_are_guided_as_one_and_take_each_others_checkpoints(tmp_path: Path) -> None:
     longer = fit_recipe(tmp_path / "one", LONGER).state_dict()
     past = fit_recipe(tmp_path / "past", GUIDED).state_dict()
+    dense_front = fit_recipe(tmp_path / "dense front", DENSE_FRONT).state_dict()
+    others = {"pipeline past": past, "pipeline, dense front": dense_front}
     per_rank = run_ranks(_on_two, 2, str(tmp_path), timeout_s=300)
     for case in per_rank[0]:
-        truth = past if case == "pipeline past" else longer
+        truth = others.get(case, longer)
         seen = set[str]()
         for results in per_rank:
             for key, weight in results[case].items():

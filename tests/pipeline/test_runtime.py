@@ -71,7 +71,9 @@ def _gradients(network: GPT2LMHeadModel) -> dict[str, Tensor]:
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
-def _pipeline(kind: str, layout: PipelineLayout, recompute: Recompute = Recompute.NONE) -> Any:
+def _pipeline(
+    kind: str, layout: PipelineLayout, recompute: Recompute = Recompute.NONE, rows: int = 0
+) -> Any:
     sizes = [NUM_BLOCKS // layout.num_stages] * layout.num_stages
     sizes[0] += NUM_BLOCKS - sum(sizes)
     spans = spans_of(sizes)
@@ -90,6 +92,7 @@ def _pipeline(kind: str, layout: PipelineLayout, recompute: Recompute = Recomput
         torch.device("cpu"),
         SHAPE.width,
         lambda hidden, labels: vocabulary_loss(network.lm_head, hidden, labels),
+        rows,
     )
     return network, runtime
 
@@ -119,6 +122,9 @@ def _refusal_of_six_rows(num_ranks: int) -> str:
     _, runtime = _pipeline("dense", PipelineLayout(Schedule.ONE_F_ONE_B, num_ranks, 4))
     with pytest.raises(ValueError, match="6 rows") as told:
         runtime.train(*_batch(6))
+    # Of a batch that is known to be one that is not full, two rows are filled up.
+    _, runtime = _pipeline("dense", PipelineLayout(Schedule.ONE_F_ONE_B, num_ranks, 4), rows=8)
+    assert runtime.train(*_batch(6)).num_tokens == (_batch(6)[1] != -100).sum()
     return str(told.value)
 
 
