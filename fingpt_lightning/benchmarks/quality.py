@@ -1,11 +1,11 @@
 """Which way of training a low-rank GPT-2 keeps the quality of its dense twin?
 
-Tunes the learning rate of every variant of a grid, the dense twin's too, on a short budget; then
-trains the dense twin, the naive way and the best of the others on the same tokens, several seeds
-each, and the best of the others once more for as long as the dense twin took. What is there for
-comparison alone, variants that are not small enough and the naive way in equal time, has the first
-seed only. The record is written after every run, and a run in it is not repeated; processes that
-take turns share it.
+Tunes the learning rate of every variant of a grid, the dense twin's too, on a short budget, beyond
+the rates that are given while the best is at their end; then trains the dense twin, the naive way
+and the best of the others on the same tokens, several seeds each, and the best of the others once
+more for as long as the dense twin took. What is there for comparison alone, variants that are not
+small enough and the naive way in equal time, has the first seed only. The record is written after
+every run, and a run in it is not repeated; processes that take turns share it.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ QUESTION = (
 )
 WANTED_RATIO = 2.64
 _PATIENCE_S = 2.0
+_MAX_MORE_RATES = 2
 GRID = Path(__file__).with_name("quality_grid.yaml")
 
 
@@ -92,7 +94,8 @@ class Comparison:
         turn: tuple[int, int] = (1, 1),
     ) -> None:
         self.grid, self.workshop, self.path, self.repeats = grid, workshop, path, repeats
-        self._turn, self._num_planned = turn, 0
+        self._turn = turn
+        self._numbers: dict[tuple[Any, ...], int] = {}
         config = json.loads(json.dumps(asdict(grid)))
         config["tokenizer"] = None if tokenizer is None else tokenizer.name
         self.record = new_record(QUESTION, config) | {
@@ -156,21 +159,39 @@ class Comparison:
             yield variant, Run(variant.name, "equal time", rate, seed, num_steps)
 
     def _tuning(self, chosen: Sequence[Variant]) -> Iterable[Callable[[], None]]:
-        grid = self.grid
+        """Tries the rates of each, and beyond them while the best is the first or the last."""
         untuned = {variant.name for variant in chosen} - self.record["rates"].keys()
-        tries = [
-            (variant, Run(variant.name, TUNING, rate, grid.seeds[0], grid.num_tuning_steps))
-            for variant in chosen
-            if len(variant.rates) > 1
-            for rate in variant.rates
-        ]
-        for variant, run in tries:
-            yield from self._training(variant, run, is_wanted=variant.name in untuned)
-        wanted = {run.key() for _, run in tries if run.variant in untuned}
-        yield from self._awaited(lambda: self.runs.keys() >= wanted)
+        rates = {v.name: list(v.rates) for v in chosen if len(v.rates) > 1}
+        goes_on = True
+        while goes_on:
+            tries = [self._try(name, rate) for name, tried in rates.items() for rate in tried]
+            for run in tries:
+                variant = next(v for v in chosen if v.name == run.variant)
+                yield from self._training(variant, run, is_wanted=run.variant in untuned)
+            wanted = {run.key() for run in tries if run.variant in untuned}
+            yield from self._awaited(partial(self._are_done, wanted))
+            goes_on = False
+            for variant in chosen:
+                if (rate := self._rate_beyond(variant, rates.get(variant.name, []))) is not None:
+                    rates[variant.name].append(rate)
+                    goes_on = True
         for variant in chosen:
             if variant.name in untuned:
                 self.record["rates"][variant.name] = self._best_rate(variant)
+
+    def _are_done(self, keys: set[tuple[Any, ...]]) -> bool:
+        return self.runs.keys() >= keys
+
+    def _try(self, name: str, rate: float) -> Run:
+        return Run(name, TUNING, rate, self.grid.seeds[0], self.grid.num_tuning_steps)
+
+    def _rate_beyond(self, variant: Variant, tried: Sequence[float]) -> float | None:
+        """What else to try; None where the best lies between others, or enough was tried."""
+        are_done = all(self._try(variant.name, rate).key() in self.runs for rate in tried)
+        if not tried or not are_done or len(tried) == len(variant.rates) + _MAX_MORE_RATES:
+            return None
+        best = self._best_rate(variant)
+        return {min(tried): best / 2, max(tried): best * 2}.get(best)
 
     def _timing(self, final: Sequence[Variant]) -> Iterable[Callable[[], None]]:
         def are_timed() -> bool:
@@ -190,10 +211,10 @@ class Comparison:
             print(json.dumps({"run": done.key(), "val_loss_nats": done.val_loss_nats}), flush=True)
             self.write()
 
-        # All processes count the same runs in the same order, those that are done too.
-        self._num_planned += 1
+        # All processes number the same runs in the same order, those that are done too.
+        planned = self._numbers.setdefault(run.key(), len(self._numbers) + 1)
         number, processes = self._turn
-        is_ours = self._num_planned % processes == number % processes
+        is_ours = planned % processes == number % processes
         if is_wanted and is_ours and run.key() not in self.runs:
             yield train
 

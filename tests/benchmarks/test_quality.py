@@ -1,4 +1,5 @@
 import json
+import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +25,7 @@ GRID: dict[str, Any] = {
     "num_finalists": 1,
     "variants": [
         {"name": "dense", "model": {"rank": None}, "rates": [0.001]},
-        {"name": "naive", "model": SMALL, "rates": [1e30, 0.01]},
+        {"name": "naive", "model": SMALL, "rates": [1e30, 0.01, 1e-9]},
         {"name": "pairs", "model": {**SMALL, "optimizer": "pairs"}, "rates": [0.07],
          "tuned": "pair_learning_rate"},
     ],
@@ -65,8 +66,8 @@ def test_a_toy_grid_is_run_stopped_and_gone_on_with(
     quality.main()
     quality.main()
     stages = [(key[0], key[1], key[3]) for key in trained]
-    assert stages[:2] == [("naive", "tuning", 3)] * 2
-    assert sorted(stages[2:]) == sorted(
+    assert stages[:3] == [("naive", "tuning", 3)] * 3
+    assert sorted(stages[3:]) == sorted(
         (name, stage, 3)
         for name, stage in (
             ("dense", "equal tokens"), ("naive", "equal tokens"), ("naive", "equal time"),
@@ -75,7 +76,7 @@ def test_a_toy_grid_is_run_stopped_and_gone_on_with(
     )  # fmt: skip
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["rates"] == {"dense": 0.001, "naive": 0.01, "pairs": 0.07}
-    diverged, fine = [run["val_loss_nats"] for run in record["runs"] if run["stage"] == "tuning"]
+    diverged, fine, _ = [run["val_loss_nats"] for run in record["runs"] if run["stage"] == "tuning"]
     assert diverged is None
     assert fine > 0
     assert record["summary"]["best"] == "pairs"
@@ -112,10 +113,40 @@ def test_processes_take_turns_and_end_with_the_record_of_one(
         monkeypatch.setattr(sys, "argv", [*words, "--turn", f"{turn}/2"])
         with pytest.raises(InterruptedError) if has_to_wait else nullcontext():
             quality.main()
-    assert trained == [1, 2, 1, 1, 1, 2, 2]
+    assert trained == [1, 1, 2, 1, 1, 2, 2, 2]
     record = json.loads((tmp_path / "record.json").read_text())
-    assert len(record["runs"]) == 2 + 5
+    assert len(record["runs"]) == 3 + 5
     assert record["summary"]["best"] == "pairs"
+
+
+@pytest.mark.parametrize(
+    ("optimum", "tried"),
+    [
+        (0.01, [0.01, 0.02, 0.005]),
+        (0.003, [0.01, 0.02, 0.005, 0.0025]),
+        (1.0, [0.01, 0.02, 0.04, 0.08]),
+    ],
+)
+def test_rates_are_tried_beyond_the_end_that_is_best(
+    tmp_path: Path,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    optimum: float,
+    tried: list[float],
+) -> None:
+    def train(workshop: Workshop, variant: Variant, run: Run) -> Run:
+        run.val_loss_nats = abs(math.log(run.rate / optimum))
+        return run
+
+    monkeypatch.setattr(Workshop, "train", train)
+    dense, naive, pairs = GRID["variants"]
+    variants = [dense, naive | {"rates": [0.01, 0.02]}, pairs]
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(GRID | {"variants": variants}))
+    monkeypatch.setattr(sys, "argv", words)
+    quality.main()
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [run["rate"] for run in record["runs"] if run["stage"] == "tuning"] == tried
+    assert record["rates"]["naive"] == min(tried, key=lambda rate: abs(math.log(rate / optimum)))
 
 
 def test_seeds_beyond_the_first_are_for_what_is_judged(
