@@ -89,7 +89,8 @@ options:
   --debug      show the traceback of a failure
 
 start with:    fingpt fit --config configs/quickstart.yaml
-exit status:   0 done, 1 failed, 2 wrong command line or config"""
+exit status:   0 done, 1 failed, 2 wrong command line or config, 130 interrupted,
+               143 ended by SIGTERM"""
 
 
 class ConfigError(ValueError):
