@@ -37,10 +37,11 @@ from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.deploy.network_files import write_network, write_quantized
 from fingpt_lightning.low_rank import RankRule
 from fingpt_lightning.models import lay_out_gpt2
-from fingpt_lightning.models.gpt2 import PRESETS, GPT2Shape, tie
+from fingpt_lightning.models.gpt2 import PRESETS, GPT2Shape
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.rounded_weights import RoundedWeights
 from fingpt_lightning.models.stored_quantization import quantize_layers
+from fingpt_lightning.models.tied_head import tie_head
 from fingpt_lightning.models.weights import SAFETENSORS
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.profiling import keep_freed_memory
@@ -192,7 +193,7 @@ def random_network(
     """A low-rank GPT-2 of random numbers, made without decomposing anything."""
     network = lay_out_gpt2(shape, vocab_size, RankRule(rank), embedding_rank)
     network.to_empty(device="cpu")
-    tie(network)
+    tie_head(network)
     stream = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():

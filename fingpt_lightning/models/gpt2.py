@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from fingpt_lightning.low_rank import (
     Initialization,
     LowRankEmbedding,
-    LowRankHead,
     LowRankLinear,
     RankRule,
 )
@@ -25,6 +24,7 @@ from fingpt_lightning.low_rank.rank_allocation import (
 )
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
 from fingpt_lightning.models.pair_config import note_pairs
+from fingpt_lightning.models.tied_head import tie_head
 from fingpt_lightning.nearest import nearest
 
 INITIALIZER_STD = 0.02
@@ -199,7 +199,7 @@ def lay_out_gpt2(
         if embedding_columns is not None:
             embedding = LowRankEmbedding(vocab_size, shape.width, embedding_columns)
             network.set_submodule("transformer.wte", embedding)
-    tie(network)
+    tie_head(network)
     return network
 
 
@@ -246,23 +246,8 @@ def materialize(
 ) -> None:
     """Gives a network of `lay_out_gpt2`, or the part of it that is left, memory and weights."""
     network.to_empty(device=torch.get_default_device())
-    tie(network)  # to_empty gives tied parameters a memory each
+    tie_head(network)  # to_empty gives tied parameters a memory each
     initialize(network, seed, initialization)
-
-
-def tie(network: GPT2LMHeadModel) -> None:
-    """Makes the head share the embedding's parameters, again after ``to_empty``."""
-    embedding = network.get_submodule("transformer.wte")
-    if not list(embedding.parameters()):  # another process has it
-        return
-    if isinstance(embedding, LowRankEmbedding):
-        network.set_submodule("lm_head", LowRankHead(embedding))
-        # What save_pretrained may leave out of a file.
-        network._tied_weights_keys = {
-            f"lm_head.{factor}": f"transformer.wte.{factor}" for factor in ("table", "up")
-        }
-    else:
-        network.tie_weights()
 
 
 def _replace_linears(

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
 from fingpt_lightning.models.pair_config import noted_activation
 from fingpt_lightning.models.quantization import is_linear, quantized_layer
-from fingpt_lightning.models.quantized_embedding import QuantizedEmbedding
+from fingpt_lightning.models.tied_head import tie_head
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}
 """The networks that can be loaded, by the ``model_type`` of their config."""
@@ -53,7 +53,7 @@ def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
                 embedding = LowRankEmbedding(table.num_embeddings, table.embedding_dim, shape[1])
                 network.set_submodule(layer_name, embedding)
                 config.tie_word_embeddings = False  # transformers' own tying knows no pairs
-    _tie_head(network)
+    tie_head(network)
     return network
 
 
@@ -152,7 +152,7 @@ def fill(
             _return_freed_memory()
     if unknown:
         raise ValueError(f"{len(unknown)} weights have no place in the network: {unknown[0]}, ...")
-    _tie_head(network)
+    tie_head(network)
     missing = [name for name, parameter in network.named_parameters() if parameter.is_meta]
     if missing:
         raise ValueError(f"{len(missing)} weights are missing: {missing[0]}, ...")
@@ -169,23 +169,6 @@ def _return_freed_memory() -> None:
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)  # musl has none
         trim(0)
-
-
-def _tie_head(network: PreTrainedModel) -> None:
-    embedding = network.get_input_embeddings()
-    if not list(embedding.parameters()):  # another process has it
-        return
-    if isinstance(embedding, QuantizedEmbedding):  # tied where it was placed
-        return
-    if isinstance(embedding, LowRankEmbedding):
-        network.set_submodule("lm_head", LowRankHead(embedding))
-        name = next(name for name, module in network.named_modules() if module is embedding)
-        # So that save_pretrained writes them once.
-        network._tied_weights_keys = {
-            f"lm_head.{part}": f"{name}.{part}" for part in ("table", "up")
-        }
-    else:
-        network.tie_weights()
 
 
 def _compute_buffers(network: PreTrainedModel, device: torch.device) -> None:

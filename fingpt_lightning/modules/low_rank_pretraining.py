@@ -39,6 +39,7 @@ from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule, TextSource
 from fingpt_lightning.modules.optimization import adamw_8bit, decay_groups, pair_groups
 from fingpt_lightning.modules.quantization_aware import RoundingSchedule
+from fingpt_lightning.modules.ranges import check_below_1, check_optimization
 from fingpt_lightning.modules.recipe import PLAIN, changes_of_pairs, check_recipe
 from fingpt_lightning.modules.self_guided import GuideSchedule
 from fingpt_lightning.modules.sharding import shard
@@ -204,24 +205,16 @@ class LowRankPretraining(LanguageModelingModule):
             raise ValueError(f"recompute {recompute!r} is none of {', '.join(Recompute)}")
         if vocab_size is not None and vocab_size < 1:
             raise ValueError(f"vocab_size {vocab_size} is below 1")
-        if loss_chunk_size < 1:
-            raise ValueError(f"loss_chunk_size {loss_chunk_size} is below 1")
-        if learning_rate <= 0:
-            raise ValueError(f"learning_rate {learning_rate} is not above 0")
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay {weight_decay} is below 0")
-        if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
-            raise ValueError(f"warmup {warmup} is neither a share in [0, 1] nor a number of steps")
-        shares = {
-            "dropout": dropout, "beta1": beta1, "beta2": beta2, "pair_momentum": pair_momentum,
-        }  # fmt: skip
-        for name, value in shares.items():
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} {value} is outside [0, 1)")
-        if not 0 <= final_learning_rate_ratio <= 1:
-            raise ValueError(
-                f"final_learning_rate_ratio {final_learning_rate_ratio} is outside [0, 1]"
-            )
+        check_optimization(
+            learning_rate=learning_rate,
+            final_learning_rate_ratio=final_learning_rate_ratio,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            beta1=beta1,
+            beta2=beta2,
+            loss_chunk_size=loss_chunk_size,
+        )
+        check_below_1(dropout=dropout, pair_momentum=pair_momentum)
         check_recipe(
             initialization, factor_activation, factor_expansion, self_guided, pair_decay,
             optimizer, pair_learning_rate, pairs_and_dense, quantization_aware,

@@ -40,6 +40,7 @@ from fingpt_lightning.models.quantization import BYTES_PER_NUMBER
 from fingpt_lightning.modules.base_model import RandomLlama, random_llama
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import adamw_8bit
+from fingpt_lightning.modules.ranges import check_above_0, check_from_0, check_optimization
 
 _OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 _RECOMPUTE = ("none", "block", "offload")
@@ -133,27 +134,19 @@ class QuantizedFinetuning(LanguageModelingModule):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is none of {', '.join(map(str, allowed))}")
-        for name, number in (
-            ("learning_rate", learning_rate),
-            ("lora_plus_ratio", lora_plus_ratio),
-        ):
-            if not (number > 0 and math.isfinite(number)):
-                raise ValueError(f"{name} {number} is not above 0")
-        for name, number in (("weight_decay", weight_decay), ("kl_weight", kl_weight)):
-            if not (number >= 0 and math.isfinite(number)):
-                raise ValueError(f"{name} {number} is below 0")
-        for name, number in (("beta1", beta1), ("beta2", beta2)):
-            if not 0 <= number < 1:
-                raise ValueError(f"{name} {number} is outside [0, 1)")
-        for name, count in (("kl_positions", kl_positions), ("loss_chunk_size", loss_chunk_size)):
-            if count < 1:
-                raise ValueError(f"{name} {count} is below 1")
-        if not 0 <= final_learning_rate_ratio <= 1:
-            raise ValueError(
-                f"final_learning_rate_ratio {final_learning_rate_ratio} is outside [0, 1]"
-            )
-        if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
-            raise ValueError(f"warmup {warmup} is neither a share in [0, 1] nor a number of steps")
+        check_optimization(
+            learning_rate=learning_rate,
+            final_learning_rate_ratio=final_learning_rate_ratio,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            beta1=beta1,
+            beta2=beta2,
+            loss_chunk_size=loss_chunk_size,
+        )
+        check_above_0(lora_plus_ratio=lora_plus_ratio)
+        check_from_0(kl_weight=kl_weight)
+        if kl_positions < 1:
+            raise ValueError(f"kl_positions {kl_positions} is below 1")
         self.options = AdapterOptions(rank, alpha, dropout, rslora, dora)
         self.base = base
         self.random_base = random_base

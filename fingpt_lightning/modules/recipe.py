@@ -5,6 +5,7 @@ from typing import Any
 
 from fingpt_lightning.low_rank import Initialization
 from fingpt_lightning.low_rank.linear import FACTOR_ACTIVATIONS
+from fingpt_lightning.modules.ranges import check_above_0, check_from_0
 from fingpt_lightning.nearest import nearest
 
 PLAIN: Mapping[str, Any] = {
@@ -41,12 +42,10 @@ def check_recipe(
         if value not in known:
             hint = nearest(value, known)
             raise ValueError(f"{name} {value!r} is none of {', '.join(known)}{hint}")
-    if pair_learning_rate <= 0:
-        raise ValueError(f"pair_learning_rate {pair_learning_rate} is not above 0")
+    check_above_0(pair_learning_rate=pair_learning_rate)
     if pairs_and_dense and optimizer != "pairs":
         raise ValueError(f"pairs_and_dense has no effect with optimizer {optimizer}: set pairs")
-    if factor_expansion < 0:
-        raise ValueError(f"factor_expansion {factor_expansion} is below 0")
+    check_from_0(factor_expansion=factor_expansion)
     if factor_expansion and factor_activation != "none":
         raise ValueError(
             f"factor_expansion {factor_expansion} cannot be folded behind factor_activation"
