@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fingpt_lightning.cli import main
-from fingpt_lightning.lightning_cli import FinGPTCLI
+from fingpt_lightning.lightning_cli import FinGPTCLI, build_trainer_command
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNNABLE = sorted(CONFIGS.glob("*.yaml"))
@@ -30,9 +30,8 @@ def test_a_config_builds_what_it_names(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(FinGPTCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    main(["fit", "--config", str(path), "--trainer.accelerator", "cpu"])
+    build_trainer_command(["fit", "--config", str(path), "--trainer.accelerator", "cpu"])
     assert not list(tmp_path.iterdir()), "building a run writes nothing"
 
 
