@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 import torch
 
+from fingpt_lightning.whole_files import write_whole
+
 _PACKAGES = ("torch", "lightning", "transformers", "bitsandbytes", "wandb")
 _MAX_BYTES = 50_000
 
@@ -122,9 +124,7 @@ def write_record(path: Path, record: Mapping[str, Any], table: str) -> None:
     head = f"<!-- made from {path.name} by: {record['command']} -->\n{record['question']}\n\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     for target, content in ((path, text), (path.with_suffix(".md"), head + table + "\n")):
-        aside = target.with_name(target.name + ".partial")
-        aside.write_text(content)
-        aside.replace(target)
+        write_whole(target, content)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,10 +19,10 @@ _LOOK_BACK = 3  # characters that decide whether a text may be cut at a place
 _DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 # Byte-level BPE splits text before the last blank of a run of blanks. Cut at such a line end, the
 # pieces have the tokens of the whole: either the line end is the whole run, or one blank follows.
-_LONG_LINE_CHARACTERS = 8 * 2**20
-# So is the start of a word behind one blank a place to cut, for lines that are too long to hold.
-_WORD_START = re.compile(r".*\S(?= \S)", re.DOTALL)
 _CLEAN_LINE_END = re.compile(r".*(?:(?<=\S)\n(?=\S)|\n(?=\s\S))", re.DOTALL)
+# So they have where one blank begins a word: for lines that are too long to hold.
+_WORD_START = re.compile(r".*\S(?= \S)", re.DOTALL)
+_LONG_LINE_CHARACTERS = 8 * 2**20
 
 
 def jsonl_documents(path: Path, text_field: str) -> Iterator[Piece]:
@@ -165,7 +165,7 @@ def _cut_after_line(text: str, start: int) -> int:
     """
     if text.isspace():
         return 0
-    clean = _CLEAN_LINE_END.match(text, start) if "\n" in text[start:] else None
+    clean = _CLEAN_LINE_END.match(text, start) if text.find("\n", start) >= 0 else None
     return clean.end() if clean else text.rfind("\n", start, -1) + 1
 
 

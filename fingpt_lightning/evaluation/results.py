@@ -99,10 +99,10 @@ def write_results(folder: Path, head: Mapping[str, Any], results: Sequence[TaskR
         picture = confusion_png(result.metrics["confusion"], result.run.task)
         write_whole(folder / f"confusion_{result.run.task.name}.png", picture)
     lines = [json.dumps(row, ensure_ascii=False) for row in prediction_rows(results)]
-    write_whole(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    write_whole(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
     by_task = {result.run.task.name: results_of(result) for result in results}
     text = json.dumps({"tasks": by_task, **head}, indent=1) + "\n"
-    write_whole(folder / RESULTS, text.encode())
+    write_whole(folder / RESULTS, text)
 
 
 def prediction_rows(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
