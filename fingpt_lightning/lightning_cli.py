@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import sys
-import time
 import typing
 import warnings
 import zipfile
@@ -43,6 +42,7 @@ from callbacks.progress import TrainingProgress
 from fingpt_lightning.cli import ConfigError, TerminatedError
 from fingpt_lightning.config_errors import explain
 from fingpt_lightning.models.tokenizer_files import tokenizer_of_model
+from fingpt_lightning.new_folders import is_made, new_folder
 from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.reporting.environment import write_environment
 from fingpt_lightning.settings import as_list
@@ -294,24 +294,16 @@ class FinGPTCLI(LightningCLI):
         settings = self.config[self.command]
         name = _run_name(settings)
         name = name if self.command == "fit" else f"{name}-{self.command}"
-        first = Path(settings.runs_dir) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder, number = first, 2
-        while not self._is_ours(folder):
-            folder, number = first.with_name(f"{first.name}-{number}"), number + 1
-        return str(folder)
+        return str(new_folder(Path(settings.runs_dir), name, self._is_ours))
 
     def _is_ours(self, folder: Path) -> bool:
         """Whether a folder was not there; then it is, so that no other run takes its name."""
         if not self.runs:
             return not folder.exists()
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            if not folder.exists():  # a file is in the way, above
-                raise
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        if not is_made(folder):
             return False
-        for path in reversed(made):  # the last one that is told goes first
+        for path in reversed(missing):  # the last one that is told goes first
             self._on_failure.callback(_remove_empty, path)
         return True
 

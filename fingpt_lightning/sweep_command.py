@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from fingpt_lightning.cli import ConfigError
 from fingpt_lightning.lightning_cli import build_trainer_command
+from fingpt_lightning.new_folders import new_folder
 from fingpt_lightning.sweeping.checking import Build, Built, check_sweep, described
 from fingpt_lightning.sweeping.local_sweep import LocalSweep, num_trials
 from fingpt_lightning.sweeping.records import BEST_CONFIG, table
@@ -78,7 +78,7 @@ def _run_locally(options: argparse.Namespace, console: Console, report: Report) 
         count = num_trials(sweep, options.count)
         project = options.project or sweep.content.get("project")
         extra = _check(sweep, build_fit, count, project, console)
-        folder = options.output or _new_folder(sweep)
+        folder = options.output or new_folder(_RUNS, sweep.name)
         local = LocalSweep.begin(sweep, folder, count, project)
     folder = local.folder
     console.print(f"sweep: {folder}", markup=False, highlight=False)
@@ -129,15 +129,6 @@ def _run_on_server(options: argparse.Namespace, console: Console) -> None:
     entity = sweep.content.get("entity")
     identity = wandb.sweep(sweep.content, project=project, entity=entity)
     wandb.agent(identity, project=project, entity=entity, count=options.count)
-
-
-def _new_folder(sweep: Sweep) -> Path:
-    """``runs/sweeps/NAME-DATE-TIME``, with a number behind it when that is taken."""
-    first = _RUNS / f"{sweep.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, number = first, 2
-    while folder.exists():
-        folder, number = first.with_name(f"{first.name}-{number}"), number + 1
-    return folder
 
 
 def _own_report(paths: Sequence[Path], output: Path) -> None:

@@ -28,7 +28,7 @@ ROWS = (
     ("pipeline", "models", "tasks"),
     ("low_rank", "profiling"),
     ("command_line", "progress"),
-    ("nearest", "settings", "units", "whole_files"),
+    ("nearest", "new_folders", "settings", "units", "whole_files"),
 )
 # The program is one room of several files.
 PROGRAM = ROWS[1]
@@ -45,6 +45,7 @@ FOREIGN = {
     "fingpt_lightning/tasks": (*_LIGHTNING_AND_WANDB, "torch"),
     "fingpt_lightning/command_line.py": (*_LIGHTNING_AND_WANDB, "torch"),
     "fingpt_lightning/nearest.py": (*_LIGHTNING_AND_WANDB, "torch"),
+    "fingpt_lightning/new_folders.py": (*_LIGHTNING_AND_WANDB, "torch"),
     "fingpt_lightning/settings.py": (*_LIGHTNING_AND_WANDB, "torch"),
     "fingpt_lightning/units.py": (*_LIGHTNING_AND_WANDB, "torch"),
     "fingpt_lightning/whole_files.py": (*_LIGHTNING_AND_WANDB, "torch"),
