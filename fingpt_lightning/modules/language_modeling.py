@@ -5,6 +5,7 @@ Axes: B batch, T tokens, D width.
 
 import hashlib
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
@@ -270,7 +271,7 @@ class LanguageModelingModule(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if self.is_fitting:
             fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
             self._loader_states = fit_loop.get("state_dict", {}).get("combined_loader", [])
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
@@ -297,6 +298,31 @@ class LanguageModelingModule(LightningModule):
                     f"model.{key} is {self.hparams[key]}, the checkpoint was trained with"
                     f" {saved[key]}"
                 )
+
+    def check_optimizer(self, checkpoint: dict[str, Any], plain: Mapping[str, Any]) -> None:
+        """Raises where the state of a checkpoint's optimiser is of no use to ours.
+
+        Args:
+            checkpoint: To go on with.
+            plain: The hyper-parameters that the optimiser's state depends on, with what a
+                checkpoint that does not name them was trained with.
+
+        Raises:
+            ValueError: One of them differs.
+        """
+        saved = checkpoint.get("hyper_parameters", {})
+        for key, default in plain.items():
+            before, now = saved.get(key, default), self.hparams[key]
+            if before != now:
+                raise ValueError(
+                    f"model.{key} is {now}, whose state is not that of {before}, with which the"
+                    " checkpoint was trained"
+                )
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether this is in a trainer that trains."""
+        return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
     def with_cosine_schedule(self, optimizer: Optimizer) -> OptimizerLRScheduler:
         """An optimiser and its schedule, by the hyper-parameters of warm-up and last rate.
@@ -350,7 +376,7 @@ class LanguageModelingModule(LightningModule):
         # Equal on all ranks already; Lightning warns of figures that it did not reduce itself.
         self.log(f"{prefix}/loss", loss, prog_bar=True, sync_dist=True)
         self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self.is_fitting:
             # In the same row, so that a chart of it can go by tokens.
             self.log("train/tokens", float(self.tokens_seen), sync_dist=True)
 

@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
@@ -47,6 +46,8 @@ from fingpt_lightning.modules.sharding import shard
 _PRESET = "gpt2-small"
 _RANK_RATIO = 0.25
 _DRAWN_STD = 0.02
+# What the optimiser's state depends on, and what checkpoints that lack it were trained with.
+_STATE_SETTINGS = {"optimizer": "adamw", "pair_decay": "factors", "pairs_and_dense": False}
 
 
 class _Start(NamedTuple):
@@ -316,7 +317,7 @@ class LowRankPretraining(LanguageModelingModule):
     def configure_model(self) -> None:
         if "network" not in self._modules:
             self._make_network()
-        if self._is_fitting:
+        if self.is_fitting:
             self.guiding.attach(self.network)
 
     def _make_network(self) -> None:
@@ -357,7 +358,7 @@ class LowRankPretraining(LanguageModelingModule):
 
     @override
     def on_validation_start(self) -> None:
-        if self._is_fitting:
+        if self.is_fitting:
             self.rounding.lend(self.trainer)
 
     @override
@@ -375,26 +376,10 @@ class LowRankPretraining(LanguageModelingModule):
         return self.with_cosine_schedule(optimizer)
 
     def _optimizer(self, kind: str, betas: tuple[float, float], lr: float) -> Optimizer:
-        decay = self.hparams["weight_decay"]
         if kind == "pairs" or self._decays_products:
-            of_pairs: dict[str, Any] = {"weight_decay": decay}
-            if self._decays_products:
-                of_pairs = {"weight_decay": 0.0, "product_decay": decay}
-            if kind == "pairs":
-                of_pairs |= {
-                    "is_pairs": True,
-                    "lr": self.hparams["pair_learning_rate"],
-                    "momentum": self.hparams["pair_momentum"],
-                    "expansion": self.hparams["factor_expansion"],
-                }
-            of_dense = None
-            if self.hparams["pairs_and_dense"]:
-                own = ("lr", "momentum", "weight_decay")
-                of_dense = {"is_dense": True} | {k: v for k, v in of_pairs.items() if k in own}
-                of_dense["weight_decay"] = decay
-            groups = pair_groups(self, decay, of_pairs, of_dense)
+            groups = self._pair_groups()
         else:
-            groups = decay_groups(self.named_parameters(), decay)
+            groups = decay_groups(self.named_parameters(), self.hparams["weight_decay"])
         if kind == "adamw_8bit":
             return adamw_8bit(groups, betas, lr)
         if kind == "pairs":
@@ -409,9 +394,20 @@ class LowRankPretraining(LanguageModelingModule):
             )
         return self.fused_adamw(groups, lr=lr, betas=betas)
 
-    @property
-    def _is_fitting(self) -> bool:
-        return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+    def _pair_groups(self) -> list[dict[str, Any]]:
+        decay = self.hparams["weight_decay"]
+        pairs: dict[str, Any] = {"weight_decay": decay}
+        dense: dict[str, Any] = {"weight_decay": decay}
+        if self._decays_products:
+            pairs = {"weight_decay": 0.0, "product_decay": decay}
+        if self.hparams["optimizer"] == "pairs":
+            steps = {
+                "lr": self.hparams["pair_learning_rate"],
+                "momentum": self.hparams["pair_momentum"],
+            }
+            pairs |= steps | {"is_pairs": True, "expansion": self.hparams["factor_expansion"]}
+            dense |= steps | {"is_dense": True}
+        return pair_groups(self, decay, pairs, dense if self.hparams["pairs_and_dense"] else None)
 
     @property
     def _decays_products(self) -> bool:
@@ -440,9 +436,10 @@ class LowRankPretraining(LanguageModelingModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_architecture(checkpoint)
-        if self._is_fitting:
-            self._check_optimizer(checkpoint.get("hyper_parameters", {}))
-        if not self._is_fitting:
+        if self.is_fitting:
+            self.check_optimizer(checkpoint, _STATE_SETTINGS)
+            self._check_guidance(checkpoint)
+        if not self.is_fitting:
             drop_guides(checkpoint["state_dict"], "the checkpoint")
         elif not any(map(is_guide, checkpoint["state_dict"])):
             self.guiding.drop(self.trainer)  # it is past its guided steps
@@ -453,17 +450,9 @@ class LowRankPretraining(LanguageModelingModule):
             )
         super().on_load_checkpoint(checkpoint)
 
-    def _check_optimizer(self, saved: Mapping[str, Any]) -> None:
-        """Raises where the state of the checkpoint's optimiser is none of ours."""
-        plain = {"optimizer": "adamw", "pair_decay": "factors", "pairs_and_dense": False}
-        for key, default in plain.items():
-            before, now = saved.get(key, default), self.hparams[key]
-            if before != now:
-                raise ValueError(
-                    f"model.{key} is {now}, whose state is not that of {before}, with which the"
-                    " checkpoint was trained"
-                )
-        if (guided := self.hparams["self_guided"]) and not saved.get("self_guided", 0.0):
+    def _check_guidance(self, checkpoint: dict[str, Any]) -> None:
+        before = checkpoint.get("hyper_parameters", {}).get("self_guided", 0.0)
+        if (guided := self.hparams["self_guided"]) and not before:
             raise ValueError(
                 f"model.self_guided is {guided}, the checkpoint is of a run that was not guided"
             )

@@ -297,6 +297,8 @@ class QuantizedFinetuning(LanguageModelingModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_architecture(checkpoint)
+        if self.is_fitting:
+            self.check_optimizer(checkpoint, {"optimizer": "adamw"})
         if (revision := checkpoint.get("base_revision")) != self.base_revision:
             raise ValueError(
                 f"model.base {self.base} has the weights {self.base_revision}, the checkpoint was"

@@ -149,6 +149,34 @@ def test_a_run_of_epochs_is_resumed_within_one_and_between_them(tmp_path: Path) 
             assert torch.equal(resumed.state_dict()[name], tensor), (step, name)
 
 
+def test_settings_of_the_optimiser_are_those_of_the_resumed_run(tmp_path: Path) -> None:
+    changed = {"learning_rate": 0.002, "lora_plus_ratio": 4.0, "weight_decay": 0.7, "beta2": 0.5}
+    for optimizer in ("adamw", "adamw_8bit"):
+        _trainer(tmp_path, max_steps=1).fit(
+            first := _module(optimizer=optimizer), datamodule=_data()
+        )
+        first.trainer.save_checkpoint(path := tmp_path / f"{optimizer}.ckpt")
+        groups = []
+        for saved in (path, None):
+            module = _module(optimizer=optimizer, **changed)
+            trainer = _trainer(tmp_path, max_steps=2)
+            trainer.fit(module, datamodule=_data(), ckpt_path=saved, weights_only=True)
+            settings = trainer.optimizers[0].param_groups
+            groups.append([{k: v for k, v in of.items() if k != "params"} for of in settings])
+        assert groups[0] == groups[1]
+
+
+def test_the_state_of_another_optimiser_is_refused(tmp_path: Path) -> None:
+    _trainer(tmp_path, max_steps=1).fit(first := _module(), datamodule=_data())
+    first.trainer.save_checkpoint(path := tmp_path / "one.ckpt")
+    with pytest.raises(
+        ValueError, match=r"model\.optimizer is adamw_8bit, whose state is not that of adamw"
+    ):
+        _trainer(tmp_path).fit(
+            _module(optimizer="adamw_8bit"), datamodule=_data(), ckpt_path=path, weights_only=True
+        )
+
+
 def test_another_base_or_rank_than_the_checkpoint_s_is_refused(tmp_path: Path) -> None:
     _trainer(tmp_path, max_steps=1).fit(first := _module(), datamodule=_data())
     first.trainer.save_checkpoint(tmp_path / "one.ckpt")
