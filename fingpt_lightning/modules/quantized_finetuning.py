@@ -242,14 +242,18 @@ class QuantizedFinetuning(LanguageModelingModule):
     def divergence_from_base(
         self, batch: TokenBatch, hidden: Float[Tensor, "B T D"]
     ) -> Float[Tensor, ""]:
-        """KL(base || network) in nats a token, mean over unlabelled positions, evenly spread.
+        """KL(base || network) in nats a token, mean over positions without labels, evenly spread.
+
+        Positions behind the last label of a row of the batch are left out: they may be padding.
 
         Raises:
-            ValueError: The batch has no unlabelled positions.
+            ValueError: The batch has no such positions.
 
         Cost: one more forward pass, without gradients.
         """
-        positions = (batch["labels"].flatten() == IGNORED_LABEL).nonzero().squeeze(1)
+        is_labelled = batch["labels"] != IGNORED_LABEL
+        is_before_a_label = is_labelled.flip(1).cumsum(1).flip(1) > 0
+        positions = (is_before_a_label & ~is_labelled).flatten().nonzero().squeeze(1)
         if not len(positions):
             raise ValueError(
                 f"model.kl_weight {self.hparams['kl_weight']:g} compares with the base where"

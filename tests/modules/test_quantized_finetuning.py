@@ -292,6 +292,21 @@ def test_the_divergence_from_the_base_is_zero_at_first_and_then_holds_back() -> 
     torch.testing.assert_close(extra * 1024, 0.5 * num_tokens * divergence.double())
 
 
+def test_the_divergence_from_the_base_is_not_that_of_padding() -> None:
+    data = _data(batching="padded")
+    data.prepare_data()
+    data.setup()
+    batch: Any = next(iter(data.train_dataloader()))
+    wider: Any = {
+        "input_ids": nn.functional.pad(batch["input_ids"], (0, 9), value=1),
+        "labels": nn.functional.pad(batch["labels"], (0, 9), value=-100),
+    }
+    module = _ready(kl_weight=0.5, kl_positions=10**6)
+    ours, same = (module.divergence_from_base(b, module.hidden_states(b)) for b in (batch, wider))
+    assert ours > 0
+    torch.testing.assert_close(same, ours)
+
+
 def test_lora_plus_gives_the_second_matrices_their_own_rate() -> None:
     module = _ready(lora_plus_ratio=4.0, dora=True, weight_decay=0.1)
     groups = module._parameter_groups()
