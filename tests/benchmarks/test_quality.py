@@ -180,12 +180,15 @@ def test_gaps_are_means_over_the_seeds_that_both_have() -> None:
         _row("naive", 2.7, {"1": 4.5}, {"1": 4.4}),
         _row("ours", 2.7, {"1": 4.1, "2": 5.05}, {"1": 3.9, "2": 4.8}),
         _row("larger", 2.0, {"1": 3.9}, {"1": 3.8}),
+        _row("dense, other optimiser", 1.0, {"1": 3.7}, {}),
     ]
     found = quality.summary(rows)
     assert found["best"] == "ours"
     assert found["loss_gap_nats_equal_tokens"] == pytest.approx(0.075)
     assert found["loss_gap_nats_equal_time"] == pytest.approx(-0.15)
     assert found["naive_loss_gap_nats_equal_tokens"] == pytest.approx(0.5)
+    assert found["best_of_same_size"] == "dense, other optimiser"
+    assert found["same_size_loss_gap_nats_equal_tokens"] == pytest.approx(-0.3)
     assert "| naive | 0.1 | 1.00 | 2.70x |  | 4.500 | +0.500 |" in quality.table(rows)
 
 
