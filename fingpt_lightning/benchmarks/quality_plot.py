@@ -1,5 +1,6 @@
 """The picture of the quality benchmark: loss by tokens, by time, and over compression."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,11 @@ from typing import Any
 from fingpt_lightning.benchmarks.quality_runs import Run
 
 _COLORS = ("#777777", "#9333ea", "#c2410c", "#0f766e", "#1d4ed8", "#b45309", "#be185d", "#4d7c0f")
+
+
+def _is_falling(run: Run) -> bool:
+    """Whether the curve is highest where it begins."""
+    return run.curve_loss_nats[0] == max(run.curve_loss_nats)
 
 
 def draw(
@@ -32,7 +38,9 @@ def draw(
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     names = [row["contender"] for row in rows]
-    colors = {name: _COLORS[index % len(_COLORS)] for index, name in enumerate(names)}
+    shown = [row["contender"] for row in rows if row.get("equal_tokens_loss_nats")]
+    shown += [run.variant for run in runs if run.curve_steps]
+    colors = dict(zip(dict.fromkeys(shown), itertools.cycle(_COLORS), strict=False))
     for axis, stages in zip(
         axes, (("equal tokens",), ("equal tokens", "equal time")), strict=False
     ):
@@ -59,9 +67,18 @@ def draw(
             axes[2].plot(row["total_compression_ratio"], loss, "o", color=colors[row["contender"]])
         if by_seed:
             place = (row["total_compression_ratio"], min(by_seed.values()))
-            axes[2].annotate(row["contender"], place, fontsize=7)
+            offset = {"xytext": (6, -2), "textcoords": "offset points"}
+            axes[2].annotate(row["contender"], place, fontsize=8, **offset)
+    axes[2].margins(x=0.25)
     axes[2].set_xlabel("times smaller in total")
-    axes[0].set_ylabel("validation loss (nats a token)")
+    axes[2].set_ylabel("loss on all of the validation text")
+    axes[0].set_ylabel("loss on its first batches (nats a token)")
+    if highest := [
+        max(run.curve_loss_nats) for run in runs if run.curve_steps and _is_falling(run)
+    ]:
+        # While a dense layer guides, the pairs alone are far above all others.
+        for axis in axes[:2]:
+            axis.set_ylim(top=1.03 * max(highest))
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
