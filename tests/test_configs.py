@@ -94,7 +94,7 @@ def test_a_debug_config_runs(
 def test_blocks_are_values_without_a_root() -> None:
     roots = {"trainer", "model", "data", "seed_everything"}
     blocks = [path for part in ("trainer", "model", "data") for path in (CONFIGS / part).iterdir()]
-    assert len(blocks) == 25
+    assert len(blocks) == 26
     for path in blocks:
         assert not roots & set(yaml.safe_load(path.read_text())), path
 

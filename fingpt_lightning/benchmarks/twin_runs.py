@@ -1,6 +1,7 @@
 """Does a low-rank GPT-2 learn as its dense twin does, by tokens and by time?
 
-Runs ``fingpt fit`` twice on the same tokens, dense first, and records and draws both.
+Runs ``fingpt fit`` on the same tokens dense, in pairs as the config says, and in pairs under plain
+AdamW, and records and draws the three.
 """
 
 import argparse
@@ -21,15 +22,17 @@ QUESTION = (
     "Does a low-rank GPT-2 learn as well as its dense twin on the same tokens, and in how much"
     " less time and memory?"
 )
+ADAMW = ["--model.optimizer", "adamw"]
 TWINS: dict[str, list[str]] = {
-    "dense": ["--model.rank", "null", "--model.embedding_rank", "null"],
+    "dense": ["--model.rank", "null", "--model.embedding_rank", "null", *ADAMW],
     "low_rank": [],
+    "low_rank_adamw": ADAMW,
 }
 Row = dict[str, float]
 
 
 def main() -> None:
-    """Runs the twins that are not finished yet, and writes record, table and picture."""
+    """Runs what is not finished yet, and writes record, table and picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/pretrain_gpt2_small.yaml")
     parser.add_argument(
@@ -37,9 +40,9 @@ def main() -> None:
     )
     parser.add_argument("--runs_dir", type=Path, default=Path("runs/twin_runs"))
     for twin in TWINS:
-        parser.add_argument(f"--{twin}_options", default="", help="options of fit for this twin")
+        parser.add_argument(f"--{twin}_options", default="", help="options of fit for this one")
     parser.add_argument(
-        "fit_options", nargs=argparse.REMAINDER, help="after --: options of fingpt fit for both"
+        "fit_options", nargs=argparse.REMAINDER, help="after --: options of fingpt fit for all"
     )
     options = parser.parse_args()
     shared = [word for word in options.fit_options if word != "--"]
@@ -66,7 +69,7 @@ def main() -> None:
         {"contender": twin, "ratio_to_dense": _ratios(run, rows["dense"]), **run}
         for twin, run in rows.items()
     ]
-    record["summary"] = summary(rows["dense"], rows["low_rank"])
+    record["summary"] = summary(**rows)
     write_record(options.json, record, table(rows))
     draw(rows, options.json.with_suffix(".svg"))
     print(json.dumps(record["summary"], indent=1))
@@ -84,6 +87,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     figures = json.loads((folder / "summary.json").read_text())
     made_by = json.loads((folder / "made_by.json").read_text())
     settings = yaml.safe_load((folder / "config.yaml").read_text())
+    model = settings["model"]["init_args"]
+    pair_rate = model["pair_learning_rate"] if model["optimizer"] == "pairs" else None
     train: list[Row] = []
     validation: list[Row] = []
     tokens = time_s = 0.0
@@ -103,7 +108,8 @@ def read_run(folder: Path) -> dict[str, Any]:
                 validation.append(point | {"loss_nats": round(float(line["val/loss"]), 5)})
     return {
         "made_by": made_by,
-        "learning_rate": settings["model"]["init_args"]["learning_rate"],
+        "learning_rate": model["learning_rate"],
+        "pair_learning_rate": pair_rate,
         "seed": settings["seed_everything"],
         "repeats": len(step_times_s),
         "parameters": figures["parameters"],
@@ -117,17 +123,26 @@ def read_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def summary(dense: dict[str, Any], low_rank: dict[str, Any]) -> dict[str, float]:
+def summary(
+    dense: dict[str, Any], low_rank: dict[str, Any], low_rank_adamw: dict[str, Any]
+) -> dict[str, float]:
     """The few ratios that answer the question; a gap above 0 means low rank is behind."""
-    ours = low_rank["val_curve"][-1]
-    dense_then = _loss_at(dense["val_curve"], ours["time_s"])
     return {
         "total_compression_ratio": dense["parameters"] / low_rank["parameters"],
         "block_compression_ratio": dense["block_parameters"] / low_rank["block_parameters"],
         "tokens_per_s_ratio": dense["step_time_s"]["median"] / low_rank["step_time_s"]["median"],
         "peak_rss_ratio": low_rank["peak_rss_mib"] / dense["peak_rss_mib"],
-        "loss_gap_nats_equal_tokens": ours["loss_nats"] - dense["val_curve"][-1]["loss_nats"],
-        "loss_gap_nats_equal_time": ours["loss_nats"] - dense_then,
+        **_gaps(dense, low_rank),
+        **{f"adamw_{name}": gap for name, gap in _gaps(dense, low_rank_adamw).items()},
+    }
+
+
+def _gaps(dense: dict[str, Any], run: dict[str, Any]) -> dict[str, float]:
+    last = run["val_curve"][-1]
+    return {
+        "loss_gap_nats_equal_tokens": last["loss_nats"] - dense["val_curve"][-1]["loss_nats"],
+        "loss_gap_nats_equal_time": last["loss_nats"]
+        - _loss_at(dense["val_curve"], last["time_s"]),
     }
 
 
@@ -150,7 +165,7 @@ def _ratios(run: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The Markdown table of both runs."""
+    """The Markdown table of the runs."""
     header = [
         "",
         "learning rate",
@@ -162,11 +177,13 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     ]
     lines = []
     for twin, run in rows.items():
-        step = run["step_time_s"]
+        step, rate = run["step_time_s"], f"{run['learning_rate']:g}"
+        if run["pair_learning_rate"] is not None:
+            rate += f", pairs {run['pair_learning_rate']:g}"
         lines.append(
             [
                 twin,
-                f"{run['learning_rate']:g}",
+                rate,
                 f"{run['parameters'] / 1e6:.1f}",
                 f"{step['median']:.2f} ({step['p10']:.2f}-{step['p90']:.2f})",
                 f"{run['tokens_per_s']:,.0f}",
@@ -178,28 +195,37 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Both runs' loss by tokens and by training time, as a picture."""
+    """The loss of each run by tokens and by training time, as a picture."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = {"dense": ("#777777", "dense twin"), "low_rank": ("#c2410c", "low rank")}
+    styles = {
+        "dense": ("#777777", "dense twin"),
+        "low_rank": ("#c2410c", "low rank"),
+        "low_rank_adamw": ("#eab308", "low rank, plain AdamW"),
+    }
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     units = (("tokens", 1e3, "thousand tokens"), ("time_s", 60, "minutes of training"))
     for axis, (key, unit, label) in zip(axes, units, strict=True):
         for twin, run in rows.items():
             color, name = styles[twin]
-            for curve, line in (("train_curve", "-"), ("val_curve", "o--")):
+            # Dots and dashes are of validations, the faint line of training.
+            looks: dict[str, dict[str, Any]] = {
+                "train_curve": {"alpha": 0.4},
+                "val_curve": {"ls": "--", "marker": "o"},
+            }
+            for curve, look in looks.items():
                 x = [point[key] / unit for point in run[curve]]
                 y = [point["loss_nats"] for point in run[curve]]
-                which = "train" if curve == "train_curve" else "validation"
-                axis.plot(x, y, line, color=color, markersize=4, label=f"{name}, {which}", lw=1.3)
+                label_of = {"label": name} if curve == "val_curve" else {}
+                axis.plot(x, y, color=color, markersize=4, lw=1.3, **look, **label_of)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("loss (nats a token)")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, title="validation (faint: training)")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 

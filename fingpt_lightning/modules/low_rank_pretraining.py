@@ -421,7 +421,8 @@ class LowRankPretraining(LanguageModelingModule):
             key, value = next(iter(of_pairs.items()))
             of_none = ", as model.rank is null" if hparams["rank"] is None else ""
             raise ValueError(
-                f"model.{key} {value} is about pairs, and the network has none{of_none}"
+                f"model.{key} {value} is about pairs, and the network has none{of_none}: set"
+                f" {PLAIN[key]}"
             )
         if self.device_mesh is None:
             return
@@ -429,8 +430,8 @@ class LowRankPretraining(LanguageModelingModule):
             if hparams[key] != PLAIN[key]:
                 raise ValueError(
                     f"trainer.strategy {type(self.trainer.strategy).__name__} splits each matrix,"
-                    f" which model.{key} {hparams[key]} is not made for; take ddp or"
-                    " PipelineStrategy with data_parallel replicate"
+                    f" which model.{key} {hparams[key]} is not made for; set"
+                    f" {PLAIN[key]}, or take ddp or PipelineStrategy with data_parallel replicate"
                 )
 
     @override
