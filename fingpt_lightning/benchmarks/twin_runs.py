@@ -214,13 +214,12 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
             # Dots and dashes are of validations, the faint line of training.
             looks: dict[str, dict[str, Any]] = {
                 "train_curve": {"alpha": 0.4},
-                "val_curve": {"ls": "--", "marker": "o"},
+                "val_curve": {"ls": "--", "marker": "o", "label": name},
             }
             for curve, look in looks.items():
                 x = [point[key] / unit for point in run[curve]]
                 y = [point["loss_nats"] for point in run[curve]]
-                label_of = {"label": name} if curve == "val_curve" else {}
-                axis.plot(x, y, color=color, markersize=4, lw=1.3, **look, **label_of)
+                axis.plot(x, y, color=color, markersize=4, lw=1.3, **look)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -262,7 +262,8 @@ def test_a_recipe_for_pairs_needs_pairs(settings: dict[str, str]) -> None:
     module = LowRankPretraining(**(SIZES | settings | {"rank": None, "vocab_size": 23}))
     ((key, value),) = settings.items()
     with pytest.raises(
-        ValueError, match=f"model.{key} {value} is about pairs, .* model.rank is null"
+        ValueError,
+        match=f"model.{key} {value} is about pairs, .* model.rank is null: set {PLAIN[key]}",
     ):
         module.configure_model()
 
