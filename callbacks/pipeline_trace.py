@@ -10,11 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from typing_extensions import override
 
+from fingpt_lightning.files import write_whole
 from fingpt_lightning.pipeline import Pass, bubble_share, chrome_trace, draw
 from fingpt_lightning.profiling.memory import module_memory
 from fingpt_lightning.strategies import PipelineStrategy
 from fingpt_lightning.units import MIB
-from fingpt_lightning.whole_files import write_whole
 
 
 class PipelineTrace(Callback):

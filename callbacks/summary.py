@@ -25,9 +25,9 @@ from callbacks.memory import MemoryMonitor
 from callbacks.recording import Budgeted, over_ranks, record_in_wandb_summary
 from callbacks.throughput import ThroughputMonitor
 from fingpt_lightning.data.batch import IGNORED_LABEL
+from fingpt_lightning.files import write_whole
 from fingpt_lightning.profiling.memory import peak_rss_bytes
 from fingpt_lightning.units import MIB, format_count
-from fingpt_lightning.whole_files import write_whole
 
 _AFTER = "/accuracy_after"
 _CallbackT = TypeVar("_CallbackT", bound=Callback)

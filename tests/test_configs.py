@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fingpt_lightning.cli import main
-from fingpt_lightning.lightning_cli import FinGPTCLI, build_trainer_command
+from fingpt_lightning.cli.main import main
+from fingpt_lightning.cli.trainer import FinGPTCLI, build_trainer_command
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNNABLE = sorted(CONFIGS.glob("*.yaml"))

@@ -20,9 +20,9 @@ import yaml
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
-from fingpt_lightning.cli import COMMANDS, main
-from fingpt_lightning.lightning_cli import FinGPTCLI
-from fingpt_lightning.sweep_command import build_fit
+from fingpt_lightning.cli.main import COMMANDS, main
+from fingpt_lightning.cli.sweep import build_fit
+from fingpt_lightning.cli.trainer import FinGPTCLI
 from fingpt_lightning.sweeping.checking import check_sweep
 from fingpt_lightning.sweeping.sweep_file import read_sweep
 from tests.deploy.tiny_clients import save_clients
@@ -45,7 +45,7 @@ NOT_RUN = {
     "git clone": "needs a network",
     "make": "installs; what it then runs is in tests/test_configs.py",
     "source .venv": "of the shell",
-    "python -m fingpt_lightning.benchmarks.": "at toy size in tests/benchmarks",
+    "python -m benchmarks.": "at toy size in tests/benchmarks",
     "torchrun": "several processes: tests/modules/test_several_devices.py",
     "#!/bin/bash": "SLURM; its variables: tests/modules/test_several_devices.py",
     "fingpt fit --config configs/pretrain_openwebtext.yaml --data.train_files hf://": "needs a"
@@ -291,7 +291,7 @@ def _parse(command: ShellCommand) -> None:
     """
     if command.text.startswith("--"):
         _parse_fingpt(["fit", "--config", "configs/debug_quickstart.yaml", *command.words])
-    elif "fingpt_lightning.benchmarks." in command.text:
+    elif "benchmarks." in command.text:
         module = re.findall(r"fingpt_lightning\.benchmarks\.\w+", command.text)[0]
         known = _options_of_source(ROOT / f"{module.replace('.', '/')}.py")
         if wrong := set(options_in(command.words)) - known:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fingpt_lightning.cli import main
+from fingpt_lightning.cli.main import main
 from tests.support.programs import ROOT, free_port, run_together, torchrun_command
 
 CONFIGS = ROOT / "configs"
@@ -24,7 +24,7 @@ SKEWED_PROGRAM = """
 import os, time
 ahead_s, strftime = 3600 * int(os.environ["SLURM_PROCID"]), time.strftime
 time.strftime = lambda text, *at: strftime(text, *at or [time.localtime(time.time() + ahead_s)])
-from fingpt_lightning.cli import main
+from fingpt_lightning.cli.main import main
 main()
 """
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fingpt_lightning.data.corpus import Piece
-from fingpt_lightning.data.messages import first_line, no_field
+from fingpt_lightning.terminal.messages import first_line, no_field
 
 _PIECE_BYTES = 2**20
 _PARQUET_ROWS = 64

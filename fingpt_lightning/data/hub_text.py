@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from fingpt_lightning.data.corpus import Piece
 from fingpt_lightning.data.documents import document_of_row
-from fingpt_lightning.data.messages import first_line, no_field
+from fingpt_lightning.terminal.messages import first_line, no_field
 
 HUB_PREFIX = "hf://"
 """What tells the name of a data set from a path."""

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.blocks import EMPTY_BLOCK
-from fingpt_lightning.models.tokenizer_files import begin_tokens
+from fingpt_lightning.models.formats.tokenizer import begin_tokens
 from fingpt_lightning.tasks import Example
 from fingpt_lightning.tasks.cutting import cut_own_text
 

@@ -28,7 +28,7 @@ from fingpt_lightning.data.tokenizers import (
     load_tokenizer,
     train_tokenizer,
 )
-from fingpt_lightning.models.tokenizer_files import tokenizer_of_model
+from fingpt_lightning.models.formats.tokenizer import tokenizer_of_model
 from fingpt_lightning.tasks import Example, find_task, read_rows
 
 SYNTHETIC = "synthetic_news"

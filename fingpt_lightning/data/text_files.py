@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fingpt_lightning.data.corpus import Piece
 from fingpt_lightning.data.documents import READERS, ending_of
-from fingpt_lightning.data.messages import nearest_name
+from fingpt_lightning.terminal.messages import nearest_name
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from fingpt_lightning.data.corpus import Corpus
-from fingpt_lightning.data.progress import SoFar, shown_progress
 from fingpt_lightning.data.tokenizers import vocabulary_size
 from fingpt_lightning.data.tokenizing import encoded_batches
-from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
+from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
+from fingpt_lightning.terminal.progress import SoFar, shown_tokenizing
 
 FORMAT_VERSION = 1
 _YOUNG_S = 60.0
@@ -81,7 +81,7 @@ def build_token_file(
     with (
         _written_atomically(path) as file,
         closing(batches),
-        shown_progress(str(corpus), corpus.num_bytes()) as show,
+        shown_tokenizing(str(corpus), corpus.num_bytes()) as show,
     ):
         for batch in batches:
             batch.ids.tofile(file)

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from fingpt_lightning.data.blocks import BlockSampler, TokenBlocks
 from fingpt_lightning.data.tokenizers import vocabulary_size
-from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
+from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 
 
 class TokenizedData(LightningDataModule):

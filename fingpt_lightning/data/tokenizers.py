@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fingpt_lightning.data.corpus import Corpus
-from fingpt_lightning.data.messages import first_line, nearest_name
-from fingpt_lightning.models.tokenizer_files import read_tokenizer
+from fingpt_lightning.models.formats.tokenizer import read_tokenizer
+from fingpt_lightning.terminal.messages import first_line, nearest_name
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank.adapters import AdapterOptions
-from fingpt_lightning.models.adapter_files import read_adapter
 from fingpt_lightning.models.adapting import (
     adapted_layers,
     dense_weight,
     ends_features,
     linear_names,
 )
-from fingpt_lightning.nearest import nearest
+from fingpt_lightning.models.formats.peft_adapter import read_adapter
+from fingpt_lightning.terminal.messages import nearest
 
 
 class LayerAdapter(NamedTuple):

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+from fingpt_lightning.data.calibration_text import read_calibration
 from fingpt_lightning.data.text_files import find_text_files
-from fingpt_lightning.deploy.calibration import read_calibration
 from fingpt_lightning.deploy.comparing import TEXTS
 from fingpt_lightning.deploy.exporting import check_output, export, working_dtype
 from fingpt_lightning.deploy.generate_command import read_prompts

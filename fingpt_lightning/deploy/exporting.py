@@ -8,18 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fingpt_lightning.deploy.calibration import Calibration, shown_moments
+from fingpt_lightning.data.calibration_text import Calibration, shown_moments
 from fingpt_lightning.deploy.comparing import TEXTS, differences, logits_of, probes
-from fingpt_lightning.deploy.gguf_file import write_gguf
 from fingpt_lightning.deploy.model_card import CARD, Exported, made_by_us, model_card
-from fingpt_lightning.deploy.network_files import (
-    check_replaceable,
-    put_in_place,
-    write_network,
-    write_quantized,
-    write_tokenizer,
-)
-from fingpt_lightning.models.adapter_files import ADAPTER_FOLDER, adapter_base
 from fingpt_lightning.models.adapting import (
     adapted_layers,
     base_quantization,
@@ -27,10 +18,19 @@ from fingpt_lightning.models.adapting import (
     save_adapter,
 )
 from fingpt_lightning.models.expansion import expand, merge_into_base
-from fingpt_lightning.models.frozen_matrix import FrozenMatrix
+from fingpt_lightning.models.formats.gguf import write_gguf
+from fingpt_lightning.models.formats.network_files import (
+    check_replaceable,
+    put_in_place,
+    write_network,
+    write_quantized,
+    write_tokenizer,
+)
+from fingpt_lightning.models.formats.peft_adapter import ADAPTER_FOLDER, adapter_base
+from fingpt_lightning.models.formats.quantized_folder import is_low_rank
 from fingpt_lightning.models.loading import DTYPES, LoadedModel, load_model
-from fingpt_lightning.models.quantization import QUANTIZATIONS
-from fingpt_lightning.models.stored_quantization import is_low_rank
+from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix
+from fingpt_lightning.models.quantization.layers import QUANTIZATIONS
 
 TOLERANCES = {
     "float64": 1e-10,

@@ -11,10 +11,10 @@ from rich.text import Text
 from fingpt_lightning.deploy.generation import Completion, Prompt, complete
 from fingpt_lightning.deploy.loading import load_with_adapters
 from fingpt_lightning.deploy.sampling import Sampling
+from fingpt_lightning.files import write_whole
 from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
-from fingpt_lightning.nearest import nearest
-from fingpt_lightning.progress import shown_progress
-from fingpt_lightning.whole_files import write_whole
+from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.progress import shown_progress
 
 
 def run(options: argparse.Namespace) -> None:

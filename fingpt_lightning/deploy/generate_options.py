@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fingpt_lightning.command_line import (
+from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
     add_model_options,

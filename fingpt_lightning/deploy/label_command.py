@@ -18,11 +18,11 @@ from fingpt_lightning.deploy.labelling import (
     row_chunks,
 )
 from fingpt_lightning.deploy.loading import load_with_adapters
-from fingpt_lightning.models.adapter_files import adapter_digest
+from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.loading import LoadedModel
-from fingpt_lightning.progress import shown_progress
 from fingpt_lightning.tasks import Task, find_task
 from fingpt_lightning.tasks.sources import open_rows
+from fingpt_lightning.terminal.progress import shown_progress
 
 
 def run(options: argparse.Namespace) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fingpt_lightning.nearest import nearest
-from fingpt_lightning.whole_files import write_whole
+from fingpt_lightning.files import PARTIAL, write_whole, written_whole
+from fingpt_lightning.terminal.messages import nearest
 
 Row = Mapping[str, object]
 _SETTINGS = "settings.json"
@@ -36,7 +36,7 @@ class LabelledFile:
             hint = nearest(path.suffix, _FORMS)
             raise ValueError(f"output {path} ends in none of {', '.join(_FORMS)}{hint}")
         self.path, self._settings, self._schema = path, dict(settings), schema
-        self.folder = path.with_name(f"{path.name}.partial")
+        self.folder = path.with_name(f"{path.name}{PARTIAL}")
 
     def begin(self, overwrite: bool) -> int:
         """Makes the folder of parts, or finds those of an earlier run.
@@ -77,22 +77,20 @@ class LabelledFile:
             rows: At least one.
             names: All columns, in order.
         """
-        part = self._part(number)
-        aside = part.with_suffix(".aside")
-        _FORMS[self.path.suffix](aside, rows, names, number == 0, self._schema)
-        aside.replace(part)
+        with written_whole(self._part(number)) as aside:
+            _FORMS[self.path.suffix](aside, rows, names, number == 0, self._schema)
 
     def finish(self) -> None:
         """Makes the output of the parts."""
-        aside = self.folder / "whole.aside"
-        if self.path.suffix == ".parquet":
-            _join_parquet(self._parts(), aside)
-        else:
-            with aside.open("wb") as whole:
-                for part in self._parts():
-                    with part.open("rb") as opened:
-                        shutil.copyfileobj(opened, whole)
-        aside.replace(self.path)
+        with written_whole(self.folder / "whole") as aside:
+            if self.path.suffix == ".parquet":
+                _join_parquet(self._parts(), aside)
+            else:
+                with aside.open("wb") as whole:
+                    for part in self._parts():
+                        with part.open("rb") as opened:
+                            shutil.copyfileobj(opened, whole)
+        (self.folder / "whole").replace(self.path)
         shutil.rmtree(self.folder)
 
     def _part(self, number: int) -> Path:

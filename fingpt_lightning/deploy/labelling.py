@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.evaluation.runner import predict
-from fingpt_lightning.nearest import nearest
 from fingpt_lightning.tasks import Example, Task
 from fingpt_lightning.tasks.examples import example_of_fields, field_names
 from fingpt_lightning.tasks.sources import open_rows
+from fingpt_lightning.terminal.messages import nearest
 
 CHUNK_ROWS = 1024
 Row = Mapping[str, object]

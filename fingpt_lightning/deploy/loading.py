@@ -8,8 +8,8 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
-from fingpt_lightning.models.adapter_files import ADAPTER_CONFIG, trained_quantization
 from fingpt_lightning.models.device import find_device
+from fingpt_lightning.models.formats.peft_adapter import ADAPTER_CONFIG, trained_quantization
 from fingpt_lightning.models.loading import AUTO, NONE, LoadedModel, load_model
 
 

@@ -14,7 +14,7 @@ from fingpt_lightning.evaluation.results import check_output, remarks, table, wr
 from fingpt_lightning.evaluation.runner import Scoring, evaluate, read_tasks
 from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.loading import load_model
-from fingpt_lightning.progress import shown_progress
+from fingpt_lightning.terminal.progress import shown_progress
 
 _PACKAGES = ("fingpt-lightning", "torch", "transformers", "tokenizers", "bitsandbytes", "peft")
 

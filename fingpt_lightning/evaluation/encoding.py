@@ -6,7 +6,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from fingpt_lightning.evaluation.token_tree import Text
-from fingpt_lightning.models.tokenizer_files import begin_tokens
+from fingpt_lightning.models.formats.tokenizer import begin_tokens
 from fingpt_lightning.tasks import Example
 from fingpt_lightning.tasks.cutting import cut_own_text
 

@@ -3,7 +3,12 @@
 import argparse
 from pathlib import Path
 
-from fingpt_lightning.command_line import OptionParser, add_model_options, names, positive_int
+from fingpt_lightning.terminal.command_line import (
+    OptionParser,
+    add_model_options,
+    names,
+    positive_int,
+)
 
 
 def parse_options(words: list[str]) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from fingpt_lightning.evaluation.runner import TaskResult
-from fingpt_lightning.whole_files import write_whole
+from fingpt_lightning.files import write_whole
 
 RESULTS = "results.json"
 _COLUMNS = {

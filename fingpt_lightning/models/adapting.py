@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fingpt_lightning.files import write_whole, written_whole
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.low_rank.adapters import AdaptedLinear, AdapterOptions, SharedDown
-from fingpt_lightning.models.adapter_files import (
+from fingpt_lightning.models.formats.peft_adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_QUANTIZE,
     check_adapter,
     read_adapter,
 )
-from fingpt_lightning.models.frozen_matrix import FrozenMatrix, Int8Linear
 from fingpt_lightning.models.layout import features_of
-from fingpt_lightning.models.quantization import is_linear
-from fingpt_lightning.models.rounding import NF4Matrix, nf4_values
-from fingpt_lightning.whole_files import write_whole
+from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix, Int8Linear
+from fingpt_lightning.models.quantization.layers import is_linear
+from fingpt_lightning.models.quantization.rounding import NF4Matrix, nf4_values
 
 ALL_LINEAR = "all-linear"
 _WRAPPER = "base_model.model."  # what PEFT puts before the names of the base
@@ -223,12 +223,11 @@ def save_adapter(
         "target_modules": _shortest_names(names, there),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"{ADAPTER_WEIGHTS}.partial"
     told = {"format": "pt"}
     if (method := base_quantization(network)) is not None:
         told[BASE_QUANTIZE] = method
-    save_file(state, aside, told)
-    aside.replace(folder / ADAPTER_WEIGHTS)
+    with written_whole(folder / ADAPTER_WEIGHTS) as aside:
+        save_file(state, aside, told)
     write_whole(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
 
 

@@ -13,7 +13,7 @@ from fingpt_lightning.models.adapting import (
     ends_features,
     linear_names,
 )
-from fingpt_lightning.models.quantized_embedding import QuantizedEmbedding
+from fingpt_lightning.models.quantization.quantized_embedding import QuantizedEmbedding
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from fingpt_lightning.low_rank.rank_allocation import (
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
 from fingpt_lightning.models.pair_config import note_pairs
 from fingpt_lightning.models.tied_head import tie_head
-from fingpt_lightning.nearest import nearest
+from fingpt_lightning.terminal.messages import nearest
 
 INITIALIZER_STD = 0.02
 

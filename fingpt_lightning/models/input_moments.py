@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank.decomposition import ShiftedMoments
-from fingpt_lightning.models.quantization import is_linear
+from fingpt_lightning.models.quantization.layers import is_linear
 
 HEAD = "lm_head"
 _NORMS = ("norm", "ln_f")

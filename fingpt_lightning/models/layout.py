@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
 from fingpt_lightning.models.pair_config import noted_activation
-from fingpt_lightning.models.quantization import is_linear, quantized_layer
+from fingpt_lightning.models.quantization.layers import is_linear, quantized_layer
 from fingpt_lightning.models.tied_head import tie_head
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}

@@ -1,6 +1,5 @@
 """One way to load a model: Hugging Face folder or name, adapter, GGUF, checkpoint or run."""
 
-import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,8 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from fingpt_lightning.models.adapter_files import (
+from fingpt_lightning.models.adapting import load_adapter
+from fingpt_lightning.models.formats.peft_adapter import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
     BEST_ADAPTER_FOLDER,
@@ -19,17 +19,14 @@ from fingpt_lightning.models.adapter_files import (
     check_adapter,
     trained_quantization,
 )
-from fingpt_lightning.models.adapting import load_adapter
-from fingpt_lightning.models.layout import cut, fill, lay_out
-from fingpt_lightning.models.quantization import QUANTIZATIONS
-from fingpt_lightning.models.stored_quantization import is_low_rank, place_quantized_layers
-from fingpt_lightning.models.tokenizer_files import (
+from fingpt_lightning.models.formats.quantized_folder import is_low_rank, place_quantized_layers
+from fingpt_lightning.models.formats.tokenizer import (
     check_tokenizer,
     checkpoint_tokenizer,
     holds_tokenizer,
     read_tokenizer,
 )
-from fingpt_lightning.models.weights import (
+from fingpt_lightning.models.formats.weights import (
     SAFETENSORS,
     SAFETENSORS_INDEX,
     Weights,
@@ -39,7 +36,9 @@ from fingpt_lightning.models.weights import (
     read_checkpoint,
     refuse_pickled,
 )
-from fingpt_lightning.nearest import nearest
+from fingpt_lightning.models.layout import cut, fill, lay_out
+from fingpt_lightning.models.quantization.layers import QUANTIZATIONS
+from fingpt_lightning.terminal.messages import first_line, nearest, nearest_sibling
 
 DTYPES = {
     "float32": torch.float32,
@@ -248,9 +247,8 @@ def _adapter_of_run(path: Path) -> Path | None:
 
 
 def _nearest(path: Path) -> str:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    return f"; did you mean {path.with_name(near[0])}?" if near else ""
+    near = nearest_sibling(path)
+    return "" if near is None else f"; did you mean {near}?"
 
 
 def _hub_folder(name: str, revision: str | None, hint: str) -> Path:
@@ -266,10 +264,9 @@ def _hub_folder(name: str, revision: str | None, hint: str) -> Path:
         HfApi().model_info(name, revision=revision, timeout=10)
         return _snapshot(name, revision, local_files_only=False)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
         raise FileNotFoundError(
             f"model {name}: no such file or folder{hint}, and not to be had from the Hugging Face"
-            f" hub ({reason})"
+            f" hub ({first_line(error)})"
         ) from error
 
 

@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead
-from fingpt_lightning.models.quantized_embedding import QuantizedEmbedding
+from fingpt_lightning.models.quantization.quantized_embedding import QuantizedEmbedding
 
 
 def tie_head(network: PreTrainedModel) -> None:

@@ -30,11 +30,11 @@ from fingpt_lightning.models import (
     recompute_blocks,
 )
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
+from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.models.gpt2 import check_ranks, materialize, preset_shape, rank_ratio_of
 from fingpt_lightning.models.layout import fill, lay_out
 from fingpt_lightning.models.loading import load_model, open_stored
 from fingpt_lightning.models.pair_config import drop_guides, is_guide
-from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule, TextSource
 from fingpt_lightning.modules.optimization import adamw_8bit, decay_groups, pair_groups
 from fingpt_lightning.modules.quantization_aware import RoundingSchedule

@@ -5,8 +5,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from transformers import PreTrainedModel
 
-from fingpt_lightning.models.quantization import QUANTIZATIONS
-from fingpt_lightning.models.rounded_weights import RoundedWeights
+from fingpt_lightning.models.quantization.fake_quantization import RoundedWeights
+from fingpt_lightning.models.quantization.layers import QUANTIZATIONS
 
 DEFAULT_START = 0.8
 

@@ -20,7 +20,6 @@ from typing_extensions import override
 from fingpt_lightning.data.batch import IGNORED_LABEL, TokenBatch
 from fingpt_lightning.low_rank.adapters import AdapterOptions, FrozenBase
 from fingpt_lightning.models import LossSums, Recompute, recompute_blocks
-from fingpt_lightning.models.adapter_files import ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, Base
 from fingpt_lightning.models.adapting import (
     ALL_LINEAR,
     WholeAdapters,
@@ -32,11 +31,12 @@ from fingpt_lightning.models.adapting import (
     save_adapter,
     without_adapters,
 )
+from fingpt_lightning.models.formats.peft_adapter import ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, Base
 from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.loading import DTYPES, load_model
 from fingpt_lightning.models.offload import offload_block_inputs
 from fingpt_lightning.models.packed_attention import run_packed, use_packed_attention
-from fingpt_lightning.models.quantization import BYTES_PER_NUMBER
+from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER
 from fingpt_lightning.modules.base_model import RandomLlama, random_llama
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import adamw_8bit

@@ -6,7 +6,7 @@ from typing import Any
 from fingpt_lightning.low_rank import Initialization
 from fingpt_lightning.low_rank.linear import FACTOR_ACTIVATIONS
 from fingpt_lightning.modules.ranges import check_above_0, check_from_0
-from fingpt_lightning.nearest import nearest
+from fingpt_lightning.terminal.messages import nearest
 
 PLAIN: Mapping[str, Any] = {
     "initialization": "svd", "factor_activation": "none", "factor_expansion": 0.0,

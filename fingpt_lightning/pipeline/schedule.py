@@ -1,8 +1,9 @@
 """The pipeline schedules: what each needs, where its stages lie, what time it wastes."""
 
-import difflib
 from dataclasses import dataclass
 from enum import StrEnum
+
+from fingpt_lightning.terminal.messages import nearest_of
 
 
 class Schedule(StrEnum):
@@ -57,8 +58,8 @@ def schedule_named(name: str) -> Schedule:
     by_lower = {schedule.lower(): schedule for schedule in Schedule}
     if name.lower() in by_lower:
         return by_lower[name.lower()]
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.3)
-    hint = f"; did you mean {by_lower[near[0]].value}?" if near else ""
+    near = nearest_of(name.lower(), by_lower, cutoff=0.3)
+    hint = f"; did you mean {by_lower[near].value}?" if near is not None else ""
     raise ValueError(f"schedule {name!r} is none of {', '.join(Schedule)}{hint}")
 
 

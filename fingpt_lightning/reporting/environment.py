@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from fingpt_lightning.files import write_whole
 from fingpt_lightning.units import GIB
-from fingpt_lightning.whole_files import write_whole
 
 ENVIRONMENT = "environment.json"
 _PACKAGES = ("fingpt-lightning", "torch", "lightning", "transformers", "bitsandbytes", "wandb")

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fingpt_lightning.nearest import nearest
 from fingpt_lightning.pipeline import Pass, Work
 from fingpt_lightning.reporting.answers import Exam, exams_of_evaluation, exams_of_run
 from fingpt_lightning.reporting.environment import ENVIRONMENT
 from fingpt_lightning.reporting.files import Row, read_config, read_metrics, read_object
+from fingpt_lightning.terminal.messages import nearest
 
 TOKENS, TIME_S = "train/tokens", "throughput/training_time_s"
 _RUN_FILES = ("config.yaml", "metrics.csv", "summary.json")

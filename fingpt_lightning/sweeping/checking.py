@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 from rich.table import Table
 
-from fingpt_lightning.nearest import nearest
-from fingpt_lightning.settings import as_list
 from fingpt_lightning.sweeping.space import Point, sample_points, short_names, shown
 from fingpt_lightning.sweeping.sweep_file import Sweep, WrongSweep
+from fingpt_lightning.terminal.command_line import as_list
+from fingpt_lightning.terminal.messages import nearest
 
 _OUR_PACKAGES = ("fingpt_lightning", "callbacks")
 _MAX_SHOWN_TRIALS = 60

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fingpt_lightning.command_line import OptionParser, WrongOptions, positive_int
+from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions, positive_int
 
 
 def parse_options(words: list[str]) -> argparse.Namespace:

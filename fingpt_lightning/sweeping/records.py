@@ -10,12 +10,12 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as StudyState
 from rich.table import Table
 
-from fingpt_lightning.settings import as_list
+from fingpt_lightning.files import write_whole
 from fingpt_lightning.sweeping.space import short_names, shown
 from fingpt_lightning.sweeping.sweep_file import Sweep
 from fingpt_lightning.sweeping.trial_process import TrialState
+from fingpt_lightning.terminal.command_line import as_list
 from fingpt_lightning.units import format_duration
-from fingpt_lightning.whole_files import write_whole
 
 RECORD = "sweep.json"
 BEST_CONFIG = "best.yaml"

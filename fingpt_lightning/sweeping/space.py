@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from optuna.trial import Trial
 
-from fingpt_lightning.nearest import nearest
+from fingpt_lightning.terminal.messages import nearest
 
 Point: TypeAlias = dict[str, Any]
 """A value for each parameter, by its name with dots."""

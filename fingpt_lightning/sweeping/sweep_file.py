@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fingpt_lightning.nearest import nearest
 from fingpt_lightning.sweeping.space import (
     Distribution,
     Point,
@@ -14,6 +13,7 @@ from fingpt_lightning.sweeping.space import (
     nested,
     read_parameters,
 )
+from fingpt_lightning.terminal.messages import nearest
 
 ARGUMENTS = "${args_json_file}"
 """What stands in ``command`` for the file of a trial's arguments."""

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from fingpt_lightning.nearest import nearest
 from fingpt_lightning.tasks.task import Field, Shape, Task, Template
+from fingpt_lightning.terminal.messages import nearest
 
 Row = Mapping[str, object]
 

@@ -7,7 +7,6 @@ from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
-from fingpt_lightning.nearest import nearest
 from fingpt_lightning.tasks.task import (
     FIELDS_OF_KIND,
     KINDS,
@@ -20,6 +19,7 @@ from fingpt_lightning.tasks.task import (
     Template,
 )
 from fingpt_lightning.tasks.yaml_block import YamlBlock, read_yaml
+from fingpt_lightning.terminal.messages import nearest
 
 _FOLDER = Path(__file__).parent
 _NAME = re.compile(r"[a-z][a-z0-9_]*")

@@ -10,8 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from fingpt_lightning.nearest import nearest
 from fingpt_lightning.tasks.task import Cut, Hub, LineFile, Task
+from fingpt_lightning.terminal.messages import first_line, nearest
 
 NumberedRow = tuple[int, Mapping[str, object]]
 
@@ -90,7 +90,7 @@ def _jsonl_rows(path: Path) -> Iterator[NumberedRow]:
                 if not line.isspace():
                     yield number, _json_object(line, path, number)
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"{path} is no whole gzip file ({_first_line(error)})") from None
+            raise ValueError(f"{path} is no whole gzip file ({first_line(error)})") from None
 
 
 def _json_object(line: bytes, path: Path, number: int) -> Mapping[str, object]:
@@ -139,7 +139,7 @@ def _parquet_rows(path: Path) -> Iterator[NumberedRow]:
             batches = (batch.to_pylist() for batch in file.iter_batches(_PARQUET_ROWS))
             yield from enumerate(chain.from_iterable(batches), start=1)
     except ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file ({_first_line(error)})") from None
+        raise ValueError(f"{path} is no Parquet file ({first_line(error)})") from None
 
 
 _LONGEST_FIELD = 2**31 - 1
@@ -203,11 +203,7 @@ def _hub_rows(hub: Hub, split: str) -> Iterator[NumberedRow]:
         )
     except Exception as error:
         raise RuntimeError(
-            f"{hub.name} cannot be had from the Hugging Face hub ({_first_line(error)}); "
+            f"{hub.name} cannot be had from the Hugging Face hub ({first_line(error)}); "
             "give data_dir to read local files"
         ) from error
     yield from enumerate(rows, start=1)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")

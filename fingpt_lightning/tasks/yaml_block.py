@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import yaml
 
-from fingpt_lightning.nearest import nearest
+from fingpt_lightning.terminal.messages import nearest
 
 T = TypeVar("T")
 Word = TypeVar("Word", bound=str)

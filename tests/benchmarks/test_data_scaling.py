@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.benchmarks import data_scaling
+from benchmarks import data_scaling
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fingpt_lightning.benchmarks import decoding
+from benchmarks import decoding
 from fingpt_lightning.models.gpt2 import GPT2Shape
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.benchmarks import decomposed_quality, decomposition
+from benchmarks import decomposed_quality, decomposition
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer
 
 

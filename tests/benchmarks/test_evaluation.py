@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fingpt_lightning.benchmarks import evaluation
+from benchmarks import evaluation
 
 
 def _run(monkeypatch: pytest.MonkeyPatch, path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fingpt_lightning.benchmarks import exports
+from benchmarks import exports
 from fingpt_lightning.low_rank.adapters import AdapterOptions
 from fingpt_lightning.models.adapting import adapt, adapted_layers, save_adapter
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer, write_rows

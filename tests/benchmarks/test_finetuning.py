@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.benchmarks import finetuning
+from benchmarks import finetuning
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

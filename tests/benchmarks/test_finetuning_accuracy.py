@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fingpt_lightning.benchmarks import finetuning_accuracy
+from benchmarks import finetuning_accuracy
 from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import QuantizedFinetuning

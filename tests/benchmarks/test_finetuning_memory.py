@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.benchmarks import finetuning_memory
+from benchmarks import finetuning_memory
 
 
 def test_a_whole_network_holds_what_two_blocks_and_three_foretell(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fingpt_lightning.benchmarks import local_sweep
+from benchmarks import local_sweep
 from tests.sweeping.test_local_sweep import COMMAND, OWN_PROGRAM, ROOT
 
 # `fingpt sweep` of a program that only pretends to train, with a report of one line.

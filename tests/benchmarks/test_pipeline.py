@@ -17,7 +17,7 @@ TOY = [
 @pytest.mark.slow
 def test_a_pipeline_is_compared_with_one_process_and_the_machines_ceiling(tmp_path: Path) -> None:
     path = tmp_path / "pipeline.json"
-    command = [sys.executable, "-m", "fingpt_lightning.benchmarks.pipeline", *TOY]
+    command = [sys.executable, "-m", "benchmarks.pipeline", *TOY]
     done = subprocess.run(
         [*command, "--json", str(path)], capture_output=True, text=True, timeout=250
     )
@@ -47,7 +47,7 @@ def test_the_simulation_names_every_schedule_and_draws_it(tmp_path: Path) -> Non
         "--width", "64", "--vocab_size", "97", "--embedding_rank", "16", "--block_length", "8",
         "--num_blocks", "16", "--ranks", "2", "4", "--repeats", "2", "--json", str(path),
     ]  # fmt: skip
-    command = [sys.executable, "-m", "fingpt_lightning.benchmarks.pipeline_simulation", *toy]
+    command = [sys.executable, "-m", "benchmarks.pipeline_simulation", *toy]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     record = json.loads(path.read_text())

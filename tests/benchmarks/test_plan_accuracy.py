@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 # Lightning sets an environment variable when it is imported: not in a test.
-import fingpt_lightning.plan_command  # noqa: F401
-from fingpt_lightning.benchmarks import plan_accuracy
+import fingpt_lightning.planning.command  # noqa: F401
+from benchmarks import plan_accuracy
 from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"

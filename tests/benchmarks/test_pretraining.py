@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.benchmarks import pretraining, recompute, step_profile
-from fingpt_lightning.benchmarks.pretraining import RANKS
-from fingpt_lightning.benchmarks.training_step import TOY, Workload
+from benchmarks import pretraining, recompute, step_profile
+from benchmarks.pretraining import RANKS
+from benchmarks.training_step import TOY, Workload
 from fingpt_lightning.models import PRESETS
 
 SIZE = ["--batch_size", "2", "--block_length", "16", "--repeats", "2"]
@@ -19,7 +19,7 @@ import runpy, sys
 for name in ("wandb", "jsonargparse", "datasets", "bitsandbytes", "torchmetrics"):
     sys.modules[name] = None
 sys.argv = ["benchmark", *sys.argv[2:]]
-runpy.run_module("fingpt_lightning.benchmarks." + MODULE, run_name="__main__")
+runpy.run_module("benchmarks." + MODULE, run_name="__main__")
 """
 
 

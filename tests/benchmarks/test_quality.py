@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fingpt_lightning.benchmarks import quality
-from fingpt_lightning.benchmarks.quality_runs import Run, Variant, Workshop, read_grid
+from benchmarks import quality
+from benchmarks.quality_runs import Run, Variant, Workshop, read_grid
 from fingpt_lightning.modules import LowRankPretraining
 
 SMALL = {"rank": 2, "embedding_rank": 2}

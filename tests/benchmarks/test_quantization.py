@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fingpt_lightning.benchmarks import quantization
+from benchmarks import quantization
 
 
 def test_all_parts_run_at_toy_size_and_none_is_repeated(

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.benchmarks.record import markdown_table, new_record, spread, write_record
+from benchmarks.record import markdown_table, new_record, spread, write_record
 
 
 def test_a_record_says_what_made_it(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.benchmarks import twin_runs
+from benchmarks import twin_runs
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug_pretrain_gpt2_small.yaml"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.benchmarks import zero_shot
+from benchmarks import zero_shot
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer, write_rows
 
 

@@ -18,7 +18,7 @@ from fingpt_lightning.data.tokenizers import (
     train_tokenizer,
     vocabulary_size,
 )
-from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
+from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 
 
 def _train(vocab_size: int = 400) -> PreTrainedTokenizerFast:

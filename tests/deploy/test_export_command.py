@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.cli import main
+from fingpt_lightning.cli.main import main
 from fingpt_lightning.models.loading import load_model
 from tests.deploy.tiny_clients import save_clients, save_low_rank_model
 from tests.evaluation.tiny_language import write_rows

@@ -8,13 +8,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fingpt_lightning.benchmarks.llama_cpp import next_token_logprobs
+from benchmarks.llama_cpp import next_token_logprobs
 from fingpt_lightning.deploy import exporting
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.decoding import decode
-from fingpt_lightning.models.frozen_matrix import Int8Linear
 from fingpt_lightning.models.loading import LoadedModel, load_model
+from fingpt_lightning.models.quantization.frozen_matrix import Int8Linear
 from tests.deploy.tiny_clients import save_clients, save_low_rank_model
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer
 from tests.models.tiny_models import ids, save, tiny_llama

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fingpt_lightning.cli import main
+from fingpt_lightning.cli.main import main
 from fingpt_lightning.deploy.generate_command import read_prompts
 from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.decoding import decode
@@ -191,7 +191,7 @@ def test_a_wrong_file_of_prompts_is_named_with_its_line(
 @pytest.mark.parametrize("command", ["generate", "label", "export"])
 def test_help_is_answered_without_torch(command: str) -> None:
     script = (
-        "import sys; from fingpt_lightning.cli import main\n"
+        "import sys; from fingpt_lightning.cli.main import main\n"
         f"try: main(['{command}', '--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "assert 'torch' not in sys.modules"

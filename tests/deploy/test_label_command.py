@@ -10,7 +10,7 @@ import pyarrow  # type: ignore[import-untyped]
 import pytest
 from pyarrow import parquet
 
-from fingpt_lightning.cli import main
+from fingpt_lightning.cli.main import main
 from fingpt_lightning.deploy import label_command, labelling
 from fingpt_lightning.deploy.labelling import Labeller
 from fingpt_lightning.evaluation.runner import predict

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fingpt_lightning import progress, tasks
-from fingpt_lightning.cli import main
+from fingpt_lightning import tasks
+from fingpt_lightning.cli.main import main
+from fingpt_lightning.terminal import progress
 from tests.evaluation.test_adapters import save_adapter
 from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer, write_rows
 
@@ -207,7 +208,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
 
 def test_help_is_answered_without_torch() -> None:
     script = (
-        "import sys; from fingpt_lightning.cli import main\n"
+        "import sys; from fingpt_lightning.cli.main import main\n"
         "try: main(['evaluate', '--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "assert 'torch' not in sys.modules"

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fingpt_lightning.models.input_moments import HEAD, input_moments, shifted_moments
-from fingpt_lightning.models.quantization import is_linear
+from fingpt_lightning.models.quantization.layers import is_linear
 from tests.models.tiny_models import ids, tiny_gpt2, tiny_llama
 
 

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from fingpt_lightning.low_rank import LowRankLinear
+from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.models.loading import load_model
-from fingpt_lightning.models.tokenizer_files import tokenizer_sha256
 from fingpt_lightning.modules import LowRankPretraining
 from tests.models.tiny_models import ids, tiny_tokenizer
 from tests.support.token_data import TokenData

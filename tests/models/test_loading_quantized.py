@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from fingpt_lightning.low_rank import LowRankLinear, RankRule
 from fingpt_lightning.models import GPT2Shape, build_gpt2
 from fingpt_lightning.models.loading import load_model
-from fingpt_lightning.models.quantization import quantized_layer
+from fingpt_lightning.models.quantization.layers import quantized_layer
 from fingpt_lightning.profiling import LiveTensorBytes, module_memory
 from tests.models.tiny_models import ids, save, save_low_rank, tiny_gpt2, tiny_llama
 

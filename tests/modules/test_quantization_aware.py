@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.models import vocabulary_loss
 from fingpt_lightning.models.loading import load_model
-from fingpt_lightning.models.rounded_weights import RoundedWeights
+from fingpt_lightning.models.quantization.fake_quantization import RoundedWeights
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.quantization_aware import RoundingSchedule
 from tests.support.token_data import TokenData

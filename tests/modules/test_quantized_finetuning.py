@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from callbacks.checkpoints import BestCheckpoint
 from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.deploy.exporting import export
-from fingpt_lightning.models.adapter_files import adapter_base
 from fingpt_lightning.models.adapting import adapted_layers, load_adapter, without_adapters
+from fingpt_lightning.models.formats.peft_adapter import adapter_base
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import QuantizedFinetuning
 from fingpt_lightning.modules.base_model import RandomLlama

@@ -14,16 +14,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fingpt_lightning.deploy.exporting import export
-from fingpt_lightning.deploy.network_files import write_network
 from fingpt_lightning.low_rank import FactorPairOptimizer, LowRankLinear, factor_pairs
 from fingpt_lightning.models.expansion import expand, merge_into_base
+from fingpt_lightning.models.formats.network_files import write_network
 from fingpt_lightning.models.loading import load_model
-from fingpt_lightning.models.quantization import quantized_layer
+from fingpt_lightning.models.quantization.layers import quantized_layer
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.optimization import dense_in_blocks
 from fingpt_lightning.modules.recipe import PLAIN, check_recipe
+from fingpt_lightning.planning.plan import optimizer_bytes, pairs_saving
 from fingpt_lightning.profiling.memory import module_memory
-from fingpt_lightning.reporting.plan import optimizer_bytes, pairs_saving
 from fingpt_lightning.strategies import FullySharded, PipelineStrategy
 from tests.models.tiny_models import ids
 from tests.support.lightning_ranks import RanksEnvironment

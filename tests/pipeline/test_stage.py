@@ -13,7 +13,7 @@ from fingpt_lightning.models import GPT2Shape, build_gpt2, lay_out_gpt2
 from fingpt_lightning.models.adapting import adapt, linear_names
 from fingpt_lightning.models.gpt2 import PRESETS, materialize
 from fingpt_lightning.models.layout import features_of
-from fingpt_lightning.models.quantization import BYTES_PER_NUMBER, quantized_layer
+from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER, quantized_layer
 from fingpt_lightning.pipeline import (
     Span,
     Stage,

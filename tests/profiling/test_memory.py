@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
-from fingpt_lightning.models.quantization import quantized_layer
+from fingpt_lightning.models.quantization.layers import quantized_layer
 from fingpt_lightning.profiling import (
     LiveTensorBytes,
     module_memory,

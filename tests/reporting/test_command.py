@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.cli import main
+from fingpt_lightning.cli.main import main
 from tests.reporting.folders import make_run
 
 

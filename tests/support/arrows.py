@@ -1,59 +1,62 @@
 """Reads the imports of the source tree and finds those that point the wrong way.
 
-A room is a folder of ``fingpt_lightning``, a module at its top, or the package ``callbacks``.
+A package is a folder of ``fingpt_lightning``, a file at its top, or ``callbacks`` or
+``benchmarks``. Files of a package import each other in one direction too.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGES = ("fingpt_lightning", "callbacks")
+PACKAGES = ("fingpt_lightning", "callbacks", "benchmarks")
 
-# From the top of the house to its ground. A room imports rooms of lower rows only, so that
-# nothing imports a benchmark.
-ROWS = (
-    ("benchmarks",),
-    (
-        "__main__",
-        "cli",
-        "config_errors",
-        "lightning_cli",
-        "plan_command",
-        "sweep_command",
-        "wandb_runs",
-    ),
-    ("sweeping", "reporting", "deploy", "callbacks"),
-    ("modules", "strategies", "data", "evaluation"),
-    ("pipeline", "models", "tasks"),
-    ("low_rank", "profiling"),
-    ("command_line", "progress"),
-    ("nearest", "new_folders", "settings", "units", "whole_files"),
+# From top to bottom; a package imports those below it only, so that there is no circle.
+ORDER = (
+    "benchmarks",
+    "__main__",
+    "cli",
+    "planning",
+    "reporting",
+    "sweeping",
+    "decompose",
+    "deploy",
+    "callbacks",
+    "strategies",
+    "modules",
+    "evaluation",
+    "data",
+    "tasks",
+    "pipeline",
+    "models",
+    "profiling",
+    "low_rank",
+    "terminal",
+    "files",
+    "metric_keys",
+    "units",
 )
-# The program is one room of several files.
-PROGRAM = ROWS[1]
-# Arrows within a row: only to this module.
-LEVEL_ARROWS = {("modules", "data"): "fingpt_lightning.data.batch"}
 
 _LIGHTNING_AND_WANDB = ("lightning", "lightning_fabric", "pytorch_lightning", "wandb")
+_HEAVY = (*_LIGHTNING_AND_WANDB, "torch")
 # What the files below a path never import.
 FOREIGN = {
     "fingpt_lightning/low_rank": _LIGHTNING_AND_WANDB,
     "fingpt_lightning/models": _LIGHTNING_AND_WANDB,
     "fingpt_lightning/pipeline": _LIGHTNING_AND_WANDB,
     "fingpt_lightning/profiling": _LIGHTNING_AND_WANDB,
-    "fingpt_lightning/tasks": (*_LIGHTNING_AND_WANDB, "torch"),
-    "fingpt_lightning/command_line.py": (*_LIGHTNING_AND_WANDB, "torch"),
-    "fingpt_lightning/nearest.py": (*_LIGHTNING_AND_WANDB, "torch"),
-    "fingpt_lightning/new_folders.py": (*_LIGHTNING_AND_WANDB, "torch"),
-    "fingpt_lightning/settings.py": (*_LIGHTNING_AND_WANDB, "torch"),
-    "fingpt_lightning/units.py": (*_LIGHTNING_AND_WANDB, "torch"),
-    "fingpt_lightning/whole_files.py": (*_LIGHTNING_AND_WANDB, "torch"),
+    "fingpt_lightning/tasks": _HEAVY,
+    "fingpt_lightning/terminal": _HEAVY,
+    "fingpt_lightning/files.py": _HEAVY,
+    "fingpt_lightning/metric_keys.py": _HEAVY,
+    "fingpt_lightning/units.py": _HEAVY,
     "fingpt_lightning/pipeline/partition.py": ("torch",),
     "fingpt_lightning/pipeline/schedule.py": ("torch",),
     "fingpt_lightning/pipeline/simulation.py": ("torch",),
 }
 YAML_FOLDERS = ("configs", "sweeps")
+_MAP_ROW = re.compile(r"^\| `([\w./]+)`", re.MULTILINE)
 
 
 class Import(NamedTuple):
@@ -72,42 +75,96 @@ def find_violations(root: Path) -> list[str]:
     """Lists everything below ``root`` that breaks an arrow, each with file and line.
 
     Args:
-        root: The folder that holds ``fingpt_lightning`` and ``callbacks``.
+        root: Folder that holds ``fingpt_lightning`` and ``callbacks``.
     """
     found = [
         f"{path.relative_to(root).as_posix()}: only YAML lies in {folder}/"
         for folder in YAML_FOLDERS
         for path in sorted((root / folder).rglob("*.py"))
     ]
-    for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            file = path.relative_to(root)
-            found += _violations_of_file(file, list(_imports(path, file)))
-    return found
+    imports = {file: list(_imports(root / file, file)) for file in _files(root)}
+    for file, entries in imports.items():
+        found += _violations_of_file(file, entries)
+    return found + [f"circle: {' -> '.join(circle)}" for circle in find_circles(root)]
+
+
+def find_circles(root: Path) -> list[list[str]]:
+    """The circles of imports between files below ``root``, each from its first file to itself.
+
+    An import within a function counts too: it only hides the circle.
+    """
+    files = {_module_name(file): file for file in _files(root)}
+    edges: dict[str, list[str]] = {}
+    for module, file in files.items():
+        targets = (_target(entry.module, files) for entry in _imports(root / file, file, deep=True))
+        edges[module] = sorted({target for target in targets if target not in (None, module)})  # type: ignore[type-var]
+    circles: list[list[str]] = []
+    done: set[str] = set()
+    for start in sorted(edges):
+        path: list[str] = []
+        stack = [(start, iter(edges[start]))] if start not in done else []
+        path += [start] if stack else []
+        while stack:
+            module, targets_left = stack[-1]
+            target = next(targets_left, None)
+            if target is None:
+                done.add(module)
+                stack.pop()
+                path.pop()
+            elif target in path:
+                circles.append([*path[path.index(target) :], target])
+            elif target not in done:
+                stack.append((target, iter(edges[target])))
+                path.append(target)
+    return circles
+
+
+def mapped_packages(document: str) -> list[str]:
+    r"""The packages that the table of a document names, in its order.
+
+    >>> mapped_packages("| `fingpt_lightning/cli/` | x |\n| `callbacks/` | y |")
+    ['cli', 'callbacks']
+    """
+    names = (match.removesuffix("/") for match in _MAP_ROW.findall(document))
+    return [name.removeprefix("fingpt_lightning/").removesuffix(".py") for name in names]
+
+
+def packages_in(root: Path) -> set[str]:
+    """The packages that a tree has; the first lines of ``fingpt_lightning`` are none."""
+    packages = (_package_of_module(_module_name(file)) for file in _files(root))
+    return {package for package in packages if package is not None}
+
+
+def _files(root: Path) -> list[Path]:
+    return [
+        path.relative_to(root)
+        for package in PACKAGES
+        for path in sorted((root / package).rglob("*.py"))
+    ]
 
 
 def _violations_of_file(file: Path, imports: list[Import]) -> list[str]:
-    room = _room_of_module(_module_name(file))
-    if room is None:
-        rooms = ((entry, _room_of_module(entry.module)) for entry in imports)
-        return [
-            f"{entry}: the package imports its room {target}" for entry, target in rooms if target
-        ]
-    if _row(room) is None:
-        return [f"{file.as_posix()}: {room} has no row; give it one in tests/support/arrows.py"]
+    package = _package_of_module(_module_name(file))
+    if package is not None and package not in ORDER:
+        place = f"{file.as_posix()}: {package} has no place"
+        return [f"{place}; give it one in tests/support/arrows.py and CONTRIBUTING.md"]
     found = []
     for entry in imports:
         if foreign := _foreign_package(file, entry.module):
             found.append(f"{entry}: {file.as_posix()} never imports {foreign}")
-        if entry.is_plain and entry.module == "callbacks" and room != "cli":
+        if entry.is_plain and entry.module == "callbacks" and package != "cli":
             found.append(f"{entry}: write `from callbacks.FILE import NAME`")
-        target = _room_of_module(entry.module)
-        if target is not None and not _is_allowed(room, target, entry.module):
-            found.append(f"{entry}: {room} -> {target} is no arrow of the design")
+        target = _package_of_module(entry.module)
+        if target is None or target == package:
+            continue
+        if package is None:
+            found.append(f"{entry}: the package imports its part {target} before it is asked for")
+        elif target not in ORDER or ORDER.index(target) < ORDER.index(package):
+            found.append(f"{entry}: {package} -> {target} is no arrow of the design")
     return found
 
 
-def _imports(path: Path, file: Path) -> Iterator[Import]:
+def _imports(path: Path, file: Path, deep: bool = False) -> Iterator[Import]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -115,9 +172,18 @@ def _imports(path: Path, file: Path) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             base = _base_module(file, node)
             for alias in node.names:
-                # `from package import room` names the room only in its last part.
-                module = f"{base}.{alias.name}" if base in PACKAGES else base
+                # `from package import part` names the part only in its last word.
+                is_named = deep or base in PACKAGES
+                module = f"{base}.{alias.name}" if is_named else base
                 yield Import(file, node.lineno, module, is_plain=False)
+
+
+def _target(module: str, files: dict[str, Path]) -> str | None:
+    """The file behind an imported name: a module, or the module that holds the name."""
+    if module in files:
+        return module
+    holder = module.rpartition(".")[0]
+    return holder if holder in files else None
 
 
 def _base_module(file: Path, node: ast.ImportFrom) -> str:
@@ -131,26 +197,13 @@ def _module_name(file: Path) -> str:
     return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
 
 
-def _room_of_module(module: str) -> str | None:
+def _package_of_module(module: str) -> str | None:
     package, _, inner = module.partition(".")
-    if package == "callbacks":
-        return "callbacks"
+    if package in ("callbacks", "benchmarks"):
+        return package
     if package != "fingpt_lightning" or not inner or inner == "__version__":
         return None
     return inner.split(".")[0]
-
-
-def _row(room: str) -> int | None:
-    return next((row for row, rooms in enumerate(ROWS) if room in rooms), None)
-
-
-def _is_allowed(room: str, target: str, module: str) -> bool:
-    if room == target or (room in PROGRAM and target in PROGRAM):
-        return True
-    row, target_row = _row(room), _row(target)
-    if row is None or target_row is None:
-        return False
-    return row < target_row or LEVEL_ARROWS.get((room, target)) == module
 
 
 def _foreign_package(file: Path, module: str) -> str | None:

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fingpt_lightning.command_line import WrongOptions
 from fingpt_lightning.sweeping.options import parse_options
 from fingpt_lightning.sweeping.sweep_file import Stopping, WrongSweep, read_sweep
+from fingpt_lightning.terminal.command_line import WrongOptions
 
 COMMAND = ["${env}", "${interpreter}", "-m", "fingpt_lightning", "fit", "--config",
            "configs/a.yaml", "--config", "${args_json_file}"]  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fingpt_lightning.sweep_command import build_fit
+from fingpt_lightning.cli.sweep import build_fit
 from fingpt_lightning.sweeping.checking import check_sweep, documented_keys
 from fingpt_lightning.sweeping.sweep_file import read_sweep
 from tests.support.wandb_client import run_client

@@ -1,0 +1,453 @@
+"""Which way of training a low-rank GPT-2 keeps the quality of its dense twin?
+
+Tunes the learning rate of every variant of a grid, the dense twin's too, on a short budget, beyond
+the rates that are given while the best is at their end; then trains the dense twin, the naive way
+and the best of the others on the same tokens, several seeds each, and the best of the others once
+more for as long as the dense twin took. What is there for comparison alone, variants that are not
+small enough and the naive way in equal time, has the first seed only. The record is written after
+every run, and a run in it is not repeated; processes that take turns share it.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality_plot import draw
+from benchmarks.quality_runs import TUNING, Grid, Run, Variant, Workshop, read_grid
+from benchmarks.record import (
+    markdown_table,
+    new_record,
+    record_lock,
+    spread,
+    write_record,
+)
+from fingpt_lightning.profiling import keep_freed_memory
+
+QUESTION = (
+    "Which recipe keeps the quality of a dense GPT-2 in a network 2.64 times smaller, on the same"
+    " tokens and in the same time?"
+)
+WANTED_RATIO = 2.64
+_PATIENCE_S = 2.0
+_MAX_MORE_RATES = 2
+GRID = Path(__file__).with_name("quality_grid.yaml")
+
+
+def main() -> None:
+    """Runs what the record lacks."""
+    options = _options()
+    deadline_s = time.monotonic() + 60 * options.max_minutes
+    grid = read_grid(options.grid)
+    keep_freed_memory()
+    # One line a run is enough.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    text = options.data_dir / "fed_text"
+    workshop = Workshop(
+        grid,
+        text / "train.jsonl",
+        text / "validation.jsonl",
+        options.cache_dir.expanduser(),
+        options.tokenizer,
+    )
+    comparison = Comparison(
+        grid, workshop, options.json, options.repeats, options.tokenizer, options.turn
+    )
+    if options.rates_from is not None:
+        comparison.take_rates(options.rates_from)
+    for step in comparison.steps(options.only):
+        if time.monotonic() > deadline_s:
+            print(f"max_minutes {options.max_minutes:g} are over: the same command goes on")
+            break
+        step()
+    print(json.dumps(comparison.record["summary"], indent=1))
+
+
+class Comparison:
+    """A grid's runs, those that are done and those that are to come.
+
+    Args:
+        grid: What is compared.
+        workshop: Trains.
+        path: Of the record.
+        repeats: Turns of timed steps.
+        tokenizer: In place of one that is trained on the text.
+        turn: Of the processes that share the record, the number of this one, and how many.
+
+    Raises:
+        ValueError: ``path`` holds the record of another grid.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        workshop: Workshop,
+        path: Path,
+        repeats: int,
+        tokenizer: Path | None = None,
+        turn: tuple[int, int] = (1, 1),
+    ) -> None:
+        self.grid, self.workshop, self.path, self.repeats = grid, workshop, path, repeats
+        self._turn = turn
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        config = json.loads(json.dumps(asdict(grid)))
+        config["tokenizer"] = None if tokenizer is None else tokenizer.name
+        self.record = new_record(QUESTION, config) | {
+            "rows": [], "summary": {}, "rates": {}, "step_times_s": {}, "sizes": {}, "runs": [],
+        }  # fmt: skip
+        self.runs: dict[tuple[Any, ...], Run] = {}
+        if path.is_file():
+            if json.loads(path.read_text())["config"] != config:
+                raise ValueError(f"json {path} is of another grid: name another file")
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """What the record on disk has, of this process and others."""
+        if not self.path.is_file():
+            return
+        written = json.loads(self.path.read_text())
+        for row in written["runs"]:
+            run = Run(**row)
+            self.runs[run.key()] = run
+        ours, self.record = self.record, written
+        for part in ("rates", "step_times_s", "sizes"):
+            self.record[part] |= ours[part]
+
+    def take_rates(self, path: Path) -> None:
+        """Takes the learning rates that another record found best: nothing is tuned."""
+        self.record["rates"] |= json.loads(path.read_text())["rates"]
+
+    def steps(self, only: Sequence[str] = ()) -> Iterable[Callable[[], None]]:
+        """What is left to do, one thing after the other; each decides by what came before.
+
+        Args:
+            only: Names of variants; the first two are always among them.
+
+        Raises:
+            ValueError: There is no such variant.
+        """
+        known = [variant.name for variant in self.grid.variants]
+        if unknown := set(only) - set(known):
+            raise ValueError(f"only {sorted(unknown)} are none of {', '.join(known)}")
+        chosen = [v for v in self.grid.variants if not only or v.name in {*known[:2], *only}]
+        for variant in chosen:
+            if variant.name not in self.record["sizes"]:
+                self.record["sizes"][variant.name] = self.workshop.sizes(variant)
+        yield from self._tuning(chosen)
+        final = self._finalists(chosen)
+        yield from self._timing(final)
+        for seed in self.grid.seeds:
+            for variant, run in self._counting_runs(final, seed):
+                yield from self._training(variant, run)
+
+    def _counting_runs(self, final: Sequence[Variant], seed: int) -> Iterable[tuple[Variant, Run]]:
+        """Those of one seed; what is there for comparison alone has the first only."""
+        rates, grid = self.record["rates"], self.grid
+        best = list(filter(self._is_small_enough, final[2:]))
+        is_first = seed == grid.seeds[0]
+        for variant in final if is_first else [*final[:2], *best]:
+            rate, num_steps = rates[variant.name], grid.num_steps
+            yield variant, Run(variant.name, "equal tokens", rate, seed, num_steps)
+        for variant in filter(self._is_smaller, final[1:] if is_first else best):
+            rate, num_steps = rates[variant.name], self._steps_in_time(variant)
+            yield variant, Run(variant.name, "equal time", rate, seed, num_steps)
+
+    def _tuning(self, chosen: Sequence[Variant]) -> Iterable[Callable[[], None]]:
+        """Tries the rates of each, and beyond them while the best is the first or the last."""
+        untuned = {variant.name for variant in chosen} - self.record["rates"].keys()
+        rates = {v.name: list(v.rates) for v in chosen if len(v.rates) > 1}
+        goes_on = True
+        while goes_on:
+            tries = [self._try(name, rate) for name, tried in rates.items() for rate in tried]
+            for run in tries:
+                variant = next(v for v in chosen if v.name == run.variant)
+                yield from self._training(variant, run, is_wanted=run.variant in untuned)
+            wanted = {run.key() for run in tries if run.variant in untuned}
+            yield from self._awaited(partial(self._are_done, wanted))
+            goes_on = False
+            for variant in chosen:
+                if (rate := self._rate_beyond(variant, rates.get(variant.name, []))) is not None:
+                    rates[variant.name].append(rate)
+                    goes_on = True
+        for variant in chosen:
+            if variant.name in untuned:
+                self.record["rates"][variant.name] = self._best_rate(variant)
+
+    def _are_done(self, keys: set[tuple[Any, ...]]) -> bool:
+        return self.runs.keys() >= keys
+
+    def _try(self, name: str, rate: float) -> Run:
+        return Run(name, TUNING, rate, self.grid.seeds[0], self.grid.num_tuning_steps)
+
+    def _rate_beyond(self, variant: Variant, tried: Sequence[float]) -> float | None:
+        """What else to try; None where the best lies between others, or enough was tried."""
+        are_done = all(self._try(variant.name, rate).key() in self.runs for rate in tried)
+        if not tried or not are_done or len(tried) == len(variant.rates) + _MAX_MORE_RATES:
+            return None
+        best = self._best_rate(variant)
+        return {min(tried): best / 2, max(tried): best * 2}.get(best)
+
+    def _timing(self, final: Sequence[Variant]) -> Iterable[Callable[[], None]]:
+        def are_timed() -> bool:
+            return all(variant.name in self.record["step_times_s"] for variant in final)
+
+        if self._turn[0] == 1 and not are_timed():
+            # All of them, so that their ratios are of one time of day.
+            yield lambda: self._time(final)
+        yield from self._awaited(are_timed)
+
+    def _training(
+        self, variant: Variant, run: Run, is_wanted: bool = True
+    ) -> Iterable[Callable[[], None]]:
+        def train() -> None:
+            done = self.workshop.train(variant, run)
+            self.runs[done.key()] = done
+            print(json.dumps({"run": done.key(), "val_loss_nats": done.val_loss_nats}), flush=True)
+            self.write()
+
+        # All processes number the same runs in the same order, those that are done too.
+        planned = self._numbers.setdefault(run.key(), len(self._numbers) + 1)
+        number, processes = self._turn
+        is_ours = planned % processes == number % processes
+        if is_wanted and is_ours and run.key() not in self.runs:
+            yield train
+
+    def _awaited(self, is_there: Callable[[], bool]) -> Iterable[Callable[[], None]]:
+        """Looks at the record again and again until other processes have done their part."""
+
+        def look_again() -> None:
+            time.sleep(_PATIENCE_S)
+            with record_lock(self.path):
+                self._take_in()
+
+        while not is_there():
+            yield look_again
+
+    def _is_smaller(self, variant: Variant) -> bool:
+        return bool(self.record["sizes"][variant.name]["total_compression_ratio"] > 1)
+
+    def _is_small_enough(self, variant: Variant) -> bool:
+        ratio = self.record["sizes"][variant.name]["total_compression_ratio"]
+        return bool(ratio >= WANTED_RATIO)
+
+    def _best_rate(self, variant: Variant) -> float:
+        tried = [r for r in self.runs.values() if r.variant == variant.name and r.stage == TUNING]
+        finished = [run for run in tried if run.val_loss_nats is not None]
+        best = min(finished, key=lambda run: run.val_loss_nats or 0.0, default=None)
+        return variant.rates[0] if best is None else best.rate
+
+    def _tuned_loss(self, variant: Variant) -> float:
+        losses = [
+            run.val_loss_nats
+            for run in self.runs.values()
+            if (run.variant, run.stage) == (variant.name, TUNING) and run.val_loss_nats is not None
+        ]
+        return min(losses, default=float("inf"))
+
+    def _finalists(self, chosen: Sequence[Variant]) -> list[Variant]:
+        first, others = list(chosen[:2]), list(chosen[2:])
+        small = sorted(filter(self._is_small_enough, others), key=self._tuned_loss)
+        # The frontier: what is larger is there to say what its size buys.
+        larger = [v for v in others if v not in small]
+        return first + small[: self.grid.num_finalists] + larger
+
+    def _time(self, variants: Sequence[Variant]) -> None:
+        rates = self.record["rates"]
+        for name, taken_s in self.workshop.step_times_s(variants, rates, self.repeats).items():
+            self.record["step_times_s"][name] = spread(taken_s)
+        self.write()
+
+    def _steps_in_time(self, variant: Variant) -> int:
+        times = self.record["step_times_s"]
+        dense = self.grid.variants[0].name
+        ratio: float = times[dense]["median"] / times[variant.name]["median"]
+        return max(1, round(self.grid.num_steps * ratio))
+
+    def write(self) -> None:
+        """Writes record, table and picture of what there is, other processes' part included."""
+        with record_lock(self.path):
+            self._take_in()
+            self._write()
+
+    def _write(self) -> None:
+        self.record["runs"] = [run.as_row() for run in self.runs.values()]
+        self.record["rows"] = rows = self._rows()
+        self.record["summary"] = summary(rows)
+        write_record(self.path, self.record, table(rows))
+        draw(
+            list(self.runs.values()),
+            rows,
+            self.record["step_times_s"],
+            self.grid.tokens_per_step,
+            self.path.with_suffix(".svg"),
+        )
+
+    def _rows(self) -> list[dict[str, Any]]:
+        found = []
+        for variant in self.grid.variants:
+            name = variant.name
+            if name not in self.record["sizes"]:
+                continue
+            row: dict[str, Any] = {"contender": name, **self.record["sizes"][name]}
+            row["tuned"], row["rate"] = variant.tuned, self.record["rates"].get(name)
+            tuning = self._tuning_loss(name)
+            row |= {} if tuning is None else {"tuning_loss_nats": tuning}
+            if name in self.record["step_times_s"]:
+                row["step_time_s"] = self.record["step_times_s"][name]
+            for stage in ("equal tokens", "equal time"):
+                if losses := self._losses(name, stage):
+                    row[f"{stage.replace(' ', '_')}_loss_nats"] = losses
+            found.append(row)
+        dense = found[0] if found else {}
+        for row in found:
+            row["repeats"] = len(row.get("equal_tokens_loss_nats", {}))
+            if {"step_time_s"} <= row.keys() & dense.keys():
+                times = row["step_time_s"]["median"], dense["step_time_s"]["median"]
+                row["ratio_to_dense"] = {"step_time_s": times[0] / times[1]}
+        return found
+
+    def _tuning_loss(self, name: str) -> float | None:
+        rate = self.record["rates"].get(name)
+        for run in self.runs.values():
+            if (run.variant, run.stage, run.rate) == (name, TUNING, rate):
+                return run.val_loss_nats
+        return None
+
+    def _losses(self, name: str, stage: str) -> dict[str, float]:
+        """By seed."""
+        return {
+            str(run.seed): run.val_loss_nats
+            for run in self.runs.values()
+            if (run.variant, run.stage) == (name, stage) and run.val_loss_nats is not None
+        }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The best variant that is small enough beside the dense twin, and the naive way too.
+
+    Of the dense twin's size there may be another, such as one with the optimiser of the pairs: the
+    best of these is told too, as not all that is gained is the pairs' own.
+
+    A gap is the mean, over the seeds that both have, of a variant's loss minus the dense twin's
+    after `equal tokens`: at equal tokens, or after as much time as that took.
+
+    Args:
+        rows: Of the record; the first is the dense twin, the second the naive way.
+    """
+    if len(rows) < 2 or "equal_tokens_loss_nats" not in rows[0]:
+        return {}
+    dense, naive, *others = rows
+    small = [
+        row
+        for row in others
+        if row["total_compression_ratio"] >= WANTED_RATIO and "equal_tokens_loss_nats" in row
+    ]
+    found: dict[str, Any] = {}
+    if small:
+        best = min(small, key=lambda row: _gap(row, dense, "equal_tokens") or 0.0)
+        found = {
+            "best": best["contender"],
+            "total_compression_ratio": best["total_compression_ratio"],
+            **_gaps(best, dense, ""),
+        }
+    same_size = [
+        row
+        for row in others
+        if row["total_compression_ratio"] <= 1 and "equal_tokens_loss_nats" in row
+    ]
+    if same_size:
+        best = min(same_size, key=lambda row: _gap(row, dense, "equal_tokens") or 0.0)
+        found |= {"best_of_same_size": best["contender"], **_gaps(best, dense, "same_size_")}
+    return found | _gaps(naive, dense, "naive_")
+
+
+def _gaps(row: dict[str, Any], dense: dict[str, Any], prefix: str) -> dict[str, float]:
+    gaps = {
+        f"{prefix}loss_gap_nats_{stage}": _gap(row, dense, stage)
+        for stage in ("equal_tokens", "equal_time")
+    }
+    return {key: round(gap, 5) for key, gap in gaps.items() if gap is not None}
+
+
+def _gap(row: dict[str, Any], dense: dict[str, Any], stage: str) -> float | None:
+    ours, theirs = row.get(f"{stage}_loss_nats", {}), dense["equal_tokens_loss_nats"]
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return statistics.mean(differences) if differences else None
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table of all variants; runs that were not made leave their cells empty."""
+    header = [
+        "", "learning rate", "parameters (M)", "smaller in total", "loss of tuning",
+        "loss, equal tokens", "gap", "s a step (p10-p90)", "loss, equal time", "gap",
+    ]  # fmt: skip
+    dense = rows[0] if rows and "equal_tokens_loss_nats" in rows[0] else None
+    lines = []
+    for row in rows:
+        times = row.get("step_time_s")
+        line = [
+            row["contender"],
+            "" if row["rate"] is None else f"{row['rate']:g}",
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['total_compression_ratio']:.2f}x",
+            f"{row['tuning_loss_nats']:.3f}" if row.get("tuning_loss_nats") is not None else "",
+        ]
+        for stage in ("equal_tokens", "equal_time"):
+            losses = list(row.get(f"{stage}_loss_nats", {}).values())
+            gap = _gap(row, dense, stage) if dense is not None and row is not dense else None
+            if stage == "equal_time":
+                line.append(
+                    f"{times['median']:.2f} ({times['p10']:.2f}-{times['p90']:.2f})"
+                    if times
+                    else ""
+                )
+            line.append(_mean_and_range(losses))
+            line.append("" if gap is None else f"{gap:+.3f}")
+        lines.append(line)
+    return markdown_table(header, lines)
+
+
+def _mean_and_range(losses: Sequence[float]) -> str:
+    if len(losses) < 2:
+        return f"{losses[0]:.3f}" if losses else ""
+    return f"{statistics.mean(losses):.3f} ({min(losses):.3f}-{max(losses):.3f})"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--grid", type=Path, default=GRID, help="YAML; the shipped one by default")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="record to write or go on with; .md, .svg beside"
+    )
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("data"), help="with fed_text/{train,validation}.jsonl"
+    )
+    parser.add_argument("--cache_dir", type=Path, default=Path("~/.cache/fingpt_lightning"))
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="of these variants")
+    parser.add_argument("--max_minutes", type=float, default=float("inf"))
+    parser.add_argument(
+        "--turn", type=_turn, default=(1, 1), metavar="I/N", help="the Ith of N that share a record"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="turns of timed steps")
+    parser.add_argument("--tokenizer", type=Path, help="folder, in place of a BPE of the text")
+    parser.add_argument(
+        "--rates_from", type=Path, metavar="RECORD", help="whose best learning rates to take"
+    )
+    return parser.parse_args()
+
+
+def _turn(text: str) -> tuple[int, int]:
+    number, _, processes = text.partition("/")
+    if not 1 <= int(number) <= int(processes):
+        raise ValueError(text)
+    return int(number), int(processes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The picture of the quality benchmark: loss by tokens, by time, and over compression."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality_runs import Run
+
+_COLORS = ("#777777", "#9333ea", "#c2410c", "#0f766e", "#1d4ed8", "#b45309", "#be185d", "#4d7c0f")
+
+
+def _is_falling(run: Run) -> bool:
+    """Whether the curve is highest where it begins."""
+    return run.curve_loss_nats[0] == max(run.curve_loss_nats)
+
+
+def draw(
+    runs: Sequence[Run],
+    rows: Sequence[Mapping[str, Any]],
+    step_times_s: Mapping[str, Mapping[str, float]],
+    tokens_per_step: int,
+    path: Path,
+) -> None:
+    """Writes an SVG; of runs with several seeds the first is drawn.
+
+    Args:
+        runs: With their curves.
+        rows: Of the record.
+        step_times_s: Spread by variant: time is steps times the median.
+        tokens_per_step: Tokens are steps times this.
+        path: Of the picture.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    names = [row["contender"] for row in rows]
+    shown = [row["contender"] for row in rows if row.get("equal_tokens_loss_nats")]
+    shown += [run.variant for run in runs if run.curve_steps]
+    colors = dict(zip(dict.fromkeys(shown), itertools.cycle(_COLORS), strict=False))
+    for axis, stages in zip(
+        axes, (("equal tokens",), ("equal tokens", "equal time")), strict=False
+    ):
+        drawn: set[tuple[str, str]] = set()
+        for run in runs:
+            if run.stage not in stages or (run.variant, run.stage) in drawn or not run.curve_steps:
+                continue
+            if len(stages) > 1 and run.stage == "equal tokens" and run.variant != names[0]:
+                continue
+            drawn.add((run.variant, run.stage))
+            unit = tokens_per_step / 1e6
+            if len(stages) > 1:
+                unit = step_times_s[run.variant]["median"] / 60
+            x = [step * unit for step in run.curve_steps]
+            axis.plot(
+                x, run.curve_loss_nats, "o-", ms=3, lw=1.3, color=colors[run.variant],
+                label=run.variant,
+            )  # fmt: skip
+    axes[0].set_xlabel("million tokens")
+    axes[1].set_xlabel("minutes of training, as steps were timed")
+    for row in rows:
+        by_seed = row.get("equal_tokens_loss_nats", {})
+        for loss in by_seed.values():
+            axes[2].plot(row["total_compression_ratio"], loss, "o", color=colors[row["contender"]])
+        if by_seed:
+            place = (row["total_compression_ratio"], min(by_seed.values()))
+            offset = {"xytext": (6, -2), "textcoords": "offset points"}
+            axes[2].annotate(row["contender"], place, fontsize=8, **offset)
+    axes[2].margins(x=0.25)
+    axes[2].set_xlabel("times smaller in total")
+    axes[2].set_ylabel("loss on all of the validation text")
+    axes[0].set_ylabel("loss on its first batches (nats a token)")
+    if highest := [
+        max(run.curve_loss_nats) for run in runs if run.curve_steps and _is_falling(run)
+    ]:
+        # While a dense layer guides, the pairs alone are far above all others.
+        for axis in axes[:2]:
+            axis.set_ylim(top=1.03 * max(highest))
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    if axes[0].lines:
+        axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""The ``fingpt`` program: its commands, their errors, and the Trainer behind ``fit``."""

@@ -1,0 +1,140 @@
+"""Turns the parser's messages into one line that a person can act on.
+
+jsonargparse tells of every type it tried; what helps is the key, the value, what is allowed, the
+nearest right name, and the line of the config that is wrong.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from fingpt_lightning.terminal.messages import nearest
+
+
+def explain(
+    message: str,
+    options: Iterable[str] = (),
+    default_classes: Mapping[str, str] | None = None,
+    words: Sequence[str] = (),
+) -> str:
+    r"""One line for a message of jsonargparse; a message it does not know only loses its breaks.
+
+    Args:
+        message: The parser's.
+        options: All options of the command, for the nearest one.
+        default_classes: The class path that a key has when a config names none.
+        words: The command line, whose configs are searched for the wrong key.
+
+    >>> explain('Parser key "trainer.max_steps": Expected a <class \'int\'>. Got value: x')
+    "trainer.max_steps: expected int, got 'x'"
+    >>> explain("unrecognized arguments: --trainer.max_stps 3", ["--trainer.max_steps"])
+    'no option --trainer.max_stps; did you mean --trainer.max_steps?'
+    """
+    text = " ".join(message.split())
+    key = ".".join(re.findall(r'Parser key "([\w.]+)":', text))
+    if found := re.search(r"Option '([\w.]+)' is not accepted", text):
+        name = found[1]
+        class_path = re.search(r"'class_path': '([\w.]+)'", text)
+        class_name = class_path[1] if class_path else (default_classes or {}).get(key)
+        known = _settings_of(class_name) if class_name else []
+        return f"{key} has no setting {name!r}{nearest(name, known)}{_where(name, words)}"
+    if found := re.match(r"unrecognized arguments: (--[^\s=]+)", text):
+        return f"no option {found[1]}{nearest(found[1], options)}"
+    if found := re.search(r"does not accept option '([\w.]+)'", text):
+        known = [option.removeprefix("--") for option in options]
+        first, last = found[1].partition(".")[0], found[1].rpartition(".")[2]
+        parts = {option.partition(".")[0] for option in known}
+        meant = nearest(found[1], known) or nearest(first, parts - {first})
+        return f"no setting {found[1]!r}{meant}{_where(last, words)}"
+    if found := re.search(r"Problem with given class_path '([\w.]+)'", text):
+        module, _, name = found[1].rpartition(".")
+        return f"{key}: no class {found[1]!r}{nearest(name, _classes_of(module))}"
+    if found := re.search(r"Expected a dot import path string: (\S+)", text):
+        example = (default_classes or {}).get(key)
+        such = f" such as {example}" if example else ""
+        return f"{key}: {found[1]!r} is no class path{such}"
+    if "Problems parsing config" in text:
+        return _first_broken(words) or text
+    innermost = text.rpartition('Parser key "')[2]
+    if found := re.search(r"Expected an? (.+?)\. Got value: (.*?)(?= - Expected|$)", innermost):
+        return f"{key}: expected {_allowed(found[1])}, got {found[2]!r}"
+    found = re.search(r"Subtypes: \[(.*?)\] Errors: (.*?) Given value type: .*?: (.*?)$", innermost)
+    if found and "Namespace(" in found[3]:  # a class that refused its settings
+        return re.sub(r"^- (.*?)( - Expected a <class 'NoneType'>)?$", r"\1", found[2])
+    if found:
+        value = re.sub(r" (- Expected a|Given value type) .*", "", found[3])
+        return f"{key}: expected {_allowed(found[1])}, got {value!r}"
+    return re.sub(r'^Parser key "([\w.]+)": ?(- )?', r"\1: ", text)
+
+
+def _settings_of(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    found = getattr(importlib.import_module(module), name, None)
+    return [] if found is None else list(inspect.signature(found).parameters)
+
+
+def _classes_of(module: str) -> list[str]:
+    try:
+        found = vars(importlib.import_module(module))
+    except (ImportError, ValueError):
+        return []
+    return [name for name, value in found.items() if inspect.isclass(value)]
+
+
+def _where(name: str, words: Sequence[str]) -> str:
+    """The line of a config, or of a block that it names, which holds the key ``name``."""
+    for path in _configs(words):
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            if re.match(rf"\s*(- )?[{{]?\s*{re.escape(name)}\s*:", line):
+                return f" ({path} line {number})"
+    return ""
+
+
+def _configs(words: Sequence[str]) -> list[Path]:
+    given = [
+        Path(word.partition("=")[2] or following)
+        for word, following in zip(words, [*words[1:], ""], strict=False)
+        if word.partition("=")[0] in ("--config", "-c")
+    ]
+    found = [path for path in given if path.is_file()]
+    for path in list(found):
+        blocks = re.findall(r"^\w+:\s*(\S+\.yaml)\s*$", path.read_text(errors="replace"), re.M)
+        found += [path.parent / block for block in blocks if (path.parent / block).is_file()]
+    return found
+
+
+def _first_broken(words: Sequence[str]) -> str | None:
+    """The place of the first config that is no YAML."""
+    for path in _configs(words):
+        try:
+            yaml.safe_load(path.read_text())
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            return f"{path} line {line} is no YAML: {error.problem}"
+        except UnicodeDecodeError:
+            return f"{path} is no text"
+    return None
+
+
+def _allowed(types: str) -> str:
+    """``int, float or null`` for ``<class 'int'>, <class 'float'>, <class 'NoneType'>``."""
+    types = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types)
+    types = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: found[1].replace("'", ""), types)
+    names = ["null" if name == "NoneType" else name for name in _split(types)]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _split(types: str) -> list[str]:
+    """Splits at the commas outside of brackets."""
+    names, depth = [""], 0
+    for character in types:
+        depth += (character == "[") - (character == "]")
+        if character == "," and depth == 0:
+            names.append("")
+        else:
+            names[-1] += character
+    return [name.strip() for name in names]

@@ -1,0 +1,174 @@
+"""The ``fingpt`` program: picks the command and turns every failure into one line.
+
+Nothing heavy is imported before a command needs it, so that ``fingpt --help`` answers at once.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from fingpt_lightning.cli.errors import ConfigError, TerminatedError
+from fingpt_lightning.terminal.command_line import WrongOptions
+from fingpt_lightning.terminal.messages import nearest
+
+
+class Command(NamedTuple):
+    """What ``fingpt --help`` says of a command, and where it is.
+
+    Attributes:
+        purpose: For people.
+        options: The module whose ``parse_options`` reads its words, which imports nothing heavy;
+            None for a command of the Trainer.
+        entry: The module whose ``run`` takes the options.
+    """
+
+    purpose: str
+    options: str | None = None
+    entry: str | None = None
+
+
+COMMANDS = {
+    "fit": Command("train; continues with --ckpt_path last or a checkpoint file"),
+    "validate": Command("loss and perplexity on the validation text"),
+    "test": Command("loss and perplexity on the test text"),
+    "predict": Command("the likeliest next tokens, for a prediction writer among the callbacks"),
+    "evaluate": Command(
+        "accuracy and F1 of a model on financial and general tasks",
+        "fingpt_lightning.evaluation.options",
+        "fingpt_lightning.evaluation.command",
+    ),
+    "generate": Command(
+        "text that goes on from prompts",
+        "fingpt_lightning.deploy.generate_options",
+        "fingpt_lightning.deploy.generate_command",
+    ),
+    "label": Command(
+        "labels with probabilities for the texts of a file of any size",
+        "fingpt_lightning.deploy.label_options",
+        "fingpt_lightning.deploy.label_command",
+    ),
+    "decompose": Command(
+        "a dense model's layers as low-rank pairs; the folder trains on, evaluates and exports",
+        "fingpt_lightning.decompose.options",
+        "fingpt_lightning.decompose.command",
+    ),
+    "export": Command(
+        "a model in the form that other tools read, compared before it is handed over",
+        "fingpt_lightning.deploy.export_options",
+        "fingpt_lightning.deploy.export_command",
+    ),
+    "sweep": Command(
+        "many runs by a W&B sweep file, checked first, with a server or without one",
+        "fingpt_lightning.sweeping.options",
+        "fingpt_lightning.cli.sweep",
+    ),
+    "report": Command(
+        "one page about runs, sweeps and evaluations: curves, memory, accuracy, mistakes",
+        "fingpt_lightning.reporting.options",
+        "fingpt_lightning.reporting.command",
+    ),
+    "plan": Command(
+        "what a run would need: parameters, memory by part, steps, time, and whether it fits",
+        "fingpt_lightning.planning.options",
+        "fingpt_lightning.cli.plan",
+    ),
+}
+
+_HELP = """usage: fingpt COMMAND [--config FILE ...] [--KEY VALUE ...]
+
+Pretrain and finetune financial language models in little memory and time.
+
+commands:
+{commands}
+
+options:
+  -h, --help   this text; fingpt COMMAND --help lists the options of a command
+  --version    the version
+  --debug      show the traceback of a failure
+
+start with:    fingpt fit --config configs/quickstart.yaml
+exit status:   0 done, 1 failed, 2 wrong command line or config, 130 interrupted,
+               143 ended by SIGTERM"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command.
+
+    Args:
+        argv: The words after the program's name; None takes those of the process.
+
+    Raises:
+        SystemExit: With status 1 when the command fails, 2 when the command line or a config is
+            wrong, 130 when interrupted, 143 when ended by SIGTERM. A success returns None.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS)) + 2
+        lines = [f"  {name:{width}}{command.purpose}" for name, command in COMMANDS.items()]
+        print(_HELP.format(commands="\n".join(lines)))
+        return
+    if words[0] == "--version":
+        from fingpt_lightning import __version__
+
+        print(f"fingpt {__version__}")
+        return
+    try:
+        _run(words)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except TerminatedError as error:
+        _fail(str(error), 143)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _fail(_one_line(error), 2 if isinstance(error, ConfigError) else 1)
+
+
+def _run(words: list[str]) -> None:
+    command = words[0]
+    if command not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        raise ConfigError(f"command {command!r} is none of {known}{nearest(command, COMMANDS)}")
+    _, options, entry = COMMANDS[command]
+    if options is not None and entry is not None:
+        try:
+            read = importlib.import_module(options).parse_options(words[1:])
+        except WrongOptions as error:
+            raise ConfigError(str(error)) from error
+        importlib.import_module(entry).run(read)
+        return
+    _check_callbacks_package()
+    from fingpt_lightning.cli.trainer import run_trainer_command
+
+    run_trainer_command(words)
+
+
+def _check_callbacks_package() -> None:
+    import callbacks
+
+    if getattr(callbacks, "DISTRIBUTION", None) != "fingpt-lightning":
+        raise ImportError(
+            f"the package 'callbacks' found at {callbacks.__file__} is another project's; run from"
+            " another folder or remove it"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    expected = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError)
+    if not text or not isinstance(error, expected):
+        text = f"{type(error).__name__}: {text} (--debug shows where)"
+    return text
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    process_rank = next((rank for rank in ranks if rank is not None), "0")
+    where = "" if process_rank == "0" else f" (rank {process_rank})"
+    print(f"fingpt: error{where}: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(status)

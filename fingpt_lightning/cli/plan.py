@@ -1,0 +1,19 @@
+"""``fingpt plan``: hands the Trainer's parser to the planner, which lies below it."""
+
+import argparse
+
+from fingpt_lightning.cli.trainer import build_trainer_command
+from fingpt_lightning.planning import command
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the plan of a run.
+
+    Args:
+        options: Result of `planning.options.parse_options`.
+
+    Raises:
+        ConfigError: The command line or a config is wrong, as with ``fingpt fit``.
+        ValueError: The model's shapes are not known, or ``--json`` leads nowhere.
+    """
+    command.run(options, build_trainer_command)

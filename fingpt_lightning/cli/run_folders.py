@@ -1,0 +1,115 @@
+"""The folder of a run: named, claimed, agreed on by all ranks, and found again.
+
+``RUNS_DIR/NAME-DATE-TIME`` holds the config, the metrics, the checkpoints and the logs of one run.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch.distributed.rendezvous import rendezvous
+
+from fingpt_lightning.files import make_owned, new_folder
+
+RUN_FOLDER_VARIABLE = "FINGPT_RUN_FOLDER"
+"""Tells the processes that Lightning starts for other ranks the folder of rank 0."""
+
+
+def claim_run_folder(runs_dir: Path, name: str, on_failure: ExitStack | None) -> str:
+    """Makes ``RUNS_DIR/NAME-DATE-TIME``, with a number behind it when that is taken.
+
+    Args:
+        runs_dir: Parent of all run folders.
+        name: Beginning of the folder's name.
+        on_failure: Takes the removal of what is made and still empty; None makes no folder and
+            only looks for a free name.
+    """
+    if known := os.environ.get(RUN_FOLDER_VARIABLE):
+        return known
+
+    def is_ours(folder: Path) -> bool:
+        if on_failure is None:
+            return not folder.exists()
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        if not make_owned(folder):
+            return False
+        for path in reversed(missing):  # the last one registered goes first
+            on_failure.callback(_remove_empty, path)
+        return True
+
+    return str(new_folder(runs_dir, name, is_ours))
+
+
+class AgreedFolder:
+    """Rank 0's choice of a folder on all ranks that torchrun or SLURM started.
+
+    Their clocks differ, so only rank 0 chooses. The object is to be kept until the process group
+    stands: rank 0 serves the store until the group takes over the same address.
+
+    Args:
+        choose: Claims the folder; called on rank 0 only.
+    """
+
+    def __init__(self, choose: Callable[[], str]) -> None:
+        self._store: Any = None
+        # Lightning's order: torchrun may run inside of SLURM.
+        kinds = (TorchElasticEnvironment, SLURMEnvironment)
+        ranks = next((kind() for kind in kinds if kind.detect()), None)
+        if ranks is None or ranks.world_size() == 1:
+            self.path = choose()
+            return
+        url = (
+            f"tcp://{ranks.main_address}:{ranks.main_port}"
+            f"?rank={ranks.global_rank()}&world_size={ranks.world_size()}"
+        )
+        self._store, _, _ = next(rendezvous(url))
+        if ranks.global_rank() == 0:
+            self._store.set(RUN_FOLDER_VARIABLE, choose())
+        self.path = str(self._store.get(RUN_FOLDER_VARIABLE).decode())
+
+
+def find_checkpoint(ckpt_path: str, run_name: str, runs_dir: Path) -> Path:
+    """The file that ``--ckpt_path`` means.
+
+    Args:
+        ckpt_path: A file, or ``last`` or ``best`` for that of the newest run of this name.
+        run_name: Beginning of the run folders' names.
+        runs_dir: Parent of all run folders.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if ckpt_path in ("last", "best"):
+        found = runs_dir.glob(f"*/checkpoints/{ckpt_path}.ckpt")
+        stamped = [path for path in found if _is_stamped(path.parents[1].name, run_name)]
+        if not stamped:
+            raise FileNotFoundError(
+                f"ckpt_path {ckpt_path}: no {runs_dir}/{run_name}-*/checkpoints/{ckpt_path}.ckpt"
+            )
+        return max(stamped, key=lambda path: path.stat().st_mtime)
+    path = Path(ckpt_path)
+    if not path.exists():
+        raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file")
+    return path
+
+
+def keep_old_metrics(run_folder: Path) -> None:
+    """Moves ``metrics.csv`` of an earlier run aside, which CSVLogger would delete."""
+    path = run_folder / "metrics.csv"
+    if path.exists():
+        number = 1 + sum(1 for _ in run_folder.glob("metrics-*.csv"))
+        path.rename(run_folder / f"metrics-{number}.csv")
+
+
+def _is_stamped(folder: str, run_name: str) -> bool:
+    return re.fullmatch(re.escape(run_name) + r"-\d{8}-\d{6}(-\d+)?", folder) is not None
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # not there, or not empty
+        folder.rmdir()

@@ -1,0 +1,137 @@
+"""``fingpt sweep``: a W&B sweep file, checked, then run with a server or without one."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+import yaml
+from rich.console import Console
+
+from fingpt_lightning.cli.errors import ConfigError
+from fingpt_lightning.cli.trainer import build_trainer_command
+from fingpt_lightning.cli.wandb_runs import find_unreachable
+from fingpt_lightning.files import new_folder
+from fingpt_lightning.sweeping.checking import Build, Built, check_sweep, described
+from fingpt_lightning.sweeping.local_sweep import LocalSweep, num_trials
+from fingpt_lightning.sweeping.records import BEST_CONFIG, table
+from fingpt_lightning.sweeping.sweep_file import Sweep, WrongSweep, read_sweep
+
+Report = Callable[[Sequence[Path], Path], None]
+
+_RUNS = Path("runs") / "sweeps"
+_REPORT = "report.html"
+_TABLE_WIDTH = 110
+
+
+def run(options: argparse.Namespace, report: Report | None = None) -> None:
+    """Checks a sweep and runs it as the options say.
+
+    Args:
+        options: Of `parse_options`.
+        report: Writes the report of folders to a file; None takes ours.
+
+    Raises:
+        ConfigError: The sweep file is wrong.
+        ValueError: A folder is not as it must be.
+        RuntimeError: No trial finished, or there is no server.
+    """
+    console = Console(width=max(Console().width, _TABLE_WIDTH), soft_wrap=True)
+    try:
+        if options.server:
+            _run_on_server(options, console)
+        else:
+            _run_locally(options, console, report or _own_report)
+    except WrongSweep as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_fit(words: list[str]) -> Built:
+    """What ``fingpt`` and these words would run.
+
+    Args:
+        words: ``fit`` and its options.
+
+    Raises:
+        ConfigError: They are wrong.
+    """
+    cli = build_trainer_command(words)
+    settings = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))[cli.command]
+    # Lightning 2.6 sets the list outside the class, unseen by type checkers.
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    return Built(settings, [type(observer) for observer in (cli.model, *callbacks)])
+
+
+def _run_locally(options: argparse.Namespace, console: Console, report: Report) -> None:
+    if options.resume is not None:
+        local = LocalSweep(options.resume)
+        if options.count is not None:
+            local.extend(options.count)
+        if options.project not in (None, local.project):
+            raise ValueError(f"--project: {options.resume} was begun with {local.project}")
+        extra = _check(local.sweep, build_fit, local.count, local.project, console)
+    else:
+        sweep = read_sweep(options.sweep)
+        count = num_trials(sweep, options.count)
+        project = options.project or sweep.content.get("project")
+        extra = _check(sweep, build_fit, count, project, console)
+        folder = options.output or new_folder(_RUNS, sweep.name)
+        local = LocalSweep.begin(sweep, folder, count, project)
+    folder = local.folder
+    console.print(f"sweep: {folder}", markup=False, highlight=False)
+    try:
+        best = local.run(console, extra)
+    except KeyboardInterrupt:
+        console.print(f"go on with: fingpt sweep --resume {folder}", markup=False, highlight=False)
+        raise
+    console.print(table(local.sweep, local.study), soft_wrap=False)
+    if best is None:
+        raise RuntimeError(f"no trial finished; {folder}/trials/NNN/output.txt have the reasons")
+    report([folder], folder / _REPORT)
+    for line in (
+        f"best: fingpt fit --config {folder / BEST_CONFIG}",
+        f"report: {folder / _REPORT}",
+        f"upload: wandb sync {folder}/trials/*/wandb/offline-run-*",
+    ):
+        console.print(line, markup=False, highlight=False)
+
+
+def _check(
+    sweep: Sweep, build: Build, count: int, project: str | None, console: Console
+) -> list[str]:
+    """Checks and shows a sweep; gives the options that its trials need besides."""
+    extra = [] if project is None else ["--trainer.logger.project", project]
+    check_sweep(sweep, build, count, extra)
+    console.print(described(sweep, count), soft_wrap=False)
+    goal = "highest" if sweep.is_maximized else "lowest"
+    line = f"{count} trials by {sweep.method} for the {goal} {sweep.metric}: checked"
+    console.print(line, markup=False, highlight=False)
+    return extra
+
+
+def _run_on_server(options: argparse.Namespace, console: Console) -> None:
+    sweep = read_sweep(options.sweep)
+    count = options.count or sweep.num_trials
+    check_sweep(sweep, build_fit, count)
+    console.print(described(sweep, count), soft_wrap=False)
+    if found := find_unreachable():
+        raise RuntimeError(
+            f"W&B at {found.url} cannot be reached ({found.reason}); without a server:"
+            f" fingpt sweep {options.sweep} --local"
+        )
+    project = options.project or sweep.content.get("project") or "fingpt"
+    # An agent starts the first `python` that it finds: let it be this one.
+    folders = (str(Path(sys.executable).parent), os.environ.get("PATH", ""))
+    os.environ["PATH"] = os.pathsep.join(folders)
+    entity = sweep.content.get("entity")
+    identity = wandb.sweep(sweep.content, project=project, entity=entity)
+    wandb.agent(identity, project=project, entity=entity, count=options.count)
+
+
+def _own_report(paths: Sequence[Path], output: Path) -> None:
+    from fingpt_lightning.reporting import write_report  # matplotlib takes a second
+
+    write_report(paths, output)

@@ -1,0 +1,410 @@
+"""``fingpt fit|validate|test|predict``: LightningCLI with one folder a run and clear errors.
+
+A setting comes from, weakest first: defaults, checkpoint, config files, command line.
+"""
+
+import logging
+import os
+import pickle
+import sys
+import typing
+import warnings
+import zipfile
+from argparse import ArgumentParser
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
+
+from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from callbacks.progress import TrainingProgress
+from fingpt_lightning.cli.config_errors import explain
+from fingpt_lightning.cli.errors import ConfigError, TerminatedError
+from fingpt_lightning.cli.run_folders import (
+    RUN_FOLDER_VARIABLE,
+    AgreedFolder,
+    claim_run_folder,
+    find_checkpoint,
+    keep_old_metrics,
+)
+from fingpt_lightning.cli.wandb_runs import (
+    keep_offline_if_unreachable,
+    log_adapter,
+    place_wandb_run,
+    record_config,
+)
+from fingpt_lightning.files import write_whole
+from fingpt_lightning.models.formats.tokenizer import tokenizer_of_model
+from fingpt_lightning.profiling import keep_freed_memory
+from fingpt_lightning.reporting.environment import write_environment
+from fingpt_lightning.terminal.command_line import as_list
+
+_DEFAULT_CLASSES = {
+    "model": "fingpt_lightning.modules.LowRankPretraining",
+    "data": "fingpt_lightning.data.TextBlocks",
+}
+_CHECKPOINT_HYPER_PARAMETERS = {
+    "model": "hyper_parameters",
+    "data": "datamodule_hyper_parameters",
+}
+
+
+def run_trainer_command(words: list[str]) -> None:
+    """Parses, builds and runs one Trainer command.
+
+    Args:
+        words: The command and its options.
+
+    Raises:
+        ConfigError: The command line or a config is wrong.
+        KeyboardInterrupt: Lightning has ended the run after one.
+        TerminatedError: Lightning has ended the run after SIGTERM.
+    """
+    with _quiet():
+        try:
+            FinGPTCLI(words)
+        except SIGTERMException as error:
+            # A SystemExit without a status, which would count as a success.
+            raise TerminatedError("ended by SIGTERM") from error
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from error
+            raise
+
+
+def build_trainer_command(words: list[str]) -> "FinGPTCLI":
+    """Parses and builds what a Trainer command would run, and runs nothing: no folder is made.
+
+    Args:
+        words: The command and its options.
+
+    Raises:
+        ConfigError: The command line or a config is wrong.
+    """
+    with _quiet():
+        return _Built(words)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves out what libraries say beside the matter, and leaves the environment as it was."""
+    # Blocks are read from memory-mapped files: workers would cost more than they bring.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # The run folder already holds the config.
+    warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+    # A resumed run has a folder of its own.
+    warnings.filterwarnings("ignore", "The dirpath has changed from .*")
+    warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+    # Advertisements and device lists, which the summaries of a run make needless.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in (RUN_FOLDER_VARIABLE, "WANDB_SILENT"):
+            if name not in before:
+                os.environ.pop(name, None)
+
+
+class RaisingParser(LightningArgumentParser):
+    """A parser that raises its errors in place of printing usage and ending the process.
+
+    The parsers of nested classes are of this class too: their messages become part of another.
+    """
+
+    @override
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, *_: Any, **__: Any
+    ) -> Any:  # Lightning's list[str] is None in subclass mode
+        # Model and data have defaults, which a config need not repeat.
+        required = not subclass_mode
+        return super().add_lightning_class_args(
+            lightning_class, nested_key, subclass_mode, required
+        )
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(message) from ex
+
+
+def _options(parser: ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from (option for option in action.option_strings if option.startswith("--"))
+        if isinstance(action.choices, Mapping):  # the parsers of the commands
+            for below in action.choices.values():
+                yield from _options(below)
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes config, environment and tokenizer into the run folder, and the config to W&B.
+
+    Lightning's own callback refuses a second run into the same logger folder, which ends a sweep.
+    """
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = self.parser.dump(self.config, skip_none=False)
+        write_whole(folder / "config.yaml", text)
+        write_environment(folder)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                record_config(logger, text)
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / "tokenizer")
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        log_adapter(trainer)
+
+
+class FinGPTCLI(LightningCLI):
+    """LightningCLI with our defaults; parses, builds and runs when made.
+
+    Args:
+        words: The command and its options.
+    """
+
+    runs: ClassVar[bool] = True
+    """Whether the command is run, not only built."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.command = words[0]
+        with ExitStack() as self._on_failure:
+            self._build_and_run(words)
+            self._on_failure.pop_all()
+
+    def _build_and_run(self, words: list[str]) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=1,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={
+                "log_every_n_steps": 10,
+                "enable_progress_bar": sys.stderr.isatty(),
+                "enable_model_summary": False,
+            },
+            parser_kwargs={"prog": "fingpt"},
+            args=words,
+        )
+
+    @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        # One parser takes a tenth of a second to build: only that of this command.
+        # Checkpoints are always read with weights_only=True: there is no option to run a pickle.
+        return {self.command: LightningCLI.subcommands()[self.command] | {"weights_only"}}
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        self.parser_class = RaisingParser
+        return super().init_parser(**kwargs)
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--runs_dir", type=str, default="runs", help="Where each run gets a folder of its own."
+        )
+        parser.set_defaults({key: {"class_path": c} for key, c in _DEFAULT_CLASSES.items()})
+        parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        assert isinstance(args, list)
+        # typing hands out the Union[float, int] of lightning.fabric for our int | float where it
+        # still remembers it, and jsonargparse 4.53 would make a rank of 8 the share 8.0.
+        for forget in typing._cleanups:  # type: ignore[attr-defined]
+            forget()
+        try:
+            given = parser.parse_args(args, defaults=False)[self.command]
+            # Where another class is chosen, the default one must not leave its settings of the
+            # same names behind (jsonargparse 4.53).
+            for key, default in _DEFAULT_CLASSES.items():
+                chosen = given.get(f"{key}.class_path")
+                if chosen not in (None, default):
+                    self._parser(self.command).set_defaults({key: {"class_path": chosen}})
+            self.config = parser.parse_args(args)
+        except ConfigError as error:
+            line = explain(str(error), sorted(_options(parser)), _DEFAULT_CLASSES, args)
+            raise ConfigError(line) from error
+        settings = self.config[self.command]
+        if ckpt_path := settings.get("ckpt_path"):
+            path = find_checkpoint(ckpt_path, _run_name(settings), Path(settings.runs_dir))
+            settings.ckpt_path = str(path)
+            _fill_from_checkpoint(settings, given, path)
+        _take_tokenizer_of_model(settings)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's would let the checkpoint win over config and command line."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        settings = self.config[self.command]
+        self._as_given = settings.clone()
+        trainer = settings.trainer
+        if trainer.default_root_dir is None:
+            self._agreed = AgreedFolder(self._new_run_folder)
+            trainer.default_root_dir = self._agreed.path
+        self.run_folder = Path(trainer.default_root_dir)
+        os.environ[RUN_FOLDER_VARIABLE] = str(self.run_folder)
+        checkpoints = [
+            callback.init_args
+            for callback in as_list(trainer.callbacks)
+            if "dirpath" in callback.get("init_args", {})
+        ]
+        for checkpoint in [settings.best_checkpoint, settings.last_checkpoint, *checkpoints]:
+            if checkpoint.dirpath is None:
+                checkpoint.dirpath = str(self.run_folder / "checkpoints")
+        for logger in as_list(trainer.logger):
+            if isinstance(logger, Namespace) and logger.class_path.endswith(".WandbLogger"):
+                place_wandb_run(logger.init_args, self.run_folder)
+                if self.runs:
+                    keep_offline_if_unreachable(logger.init_args)
+
+    def _new_run_folder(self) -> str:
+        settings = self.config[self.command]
+        name = _run_name(settings)
+        name = name if self.command == "fit" else f"{name}-{self.command}"
+        on_failure = self._on_failure if self.runs else None
+        return claim_run_folder(Path(settings.runs_dir), name, on_failure)
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+            if hasattr(self.model, "check_block_length"):
+                self.model.check_block_length(self.datamodule.block_length)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise ConfigError(explain(str(error))) from error
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self._get(self.config_init, "trainer")
+        loggers = [logger for logger in as_list(settings.logger) if isinstance(logger, Logger)]
+        if self.command == "fit" and not any(isinstance(x, CSVLogger) for x in loggers):
+            if self.runs:
+                _keep_old_metrics(self.run_folder)
+            # Written at once: a sweep reads it while the run goes on, and a kill loses no row.
+            log = CSVLogger(str(self.run_folder), "", "", flush_logs_every_n_steps=1)
+            loggers = [*loggers, log]
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                # Lightning 2.6.6 names it even where it is not set, and wandb 0.25 warns of it.
+                logger._wandb_init.pop("anonymous", None)
+        own = as_list(settings.callbacks)
+        if settings.enable_progress_bar and not any(isinstance(x, ProgressBar) for x in own):
+            # First, so that it is gone from the screen when others print what came of the run.
+            own = [TrainingProgress(), *own]
+        # What is written down, for another run too, does not say where this one lies.
+        self.config[self.command] = self._as_given
+        trainer = super().instantiate_trainer(
+            logger=loggers or False, callbacks=own or None, **kwargs
+        )
+        if isinstance(trainer.accelerator, CPUAccelerator):
+            keep_freed_memory()
+        return trainer
+
+
+class _Built(FinGPTCLI):
+    """Ends before the command is run."""
+
+    runs = False
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        assert subcommand == self.command
+
+
+def read_hyper_parameters(path: Path) -> dict[str, dict[str, Any]]:
+    """What a checkpoint says of its model and data, without reading its weights.
+
+    Raises:
+        ValueError: The file is no checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(f"ckpt_path {path} is no checkpoint that can be read safely") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"ckpt_path {path} is no checkpoint of a training run")
+    return {
+        part: dict(checkpoint.get(key, {})) for part, key in _CHECKPOINT_HYPER_PARAMETERS.items()
+    }
+
+
+def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> None:
+    """Puts the checkpoint's values where neither a config nor the command line gave one."""
+    for part, saved in read_hyper_parameters(path).items():
+        class_path = saved.pop("_class_path", None)
+        saved.pop("_instantiator", None)
+        chosen = given.get(part)
+        given_args = Namespace()
+        if chosen is not None:
+            given_args = chosen.get("init_args") or Namespace()
+            if class_path and chosen.get("class_path") not in (None, class_path):
+                continue  # another class: the checkpoint's values are not its own
+        elif class_path and settings[part].class_path != class_path:
+            settings[part] = Namespace(class_path=class_path, init_args=Namespace())
+        for key, value in saved.items():
+            if key not in given_args:
+                settings[part].init_args[key] = value
+            elif _plain(given_args[key]) != value:
+                _tell(
+                    f"{part}.{key}: {_plain(given_args[key])} as given, in place of {value} in"
+                    f" {path}"
+                )
+
+
+def _take_tokenizer_of_model(settings: Namespace) -> None:
+    """Data without a tokenizer get that of the model that is trained on."""
+    start = (settings.model.get("init_args") or Namespace()).get("init_from")
+    data = settings.data.get("init_args") or Namespace()
+    if start is None or "tokenizer" not in data or data.tokenizer is not None:
+        return
+    if (found := tokenizer_of_model(start)) is not None:
+        data.tokenizer = found
+
+
+_keep_old_metrics = rank_zero_only(keep_old_metrics)
+
+
+@rank_zero_only
+def _tell(line: str) -> None:
+    print(f"fingpt: {line}", file=sys.stderr)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        return value.as_dict()
+    return getattr(value, "value", value)
+
+
+def _run_name(settings: Namespace) -> str:
+    configs = settings.get("config") or []
+    return Path(str(configs[0])).stem if configs else "run"

@@ -1,0 +1,155 @@
+"""Tokens on which the outputs of compressed layers are kept: of text, or of a task's rows."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from fingpt_lightning.data.instruction_rows import encode_examples
+from fingpt_lightning.data.text_files import TextFiles, find_text_files
+from fingpt_lightning.models.input_moments import InputMoments, input_moments
+from fingpt_lightning.tasks import find_task, read_rows
+from fingpt_lightning.terminal.progress import shown_progress
+
+CALIBRATION_TOKENS = 32768
+BLOCK_LENGTH = 512
+
+
+class Calibration(NamedTuple):
+    """Tokens in rows, and what names them in a record."""
+
+    ids: Int[Tensor, "N T"]
+    name: str
+
+    def described(self) -> str:
+        """For people."""
+        return f"{self.ids.numel():,} tokens of {self.name}"
+
+
+def read_calibration(
+    options: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerFast | None,
+    config: PretrainedConfig,
+) -> Calibration | None:
+    """What `add_calibration_options` asked for; None where it asked for nothing.
+
+    Args:
+        options: Of a command.
+        tokenizer: Of the network.
+        config: Of the network.
+
+    Raises:
+        ValueError: As in `text_calibration` and `task_calibration`.
+        OSError: A path leads nowhere.
+    """
+    number = options.calibration_tokens or CALIBRATION_TOKENS
+    if options.calibration is not None:
+        files = TextFiles(find_text_files(options.calibration, "calibration"))
+        return text_calibration(files, tokenizer, config, number)
+    if options.calibration_task is not None:
+        return task_calibration(
+            options.calibration_task, options.data_dir, tokenizer, config, number
+        )
+    return None
+
+
+def text_calibration(
+    files: TextFiles,
+    tokenizer: PreTrainedTokenizerFast | None,
+    config: PretrainedConfig,
+    num_tokens: int = CALIBRATION_TOKENS,
+    block_length: int = BLOCK_LENGTH,
+) -> Calibration:
+    """The first tokens of some text, in rows; documents follow each other, each with its end.
+
+    Args:
+        files: The text.
+        tokenizer: Of the network.
+        config: Of the network.
+        num_tokens: At most.
+        block_length: Tokens of a row, or fewer where the network reads fewer.
+
+    Raises:
+        ValueError: There is no text, or the model has no tokenizer for it.
+    """
+    tokenizer = _needed(tokenizer)
+    tokens: list[int] = []
+    for piece in files.pieces():
+        tokens += tokenizer.encode(piece.text, add_special_tokens=False, verbose=False)
+        if piece.ends_document and piece.text and tokenizer.eos_token_id is not None:
+            tokens.append(int(tokenizer.eos_token_id))
+        if len(tokens) >= num_tokens:
+            break
+    if not tokens:
+        raise ValueError(f"calibration: {files} holds no text")
+    name = f"{files}, {files.fingerprint()}"
+    return _rows(tokens[:num_tokens], config, block_length, name)
+
+
+def task_calibration(
+    name: str,
+    data_dir: Path | None,
+    tokenizer: PreTrainedTokenizerFast | None,
+    config: PretrainedConfig,
+    num_tokens: int = CALIBRATION_TOKENS,
+    block_length: int = BLOCK_LENGTH,
+) -> Calibration:
+    """Prompts of a task's ``train`` split with their answers, drawn evenly from all of it.
+
+    Args:
+        name: Of the task.
+        data_dir: Folder of all sets; None reads from the hub.
+        tokenizer: Of the network.
+        config: Of the network.
+        num_tokens: At most.
+        block_length: As in `text_calibration`; rows of tokens take no notice of rows of the task.
+
+    Raises:
+        ValueError: There is no such task, no row, or no tokenizer.
+        FileNotFoundError: The split is missing.
+    """
+    tokenizer = _needed(tokenizer)
+    task = find_task(name)
+    rows = read_rows(task, data_dir, "train")
+    known = [example for example in rows.examples if example.gold is not None]
+    if not known:
+        raise ValueError(f"calibration_task {name}: {rows.path} has no row with a right answer")
+    longest = int(config.max_position_embeddings)
+    # Few rows tell how many are needed; neighbours in a file are often alike.
+    sample = encode_examples(tokenizer, known[:64], longest)
+    mean_length = sum(len(row.tokens) for row in sample) / len(sample)
+    stride = max(1, int(len(known) * mean_length / num_tokens))
+    tokens = [t for row in encode_examples(tokenizer, known[::stride], longest) for t in row.tokens]
+    return _rows(tokens[:num_tokens], config, block_length, f"train of {task.name}, {rows.sha256}")
+
+
+def shown_moments(network: PreTrainedModel, calibration: Calibration) -> Iterator[InputMoments]:
+    """`input_moments`, refreshed, with progress."""
+    num_tokens = calibration.ids.numel()
+    num_blocks = int(network.config.num_hidden_layers)
+    with shown_progress(f"rounding on {num_tokens:,} tokens", num_blocks, "blocks") as show:
+        for number, found in enumerate(input_moments(network, calibration.ids, refresh=True)):
+            yield found
+            show(min(number + 1, num_blocks))
+
+
+def _needed(tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedTokenizerFast:
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer for the calibration; name --tokenizer")
+    return tokenizer
+
+
+def _rows(tokens: list[int], config: PretrainedConfig, length: int, name: str) -> Calibration:
+    if max(tokens) >= config.vocab_size:
+        raise ValueError(
+            f"calibration: the tokenizer gives token {max(tokens)}, the network has"
+            f" {config.vocab_size}"
+        )
+    length = min(length, int(config.max_position_embeddings), len(tokens))
+    num_rows = len(tokens) // length
+    return Calibration(torch.tensor(tokens[: num_rows * length]).view(num_rows, length), name)

@@ -1,0 +1,1 @@
+"""``fingpt decompose``: a dense model made low-rank, layer by layer."""

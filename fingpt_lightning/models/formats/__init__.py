@@ -1,0 +1,1 @@
+"""Reader and writer of each format of models, adapters and tokenizers."""

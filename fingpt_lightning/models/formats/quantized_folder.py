@@ -1,0 +1,259 @@
+"""Quantised layers as bitsandbytes writes them into safetensors: found, read and written."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from fingpt_lightning.models.input_moments import HEAD, InputMoments
+from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix
+from fingpt_lightning.models.quantization.layers import bare_layer, is_linear, quantized_layer
+from fingpt_lightning.models.quantization.quantized_embedding import (
+    QuantizedEmbedding,
+    QuantizedHead,
+)
+
+_MARKS = {"nf4": ".weight.quant_state.bitsandbytes__nf4", "int8": ".SCB"}
+"""What the name of a tensor ends with that only a layer of this method has."""
+
+
+class QuantizedLayers(NamedTuple):
+    """Where the quantised layers of a folder are.
+
+    Args:
+        method: ``nf4`` or ``int8``.
+        places: Layer to {part of it, such as ``weight.absmax``: the file that holds it}.
+    """
+
+    method: str
+    places: Mapping[str, Mapping[str, Path]]
+
+    def holds(self, stored: str) -> bool:
+        """Whether a stored tensor belongs to one of the layers."""
+        parts = stored.split(".")
+        return any(".".join(parts[:end]) in self.places for end in range(1, len(parts)))
+
+    @property
+    def are_low_rank(self) -> bool:
+        """Whether there are pairs or a factorised embedding among them."""
+        return any(name.endswith(".up") for name in self.places)
+
+
+def find_quantized_layers(
+    described: Mapping[str, Any], files: Mapping[str, Path], where: Path
+) -> QuantizedLayers | None:
+    """What is quantised in a folder; None where nothing is.
+
+    Args:
+        described: ``quantization_config`` of the folder's config.
+        files: The file of each stored tensor.
+        where: The config, for messages.
+
+    Raises:
+        ValueError: The weights are stored in a way that is not read here.
+    """
+    if not (kind := described.get("quant_method")):
+        return None
+    is_nf4 = described.get("load_in_4bit") and described.get("bnb_4bit_quant_type") == "nf4"
+    is_int8 = described.get("load_in_8bit")
+    if kind != "bitsandbytes" or not (is_nf4 or is_int8):
+        raise ValueError(
+            f"{where}: weights stored as {kind} are not read, but for NF4 and int8 of"
+            " bitsandbytes; give the unquantised folder, which quantize then makes small"
+        )
+    method = "nf4" if is_nf4 else "int8"
+    mark = _MARKS[method]
+    layers = [name.removesuffix(mark) for name in files if name.endswith(mark)]
+    places = {
+        layer: {
+            name.removeprefix(f"{layer}."): file
+            for name, file in files.items()
+            if name.startswith(f"{layer}.")
+        }
+        for layer in layers
+    }
+    if not places:
+        raise ValueError(f"{where} says {method}, and no layer is stored as such")
+    return QuantizedLayers(method, places)
+
+
+@torch.no_grad()
+def place_quantized_layers(
+    network: PreTrainedModel, layers: QuantizedLayers, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Puts stored layers into a network of `lay_out`.
+
+    ``down`` and ``up`` become a pair, ``table`` with or without ``up`` the embedding, and the head
+    where the config ties it.
+
+    Args:
+        network: On the meta device.
+        layers: Of `find_quantized_layers`.
+        dtype: Of the products.
+        device: Where the layers go.
+
+    Raises:
+        ValueError: The network has no such layer, or one of other sizes.
+    """
+    joined: dict[str, dict[str, nn.Module]] = {}
+    for name, places in layers.places.items():
+        parts = dict(_read(name, places))
+        parent, _, end = name.rpartition(".")
+        layer = _stored_layer(parts, layers.method, dtype, device)
+        if end in ("down", "up", "table"):
+            joined.setdefault(parent, {})[end] = layer
+        else:
+            _replace(network, name, layer, (layer.in_features, layer.out_features))
+    for name, found in joined.items():
+        if "table" in found:
+            _place_embedding(
+                network, name, QuantizedEmbedding(found["table"], found.get("up"), dtype)
+            )
+            continue
+        if missing := {"down", "up"} - found.keys():
+            raise ValueError(f"layer {name} has no {missing.pop()}")
+        down, up = found["down"], found["up"]
+        made = nn.Sequential()
+        made.add_module("down", down)
+        made.add_module("up", up)
+        sizes = (int(down.in_features), int(up.out_features))  # type: ignore[arg-type]
+        _replace(network, name, made, sizes)
+
+
+def _place_embedding(network: PreTrainedModel, name: str, embedding: QuantizedEmbedding) -> None:
+    there = network.get_input_embeddings()
+    if network.get_submodule(name) is not there or not isinstance(there, nn.Embedding):
+        raise ValueError(f"{name} is not the token embedding of the network")
+    sizes = (embedding.num_embeddings, embedding.embedding_dim)
+    wanted = (there.num_embeddings, there.embedding_dim)
+    if sizes != wanted:
+        raise ValueError("{} is {} x {}, the config asks for {} x {}".format(name, *sizes, *wanted))
+    _set_embedding(network, name, embedding)
+
+
+def _set_embedding(network: PreTrainedModel, name: str, embedding: QuantizedEmbedding) -> None:
+    is_tied = network.config.tie_word_embeddings or isinstance(network.lm_head, LowRankHead)
+    network.set_submodule(name, embedding)
+    if is_tied:
+        network.set_submodule("lm_head", QuantizedHead(embedding))
+        network.config.tie_word_embeddings = False  # transformers' own tying knows no codes
+
+
+def is_low_rank(network: PreTrainedModel) -> bool:
+    """Whether it has pairs or a factorised embedding."""
+    kinds = (LowRankLinear, LowRankEmbedding)
+    return any(isinstance(module, kinds) for module in network.modules())
+
+
+def quantize_layers(
+    network: PreTrainedModel,
+    method: str,
+    *,
+    embeddings: bool = False,
+    moments: Iterable[InputMoments] = (),
+) -> None:
+    """Quantises the linear layers of the blocks, in place, but for those that are already.
+
+    Args:
+        network: On the CPU.
+        method: ``nf4`` or ``int8``.
+        embeddings: Also the token embedding, with the head tied to it. Such a network is read by
+            `load_model` alone.
+        moments: Of the network's `input_moments`, refreshed: each layer is rounded so that its
+            outputs are kept, as soon as its moments come.
+    """
+    cpu = torch.device("cpu")
+    layers = {
+        name: module
+        for name, module in network.named_modules()
+        if is_linear(module) and not isinstance(module, FrozenMatrix) and name != HEAD
+    }
+    for found in moments:
+        for name, group in found.groups.items():
+            if (layer := layers.pop(name, None)) is not None:
+                made = quantized_layer(layer, method, cpu, found.moments[group])
+                network.set_submodule(name, made)
+    for name, layer in layers.items():
+        network.set_submodule(name, quantized_layer(layer, method, cpu))
+    if embeddings:
+        embedding = network.get_input_embeddings()
+        name = next(name for name, module in network.named_modules() if module is embedding)
+        assert isinstance(embedding, nn.Embedding | LowRankEmbedding)
+        _set_embedding(network, name, QuantizedEmbedding.of(embedding, method, cpu))
+
+
+def quantization_config(method: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The entry of ``config.json`` by which transformers and `load_model` know the folder.
+
+    Args:
+        method: ``nf4`` or ``int8``.
+        dtype: Of the products.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if method == "nf4":
+        made = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    else:
+        made = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
+    return dict(made.to_dict())
+
+
+def _read(layer: str, places: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    for part, file in places.items():
+        with safe_open(file, "pt") as opened:
+            yield part, opened.get_tensor(f"{layer}.{part}")
+
+
+def _stored_layer(
+    parts: dict[str, Tensor], method: str, dtype: torch.dtype, device: torch.device
+) -> Any:
+    weight, bias = parts.pop("weight"), parts.pop("bias", None)
+    if method == "int8":
+        out_features, in_features = weight.shape
+        layer = bare_layer(in_features, out_features, bias is not None, method, dtype)
+        layer.fill(weight.to(device), parts["SCB"].to(device))
+    else:
+        import bitsandbytes  # takes a second
+
+        bnb: Any = bitsandbytes.nn
+        stats = {name.removeprefix("weight."): tensor for name, tensor in parts.items()}
+        made = bnb.Params4bit.from_prequantized(weight, stats, device=device)
+        made.quant_state.dtype = dtype
+        out_features, in_features = made.quant_state.shape
+        layer = bare_layer(in_features, out_features, bias is not None, method, dtype)
+        layer.weight = made
+        made.module, layer.quant_state = layer, made.quant_state
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(device, dtype))
+    return layer
+
+
+def _replace(network: PreTrainedModel, name: str, layer: nn.Module, sizes: tuple[int, int]) -> None:
+    try:
+        there = network.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"the network has no layer {name}") from None
+    if not is_linear(there):
+        raise ValueError(f"{name} is no linear layer in the network")
+    wanted = _features(there)
+    if sizes != wanted:
+        raise ValueError("{} is {} x {}, the config asks for {} x {}".format(name, *sizes, *wanted))
+    network.set_submodule(name, layer)
+
+
+def _features(layer: Any) -> tuple[int, int]:
+    if isinstance(layer, Conv1D):
+        return int(layer.nx), int(layer.nf)
+    assert isinstance(layer, nn.Linear | LowRankLinear)
+    return layer.in_features, layer.out_features

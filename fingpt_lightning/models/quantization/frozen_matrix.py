@@ -1,0 +1,110 @@
+"""Quantised layers that multiply with what their codes stand for, by rows or as a whole.
+
+Axes: I in_features, O out_features, N rows that are asked for.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Int8
+from torch import Tensor, nn
+
+from fingpt_lightning.models.quantization.rounding import int8_values
+
+CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**28}
+"""Of dequantised rows that are held at a time: what a core's share of cache holds."""
+
+
+@runtime_checkable
+class FrozenMatrix(Protocol):
+    """A quantised matrix of O rows and I columns, which is never held dequantised for long."""
+
+    in_features: int
+    out_features: int
+
+    def values(
+        self, dtype: torch.dtype, first: int = 0, end: int | None = None
+    ) -> Float[Tensor, "O I"]:
+        """Its rows from ``first``, a multiple of 64, to before ``end``; None is the last."""
+
+    def rows(self, ids: Int[Tensor, "N"], dtype: torch.dtype) -> Float[Tensor, "N I"]:
+        """Some of its rows."""
+
+
+def row_chunks(
+    matrix: FrozenMatrix, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """Pairs of a first row and the dequantised rows from there on, few at a time."""
+    num_rows = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (
+        matrix.in_features * dtype.itemsize
+    )
+    num_rows = max(64, num_rows // 64 * 64)  # so that each chunk begins with a block
+    for first in range(0, matrix.out_features, num_rows):
+        end = min(matrix.out_features, first + num_rows)
+        yield first, matrix.values(dtype, first, end)
+
+
+class _Product(torch.autograd.Function):
+    """x W' + b without keeping W: it is dequantised again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: FrozenMatrix) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.values(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_x = grad @ ctx.layer.values(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None
+
+
+def product(x: Float[Tensor, "*batch I"], layer: FrozenMatrix, bias: Tensor | None) -> Tensor:
+    """The map x W' + b in the dtype of autocast or of ``x``; gradients flow to x and b."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    bias = None if bias is None else bias.to(dtype)
+    made = _Product.apply(x.to(dtype), bias, layer)  # type: ignore[no-untyped-call]
+    return cast("Tensor", made)
+
+
+class Int8Linear(nn.Linear):
+    """x W' + b with W in int8 and one scale a row; x stays as it is.
+
+    bitsandbytes' layer of the same files rounds x to int8 as well.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        bias: Whether b is there.
+    """
+
+    SCB: Tensor
+    """The largest magnitude of each row, under bitsandbytes' name."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias, device="meta")
+        codes = torch.empty(out_features, in_features, dtype=torch.int8, device="meta")
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("SCB", torch.empty(out_features, device="meta"))
+
+    def fill(self, codes: Int8[Tensor, "O I"], scales: Float[Tensor, "O"]) -> None:
+        """Takes what `round_to_int8` made."""
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.SCB = scales
+
+    def values(
+        self, dtype: torch.dtype, first: int = 0, end: int | None = None
+    ) -> Float[Tensor, "O I"]:
+        """See `FrozenMatrix`."""
+        return int8_values(self.weight[first:end], self.SCB[first:end], dtype)
+
+    def rows(self, ids: Int[Tensor, "N"], dtype: torch.dtype) -> Float[Tensor, "N I"]:
+        """See `FrozenMatrix`."""
+        return int8_values(self.weight[ids], self.SCB[ids], dtype)
+
+    def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
+        """Cost: that of the dense layer, and W dequantised once."""
+        return product(x, self, self.bias)

@@ -1,0 +1,1 @@
+"""What a run will need: parameters, memory by part, steps and time."""

@@ -1,0 +1,222 @@
+"""Networks as a module would train them, laid out without memory."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from fingpt_lightning.low_rank.adapters import FrozenBase
+from fingpt_lightning.models import Recompute, recompute_blocks
+from fingpt_lightning.models.adapting import adapt, linear_names, matching_names
+from fingpt_lightning.models.layout import FAMILIES, features_of, lay_out
+from fingpt_lightning.models.loading import DTYPES
+from fingpt_lightning.models.packed_attention import use_packed_attention
+from fingpt_lightning.models.pair_config import is_guide
+from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER
+from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
+from fingpt_lightning.modules.base_model import RandomLlama
+from fingpt_lightning.pipeline import NetworkCosts, network_costs
+from fingpt_lightning.planning.fake_step import fake_parameters
+from fingpt_lightning.profiling.memory import storage_bytes
+
+# Width, MLP, blocks, heads, heads of keys and values. Source: the config.json of each in
+# https://huggingface.co/meta-llama, which is not there without a network and a licence.
+_LLAMA_2 = {
+    "7b": (4096, 11008, 32, 32, 32),
+    "13b": (5120, 13824, 40, 40, 40),
+    "70b": (8192, 28672, 80, 64, 8),
+}
+
+
+class Blueprint(NamedTuple):
+    """A network on fake tensors, in the module that would train it.
+
+    Attributes:
+        mode: Of its tensors.
+        network: Parameters and buffers have shapes only.
+        costs: Of its parts, for a cut into stages.
+        parameters: All numbers, quantised ones counted as what they stand for, without the guides
+            of a self-guided run, which bytes and trained parameters have.
+        trained: Those of them that are trained.
+        dense_parameters: Of the dense twin; None where there is none.
+        weights: Bytes of parameters and buffers as they are stored.
+        trained_parameters: Numbers and bytes a number of each trained one.
+    """
+
+    mode: FakeTensorMode
+    network: PreTrainedModel
+    costs: NetworkCosts
+    parameters: int
+    trained: int
+    dense_parameters: int | None
+    weights: int
+    trained_parameters: list[tuple[int, int]]
+
+
+def blueprint(
+    module: LightningModule, vocabulary_size: int, block_length: int, precision: str
+) -> Blueprint:
+    """Lays out the network of a module that was made and not yet configured.
+
+    Args:
+        module: Gets the network.
+        vocabulary_size: Of the data's tokenizer.
+        block_length: Tokens a sequence at most.
+        precision: The trainer's.
+
+    Raises:
+        TypeError: The module is none of ours.
+        ValueError: The shapes of its base are not known.
+    """
+    dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}.get(
+        precision
+    )
+    match module:
+        case LowRankPretraining():
+            return _pretraining(module, vocabulary_size, block_length, dtype)
+        case QuantizedFinetuning():
+            return _finetuning(module, vocabulary_size, block_length)
+    raise TypeError(
+        f"{type(module).__name__} cannot be planned: LowRankPretraining and QuantizedFinetuning can"
+    )
+
+
+def base_config(
+    base: str | None, random_base: RandomLlama | None, vocabulary_size: int
+) -> PreTrainedConfig:
+    """The shapes of a base.
+
+    Raises:
+        ValueError: It is no folder with ``config.json`` and no known name.
+    """
+    if random_base is not None:
+        return LlamaConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=random_base.width,
+            intermediate_size=random_base.mlp_width,
+            num_hidden_layers=random_base.num_layers,
+            num_attention_heads=random_base.num_heads,
+            num_key_value_heads=random_base.num_key_value_heads,
+            max_position_embeddings=random_base.num_positions,
+        )
+    assert base is not None
+    if (Path(base).expanduser() / "config.json").is_file():
+        family, _ = PreTrainedConfig.get_config_dict(Path(base).expanduser())
+        if family.get("model_type") in FAMILIES:
+            kind = FAMILIES[family["model_type"]].config_class
+            assert kind is not None
+            return kind.from_pretrained(Path(base).expanduser())
+        raise ValueError(
+            f"model.base {base} is a {family.get('model_type')}: {', '.join(FAMILIES)} can be"
+            " planned"
+        )
+    size = re.search(r"llama-2-(7b|13b|70b)\b", base.lower())
+    if size is None:
+        known = ", ".join(f"Llama-2-{name}" for name in _LLAMA_2)
+        raise ValueError(
+            f"model.base {base} is no folder with config.json; without one the shapes of {known}"
+            " are known"
+        )
+    width, mlp, blocks, heads, kv_heads = _LLAMA_2[size[1]]
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+    )
+
+
+def _pretraining(
+    module: LowRankPretraining,
+    vocabulary_size: int,
+    block_length: int,
+    dtype: torch.dtype | None,
+) -> Blueprint:
+    hparams: Any = module.hparams
+    if hparams["vocab_size"] is None and module.init_from is None:
+        hparams["vocab_size"] = vocabulary_size
+    module.check_block_length(block_length)
+    network = module.laid_out()
+    recompute = Recompute(hparams["recompute"])
+    costs = network_costs(network, block_length, keeps_inputs_alone=recompute is Recompute.BLOCK)
+    module.guiding.attach(network)
+    mode = FakeTensorMode()
+    fake_parameters(network, mode, dtype)
+    recompute_blocks(network, recompute)
+    module.network = network
+    budget = module.budget(block_length)
+    return _blueprint(network, mode, costs, budget.dense_total_parameters, {})
+
+
+def _finetuning(module: QuantizedFinetuning, vocabulary_size: int, block_length: int) -> Blueprint:
+    hparams: Any = module.hparams
+    config = base_config(module.base, module.random_base, vocabulary_size)
+    if block_length > config.max_position_embeddings:
+        raise ValueError(
+            f"data.max_length {block_length} is longer than the {config.max_position_embeddings}"
+            f" positions of {module.base or 'random_base'}"
+        )
+    dtype, quantize = DTYPES[hparams["dtype"]], hparams["quantize"]
+    network = lay_out(config, {})
+    linear = linear_names(network)
+    adapted = matching_names(linear, hparams["target_modules"])
+    beside = {n: module.options.rank * sum(features_of(network.get_submodule(n))) for n in adapted}
+    in_matrix = BYTES_PER_NUMBER.get(quantize, dtype.itemsize)
+    costs = network_costs(
+        network,
+        block_length,
+        FrozenBase(dtype.itemsize, in_matrix, beside),
+        hparams["recompute"] in ("block", "offload"),
+    )
+    nn.Module.to(network, dtype)
+    # Lengths of rows need weights; their place is what counts here.
+    adapt(network, replace(module.options, dora=False), adapted, seed=None)
+    network.train()
+    use_packed_attention(network)
+    mode = FakeTensorMode()
+    fake_parameters(network, mode, None)
+    if hparams["recompute"] != "none":
+        recompute_blocks(network, Recompute.BLOCK)
+    module.network = network
+    stored = {}
+    if quantize is not None:
+        for name in linear:
+            own = f"{name}.base_layer.weight" if name in beside else f"{name}.weight"
+            stored[own] = in_matrix
+    return _blueprint(network, mode, costs, None, stored)
+
+
+def _blueprint(
+    network: PreTrainedModel,
+    mode: FakeTensorMode,
+    costs: NetworkCosts,
+    dense_parameters: int | None,
+    bytes_of_quantised: dict[str, float],
+) -> Blueprint:
+    named = dict(network.named_parameters())
+    whole = storage_bytes([*named.values(), *network.buffers()])
+    saved = sum(
+        named[name].numel() * (named[name].itemsize - width)
+        for name, width in bytes_of_quantised.items()
+    )
+    trained = [p for p in named.values() if p.requires_grad]
+    lasting = {name: p for name, p in named.items() if not is_guide(name)}
+    return Blueprint(
+        mode=mode,
+        network=network,
+        costs=costs,
+        parameters=sum(p.numel() for p in lasting.values()),
+        trained=sum(p.numel() for p in lasting.values() if p.requires_grad),
+        dense_parameters=dense_parameters,
+        weights=round(whole - saved),
+        trained_parameters=[(p.numel(), p.itemsize) for p in trained],
+    )

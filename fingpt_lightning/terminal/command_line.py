@@ -1,0 +1,160 @@
+"""What the option parsers of the commands share, without importing anything heavy."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+from typing_extensions import override
+
+from fingpt_lightning.terminal.messages import nearest
+
+
+class WrongOptions(ValueError):
+    """A command line that cannot be understood."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser that raises its errors in place of printing usage and ending the process.
+
+    Args:
+        command: The words before the options, as ``fingpt evaluate``.
+        description: One sentence for ``--help``.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=command, description=description, allow_abbrev=False)
+
+    def read(self, words: list[str]) -> argparse.Namespace:
+        """The options in ``words``.
+
+        Raises:
+            WrongOptions: An option is unknown (the nearest is named), missing, or has no such
+                value.
+            SystemExit: With status 0, after ``--help`` has been answered.
+        """
+        options, unknown = self.parse_known_args(words)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            known = [text for action in self._actions for text in action.option_strings]
+            raise WrongOptions(f"unrecognized arguments: {' '.join(unknown)}{nearest(name, known)}")
+        return options
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise WrongOptions(message)
+
+
+def names(text: str) -> list[str]:
+    """The names in a list with commas.
+
+    Raises:
+        argparse.ArgumentTypeError: There is none.
+    """
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("no name is given")
+    return found
+
+
+def positive_int(text: str) -> int:
+    """A whole number from 1 on.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
+def named_paths(text: str) -> dict[str, Path]:
+    """The paths in a list such as ``alice=a/adapter,bob=b/adapter``, by name.
+
+    Raises:
+        argparse.ArgumentTypeError: A part is not of that form, or a name is there twice.
+    """
+    found: dict[str, Path] = {}
+    for part in names(text):
+        name, _, path = part.partition("=")
+        if not name.strip() or not path.strip():
+            raise argparse.ArgumentTypeError(f"{part!r} is not of the form NAME=PATH")
+        if name.strip() in found:
+            raise argparse.ArgumentTypeError(f"the name {name.strip()!r} is given twice")
+        found[name.strip()] = Path(path.strip())
+    return found
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model is loaded and how."""
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        help="Hugging Face folder or hub name, GGUF, adapter, checkpoint or run folder",
+    )
+    add("--adapter", help="folder of a LoRA adapter for the model")
+    add("--tokenizer", help="folder of the tokenizer, where the model has none beside it")
+    add(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16", "float64"),
+        help="of weights and products; default: %(default)s",
+    )
+    add(
+        "--quantize",
+        default="auto",
+        choices=("auto", "none", "nf4", "int8"),
+        help="the linear layers of the blocks; default: auto, as what the adapter was trained on",
+    )
+    add("--device", help="cpu, cuda or cuda:1; default: cuda where there is one")
+
+
+def add_calibration_options(parser: OptionParser) -> None:
+    """The options that say on which tokens the outputs of compressed layers are kept."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--calibration",
+        nargs="+",
+        help="text files (.jsonl, .txt, .parquet): the layers' outputs on them are kept",
+    )
+    group.add_argument(
+        "--calibration_task",
+        metavar="TASK",
+        help="the same on prompts and answers of a task's train split, from --data_dir",
+    )
+    parser.add_argument(
+        "--calibration_tokens", type=positive_int, help="that are read; default: 32768"
+    )
+    parser.add_argument(
+        "--data_dir", type=Path, help="holds TASK/train.jsonl; left out: the Hugging Face hub"
+    )
+
+
+def asks_for_calibration(options: argparse.Namespace) -> bool:
+    """Whether one of the sources of `add_calibration_options` is named."""
+    return options.calibration is not None or options.calibration_task is not None
+
+
+def check_calibration_options(options: argparse.Namespace) -> None:
+    """Refuses options of calibration that have no effect.
+
+    Raises:
+        WrongOptions: There is one.
+    """
+    if options.data_dir is not None and options.calibration_task is None:
+        raise WrongOptions("--data_dir has an effect with --calibration_task alone")
+    if options.calibration_tokens is not None and not asks_for_calibration(options):
+        raise WrongOptions(
+            "--calibration_tokens has an effect with --calibration or --calibration_task alone"
+        )
+
+
+def as_list(given: Any) -> list[Any]:
+    """A setting that may be written as one thing, as a list of several, or be left out."""
+    if given is None:
+        return []
+    return given if isinstance(given, list) else [given]

@@ -1,0 +1,62 @@
+"""Parts of messages: the nearest right name, missing fields, what a foreign error says first."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """``; did you mean X?`` for the known name most like ``name``, or nothing.
+
+    Args:
+        name: What was given.
+        known: What it could have been.
+        cutoff: How alike they must be, between 0 and 1.
+
+    >>> nearest("fpd", ["fpb", "tfns"])
+    '; did you mean fpb?'
+    """
+    found = nearest_of(name, known, cutoff)
+    return f"; did you mean {found}?" if found is not None else ""
+
+
+def nearest_of(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like ``name``, or None where none is alike.
+
+    >>> nearest_of("1f1b", ["1f1c", "gpipe"])
+    '1f1c'
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
+def nearest_sibling(path: Path) -> Path | None:
+    """The file or folder beside a missing ``path`` whose name is most like its own."""
+    if not path.parent.is_dir():
+        return None
+    found = nearest_of(path.name, (sibling.name for sibling in path.parent.iterdir()))
+    return None if found is None else path.with_name(found)
+
+
+def nearest_name(path: Path) -> str:
+    """The part of a message that names what stands beside a missing ``path``."""
+    if not path.parent.is_dir():
+        return f": there is no folder {path.parent}"
+    found = nearest_sibling(path)
+    return "" if found is None else f"; the nearest name there is {found.name}"
+
+
+def no_field(place: str, field: str, fields: Iterable[str]) -> str:
+    """The message of a row without ``field``.
+
+    >>> no_field("a.jsonl:2", "text", ["txt", "id"])
+    "a.jsonl:2: no field 'text'; did you mean 'txt'? The fields are ['id', 'txt']"
+    """
+    known = sorted(fields)
+    found = nearest_of(field, known)
+    hint = "the" if found is None else f"did you mean {found!r}? The"
+    return f"{place}: no field {field!r}; {hint} fields are {known}"
+
+
+def first_line(error: Exception) -> str:
+    """What a foreign library's error says first."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")

@@ -1,0 +1,144 @@
+"""What a terminal or a log sees of long work."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from fingpt_lightning.units import format_duration
+
+_QUIET_S = 2.0
+
+
+class SoFar(NamedTuple):
+    """How much has been tokenised."""
+
+    num_documents: int = 0
+    num_tokens: int = 0
+    bytes_read: int = 0
+
+    def told(self, time_s: float) -> str:
+        """One line with the rate.
+
+        >>> SoFar(1200, 3_000_000, 14_000_000).told(2.0)
+        '1,200 documents, 14 MB, 3.0 M tokens, 1,500 k tokens/s'
+        """
+        read = f"{self.bytes_read / 1e6:,.0f} MB, " if self.bytes_read else ""
+        tokens = f"{self.num_tokens / 1e6:.1f} M tokens"
+        rate = f"{self.num_tokens / max(time_s, 1e-9) / 1e3:,.0f} k tokens/s"
+        return f"{self.num_documents:,} documents, {read}{tokens}, {rate}"
+
+
+class _Display:
+    """A line of progress that appears once the work has taken longer than two seconds.
+
+    Args:
+        what: Description of the line.
+        columns: Columns after it.
+        total: Units of work, where they are known.
+        first: Line for a log when the work is found to be long; None writes none.
+    """
+
+    def __init__(
+        self, what: str, columns: list[ProgressColumn], total: int | None, first: str | None
+    ) -> None:
+        self.console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._first, self._started_s, self.is_shown = first, time.monotonic(), False
+        text: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
+        self._bar = Progress(*text, *columns, console=self.console, transient=True)
+        self._task = self._bar.add_task(what, total=total, told="")
+
+    @property
+    def time_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+    def update(self, completed: int, told: Callable[[], str]) -> None:
+        if not self.is_shown and self.time_s >= _QUIET_S:
+            self.is_shown = True
+            if self.console.is_terminal:
+                self._bar.start()
+            elif self._first is not None:
+                self.print(self._first)
+        if self.is_shown:
+            self._bar.update(self._task, completed=completed, told=told())
+
+    def stop(self) -> None:
+        if self._bar.live.is_started:
+            self._bar.stop()
+
+    def print(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
+
+@contextmanager
+def shown_progress(
+    what: str, total: int | None, unit: str, in_log: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Shows work that takes longer than two seconds on stderr.
+
+    A terminal sees a line that moves; anything else one line at the start and one at the end.
+
+    Args:
+        what: Name of the work, as in "labelling news.csv".
+        total: Units of work; None where they are not known before.
+        unit: Name of what is counted.
+        in_log: Whether there are lines at the start and at the end too.
+
+    Yields:
+        A function to be called with the units that are done.
+    """
+    count = MofNCompleteColumn() if total is not None else TextColumn("{task.completed:,.0f}")
+    columns: list[ProgressColumn] = [count, TextColumn(unit)]
+    columns += [BarColumn(20), TimeRemainingColumn()] if total is not None else []
+    display, done = _Display(what, columns, total, what if in_log else None), 0
+
+    def show(now: int) -> None:
+        nonlocal done
+        done = now
+        display.update(now, str)
+
+    try:
+        yield show
+    finally:
+        display.stop()
+    if display.is_shown and in_log:
+        rate = f"{done / display.time_s:.3g} per second"
+        display.print(f"{what}: {done:,} {unit} in {format_duration(display.time_s)}, {rate}")
+
+
+@contextmanager
+def shown_tokenizing(what: str, num_bytes: int | None) -> Iterator[Callable[[SoFar], None]]:
+    """Shows tokenising that takes longer than two seconds on stderr.
+
+    A terminal sees a line that moves, with the time that is left where ``num_bytes`` is known;
+    anything else one line at the start. Both see one at the end.
+
+    Yields:
+        A function to be called with the state of the work.
+    """
+    columns: list[ProgressColumn] = [BarColumn(20), TimeRemainingColumn()] if num_bytes else []
+    columns.append(TextColumn("{task.fields[told]}", markup=False))
+    display, so_far = _Display(what, columns, num_bytes, f"tokenising {what}"), SoFar()
+
+    def show(now: SoFar) -> None:
+        nonlocal so_far
+        so_far = now
+        display.update(now.bytes_read, lambda: now.told(display.time_s))
+
+    try:
+        yield show
+    finally:
+        display.stop()
+    if display.is_shown:
+        time_s = display.time_s
+        display.print(f"tokenised {what}: {so_far.told(time_s)}, {time_s:.0f} s")
