@@ -26,7 +26,7 @@ from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
 
 QUESTION = (
     "How much faster does GPT-2 small write with a cache of keys and values than without, and how"
-    " much faster than its dense twin does the low-rank one?"
+    " much faster than its dense baseline does the low-rank one?"
 )
 NO_CACHE, DENSE, LOW_RANK = "dense, no cache", "dense", "low rank"
 GROWING, TRANSFORMERS = "dense, growing cache", "dense, transformers' generate"
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def networks(dtype: str, sizes: Sizes, device: str = "cpu") -> dict[str, PreTrainedModel]:
-    """The dense twin and the low-rank network, freshly initialised, ready to write.
+    """The dense baseline and the low-rank network, freshly initialised, ready to write.
 
     Args:
         dtype: Of `DTYPES`.
@@ -236,7 +236,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The ratios of the question, as far as they were measured.
 
     Those of the cache are of the dense network; that of low rank is the better of bf16 and int8,
-    each beside the dense twin in the same dtype, at batch size 1.
+    each beside the dense baseline in the same dtype, at batch size 1.
     """
     found: dict[str, float] = {}
     ratios = {

@@ -1,4 +1,4 @@
-"""Is pretraining a low-rank GPT-2 faster and smaller than its well-tuned dense twin?
+"""Is pretraining a low-rank GPT-2 faster and smaller than its well-tuned dense baseline?
 
 Times full training steps of both, and of transformers' own GPT-2, in turns on the same tokens;
 measures each one's memory in a process of its own. Needs torch, transformers and lightning.
@@ -26,7 +26,7 @@ from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.units import GIB
 
 QUESTION = (
-    "Is a training step of low-rank GPT-2 faster and smaller than that of its dense twin, both"
+    "Is a training step of low-rank GPT-2 faster and smaller than that of its dense baseline, both"
     " equally well tuned, and of transformers' own?"
 )
 # Rank of the layers and of the embedding: about 2.65x smaller in all.

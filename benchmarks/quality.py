@@ -1,11 +1,12 @@
-"""Which way of training a low-rank GPT-2 keeps the quality of its dense twin?
+"""Which way of training a low-rank GPT-2 keeps the quality of its dense baseline?
 
-Tunes the learning rate of every variant of a grid, the dense twin's too, on a short budget, beyond
-the rates that are given while the best is at their end; then trains the dense twin, the naive way
-and the best of the others on the same tokens, several seeds each, and the best of the others once
-more for as long as the dense twin took. What is there for comparison alone, variants that are not
-small enough and the naive way in equal time, has the first seed only. The record is written after
-every run, and a run in it is not repeated; processes that take turns share it.
+Tunes the learning rate of every variant of a grid, the dense baseline's too, on a short budget,
+beyond the rates that are given while the best is at their end; then trains the dense baseline, the
+naive way and the best of the others on the same tokens, several seeds each, and the best of the
+others once more for as long as the dense baseline took. What is there for comparison alone,
+variants that are not small enough and the naive way in equal time, has the first seed only. The
+record is written after every run, and a run in it is not repeated; processes that take turns share
+it.
 """
 
 import argparse
@@ -329,16 +330,16 @@ class Comparison:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The best variant that is small enough beside the dense twin, and the naive way too.
+    """The best variant that is small enough beside the dense baseline, and the naive way too.
 
-    Of the dense twin's size there may be another, such as one with the optimiser of the pairs: the
+    Of the dense baseline's size there may be another, such as one with the Spectron: the
     best of these is told too, as not all that is gained is the pairs' own.
 
-    A gap is the mean, over the seeds that both have, of a variant's loss minus the dense twin's
+    A gap is the mean, over the seeds that both have, of a variant's loss minus the dense baseline's
     after `equal tokens`: at equal tokens, or after as much time as that took.
 
     Args:
-        rows: Of the record; the first is the dense twin, the second the naive way.
+        rows: Of the record; the first is the dense baseline, the second the naive way.
     """
     if len(rows) < 2 or "equal_tokens_loss_nats" not in rows[0]:
         return {}

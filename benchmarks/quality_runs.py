@@ -50,7 +50,7 @@ class Grid:
     Args:
         model: Settings of `LowRankPretraining` that all share.
         data: Settings of `TextBlocks`.
-        variants: The first is the dense twin, the second the naive way.
+        variants: The first is the dense baseline, the second the naive way.
         trainer: Settings of the trainer.
         num_tuning_steps: Of a run that tries a learning rate.
         num_steps: Of a run that counts.
@@ -184,7 +184,7 @@ class Workshop:
         return LowRankPretraining(**{**self.grid.model, **variant.model, variant.tuned: rate})
 
     def sizes(self, variant: Variant) -> dict[str, int | float]:
-        """Numbers that a variant stores, and what its dense twin does over that."""
+        """Numbers that a variant stores, and what its dense baseline does over that."""
         module, data = self.module(variant), TextBlocks(**self._data)
         data.prepare_data()
         data.setup()

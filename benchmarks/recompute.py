@@ -148,7 +148,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time over memory, both relative to the dense twin that keeps everything."""
+    """Time over memory, both relative to the dense baseline that keeps everything."""
     import matplotlib as mpl
 
     mpl.use("Agg")

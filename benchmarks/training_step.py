@@ -79,7 +79,7 @@ class Workload:
         return self.batch_size * self.block_length
 
     def budget(self) -> ModelBudget:
-        """Parameters and operations of the low-rank contender and its dense twin."""
+        """Parameters and operations of the low-rank contender and its dense baseline."""
         network = lay_out_gpt2(
             self.shape, self.vocab_size, RankRule(self.rank), self.embedding_rank
         )

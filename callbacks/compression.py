@@ -1,4 +1,4 @@
-"""How much smaller than its dense twin the network is."""
+"""How much smaller than its dense baseline the network is."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -19,14 +19,15 @@ class CompressionMonitor(Callback):
 
     - ``compression/block_parameter_ratio``, ``compression/total_parameter_ratio``: the decoder
       blocks alone, and everything.
-    - ``compression/parameters``, ``compression/dense_parameters``: stored, and in the dense twin.
-    - ``compression/total_mib_at_32_bits``, ``compression/total_mib_at_16_bits``,
+    - ``compression/parameters``, ``compression/dense_parameters``: stored, and in the dense
+    baseline. - ``compression/total_mib_at_32_bits``, ``compression/total_mib_at_16_bits``,
       ``compression/total_mib_at_8_bits``, ``compression/total_mib_at_4_bits``: MiB of the stored
       parameters at so many bits each, without quantisation constants.
     - ``compression/dense_mib_at_32_bits``, ``compression/dense_mib_at_16_bits``,
-      ``compression/dense_mib_at_8_bits``, ``compression/dense_mib_at_4_bits``: of the dense twin.
+      ``compression/dense_mib_at_8_bits``, ``compression/dense_mib_at_4_bits``: of the dense
+      baseline.
     - ``compression/linear_parameter_share``, ``compression/linear_flop_share``: what linear layers
-      hold and compute of the dense twin, between 0 and 1.
+      hold and compute of the dense baseline, between 0 and 1.
 
     Cost: one walk over the modules when fit starts.
 

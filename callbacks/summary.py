@@ -34,10 +34,10 @@ _CallbackT = TypeVar("_CallbackT", bound=Callback)
 
 
 @runtime_checkable
-class HasDenseTwin(Protocol):
+class HasDenseBaseline(Protocol):
     """A module that can make itself anew with every layer dense."""
 
-    def dense_twin(self) -> LightningModule:
+    def dense_baseline(self) -> LightningModule:
         """The twin, whose ``configure_model`` was not called yet."""
 
 
@@ -59,7 +59,7 @@ class RunSummary(Callback):
 
     - ``summary/steps``: optimizer steps.
     - ``summary/block_parameters``, ``summary/parameters``: stored in the blocks, and in total.
-    - ``summary/dense_block_parameters``, ``summary/dense_parameters``: of the dense twin.
+    - ``summary/dense_block_parameters``, ``summary/dense_parameters``: of the dense baseline.
     - ``summary/block_parameter_ratio``, ``summary/total_parameter_ratio``: dense over stored.
     - ``summary/trained_share``: trained parameters over all, of a module that freezes some.
     - ``summary/TASK/accuracy_before``, ``summary/TASK/accuracy_after``: of each task that a
@@ -67,29 +67,29 @@ class RunSummary(Callback):
     - ``summary/first_val_loss``, ``summary/best_val_loss``, ``summary/last_val_loss``:
       ``val/loss`` of this fit's first, best and last validation, in nats a token.
     - ``summary/tokens_per_s``: of the training, as `ThroughputMonitor` beside it measured.
-    - ``summary/timed_tokens_per_s``, ``summary/dense_twin_tokens_per_s``: of the timed steps.
-    - ``summary/speed_ratio``: this network's timed tokens a second over the dense twin's.
+    - ``summary/timed_tokens_per_s``, ``summary/dense_baseline_tokens_per_s``: of the timed steps.
+    - ``summary/speed_ratio``: this network's timed tokens a second over the dense baseline's.
     - ``summary/peak_allocated_mib`` on CUDA, ``summary/peak_rss_mib`` elsewhere: largest over
       ranks, of this fit with a `MemoryMonitor` beside it, else of the process.
     - ``summary/best_checkpoint``, ``summary/last_checkpoint``: paths.
     - ``summary/run_folder``, ``summary/log_folder``: paths.
 
-    Cost: with ``dense_twin_steps``, that many and one more training steps (forward, backward,
-    fused AdamW, on the last batch) of a copy of the network and of its dense twin in turn, and
+    Cost: with ``dense_baseline_steps``, that many and one more training steps (forward, backward,
+    fused AdamW, on the last batch) of a copy of the network and of its dense baseline in turn, and
     the memory of both; else nothing. Trained weights and random state stay as they are.
 
     Args:
-        dense_twin_steps: Timed steps of each; 0 times nothing. In one process only.
+        dense_baseline_steps: Timed steps of each; 0 times nothing. In one process only.
 
     Raises:
-        ValueError: ``dense_twin_steps`` is below 0.
-        TypeError: The dense twin is to be timed and the module has no ``dense_twin()``.
+        ValueError: ``dense_baseline_steps`` is below 0.
+        TypeError: The dense baseline is to be timed and the module has no ``dense_baseline()``.
     """
 
-    def __init__(self, dense_twin_steps: int = 0) -> None:
-        if dense_twin_steps < 0:
-            raise ValueError(f"dense_twin_steps={dense_twin_steps} is below 0")
-        self._dense_twin_steps = dense_twin_steps
+    def __init__(self, dense_baseline_steps: int = 0) -> None:
+        if dense_baseline_steps < 0:
+            raise ValueError(f"dense_baseline_steps={dense_baseline_steps} is below 0")
+        self._dense_baseline_steps = dense_baseline_steps
         self._last_batch: Any = None
         self._first_val_loss: float | None = None
         self._best_val_loss: float | None = None
@@ -101,17 +101,17 @@ class RunSummary(Callback):
         self._last_batch = None
         self._first_val_loss = self._best_val_loss = self._last_val_loss = None
         self._peak_mib = {}
-        if self._dense_twin_steps == 0:
+        if self._dense_baseline_steps == 0:
             return
-        if not isinstance(pl_module, HasDenseTwin):
+        if not isinstance(pl_module, HasDenseBaseline):
             raise TypeError(
-                f"RunSummary(dense_twin_steps={self._dense_twin_steps}) needs a module with"
-                f" dense_twin(), which {type(pl_module).__name__} has not"
+                f"RunSummary(dense_baseline_steps={self._dense_baseline_steps}) needs a module with"
+                f" dense_baseline(), which {type(pl_module).__name__} has not"
             )
         if trainer.world_size > 1:
             rank_zero_warn(
-                f"RunSummary(dense_twin_steps={self._dense_twin_steps}) has no effect in"
-                f" {trainer.world_size} processes: the dense twin is timed in one process only"
+                f"RunSummary(dense_baseline_steps={self._dense_baseline_steps}) has no effect in"
+                f" {trainer.world_size} processes: the dense baseline is timed in one process only"
             )
 
     @override
@@ -123,7 +123,7 @@ class RunSummary(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self._dense_twin_steps and trainer.world_size == 1:
+        if self._dense_baseline_steps and trainer.world_size == 1:
             self._last_batch = batch
 
     @override
@@ -200,8 +200,8 @@ class RunSummary(Callback):
             "run_folder": trainer.default_root_dir,
         }
         if self._last_batch is not None:
-            assert isinstance(pl_module, HasDenseTwin)
-            race = _race(trainer, pl_module, self._last_batch, self._dense_twin_steps)
+            assert isinstance(pl_module, HasDenseBaseline)
+            race = _race(trainer, pl_module, self._last_batch, self._dense_baseline_steps)
             figures |= {} if race is None else race._asdict()
         for checkpoint in trainer.checkpoint_callbacks:
             if isinstance(checkpoint, ModelCheckpoint):
@@ -223,16 +223,16 @@ class _Race(NamedTuple):
     """Keys of the summary."""
 
     timed_tokens_per_s: float
-    dense_twin_tokens_per_s: float
+    dense_baseline_tokens_per_s: float
     speed_ratio: float
 
 
 def _race(trainer: Trainer, pl_module: LightningModule, batch: Any, num_steps: int) -> _Race | None:
-    """Steps of the dense twin and of a copy in turn; None where memory does not suffice."""
-    assert isinstance(pl_module, HasDenseTwin)
+    """Steps of the dense baseline and of a copy in turn; None where memory does not suffice."""
+    assert isinstance(pl_module, HasDenseBaseline)
     with isolate_rng(), torch.enable_grad():
         try:
-            twin = pl_module.dense_twin()
+            twin = pl_module.dense_baseline()
             twin.trainer = trainer
             precision = trainer.precision_plugin
             with trainer.strategy.tensor_init_context(), precision.module_init_context():
@@ -243,7 +243,9 @@ def _race(trainer: Trainer, pl_module: LightningModule, batch: Any, num_steps: i
                 for contender, its_times_s in zip(contenders, times_s, strict=True):
                     its_times_s.append(contender.step_s(batch))
         except torch.OutOfMemoryError:
-            rank_zero_warn("RunSummary: too little memory for the dense twin beside the network")
+            rank_zero_warn(
+                "RunSummary: too little memory for the dense baseline beside the network"
+            )
             return None
     dense_s, ours_s = (statistics.median(its_times_s[1:]) for its_times_s in times_s)
     num_tokens = int((batch["labels"] != IGNORED_LABEL).sum())
@@ -304,7 +306,7 @@ def _beside(trainer: Trainer, kind: type[_CallbackT]) -> _CallbackT | None:
 def _table(figures: Mapping[str, float | int | str]) -> Table:
     table = Table(title="Run summary")
     table.add_column("")
-    for column in ("this run", "dense twin", ""):
+    for column in ("this run", "dense baseline", ""):
         table.add_column(column, justify="right")
 
     def cell(key: str, template: str) -> str:
@@ -326,7 +328,7 @@ def _table(figures: Mapping[str, float | int | str]) -> Table:
     table.add_row(
         "tokens/s, timed in turn",
         cell("timed_tokens_per_s", "{:,.0f}"),
-        cell("dense_twin_tokens_per_s", "{:,.0f}"),
+        cell("dense_baseline_tokens_per_s", "{:,.0f}"),
         verdict,
     )
     on_cuda = "peak_allocated_mib" in figures

@@ -121,7 +121,7 @@ def test_the_quickstart_learns_and_ends_with_its_table(
     figures = json.loads((folder / "summary.json").read_text())
     assert figures["last_val_loss"] < figures["first_val_loss"] < math.log(2048)
     assert figures["total_parameter_ratio"] > 2.5
-    assert figures["dense_twin_tokens_per_s"] > 0
+    assert figures["dense_baseline_tokens_per_s"] > 0
     assert figures["peak_rss_mib"] > 0
     assert Path(figures["last_checkpoint"]).is_file()
     printed = capsys.readouterr().out

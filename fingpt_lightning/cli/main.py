@@ -51,7 +51,7 @@ COMMANDS = {
         "fingpt_lightning.deploy.label_command",
     ),
     "decompose": Command(
-        "a dense model's layers as low-rank pairs; the folder trains on, evaluates and exports",
+        "a dense model's layers as low-rank layers; the folder trains on, evaluates and exports",
         "fingpt_lightning.decompose.options",
         "fingpt_lightning.decompose.command",
     ),

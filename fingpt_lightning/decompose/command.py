@@ -1,4 +1,4 @@
-"""``fingpt decompose``: a dense model in, a folder of low-rank pairs out."""
+"""``fingpt decompose``: a dense model in, a folder of low-rank layers out."""
 
 import argparse
 import statistics

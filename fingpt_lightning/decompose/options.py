@@ -28,7 +28,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         SystemExit: With status 0, after ``--help`` has been answered.
     """
     parser = OptionParser(
-        "fingpt decompose", "A dense model in, its layers as low-rank pairs out; it trains on."
+        "fingpt decompose", "A dense model in, its layers as low-rank layers out; it trains on."
     )
     add = parser.add_argument
     add(

@@ -110,7 +110,7 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
     network = lay_out(weights.config, weights.shapes)
     if is_low_rank(network):
         raise ValueError(
-            f"{path} has low-rank pairs already; fingpt export --format hf makes it dense"
+            f"{path} has low-rank layers already; fingpt export --format hf makes it dense"
         )
     found = stored.tokenizer
     if found is not None and max(found.get_vocab().values()) >= network.config.vocab_size:

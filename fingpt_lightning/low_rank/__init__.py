@@ -6,14 +6,13 @@ from fingpt_lightning.low_rank.embedding import LowRankEmbedding, LowRankHead
 from fingpt_lightning.low_rank.factorize import Factors, factorize
 from fingpt_lightning.low_rank.initialization import Initialization
 from fingpt_lightning.low_rank.linear import LowRankLinear
-from fingpt_lightning.low_rank.pair_optimizer import FactorPairOptimizer, factor_pairs
 from fingpt_lightning.low_rank.product_decay import decay_products
 from fingpt_lightning.low_rank.rank import Rank, RankRule, resolve_rank
+from fingpt_lightning.low_rank.spectron import Spectron, low_rank_factors
 
 __all__ = [
     "AdaptedLinear",
     "AdapterOptions",
-    "FactorPairOptimizer",
     "Factors",
     "Initialization",
     "LayerBudget",
@@ -23,8 +22,9 @@ __all__ = [
     "ModelBudget",
     "Rank",
     "RankRule",
+    "Spectron",
     "decay_products",
-    "factor_pairs",
     "factorize",
+    "low_rank_factors",
     "resolve_rank",
 ]

@@ -1,4 +1,4 @@
-"""Parameters, bytes and floating-point operations of a network and of its dense twin."""
+"""Parameters, bytes and floating-point operations of a network and of its dense baseline."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -29,16 +29,16 @@ class LayerKind(StrEnum):
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """One layer beside the layer it has in the dense twin.
+    """One layer beside the layer it has in the dense baseline.
 
     Args:
         name: Full module name.
         kind: What it does.
         in_block: Whether it belongs to a decoder block (else embedding, head, final norm).
         parameters: Stored numbers, shared ones counted at the layer that holds them first.
-        dense_parameters: The same in the dense twin.
+        dense_parameters: The same in the dense baseline.
         flops_per_token: Floating-point operations of the forward pass, 2 for a multiply-add.
-        dense_flops_per_token: The same in the dense twin.
+        dense_flops_per_token: The same in the dense baseline.
         rank: The rank of its factors, None where it is dense.
     """
 
@@ -69,7 +69,7 @@ class ModelBudget:
 
     @property
     def dense_total_parameters(self) -> int:
-        """All stored numbers of the dense twin."""
+        """All stored numbers of the dense baseline."""
         return sum(layer.dense_parameters for layer in self.layers)
 
     @property
@@ -79,7 +79,7 @@ class ModelBudget:
 
     @property
     def dense_block_parameters(self) -> int:
-        """Stored numbers of the dense twin's decoder blocks."""
+        """Stored numbers of the dense baseline's decoder blocks."""
         return sum(layer.dense_parameters for layer in self.layers if layer.in_block)
 
     @property
@@ -99,7 +99,7 @@ class ModelBudget:
 
     @property
     def dense_forward_flops_per_token(self) -> int:
-        """The same in the dense twin."""
+        """The same in the dense baseline."""
         return sum(layer.dense_flops_per_token for layer in self.layers)
 
     @property
@@ -117,14 +117,14 @@ class ModelBudget:
 
     @property
     def linear_parameter_share(self) -> float:
-        """Share of the dense twin's parameters in linear layers, embedding and head included."""
+        """Share of its parameters that a dense network has in linear layers, embedding and head."""
         linear = (LayerKind.LINEAR, LayerKind.EMBEDDING, LayerKind.HEAD)
         held = sum(layer.dense_parameters for layer in self.layers if layer.kind in linear)
         return held / self.dense_total_parameters
 
     @property
     def linear_flop_share(self) -> float:
-        """Share of the dense twin's floating-point operations in linear layers and head."""
+        """Share of the dense baseline's floating-point operations in linear layers and head."""
         linear = (LayerKind.LINEAR, LayerKind.HEAD)
         spent = sum(layer.dense_flops_per_token for layer in self.layers if layer.kind in linear)
         return spent / self.dense_forward_flops_per_token
@@ -134,7 +134,7 @@ class ModelBudget:
         return self.total_parameters * bits // 8
 
     def dense_bytes_at(self, bits: int) -> int:
-        """`bytes_at` for the dense twin."""
+        """`bytes_at` for the dense baseline."""
         return self.dense_total_parameters * bits // 8
 
     def block_bytes_at(self, bits: int) -> int:
@@ -142,7 +142,7 @@ class ModelBudget:
         return self.block_parameters * bits // 8
 
     def dense_block_bytes_at(self, bits: int) -> int:
-        """`block_bytes_at` for the dense twin."""
+        """`block_bytes_at` for the dense baseline."""
         return self.dense_block_parameters * bits // 8
 
     def _ranks_by_kind(self) -> dict[str, list[int]]:
@@ -154,10 +154,10 @@ class ModelBudget:
         return found
 
     def to_table(self) -> Table:
-        """A table of parameters, operations and bytes beside those of the dense twin."""
+        """A table of parameters, operations and bytes beside those of the dense baseline."""
         table = Table(title=f"Budget at {self.sequence_length} tokens a sequence")
         table.add_column("")
-        for column in ("this network", "dense twin", "dense / this"):
+        for column in ("this network", "dense baseline", "dense / this"):
             table.add_column(column, justify="right")
         rows = [
             ("parameters, blocks (M)", self.block_parameters, self.dense_block_parameters, 1e6),

@@ -16,7 +16,7 @@ class Initialization(StrEnum):
 
     SVD = "svd"
     """The truncated singular value decomposition of the dense draw, N(0, std^2): U sqrt(S) and
-    sqrt(S) V'. Nearest to the dense twin.
+    sqrt(S) V'. Nearest to the dense baseline.
 
     Source: https://arxiv.org/abs/2602.12429."""
     COLA = "cola"

@@ -249,8 +249,8 @@ def load_adapter(
         FileNotFoundError: The folder has no weights.
         ValueError: It does not fit the network, or needs what is not supported here.
     """
-    has_quantised_pairs = any(isinstance(part, nn.Sequential) for part in network.modules())
-    if not (has_quantised_pairs or elsewhere):
+    has_quantised_factors = any(isinstance(part, nn.Sequential) for part in network.modules())
+    if not (has_quantised_factors or elsewhere):
         check_adapter(folder, network)
     options, stored = read_adapter(folder)
     layers = {

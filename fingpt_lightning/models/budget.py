@@ -9,7 +9,7 @@ from fingpt_lightning.low_rank.budget import LayerBudget, LayerKind, ModelBudget
 
 
 def model_budget(network: PreTrainedModel, sequence_length: int) -> ModelBudget:
-    """Parameters and floating-point operations of a network and its dense twin.
+    """Parameters and floating-point operations of a network and its dense baseline.
 
     Args:
         network: GPT-2 or Llama; one on the meta device will do.

@@ -23,7 +23,7 @@ from fingpt_lightning.low_rank.rank_allocation import (
     ratio_for_parameters,
 )
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
-from fingpt_lightning.models.pair_config import note_pairs
+from fingpt_lightning.models.low_rank_config import note_low_rank
 from fingpt_lightning.models.tied_head import tie_head
 from fingpt_lightning.terminal.messages import nearest
 
@@ -190,7 +190,7 @@ def lay_out_gpt2(
         use_cache=False,
     )
     config._attn_implementation = BLOCKED_ATTENTION
-    note_pairs(config, factor_activation, expansion)
+    note_low_rank(config, factor_activation, expansion)
     embedding_columns = resolve_rank(embedding_rank, vocab_size, shape.width)
     config.tie_word_embeddings = embedding_columns is None
     with torch.device("meta"):
@@ -222,7 +222,7 @@ def build_gpt2(
     Args:
         shape: The sizes.
         vocab_size: Tokens of the vocabulary.
-        rank: Which rank each layer gets; None for the dense twin.
+        rank: Which rank each layer gets; None for the dense baseline.
         embedding_rank: The rank of the tied embedding and head; None for a full table.
         dropout: Probability after embedding, attention and MLP, in [0, 1).
         eos_token_id: The token that ends a document, for generation.

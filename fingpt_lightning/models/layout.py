@@ -10,7 +10,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedConfig, Pr
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
-from fingpt_lightning.models.pair_config import noted_activation
+from fingpt_lightning.models.low_rank_config import noted_activation
 from fingpt_lightning.models.quantization.layers import is_linear, quantized_layer
 from fingpt_lightning.models.tied_head import tie_head
 

@@ -1,4 +1,4 @@
-"""Pretraining a GPT-2 whose linear layers are low-rank pairs, or its dense twin."""
+"""Pretraining a GPT-2 whose linear layers are low-rank layers, or its dense baseline."""
 
 import copy
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from typing_extensions import override
 
 from fingpt_lightning.data.batch import TokenBatch
 from fingpt_lightning.low_rank import (
-    FactorPairOptimizer,
     Initialization,
     ModelBudget,
     RankRule,
+    Spectron,
     decay_products,
-    factor_pairs,
+    low_rank_factors,
 )
 from fingpt_lightning.models import (
     Recompute,
@@ -34,12 +34,12 @@ from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.models.gpt2 import check_ranks, materialize, preset_shape, rank_ratio_of
 from fingpt_lightning.models.layout import fill, lay_out
 from fingpt_lightning.models.loading import load_model, open_stored
-from fingpt_lightning.models.pair_config import drop_guides, is_guide
+from fingpt_lightning.models.low_rank_config import drop_guides, is_guide
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule, TextSource
-from fingpt_lightning.modules.optimization import adamw_8bit, decay_groups, pair_groups
+from fingpt_lightning.modules.optimization import adamw_8bit, decay_groups, factor_groups
 from fingpt_lightning.modules.quantization_aware import RoundingSchedule
 from fingpt_lightning.modules.ranges import check_below_1, check_optimization
-from fingpt_lightning.modules.recipe import PLAIN, changes_of_pairs, check_recipe
+from fingpt_lightning.modules.recipe import PLAIN, check_recipe, low_rank_changes
 from fingpt_lightning.modules.self_guided import GuideSchedule
 from fingpt_lightning.modules.sharding import shard
 
@@ -47,7 +47,7 @@ _PRESET = "gpt2-small"
 _RANK_RATIO = 0.25
 _DRAWN_STD = 0.02
 # What the optimiser's state depends on, and what checkpoints that lack it were trained with.
-_STATE_SETTINGS = {"optimizer": "adamw", "pair_decay": "factors", "pairs_and_dense": False}
+_STATE_SETTINGS = {"optimizer": "adamw", "factor_decay": "factors", "spectron_dense": False}
 
 
 class _Start(NamedTuple):
@@ -59,19 +59,19 @@ class _Start(NamedTuple):
 
 
 class LowRankPretraining(LanguageModelingModule):
-    """A GPT-2 trained with low-rank pairs in place of its linear layers, from scratch or on.
+    """A GPT-2 trained with low-rank layers in place of its linear layers, from scratch or on.
 
     What is trained on is a GPT-2 or a Llama, such as a folder of ``fingpt decompose``.
 
     Args:
         preset: gpt2-nano, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl; null is gpt2-small.
         rank: An int is the rank of every linear layer of the blocks, a float in (0, 1] the share
-            r / min(in, out); null is the dense twin. A layer whose pair would not be smaller
+            r / min(in, out); null is the dense baseline. A layer whose pair would not be smaller
             stays dense. Query, key and value are one layer with one ``down``. ``auto`` is what
             ``compression`` or ``init_from`` ask for, and 0.25 without them.
         rank_overrides: Other ranks by name pattern, such as ``{"*.mlp.*": 0.5}``.
         embedding_rank: The rank of the tied embedding and head; null keeps the full table.
-        compression: All parameters of the dense twin over all of this network, embedding
+        compression: All parameters of the dense baseline over all of this network, embedding
             included; the one rank ratio that comes nearest is found. In place of ``rank``.
         init_from: Folder, hub name, GGUF file, checkpoint or run folder of the model to train on,
             which decides the architecture, in place of all settings above and those of sizes; and
@@ -104,15 +104,16 @@ class LowRankPretraining(LanguageModelingModule):
             matrix W that starts as ``up down``: a W x + (1 - a) up down x, a from 1 to 0 by half a
             cosine. Then W is dropped. Validations, and whatever reads a checkpoint as a network,
             take the pairs alone.
-        pair_decay: ``factors`` decays each factor by ``weight_decay``; ``product`` decays what they
-            make, up down.
-        optimizer: ``adamw``; ``adamw_8bit``, its state in 8 bits; ``pairs``, which moves factor
+        factor_decay: ``factors`` decays each factor by ``weight_decay``; ``product`` decays what
+            they make, up down.
+        optimizer: ``adamw``; ``adamw_8bit``, its state in 8 bits; ``spectron``, which moves factor
             pairs along orthogonalised momentum by a bounded step, and all else by AdamW.
-        pair_learning_rate: With ``pairs``, the highest for the factor pairs: about the spectral
-            norm by which a step changes a product.
-        pair_momentum: With ``pairs``.
-        pairs_and_dense: With ``pairs``, whether layers of the blocks that stay dense are moved
-            alike, by ``pair_learning_rate`` in the spectral norm: a dense twin on equal terms.
+        spectron_learning_rate: With ``spectron``, the highest for the factor pairs: about the
+            spectral norm by which a step changes a product.
+        spectron_momentum: With ``spectron``.
+        spectron_dense: With ``spectron``, whether layers of the blocks that stay dense are moved
+            alike, by ``spectron_learning_rate`` in the spectral norm: a dense baseline on equal
+            terms.
         quantization_aware: ``int8`` or ``nf4`` trains the end of the run with weights rounded as
             an export in that format stores them; null does not.
         quantization_start: Share of the steps from which on weights are rounded, in [0, 1].
@@ -156,11 +157,11 @@ class LowRankPretraining(LanguageModelingModule):
         factor_activation: Literal["none", "silu"] = "none",
         factor_expansion: float = 0.0,
         self_guided: float = 0.0,
-        pair_decay: Literal["factors", "product"] = "factors",
-        optimizer: Literal["adamw", "adamw_8bit", "pairs"] = "adamw",
-        pair_learning_rate: float = 0.07,
-        pair_momentum: float = 0.95,
-        pairs_and_dense: bool = False,
+        factor_decay: Literal["factors", "product"] = "factors",
+        optimizer: Literal["adamw", "adamw_8bit", "spectron"] = "adamw",
+        spectron_learning_rate: float = 0.07,
+        spectron_momentum: float = 0.95,
+        spectron_dense: bool = False,
         quantization_aware: Literal["nf4", "int8"] | None = None,
         quantization_start: float = 0.8,
     ) -> None:
@@ -215,16 +216,16 @@ class LowRankPretraining(LanguageModelingModule):
             beta2=beta2,
             loss_chunk_size=loss_chunk_size,
         )
-        check_below_1(dropout=dropout, pair_momentum=pair_momentum)
+        check_below_1(dropout=dropout, spectron_momentum=spectron_momentum)
         check_recipe(
-            initialization, factor_activation, factor_expansion, self_guided, pair_decay,
-            optimizer, pair_learning_rate, pairs_and_dense, quantization_aware,
+            initialization, factor_activation, factor_expansion, self_guided, factor_decay,
+            optimizer, spectron_learning_rate, spectron_dense, quantization_aware,
         )  # fmt: skip
         self.rounding = RoundingSchedule.checked(quantization_aware, quantization_start)
         self.guiding = GuideSchedule(self_guided)
         self.loss_chunk_size = loss_chunk_size
         self._start: _Start | None = None
-        self._is_dense_twin = False
+        self._is_dense_baseline = False
         self.save_hyperparameters()
         # Drawn now, so that nothing that draws before the network is built changes the network.
         self.initialization_seed = int(torch.randint(2**31, ()))
@@ -376,16 +377,16 @@ class LowRankPretraining(LanguageModelingModule):
         return self.with_cosine_schedule(optimizer)
 
     def _optimizer(self, kind: str, betas: tuple[float, float], lr: float) -> Optimizer:
-        if kind == "pairs" or self._decays_products:
-            groups = self._pair_groups()
+        if kind == "spectron" or self._decays_products:
+            groups = self._factor_groups()
         else:
             groups = decay_groups(self.named_parameters(), self.hparams["weight_decay"])
         if kind == "adamw_8bit":
             return adamw_8bit(groups, betas, lr)
-        if kind == "pairs":
+        if kind == "spectron":
             precision = self.trainer.precision_plugin
             is_bf16 = isinstance(precision, MixedPrecision) and precision.precision == "bf16-mixed"
-            return FactorPairOptimizer(
+            return Spectron(
                 groups,
                 lr,
                 betas=betas,
@@ -394,30 +395,30 @@ class LowRankPretraining(LanguageModelingModule):
             )
         return self.fused_adamw(groups, lr=lr, betas=betas)
 
-    def _pair_groups(self) -> list[dict[str, Any]]:
+    def _factor_groups(self) -> list[dict[str, Any]]:
         decay = self.hparams["weight_decay"]
         pairs: dict[str, Any] = {"weight_decay": decay}
         dense: dict[str, Any] = {"weight_decay": decay}
         if self._decays_products:
             pairs = {"weight_decay": 0.0, "product_decay": decay}
-        if self.hparams["optimizer"] == "pairs":
+        if self.hparams["optimizer"] == "spectron":
             steps = {
-                "lr": self.hparams["pair_learning_rate"],
-                "momentum": self.hparams["pair_momentum"],
+                "lr": self.hparams["spectron_learning_rate"],
+                "momentum": self.hparams["spectron_momentum"],
             }
-            pairs |= steps | {"is_pairs": True, "expansion": self.hparams["factor_expansion"]}
+            pairs |= steps | {"is_low_rank": True, "expansion": self.hparams["factor_expansion"]}
             dense |= steps | {"is_dense": True}
-        return pair_groups(self, decay, pairs, dense if self.hparams["pairs_and_dense"] else None)
+        return factor_groups(self, decay, pairs, dense if self.hparams["spectron_dense"] else None)
 
     @property
     def _decays_products(self) -> bool:
-        return bool(self.hparams["pair_decay"] == "product")
+        return bool(self.hparams["factor_decay"] == "product")
 
     def _check_recipe_fits(self) -> None:
         """Raises where a setting cannot do what it says in this run."""
         hparams = self.hparams
-        of_pairs = changes_of_pairs(hparams)
-        if of_pairs and not factor_pairs(self.laid_out()):
+        of_pairs = low_rank_changes(hparams)
+        if of_pairs and not low_rank_factors(self.laid_out()):
             key, value = next(iter(of_pairs.items()))
             of_none = ", as model.rank is null" if hparams["rank"] is None else ""
             raise ValueError(
@@ -426,7 +427,7 @@ class LowRankPretraining(LanguageModelingModule):
             )
         if self.device_mesh is None:
             return
-        for key in ("optimizer", "pair_decay", "self_guided"):
+        for key in ("optimizer", "factor_decay", "self_guided"):
             if hparams[key] != PLAIN[key]:
                 raise ValueError(
                     f"trainer.strategy {type(self.trainer.strategy).__name__} splits each matrix,"
@@ -462,7 +463,9 @@ class LowRankPretraining(LanguageModelingModule):
         """The whole network on the meta device: names and sizes, no memory."""
         if self.init_from is not None:
             start = self._stored_start()
-            return lay_out(copy.deepcopy(start.config), {} if self._is_dense_twin else start.shapes)
+            return lay_out(
+                copy.deepcopy(start.config), {} if self._is_dense_baseline else start.shapes
+            )
         source = self.text_source
         return lay_out_gpt2(
             self.shape,
@@ -500,7 +503,7 @@ class LowRankPretraining(LanguageModelingModule):
         assert self.init_from is not None
         self._stored_start()
         dtype, device = torch.get_default_dtype(), torch.get_default_device()
-        if self._is_dense_twin:
+        if self._is_dense_baseline:
             network = self.laid_out()
             shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
             drawn = ((n, torch.empty(x).normal_(std=_DRAWN_STD)) for n, x in shapes.items())
@@ -521,7 +524,7 @@ class LowRankPretraining(LanguageModelingModule):
         return int(self._stored_start().config.max_position_embeddings)
 
     def budget(self, sequence_length: int | None = None) -> ModelBudget:
-        """Parameters, bytes and operations of the network and its dense twin.
+        """Parameters, bytes and operations of the network and its dense baseline.
 
         Args:
             sequence_length: Tokens a sequence; None takes the data's, else all positions.
@@ -532,13 +535,13 @@ class LowRankPretraining(LanguageModelingModule):
         # Laid out anew: a process may hold only a part of it.
         return model_budget(self.laid_out(), sequence_length)
 
-    def dense_twin(self) -> "LowRankPretraining":
+    def dense_baseline(self) -> "LowRankPretraining":
         """The module of the same settings with every layer dense, its network not yet built."""
         settings = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
-        plain = {key: PLAIN[key] for key in changes_of_pairs(settings)}
+        plain = {key: PLAIN[key] for key in low_rank_changes(settings)}
         if self.init_from is not None:
             twin = type(self)(**(settings | plain))
-            twin._is_dense_twin = True
+            twin._is_dense_baseline = True
             return twin
         dense: dict[str, Any] = {
             "rank": None, "rank_overrides": None, "embedding_rank": None, "compression": None

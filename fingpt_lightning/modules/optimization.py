@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import nn
 from torch.optim import Optimizer
 
-from fingpt_lightning.low_rank import factor_pairs
+from fingpt_lightning.low_rank import low_rank_factors
 
 
 def decay_groups(
@@ -51,10 +51,10 @@ def cosine_with_warmup(
     return factor
 
 
-def pair_groups(
+def factor_groups(
     module: nn.Module,
     weight_decay: float,
-    pair_settings: Mapping[str, Any],
+    factor_settings: Mapping[str, Any],
     dense_settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Matrices that decay, biases and norms that do not, factor pairs, and dense layers of blocks.
@@ -65,31 +65,31 @@ def pair_groups(
     Args:
         module: Its trained parameters, pairs in the order of their names.
         weight_decay: Of the matrices that are in no pair.
-        pair_settings: Of the group of pairs: down, up, down, up, ...
+        factor_settings: Of the group of pairs: down, up, down, up, ...
         dense_settings: Of the group of matrices in blocks that are in no pair; None leaves them
             with the other matrices.
     """
-    pairs = factor_pairs(module)
-    in_pairs = {id(p) for p in pairs}
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in in_pairs]
+    pairs = low_rank_factors(module)
+    among_factors = {id(p) for p in pairs}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in among_factors]
     dense = [] if dense_settings is None else dense_in_blocks(module)
     in_dense = {id(p) for p in dense}
     matrices = [p for p in others if p.ndim >= 2 and id(p) not in in_dense]
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-        {"params": pairs, **pair_settings},
+        {"params": pairs, **factor_settings},
     ]
     return groups if dense_settings is None else [*groups, {"params": dense, **dense_settings}]
 
 
 def dense_in_blocks(module: nn.Module) -> list[nn.Parameter]:
     """The trained matrices of a GPT-2's blocks that are in no pair."""
-    in_pairs = {id(p) for p in factor_pairs(module)}
+    among_factors = {id(p) for p in low_rank_factors(module)}
     return [
         p
         for name, p in module.named_parameters()
-        if ".h." in name and p.ndim == 2 and p.requires_grad and id(p) not in in_pairs
+        if ".h." in name and p.ndim == 2 and p.requires_grad and id(p) not in among_factors
     ]
 
 

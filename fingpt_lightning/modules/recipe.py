@@ -10,11 +10,11 @@ from fingpt_lightning.terminal.messages import nearest
 
 PLAIN: Mapping[str, Any] = {
     "initialization": "svd", "factor_activation": "none", "factor_expansion": 0.0,
-    "self_guided": 0.0, "pair_decay": "factors", "optimizer": "adamw",
+    "self_guided": 0.0, "factor_decay": "factors", "optimizer": "adamw",
 }  # fmt: skip
 """The settings of pairs that are trained as dense layers would be."""
-PAIR_DECAYS = ("factors", "product")
-OPTIMIZERS = ("adamw", "adamw_8bit", "pairs")
+FACTOR_DECAYS = ("factors", "product")
+OPTIMIZERS = ("adamw", "adamw_8bit", "spectron")
 
 
 def check_recipe(
@@ -22,10 +22,10 @@ def check_recipe(
     factor_activation: str,
     factor_expansion: float,
     self_guided: float,
-    pair_decay: str,
+    factor_decay: str,
     optimizer: str,
-    pair_learning_rate: float,
-    pairs_and_dense: bool = False,
+    spectron_learning_rate: float,
+    spectron_dense: bool = False,
     quantization_aware: str | None = None,
 ) -> None:
     """Raises unless the settings of a `LowRankPretraining` fit each other.
@@ -36,25 +36,25 @@ def check_recipe(
     for name, value, known in (
         ("initialization", initialization, tuple(Initialization)),
         ("factor_activation", factor_activation, FACTOR_ACTIVATIONS),
-        ("pair_decay", pair_decay, PAIR_DECAYS),
+        ("factor_decay", factor_decay, FACTOR_DECAYS),
         ("optimizer", optimizer, OPTIMIZERS),
     ):
         if value not in known:
             hint = nearest(value, known)
             raise ValueError(f"{name} {value!r} is none of {', '.join(known)}{hint}")
-    check_above_0(pair_learning_rate=pair_learning_rate)
-    if pairs_and_dense and optimizer != "pairs":
-        raise ValueError(f"pairs_and_dense has no effect with optimizer {optimizer}: set pairs")
+    check_above_0(spectron_learning_rate=spectron_learning_rate)
+    if spectron_dense and optimizer != "spectron":
+        raise ValueError(f"spectron_dense has no effect with optimizer {optimizer}: set pairs")
     check_from_0(factor_expansion=factor_expansion)
     if factor_expansion and factor_activation != "none":
         raise ValueError(
             f"factor_expansion {factor_expansion} cannot be folded behind factor_activation"
             f" {factor_activation}: set one of them"
         )
-    if factor_expansion and pair_decay == "product":
+    if factor_expansion and factor_decay == "product":
         raise ValueError(
-            f"pair_decay product decays up down, which factor_expansion {factor_expansion} makes a"
-            " part of the weight: set one of them"
+            f"factor_decay product decays up down, which factor_expansion {factor_expansion} makes"
+            " a part of the weight: set one of them"
         )
     if quantization_aware is not None:
         if factor_expansion:
@@ -76,13 +76,13 @@ def check_recipe(
         )
 
 
-def changes_of_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
+def low_rank_changes(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What of ``settings`` differs from `PLAIN` and has no effect without pairs."""
     found = {
         key: settings[key]
         for key, plain in PLAIN.items()
         if settings[key] not in (plain, "adamw_8bit")
     }
-    if settings["pairs_and_dense"]:
+    if settings["spectron_dense"]:
         found.pop("optimizer", None)
     return found

@@ -1,4 +1,4 @@
-"""How long a run trains its low-rank pairs beside dense matrices that it then drops."""
+"""How long a run trains its low-rank layers beside dense matrices that it then drops."""
 
 import gc
 import math

@@ -16,8 +16,8 @@ from fingpt_lightning.models import Recompute, recompute_blocks
 from fingpt_lightning.models.adapting import adapt, linear_names, matching_names
 from fingpt_lightning.models.layout import FAMILIES, features_of, lay_out
 from fingpt_lightning.models.loading import DTYPES
+from fingpt_lightning.models.low_rank_config import is_guide
 from fingpt_lightning.models.packed_attention import use_packed_attention
-from fingpt_lightning.models.pair_config import is_guide
 from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 from fingpt_lightning.modules.base_model import RandomLlama
@@ -44,7 +44,7 @@ class Blueprint(NamedTuple):
         parameters: All numbers, quantised ones counted as what they stand for, without the guides
             of a self-guided run, which bytes and trained parameters have.
         trained: Those of them that are trained.
-        dense_parameters: Of the dense twin; None where there is none.
+        dense_parameters: Of the dense baseline; None where there is none.
         weights: Bytes of parameters and buffers as they are stored.
         trained_parameters: Numbers and bytes a number of each trained one.
     """

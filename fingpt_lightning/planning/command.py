@@ -25,7 +25,7 @@ from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.instructions import tokenizer_of_base
 from fingpt_lightning.files import write_whole
-from fingpt_lightning.low_rank import factor_pairs
+from fingpt_lightning.low_rank import low_rank_factors
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import dense_in_blocks
@@ -38,9 +38,9 @@ from fingpt_lightning.planning.plan import (
     MemoryPlan,
     StagePlan,
     batches_seen,
+    factor_saving,
     jsonable,
     optimizer_bytes,
-    pairs_saving,
     rank_plans,
     run_length,
 )
@@ -137,11 +137,11 @@ def _plan(
     optimizer = cli.model.hparams.get("optimizer", "adamw")
     gradients = sum(count * width for count, width in made.trained_parameters)
     state = optimizer_bytes(made.trained_parameters, optimizer)
-    if optimizer == "pairs":
-        moved = [(min(p.shape), p) for p in factor_pairs(made.network)]
-        if cli.model.hparams["pairs_and_dense"]:
+    if optimizer == "spectron":
+        moved = [(min(p.shape), p) for p in low_rank_factors(made.network)]
+        if cli.model.hparams["spectron_dense"]:
             moved += [(0, p) for p in dense_in_blocks(made.network)]
-        state -= pairs_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
+        state -= factor_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
     # At the optimizer step gradients are whole and activations are gone.
     peak = made.weights + state + max(step.peak, gradients)
     memory = MemoryPlan(made.weights, gradients, state, step.activations, step.loss, peak)

@@ -65,7 +65,7 @@ def optimizer_bytes(parameters: Iterable[tuple[int, int]], optimizer: str = "ada
 
     Args:
         parameters: Numbers and bytes a number of each trained parameter.
-        optimizer: ``adamw``; ``pairs``, without what `pairs_saving` counts; or one in 8 bits:
+        optimizer: ``adamw``; ``spectron``, without what `factor_saving` counts; or one in 8 bits:
             ``adamw_8bit``, ``paged_adamw_8bit``.
 
     Source: torch.optim.AdamW (a step count in float32 beside each parameter);
@@ -88,14 +88,14 @@ def optimizer_bytes(parameters: Iterable[tuple[int, int]], optimizer: str = "ada
     return found + (2 * _MAP_BYTES if has_map else 0)
 
 
-def pairs_saving(factors: Iterable[tuple[int, int, int]]) -> int:
-    """What the state of ``pairs`` lacks beside AdamW's: one mean a number, and the step count.
+def factor_saving(factors: Iterable[tuple[int, int, int]]) -> int:
+    """What the state of ``spectron`` lacks beside AdamW's: one mean a number, and the step count.
 
     Args:
         factors: Rank, numbers and bytes a number of each; a dense matrix that is moved alike has
             no vector, so 0 for the rank.
 
-    >>> pairs_saving([(10, 1000, 4)])  # a vector of the rank is kept instead
+    >>> factor_saving([(10, 1000, 4)])  # a vector of the rank is kept instead
     3964
     """
     return sum((count - rank) * width + 4 for rank, count, width in factors)

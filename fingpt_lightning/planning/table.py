@@ -35,7 +35,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
 
     row("parameters, stored", format_count(plan["parameters"]))
     if plan["dense_parameters"]:
-        row("parameters, dense twin", format_count(plan["dense_parameters"]))
+        row("parameters, dense baseline", format_count(plan["dense_parameters"]))
     row("trained share", f"{plan['trained'] / plan['parameters']:.2%}")
     table.add_section()
     for part in _PARTS:

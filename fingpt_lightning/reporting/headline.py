@@ -146,7 +146,7 @@ def _run_cards(run: Run) -> list[Card]:
         found.append(Card("smaller than dense", f"{ratio:.2f}x", note))
     if (rate := tokens_per_s(run)) is not None:
         ratio = _number(run.summary.get("speed_ratio"))
-        note = f"{ratio:.2f}x the dense twin, timed in turn" if ratio else "training, mean"
+        note = f"{ratio:.2f}x the dense baseline, timed in turn" if ratio else "training, mean"
         found.append(Card("tokens a second", f"{rate:,.0f}", note))
     if (peak := peak_bytes(run)) is not None:
         found.append(Card("peak memory", format_bytes(peak), "highest of the run"))

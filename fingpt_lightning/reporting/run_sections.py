@@ -120,7 +120,7 @@ def memory_section(runs: Sequence[Run]) -> Section | str | None:
 
 
 def speed_section(runs: Sequence[Run]) -> Section | str | None:
-    """Tokens a second over the run, and beside the dense twin."""
+    """Tokens a second over the run, and beside the dense baseline."""
     if not runs:
         return None
     charts = []
@@ -135,13 +135,16 @@ def speed_section(runs: Sequence[Run]) -> Section | str | None:
     bars = []
     for place, run in enumerate(runs):
         ours = run.summary.get("timed_tokens_per_s")
-        dense = run.summary.get("dense_twin_tokens_per_s")
+        dense = run.summary.get("dense_baseline_tokens_per_s")
         if ours and dense:
             name = _short(run.name) if len(runs) > 1 else "this run"
-            bars += [Bar(name, [ours], place), Bar("its dense twin", [dense], is_reference=True)]
+            bars += [
+                Bar(name, [ours], place),
+                Bar("its dense baseline", [dense], is_reference=True),
+            ]
     if bars:
         caption = "A few steps of each in turn, on the same batch."
-        charts.append(Chart("Beside the dense twin", bar_chart(bars, "tokens/s"), caption))
+        charts.append(Chart("Beside the dense baseline", bar_chart(bars, "tokens/s"), caption))
     if not charts:
         return "Throughput: nothing was logged; callbacks.ThroughputMonitor logs it."
     blocks: list[Block] = [Charts(charts)]
@@ -153,7 +156,7 @@ def speed_section(runs: Sequence[Run]) -> Section | str | None:
 
 
 def compression_section(runs: Sequence[Run]) -> Section | str | None:
-    """Parameters beside those of the dense twin."""
+    """Parameters beside those of the dense baseline."""
     bars: list[Bar] = []
     rows = []
     for place, run in enumerate(runs):
@@ -161,7 +164,7 @@ def compression_section(runs: Sequence[Run]) -> Section | str | None:
         if not ours or not dense:
             continue
         label = _short(run.name) if len(runs) > 1 else "this run"
-        twin = Bar("dense twin", [dense / 1e6], is_reference=True)
+        twin = Bar("dense baseline", [dense / 1e6], is_reference=True)
         bars = [bar for bar in bars if bar != twin]  # of runs with the same one it stands once
         bars += [Bar(label, [ours / 1e6], place), twin]
         block_ratio = compression(run, "block_parameter_ratio")
@@ -177,13 +180,13 @@ def compression_section(runs: Sequence[Run]) -> Section | str | None:
     if not rows:
         return (
             "Compression: no parameters were counted; callbacks.CompressionMonitor and RunSummary"
-            " count them for models that know their dense twin."
+            " count them for models that know their dense baseline."
             if runs
             else None
         )
-    head = [Cell(""), *map(number, ("stored", "dense twin", "blocks", "total"))]
+    head = [Cell(""), *map(number, ("stored", "dense baseline", "blocks", "total"))]
     chart = Chart("Parameters", bar_chart(bars, "million"))
-    lead = "Stored parameters beside the dense twin's; ratios are dense over stored."
+    lead = "Stored parameters beside the dense baseline's; ratios are dense over stored."
     return Section("compression", "Compression", lead, [Charts([chart]), Table(head, rows)])
 
 

@@ -11,7 +11,7 @@ _NUM_BINS = 3
 
 
 class Point(NamedTuple):
-    """A trial between two goals; compression above 1 is smaller than the dense twin."""
+    """A trial between two goals; compression above 1 is smaller than the dense baseline."""
 
     number: int
     compression_ratio: float

@@ -26,8 +26,8 @@ GRID: dict[str, Any] = {
     "variants": [
         {"name": "dense", "model": {"rank": None}, "rates": [0.001]},
         {"name": "naive", "model": SMALL, "rates": [1e30, 0.01, 1e-9]},
-        {"name": "pairs", "model": {**SMALL, "optimizer": "pairs"}, "rates": [0.07],
-         "tuned": "pair_learning_rate"},
+        {"name": "spectron", "model": {**SMALL, "optimizer": "spectron"}, "rates": [0.07],
+         "tuned": "spectron_learning_rate"},
     ],
 }  # fmt: skip
 
@@ -62,7 +62,7 @@ def test_a_toy_grid_is_run_stopped_and_gone_on_with(
     monkeypatch.setattr(sys, "argv", [*words, "--max_minutes", "0"])
     quality.main()
     assert trained == []
-    monkeypatch.setattr(sys, "argv", [*words, "--only", "pairs"])
+    monkeypatch.setattr(sys, "argv", [*words, "--only", "spectron"])
     quality.main()
     quality.main()
     stages = [(key[0], key[1], key[3]) for key in trained]
@@ -71,15 +71,15 @@ def test_a_toy_grid_is_run_stopped_and_gone_on_with(
         (name, stage, 3)
         for name, stage in (
             ("dense", "equal tokens"), ("naive", "equal tokens"), ("naive", "equal time"),
-            ("pairs", "equal tokens"), ("pairs", "equal time"),
+            ("spectron", "equal tokens"), ("spectron", "equal time"),
         )
     )  # fmt: skip
     record = json.loads((tmp_path / "record.json").read_text())
-    assert record["rates"] == {"dense": 0.001, "naive": 0.01, "pairs": 0.07}
+    assert record["rates"] == {"dense": 0.001, "naive": 0.01, "spectron": 0.07}
     diverged, fine, _ = [run["val_loss_nats"] for run in record["runs"] if run["stage"] == "tuning"]
     assert diverged is None
     assert fine > 0
-    assert record["summary"]["best"] == "pairs"
+    assert record["summary"]["best"] == "spectron"
     assert record["summary"]["total_compression_ratio"] >= 2.64
     assert {
         "loss_gap_nats_equal_tokens", "loss_gap_nats_equal_time",
@@ -116,7 +116,7 @@ def test_processes_take_turns_and_end_with_the_record_of_one(
     assert trained == [1, 1, 2, 1, 1, 2, 2, 2]
     record = json.loads((tmp_path / "record.json").read_text())
     assert len(record["runs"]) == 3 + 5
-    assert record["summary"]["best"] == "pairs"
+    assert record["summary"]["best"] == "spectron"
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_seeds_beyond_the_first_are_for_what_is_judged(
     runs = json.loads((tmp_path / "record.json").read_text())["runs"]
     of_seed_4 = [(run["variant"], run["stage"]) for run in runs if run["seed"] == 4]
     assert of_seed_4 == [
-        *((name, "equal tokens") for name in ("dense", "naive", "pairs")),
-        ("pairs", "equal time"),
+        *((name, "equal tokens") for name in ("dense", "naive", "spectron")),
+        ("spectron", "equal time"),
     ]
     of_seed_3 = {(run["variant"], run["stage"]) for run in runs if run["seed"] == 3}
     assert {("naive", "equal time"), ("larger", "equal tokens")} <= of_seed_3

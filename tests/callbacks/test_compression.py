@@ -37,7 +37,7 @@ def test_the_figures_of_the_budget_are_one_row_at_step_0(
         assert row[f"total_mib_at_{bits}_bits"] == pytest.approx(stored * bits / 8 / 2**20)
         assert row[f"dense_mib_at_{bits}_bits"] == pytest.approx(dense * bits / 8 / 2**20)
     assert len(row) == 6 + 8
-    assert "dense twin" in capsys.readouterr().out
+    assert "dense baseline" in capsys.readouterr().out
 
 
 def test_without_a_logger_the_table_is_printed_all_the_same(
@@ -45,7 +45,7 @@ def test_without_a_logger_the_table_is_printed_all_the_same(
 ) -> None:
     trainer = tiny_trainer(tmp_path, [CompressionMonitor()], logger=False)
     fit(trainer, TinyModule(), [make_batch()])
-    assert "dense twin" in capsys.readouterr().out
+    assert "dense baseline" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

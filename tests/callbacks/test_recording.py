@@ -89,7 +89,7 @@ def test_two_processes_log_their_tokens_together_and_their_largest_memory(
         [
             MemoryMonitor(),
             ThroughputMonitor(warmup_steps=0, peak_tflops=1e-3),
-            RunSummary(dense_twin_steps=1),
+            RunSummary(dense_baseline_steps=1),
             _OnlyOneOfTwo(),
         ],
         devices=2,

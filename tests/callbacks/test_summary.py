@@ -149,7 +149,7 @@ class _Costly(TinyModule):
         return super().training_step(batch, batch_idx)
 
     @override
-    def dense_twin(self) -> TinyModule:
+    def dense_baseline(self) -> TinyModule:
         return _Costly(rank=None, step_s=2.0)
 
 
@@ -157,7 +157,7 @@ class _Costly(TinyModule):
     ("step_s", "verdict"),
     [(1.0, "2.00x: faster"), (4.0, "0.50x: not faster")],
 )
-def test_the_dense_twin_is_timed_beside_and_the_verdict_said_either_way(
+def test_the_dense_baseline_is_timed_beside_and_the_verdict_said_either_way(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -167,11 +167,11 @@ def test_the_dense_twin_is_timed_beside_and_the_verdict_said_either_way(
     clock = SimpleNamespace(perf_counter=lambda: _Costly.now_s)
     monkeypatch.setattr("callbacks.summary.time", clock)
     module, batch = _Costly(step_s=step_s), make_batch()
-    fit(tiny_trainer(tmp_path, [RunSummary(dense_twin_steps=3)]), module, [batch] * 2)
+    fit(tiny_trainer(tmp_path, [RunSummary(dense_baseline_steps=3)]), module, [batch] * 2)
     figures = _written(tmp_path)
     num_tokens = int((batch["labels"] != -100).sum())
     assert figures["timed_tokens_per_s"] == num_tokens / step_s
-    assert figures["dense_twin_tokens_per_s"] == num_tokens / 2
+    assert figures["dense_baseline_tokens_per_s"] == num_tokens / 2
     assert figures["speed_ratio"] == 2 / step_s
     assert verdict in capsys.readouterr().out
 
@@ -185,7 +185,9 @@ def test_timing_leaves_weights_gradients_and_random_state_alone(
         torch.manual_seed(0)
         module = TinyModule()
         folder = tmp_path / str(steps)
-        trainer = tiny_trainer(folder, [RunSummary(dense_twin_steps=steps)], precision=precision)
+        trainer = tiny_trainer(
+            folder, [RunSummary(dense_baseline_steps=steps)], precision=precision
+        )
         fit(trainer, module, [make_batch() for _ in range(3)])
         weights = [p.detach() for p in module.parameters()]
         after.append((weights, torch.get_rng_state(), len(module.losses)))
@@ -206,12 +208,12 @@ class _KeepsDtypes(TinyModule):
         return super().training_step(batch, batch_idx)
 
     @override
-    def dense_twin(self) -> TinyModule:
+    def dense_baseline(self) -> TinyModule:
         return _KeepsDtypes(rank=None)
 
 
 def test_the_twin_is_timed_in_the_precision_of_the_run(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, [RunSummary(dense_twin_steps=1)], precision="bf16-true")
+    trainer = tiny_trainer(tmp_path, [RunSummary(dense_baseline_steps=1)], precision="bf16-true")
     fit(trainer, _KeepsDtypes(), [make_batch()])
     assert _KeepsDtypes.dtypes == {torch.bfloat16}
 
@@ -232,7 +234,7 @@ def test_the_copy_that_is_timed_is_compiled_where_the_module_is(
         return call
 
     monkeypatch.setattr(torch, "compile", note)
-    trainer = tiny_trainer(tmp_path, [RunSummary(dense_twin_steps=1)])
+    trainer = tiny_trainer(tmp_path, [RunSummary(dense_baseline_steps=1)])
     fit(trainer, _Compiled(), [make_batch()])
     # The module, its twin, which is plain, and its copy.
     assert len(compiled) == 2
@@ -240,19 +242,19 @@ def test_the_copy_that_is_timed_is_compiled_where_the_module_is(
 
 class _TooLarge(TinyModule):
     @override
-    def dense_twin(self) -> TinyModule:
+    def dense_baseline(self) -> TinyModule:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_twin_that_does_not_fit_costs_its_figures_only(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, [RunSummary(dense_twin_steps=1)])
+    trainer = tiny_trainer(tmp_path, [RunSummary(dense_baseline_steps=1)])
     with pytest.warns(UserWarning, match="too little memory"):
         fit(trainer, _TooLarge(), [make_batch()])
     assert "speed_ratio" not in _written(tmp_path)
 
 
 def test_a_run_without_a_step_times_nothing(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, [RunSummary(dense_twin_steps=1)], max_steps=0)
+    trainer = tiny_trainer(tmp_path, [RunSummary(dense_baseline_steps=1)], max_steps=0)
     fit(trainer, TinyModule(), [make_batch()])
     figures = _written(tmp_path)
     assert figures["steps"] == 0
@@ -260,13 +262,13 @@ def test_a_run_without_a_step_times_nothing(tmp_path: Path) -> None:
 
 
 def test_a_module_without_a_twin_is_refused_before_training(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, [RunSummary(dense_twin_steps=1)])
+    trainer = tiny_trainer(tmp_path, [RunSummary(dense_baseline_steps=1)])
     module = PlainModule()
-    with pytest.raises(TypeError, match=r"dense_twin\(\), which PlainModule has not"):
+    with pytest.raises(TypeError, match=r"dense_baseline\(\), which PlainModule has not"):
         fit(trainer, module, [make_batch()])
     assert not module.losses
 
 
 def test_a_negative_number_of_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match="dense_twin_steps=-1"):
-        RunSummary(dense_twin_steps=-1)
+    with pytest.raises(ValueError, match="dense_baseline_steps=-1"):
+        RunSummary(dense_baseline_steps=-1)

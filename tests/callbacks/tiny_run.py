@@ -97,7 +97,7 @@ class PlainModule(LightningModule):
 
 
 class TinyModule(PlainModule):
-    """`PlainModule` with a budget and a dense twin, built in ``configure_model``."""
+    """`PlainModule` with a budget and a dense baseline, built in ``configure_model``."""
 
     num_twins = 0
 
@@ -111,7 +111,7 @@ class TinyModule(PlainModule):
         )
         return ModelBudget(layers, BLOCK)
 
-    def dense_twin(self) -> "TinyModule":
+    def dense_baseline(self) -> "TinyModule":
         self.num_twins += 1
         return TinyModule(rank=None)
 

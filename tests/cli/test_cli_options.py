@@ -15,7 +15,7 @@ from callbacks.throughput import ThroughputMonitor
 from fingpt_lightning.data import FinancialInstructions, TextBlocks
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 
-GOLDEN = Path(__file__).parent / "golden" / "cli_options.txt"
+GOLDEN = Path(__file__).parents[1] / "golden" / "cli_options.txt"
 CLASSES = {
     "model": LowRankPretraining,
     "data": TextBlocks,

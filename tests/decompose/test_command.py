@@ -392,12 +392,12 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
 def test_models_that_are_not_dense_are_refused(decompose: Decompose, tmp_path: Path) -> None:
     gpt2 = _save("gpt2", tmp_path / "gpt2")
     (client,) = save_clients(gpt2, tmp_path / "clients", 1)
-    save_low_rank_model(tmp_path / "pairs")
+    save_low_rank_model(tmp_path / "spectron")
     main(["export", "--model", str(gpt2), "--format", "nf4", "--output", str(tmp_path / "nf4"),
           "--tolerance", "9"])  # fmt: skip
     for model, message in (
         (client, "is an adapter; fingpt export --format merged"),
-        (tmp_path / "pairs", "has low-rank pairs already; fingpt export --format hf"),
+        (tmp_path / "spectron", "has low-rank layers already; fingpt export --format hf"),
         (tmp_path / "nf4", "is stored in nf4; decompose the model it was made of"),
     ):
         status, _, error = decompose(model, "--rank_ratio", "0.4")
@@ -439,8 +439,8 @@ def test_fit_trains_on_from_the_folder_and_its_checkpoint_exports(
     assert trained.source.startswith(f"{run} (low-rank ")
     assert trained.tokenizer is not None
     main(["export", "--model", str(run), "--format", "hf", "--output", "dense"])
-    main(["export", "--model", str(run), "--format", "low_rank", "--output", "pairs"])
-    for folder, kind in (("dense", ""), ("pairs", "low-rank ")):
+    main(["export", "--model", str(run), "--format", "low_rank", "--output", "spectron"])
+    for folder, kind in (("dense", ""), ("spectron", "low-rank ")):
         assert load_model(folder).source == f"{folder} ({kind}{trained.network.config.model_type})"
     with pytest.raises(SystemExit):
         main([*words, "--model.rank", "4"])

@@ -22,7 +22,7 @@ def _ids() -> torch.Tensor:
     return torch.randint(VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(1))
 
 
-def test_the_dense_twin_is_transformers_own_network() -> None:
+def test_the_dense_baseline_is_transformers_own_network() -> None:
     network = build_gpt2(TINY, VOCABULARY, seed=1)
     theirs = GPT2LMHeadModel(network.config).eval()
     theirs.load_state_dict(network.state_dict())

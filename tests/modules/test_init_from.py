@@ -112,10 +112,10 @@ def test_a_start_without_a_tokenizer_needs_one_that_is_named(tmp_path: Path) -> 
 def test_pairs_that_were_loaded_are_moved_by_the_optimizer_for_pairs(
     folder: Path, tmp_path: Path
 ) -> None:
-    module = LowRankPretraining(init_from=str(folder), optimizer="pairs")
+    module = LowRankPretraining(init_from=str(folder), optimizer="spectron")
     trainer = _fit(tmp_path, module, max_steps=1)
     groups = trainer.optimizers[0].param_groups
-    of_pairs = {id(p) for group in groups if group.get("is_pairs") for p in group["params"]}
+    of_pairs = {id(p) for group in groups if group.get("is_low_rank") for p in group["params"]}
     pairs = [m for m in module.network.modules() if isinstance(m, LowRankLinear)]
     assert pairs
     assert {id(pair.up) for pair in pairs} <= of_pairs
@@ -137,7 +137,7 @@ def test_a_checkpoint_is_taken_apart_and_trained_on(tmp_path: Path) -> None:
     assert [pair.rank for pair in pairs] == expected
 
 
-def test_the_budget_and_the_dense_twin_are_those_of_the_dense_model(
+def test_the_budget_and_the_dense_baseline_are_those_of_the_dense_model(
     folder: Path, tmp_path: Path
 ) -> None:
     module = LowRankPretraining(init_from=str(folder))
@@ -146,7 +146,7 @@ def test_the_budget_and_the_dense_twin_are_those_of_the_dense_model(
     assert budget.total_parameters == record["parameters"]
     assert budget.dense_total_parameters == record["dense_parameters"]
     assert budget.forward_flops_per_token < budget.dense_forward_flops_per_token
-    twin = module.dense_twin()
+    twin = module.dense_baseline()
     twin.configure_model()
     assert not any(isinstance(m, LowRankLinear) for m in twin.network.modules())
     stored = sum(p.numel() for p in twin.network.parameters())

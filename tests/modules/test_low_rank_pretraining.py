@@ -41,9 +41,9 @@ def test_a_checkpoint_needs_nothing_else(tmp_path: Path, settings: dict[str, Any
     assert loaded.tokens_seen == module.tokens_seen > 0
 
 
-def test_the_dense_twin_has_the_same_settings_and_no_pair() -> None:
+def test_the_dense_baseline_has_the_same_settings_and_no_pair() -> None:
     module = LowRankPretraining(**SIZES, rank=3, embedding_rank=4, vocab_size=23)
-    twin = module.dense_twin()
+    twin = module.dense_baseline()
     for made in (module, twin):
         made.configure_model()
     assert not any(isinstance(m, LowRankLinear) for m in twin.network.modules())

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fingpt_lightning.deploy.exporting import export
-from fingpt_lightning.low_rank import FactorPairOptimizer, LowRankLinear, factor_pairs
+from fingpt_lightning.low_rank import LowRankLinear, Spectron, low_rank_factors
 from fingpt_lightning.models.expansion import expand, merge_into_base
 from fingpt_lightning.models.formats.network_files import write_network
 from fingpt_lightning.models.loading import load_model
@@ -22,7 +22,7 @@ from fingpt_lightning.models.quantization.layers import quantized_layer
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.optimization import dense_in_blocks
 from fingpt_lightning.modules.recipe import PLAIN, check_recipe
-from fingpt_lightning.planning.plan import optimizer_bytes, pairs_saving
+from fingpt_lightning.planning.plan import factor_saving, optimizer_bytes
 from fingpt_lightning.profiling.memory import module_memory
 from fingpt_lightning.strategies import FullySharded, PipelineStrategy
 from tests.models.tiny_models import ids
@@ -35,18 +35,18 @@ SIZES: dict[str, Any] = {
     "rank": 3, "embedding_rank": 5, "learning_rate": 0.01, "warmup": 1,
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
-    "pairs": {"optimizer": "pairs", "initialization": "orthogonal", "factor_expansion": 0.5},
+    "spectron": {"optimizer": "spectron", "initialization": "orthogonal", "factor_expansion": 0.5},
     "pairs, product": {
-        "optimizer": "pairs",
-        "pair_decay": "product",
-        "pairs_and_dense": True,
+        "optimizer": "spectron",
+        "factor_decay": "product",
+        "spectron_dense": True,
         "rank_overrides": {"*.c_fc": None},
     },
     "adamw_8bit": {"optimizer": "adamw_8bit", "rank_overrides": {"*.c_fc": None}, "width": 36},
-    "product": {"pair_decay": "product", "initialization": "cola"},
+    "product": {"factor_decay": "product", "initialization": "cola"},
     "silu": {"factor_activation": "silu", "initialization": "cola"},
     "guided": {"self_guided": 0.8, "factor_expansion": 0.5},
-    "guided, pairs": {"self_guided": 0.8, "optimizer": "pairs", "pairs_and_dense": True},
+    "guided, pairs": {"self_guided": 0.8, "optimizer": "spectron", "spectron_dense": True},
     "guided, 8 bits": {"self_guided": 0.8, "optimizer": "adamw_8bit", "width": 36},
 }
 NUM_STEPS, CHECKPOINT_STEP = 6, 4  # the checkpoint is at the end of the second epoch
@@ -111,14 +111,14 @@ def test_a_resumed_run_drops_what_one_that_was_not_stopped_does(tmp_path: Path) 
         assert torch.equal(resumed[key], weight), key
 
 
-@pytest.mark.parametrize("name", ["pairs", "product", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["spectron", "product", "adamw_8bit"])
 def test_settings_of_the_optimiser_are_those_of_the_resumed_run(tmp_path: Path, name: str) -> None:
     recipe = RECIPES[name]
     precise: dict[str, Any] = {"plugins": []} if name == "adamw_8bit" else {}
     fit_recipe(tmp_path, recipe, **precise)
     changed = recipe | {
-        "learning_rate": 0.002, "pair_learning_rate": 0.03, "weight_decay": 0.7, "beta1": 0.5,
-        "pair_momentum": 0.6,
+        "learning_rate": 0.002, "spectron_learning_rate": 0.03, "weight_decay": 0.7, "beta1": 0.5,
+        "spectron_momentum": 0.6,
     }  # fmt: skip
     resumed = fit_recipe(
         tmp_path / "two", changed, resume_from=checkpoint_of(tmp_path), **precise
@@ -129,7 +129,7 @@ def test_settings_of_the_optimiser_are_those_of_the_resumed_run(tmp_path: Path, 
         assert own == {key: value for key, value in truth.items() if key != "params"}
 
 
-@pytest.mark.parametrize("name", ["pairs", "silu", "guided"])
+@pytest.mark.parametrize("name", ["spectron", "silu", "guided"])
 def test_what_is_loaded_or_written_is_the_trained_network(tmp_path: Path, name: str) -> None:
     module = fit_recipe(tmp_path, RECIPES[name])
     module.trainer.save_checkpoint(tmp_path / "end.ckpt")
@@ -173,27 +173,30 @@ def test_momentum_is_orthogonalised_in_the_dtype_of_products_and_all_the_state_i
 ) -> None:
     bf16: dict[str, Any] = {"plugins": [], "precision": "bf16-mixed"}
     for options, dtype in (({}, None), (bf16, torch.bfloat16)):
-        mixed = {"rank_overrides": {"*.c_fc": None}, "pairs_and_dense": True}
-        module = fit_recipe(tmp_path, RECIPES["pairs"] | mixed, **options)
+        mixed = {"rank_overrides": {"*.c_fc": None}, "spectron_dense": True}
+        module = fit_recipe(tmp_path, RECIPES["spectron"] | mixed, **options)
         (optimizer,) = module.trainer.optimizers
-        assert isinstance(optimizer, FactorPairOptimizer)
+        assert isinstance(optimizer, Spectron)
         assert optimizer.product_dtype == dtype
         assert optimizer.param_groups[2]["expansion"] == 0.5
         trained = [(p.numel(), p.element_size()) for p in module.parameters()]
         dense = dense_in_blocks(module)
-        moved = [(min(p.shape), p) for p in factor_pairs(module)] + [(0, p) for p in dense]
+        moved = [(min(p.shape), p) for p in low_rank_factors(module)] + [(0, p) for p in dense]
         assert len(dense) == 2
-        saving = pairs_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
-        planned = optimizer_bytes(trained, "pairs") - saving
+        saving = factor_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
+        planned = optimizer_bytes(trained, "spectron") - saving
         assert module_memory(module, optimizer).optimizer == planned
 
 
 def test_the_product_decays_by_rate_and_weight_decay(tmp_path: Path) -> None:
     once: dict[str, Any] = {"max_steps": 1, "callbacks": [], "enable_checkpointing": False}
-    for recipe in ({"optimizer": "adamw"}, {"optimizer": "pairs", "pair_learning_rate": 0.01}):
-        recipe |= {"pair_decay": "product"}
+    for recipe in (
+        {"optimizer": "adamw"},
+        {"optimizer": "spectron", "spectron_learning_rate": 0.01},
+    ):
+        recipe |= {"factor_decay": "product"}
         plain, decayed = (
-            factor_pairs(fit_recipe(tmp_path, recipe | {"weight_decay": decay}, **once))
+            low_rank_factors(fit_recipe(tmp_path, recipe | {"weight_decay": decay}, **once))
             for decay in (0.0, 0.5)
         )
         assert len(plain) == len(decayed) == 16
@@ -206,10 +209,10 @@ def test_the_product_decays_by_rate_and_weight_decay(tmp_path: Path) -> None:
             assert not torch.equal(ours_up, up)
 
 
-def test_the_dense_twin_of_any_recipe_is_plain(tmp_path: Path) -> None:
+def test_the_dense_baseline_of_any_recipe_is_plain(tmp_path: Path) -> None:
     for recipe in RECIPES.values():
-        twin = LowRankPretraining(**(SIZES | recipe)).dense_twin()
-        expected = "pairs" if recipe.get("pairs_and_dense") else "adamw"
+        twin = LowRankPretraining(**(SIZES | recipe)).dense_baseline()
+        expected = "spectron" if recipe.get("spectron_dense") else "adamw"
         if recipe.get("optimizer") == "adamw_8bit":
             expected = "adamw_8bit"
         assert (twin.hparams["optimizer"], twin.hparams["initialization"]) == (expected, "svd")
@@ -221,12 +224,15 @@ def test_the_dense_twin_of_any_recipe_is_plain(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pair_learning_rate": 0.0}, "pair_learning_rate 0.0 is not above 0"),
-        ({"pair_momentum": 1.0}, r"pair_momentum 1.0 is outside \[0, 1\)"),
-        ({"pairs_and_dense": True}, "pairs_and_dense has no effect with optimizer adamw"),
+        ({"spectron_learning_rate": 0.0}, "spectron_learning_rate 0.0 is not above 0"),
+        ({"spectron_momentum": 1.0}, r"spectron_momentum 1.0 is outside \[0, 1\)"),
+        ({"spectron_dense": True}, "spectron_dense has no effect with optimizer adamw"),
         ({"factor_expansion": -1.0}, "factor_expansion -1.0 is below 0"),
         ({"factor_expansion": 0.5, "factor_activation": "silu"}, "cannot be folded behind"),
-        ({"factor_expansion": 0.5, "pair_decay": "product"}, "pair_decay product decays up down"),
+        (
+            {"factor_expansion": 0.5, "factor_decay": "product"},
+            "factor_decay product decays up down",
+        ),
         ({"self_guided": 1.5}, r"self_guided 1.5 is outside \[0, 1\]"),
         ({"self_guided": 0.5, "factor_activation": "silu"}, "none does what one with factor_act"),
         ({"quantization_aware": "nf4", "factor_expansion": 0.5}, "rounds up as it is stored"),
@@ -243,7 +249,7 @@ def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: st
     [
         ({"initialization": "svdd"}, "initialization 'svdd' is none of .*did you mean svd"),
         ({"factor_activation": "gelu"}, "factor_activation 'gelu' is none of none, silu"),
-        ({"pair_decay": "both"}, "pair_decay 'both' is none of factors, product"),
+        ({"factor_decay": "both"}, "factor_decay 'both' is none of factors, product"),
         ({"optimizer": "pair"}, "optimizer 'pair' is none of .*did you mean pairs"),
     ],
 )
@@ -252,11 +258,11 @@ def test_a_word_that_is_none_of_a_settings_is_refused(
 ) -> None:
     # Of the check alone: the annotations of the module's arguments are checked before it here.
     with pytest.raises(ValueError, match=message):
-        check_recipe(**{**PLAIN, "pair_learning_rate": 0.07, **settings})
+        check_recipe(**{**PLAIN, "spectron_learning_rate": 0.07, **settings})
 
 
 @pytest.mark.parametrize(
-    "settings", [{"optimizer": "pairs"}, {"pair_decay": "product"}, {"initialization": "cola"}]
+    "settings", [{"optimizer": "spectron"}, {"factor_decay": "product"}, {"initialization": "cola"}]
 )
 def test_a_recipe_for_pairs_needs_pairs(settings: dict[str, str]) -> None:
     module = LowRankPretraining(**(SIZES | settings | {"rank": None, "vocab_size": 23}))
@@ -273,19 +279,21 @@ def test_a_recipe_for_pairs_needs_pairs(settings: dict[str, str]) -> None:
     [
         ({"optimizer": "adamw"}, r"model.optimizer is adamw, whose state .* of pairs"),
         (
-            {"pair_decay": "product"},
-            r"model.pair_decay is product, whose state .* of factors",
+            {"factor_decay": "product"},
+            r"model.factor_decay is product, whose state .* of factors",
         ),
-        ({"pairs_and_dense": True}, r"model.pairs_and_dense is True, whose state .* of False"),
+        ({"spectron_dense": True}, r"model.spectron_dense is True, whose state .* of False"),
         ({"self_guided": 0.9}, r"model.self_guided is 0.9, .* of a run that was not guided"),
     ],
 )
 def test_another_optimisers_state_is_refused(
     tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    fit_recipe(tmp_path, {"optimizer": "pairs"})
+    fit_recipe(tmp_path, {"optimizer": "spectron"})
     with pytest.raises(ValueError, match=message):
-        fit_recipe(tmp_path, {"optimizer": "pairs"} | settings, resume_from=checkpoint_of(tmp_path))
+        fit_recipe(
+            tmp_path, {"optimizer": "spectron"} | settings, resume_from=checkpoint_of(tmp_path)
+        )
 
 
 def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
@@ -303,18 +311,18 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
         return PipelineStrategy(schedule="1F1B", num_microbatches=2)
 
     results = {
-        **fit("ddp", "pairs", DDPStrategy(), batch_size=2),
-        **fit("pipeline", "pairs", pipeline()),
+        **fit("ddp", "spectron", DDPStrategy(), batch_size=2),
+        **fit("pipeline", "spectron", pipeline()),
         **fit("pipeline, product", "pairs, product", pipeline()),
-        **fit("of one", "pairs", pipeline(), resume_from=checkpoint_of(folder / "one")),
+        **fit("of one", "spectron", pipeline(), resume_from=checkpoint_of(folder / "one")),
     }
-    for recipe, key in (("pairs", "optimizer pairs"), ("product", "pair_decay product")):
+    for recipe, key in (("spectron", "optimizer spectron"), ("product", "factor_decay product")):
         with pytest.raises(ValueError, match=f"splits each matrix, which model.{key}"):
             fit("sharded", recipe, FullySharded(), batch_size=2)
     mesh = init_device_mesh("cpu", (num_ranks,))
     sharded = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
     with pytest.raises(TypeError, match="takes whole parameters, these are sharded"):
-        FactorPairOptimizer([{"params": [sharded]}])
+        Spectron([{"params": [sharded]}])
     return results
 
 
@@ -323,10 +331,10 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
 def test_two_ranks_train_pairs_as_one_and_take_each_others_checkpoints(tmp_path: Path) -> None:
     one = {
         name: fit_recipe(tmp_path / folder, RECIPES[name]).state_dict()
-        for folder, name in (("one", "pairs"), ("one, product", "pairs, product"))
+        for folder, name in (("one", "spectron"), ("one, product", "pairs, product"))
     }
     per_rank = run_ranks(_on_two, 2, str(tmp_path), timeout_s=300)
-    cases = {"ddp": "pairs", "pipeline": "pairs", "of one": "pairs"}
+    cases = {"ddp": "spectron", "pipeline": "spectron", "of one": "spectron"}
     cases["pipeline, product"] = "pairs, product"
     for case, recipe in cases.items():
         truth, seen = one[recipe], set[str]()
@@ -339,6 +347,6 @@ def test_two_ranks_train_pairs_as_one_and_take_each_others_checkpoints(tmp_path:
     ours = torch.load(path, weights_only=True)["optimizer_states"]
     theirs = torch.load(checkpoint_of(tmp_path / "one"), weights_only=True)["optimizer_states"]
     assert ours[0]["state"].keys() == theirs[0]["state"].keys()
-    back = fit_recipe(tmp_path / "back", RECIPES["pairs"], resume_from=path).state_dict()
-    for key, weight in one["pairs"].items():
+    back = fit_recipe(tmp_path / "back", RECIPES["spectron"], resume_from=path).state_dict()
+    for key, weight in one["spectron"].items():
         torch.testing.assert_close(back[key], weight, rtol=0, atol=1e-10)

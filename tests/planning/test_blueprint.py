@@ -37,7 +37,7 @@ def test_a_base_of_unknown_shapes_is_named(tmp_path: Path) -> None:
         base_config(str(tmp_path), None, 32000)
 
 
-def test_low_rank_pretraining_knows_its_dense_twin() -> None:
+def test_low_rank_pretraining_knows_its_dense_baseline() -> None:
     module = LowRankPretraining(preset="gpt2-nano", rank=16, embedding_rank=16)
     made = blueprint(module, 512, 128, "bf16-mixed")
     assert made.trained == made.parameters

@@ -70,7 +70,7 @@ def make_run(
             "last_val_loss": rows[-1 - len(tasks)].get("val/loss", final_loss),
             "tokens_per_s": 8000.0,
             "timed_tokens_per_s": 9000.0,
-            "dense_twin_tokens_per_s": 6100.0,
+            "dense_baseline_tokens_per_s": 6100.0,
             "speed_ratio": 9000 / 6100,
             "peak_rss_mib": 700.0 + rank,
         }

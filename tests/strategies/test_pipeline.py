@@ -156,7 +156,7 @@ def _refusals_of_shards() -> list[str]:
     built = LowRankPretraining(**TIED, vocab_size=23)
     built.configure_model()
     modules: list[LightningModule] = [
-        LowRankPretraining(**LOW_RANK, optimizer="pairs"),
+        LowRankPretraining(**LOW_RANK, optimizer="spectron"),
         LowRankPretraining(**ROUNDED),
         QuantizedFinetuning(random_base=RandomLlama(num_positions=400)),
         built,
@@ -325,7 +325,9 @@ def test_shards_in_mixed_precision_sum_gradients_in_float32(runs: Runs) -> None:
 @pytest.mark.slow
 def test_what_needs_whole_matrices_is_refused_on_shards(runs: Runs) -> None:
     for pairs, rounded, base, built in runs.by_rank("refusals"):
-        assert "splits each matrix, which model.optimizer pairs is not made for; set adamw" in pairs
+        assert (
+            "splits each matrix, which model.optimizer spectron is not made for; set adamw" in pairs
+        )
         assert "take ddp or PipelineStrategy with data_parallel replicate" in pairs
         assert "quantization_aware int8 rounds whole matrices" in rounded
         assert "splits each matrix, which a base under adapters is not made for" in base

@@ -97,7 +97,7 @@ def find_circles(root: Path) -> list[list[str]]:
     edges: dict[str, list[str]] = {}
     for module, file in files.items():
         targets = (_target(entry.module, files) for entry in _imports(root / file, file, deep=True))
-        edges[module] = sorted({target for target in targets if target not in (None, module)})  # type: ignore[type-var]
+        edges[module] = sorted({target for target in targets if target not in (None, module)})
     circles: list[list[str]] = []
     done: set[str] = set()
     for start in sorted(edges):

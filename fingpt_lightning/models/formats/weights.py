@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from fingpt_lightning.models.formats.quantized_folder import QuantizedLayers, find_quantized_layers
 from fingpt_lightning.models.layout import FAMILIES, lay_out
-from fingpt_lightning.models.pair_config import drop_guides, folded_tensors
+from fingpt_lightning.models.low_rank_config import drop_guides, folded_tensors
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth")

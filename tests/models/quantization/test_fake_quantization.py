@@ -11,7 +11,7 @@ from fingpt_lightning.models.quantization.fake_quantization import RoundedWeight
 
 SHAPE = GPT2Shape(num_layers=2, width=48, num_heads=2, num_positions=16)
 IDS = torch.arange(12)[None]
-# Pairs with a factorised and with a full embedding, pairs beside dense layers, the dense twin.
+# Pairs with a factorised and with a full embedding, pairs beside dense layers, the dense baseline.
 NETWORKS = {
     "factorised": (RankRule(7), 11),
     "full_table": (RankRule(16), None),

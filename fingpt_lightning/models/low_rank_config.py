@@ -1,4 +1,4 @@
-"""What a network's config says of its low-rank pairs, beyond the sizes that its weights show.
+"""What a network's config says of its low-rank layers, beyond the sizes that its weights show.
 
 A pair's activation goes with the network wherever it is written. Its expansion and its guide are a
 matter of training: a checkpoint has them, to go on; whatever reads a checkpoint as a network gets
@@ -16,7 +16,7 @@ from fingpt_lightning.low_rank.linear import folded_up
 _ACTIVATION, _EXPANSION = "factor_activation", "factor_expansion"
 
 
-def note_pairs(config: PreTrainedConfig, activation: str, expansion: float) -> None:
+def note_low_rank(config: PreTrainedConfig, activation: str, expansion: float) -> None:
     """Notes both, where they are not what a config without the note means.
 
     Args:

@@ -1,4 +1,4 @@
-"""Does a low-rank GPT-2 learn as its dense twin does, by tokens and by time?
+"""Does a low-rank GPT-2 learn as its dense baseline does, by tokens and by time?
 
 Runs ``fingpt fit`` on the same tokens dense, in pairs as the config says, and in pairs under plain
 AdamW, and records and draws the three.
@@ -19,7 +19,7 @@ import yaml
 from benchmarks.record import markdown_table, new_record, spread, write_record
 
 QUESTION = (
-    "Does a low-rank GPT-2 learn as well as its dense twin on the same tokens, and in how much"
+    "Does a low-rank GPT-2 learn as well as its dense baseline on the same tokens, and in how much"
     " less time and memory?"
 )
 ADAMW = ["--model.optimizer", "adamw"]
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, required=True, help="record to write; .md and .svg beside"
     )
-    parser.add_argument("--runs_dir", type=Path, default=Path("runs/twin_runs"))
+    parser.add_argument("--runs_dir", type=Path, default=Path("runs/baseline_runs"))
     for twin in TWINS:
         parser.add_argument(f"--{twin}_options", default="", help="options of fit for this one")
     parser.add_argument(
@@ -88,7 +88,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     made_by = json.loads((folder / "made_by.json").read_text())
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     model = settings["model"]["init_args"]
-    pair_rate = model["pair_learning_rate"] if model["optimizer"] == "pairs" else None
+    spectron_rate = model["spectron_learning_rate"] if model["optimizer"] == "spectron" else None
     train: list[Row] = []
     validation: list[Row] = []
     tokens = time_s = 0.0
@@ -109,7 +109,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {
         "made_by": made_by,
         "learning_rate": model["learning_rate"],
-        "pair_learning_rate": pair_rate,
+        "spectron_learning_rate": spectron_rate,
         "seed": settings["seed_everything"],
         "repeats": len(step_times_s),
         "parameters": figures["parameters"],
@@ -178,8 +178,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = []
     for twin, run in rows.items():
         step, rate = run["step_time_s"], f"{run['learning_rate']:g}"
-        if run["pair_learning_rate"] is not None:
-            rate += f", pairs {run['pair_learning_rate']:g}"
+        if run["spectron_learning_rate"] is not None:
+            rate += f", pairs {run['spectron_learning_rate']:g}"
         lines.append(
             [
                 twin,
@@ -202,7 +202,7 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     styles = {
-        "dense": ("#777777", "dense twin"),
+        "dense": ("#777777", "dense baseline"),
         "low_rank": ("#c2410c", "low rank"),
         "low_rank_adamw": ("#eab308", "low rank, plain AdamW"),
     }

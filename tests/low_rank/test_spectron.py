@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fingpt_lightning.low_rank import FactorPairOptimizer, LowRankLinear, factor_pairs
-from fingpt_lightning.low_rank import pair_optimizer as implementation
-from fingpt_lightning.low_rank.pair_optimizer import orthogonalized, spectral_norms
-from tests.reference.pair_step import PairReference, newton_schulz
+from fingpt_lightning.low_rank import LowRankLinear, Spectron, low_rank_factors
+from fingpt_lightning.low_rank import spectron as implementation
+from fingpt_lightning.low_rank.spectron import orthogonalized, spectral_norms
+from tests.reference.spectron_step import PairReference, newton_schulz
 
 # Two of one size, one whose factors lie the other way round, one of full rank, one alone.
 SIZES = [(11, 13, 5), (11, 13, 5), (13, 11, 5), (7, 11, 7), (13, 7, 3)]
@@ -22,17 +22,17 @@ def _network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 
 def _groups(network: nn.Module, **of_pairs: Any) -> list[dict[str, Any]]:
-    pairs = factor_pairs(network)
+    pairs = low_rank_factors(network)
     taken = {id(p) for p in pairs}
     rest = [p for p in network.parameters() if id(p) not in taken]
     return [
         {"params": rest, "weight_decay": 0.1},
-        {"params": pairs, "is_pairs": True, "lr": 0.05, "weight_decay": 0.3, **of_pairs},
+        {"params": pairs, "is_low_rank": True, "lr": 0.05, "weight_decay": 0.3, **of_pairs},
     ]
 
 
-def _optimizer(network: nn.Module, **of_pairs: Any) -> FactorPairOptimizer:
-    return FactorPairOptimizer(_groups(network, **of_pairs), lr=0.01, betas=(0.9, 0.95))
+def _optimizer(network: nn.Module, **of_pairs: Any) -> Spectron:
+    return Spectron(_groups(network, **of_pairs), lr=0.01, betas=(0.9, 0.95))
 
 
 def _set_gradients(network: nn.Module, step: int) -> None:
@@ -45,7 +45,7 @@ def test_steps_are_those_of_the_formulas_in_float64() -> None:
     network = _network()
     # Small next to the step's bound, lr / (s + s + 1), is what one iteration may be off.
     optimizer = _optimizer(network, momentum=0.9, expansion=0.5)
-    pairs = factor_pairs(network)
+    pairs = low_rank_factors(network)
     references = [PairReference(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
     start = [p.detach().clone() for p in pairs]
     for step in range(4):
@@ -65,7 +65,7 @@ def test_steps_are_those_of_the_formulas_in_float64() -> None:
 
 def test_dense_matrices_are_moved_by_the_learning_rate_along_orthogonalised_momentum() -> None:
     matrices = [nn.Parameter(torch.randn(size, dtype=torch.float64)) for size in ((5, 7), (7, 5))]
-    optimizer = FactorPairOptimizer([{"params": matrices, "is_dense": True}], lr=0.1)
+    optimizer = Spectron([{"params": matrices, "is_dense": True}], lr=0.1)
     truths = [p.detach().clone() for p in matrices]
     momenta = [torch.zeros_like(p) for p in matrices]
     for _ in range(3):
@@ -109,7 +109,7 @@ def test_vectors_follow_the_factors_from_step_to_step() -> None:
     optimizer = _optimizer(network, lr=0.0)
     _set_gradients(network, 0)
     optimizer.step()
-    pairs = factor_pairs(network)
+    pairs = low_rank_factors(network)
     for p in pairs:
         p.data = torch.linalg.qr(torch.randn(13, 13, dtype=torch.float64))[0][: len(p), : len(p.T)]
         p.data[0] *= 3
@@ -160,7 +160,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit() -> None:
 def test_the_product_moves_by_no_more_than_the_learning_rate_in_spectral_norm() -> None:
     for scale in (0.01, 1.0, 30.0):
         network = _network()
-        pairs = factor_pairs(network)
+        pairs = low_rank_factors(network)
         for p in pairs[::2]:  # one factor large, the other small
             p.data *= scale
         for p in pairs[1::2]:
@@ -191,7 +191,7 @@ def test_a_pair_without_gradients_stays_and_a_closure_is_called() -> None:
     network = _network()
     optimizer = _optimizer(network)
     _set_gradients(network, 0)
-    down, up, *_ = factor_pairs(network)
+    down, up, *_ = low_rank_factors(network)
     down.grad = None
     before = [p.detach().clone() for p in (down, up)]
 
@@ -206,12 +206,12 @@ def test_a_pair_without_gradients_stays_and_a_closure_is_called() -> None:
 
 def test_bfloat16_products_move_float32_factors_nearly_alike() -> None:
     networks = [_network(torch.float32) for _ in range(2)]
-    start = [p.detach().clone() for p in factor_pairs(networks[0])]
+    start = [p.detach().clone() for p in low_rank_factors(networks[0])]
     for network, dtype in zip(networks, (None, torch.bfloat16), strict=True):
-        optimizer = FactorPairOptimizer(_groups(network), lr=0.01, product_dtype=dtype)
+        optimizer = Spectron(_groups(network), lr=0.01, product_dtype=dtype)
         _set_gradients(network, 0)
         optimizer.step()
-    for one, other, before in zip(*map(factor_pairs, networks), start, strict=True):
+    for one, other, before in zip(*map(low_rank_factors, networks), start, strict=True):
         assert one.dtype == other.dtype == torch.float32
         assert (one - other).norm() < 0.05 * (one - before).norm()
         assert not torch.equal(one, other)
@@ -225,6 +225,6 @@ def test_bfloat16_products_move_float32_factors_nearly_alike() -> None:
     ],
 )
 def test_what_is_no_pair_is_refused(choose: Callable[[Any], Any], message: str) -> None:
-    chosen = choose(factor_pairs(_network()))
+    chosen = choose(low_rank_factors(_network()))
     with pytest.raises(ValueError, match=message):
-        FactorPairOptimizer([{"params": chosen, "is_pairs": True}])
+        Spectron([{"params": chosen, "is_low_rank": True}])

@@ -23,7 +23,7 @@ _NUMBERS_AT_A_TIME = 2**24
 """Of the matrices that are stacked: it bounds the memory beside weights, gradients and state."""
 
 
-def factor_pairs(network: nn.Module) -> list[nn.Parameter]:
+def low_rank_factors(network: nn.Module) -> list[nn.Parameter]:
     """The trained factors of all low-rank layers: down, up, down, up, in the order of the names."""
     pairs = [m for m in network.modules() if isinstance(m, LowRankLinear)]
     return [p for m in pairs if m.down.requires_grad for p in (m.down, m.up)]
@@ -71,7 +71,7 @@ def spectral_norms(
     return norms, vectors
 
 
-class FactorPairOptimizer(Optimizer):
+class Spectron(Optimizer):
     """Factor pairs along orthogonalised momentum, everything else by AdamW.
 
     With the momentum M <- m M + G of a factor, and O(G + m M) its `orthogonalized` Nesterov form,
@@ -82,7 +82,8 @@ class FactorPairOptimizer(Optimizer):
     s being the largest singular value. So the product moves by at most 1.2^2 lr in the spectral
     norm, whatever the scales of its factors, and as far in all directions: plain AdamW moves
     products of badly scaled factors too far in few directions. Decay is decoupled, as in AdamW.
-    A dense matrix can be moved alike, by ``-lr O``: then a dense twin is trained as the pairs are.
+    A dense matrix can be moved alike, by ``-lr O``: then a dense baseline is trained as the pairs
+    are.
 
     State: one momentum a number of a pair (AdamW keeps two averages) and a vector of R numbers a
     factor, from which one step of power iteration estimates s. Both are the parameter's own, so
@@ -90,8 +91,8 @@ class FactorPairOptimizer(Optimizer):
     rank needs another: equal gradients give equal steps.
 
     Args:
-        groups: Parameter groups. One with ``is_pairs`` True holds down, up, down, up, ... and may
-            set ``momentum``, and ``expansion``, which is added to s(up): the alpha of
+        groups: Parameter groups. One with ``is_low_rank`` True holds down, up, down, up, ... and
+            may set ``momentum``, and ``expansion``, which is added to s(up): the alpha of
             `LowRankLinear`. One with ``is_dense`` True holds dense matrices. The others are
             AdamW's, with ``betas`` and ``eps``.
         lr: Learning rate, where a group has none.
@@ -123,16 +124,16 @@ class FactorPairOptimizer(Optimizer):
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "betas": betas, "eps": eps,
-            "weight_decay": weight_decay, "fused": fused, "is_pairs": False, "is_dense": False,
+            "weight_decay": weight_decay, "fused": fused, "is_low_rank": False, "is_dense": False,
             "expansion": 0.0,
         }  # fmt: skip
         self.product_dtype = product_dtype
         super().__init__(groups, defaults)
         for group in self.param_groups:
             if any(isinstance(p, DTensor) for p in group["params"]):
-                raise TypeError("FactorPairOptimizer takes whole parameters, these are sharded")
-            if group["is_pairs"]:
-                _check_pairs(group["params"])
+                raise TypeError("Spectron takes whole parameters, these are sharded")
+            if group["is_low_rank"]:
+                _check_factors(group["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -146,8 +147,8 @@ class FactorPairOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if group["is_pairs"]:
-                self._step_pairs(group)
+            if group["is_low_rank"]:
+                self._step_factors(group)
             elif group["is_dense"]:
                 self._step_dense(group)
             else:
@@ -184,7 +185,7 @@ class FactorPairOptimizer(Optimizer):
                 maximize=False,
             )
 
-    def _step_pairs(self, group: dict[str, Any]) -> None:
+    def _step_factors(self, group: dict[str, Any]) -> None:
         params = group["params"]
         pairs = list(zip(params[::2], params[1::2], strict=True))
         pairs = [(down, up) for down, up in pairs if None not in (down.grad, up.grad)]
@@ -248,7 +249,7 @@ class FactorPairOptimizer(Optimizer):
         torch._foreach_sub_(some, moves)
 
 
-def _check_pairs(params: Sequence[Tensor]) -> None:
+def _check_factors(params: Sequence[Tensor]) -> None:
     if len(params) % 2:
         raise ValueError(f"a group of pairs has {len(params)} parameters, which is odd")
     for index, (down, up) in enumerate(zip(params[::2], params[1::2], strict=True)):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import twin_runs
+from benchmarks import baseline_runs
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug_pretrain_gpt2_small.yaml"
 
@@ -14,19 +14,19 @@ def test_the_twins_run_at_toy_size_and_are_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "record.json"
-    words = ["twin_runs", "--config", str(CONFIG), "--json", str(path), "--runs_dir",
+    words = ["baseline_runs", "--config", str(CONFIG), "--json", str(path), "--runs_dir",
              str(tmp_path / "runs"), "--", "--trainer.logger", "false",
              "--data.cache_dir", str(tmp_path / "cache")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", words)
-    twin_runs.main()
+    baseline_runs.main()
     record = json.loads(path.read_text())
     rows = {row["contender"]: row for row in record["rows"]}
     assert list(rows) == ["dense", "low_rank", "low_rank_adamw"]
     dense, low_rank, adamw = rows.values()
     tokens = [[p["tokens"] for p in row["val_curve"]] for row in rows.values()]
     assert tokens[0] == tokens[1] == tokens[2]
-    assert low_rank["pair_learning_rate"] == 0.07
-    assert dense["pair_learning_rate"] is adamw["pair_learning_rate"] is None
+    assert low_rank["spectron_learning_rate"] == 0.07
+    assert dense["spectron_learning_rate"] is adamw["spectron_learning_rate"] is None
     assert record["summary"]["total_compression_ratio"] > 2
     assert set(record["summary"]) == {
         "total_compression_ratio", "block_compression_ratio", "tokens_per_s_ratio",
@@ -55,7 +55,7 @@ def test_gaps_compare_at_equal_tokens_and_at_equal_time() -> None:
     dense = _run([0.0, 10.0, 20.0], [9.0, 5.0, 4.0], step_time_s=2.0)
     low_rank = _run([0.0, 5.0, 15.0], [9.0, 6.0, 4.2], step_time_s=1.0)
     adamw = _run([0.0, 5.0, 15.0], [9.0, 7.0, 6.2], step_time_s=1.0)
-    found = twin_runs.summary(dense, low_rank, adamw)
+    found = baseline_runs.summary(dense, low_rank, adamw)
     assert found["loss_gap_nats_equal_tokens"] == pytest.approx(0.2)
     assert found["loss_gap_nats_equal_time"] == pytest.approx(4.2 - 4.5)
     assert found["adamw_loss_gap_nats_equal_tokens"] == pytest.approx(2.2)
