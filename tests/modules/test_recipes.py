@@ -250,7 +250,7 @@ def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: st
         ({"initialization": "svdd"}, "initialization 'svdd' is none of .*did you mean svd"),
         ({"factor_activation": "gelu"}, "factor_activation 'gelu' is none of none, silu"),
         ({"factor_decay": "both"}, "factor_decay 'both' is none of factors, product"),
-        ({"optimizer": "pair"}, "optimizer 'pair' is none of .*did you mean pairs"),
+        ({"optimizer": "spectrum"}, "optimizer 'spectrum' is none of .*did you mean spectron"),
     ],
 )
 def test_a_word_that_is_none_of_a_settings_is_refused(
