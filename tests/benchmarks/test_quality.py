@@ -86,7 +86,7 @@ def test_a_toy_grid_is_run_stopped_and_gone_on_with(
         "naive_loss_gap_nats_equal_tokens", "naive_loss_gap_nats_equal_time",
     } <= set(record["summary"])  # fmt: skip
     assert (tmp_path / "record.svg").read_text().startswith("<?xml")
-    assert "| pairs |" in (tmp_path / "record.md").read_text()
+    assert "| spectron |" in (tmp_path / "record.md").read_text()
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(GRID | {"num_steps": 3}))
     with pytest.raises(ValueError, match=r"record\.json is of another grid"):
         quality.main()

@@ -277,7 +277,7 @@ def test_a_recipe_for_pairs_needs_pairs(settings: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": "adamw"}, r"model.optimizer is adamw, whose state .* of pairs"),
+        ({"optimizer": "adamw"}, r"model.optimizer is adamw, whose state .* of spectron"),
         (
             {"factor_decay": "product"},
             r"model.factor_decay is product, whose state .* of factors",
