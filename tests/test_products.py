@@ -12,7 +12,6 @@ from tests.support.amx import with_amx, without_amx
 from tests.support.product_table import LIMITS
 from tests.support.programs import ROOT
 
-
 pytestmark = pytest.mark.slow
 
 

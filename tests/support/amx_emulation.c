@@ -1,9 +1,9 @@
 /* AMX in user space, and poisoned memory, for a process that preloads this (LD_PRELOAD).
  *
- * With EMULATE_AMX set, on x86-64 Linux with AVX-512 and a processor that can fault on CPUID: CPUID
- * says that AMX-TILE, AMX-INT8 and AMX-BF16 are there, the kernel's permission for the tiles is
- * granted, and tile instructions, which come as illegal ones, are executed here. So a library takes
- * the path that it takes on a processor with AMX, slowly.
+ * With EMULATE_AMX set, in Python on x86-64 Linux with AVX-512 and a processor that can fault on
+ * CPUID: CPUID says that AMX-TILE, AMX-INT8 and AMX-BF16 are there, the kernel's permission for the
+ * tiles is granted, and tile instructions, which come as illegal ones, are executed here. So a
+ * library takes the path that it takes on a processor with AMX, slowly.
  *
  * With POISON_ALLOCATIONS set, memory of posix_memalign (that of torch and oneDNN) and what lies
  * behind it is filled with 0xFF, which is NaN in every floating-point format.
@@ -266,8 +266,16 @@ sighandler_t signal(int number, sighandler_t handler) {
     return sigaction(number, &new, &old) ? SIG_ERR : old.sa_handler;
 }
 
+/* Only Python: programs in Go, such as wandb's, set their signal handlers past the C library. */
+static int is_python(void) {
+    char path[4096] = {0};
+    ssize_t length = readlink("/proc/self/exe", path, sizeof path - 1);
+    const char *name = length > 0 ? strrchr(path, '/') : NULL;
+    return name != NULL && strncmp(name, "/python", 7) == 0;
+}
+
 __attribute__((constructor)) static void start(void) {
-    if (!getenv("EMULATE_AMX")) return;
+    if (!getenv("EMULATE_AMX") || !is_python()) return;
     struct sigaction own = {.sa_sigaction = handle, .sa_flags = SA_SIGINFO | SA_NODEFER};
     sigaction(SIGILL, &own, &others[SIGILL]);
     sigaction(SIGSEGV, &own, &others[SIGSEGV]);
