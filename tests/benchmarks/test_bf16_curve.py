@@ -2,7 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
-from fingpt_lightning.benchmarks import bf16_curve
+
+from benchmarks import bf16_curve
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug_quickstart.yaml"
 
