@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from fingpt_lightning.low_rank.adapters import FrozenBase
-from fingpt_lightning.models import LossSums, Recompute, recompute_blocks
+from fingpt_lightning.models import LossSums, recompute_blocks
 from fingpt_lightning.pipeline import (
     Balance,
     Pass,
@@ -174,7 +174,7 @@ class PipelineStrategy(PipelineProcesses):
         if not self._spans:  # the module was built elsewhere
             self.keep_own_part(module.network)
         if self._recompute is not None:
-            recompute_blocks(module.network, Recompute(self._recompute))
+            recompute_blocks(module.network, self._recompute)
         compiled = any(part._compiled_call_impl is not None for part in module.network.modules())
         if compiled and self._schedule.splits_backward:
             raise ValueError(
