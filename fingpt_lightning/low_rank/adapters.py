@@ -144,12 +144,10 @@ class AdaptedLinear(nn.Module):
         y_NO = add(h_NR, self.lora_B.to(y_NO.dtype).T, alpha=self.options.scale)
         if self.lora_magnitude_vector is not None:
             factor_O = (self.lora_magnitude_vector / self._row_lengths(x.dtype)).to(y_NO.dtype)
-            # b + factor (y - b), with each of them read once: torch 2.13 cannot take the backward
-            # pass apart (zero-bubble schedules) where two results read the same parameter.
-            if (bias := self.bias) is None:
-                y_NO = y_NO * factor_O
-            else:
-                y_NO = torch.lerp(bias.to(y_NO.dtype), y_NO, factor_O)
+            bias = self.bias
+            y_NO = y_NO * factor_O
+            if bias is not None:
+                y_NO = y_NO + bias * (1 - factor_O)
         return y_NO.view(*x.shape[:-1], self.out_features)
 
     def _base_product(self, x_NI: Tensor) -> Tensor:

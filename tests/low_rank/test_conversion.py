@@ -25,7 +25,7 @@ from fingpt_lightning.models.quantization.layers import quantized_layer
 from tests.models.tiny_models import ids, tiny_gpt2, tiny_llama
 
 
-def _mlp() -> nn.Sequential:
+def _mlp() -> Any:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(13, 11), nn.ReLU(), Conv1D(17, 11), nn.Linear(17, 3)).double()
 
@@ -39,7 +39,8 @@ def _of_rank(rows: int, columns: int, rank: int) -> Tensor:
 def test_weights_of_that_rank_give_the_same_function() -> None:
     network = _mlp()
     for layer, rank in ((network[0], 4), (network[2], 4)):
-        layer.weight.copy_(_of_rank(*layer.weight.shape, rank))
+        rows, columns = layer.weight.shape
+        layer.weight.copy_(_of_rank(rows, columns, rank))
     x = torch.randn(5, 13, dtype=torch.float64)
     truth = network(x)
     report = make_low_rank(network, rank=4)
@@ -119,7 +120,7 @@ def test_dtype_device_bias_mode_and_what_is_frozen_stay() -> None:
     assert (pair.up.dtype, pair.down.dtype) == (torch.bfloat16, torch.bfloat16)
     assert {pair.up.requires_grad, pair.down.requires_grad} == {False}
     assert not pair.training
-    assert bias.requires_grad
+    assert pair.bias.requires_grad
 
 
 def test_a_layer_on_the_meta_device_becomes_factors_there() -> None:
@@ -136,9 +137,8 @@ def test_a_layer_on_the_meta_device_becomes_factors_there() -> None:
 def test_drawn_factors_are_new_and_of_the_generator(start: str) -> None:
     drawn = []
     for seed in (1, 1, 2):
-        network = nn.Sequential(nn.Linear(64, 96))
-        with torch.no_grad():
-            network[0].weight.normal_(std=0.3)
+        network: Any = nn.Sequential(nn.Linear(64, 96))
+        nn.init.normal_(network[0].weight, std=0.3)
         make_low_rank(
             network, 16, initialization=start, generator=torch.Generator().manual_seed(seed)
         )
@@ -193,13 +193,13 @@ def _shared() -> nn.Module:
     return network
 
 
-def _hooked() -> nn.Module:
+def _hooked() -> Any:
     network = _mlp()
     network[0].register_forward_hook(lambda *_: None)
     return network
 
 
-def _normed() -> nn.Module:
+def _normed() -> Any:
     network = _mlp()
     weight_norm(network[0])
     return network

@@ -50,7 +50,7 @@ class Seen(NamedTuple):
         (optimizer,) = self.module.trainer.optimizers
         return [group for group in optimizer.param_groups if group.get(mark)]
 
-    def layers(self, kind: type[nn.Module]) -> set[str]:
+    def layers(self, kind: type) -> set[str]:
         return {name for name, layer in self.network.named_modules() if isinstance(layer, kind)}
 
     def expected(self, *layers: str) -> set[str]:
@@ -309,6 +309,8 @@ def _walk(row: Row, family: Family, run: Callable[[dict[str, Any]], Seen]) -> No
     assert row.acts(run(settings))
 
 
+# What torch.compile imports.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_a_setting_of_pretraining_acts_on_every_family_or_is_refused(
     name: str, family: Family, mixed: Path, tmp_path: Path

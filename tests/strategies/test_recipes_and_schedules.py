@@ -37,8 +37,8 @@ PRETRAINING: dict[str, dict[str, Any]] = {
 # Cells that are refused, by recipe, under the schedules that take the backward pass apart.
 REFUSED = {"recomputed": "model.recompute low_rank: .* takes the backward pass apart"}
 FINETUNING: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "dora": {"dora": True, "rslora": True, "recompute": "block", "lora_plus_ratio": 4.0},
+    "lora": {"recompute": "block"},
+    "dora": {"dora": True, "rslora": True, "lora_plus_ratio": 4.0},
 }
 CASES = [*PRETRAINING, *(f"{family}: {kind}" for family in FAMILIES for kind in FINETUNING)]
 
