@@ -203,12 +203,9 @@ class GgufTensors:
             architecture = str(self._reader.fields["general.architecture"].contents())
         except (ValueError, KeyError, IndexError, OverflowError) as error:
             raise ValueError(f"{file} is no whole GGUF file ({error})") from error
-        family = family_of_gguf(architecture, file)
+        family_of_gguf(architecture, file)
         self.config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        if family_named(self.config.model_type, file) is not family:
-            raise ValueError(
-                f"{file}: architecture {architecture!r} is read as a {self.config.model_type}"
-            )
+        family = family_named(self.config.model_type, file)  # transformers may tell it more finely
         if family.gguf is not None and family.gguf.repair is not None:
             family.gguf.repair(self.config)
         from transformers.modeling_gguf_pytorch_utils import (
