@@ -39,6 +39,7 @@ from fingpt_lightning.low_rank.rank_allocation import (
     ranks_at_ratio,
     ratio_for_parameters,
 )
+from fingpt_lightning.models.families import family_of
 from fingpt_lightning.models.formats.network_files import (
     check_replaceable,
     put_in_place,
@@ -46,7 +47,7 @@ from fingpt_lightning.models.formats.network_files import (
     write_tokenizer,
 )
 from fingpt_lightning.models.formats.weights import SAFETENSORS, SAFETENSORS_INDEX, files_sha256
-from fingpt_lightning.models.input_moments import HEAD, input_moments
+from fingpt_lightning.models.input_moments import input_moments
 from fingpt_lightning.models.layout import full_name, lay_out
 from fingpt_lightning.models.loading import DTYPES, load_model
 from fingpt_lightning.terminal.progress import shown_progress
@@ -208,7 +209,7 @@ def decompose_model(
     if calibration is not None and _needs_moments(request):
         groups = _calibrated(source, calibration, folder, devices[0])
         if source.embedding is not None:
-            groups[source.embedding.name] = HEAD
+            groups[source.embedding.name] = family_of(source.network).head
         layers = [with_moments(layer, groups) for layer in layers]
     work = Work(
         source.reader,

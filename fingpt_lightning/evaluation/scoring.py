@@ -12,6 +12,7 @@ from fingpt_lightning.evaluation.batches import default_batch_tokens, plan_batch
 from fingpt_lightning.evaluation.encoding import EncodedRow, encode_rows
 from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
 from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
+from fingpt_lightning.models.families import head_of
 from fingpt_lightning.tasks import Example
 
 
@@ -67,7 +68,7 @@ def score(
     num_shared = num_common_tokens([row.texts for row in rows])
     prefix = SharedPrefix(network, rows[0].texts[0].tokens[:num_shared])
     trees = [build_tree(row.texts, num_shared) for row in rows]
-    head = network.get_submodule("lm_head")
+    head = head_of(network)
     predictions: list[Prediction | None] = [None] * len(rows)
     num_answered = 0
     for batch in plan_batches([len(tree.tokens) for tree in trees], batch_tokens):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from fingpt_lightning.models.decode_step import decode_step
+from fingpt_lightning.models.families import head_of
 from fingpt_lightning.models.key_value_cache import preallocated_cache
 
 Choose = Callable[[Tensor], Tensor]
@@ -104,7 +105,7 @@ def write_on(
     Returns:
         The new tokens of each row.
     """
-    head = network.get_submodule("lm_head")
+    head = head_of(network)
     num_before = int(cache.get_seq_length())
     ends = torch.tensor(list(end_tokens), device=hidden.device, dtype=torch.long)
     has_ended_B = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)

@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from fingpt_lightning.data.batch import TokenBatch
 from fingpt_lightning.low_rank.adapters import FrozenBase
+from fingpt_lightning.models.families import head_of
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
 from fingpt_lightning.modules.optimization import cosine_with_warmup
 
@@ -132,7 +133,7 @@ class LanguageModelingModule(LightningModule):
         self, hidden: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]
     ) -> LossSums:
         """The summed loss of one microbatch and the number of its supervised tokens."""
-        head = self.network.get_submodule("lm_head")
+        head = head_of(self.network)
         return vocabulary_loss(head, hidden, labels, self.loss_chunk_size)
 
     @property
@@ -160,7 +161,7 @@ class LanguageModelingModule(LightningModule):
 
     def likeliest_tokens(self, hidden: Float[Tensor, "B T D"]) -> Int[Tensor, "B T"]:
         """The likeliest next token at every position."""
-        head = self.network.get_submodule("lm_head")
+        head = head_of(self.network)
         return cast("Tensor", head(hidden).argmax(-1))
 
     @override

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from fingpt_lightning.data.batch import IGNORED_LABEL, TokenBatch
 from fingpt_lightning.low_rank.adapters import AdapterOptions, FrozenBase
-from fingpt_lightning.models import LossSums, Recompute, recompute_blocks
+from fingpt_lightning.models import LossSums, recompute_blocks
 from fingpt_lightning.models.adapting import (
     ALL_LINEAR,
     WholeAdapters,
@@ -31,10 +31,10 @@ from fingpt_lightning.models.adapting import (
     save_adapter,
     without_adapters,
 )
+from fingpt_lightning.models.families import head_of
 from fingpt_lightning.models.formats.peft_adapter import ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, Base
 from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.loading import DTYPES, load_model
-from fingpt_lightning.models.offload import offload_block_inputs
 from fingpt_lightning.models.packed_attention import run_packed, use_packed_attention
 from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER
 from fingpt_lightning.modules.base_model import RandomLlama, random_llama
@@ -205,10 +205,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         _no_base_dropout(self.network)
         self.network.train()  # a loaded one is in evaluation mode
         use_packed_attention(self.network)
-        if hparams["recompute"] == "block":
-            recompute_blocks(self.network, Recompute.BLOCK)
-        elif hparams["recompute"] == "offload":
-            offload_block_inputs(self.network)
+        recompute_blocks(self.network, hparams["recompute"])
 
     @override
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "B T D"]:
@@ -262,7 +259,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         with torch.no_grad(), without_adapters(self.network):
             base_hidden = self.hidden_states(batch)
         stride = max(1, -(-len(positions) // self.hparams["kl_positions"]))
-        head = self.network.get_submodule("lm_head")
+        head = head_of(self.network)
         log_p, base_log_p = (
             F.log_softmax(head(states.flatten(0, 1)[positions[::stride]]).float(), -1)
             for states in (hidden, base_hidden)

@@ -26,12 +26,12 @@ from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.instructions import tokenizer_of_base
 from fingpt_lightning.files import write_whole
 from fingpt_lightning.low_rank import low_rank_factors
+from fingpt_lightning.models.families import family_of
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import dense_in_blocks
 from fingpt_lightning.pipeline import Balance, Workload
 from fingpt_lightning.pipeline.schedule import largest_layout
-from fingpt_lightning.pipeline.stage import anatomy_of
 from fingpt_lightning.planning.blueprint import Blueprint, blueprint
 from fingpt_lightning.planning.fake_step import StepBytes, count_step, fake_batch, with_more_blocks
 from fingpt_lightning.planning.plan import (
@@ -269,7 +269,7 @@ def _reads_hub(settings: Any) -> bool:
 
 def _count(module: LightningModule, made: Blueprint, batch: Any, precision: str) -> StepBytes:
     """What a step holds; of a deep network of equal blocks from two and from three of them."""
-    blocks = made.network.get_submodule(anatomy_of(made.network).blocks)
+    blocks = made.network.get_submodule(family_of(made.network).blocks)
     assert isinstance(blocks, nn.ModuleList)
     whole = list(blocks)
     shapes = {tuple((n, p.shape) for n, p in block.named_parameters()) for block in whole}

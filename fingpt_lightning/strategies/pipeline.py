@@ -144,7 +144,7 @@ class PipelineStrategy(PipelineProcesses):
         assert self.lightning_module is not None
         length = getattr(self._datamodule, "block_length", None) or 1024
         rows = getattr(self._datamodule, "batch_size", None) or self.layout.num_microbatches
-        recompute = self._recompute or self.lightning_module.hparams.get("recompute")
+        recompute = self._recompute_of(self.lightning_module)
         costs = network_costs(network, length, base, recompute in ("block", "offload"))
         workload = Workload(
             max(1, rows // self.layout.num_microbatches) * length,
@@ -160,6 +160,11 @@ class PipelineStrategy(PipelineProcesses):
         self._tied = frozenset(f"{_PREFIX}{name}" for name in tied_parameters(network))
         keep_stages(network, [self._spans[s] for s in self.layout.stages_of(self._pipeline_rank)])
 
+    def _recompute_of(self, module: LightningModule) -> str | None:
+        """What blocks compute again: the strategy's own setting, else the module's."""
+        recompute: str | None = self._recompute or module.hparams.get("recompute")
+        return recompute
+
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
@@ -174,7 +179,15 @@ class PipelineStrategy(PipelineProcesses):
         if not self._spans:  # the module was built elsewhere
             self.keep_own_part(module.network)
         if self._recompute is not None:
-            recompute_blocks(module.network, Recompute(self._recompute))
+            recompute_blocks(module.network, self._recompute)
+        is_selective = self._recompute_of(module) == Recompute.LOW_RANK
+        if is_selective and self._schedule.splits_backward:
+            key = "model.recompute" if self._recompute is None else "activation_checkpointing"
+            raise ValueError(
+                f"{key} low_rank: {self._schedule.value} takes the backward pass apart, which"
+                " torch's selective recomputation does not allow; take block, or 1F1B or"
+                " Interleaved1F1B"
+            )
         compiled = any(part._compiled_call_impl is not None for part in module.network.modules())
         if compiled and self._schedule.splits_backward:
             raise ValueError(
