@@ -71,7 +71,10 @@ def run(options: argparse.Namespace) -> None:
     found = ", ".join(f"{label} {counts[label]:,}" for label in task.labels)
     console.print(f"{options.output}: {num_rows:,} rows: {found}")
     if counts[None]:
-        console.print(f"{counts[None]:,} rows with an empty text have no label")
+        console.print(
+            f"{counts[None]:,} rows have no label: their text is empty, or the model's context too"
+            " short for the prompt"
+        )
 
 
 def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> dict[str, object]:

@@ -66,7 +66,9 @@ class Labeller:
         self._batch_tokens = batch_tokens
 
     def label(self, rows: Sequence[Row], first: int) -> list[dict[str, object]]:
-        """The rows, each with its label and probabilities; None where its text is empty.
+        """The rows, each with its label and probabilities.
+
+        They are None where the text is empty or the row does not fit the context without it.
 
         Rows of one adapter are run together: what their prompts begin with is run once for each.
 
@@ -90,11 +92,12 @@ class Labeller:
                 with self._bank.rows(name):
                     answers = self._predict(examples)
             for (place, _), (choice, scores) in zip(found, answers, strict=True):
-                values = [self._task.labels[choice], *(round(math.exp(x), 6) for x in scores)]
-                labelled[place] |= zip(nothing, values, strict=True)
+                if choice is not None:
+                    values = [self._task.labels[choice], *(round(math.exp(x), 6) for x in scores)]
+                    labelled[place] |= zip(nothing, values, strict=True)
         return labelled
 
-    def _predict(self, examples: list[Example]) -> list[tuple[int, tuple[float, ...]]]:
+    def _predict(self, examples: list[Example]) -> list[tuple[int | None, tuple[float, ...]]]:
         found = predict(
             self._network,
             self._tokenizer,
@@ -103,11 +106,7 @@ class Labeller:
             calibrate=self._calibrate,
             batch_tokens=self._batch_tokens,
         )
-        answers = []
-        for answer in found:
-            assert answer.choice is not None  # of several choices one is the likeliest
-            answers.append((answer.choice, answer.scores))
-        return answers
+        return [(answer.choice, answer.scores) for answer in found]
 
 
 def label_columns(task: Task) -> list[str]:

@@ -23,6 +23,8 @@ class Example(NamedTuple):
         gold: The index of the right choice; None where it is not known.
         row: The line of the file, from 1; in a Parquet file and on the hub, the row.
         text: The row's own text.
+        spans: First and last character of what may be cut of each prompt where the row is too
+            long, None where nothing may; empty for a row of which nothing may be cut.
     """
 
     prefix: str
@@ -31,6 +33,7 @@ class Example(NamedTuple):
     gold: int | None
     row: int
     text: str
+    spans: tuple[tuple[int, int] | None, ...] = ()
 
 
 def examples_of_row(task: Task, row: Row, number: int) -> Iterator[Example | None]:
@@ -223,6 +226,7 @@ def _example(task: Task, fields: dict[str, Field], number: int) -> Example | Non
     if template is None:
         return None
     prompts = tuple(template.render(version) for version in versions)
+    spans = tuple(_own_text_span(task, template, version) for version in versions)
     choices: tuple[str, ...]
     gold: int | None
     match task.kind:
@@ -239,12 +243,30 @@ def _example(task: Task, fields: dict[str, Field], number: int) -> Example | Non
             if not context.strip():
                 raise ValueError(f"{word!r} is a single word, with nothing to foretell it by")
             prompts, choices, gold = (context,), (word,), 0
+            spans = tuple(span and (span[0], min(span[1], len(context))) for span in spans)
         case "instructions":
             choices, gold = (str(fields["output"]),), 0
     if not all(choices):
         return None
     answers = tuple(task.delimiter + choice for choice in choices)
-    return Example(task.instruction, prompts, answers, gold, number, task.text.render(fields))
+    text = task.text.render(fields)
+    return Example(task.instruction, prompts, answers, gold, number, text, spans)
+
+
+def _own_text_span(
+    task: Task, template: Template, fields: Mapping[str, Field]
+) -> tuple[int, int] | None:
+    """Where the text stands that a prompt may lose tokens of."""
+    if task.shorten is not None:
+        names = [task.shorten]
+    elif "input" in template.names:
+        names = ["input"]
+    else:
+        of_text = ["context" if name == "contexts" else name for name in task.text.names]
+        names = [name for name in of_text if name in template.names and name != "instruction"]
+    if not names:
+        return None
+    return template.span(fields, max(names, key=lambda name: len(fields.get(name, ""))))
 
 
 def _first_fitting(

@@ -57,6 +57,26 @@ class Template:
         """
         return _FIELD.sub(lambda found: _inserted(found, fields), self.pattern)
 
+    def span(self, fields: Mapping[str, Field], name: str) -> tuple[int, int] | None:
+        """Where a field begins and ends in the rendered text, the last time; None if nowhere.
+
+        >>> Template("Q: {q}?").span({"q": "Up"}, "q")
+        (3, 5)
+        """
+        if name not in self._last_places:
+            return None
+        before, place = self._last_places[name]
+        begin = len(before.render(fields))
+        return begin, begin + len(_inserted(place, fields))
+
+    @cached_property
+    def _last_places(self) -> "dict[str, tuple[Template, re.Match[str]]]":
+        """Of each field the template before its last place, and that place."""
+        return {
+            found[1]: (Template(self.pattern[: found.start()]), found)
+            for found in _FIELD.finditer(self.pattern)
+        }
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -163,6 +183,8 @@ class Task:
         templates: The prompt after the instruction. The first whose fields are all there and not
             empty is taken; a row that fits none counts as empty.
         text: The row's own text, for tables and for the digest.
+        shorten: The field that loses tokens where a row is too long. None is ``input`` where the
+            prompt has it, else the longest field of ``text`` in it, but never ``instruction``.
         delimiter: What stands between prompt and answer. It belongs to the answer: its first token
             has the blank.
         distinct: Whether a prompt that a split repeats is taken once.
@@ -185,6 +207,7 @@ class Task:
     instruction: str
     templates: tuple[Template, ...]
     text: Template
+    shorten: str | None
     delimiter: str
     distinct: bool
     substitute: Mapping[re.Pattern[str], str]

@@ -122,7 +122,7 @@ def test_every_form_of_file_is_read_and_written(
     assert [row["fpb_label"] in (None, "") for row in found] == [False, False, False, True, False]
     assert found[3]["fpb_neutral"] in (None, "")
     assert 0 < float(found[4]["fpb_neutral"]) < 1
-    assert "1 rows with an empty text have no label" in output
+    assert "1 rows have no label: their text is empty, or " in output
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])

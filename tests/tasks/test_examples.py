@@ -70,6 +70,7 @@ def test_fpb_speaks_fingpts_words() -> None:
         gold=2,
         row=1,
         text=SENTENCE,
+        spans=((7, 7 + len(SENTENCE)),),
     )
 
 
