@@ -41,7 +41,9 @@ def run(options: argparse.Namespace) -> None:
     LabelledFile(options.output, {})
     if options.output.exists() and not options.overwrite:
         raise FileExistsError(f"output {options.output} is there already; --overwrite replaces it")
-    num_rows, names = checked_rows(task, options.input, columns, list(adapters))
+    num_rows, names = checked_rows(
+        task, options.input, columns, list(adapters), options.output.suffix
+    )
     names += label_columns(task)
     schema = _schema(options.input, task) if options.output.suffix == ".parquet" else None
     model = load_with_adapters(options)

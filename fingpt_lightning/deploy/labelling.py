@@ -11,6 +11,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
+from fingpt_lightning.deploy.labelled_file import check_writable
 from fingpt_lightning.evaluation.runner import predict
 from fingpt_lightning.tasks import Example, Task
 from fingpt_lightning.tasks.examples import example_of_fields, field_names
@@ -134,7 +135,7 @@ def adapter_of_row(row: Row, columns: Columns) -> str | None:
     """The name of a row's adapter; None is the base.
 
     Raises:
-        ValueError: The column is missing.
+        ValueError: The column is missing or holds no text.
     """
     if columns.adapter is None:
         return None
@@ -142,11 +143,17 @@ def adapter_of_row(row: Row, columns: Columns) -> str | None:
         hint = nearest(columns.adapter, row)
         raise ValueError(f"no column {columns.adapter!r}{hint}")
     value = row[columns.adapter]
-    return str(value).strip() or None if value is not None else None
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"column {columns.adapter!r} holds a {type(value).__name__}, not a name")
+    return value.strip() or None if value is not None else None
 
 
 def checked_rows(
-    task: Task, file: Path, columns: Columns, adapters: Sequence[str] = ()
+    task: Task,
+    file: Path,
+    columns: Columns,
+    adapters: Sequence[str] = (),
+    output_ending: str = ".jsonl",
 ) -> tuple[int, list[str]]:
     """Reads a whole file, so that hours of labelling do not end at a wrong row.
 
@@ -155,6 +162,7 @@ def checked_rows(
         file: The input.
         columns: Of its rows.
         adapters: The names that rows may have.
+        output_ending: Form of the file that all columns are to be written to.
 
     Returns:
         The number of rows, and the names of all columns.
@@ -172,6 +180,7 @@ def checked_rows(
         names |= dict.fromkeys(row)
         try:
             _check_characters(row)
+            check_writable(row, output_ending)
             if taken := added & row.keys():
                 raise ValueError(f"the column {min(taken)!r} is there already; rename it")
             example_of_row(task, row, number, columns)

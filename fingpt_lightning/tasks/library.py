@@ -17,6 +17,7 @@ from fingpt_lightning.tasks.task import (
     Shape,
     Task,
     Template,
+    whole_number,
 )
 from fingpt_lightning.tasks.yaml_block import YamlBlock, read_yaml
 from fingpt_lightning.terminal.messages import nearest
@@ -121,7 +122,7 @@ def _field_source(block: YamlBlock, field: str) -> str | Template | tuple[Templa
 
 def _values(block: YamlBlock, field: str) -> dict[str, str | None]:
     return {
-        value.strip().casefold(): own
+        whole_number(value.strip().casefold()): own
         for value, own in block.mapping(field, YamlBlock.value).items()
     }
 

@@ -25,7 +25,20 @@ FIELDS_OF_KIND: Mapping[Kind, tuple[str, ...]] = {
 }
 """The fields that the rows of each kind have, besides those that the templates name."""
 
+_WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0*")
 _FIELD = re.compile(r"\{(\w+)(\|capitalize)?\}")
+
+
+def whole_number(text: str) -> str:
+    """A whole number without its point; anything else as it is.
+
+    Where a value of a column is missing, tables hold the others as floats.
+
+    >>> whole_number("1.0"), whole_number("1.5"), whole_number("rise")
+    ('1', '1.5', 'rise')
+    """
+    found = _WHOLE_FLOAT.fullmatch(text)
+    return found[1] if found else text
 
 
 def _inserted(found: re.Match[str], fields: Mapping[str, Field]) -> str:
@@ -113,6 +126,17 @@ class Shape:
         groups = self._groups()
         used = [name for name in named if name not in groups]
         return tuple(dict.fromkeys([*self.parse, *self.questions, *self.spans.values(), *used]))
+
+    @cached_property
+    def translated_columns(self) -> dict[str, tuple[str, ...]]:
+        """Columns to the values, in lower case, that the task translates of them."""
+        found: dict[str, tuple[str, ...]] = {}
+        for field, values in self.values.items():
+            source = self.fields.get(field)
+            of_label = list(self.questions) if field == "label" else []
+            for column in [source, *of_label] if isinstance(source, str) else of_label:
+                found[column] = (*found.get(column, ()), *values)
+        return found
 
     @cached_property
     def gives(self) -> tuple[str, ...]:

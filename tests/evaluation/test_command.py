@@ -138,6 +138,14 @@ def test_what_a_reader_must_know_is_said(evaluate: Evaluate, tmp_path: Path) -> 
     assert status == 0, error
     assert "fpb: 1 of 1 rows were cut to 330 tokens" in output
     assert "fpb: 1 rows with an empty text left out" in output
+    status, _, error = evaluate("--strict", "--overwrite")
+    assert status == 1
+    assert "validation.jsonl:2: the text is empty" in error
+
+
+def test_rows_that_are_too_long_are_counted_or_refused(evaluate: Evaluate, tmp_path: Path) -> None:
+    file = tmp_path / "data" / "fpb" / "validation.jsonl"
+    lines = [{"text": "rose " * 400, "label": "positive"}]
     lines.append({"text": "Profit rose", "label": "positive"})
     file.write_text("\n".join(map(json.dumps, lines)))
     status, output, error = evaluate("--overwrite", "--too_long", "drop", "--calibrate")
@@ -155,9 +163,6 @@ def test_what_a_reader_must_know_is_said(evaluate: Evaluate, tmp_path: Path) -> 
     status, _, error = evaluate("--overwrite", "--too_long", "drop")
     assert status == 1
     assert "fpb: no row with a right answer fits the context" in error
-    status, _, error = evaluate("--strict", "--overwrite")
-    assert status == 1
-    assert "validation.jsonl:2: the text is empty" in error
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fingpt_lightning import tasks
 from fingpt_lightning.data.instruction_rows import encode_rows
+from fingpt_lightning.models.formats.tokenizer import read_tokenizer
 from fingpt_lightning.tasks import Example, find_task, task_names
 from fingpt_lightning.tasks.encoding import (
     EncodedExample,
@@ -70,7 +71,7 @@ def test_training_and_evaluation_have_the_tokens_of_the_joined_text(
 
 
 def test_they_do_with_the_tokenizer_of_gpt2(shared_data: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(str(shared_data / "tokenizers" / "gpt2"))
+    tokenizer = read_tokenizer(shared_data / "tokenizers" / "gpt2")
     for name in task_names():
         _check_all(tokenizer, _examples(name))
 
