@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from fingpt_lightning.data.instruction_rows import encode_examples
+from fingpt_lightning.data.instruction_rows import encode_rows
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
 from fingpt_lightning.models.input_moments import InputMoments, input_moments
 from fingpt_lightning.tasks import find_task, read_rows
@@ -121,10 +121,16 @@ def task_calibration(
         raise ValueError(f"calibration_task {name}: {rows.path} has no row with a right answer")
     longest = int(config.max_position_embeddings)
     # Few rows tell how many are needed; neighbours in a file are often alike.
-    sample = encode_examples(tokenizer, known[:64], longest)
+    sample = encode_rows(tokenizer, known[:64], longest).kept
+    if not sample:
+        raise ValueError(
+            f"calibration_task {name}: the first rows of {rows.path} do not fit the {longest}"
+            " tokens of the network"
+        )
     mean_length = sum(len(row.tokens) for row in sample) / len(sample)
     stride = max(1, int(len(known) * mean_length / num_tokens))
-    tokens = [t for row in encode_examples(tokenizer, known[::stride], longest) for t in row.tokens]
+    encoded = encode_rows(tokenizer, known[::stride], longest)
+    tokens = [token for row in encoded.kept for token in row.tokens]
     return _rows(tokens[:num_tokens], config, block_length, f"train of {task.name}, {rows.sha256}")
 
 

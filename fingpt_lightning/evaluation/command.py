@@ -14,6 +14,7 @@ from fingpt_lightning.evaluation.results import check_output, remarks, table, wr
 from fingpt_lightning.evaluation.runner import Scoring, evaluate, read_tasks
 from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.tasks.encoding import TooLong
 from fingpt_lightning.terminal.progress import shown_progress
 
 _PACKAGES = ("fingpt-lightning", "torch", "transformers", "tokenizers", "bitsandbytes", "peft")
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> None:
                 scoring=scoring,
                 calibrate=options.calibrate,
                 batch_tokens=batch_tokens,
+                too_long=TooLong(options.too_long),
                 on_answered=show,
             )
         results.append(result)
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     console = Console(width=max(Console().width, _TABLE_WIDTH), soft_wrap=True)
     console.print(model.source, highlight=False, markup=False)
     console.print(table(results), soft_wrap=False)
-    for remark in remarks(results):
+    for remark in remarks(results, network.config.max_position_embeddings):
         console.print(remark)
     head = {
         "model": model.source,
@@ -84,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
             "scoring": scoring.value,
             "calibrate": options.calibrate,
             "limit": options.limit,
+            "too_long": options.too_long,
             "batch_tokens": batch_tokens,
             "device": _device_name(network.device),
         },

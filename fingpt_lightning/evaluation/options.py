@@ -44,6 +44,13 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     )
     add("--calibrate", action="store_true", help="take out the bias for labels without content")
     add("--strict", action="store_true", help="an empty text is an error, not left out")
+    add(
+        "--too_long",
+        default="cut",
+        choices=("cut", "drop", "error"),
+        help="what happens to rows of more tokens than the model reads: they lose tokens of their"
+        " text, or are left out, or end the run; default: %(default)s",
+    )
     add("--batch_tokens", type=positive_int, help="tokens of a batch, padding included")
     add("--limit", type=positive_int, help="rows of each task")
     return parser.read(words)

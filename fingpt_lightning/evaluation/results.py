@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fingpt_lightning.evaluation.runner import TaskResult
 from fingpt_lightning.files import write_whole
+from fingpt_lightning.tasks.encoding import length_remarks
 
 RESULTS = "results.json"
 _COLUMNS = {
@@ -51,17 +52,20 @@ def table(results: Sequence[TaskResult]) -> Table:
     return made
 
 
-def remarks(results: Sequence[TaskResult]) -> list[str]:
-    """What a reader of the table must know: rows left out and prompts cut."""
+def remarks(results: Sequence[TaskResult], max_length: int) -> list[str]:
+    """What a reader of the table must know: rows cut and rows left out.
+
+    Args:
+        results: Results of all tasks.
+        max_length: Tokens that the network reads at most.
+    """
     found = []
     for result in results:
-        num_cut = sum(prediction.is_cut for prediction in result.predictions)
-        if num_cut:
-            found.append(f"{result.run.task.name}: {num_cut} prompts cut to fit the context")
+        num_rows, num_cut = len(result.predictions), result.num_cut
+        name = result.run.task.name
+        found += length_remarks(name, num_rows, num_cut, result.num_dropped, max_length)
         if result.run.num_skipped:
-            found.append(
-                f"{result.run.task.name}: {result.run.num_skipped} rows with an empty text left out"
-            )
+            found.append(f"{name}: {result.run.num_skipped:,} rows with an empty text left out")
     return found
 
 
@@ -76,7 +80,8 @@ def results_of(result: TaskResult) -> dict[str, Any]:
         "split": run.split,
         "split_sha256": run.sha256,
         "num_skipped": run.num_skipped,
-        "num_cut": sum(prediction.is_cut for prediction in result.predictions),
+        "num_cut": result.num_cut,
+        "num_dropped": result.num_dropped,
         "seconds": result.seconds,
         "prompts_per_s": result.prompts_per_s,
     }
@@ -120,7 +125,9 @@ def prediction_rows(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
                 "gold": _answer(answers, example.gold),
                 "prediction": _answer(answers, prediction.choice),
             }
-            if prediction.scores:
+            if prediction.is_dropped:
+                row |= {"scores": [], "is_dropped": True}
+            elif prediction.scores:
                 row["scores"] = [round(score, 6) for score in prediction.scores]
             else:
                 row["answer"] = prediction.answer

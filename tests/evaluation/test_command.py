@@ -104,7 +104,7 @@ def test_settings_reach_the_evaluation(evaluate: Evaluate, tmp_path: Path) -> No
     words = (
         *("--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter")),
         *("--tokenizer", str(tmp_path / "model"), "--dtype", "bfloat16", "--quantize", "nf4"),
-        *("--batch_tokens", "99", "--limit", "2", "--scoring", "generate"),
+        *("--batch_tokens", "99", "--limit", "2", "--scoring", "generate", "--too_long", "drop"),
     )
     status, _, error = evaluate(*words)
     assert status == 0, error
@@ -113,7 +113,7 @@ def test_settings_reach_the_evaluation(evaluate: Evaluate, tmp_path: Path) -> No
     assert results["model"].endswith("base (llama, nf4)")
     assert results["settings"] == {
         "dtype": "bfloat16", "quantize": "nf4", "scoring": "generate", "calibrate": False,
-        "limit": 2, "batch_tokens": 99, "device": "cpu",
+        "limit": 2, "too_long": "drop", "batch_tokens": 99, "device": "cpu",
     }  # fmt: skip
     assert results["tasks"]["fpb"]["n"] == 2
     lines = (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
@@ -136,11 +136,33 @@ def test_what_a_reader_must_know_is_said(evaluate: Evaluate, tmp_path: Path) -> 
     file.write_text("\n".join(map(json.dumps, lines)))
     status, output, error = evaluate()
     assert status == 0, error
-    assert "fpb: 1 prompts cut to fit the context" in output
+    assert "fpb: 1 of 1 rows were cut to 330 tokens" in output
     assert "fpb: 1 rows with an empty text left out" in output
     status, _, error = evaluate("--strict", "--overwrite")
     assert status == 1
     assert "validation.jsonl:2: the text is empty" in error
+
+
+def test_rows_that_are_too_long_are_counted_or_refused(evaluate: Evaluate, tmp_path: Path) -> None:
+    file = tmp_path / "data" / "fpb" / "validation.jsonl"
+    lines = [{"text": "rose " * 400, "label": "positive"}]
+    lines.append({"text": "Profit rose", "label": "positive"})
+    file.write_text("\n".join(map(json.dumps, lines)))
+    status, output, error = evaluate("--overwrite", "--too_long", "drop", "--calibrate")
+    assert status == 0, error
+    assert "fpb: 1 of 2 rows do not fit 330 tokens and were left out" in output
+    results = json.loads((tmp_path / "results" / "results.json").read_text())["tasks"]["fpb"]
+    assert (results["n"], results["num_cut"], results["num_dropped"]) == (1, 0, 1)
+    predictions = (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
+    dropped = json.loads(predictions[0])
+    assert (dropped["prediction"], dropped["is_dropped"]) == (None, True)
+    status, _, error = evaluate("--overwrite", "--too_long", "error")
+    assert status == 1
+    assert re.search(r"fpb: row 1: 1,271 tokens, which are more than 330; too_long cut", error)
+    file.write_text(json.dumps(lines[0]))
+    status, _, error = evaluate("--overwrite", "--too_long", "drop")
+    assert status == 1
+    assert "fpb: no row with a right answer fits the context" in error
 
 
 @pytest.mark.parametrize(
