@@ -1,18 +1,26 @@
 """The two checkpoints that every run keeps: the best one and the last one."""
 
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from typing_extensions import override
+
+from fingpt_lightning.files import written_whole
 
 
 class BestCheckpoint(ModelCheckpoint):
     """Keeps ``best.ckpt``, of the validation with the best value of one metric.
 
-    A resumed run starts a new folder, and its best is the best since.
+    A resumed run starts a new folder and knows the best of its whole history: as long as it has
+    none that is better, its ``best.ckpt`` is that of the run before (a hard link where the file
+    system has them). Where that file is gone or cannot be read, its best is the best since.
 
     Keys: none.
     Cost: a write whenever a validation is better than all before.
@@ -35,11 +43,56 @@ class BestCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
         )
 
+        self._best_before: Path | None = None
+
     @property
     @override
     def state_key(self) -> str:
         # Without the settings, so that a run may be resumed with others.
         return f"{type(self).__qualname__}({self.monitor})"
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("dirpath") == self.dirpath:
+            super().load_state_dict(state_dict)
+        elif state_dict["best_model_path"]:
+            # Lightning 2.6.6 would forget the score and go on to name the file of the other folder.
+            self._best_before = Path(state_dict["best_model_path"])
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        before, self._best_before = self._best_before, None
+        if before is None or self.dirpath is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = Path(self.dirpath) / "best.ckpt"
+        score = self._take_over(trainer, before, path) if trainer.is_global_zero else None
+        score = trainer.strategy.broadcast(score)
+        if score is not None:
+            self.best_model_path = self.kth_best_model_path = str(path)
+            self.best_model_score = self.kth_value = score
+            self.best_k_models = {str(path): score}
+
+    def _take_over(self, trainer: Trainer, before: Path, path: Path) -> Tensor | None:
+        """Puts the best checkpoint of the run before into this one's folder; gives its score."""
+        if not before.is_file():  # the folder was moved, with what is gone on from
+            before = Path(str(trainer.ckpt_path)).with_name(before.name)
+        try:
+            saved = torch.load(before, map_location="cpu", weights_only=True, mmap=True)
+            # Not of the state that is gone on from: the file may be of a later step.
+            score: Tensor = saved["callbacks"][self.state_key]["best_model_score"]
+        except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError):
+            return None
+        if before.resolve() == path.resolve():
+            return score
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as aside:
+            try:
+                aside.unlink()
+                aside.hardlink_to(before)
+            except OSError:
+                shutil.copyfile(before, aside)
+        return score
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -47,8 +100,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     Keys: none.
     Cost: a write every ``every_n_train_steps``, and another after a validation at such a step, so
-    that a resumed run does not miss it. Each goes aside and is then renamed: a kill while writing
-    leaves the one before.
+    that a resumed run does not miss it.
 
     Args:
         every_n_train_steps: Optimiser steps from write to write.
@@ -76,6 +128,11 @@ class LastCheckpoint(ModelCheckpoint):
     def state_key(self) -> str:
         # Without the settings, so that a run may be resumed with others.
         return type(self).__qualname__
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("dirpath") == self.dirpath:  # else this run has a file of its own
+            super().load_state_dict(state_dict)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -65,7 +65,8 @@ class RunSummary(Callback):
     - ``summary/TASK/accuracy_before``, ``summary/TASK/accuracy_after``: of each task that a
       `FinancialEvaluation` beside it asked first and last.
     - ``summary/first_val_loss``, ``summary/best_val_loss``, ``summary/last_val_loss``:
-      ``val/loss`` of this fit's first, best and last validation, in nats a token.
+      ``val/loss`` of this fit's first and last validation, in nats per token, and of the best one,
+      those of the runs that it goes on from included.
     - ``summary/tokens_per_s``: of the training, as `ThroughputMonitor` beside it measured.
     - ``summary/timed_tokens_per_s``, ``summary/dense_baseline_tokens_per_s``: of the timed steps.
     - ``summary/speed_ratio``: this network's timed tokens a second over the dense baseline's.
@@ -168,6 +169,15 @@ class RunSummary(Callback):
         record_in_wandb_summary(trainer, {f"summary/{key}": v for key, v in figures.items()})
         self._last_batch = None
 
+    def _best_of_history(self, trainer: Trainer) -> float | None:
+        """The lowest loss of this fit and of those that it goes on from, which checkpoints know."""
+        known = [] if self._best_val_loss is None else [self._best_val_loss]
+        for checkpoint in trainer.checkpoint_callbacks:
+            if isinstance(checkpoint, ModelCheckpoint) and checkpoint.monitor == "val/loss":
+                score = checkpoint.best_model_score
+                known += [] if score is None else [float(score)]
+        return min(known, default=None)
+
     def _figures(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, float | int | str]:
@@ -193,7 +203,7 @@ class RunSummary(Callback):
         throughput = _beside(trainer, ThroughputMonitor)
         figures |= {
             "first_val_loss": self._first_val_loss,
-            "best_val_loss": self._best_val_loss,
+            "best_val_loss": self._best_of_history(trainer),
             "last_val_loss": self._last_val_loss,
             "tokens_per_s": None if throughput is None else throughput.run_tokens_per_s,
             **self._peak_mib,

@@ -1,34 +1,93 @@
-"""Files that are whole or not there, and folders that have one owner."""
+"""Files that are whole or not there, and folders that have one owner.
 
+Nothing here is ever half of what its name promises: a file is written beside its name and renamed
+when it is on the disk, and a folder of parts belongs to one process at a time. What a killed
+process left goes with the next one that writes the same name.
+"""
+
+import ctypes
+import errno
+import itertools
+import logging
 import os
+import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from fingpt_lightning.units import format_bytes
 
 PARTIAL = ".partial"
 """The ending of what is not whole yet."""
+OWNER = "owner.lock"
+"""The file in a folder of parts that its process has locked; it says which process that is."""
+
+_log = logging.getLogger(__name__)
+_numbers = itertools.count()
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Native writers (safetensors, Arrow) have the system's words in an error of their own class, and
+# SQLite has its own words.
+_NO_SPACE_WORDS = (*map(os.strerror, _NO_SPACE), "database or disk is full")
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP}
+_AT_FDCWD, _EXCHANGE = -100, 2
+_WAIT_S = 0.2
+
+
+class NoSpaceError(OSError):
+    """A disk is full, or a quota or limit reached; says which file and what it needs."""
+
+    def __init__(self, path: Path, reason: str, needed_bytes: int | None = None) -> None:
+        try:
+            free = f"{format_bytes(shutil.disk_usage(path.parent).free)} free"
+        except OSError:
+            free = "free space unknown"
+        needs = "" if needed_bytes is None else f" it needs {needed_bytes:,} bytes,"
+        is_kept = path.exists() and path.suffix != PARTIAL
+        kept = "; the one that was there is kept" if is_kept else ""
+        super().__init__(f"{path} cannot be written ({reason}):{needs} {free}{kept}")
+
+
+class InUseError(RuntimeError):
+    """Another process works in a folder."""
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Hands out a path beside ``path``; what is written there takes its place at the end.
 
-    It is on the disk before it is renamed, so that a crash leaves the old file or the new one. An
-    error on the way leaves the old one and removes what was begun.
+    It is on the disk before it is renamed, and the folder after, so that a crash leaves the old
+    file or the new one. An error on the way leaves the old one and removes what was begun. What
+    killed processes left of this file goes first.
 
     Args:
         path: File in a folder that is there; a file of that name is replaced.
+
+    Raises:
+        NoSpaceError: The disk is full.
     """
-    aside = path.with_name(f"{path.name}{PARTIAL}")
+    remove_leftovers(path)
+    aside, descriptor = path.with_name(_aside_name(path)), None
     try:
+        while (descriptor := _new_locked(aside)) is None:
+            aside = path.with_name(_aside_name(path))
         yield aside
+        # Of the name, not of our descriptor: a writer may have put another file in its place.
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         aside.replace(path)
-    except BaseException:
+    except BaseException as error:
+        needed_bytes = error.needed_bytes if isinstance(error, _CutShortError) else None
         aside.unlink(missing_ok=True)
+        if (reason := _no_space(error)) is not None:
+            raise NoSpaceError(path, reason, needed_bytes) from error
         raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -37,9 +96,239 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Args:
         path: File in a folder that is there; a file of that name is replaced.
         content: All of the file.
+
+    Raises:
+        NoSpaceError: The disk is full.
     """
-    with written_whole(path) as aside:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    with written_whole(path) as aside, CountedWriter(aside) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def append_whole(path: Path, content: str | bytes) -> None:
+    """Adds to a file in one write; an error takes back what of it was written.
+
+    Args:
+        path: File that is there.
+        content: All that is added; text is UTF-8, its line ends are as given.
+
+    Raises:
+        NoSpaceError: The disk is full.
+    """
+    rest = memoryview(content.encode() if isinstance(content, str) else content)
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while len(rest):
+                rest = rest[file.write(rest) :]
+        except BaseException as error:
+            file.truncate(before)
+            if (reason := _no_space(error)) is not None:
+                raise NoSpaceError(path, reason, before + len(rest)) from error
+            raise
+
+
+@contextmanager
+def named_when_full(path: Path) -> Iterator[None]:
+    """Within it a full disk, whoever met it, raises `NoSpaceError` of ``path``."""
+    try:
+        yield
+    except Exception as error:
+        if (reason := _no_space(error)) is not None:
+            raise NoSpaceError(path, reason) from error
+        raise
+
+
+class CountedWriter:
+    """A file to write to that goes on counting where the disk is full.
+
+    So a writer that knows its size only at its end, as ``torch.save``, can tell what it needs.
+    Leaving the context raises what the disk said, with the bytes in all.
+
+    Args:
+        path: File that is made anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._num_bytes = 0
+        self._error: OSError | None = None
+
+    def __enter__(self) -> "CountedWriter":
+        self._file = self._path.open("wb", buffering=0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._file.close()
+        except OSError as error:  # some file systems tell of a full disk only here
+            self._error = self._error or error
+        if self._error is not None and (kind is None or issubclass(kind, Exception)):
+            raise _CutShortError(self._error, self._num_bytes) from self._error
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Writes all of it, or only counts once that has failed."""
+        view = memoryview(content).cast("B")
+        self._num_bytes += len(view)
+        written = 0
+        while self._error is None and written < len(view):
+            try:
+                written += self._file.write(view[written:])
+            except OSError as error:
+                self._error = error
+        return len(view)
+
+    def flush(self) -> None:
+        """Does nothing: nothing is held back."""
+
+
+class _CutShortError(OSError):
+    """A disk that was full, and what would have been needed."""
+
+    def __init__(self, error: OSError, needed_bytes: int) -> None:
+        super().__init__(error.errno, error.strerror)
+        self.needed_bytes = needed_bytes
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what killed processes left of a file or a folder: nobody would look for it.
+
+    Args:
+        path: Name of the whole one. What a living process is writing stays, and where the file
+            system has no locks everything does.
+    """
+    begin = f"{path.name}."
+    with suppress(OSError):
+        for left in path.parent.iterdir():
+            number = left.name.removeprefix(begin).removesuffix(PARTIAL).replace("-", "")
+            if left.name.startswith(begin) and left.suffix == PARTIAL and number.isdecimal():
+                _remove_left(left)
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts a folder's names on the disk, where the system knows of such a thing."""
+    if os.name == "nt":
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_files(folder: Path) -> None:
+    """Puts all files in a folder on the disk, with their names."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def try_lock(descriptor: int) -> bool | None:
+    """Takes the lock of an open file, which goes with the process, however that ends.
+
+    Returns:
+        Whether it is ours; None where there are no locks, of which one warning tells.
+    """
+    try:
+        import fcntl  # there is none on Windows
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        _warn_of_no_locks()
+        return None
+    return True
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[Path]:
+    """Makes a folder this process's own, where it goes on with what is there.
+
+    What a dead process left is taken over: its lock went with it. At the end a folder with
+    nothing in it goes.
+
+    Args:
+        folder: Is made where it is not there.
+
+    Raises:
+        InUseError: A living process has it; names the file and the owner.
+        NoSpaceError: The disk is full.
+    """
+    descriptor = None
+    try:
+        descriptor = _take(folder)
+        with named_when_full(folder):
+            yield folder
+    finally:
+        _give_up(folder, descriptor)
+
+
+def is_unused(folder: Path, *names: str) -> bool:
+    """Whether no file but the owner's lock and these is whole in a folder, or below it."""
+    known = {OWNER, *names}
+    return not any(
+        path.is_file() and path.name not in known and path.suffix != PARTIAL
+        for path in folder.rglob("*")
+    )
+
+
+def clear_owned(folder: Path) -> None:
+    """Removes all in a folder of `owned` but its lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != OWNER:
+            path.unlink()
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A new folder on the file system of ``target``, which goes at the end with all in it.
+
+    What is to stay is moved out of it. What killed processes left of this target goes first.
+
+    Args:
+        target: Name to be of what is made in the folder; the folders above it are made.
+
+    Raises:
+        NoSpaceError: The disk is full.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
+    folder = target.with_name(_aside_name(target))
+    try:
+        while not make_owned(folder):
+            folder = target.with_name(_aside_name(target))
+        with owned(folder):
+            made = folder / "made"
+            made.mkdir()
+            with named_when_full(target):
+                yield made
+            clear_owned(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Lets two paths change names in one step; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, TypeError, AttributeError):
+        return False
+    names = (os.fsencode(one), os.fsencode(other))
+    status: int = rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _EXCHANGE)
+    return status == 0
 
 
 def make_owned(folder: Path) -> bool:
@@ -71,3 +360,108 @@ def new_folder(parent: Path, name: str, is_ours: Callable[[Path], bool] = make_o
     while not is_ours(folder):
         folder, number = first.with_name(f"{first.name}-{number}"), number + 1
     return folder
+
+
+def _aside_name(path: Path) -> str:
+    """A name that no other writer of this machine takes; of another one it may."""
+    return f"{path.name}.{os.getpid()}-{next(_numbers)}{PARTIAL}"
+
+
+def _new_locked(path: Path) -> int | None:
+    """Makes a file, locked, so that no other process takes it for a leftover; None if one did."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return None
+    if try_lock(descriptor) is not False and _is_at(descriptor, path):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _remove_left(path: Path) -> None:
+    is_folder = path.is_dir()
+    with suppress(OSError):
+        descriptor = os.open(path / OWNER if is_folder else path, os.O_RDWR)
+        try:
+            if not try_lock(descriptor):
+                return
+            if is_folder:
+                clear_owned(path)
+                (path / OWNER).unlink()
+                path.rmdir()
+            else:
+                path.unlink()
+        finally:
+            os.close(descriptor)
+    if is_folder:
+        with suppress(OSError):  # killed before it had its lock
+            path.rmdir()
+
+
+def _take(folder: Path) -> int:
+    file = folder / OWNER
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # its owner has just finished
+            continue
+        try:
+            is_ours = try_lock(descriptor)
+            if is_ours is False:
+                owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                raise InUseError(f"{folder} is in use by {owner or 'another process'} ({file})")
+            if _is_at(descriptor, file):
+                write_owner(descriptor)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def write_owner(descriptor: int) -> None:
+    """Says in an open lock file whose it is."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def _give_up(folder: Path, descriptor: int | None) -> None:
+    with suppress(OSError):  # somebody else's, or not empty
+        if descriptor is not None and [path.name for path in folder.iterdir()] == [OWNER]:
+            (folder / OWNER).unlink()
+        folder.rmdir()
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the name still means the file that was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _no_space(error: BaseException | None) -> str | None:
+    """What the system says where an error, or one behind it, comes of a full disk; else None."""
+    if error is None or isinstance(error, NoSpaceError):
+        return None
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return error.strerror or str(error)
+    if not isinstance(error, Exception):
+        return None
+    said = next((words for words in _NO_SPACE_WORDS if words in str(error)), None)
+    return said or _no_space(error.__cause__)
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_no_locks() -> None:
+    if not _warned:
+        _warned.add("locks")
+        _log.warning(
+            "this file system has no locks: two processes that write one output are not kept apart"
+        )

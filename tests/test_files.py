@@ -1,13 +1,205 @@
+import errno
+import fcntl
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.files import new_folder
+from fingpt_lightning import files
+from fingpt_lightning.files import (
+    CountedWriter,
+    InUseError,
+    NoSpaceError,
+    append_whole,
+    exchange,
+    is_unused,
+    new_folder,
+    owned,
+    scratch_folder,
+    write_whole,
+    written_whole,
+)
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fingpt_lightning.files import owned, scratch_folder, written_whole
+target = Path(sys.argv[1])
+with written_whole(target / "file") as aside:
+    aside.write_text("half")
+    with scratch_folder(target / "folder") as made:
+        (made / "half").touch()
+        with owned(target / "parts"):
+            (target / "parts" / "one").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @pytest.fixture(autouse=True)
 def _one_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_end_on_the_way_leaves_the_old_file_alone(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    write_whole(tmp_path / "file", "old")
+
+    def end_on_the_way() -> None:
+        with written_whole(tmp_path / "file") as aside:
+            aside.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        end_on_the_way()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_file_and_folder_are_on_the_disk_before_and_after_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[bool, bool]] = []
+
+    def note(descriptor: int) -> None:
+        is_file = Path(f"/proc/self/fd/{descriptor}").is_file()
+        synced.append((is_file, (tmp_path / "file").exists()))
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_whole(tmp_path / "file", "new")
+    assert synced == [(True, False), (False, True)]
+
+
+def test_what_killed_processes_left_goes_with_the_next_writer(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], check=False)
+    assert killed.returncode < 0
+    left = {path.name.rpartition(".")[0].rpartition(".")[0] for path in tmp_path.glob("*.partial")}
+    assert left == {"file", "folder"}
+    (tmp_path / "file.7-7.partial").mkdir()  # killed before it had its lock
+    write_whole(tmp_path / "file", "whole")
+    with scratch_folder(tmp_path / "folder") as made:
+        made.rename(tmp_path / "folder")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder", "parts"}
+    assert (tmp_path / "file").read_text() == "whole"
+    with owned(tmp_path / "parts") as parts:  # taken over
+        assert {path.name for path in parts.iterdir()} == {"one", "owner.lock"}
+
+
+def test_what_a_living_process_writes_is_no_leftover(tmp_path: Path) -> None:
+    with written_whole(tmp_path / "file") as first, scratch_folder(tmp_path / "folder") as made:
+        first.write_text("first")
+        write_whole(tmp_path / "file", "second")
+        with scratch_folder(tmp_path / "folder"):
+            assert made.is_dir()
+        assert first.read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_owned_folder_names_its_owner_and_goes_when_it_is_empty(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    with owned(folder):
+        with pytest.raises(InUseError) as refused, owned(folder):
+            pass
+        assert folder.is_dir()
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a.1-2.partial").touch()
+        assert is_unused(folder)
+        (folder / "sub" / "a").touch()
+        assert not is_unused(folder)
+        assert is_unused(folder, "a")
+    message = rf"{folder} is in use by process {os.getpid()} on \S+ \({folder}/owner.lock\)"
+    refused.match(message)
+    assert folder.is_dir()
+    with owned(folder):
+        files.clear_owned(folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr(files, "_warned", set())
+    for _ in range(2):
+        with owned(tmp_path / "parts"):
+            write_whole(tmp_path / "parts" / "file", "whole")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "this file system has no locks" in caplog.text
+
+
+def test_a_full_disk_keeps_the_old_file_and_names_path_and_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_whole(file, "old")
+
+    def write() -> None:
+        with written_whole(file), CountedWriter(Path("/dev/full")) as writer:
+            for _ in range(3):
+                writer.write(b"x" * 5000)
+
+    with pytest.raises(NoSpaceError) as full:
+        write()
+    full.match(
+        rf"^{file} cannot be written \(No space left on device\): it needs 15,000 bytes,"
+        r" [\d.]+ \w+ free; the one that was there is kept$"
+    )
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_does_not_fit_behind_a_file_is_not_there_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_whole(file, "old\n")
+    append_whole(file, "more\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12, limits[1]))
+    try:
+        with pytest.raises(NoSpaceError, match=r"file cannot be written \(File too large\): "):
+            append_whole(file, "too much\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_text() == "old\nmore\n"
+
+
+def test_a_native_writer_that_meets_a_full_disk_is_understood(tmp_path: Path) -> None:
+    with (
+        pytest.raises(NoSpaceError, match=r"new cannot be written \(No space left on device\): "),
+        written_whole(tmp_path / "new"),
+    ):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    for folder in (scratch_folder(tmp_path / "made"), owned(tmp_path / "parts")):
+        with pytest.raises(NoSpaceError, match=r"(made|parts) cannot be written"), folder:
+            raise RuntimeError("I/O error: No space left on device (os error 28)")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(NoSpaceError, match=r"database or disk is full"), scratch_folder(tmp_path):
+        raise RuntimeError("a commit failed") from ValueError("database or disk is full")
+
+
+def test_an_error_of_the_writer_is_not_hidden_by_a_full_disk(tmp_path: Path) -> None:
+    def fail() -> None:
+        with CountedWriter(tmp_path / "file") as writer:
+            writer.write(b"x")
+            raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        fail()
+
+
+def test_two_folders_change_names_in_one_step(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if exchange(tmp_path / "a", tmp_path / "b"):
+        assert (tmp_path / "a" / "b").exists()
+        assert (tmp_path / "b" / "a").exists()
+    assert not exchange(tmp_path / "a", tmp_path / "none")
 
 
 def test_two_of_one_second_have_a_folder_each(tmp_path: Path) -> None:

@@ -5,5 +5,8 @@ class ConfigError(ValueError):
     """A wrong command line or config: exit status 2."""
 
 
-class TerminatedError(RuntimeError):
-    """A run that was told to end: exit status 143, as the shell has it of SIGTERM."""
+class TerminatedError(BaseException):
+    """A command that SIGTERM ended: exit status 143, as the shell has it.
+
+    No ``Exception``, as KeyboardInterrupt is none: what goes on after a failure must not after it.
+    """

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
+from fingpt_lightning.cli.signals import raised_sigterm
 from fingpt_lightning.terminal.command_line import WrongOptions
 from fingpt_lightning.terminal.messages import nearest
 
@@ -118,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"fingpt {__version__}")
         return
     try:
-        _run(words)
+        with raised_sigterm():
+            _run(words)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except TerminatedError as error:

@@ -4,12 +4,15 @@
 """
 
 import os
+import pickle
 import re
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch.distributed.rendezvous import rendezvous
@@ -73,29 +76,71 @@ class AgreedFolder:
         self.path = str(self._store.get(RUN_FOLDER_VARIABLE).decode())
 
 
-def find_checkpoint(ckpt_path: str, run_name: str, runs_dir: Path) -> Path:
+def find_checkpoint(
+    ckpt_path: str, run_name: str, runs_dir: Path, tell: Callable[[str], None] | None = None
+) -> Path:
     """The file that ``--ckpt_path`` means.
+
+    Where the newest ``last`` cannot be read, as after a crash of the machine, the newest one that
+    can be is taken in its place, be it ``last`` or ``best``.
 
     Args:
         ckpt_path: A file, or ``last`` or ``best`` for that of the newest run of this name.
         run_name: Beginning of the run folders' names.
         runs_dir: Parent of all run folders.
+        tell: Takes the line about a checkpoint that was passed over.
 
     Raises:
         FileNotFoundError: There is none.
+        ValueError: There are some, and none can be read.
     """
-    if ckpt_path in ("last", "best"):
-        found = runs_dir.glob(f"*/checkpoints/{ckpt_path}.ckpt")
-        stamped = [path for path in found if _is_stamped(path.parents[1].name, run_name)]
-        if not stamped:
-            raise FileNotFoundError(
-                f"ckpt_path {ckpt_path}: no {runs_dir}/{run_name}-*/checkpoints/{ckpt_path}.ckpt"
-            )
-        return max(stamped, key=lambda path: path.stat().st_mtime)
-    path = Path(ckpt_path)
-    if not path.exists():
-        raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file")
-    return path
+    if ckpt_path not in ("last", "best"):
+        path = Path(ckpt_path)
+        if not path.exists():
+            raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file")
+        return path
+    found = _newest_first(run_name, runs_dir, [ckpt_path])
+    if not found:
+        raise FileNotFoundError(
+            f"ckpt_path {ckpt_path}: no {runs_dir}/{run_name}-*/checkpoints/{ckpt_path}.ckpt"
+        )
+    newest, reason = found[0], None
+    others = found if ckpt_path == "best" else _newest_first(run_name, runs_dir, ["last", "best"])
+    for path in [newest, *(path for path in others if path != newest)]:
+        try:
+            step = read_checkpoint_lazily(path).get("global_step")
+        except ValueError as error:
+            reason = reason or error
+            continue
+        if path != newest and tell is not None:
+            tell(f"ckpt_path {ckpt_path}: {newest} is damaged; {path} of step {step} is taken")
+        return path
+    assert reason is not None
+    raise reason
+
+
+def read_checkpoint_lazily(path: Path) -> dict[str, Any]:
+    """All of a checkpoint but its weights, which are read where they are used.
+
+    Raises:
+        ValueError: The file is not a checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(f"ckpt_path {path} is no checkpoint that can be read safely") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"ckpt_path {path} is no checkpoint of a training run")
+    return checkpoint
+
+
+def _newest_first(run_name: str, runs_dir: Path, kinds: Sequence[str]) -> list[Path]:
+    """Checkpoints of these kinds of all runs of a name; of one moment, the first kind first."""
+    folders = runs_dir.iterdir() if runs_dir.is_dir() else ()
+    stamped = [folder for folder in folders if _is_stamped(folder.name, run_name)]
+    paths = [folder / "checkpoints" / f"{kind}.ckpt" for kind in kinds for folder in stamped]
+    dated = [(path.stat().st_mtime_ns, path) for path in paths if path.is_file()]
+    return [path for _, path in sorted(dated, key=lambda pair: pair[0], reverse=True)]
 
 
 def keep_old_metrics(run_folder: Path) -> None:

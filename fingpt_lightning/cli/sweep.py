@@ -11,7 +11,7 @@ import wandb
 import yaml
 from rich.console import Console
 
-from fingpt_lightning.cli.errors import ConfigError
+from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.cli.trainer import build_trainer_command
 from fingpt_lightning.cli.wandb_runs import find_unreachable
 from fingpt_lightning.files import new_folder
@@ -84,7 +84,7 @@ def _run_locally(options: argparse.Namespace, console: Console, report: Report) 
     console.print(f"sweep: {folder}", markup=False, highlight=False)
     try:
         best = local.run(console, extra)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TerminatedError):
         console.print(f"go on with: fingpt sweep --resume {folder}", markup=False, highlight=False)
         raise
     console.print(table(local.sweep, local.study), soft_wrap=False)

@@ -5,18 +5,15 @@ A setting comes from, weakest first: defaults, checkpoint, config files, command
 
 import logging
 import os
-import pickle
 import sys
 import typing
 import warnings
-import zipfile
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -29,6 +26,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
@@ -37,13 +35,15 @@ from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.progress import TrainingProgress
 from fingpt_lightning.cli.config_errors import explain
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
+from fingpt_lightning.cli.metrics_file import RunMetrics
 from fingpt_lightning.cli.run_folders import (
     RUN_FOLDER_VARIABLE,
     AgreedFolder,
     claim_run_folder,
     find_checkpoint,
-    keep_old_metrics,
+    read_checkpoint_lazily,
 )
+from fingpt_lightning.cli.signals import sigterm_left_to
 from fingpt_lightning.cli.wandb_runs import (
     keep_offline_if_unreachable,
     log_adapter,
@@ -54,6 +54,7 @@ from fingpt_lightning.files import write_whole
 from fingpt_lightning.models.formats.tokenizer import tokenizer_of_model
 from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.reporting.environment import write_environment
+from fingpt_lightning.strategies.checkpoint_files import WholeCheckpoints
 from fingpt_lightning.terminal.command_line import as_list
 
 _DEFAULT_CLASSES = {
@@ -109,8 +110,6 @@ def _quiet() -> Iterator[None]:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # The run folder already holds the config.
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
-    # A resumed run has a folder of its own.
-    warnings.filterwarnings("ignore", "The dirpath has changed from .*")
     warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
     # Advertisements and device lists, which the summaries of a run make needless.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -254,7 +253,7 @@ class FinGPTCLI(LightningCLI):
             raise ConfigError(line) from error
         settings = self.config[self.command]
         if ckpt_path := settings.get("ckpt_path"):
-            path = find_checkpoint(ckpt_path, _run_name(settings), Path(settings.runs_dir))
+            path = find_checkpoint(ckpt_path, _run_name(settings), Path(settings.runs_dir), _tell)
             settings.ckpt_path = str(path)
             _fill_from_checkpoint(settings, given, path)
         _take_tokenizer_of_model(settings)
@@ -304,15 +303,17 @@ class FinGPTCLI(LightningCLI):
             raise ConfigError(explain(str(error))) from error
 
     @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        # While its handlers are in place, Lightning ends the run at the end of the batch.
+        with sigterm_left_to(lambda: bool(self.trainer._signal_connector._original_handlers)):
+            super()._run_subcommand(subcommand)
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
         loggers = [logger for logger in as_list(settings.logger) if isinstance(logger, Logger)]
         if self.command == "fit" and not any(isinstance(x, CSVLogger) for x in loggers):
-            if self.runs:
-                _keep_old_metrics(self.run_folder)
-            # Written at once: a sweep reads it while the run goes on, and a kill loses no row.
-            log = CSVLogger(str(self.run_folder), "", "", flush_logs_every_n_steps=1)
-            loggers = [*loggers, log]
+            loggers = [*loggers, RunMetrics(self.run_folder)]
         for logger in loggers:
             if isinstance(logger, WandbLogger):
                 # Lightning 2.6.6 names it even where it is not set, and wandb 0.25 warns of it.
@@ -321,10 +322,14 @@ class FinGPTCLI(LightningCLI):
         if settings.enable_progress_bar and not any(isinstance(x, ProgressBar) for x in own):
             # First, so that it is gone from the screen when others print what came of the run.
             own = [TrainingProgress(), *own]
+        plugins = as_list(settings.plugins)
+        strategy_writes = getattr(settings.strategy, "_checkpoint_io", None) is not None
+        if not strategy_writes and not any(isinstance(x, CheckpointIO) for x in plugins):
+            plugins = [*plugins, WholeCheckpoints()]
         # What is written down, for another run too, does not say where this one lies.
         self.config[self.command] = self._as_given
         trainer = super().instantiate_trainer(
-            logger=loggers or False, callbacks=own or None, **kwargs
+            logger=loggers or False, callbacks=own or None, plugins=plugins, **kwargs
         )
         if isinstance(trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
@@ -345,14 +350,9 @@ def read_hyper_parameters(path: Path) -> dict[str, dict[str, Any]]:
     """What a checkpoint says of its model and data, without reading its weights.
 
     Raises:
-        ValueError: The file is no checkpoint.
+        ValueError: The file is not a checkpoint.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"ckpt_path {path} is no checkpoint that can be read safely") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"ckpt_path {path} is no checkpoint of a training run")
+    checkpoint = read_checkpoint_lazily(path)
     return {
         part: dict(checkpoint.get(key, {})) for part, key in _CHECKPOINT_HYPER_PARAMETERS.items()
     }
@@ -389,9 +389,6 @@ def _take_tokenizer_of_model(settings: Namespace) -> None:
         return
     if (found := tokenizer_of_model(start)) is not None:
         data.tokenizer = found
-
-
-_keep_old_metrics = rank_zero_only(keep_old_metrics)
 
 
 @rank_zero_only

@@ -8,13 +8,9 @@ the same key write the same bytes, so that neither can harm the other.
 import hashlib
 import json
 import logging
-import os
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +19,11 @@ from transformers import PreTrainedTokenizerFast
 from fingpt_lightning.data.corpus import Corpus
 from fingpt_lightning.data.tokenizers import vocabulary_size
 from fingpt_lightning.data.tokenizing import encoded_batches
+from fingpt_lightning.files import write_whole, written_whole
 from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.terminal.progress import SoFar, shown_tokenizing
 
 FORMAT_VERSION = 1
-_YOUNG_S = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -79,12 +75,13 @@ def build_token_file(
     num_skipped, so_far = 0, SoFar()
     batches = encoded_batches(corpus, tokenizer, dtype, num_workers)
     with (
-        _written_atomically(path) as file,
+        written_whole(path) as aside,
+        aside.open("wb") as file,
         closing(batches),
         shown_tokenizing(str(corpus), corpus.num_bytes()) as show,
     ):
         for batch in batches:
-            batch.ids.tofile(file)
+            file.write(batch.ids.data)  # tofile does not tell of a full disk
             num_skipped += batch.num_skipped
             so_far = SoFar(
                 so_far.num_documents + batch.num_documents,
@@ -105,8 +102,7 @@ def build_token_file(
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
     }
-    with _written_atomically(path.with_suffix(".json")) as file:
-        file.write(json.dumps(header, indent=2).encode())
+    write_whole(path.with_suffix(".json"), json.dumps(header, indent=2))
     return TokenFile(path, dtype, so_far.num_tokens, so_far.num_documents, num_skipped)
 
 
@@ -149,39 +145,3 @@ def _find(cache_dir: Path, key: str) -> TokenFile | None:
         )
         return None
     return whole
-
-
-@contextmanager
-def _written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Opens a scratch file beside ``path`` that replaces it when, and only when, all went well."""
-    for left in path.parent.glob(f"{path.name}.*.tmp"):
-        _remove_left(left)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
-    try:
-        with scratch.open("xb") as file:
-            _lock(file)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Takes the lock of a file, which a process that ends gives back; whether that went."""
-    try:
-        import fcntl  # there is none on Windows
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):  # held, or the file system has no locks
-        return False
-    return True
-
-
-def _remove_left(scratch: Path) -> None:
-    """Removes what a killed process left: gigabytes that nobody would look for."""
-    with suppress(OSError), scratch.open("rb") as file:
-        # One that has just been made may not be locked yet.
-        if time.time() - scratch.stat().st_mtime > _YOUNG_S and _lock(file):
-            scratch.unlink()

@@ -2,9 +2,6 @@
 
 import hashlib
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fingpt_lightning.data.corpus import Corpus
+from fingpt_lightning.files import scratch_folder, sync_files, sync_folder
 from fingpt_lightning.models.formats.tokenizer import read_tokenizer
 from fingpt_lightning.terminal.messages import first_line, nearest_name
 
@@ -102,20 +100,15 @@ def train_cached_tokenizer(
         _log.info("training a tokenizer of %d entries on %s", vocab_size, corpus)
         texts = (piece.text for piece in corpus.pieces())
         tokenizer = train_tokenizer(texts, vocab_size)
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=cache_dir))
-        try:
-            tokenizer.save_pretrained(scratch)
-            for file in scratch.iterdir():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-            scratch.chmod(0o755)
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with scratch_folder(folder) as made:
+            tokenizer.save_pretrained(made)
+            sync_files(made)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was first
+                    raise
+        sync_folder(cache_dir)
     return load_tokenizer(str(folder))
 
 

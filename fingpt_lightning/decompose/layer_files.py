@@ -3,9 +3,13 @@
 A process that does this needs torch and safetensors alone, so that it starts in a second.
 """
 
+import ctypes
 import hashlib
 import itertools
 import json
+import os
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +41,7 @@ from fingpt_lightning.low_rank.rank_allocation import (
     largest_rank,
 )
 
+_PR_SET_PDEATHSIG = 1
 MAX_BATCH_BYTES = 2**27
 """Of the weights that are taken apart at a time, in float64; at least one is."""
 
@@ -228,9 +233,19 @@ def read_result(folder: Path, name: str) -> LayerResult | None:
     return LayerResult(**json.loads(told))
 
 
-def use_one_thread() -> None:
-    """For a process beside others: what they share are the cores."""
+def begin_worker(parent: int) -> None:
+    """Prepares a process that takes layers apart: it shares the cores, and ends with its parent.
+
+    Else it would go on writing into a folder that has another owner by then.
+
+    Args:
+        parent: Number of the process that starts it.
+    """
     torch.set_num_threads(1)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def decompose_batch(work: Work, batch: Batch) -> list[LayerResult]:

@@ -1,5 +1,6 @@
 """Layers taken apart side by side: in processes of one thread, or on several devices."""
 
+import os
 import queue
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -13,7 +14,7 @@ from fingpt_lightning.decompose.layer_files import (
     LayerWeight,
     Work,
     batches_of,
-    use_one_thread,
+    begin_worker,
 )
 from fingpt_lightning.terminal.progress import shown_progress
 
@@ -65,7 +66,7 @@ class LayerPool:
         executor: Executor
         if self._devices == ["cpu"]:
             executor = ProcessPoolExecutor(
-                min(self._workers, len(tasks)), get_context("spawn"), use_one_thread
+                min(self._workers, len(tasks)), get_context("spawn"), begin_worker, (os.getpid(),)
             )
             call: Callable[[Work, Batch], Sequence[Any]] = task
         else:

@@ -29,7 +29,7 @@ from fingpt_lightning.decompose.layer_files import (
 from fingpt_lightning.decompose.layer_pool import LayerPool
 from fingpt_lightning.decompose.sequential import decompose_in_sequence
 from fingpt_lightning.decompose.source import Source, with_moments
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import PARTIAL, clear_owned, is_unused, owned, write_whole
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.low_rank.rank_allocation import (
@@ -54,7 +54,7 @@ from fingpt_lightning.terminal.progress import shown_progress
 from fingpt_lightning.units import GIB
 
 RECORD = "decomposition.json"
-_SETTINGS, _GROUPS = "settings.json", "moments.json"
+_SETTINGS, _GROUPS, _WHOLE = "settings.json", "moments.json", "whole"
 _SHARD_BYTES = 2 * GIB
 _SEQUENTIAL_DAMPING = 0.01
 
@@ -187,6 +187,7 @@ def decompose_model(
 
     Raises:
         FileExistsError: As in `check_output`.
+        InUseError: Another process makes this output.
         ValueError: The request cannot be met, or the folder of an unfinished run is of another.
     """
     check_output(output, overwrite)
@@ -201,8 +202,29 @@ def decompose_model(
             raise ValueError(f"damping {damping:g} of sequential is not above 0")
         request = replace(request, damping=damping)
     settings = asdict(request) | {"revision": revision, "calibration": _described(calibration)}
-    folder = output.with_name(f"{output.name}.partial")
-    _begin(folder, settings, overwrite)
+    with owned(output.with_name(f"{output.name}{PARTIAL}")) as folder:
+        try:
+            _begin(folder, settings, overwrite)
+            record = _decomposed(source, request, folder, calibration, revision, workers, devices)
+            check_output(output, overwrite)  # another process may have been quicker
+            put_in_place(folder / _WHOLE, output)
+            clear_owned(folder)
+        finally:
+            if is_unused(folder, _SETTINGS):
+                clear_owned(folder)
+    return record
+
+
+def _decomposed(
+    source: Source,
+    request: Request,
+    folder: Path,
+    calibration: Calibration | None,
+    revision: str,
+    workers: int,
+    devices: Sequence[str],
+) -> Decomposition:
+    """Makes the whole network in a folder of finished layers that is ours; gives the record."""
     layers = [*source.layers]
     if request.embedding_rank is not None and source.embedding is not None:
         layers.append(source.embedding)
@@ -246,10 +268,7 @@ def decompose_model(
         _described(calibration),
         *made,
     )
-    whole = folder / "whole"
-    (whole / RECORD).write_text(record.to_json(), encoding="utf-8")
-    put_in_place(whole, output)
-    shutil.rmtree(folder, ignore_errors=True)
+    (folder / _WHOLE / RECORD).write_text(record.to_json(), encoding="utf-8")
     return record
 
 
@@ -266,9 +285,9 @@ def _described(calibration: Calibration | None) -> dict[str, Any] | None:
 
 
 def _begin(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
-    """Makes the folder of what is finished, or checks that one which is there may be used."""
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
+    """Checks that what an earlier run finished may be used; where it finished nothing, begins."""
+    if overwrite or is_unused(folder, _SETTINGS):
+        clear_owned(folder)
     file = folder / _SETTINGS
     now = json.loads(json.dumps(settings))
     if file.is_file():
@@ -280,7 +299,6 @@ def _begin(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
                     f" {value!r}; remove it or --overwrite"
                 )
         return
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(now))
 
 
@@ -358,7 +376,7 @@ def _assembled(
     source: Source, request: Request, folder: Path, layers: Sequence[LayerWeight]
 ) -> tuple[int, int, int, int, tuple[DecomposedLayer, ...]]:
     """Writes the network's folder; gives the sizes and the layers of the record."""
-    whole = folder / "whole"
+    whole = folder / _WHOLE
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
     results: dict[str, LayerResult] = {}

@@ -1,7 +1,5 @@
 """One export: written aside, loaded again, compared, and only then put in its place."""
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fingpt_lightning.data.calibration_text import Calibration, shown_moments
 from fingpt_lightning.deploy.comparing import TEXTS, differences, logits_of, probes
 from fingpt_lightning.deploy.model_card import CARD, Exported, made_by_us, model_card
+from fingpt_lightning.files import scratch_folder
 from fingpt_lightning.models.adapting import (
     adapted_layers,
     base_quantization,
@@ -105,11 +104,9 @@ def export(
         tolerance = TOLERANCES[form if form in TOLERANCES else dtype]
     asked = probes(network, source.tokenizer, texts)
     expected = logits_of(network, asked)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{output.name}.", suffix=".partial", dir=output.parent))
-    try:
-        num_parameters = _write(source, form, scratch, DTYPES[dtype], base, embeddings, calibration)
-        again = _loaded_again(form, scratch, working_dtype(dtype))
+    with scratch_folder(output) as made:
+        num_parameters = _write(source, form, made, DTYPES[dtype], base, embeddings, calibration)
+        again = _loaded_again(form, made, working_dtype(dtype))
         found = differences(asked, expected, logits_of(again, asked))
         worst = max(found, key=lambda difference: difference.relative_error)
         if worst.relative_error > tolerance:
@@ -117,13 +114,12 @@ def export(
                 f"the export's logits differ by {worst.relative_error:.2g} on {worst.kind} prompts,"
                 f" more than the tolerance {tolerance:g}; nothing was written"
             )
-        num_bytes = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
+        num_bytes = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
         text = None if calibration is None else calibration.described()
         exported = Exported(form, dtype, num_bytes, num_parameters, tolerance, found, text)
-        (scratch / CARD).write_text(model_card(source, exported, output.name), encoding="utf-8")
-        put_in_place(scratch, output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        (made / CARD).write_text(model_card(source, exported, output.name), encoding="utf-8")
+        check_output(output, overwrite)  # another process may have been quicker
+        put_in_place(made, output)
     return exported
 
 

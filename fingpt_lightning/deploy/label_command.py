@@ -48,25 +48,25 @@ def run(options: argparse.Namespace) -> None:
     schema = _schema(options.input, task) if options.output.suffix == ".parquet" else None
     model = load_with_adapters(options)
     file = LabelledFile(options.output, _settings(options, task, model.loaded), schema)
-    num_done = file.begin(options.overwrite)
-    labeller = Labeller(
-        model.network,
-        model.tokenizer,
-        task,
-        columns,
-        calibrate=not options.no_calibrate,
-        batch_tokens=options.batch_tokens,
-        bank=model.bank,
-    )
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    if num_done:
-        console.print(f"going on after {num_done * CHUNK_ROWS:,} of {num_rows:,} rows")
-    with shown_progress(f"labelling {options.input}", num_rows, "rows") as show:
-        for number, rows in row_chunks(options.input, num_done):
-            first = number * CHUNK_ROWS
-            file.add(number, labeller.label(rows, first + 1), names)
-            show(first + len(rows))
-    file.finish()
+    with file.begun(options.overwrite) as num_done:
+        labeller = Labeller(
+            model.network,
+            model.tokenizer,
+            task,
+            columns,
+            calibrate=not options.no_calibrate,
+            batch_tokens=options.batch_tokens,
+            bank=model.bank,
+        )
+        if num_done:
+            console.print(f"going on after {num_done * CHUNK_ROWS:,} of {num_rows:,} rows")
+        with shown_progress(f"labelling {options.input}", num_rows, "rows") as show:
+            for number, rows in row_chunks(options.input, num_done):
+                first = number * CHUNK_ROWS
+                file.add(number, labeller.label(rows, first + 1), names)
+                show(first + len(rows))
+        file.finish()
     counts: Counter[str | None] = Counter()
     for _, row in open_rows(options.output):
         counts += count_labels(task, [row])

@@ -1,7 +1,7 @@
 """An output file that grows in parts, so that a run that was killed goes on where it was.
 
-The parts lie in a folder beside the file, each written aside and then renamed: how many there are
-is the position. At the end they become the file, and the folder goes.
+The parts lie in a folder beside the file that one process owns, each written aside and then
+renamed: how many there are is the position. At the end they become the file, and the folder goes.
 """
 
 import csv
@@ -10,11 +10,19 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from fingpt_lightning.files import PARTIAL, write_whole, written_whole
+from fingpt_lightning.files import (
+    PARTIAL,
+    clear_owned,
+    owned,
+    sync_folder,
+    write_whole,
+    written_whole,
+)
 from fingpt_lightning.terminal.messages import nearest
 
 Row = Mapping[str, object]
@@ -41,36 +49,47 @@ class LabelledFile:
         self.path, self._settings, self._schema = path, dict(settings), schema
         self.folder = path.with_name(f"{path.name}{PARTIAL}")
 
-    def begin(self, overwrite: bool) -> int:
-        """Makes the folder of parts, or finds those of an earlier run.
+    @contextmanager
+    def begun(self, overwrite: bool) -> Iterator[int]:
+        """Makes the folder of parts, or finds those of an earlier run; it is ours until the end.
+
+        A folder without a part counts as none: whatever its settings, nothing is lost with it.
 
         Args:
             overwrite: Whether an output or parts that are there are thrown away.
 
-        Returns:
+        Yields:
             The number of parts that are whole.
 
         Raises:
             FileExistsError: The output is there.
+            InUseError: Another process writes this output.
             ValueError: The parts that are there are of other settings.
         """
         if self.path.exists() and not overwrite:
             raise FileExistsError(f"output {self.path} is there already; --overwrite replaces it")
-        if overwrite and self.folder.exists():
-            shutil.rmtree(self.folder)
+        with owned(self.folder):
+            if overwrite or not self._parts():
+                clear_owned(self.folder)
+            try:
+                self._check_settings()
+                yield len(self._parts())
+            finally:
+                if not self._parts():
+                    clear_owned(self.folder)
+
+    def _check_settings(self) -> None:
         file = self.folder / _SETTINGS
-        if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            for name, value in self._settings.items():
-                if before.get(name) != value:
-                    raise ValueError(
-                        f"{self.folder} is of an earlier run with {name} {before.get(name)!r}, now"
-                        f" {value!r}; remove it or --overwrite"
-                    )
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if not file.is_file():
             write_whole(file, json.dumps(self._settings))
-        return len(self._parts())
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in self._settings.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{self.folder} is of an earlier run with {name} {before.get(name)!r}, now"
+                    f" {value!r}; remove it or --overwrite"
+                )
 
     def add(self, number: int, rows: Sequence[Row], names: Sequence[str]) -> None:
         """Writes a part.
@@ -94,7 +113,8 @@ class LabelledFile:
                         with part.open("rb") as opened:
                             shutil.copyfileobj(opened, whole)
         (self.folder / "whole").replace(self.path)
-        shutil.rmtree(self.folder)
+        sync_folder(self.path.parent)
+        clear_owned(self.folder)
 
     def _part(self, number: int) -> Path:
         return self.folder / f"{number:07}.part"

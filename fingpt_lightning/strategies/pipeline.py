@@ -40,6 +40,7 @@ from fingpt_lightning.pipeline import (
     tied_parameters,
     to_table,
 )
+from fingpt_lightning.strategies.checkpoint_files import WholeCheckpoints
 from fingpt_lightning.strategies.pipeline_checkpoint import (
     WholeNames,
     gather_optimizer_state,
@@ -390,7 +391,8 @@ class PipelineStrategy(PipelineProcesses):
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         path = Path(checkpoint_path)
-        if type(self.checkpoint_io) is not TorchCheckpointIO or not path.is_file():
+        known = (TorchCheckpointIO, WholeCheckpoints)
+        if type(self.checkpoint_io) not in known or not path.is_file():
             return super().load_checkpoint(checkpoint_path, weights_only)
         # A rank takes its part, and what it does not read is not in its memory.
         is_safe = True if weights_only is None else weights_only

@@ -1,6 +1,5 @@
 """Runs a sweep without a server: Optuna chooses, one process a trial, all in one folder."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,10 +13,20 @@ from typing import Any
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import RDBStorage
 from optuna.trial import Trial
 from optuna.trial import TrialState as StudyState
 from rich.console import Console
 
+from fingpt_lightning.files import (
+    InUseError,
+    named_when_full,
+    scratch_folder,
+    sync_files,
+    sync_folder,
+    try_lock,
+    write_owner,
+)
 from fingpt_lightning.sweeping.records import best_number, write_best_config, write_record
 from fingpt_lightning.sweeping.space import Point, short_names, shown
 from fingpt_lightning.sweeping.sweep_file import Sweep, read_sweep
@@ -93,12 +102,23 @@ class LocalSweep:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"output {folder} is not empty; --resume goes on with a sweep")
         count = num_trials(sweep, count)
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(sweep.path, folder / SWEEP_FILE)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # Aside: a folder with half a study could neither be resumed nor begun anew.
+        with scratch_folder(folder) as made:
+            shutil.copyfile(sweep.path, made / SWEEP_FILE)
+            cls._create(sweep, made, folder.name, count, project)
+            sync_files(made)
+            made.replace(folder)
+        sync_folder(folder.parent)
+        return cls(folder)
+
+    @staticmethod
+    def _create(sweep: Sweep, made: Path, name: str, count: int, project: str | None) -> None:
+        """Writes the study of a sweep into a folder that is to be called otherwise."""
+        storage = RDBStorage(_storage(made))
         study = optuna.create_study(
-            storage=_storage(folder),
-            study_name=folder.name,
+            storage=storage,
+            study_name=name,
             direction="maximize" if sweep.is_maximized else "minimize",
         )
         study.set_user_attr("name", sweep.name)
@@ -110,7 +130,8 @@ class LocalSweep:
             for point in sweep.grid():
                 study.enqueue_trial(_stored(sweep, point))
         study.set_user_attr("count", count)
-        return cls(folder)
+        storage.remove_session()
+        storage.engine.dispose()
 
     def extend(self, count: int) -> None:
         """Sets the number of trials in all."""
@@ -128,10 +149,11 @@ class LocalSweep:
             The best trial; None where none has finished.
 
         Raises:
-            RuntimeError: Another process runs this sweep.
+            InUseError: Another process runs this sweep.
+            NoSpaceError: The disk is full.
             KeyboardInterrupt: It was interrupted; `LocalSweep` of the folder goes on.
         """
-        with _locked(self.folder, console) as lock:
+        with named_when_full(self.folder), _locked(self.folder, console) as lock:
             write_record(self.folder, self.sweep, self.study)
             while (trial := self._next()) is not None:
                 point = self._point(trial)
@@ -277,25 +299,20 @@ def _locked(folder: Path, console: Console) -> Iterator[int]:
 
     Its trial has the lock too: after a kill it may take some seconds to end.
     """
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+    file = folder / _LOCK
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
     try:
         deadline_s = time.monotonic() + _LOCK_PATIENCE_S
         is_told = False
-        while not _lock(descriptor):
+        while try_lock(descriptor) is False:
             if time.monotonic() > deadline_s:
-                raise RuntimeError(f"{folder} is being run by another process")
+                owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                raise InUseError(f"{folder} is in use by {owner or 'another process'} ({file})")
             if not is_told:
                 console.print(f"waiting for the process that runs {folder} to end", markup=False)
                 is_told = True
             time.sleep(0.2)
+        write_owner(descriptor)
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

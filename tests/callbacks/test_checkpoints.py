@@ -14,7 +14,7 @@ from tests.support.token_data import TokenData
 
 def _fit(
     folder: Path, max_steps: int, every_n_train_steps: int, ckpt_path: str | None = None
-) -> None:
+) -> Trainer:
     module = LowRankPretraining(
         "gpt2-nano", rank=3, num_layers=1, width=12, num_heads=3, num_positions=16
     )
@@ -27,6 +27,7 @@ def _fit(
     )  # fmt: skip
     trainer.fit(module, TokenData(batch_size=2), ckpt_path=ckpt_path, weights_only=True)
     assert last.best_model_path == str(folder / "last.ckpt")
+    return trainer
 
 
 @pytest.mark.parametrize("every_n_train_steps", [1, 2, 3, 100])
@@ -45,12 +46,52 @@ def test_last_is_of_the_last_step_and_best_of_the_lowest_loss(
     assert score > 0
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_run_can_be_resumed_with_another_interval(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     _fit(first, 4, every_n_train_steps=1)
     _fit(second, 8, every_n_train_steps=3, ckpt_path=str(first / "last.ckpt"))
     assert torch.load(second / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+def _best_of(file: Path) -> tuple[float, int]:
+    saved = torch.load(file, weights_only=True)
+    (score,) = (x["best_model_score"] for key, x in saved["callbacks"].items() if "Best" in key)
+    return float(score), saved["global_step"]
+
+
+def test_a_resumed_run_knows_the_best_of_its_whole_history(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    _fit(first, 4, every_n_train_steps=1)
+    score, step = _best_of(first / "best.ckpt")
+    content = (first / "best.ckpt").read_bytes()
+    for name in ("best.ckpt", "last.ckpt"):  # as if it had been much better
+        saved = torch.load(first / name, weights_only=True)
+        for key, state in saved["callbacks"].items():
+            if "Best" in key:
+                state["best_model_score"] = torch.tensor(score - 5)
+        torch.save(saved, first / name)
+    content = (first / "best.ckpt").read_bytes()
+    trainer = _fit(second, 8, every_n_train_steps=1, ckpt_path=str(first / "last.ckpt"))
+    found, its_step = _best_of(second / "best.ckpt")
+    assert found == pytest.approx(score - 5)
+    assert its_step == step
+    best = trainer.checkpoint_callbacks[0]
+    assert isinstance(best, BestCheckpoint)
+    assert best.best_model_path == str(second / "best.ckpt")
+    assert (first / "best.ckpt").read_bytes() == content
+    # A best one that is gone is not known any more; one that is beaten stays in its own folder.
+    saved = torch.load(second / "best.ckpt", weights_only=True)
+    for key, state in saved["callbacks"].items():
+        if "Best" in key:
+            state["best_model_score"] = torch.tensor(1e3)
+    torch.save(saved, second / "best.ckpt")
+    _fit(third, 12, every_n_train_steps=1, ckpt_path=str(second / "last.ckpt"))
+    assert _best_of(third / "best.ckpt")[1] in range(9, 13)
+    assert _best_of(second / "best.ckpt")[0] == 1e3
+    (third / "best.ckpt").unlink()
+    fourth = tmp_path / "fourth"
+    _fit(fourth, 16, every_n_train_steps=1, ckpt_path=str(third / "last.ckpt"))
+    assert _best_of(fourth / "best.ckpt")[1] in range(13, 17)
 
 
 class _Killed(Callback):

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.plugins import TorchCheckpointIO
 
 from callbacks.progress import TrainingProgress
 from fingpt_lightning.cli.main import COMMANDS, main
 from fingpt_lightning.cli.run_folders import RUN_FOLDER_VARIABLE
 from fingpt_lightning.cli.trainer import FinGPTCLI
 from fingpt_lightning.modules import LowRankPretraining
+from fingpt_lightning.strategies.checkpoint_files import WholeCheckpoints
 
 REPOSITORY = Path(__file__).parents[2]
 DEBUG = REPOSITORY / "configs" / "debug_quickstart.yaml"
@@ -143,6 +145,45 @@ def test_bad_text_is_one_line_and_leaves_nothing_behind(
     assert status == 1, stderr
     assert re.search(message, _only_error(stderr))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_fails_on_its_data_leaves_the_metrics_that_are_there(
+    fit: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.csv").write_text("step,val/loss\n1,2.5\n")
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "too short"}\n')
+    words = ("--trainer.default_root_dir", str(folder), "--data.train_files", str(short))
+    assert fit(*words, "--data.val_files", str(short))[0] == 1
+    assert fit(*words[:2], "--data.train_files", "none.jsonl")[0] == 1
+    assert [path.name for path in folder.glob("metrics*")] == ["metrics.csv"]
+    assert (folder / "metrics.csv").read_text() == "step,val/loss\n1,2.5\n"
+
+
+@pytest.mark.parametrize("overlay", [None, "ddp", "fsdp", "pipeline"])
+def test_every_run_writes_its_checkpoints_whole(
+    overlay: str | None, fit: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[FinGPTCLI] = []
+    monkeypatch.setattr(FinGPTCLI, "_run_subcommand", lambda self, subcommand: built.append(self))
+    words: tuple[str, ...] = ()
+    if overlay is not None:
+        path = REPOSITORY / "configs" / "overlays" / f"{overlay}.yaml"
+        words = ("--config", str(path), "--trainer.devices", "2")
+    assert fit(*words)[0] == 0
+    assert type(built[0].trainer.strategy.checkpoint_io) is WholeCheckpoints
+
+
+def test_another_writer_of_checkpoints_is_left_in_place(
+    fit: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[FinGPTCLI] = []
+    monkeypatch.setattr(FinGPTCLI, "_run_subcommand", lambda self, subcommand: built.append(self))
+    own = "lightning.pytorch.plugins.TorchCheckpointIO"
+    assert fit("--trainer.plugins", f'[{{"class_path": "{own}"}}]')[0] == 0
+    assert type(built[0].trainer.strategy.checkpoint_io) is TorchCheckpointIO
 
 
 @pytest.mark.parametrize("content", [b"no checkpoint", b"", None], ids=["text", "empty", "missing"])

@@ -1,7 +1,6 @@
 import fcntl
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -170,7 +169,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(
 ) -> None:
     killed = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], check=False)
     assert killed.returncode < 0
-    assert {path.suffix for path in tmp_path.iterdir()} == {".tmp"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
     with pytest.raises(RuntimeError, match="prepare_data has to run first"):
         find_token_file(_Listed([["x"]], "killed"), train_tokenizer(["x"], 257), tmp_path)
 
@@ -182,15 +181,13 @@ def test_what_a_killed_build_left_goes_with_the_next_build(
     built = build_token_file(corpus, tokenizer, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     built.path.unlink()
-    old, held, young = (tmp_path / f"{built.path.name}.{i}.9.tmp" for i in range(3))
-    for path in (old, held, young):
+    left, held, other = (tmp_path / f"{built.path.name}.{i}.partial" for i in ("7-0", "8-1", "x"))
+    for path in (left, held, other):
         path.write_bytes(b"half")
-    for path in (old, held):
-        os.utime(path, (1e9, 1e9))
     with held.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         build_token_file(corpus, tokenizer, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == names | {held.name, young.name}
+    assert {path.name for path in tmp_path.iterdir()} == names | {held.name, other.name}
 
 
 def test_a_failed_build_leaves_nothing(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

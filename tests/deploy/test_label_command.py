@@ -2,6 +2,7 @@ import csv
 import datetime
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from fingpt_lightning.deploy import label_command, labelling
 from fingpt_lightning.deploy.labelled_file import LabelledFile, check_writable
 from fingpt_lightning.deploy.labelling import Labeller
 from fingpt_lightning.evaluation.runner import predict
+from fingpt_lightning.files import owned
 from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.tasks import find_task, read_rows
@@ -231,6 +233,44 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
         monkeypatch.setattr(module, "CHUNK_ROWS", rows)
 
 
+def _stop_after_one_part(monkeypatch: pytest.MonkeyPatch, label: Label, *words: str) -> None:
+    _small_chunks(monkeypatch, 2)
+    own = Labeller.label
+
+    def stop_at_third_row(self: Labeller, rows: Any, first: int) -> Any:
+        if first == 3:
+            raise KeyboardInterrupt
+        return own(self, rows, first)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Labeller, "label", stop_at_third_row)
+        assert label(*words)[0] == 130
+
+
+def test_a_run_that_ended_before_its_first_part_does_not_block_another(
+    label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Labeller, "label", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert label()[0] == 130
+    assert not list(tmp_path.glob("*.partial"))
+    folder = tmp_path / "out.jsonl.partial"  # as a SIGKILL leaves it
+    folder.mkdir()
+    (folder / "settings.json").write_text('{"calibrate": true}')
+    (folder / "owner.lock").write_text("process 1 on elsewhere")
+    status, _, error = label("--no_calibrate")
+    assert status == 0, error
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_two_processes_do_not_write_one_output(label: Label, tmp_path: Path) -> None:
+    with owned(tmp_path / "out.jsonl.partial"):
+        status, _, error = label("--overwrite")
+    assert status == 1
+    assert f"out.jsonl.partial is in use by process {os.getpid()} on " in error
+    assert error.rstrip().endswith("out.jsonl.partial/owner.lock)")
+
+
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
 def test_a_run_that_was_killed_goes_on_where_it_was(
     label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
@@ -261,10 +301,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(
 def test_parts_of_other_settings_are_not_gone_on_with(
     label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = Labeller.label
-    monkeypatch.setattr(Labeller, "label", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert label()[0] == 130
-    monkeypatch.setattr(Labeller, "label", own)
+    _stop_after_one_part(monkeypatch, label)
     status, _, error = label("--no_calibrate")
     assert status == 1
     assert "is of an earlier run with calibrate True, now False; remove it or" in error
@@ -278,10 +315,7 @@ def test_parts_of_an_adapter_that_was_trained_anew_are_not_gone_on_with(
     label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = save_clients(tmp_path / "model", tmp_path / "clients", 2)
-    own = Labeller.label
-    monkeypatch.setattr(Labeller, "label", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert label("--adapter", str(first))[0] == 130
-    monkeypatch.setattr(Labeller, "label", own)
+    _stop_after_one_part(monkeypatch, label, "--adapter", str(first))
     for file in second.iterdir():
         shutil.copy(file, first)
     status, _, error = label("--adapter", str(first))

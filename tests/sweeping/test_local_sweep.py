@@ -211,6 +211,25 @@ def test_a_folder_that_is_no_sweep_or_in_use_is_refused(tmp_path: Path) -> None:
         LocalSweep.begin(sweep, tmp_path, None, None)
 
 
+def test_a_sweep_killed_while_its_folder_is_made_can_be_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = _sweep(tmp_path, {"rank": {"value": 1}})
+    create, folder = LocalSweep._create, tmp_path / "out"
+
+    def killed(*given: Any) -> None:
+        create(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalSweep, "_create", killed)
+    with pytest.raises(KeyboardInterrupt):
+        LocalSweep.begin(sweep, folder, None, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+    monkeypatch.setattr(LocalSweep, "_create", create)
+    folder.mkdir()
+    assert LocalSweep.begin(sweep, folder, None, None).count == 1
+
+
 def test_two_processes_do_not_run_one_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +242,7 @@ def test_two_processes_do_not_run_one_sweep(
     )
     try:
         time.sleep(0.5)
-        with pytest.raises(RuntimeError, match="is being run by another process"):
+        with pytest.raises(RuntimeError, match=r"out is in use by .*sweep\.lock"):
             _run(local)
     finally:
         os.killpg(holder.pid, signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fingpt_lightning.files import exchange, scratch_folder, sync_files, sync_folder
 from fingpt_lightning.models.families import family_of, head_of
 from fingpt_lightning.models.formats.quantized_folder import quantization_config, quantize_layers
 from fingpt_lightning.models.formats.weights import SAFETENSORS
@@ -141,19 +141,25 @@ def check_replaceable(output: Path, overwrite: bool, is_ours: bool, what: str) -
 def put_in_place(finished: Path, output: Path) -> None:
     """Gives a folder of files its name; what had that name goes when the new one has it.
 
+    The files are on the disk before. Where the system can, both change names in one step, so that
+    the name is never without a folder.
+
     Args:
-        finished: On the file system of ``output``.
+        finished: On the file system of ``output``; gone afterwards.
         output: The name.
     """
     for path in (finished, *finished.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)  # else some are their owner's alone
+    sync_files(finished)
     if not output.exists():
         finished.rename(output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f"{output.name}.", suffix=".old", dir=output.parent))
-    output.rename(old / output.name)
-    finished.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+    elif exchange(finished, output):
+        shutil.rmtree(finished)
+    else:
+        with scratch_folder(output) as old:
+            output.rename(old / output.name)
+            finished.rename(output)
+    sync_folder(output.parent)
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> None:
