@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.terminal.command_line import WrongOptions
-from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.messages import error_line, nearest
 
 
 class Command(NamedTuple):
@@ -167,8 +167,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    process_rank = next((rank for rank in ranks if rank is not None), "0")
-    where = "" if process_rank == "0" else f" (rank {process_rank})"
-    print(f"fingpt: error{where}: {message}", file=sys.stderr, flush=True)
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    process_rank = next((os.environ[name] for name in names if name in os.environ), "0")
+    # Where a node has a process of its own, only Lightning has counted them.
+    lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    process_rank = getattr(getattr(lightning, "rank_zero_only", None), "rank", process_rank)
+    print(error_line(message, process_rank), file=sys.stderr, flush=True)
     raise SystemExit(status)

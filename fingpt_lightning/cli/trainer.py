@@ -54,6 +54,7 @@ from fingpt_lightning.files import write_whole
 from fingpt_lightning.models.formats.tokenizer import tokenizer_of_model
 from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.reporting.environment import write_environment
+from fingpt_lightning.strategies.rendezvous import START_S
 from fingpt_lightning.terminal.command_line import as_list
 
 _DEFAULT_CLASSES = {
@@ -269,7 +270,10 @@ class FinGPTCLI(LightningCLI):
         self._as_given = settings.clone()
         trainer = settings.trainer
         if trainer.default_root_dir is None:
-            self._agreed = AgreedFolder(self._new_run_folder)
+            strategy = trainer.get("strategy")
+            own = strategy.get("init_args") if isinstance(strategy, Namespace) else None
+            limit_s = (own or {}).get("start_timeout_s", START_S)
+            self._agreed = AgreedFolder(self._new_run_folder, limit_s)
             trainer.default_root_dir = self._agreed.path
         self.run_folder = Path(trainer.default_root_dir)
         os.environ[RUN_FOLDER_VARIABLE] = str(self.run_folder)

@@ -60,3 +60,17 @@ def no_field(place: str, field: str, fields: Iterable[str]) -> str:
 def first_line(error: Exception) -> str:
     """What a foreign library's error says first."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+
+
+def error_line(message: str, process_rank: int | str = 0) -> str:
+    """How the program says why it ends.
+
+    Args:
+        message: One line.
+        process_rank: Number of this process among those of the run.
+
+    >>> error_line("the device is on fire", 1)
+    'fingpt: error (rank 1): the device is on fire'
+    """
+    where = "" if str(process_rank) == "0" else f" (rank {process_rank})"
+    return f"fingpt: error{where}: {message}"
