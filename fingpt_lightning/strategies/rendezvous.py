@@ -120,9 +120,9 @@ class _Meeting:
     def _knock(self) -> None:
         """Waits for a listener, so that torch need not, which describes each try at length."""
         self._unanswered = f"no answer from rank 0 at {self._place}"
-        while True:
+        while (left_s := self._left_s()) > 0:
             try:
-                socket.create_connection((self._address, self._port), self._left_s()).close()
+                socket.create_connection((self._address, self._port), left_s).close()
                 return
             except socket.gaierror as error:
                 self._unanswered = (
@@ -135,6 +135,7 @@ class _Meeting:
                     " MASTER_ADDR or MASTER_PORT is wrong"
                 )
             time.sleep(_POLL_S)
+        raise MeetingError(self._unanswered)
 
     def _come(self, store: Store) -> None:
         """Leaves this rank's name, and returns when all others have left theirs."""
