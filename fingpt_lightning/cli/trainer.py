@@ -45,10 +45,13 @@ from fingpt_lightning.cli.run_folders import (
     keep_old_metrics,
 )
 from fingpt_lightning.cli.wandb_runs import (
+    LIMIT_VARIABLES,
+    begin_run,
     keep_offline_if_unreachable,
     log_adapter,
     place_wandb_run,
     record_config,
+    runs_that_end,
 )
 from fingpt_lightning.files import write_whole
 from fingpt_lightning.models.formats.tokenizer import tokenizer_of_model
@@ -80,7 +83,8 @@ def run_trainer_command(words: list[str]) -> None:
     """
     with _quiet():
         try:
-            FinGPTCLI(words)
+            with runs_that_end():
+                FinGPTCLI(words)
         except SIGTERMException as error:
             # A SystemExit without a status, which would count as a success.
             raise TerminatedError("ended by SIGTERM") from error
@@ -120,7 +124,7 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in (RUN_FOLDER_VARIABLE, "WANDB_SILENT"):
+        for name in (RUN_FOLDER_VARIABLE, "WANDB_SILENT", *LIMIT_VARIABLES):
             if name not in before:
                 os.environ.pop(name, None)
 
@@ -332,6 +336,9 @@ class FinGPTCLI(LightningCLI):
         )
         if isinstance(trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
+        for logger in loggers:
+            if self.runs and isinstance(logger, WandbLogger):
+                begin_run(logger)
         return trainer
 
 
