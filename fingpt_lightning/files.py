@@ -26,8 +26,10 @@ def written_whole(path: Path) -> Iterator[Path]:
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         aside.replace(path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk does not say of which file
         raise
 
 
@@ -71,3 +73,22 @@ def new_folder(parent: Path, name: str, is_ours: Callable[[Path], bool] = make_o
     while not is_ours(folder):
         folder, number = first.with_name(f"{first.name}-{number}"), number + 1
     return folder
+
+
+def not_utf8(path: Path) -> str:
+    """The message of a file that is not UTF-8 text: it names line and byte.
+
+    Args:
+        path: File that could not be decoded.
+    """
+    position = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return (
+                    f"{path}:{number}: no UTF-8 text at byte {position + error.start} of the file"
+                )
+            position += len(line)
+    return f"{path} is no UTF-8 text"

@@ -59,7 +59,7 @@ class AgreedFolder:
         MeetingError: The ranks did not come together.
     """
 
-    def __init__(self, choose: Callable[[], str], timeout_s: float = START_S) -> None:
+    def __init__(self, choose: Callable[[], str], timeout_s: float | int = START_S) -> None:
         self._store: Any = None
         # Lightning's order: torchrun may run inside of SLURM.
         kinds = (TorchElasticEnvironment, SLURMEnvironment)

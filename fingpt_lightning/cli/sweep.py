@@ -142,7 +142,8 @@ def _run_on_server(options: argparse.Namespace, console: Console) -> None:
     if guard.found is not None:
         raise RuntimeError(
             f"W&B at {guard.found.url} stopped answering ({guard.found.reason}) and the sweep was"
-            " ended; runs that have no end there are in ./wandb: upload them with wandb sync"
+            " ended; runs that have no end there are in runs/*/wandb: upload them with wandb"
+            " sync --no-skip-online"
         )
 
 

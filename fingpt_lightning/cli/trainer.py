@@ -35,7 +35,7 @@ from typing_extensions import override
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.progress import TrainingProgress
-from fingpt_lightning.cli.config_errors import explain
+from fingpt_lightning.cli.config_errors import explain, undecodable
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.cli.run_folders import (
     RUN_FOLDER_VARIABLE,
@@ -254,6 +254,8 @@ class FinGPTCLI(LightningCLI):
                 if chosen not in (None, default):
                     self._parser(self.command).set_defaults({key: {"class_path": chosen}})
             self.config = parser.parse_args(args)
+        except UnicodeDecodeError as error:
+            raise ConfigError(undecodable(args)) from error
         except ConfigError as error:
             line = explain(str(error), sorted(_options(parser)), _DEFAULT_CLASSES, args)
             raise ConfigError(line) from error

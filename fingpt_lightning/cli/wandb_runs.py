@@ -157,7 +157,7 @@ def _finish(run: Any, exit_code: int) -> None:
     if thread.is_alive() or getattr(run, "_finish_timed_out", False):
         print(
             f"fingpt: W&B at {settings.base_url} did not take all of this run in {limit_s:g} s;"
-            f" upload it later with: wandb sync {settings.sync_dir}",
+            f" upload it later with: wandb sync --no-skip-online {settings.sync_dir}",
             file=sys.stderr,
         )
     for process in began:

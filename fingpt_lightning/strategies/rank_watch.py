@@ -162,7 +162,7 @@ class RankWatch:
         world_size: int,
         address: str,
         store: Store,
-        timeout_s: float,
+        timeout_s: float | int,
         before_exit: Callable[[], None] = lambda: None,
     ) -> None:
         self.timeout_s = timeout_s

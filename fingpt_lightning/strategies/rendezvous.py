@@ -33,7 +33,7 @@ def meet(
     port: int,
     rank: int,
     world_size: int,
-    timeout_s: float,
+    timeout_s: float | int,
     is_hopeless: Callable[[], str | None] = lambda: None,
 ) -> Store:
     """Waits until all ranks of a run are there; gives the store that they share.
@@ -64,7 +64,7 @@ class _Meeting:
         port: int,
         rank: int,
         world_size: int,
-        timeout_s: float,
+        timeout_s: float | int,
         is_hopeless: Callable[[], str | None],
     ) -> None:
         self._address, self._port, self._rank, self._world_size = address, port, rank, world_size

@@ -74,3 +74,8 @@ def error_line(message: str, process_rank: int | str = 0) -> str:
     """
     where = "" if str(process_rank) == "0" else f" (rank {process_rank})"
     return f"fingpt: error{where}: {message}"
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether code in Rust panicked, which Python shows as an exception that is no `Exception`."""
+    return type(error).__name__ == "PanicException"

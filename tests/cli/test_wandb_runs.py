@@ -237,7 +237,7 @@ def test_a_server_that_fails_in_mid_run_ends_no_training_and_outlives_none(
     output = run_client(server, tmp_path, *words, **limit)
     ended_s = time.time()
     assert "Run summary" in output
-    assert output.count("upload it later with: wandb sync") == 1
+    assert output.count("upload it later with: wandb sync --no-skip-online") == 1
     (folder,) = tmp_path.glob("runs/*")
     last_s = (folder / "summary.json").stat().st_mtime
     assert ended_s - last_s < 60
@@ -245,7 +245,7 @@ def test_a_server_that_fails_in_mid_run_ends_no_training_and_outlives_none(
     assert not left
     server.fail(None)
     (offline,) = folder.glob("wandb/run-*")
-    run_client(server, tmp_path, "-m", "wandb", "sync", str(offline))
+    run_client(server, tmp_path, "-m", "wandb", "sync", "--no-skip-online", str(offline))
     (run,) = server.runs.values()
     assert run.logged("val/loss")
 
