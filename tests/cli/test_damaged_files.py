@@ -14,7 +14,7 @@ from pyarrow import parquet
 import fingpt_lightning.cli.trainer  # noqa: F401
 from fingpt_lightning.cli.main import main
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer, write_rows
-from tests.reporting.folders import write_run
+from tests.reporting.folders import make_run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug_quickstart.yaml"
 Damage = Callable[[Path], None]
@@ -123,7 +123,7 @@ def test_the_message_names_the_file_and_the_place(
         for other in path.parent.glob("validation.*"):
             other.unlink()
     if path.parts[0] == "run":
-        write_run(Path("run"))
+        make_run(Path("run"))
     if path.suffix == ".parquet":
         columns = {"text": texts, "label": ["neutral"] * len(texts)}
         parquet.write_table(pyarrow.table(columns), path, use_dictionary=False)
