@@ -60,8 +60,8 @@ def explain(
         example = (default_classes or {}).get(key)
         such = f" such as {example}" if example else ""
         return f"{key}: {found[1]!r} is no class path{such}"
-    if "Unexpected config" in text and (found := _no_settings(words)):
-        return found
+    if "Unexpected config" in text and (reason := _no_settings(words)):
+        return reason
     if "Problems parsing config" in text:
         return _first_broken(words) or text
     innermost = text.rpartition('Parser key "')[2]

@@ -24,13 +24,13 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import psutil
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from fingpt_lightning.terminal.messages import error_line
 
 _POLL_S = 0.1
 _MAX_BEAT_S = 1.0
-_LAST_WORDS_S = 3.0
+_LAST_WORDS_S = 2.0
 """How long a rank that lost another has to end by itself, once its main thread knows."""
 _STUCK_S = 1.0
 """How long a main thread that waits for a lost rank has to notice by itself."""

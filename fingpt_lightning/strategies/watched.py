@@ -4,6 +4,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -23,8 +24,10 @@ _SIGNS_OF_A_LOST_RANK = (
     "gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out",
     "timeout", "timed out",
 )  # fmt: skip
-_LAST_WORDS_S = 3
+_LAST_WORDS_S = 2.0
 """How long the ranks that this process started have to end by themselves and say why."""
+_NO_WORDS_S = 0.5
+"""How long they have where this process has waited for its own end already."""
 
 
 class WatchedRanks(ParallelStrategy):
@@ -48,7 +51,8 @@ class WatchedRanks(ParallelStrategy):
         for name, seconds in (("timeout_s", timeout_s), ("start_timeout_s", start_timeout_s)):
             if not 0 < seconds < float("inf"):
                 raise ValueError(f"{name} {seconds} is not a number of seconds above 0")
-        super().__init__(timeout=timedelta(seconds=start_timeout_s), **settings)
+        settings["timeout"] = timedelta(seconds=start_timeout_s)
+        super().__init__(**settings)
         self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
         self._watch: RankWatch | None = None
 
@@ -71,7 +75,7 @@ class WatchedRanks(ParallelStrategy):
         if self._watch is None and self.world_size > 1:
             self._watch = RankWatch(
                 self.global_rank, self.world_size, environment.main_address, _get_default_store(),
-                self._start_timeout_s, self._end_own,
+                self._start_timeout_s, partial(self._end_own, _NO_WORDS_S),
             )  # fmt: skip
 
     def _meet_others(self) -> None:
@@ -123,9 +127,9 @@ class WatchedRanks(ParallelStrategy):
             self._watch = None
         super().teardown()
 
-    def _end_own(self) -> None:
+    def _end_own(self, grace_s: float = _LAST_WORDS_S) -> None:
         if isinstance(self.launcher, _SubprocessScriptLauncher):
-            _end(self.launcher.procs)
+            _end(self.launcher.procs, grace_s)
 
     def _who_ended(self) -> str | None:
         if not isinstance(self.launcher, _SubprocessScriptLauncher):
@@ -155,9 +159,9 @@ class _Launcher(_SubprocessScriptLauncher):
         return function(*args, **kwargs)
 
 
-def _end(processes: list[subprocess.Popen[Any]]) -> None:
+def _end(processes: list[subprocess.Popen[Any]], grace_s: float) -> None:
     """Leaves no process behind: one that hangs would never notice that the others are gone."""
-    deadline_s = time.monotonic() + _LAST_WORDS_S
+    deadline_s = time.monotonic() + grace_s
     for process in processes:
         try:
             process.wait(max(0.0, deadline_s - time.monotonic()))

@@ -57,7 +57,7 @@ def no_field(place: str, field: str, fields: Iterable[str]) -> str:
     return f"{place}: no field {field!r}; {hint} fields are {known}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a foreign library's error says first."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
 

@@ -74,8 +74,7 @@ def test_ranks_that_count_differently_say_both_numbers() -> None:
 def test_a_rank_that_comes_twice_is_told_who_has_its_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    port, names = _free_port(), threading.local()
-    monkeypatch.setattr(socket, "gethostname", lambda: getattr(names, "host", "somewhere"))
+    port = _free_port()
     results: dict[str, str] = {}
 
     def one(host: str, rank: int) -> None:
@@ -85,7 +84,7 @@ def test_a_rank_that_comes_twice_is_told_who_has_its_number(
             results[host] = str(error)
 
     # A name is looked up in the thread that meets, which is not ours to name: by its number.
-    hosts = {}
+    hosts: dict[int, str] = {}
     monkeypatch.setattr(
         socket, "gethostname", lambda: hosts.setdefault(threading.get_ident(), f"node{len(hosts)}")
     )
