@@ -83,6 +83,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
         if (reason := _no_space(error)) is not None:
             raise NoSpaceError(path, reason, needed_bytes) from error
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # the system does not say of which file
         raise
     finally:
         if descriptor is not None:
@@ -360,6 +362,25 @@ def new_folder(parent: Path, name: str, is_ours: Callable[[Path], bool] = make_o
     while not is_ours(folder):
         folder, number = first.with_name(f"{first.name}-{number}"), number + 1
     return folder
+
+
+def not_utf8(path: Path) -> str:
+    """The message of a file that is not UTF-8 text: it names line and byte.
+
+    Args:
+        path: File that could not be decoded.
+    """
+    position = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return (
+                    f"{path}:{number}: no UTF-8 text at byte {position + error.start} of the file"
+                )
+            position += len(line)
+    return f"{path} is no UTF-8 text"
 
 
 def _aside_name(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ from rich.console import Console
 
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.cli.trainer import build_trainer_command
-from fingpt_lightning.cli.wandb_runs import find_unreachable
+from fingpt_lightning.cli.wandb_runs import ServerGuard, find_unreachable, limit_waits
 from fingpt_lightning.files import new_folder
 from fingpt_lightning.sweeping.checking import Build, Built, check_sweep, described
 from fingpt_lightning.sweeping.local_sweep import LocalSweep, num_trials
 from fingpt_lightning.sweeping.records import BEST_CONFIG, table
 from fingpt_lightning.sweeping.sweep_file import Sweep, WrongSweep, read_sweep
+from fingpt_lightning.terminal.messages import first_line
 
 Report = Callable[[Sequence[Path], Path], None]
 
@@ -127,8 +129,22 @@ def _run_on_server(options: argparse.Namespace, console: Console) -> None:
     folders = (str(Path(sys.executable).parent), os.environ.get("PATH", ""))
     os.environ["PATH"] = os.pathsep.join(folders)
     entity = sweep.content.get("entity")
-    identity = wandb.sweep(sweep.content, project=project, entity=entity)
-    wandb.agent(identity, project=project, entity=entity, count=options.count)
+    limit_waits()
+    try:
+        with ServerGuard(lambda: os.kill(os.getpid(), signal.SIGINT)) as guard:
+            identity = wandb.sweep(sweep.content, project=project, entity=entity)
+            wandb.agent(identity, project=project, entity=entity, count=options.count)
+    except KeyboardInterrupt:
+        if guard.found is None:
+            raise
+    except (wandb.Error, OSError, ValueError) as error:
+        raise RuntimeError(f"W&B ended the sweep: {first_line(error)}") from error
+    if guard.found is not None:
+        raise RuntimeError(
+            f"W&B at {guard.found.url} stopped answering ({guard.found.reason}) and the sweep was"
+            " ended; runs that have no end there are in runs/*/wandb: upload them with wandb"
+            " sync --no-skip-online"
+        )
 
 
 def _own_report(paths: Sequence[Path], output: Path) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 from fingpt_lightning.deploy.generation import Completion, Prompt, complete
 from fingpt_lightning.deploy.loading import load_with_adapters
 from fingpt_lightning.deploy.sampling import Sampling
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import not_utf8, write_whole
 from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
 from fingpt_lightning.terminal.messages import nearest
 from fingpt_lightning.terminal.progress import shown_progress
@@ -82,7 +82,7 @@ def read_prompts(file: Path) -> list[Prompt]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text") from error
+        raise ValueError(not_utf8(file)) from error
     if not lines[-1]:  # the last line has an end
         del lines[-1]
     for number, line in enumerate(lines, start=1):

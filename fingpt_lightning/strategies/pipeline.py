@@ -98,7 +98,10 @@ class PipelineStrategy(PipelineProcesses):
         blocks_per_stage: The cut by hand; null cuts by ``balance``.
         activation_checkpointing: In place of the module's own ``recompute``; null leaves that.
         process_group_backend: Such as ``nccl`` or ``gloo``; null goes by the device.
-        timeout_s: How long a rank waits for another before it ends the run, once all are set up.
+        timeout_s: Seconds that a rank waits for another before it ends the run, once all are set
+            up. One that dies, stops, hangs or is cut off is named, and all others end.
+        start_timeout_s: Seconds that ranks may be apart until then: they start, meet, read data and
+            load weights.
 
     Raises:
         ValueError: The ranks, blocks, microbatches or precision do not fit, or the module is not
@@ -120,10 +123,11 @@ class PipelineStrategy(PipelineProcesses):
         activation_checkpointing: Literal["none", "block", "low_rank"] | None = None,
         process_group_backend: str | None = None,
         timeout_s: float | int = 1800,
+        start_timeout_s: float | int = 1800,
     ) -> None:
         super().__init__(
             pipeline_size, data_parallel_size, data_parallel, schedule, num_microbatches,
-            num_virtual_stages, process_group_backend, timeout_s,
+            num_virtual_stages, process_group_backend, timeout_s, start_timeout_s,
         )  # fmt: skip
         self._balance, self._blocks_per_stage = Balance(balance), blocks_per_stage
         self._recompute = activation_checkpointing
@@ -212,7 +216,7 @@ class PipelineStrategy(PipelineProcesses):
         self._runtime = self._made_runtime(module)
         self._is_in_window = False
         self.barrier()
-        self._wait_less()
+        self.wait_less()
 
     def _made_runtime(self, module: PipelinedModule) -> PipelineRuntime:
         context = self.precision_plugin.forward_context
@@ -226,7 +230,7 @@ class PipelineStrategy(PipelineProcesses):
         return PipelineRuntime(
             self.layout,
             {stage: Stage(module.network, self._spans[stage], context) for stage in own},
-            self._pipeline_group,
+            self._made_passes(),
             self.root_device,
             module.network.config.hidden_size,
             loss,

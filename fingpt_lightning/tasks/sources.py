@@ -6,10 +6,10 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from fingpt_lightning.files import not_utf8
 from fingpt_lightning.tasks.task import Cut, Hub, LineFile, Task
 from fingpt_lightning.terminal.messages import first_line, nearest
 
@@ -148,21 +148,35 @@ def _csv_rows(path: Path) -> Iterator[NumberedRow]:
                     yield number, dict(zip(names, values, strict=False))
                 number = rows.line_num + 1
         except UnicodeDecodeError:
-            raise ValueError(f"{path} is no UTF-8 text") from None
+            raise ValueError(not_utf8(path)) from None
         except csv.Error as error:
             raise ValueError(f"{path}:{number}: no CSV ({error})") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[NumberedRow]:
     # Installed with `datasets`, and only this form of file needs it.
-    from pyarrow import ArrowInvalid, parquet  # type: ignore[import-untyped]
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches(_PARQUET_ROWS))
-            yield from enumerate(chain.from_iterable(batches), start=1)
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file ({first_line(error)})") from None
+        file = parquet.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no whole Parquet file ({first_line(error)})") from None
+    number = 0
+    with file:
+        batches = file.iter_batches(_PARQUET_ROWS)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                return
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise ValueError(
+                    f"{path}: damaged behind row {number} ({first_line(error)})"
+                ) from None
+            for row in rows:
+                number += 1
+                yield number, row
 
 
 _LONGEST_FIELD = 2**31 - 1
