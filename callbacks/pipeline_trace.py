@@ -1,6 +1,5 @@
 """What each rank of a pipeline does, and how long it waits for the others."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from typing_extensions import override
 
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import write_json
 from fingpt_lightning.pipeline import Pass, bubble_share, chrome_trace, draw
 from fingpt_lightning.profiling.memory import module_memory
 from fingpt_lightning.strategies import PipelineStrategy
@@ -103,7 +102,7 @@ class PipelineTrace(Callback):
             f" {figures['pipeline/bubble_share']:.0%} idle, by formula {layout.bubble_share:.0%}"
         )
         draw(passes, picture, title)
-        write_whole(picture.with_suffix(".json"), json.dumps(chrome_trace(passes)))
+        write_json(picture.with_suffix(".json"), chrome_trace(passes), indent=None)
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=step)
             if isinstance(logger, WandbLogger):

@@ -1,7 +1,6 @@
 """What a run was and came to, in one table and one file."""
 
 import copy
-import json
 import math
 import statistics
 import time
@@ -25,7 +24,7 @@ from callbacks.memory import MemoryMonitor
 from callbacks.recording import Budgeted, over_ranks, record_in_wandb_summary
 from callbacks.throughput import ThroughputMonitor
 from fingpt_lightning.data.batch import IGNORED_LABEL
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import write_json
 from fingpt_lightning.profiling.memory import peak_rss_bytes
 from fingpt_lightning.units import MIB, format_count
 
@@ -164,7 +163,7 @@ class RunSummary(Callback):
             console.print(line, soft_wrap=True, markup=False, highlight=False)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "summary.json", json.dumps(figures, indent=2) + "\n")
+        write_json(folder / "summary.json", figures)
         record_in_wandb_summary(trainer, {f"summary/{key}": v for key, v in figures.items()})
         self._last_batch = None
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from fingpt_lightning.data.corpus import Corpus
 from fingpt_lightning.data.tokenizers import vocabulary_size
 from fingpt_lightning.data.tokenizing import encoded_batches
+from fingpt_lightning.files import to_json
 from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.terminal.progress import SoFar, shown_tokenizing
 
@@ -106,7 +107,7 @@ def build_token_file(
         "eos_token_id": tokenizer.eos_token_id,
     }
     with _written_atomically(path.with_suffix(".json")) as file:
-        file.write(json.dumps(header, indent=2).encode())
+        file.write(to_json(header, indent=2).encode())
     return TokenFile(path, dtype, so_far.num_tokens, so_far.num_documents, num_skipped)
 
 

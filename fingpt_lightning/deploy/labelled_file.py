@@ -6,12 +6,13 @@ is the position. At the end they become the file, and the folder goes.
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fingpt_lightning.files import PARTIAL, write_whole, written_whole
+from fingpt_lightning.files import PARTIAL, to_json, write_json, written_whole
 from fingpt_lightning.terminal.messages import nearest
 
 Row = Mapping[str, object]
@@ -66,7 +67,7 @@ class LabelledFile:
                     )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(self._settings))
+            write_json(file, self._settings)
         return len(self._parts())
 
     def add(self, number: int, rows: Sequence[Row], names: Sequence[str]) -> None:
@@ -122,8 +123,20 @@ def _write_csv(
 def _write_jsonl(
     file: Path, rows: Sequence[Row], names: Sequence[str], is_first: bool, _: object
 ) -> None:
-    lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
+    # A missing number of a Parquet column is NaN, which JSON writes as null.
+    lines = (
+        to_json(
+            {name: None if _is_nan(value) else value for name, value in row.items()},
+            ensure_ascii=False,
+            default=str,
+        )
+        for row in rows
+    )
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _write_parquet(

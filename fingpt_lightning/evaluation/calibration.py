@@ -44,10 +44,17 @@ def calibrate(
     if task.kind != "labels":
         raise ValueError(f"task {task.name} is of kind {task.kind}: only labels are calibrated")
     emptied = [content_free_prompts(task, example) for example in examples]
-    prompts = list(dict.fromkeys(prompt for prompts in emptied for prompt in prompts))
-    asked = [Example(task.instruction, (p,), examples[0].choices, None, 0, "") for p in prompts]
+    rows: dict[str, int] = {}
+    """The first row of each prompt, for messages."""
+    for example, prompts in zip(examples, emptied, strict=True):
+        for prompt in prompts:
+            rows.setdefault(prompt, example.row)
+    asked = [
+        Example(task.instruction, (prompt,), examples[0].choices, None, row, "")
+        for prompt, row in rows.items()
+    ]
     answers = score(network, tokenizer, asked, relative=True, batch_tokens=batch_tokens)
-    scores = {prompt: answer.scores for prompt, answer in zip(prompts, answers, strict=True)}
+    scores = {prompt: answer.scores for prompt, answer in zip(rows, answers, strict=True)}
     return [
         _calibrated(prediction, [scores[prompt] for prompt in own])
         for prediction, own in zip(predictions, emptied, strict=True)

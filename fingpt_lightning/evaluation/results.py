@@ -1,6 +1,5 @@
 """What an evaluation leaves: a table, ``results.json``, ``predictions.jsonl``, pictures."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 from rich.table import Table
 
 from fingpt_lightning.evaluation.runner import TaskResult
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import to_json, write_json, write_whole
 
-RESULTS = "results.json"
+RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 _COLUMNS = {
     "accuracy": "accuracy (95 %)",
     "accuracy_norm": "by length",
@@ -82,27 +81,49 @@ def results_of(result: TaskResult) -> dict[str, Any]:
     }
 
 
-def write_results(folder: Path, head: Mapping[str, Any], results: Sequence[TaskResult]) -> None:
+def write_results(
+    folder: Path,
+    head: Mapping[str, Any],
+    results: Sequence[TaskResult],
+    *,
+    has_pictures: bool = True,
+) -> None:
     """Writes all files, each aside and then renamed, ``results.json`` last.
 
-    Args:
-        folder: Made where it is not there.
-        head: What stands in ``results.json`` beside ``tasks``.
-        results: One a task.
-    """
-    from fingpt_lightning.evaluation.pictures import confusion_png  # matplotlib takes a second
+    So a folder with a ``results.json`` is whole, and one without it is none.
 
+    Args:
+        folder: Output folder; made where it is not there.
+        head: What stands in ``results.json`` beside ``tasks``.
+        results: One result per task.
+        has_pictures: Whether the confusions are drawn too.
+
+    Raises:
+        ValueError: A figure is NaN or infinite; nothing is written then.
+    """
+    by_task = {result.run.task.name: results_of(result) for result in results}
+    found = {"tasks": by_task, **head}
+    to_json(found)  # raises before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULTS).unlink(missing_ok=True)
-    with_labels = [result for result in results if "confusion" in result.metrics]
-    for result in with_labels:
-        picture = confusion_png(result.metrics["confusion"], result.run.task)
-        write_whole(folder / f"confusion_{result.run.task.name}.png", picture)
-    lines = [json.dumps(row, ensure_ascii=False) for row in prediction_rows(results)]
-    write_whole(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
-    by_task = {result.run.task.name: results_of(result) for result in results}
-    text = json.dumps({"tasks": by_task, **head}, indent=1) + "\n"
-    write_whole(folder / RESULTS, text)
+    if has_pictures:
+        for name, picture in _pictures(results).items():
+            write_whole(folder / name, picture)
+    lines = [to_json(row, ensure_ascii=False) for row in prediction_rows(results)]
+    write_whole(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
+    write_json(folder / RESULTS, found)
+
+
+def _pictures(results: Sequence[TaskResult]) -> dict[str, bytes]:
+    from fingpt_lightning.evaluation.pictures import confusion_png  # matplotlib takes a second
+
+    return {
+        f"confusion_{result.run.task.name}.png": confusion_png(
+            result.metrics["confusion"], result.run.task
+        )
+        for result in results
+        if "confusion" in result.metrics
+    }
 
 
 def prediction_rows(results: Sequence[TaskResult]) -> list[dict[str, Any]]:

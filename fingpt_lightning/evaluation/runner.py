@@ -123,7 +123,29 @@ def predict(
         calibrate: Whether labels are calibrated; other kinds never are.
         batch_tokens: As in `score`.
         on_answered: As in `score`.
+
+    Raises:
+        FloatingPointError: A score or logit is NaN or infinite: task, row and likely cause are
+            named.
     """
+    try:
+        return _predict(
+            network, tokenizer, task, examples, scoring, calibrate, batch_tokens, on_answered
+        )
+    except FloatingPointError as error:
+        raise FloatingPointError(f"task {task.name}, {error}") from None
+
+
+def _predict(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    task: Task,
+    examples: Sequence[Example],
+    scoring: Scoring,
+    calibrate: bool,
+    batch_tokens: int | None,
+    on_answered: Callable[[int], None] | None,
+) -> list[Prediction]:
     if scoring is Scoring.GENERATE:
         return generate(
             network, tokenizer, examples, batch_tokens=batch_tokens, on_answered=on_answered

@@ -12,6 +12,7 @@ from fingpt_lightning.evaluation.batches import default_batch_tokens, plan_batch
 from fingpt_lightning.evaluation.encoding import EncodedRow, encode_rows
 from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
 from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
+from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.tasks import Example
 
 
@@ -58,6 +59,7 @@ def score(
 
     Raises:
         ValueError: ``batch_tokens`` is below 1, or a prompt does not fit the context.
+        FloatingPointError: A score is NaN or infinite: the row and the likely cause are named.
     """
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(network.device.type)
@@ -75,6 +77,8 @@ def score(
         hidden_BTD = run_trees(network, of_batch, prefix)
         found = answer_scores(head, hidden_BTD, of_batch, relative=relative)
         for place, index in enumerate(batch):
+            if not all(map(math.isfinite, found.scores[place])):
+                raise not_finite(network, f"row {examples[index].row}: the scores")
             greedy = [] if relative else found.are_greedy[place]
             predictions[index] = _prediction(rows[index], found.scores[place], greedy)
         num_answered += len(batch)

@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from fingpt_lightning.data.batch import TokenBatch
 from fingpt_lightning.low_rank.adapters import FrozenBase
+from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
 from fingpt_lightning.modules.optimization import cosine_with_warmup
 
@@ -89,7 +90,8 @@ class LanguageModelingModule(LightningModule):
 
     Raises:
         FloatingPointError: At a step whose loss or gradient norm is not finite, before weights
-            change; the last checkpoint on disk stays the last good one.
+            change; the last checkpoint on disk stays the last good one. Outside of fit, where the
+            loss of a split is not finite.
     """
 
     network: PreTrainedModel
@@ -373,6 +375,9 @@ class LanguageModelingModule(LightningModule):
         loss_sum, num_tokens = self._over_ranks(self._evaluated)
         self._evaluated = None
         loss = loss_sum / num_tokens
+        if not (self.is_fitting or torch.isfinite(loss)):
+            # While fitting, the next step ends the run and keeps the weights before.
+            raise not_finite(self.network, f"{prefix}/loss {loss.item()}: the losses of the split")
         # Equal on all ranks already; Lightning warns of figures that it did not reduce itself.
         self.log(f"{prefix}/loss", loss, prog_bar=True, sync_dist=True)
         self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)

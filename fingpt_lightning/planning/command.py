@@ -24,7 +24,7 @@ from callbacks.memory import MemoryMonitor
 from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.instructions import tokenizer_of_base
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import write_json
 from fingpt_lightning.low_rank import low_rank_factors
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace, build: Build) -> None:
     for line in (*notes, _verdict(plan)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if options.json is not None:
-        write_whole(options.json, json.dumps(plan, indent=1) + "\n")
+        write_json(options.json, plan)
 
 
 def _plan(

@@ -1,6 +1,5 @@
 """Checks a sweep against the command line before anything of it runs."""
 
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from rich.table import Table
 
+from fingpt_lightning.files import write_json
 from fingpt_lightning.sweeping.space import Point, sample_points, short_names, shown
 from fingpt_lightning.sweeping.sweep_file import Sweep, WrongSweep
 from fingpt_lightning.terminal.command_line import as_list
@@ -56,7 +56,7 @@ def check_sweep(
     with tempfile.TemporaryDirectory() as folder:
         arguments = Path(folder) / "arguments.json"
         for point in points:
-            arguments.write_text(json.dumps(sweep.arguments(point)))
+            write_json(arguments, sweep.arguments(point))
             try:
                 built = build([*sweep.fit_words(arguments), *extra])
             except ValueError as error:

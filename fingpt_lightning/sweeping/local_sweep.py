@@ -1,7 +1,6 @@
 """Runs a sweep without a server: Optuna chooses, one process a trial, all in one folder."""
 
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -18,6 +17,7 @@ from optuna.trial import Trial
 from optuna.trial import TrialState as StudyState
 from rich.console import Console
 
+from fingpt_lightning.files import write_json
 from fingpt_lightning.sweeping.records import best_number, write_best_config, write_record
 from fingpt_lightning.sweeping.space import Point, short_names, shown
 from fingpt_lightning.sweeping.sweep_file import Sweep, read_sweep
@@ -171,7 +171,7 @@ class LocalSweep:
             shutil.rmtree(folder)  # of a trial that was stopped in the middle
         folder.mkdir(parents=True)
         arguments = folder / ARGUMENTS_FILE
-        arguments.write_text(json.dumps(self.sweep.arguments(point), indent=1) + "\n")
+        write_json(arguments, self.sweep.arguments(point))
         write_record(self.folder, self.sweep, self.study)
         names = short_names(self.sweep.searched)
         told = ", ".join(f"{names[name]} {shown(point[name])}" for name in self.sweep.searched)

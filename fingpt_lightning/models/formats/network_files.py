@@ -1,6 +1,5 @@
 """A network's files: safetensors, config, generation config, tokenizer."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fingpt_lightning.files import to_json
 from fingpt_lightning.models.formats.quantized_folder import quantization_config, quantize_layers
 from fingpt_lightning.models.formats.weights import SAFETENSORS
 from fingpt_lightning.models.input_moments import InputMoments
@@ -111,7 +111,7 @@ def write_config(
     }
     if quantization:
         described["quantization_config"] = quantization
-    text = json.dumps(described, indent=2, sort_keys=True) + "\n"
+    text = to_json(described, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     if network.generation_config is not None:
         network.generation_config.save_pretrained(folder)
