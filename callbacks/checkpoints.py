@@ -8,6 +8,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from fingpt_lightning.metric_keys import VAL_LOSS
+
 
 class BestCheckpoint(ModelCheckpoint):
     """Keeps ``best.ckpt``, of the validation with the best value of one metric.
@@ -24,7 +26,7 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(
-        self, monitor: str = "val/loss", mode: str = "min", dirpath: str | None = None
+        self, monitor: str = VAL_LOSS, mode: str = "min", dirpath: str | None = None
     ) -> None:
         super().__init__(
             dirpath,

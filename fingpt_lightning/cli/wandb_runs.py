@@ -16,11 +16,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from fingpt_lightning.metric_keys import TRAIN_LOSS, TRAIN_TOKENS, VAL_LOSS, VAL_PERPLEXITY
+
 PROBE_TIMEOUT_S = 10.0
 """How long a server may take to answer at all; wandb itself would wait 90 s and then raise."""
 
 _WITHOUT_SERVER = ("offline", "dryrun", "disabled")
-_BY_TOKENS = ("train/loss", "val/loss", "val/perplexity")
+_BY_TOKENS = (TRAIN_LOSS, VAL_LOSS, VAL_PERPLEXITY)
 
 
 class Unreachable(NamedTuple):
@@ -105,9 +107,9 @@ def record_config(logger: WandbLogger, config: str) -> None:
     """
     run = logger.experiment
     run.config.update({"cli": yaml.safe_load(config)}, allow_val_change=True)
-    run.define_metric("train/tokens")
+    run.define_metric(TRAIN_TOKENS)
     for key in _BY_TOKENS:
-        run.define_metric(key, step_metric="train/tokens")
+        run.define_metric(key, step_metric=TRAIN_TOKENS)
 
 
 @rank_zero_only

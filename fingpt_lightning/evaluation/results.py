@@ -6,10 +6,17 @@ from typing import Any
 
 from rich.table import Table
 
+from fingpt_lightning.evaluation.run_evaluations import (
+    FOLDER,
+    PREDICTIONS,
+    RESULTS,
+    read_run_evaluations,
+    score_of,
+    step_folders,
+)
 from fingpt_lightning.evaluation.runner import TaskResult
 from fingpt_lightning.files import to_json, write_json, write_whole
 
-RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 _COLUMNS = {
     "accuracy": "accuracy (95 %)",
     "accuracy_norm": "by length",
@@ -112,6 +119,44 @@ def write_results(
     lines = [to_json(row, ensure_ascii=False) for row in prediction_rows(results)]
     write_whole(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
     write_json(folder / RESULTS, found)
+
+
+class RunEvaluations:
+    """Writes the evaluations of a run, on one process.
+
+    Args:
+        run_folder: Folder of the run; ``eval/`` is made in it.
+        step: Optimizer steps that the run has taken. Later evaluations are of an earlier attempt
+            that was given up: they are no longer the best or the last ones.
+
+    Raises:
+        ValueError: A ``results.json`` of an earlier start is broken.
+    """
+
+    def __init__(self, run_folder: Path, step: int) -> None:
+        self._folder = run_folder / FOLDER
+        found = read_run_evaluations(run_folder)
+        self._scores = {one.step: score_of(one.results) for one in found if one.step <= step}
+
+    def write(self, step: int, head: Mapping[str, Any], results: Sequence[TaskResult]) -> None:
+        """Writes an evaluation, whole or not at all, and drops predictions that need not stay.
+
+        Args:
+            step: Optimizer steps before it.
+            head: What stands in ``results.json`` beside ``tasks`` and ``step``.
+            results: One result per task.
+
+        Raises:
+            ValueError: A figure is NaN or infinite.
+        """
+        write_results(self._folder / str(step), {"step": step, **head}, results, has_pictures=False)
+        by_task = {result.run.task.name: results_of(result) for result in results}
+        self._scores[step] = score_of({"tasks": by_task})
+        best = max(self._scores, key=lambda one: (self._scores[one], one))
+        kept = {min(self._scores), best, step}
+        for folder_step, folder in step_folders(self._folder):
+            if folder_step not in kept:
+                (folder / PREDICTIONS).unlink(missing_ok=True)
 
 
 def _pictures(results: Sequence[TaskResult]) -> dict[str, bytes]:

@@ -26,6 +26,7 @@ from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.instructions import tokenizer_of_base
 from fingpt_lightning.files import write_json
 from fingpt_lightning.low_rank import low_rank_factors
+from fingpt_lightning.metric_keys import MEMORY_PARTS
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import dense_in_blocks
@@ -87,7 +88,7 @@ class _Notes(Callback):
             torch.cuda.synchronize()
         self.ended_s.append(time.perf_counter())
         for part in _MEASURED:
-            value = trainer.callback_metrics.get(f"memory/{part}_mib")
+            value = trainer.callback_metrics.get(MEMORY_PARTS[part])
             if value is not None:
                 self.bytes[part] = max(self.bytes.get(part, 0), round(value.item() * MIB))
 
