@@ -296,7 +296,7 @@ def test_the_report_shows_what_was_left_without_wandb(tmp_path: Path) -> None:
 def test_a_score_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     module = _Module()
     with torch.no_grad():
-        module.network.get_submodule("model.layers.1.mlp.up_proj").weight[3, 4] = torch.nan
+        module.network.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = torch.nan
     message = r"task fpb, row \d: the scores are not finite: the tensor model.layers.1.mlp.up_proj"
     with pytest.raises(FloatingPointError, match=message):
         _fit(tmp_path, module, FinancialEvaluation(["fpb"], _data_dir(tmp_path / "data")))

@@ -43,7 +43,7 @@ def words(tmp_path: Path, request: pytest.FixtureRequest) -> list[str]:
 
 def _save(folder: Path, value: float) -> None:
     network = tiny_network("llama")
-    weight = network.get_submodule("model.layers.1.mlp.up_proj").weight
+    weight = network.get_parameter("model.layers.1.mlp.up_proj.weight")
     with torch.no_grad():
         if math.isfinite(value):
             weight.fill_(value)

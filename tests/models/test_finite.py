@@ -15,14 +15,14 @@ from tests.evaluation.tiny_language import tiny_network
 def test_the_first_tensor_that_is_not_finite_is_named(value: float) -> None:
     network = tiny_network("llama")
     assert first_not_finite(network) is None
-    weight = network.get_submodule("model.layers.1.mlp.up_proj").weight
+    weight = network.get_parameter("model.layers.1.mlp.up_proj.weight")
     with torch.no_grad():
         weight[3, 4] = value
     assert first_not_finite(network) == "model.layers.1.mlp.up_proj.weight"
-    network.model.register_buffer("scales", torch.tensor([value]))
+    network.register_buffer("scales", torch.tensor([value]))
     with torch.no_grad():
         weight[3, 4] = 0
-    assert first_not_finite(network) == "model.scales"
+    assert first_not_finite(network) == "scales"
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
@@ -32,7 +32,7 @@ def test_a_weight_that_was_quantised_is_named_too(
     folder = tmp_path_factory.mktemp("damaged")
     network = tiny_network("llama")
     with torch.no_grad():
-        network.get_submodule("model.layers.1.mlp.up_proj").weight[3, 4] = math.nan
+        network.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = math.nan
     network.save_pretrained(folder)
     loaded = load_model(str(folder), quantize=quantize).network
     name = first_not_finite(loaded)
