@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.sdk.lib import wbauth
 
+from fingpt_lightning.metric_keys import TRAIN_LOSS, TRAIN_TOKENS, VAL_LOSS, VAL_PERPLEXITY
 from fingpt_lightning.terminal.messages import first_line
 
 PROBE_TIMEOUT_S = 10.0
@@ -45,7 +46,7 @@ LIMIT_VARIABLES = tuple(_LIMITS)
 """Variables by which a run's processes, an agent's too, learn how long W&B may keep them."""
 
 _WITHOUT_SERVER = ("offline", "dryrun", "disabled")
-_BY_TOKENS = ("train/loss", "val/loss", "val/perplexity")
+_BY_TOKENS = (TRAIN_LOSS, VAL_LOSS, VAL_PERPLEXITY)
 
 
 class Unreachable(NamedTuple):
@@ -252,9 +253,9 @@ def record_config(logger: WandbLogger, config: str) -> None:
     """
     run = logger.experiment
     run.config.update({"cli": yaml.safe_load(config)}, allow_val_change=True)
-    run.define_metric("train/tokens")
+    run.define_metric(TRAIN_TOKENS)
     for key in _BY_TOKENS:
-        run.define_metric(key, step_metric="train/tokens")
+        run.define_metric(key, step_metric=TRAIN_TOKENS)
 
 
 @rank_zero_only

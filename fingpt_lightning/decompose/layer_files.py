@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fingpt_lightning.files import written_whole
+from fingpt_lightning.files import to_json, written_whole
 from fingpt_lightning.low_rank.decomposition import (
     Errors,
     Method,
@@ -308,7 +308,7 @@ def decompose_reached(work: Work, layer: LayerWeight, moments: ShiftedMoments) -
 def keep_dense(work: Work, layer: LayerWeight) -> LayerResult:
     """Writes that a layer stays dense."""
     result = LayerResult(layer.name, None, 0.0, None if layer.moments is None else 0.0)
-    write_tensors(result_file(work.folder, layer.name), {}, json.dumps(result._asdict()))
+    write_tensors(result_file(work.folder, layer.name), {}, to_json(result._asdict()))
     return result
 
 
@@ -356,5 +356,5 @@ def _generator(work: Work, name: str) -> torch.Generator:
 def _written(work: Work, name: str, pair: Factors, errors: Errors) -> LayerResult:
     result = LayerResult(name, pair.up.shape[1], errors.weight, errors.output)
     tensors = {"up": pair.up.cpu(), "down": pair.down.cpu()}
-    write_tensors(result_file(work.folder, name), tensors, json.dumps(result._asdict()))
+    write_tensors(result_file(work.folder, name), tensors, to_json(result._asdict()))
     return result

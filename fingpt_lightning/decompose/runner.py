@@ -29,7 +29,14 @@ from fingpt_lightning.decompose.layer_files import (
 from fingpt_lightning.decompose.layer_pool import LayerPool
 from fingpt_lightning.decompose.sequential import decompose_in_sequence
 from fingpt_lightning.decompose.source import Source, with_moments
-from fingpt_lightning.files import PARTIAL, clear_owned, is_unused, owned, write_whole
+from fingpt_lightning.files import (
+    PARTIAL,
+    clear_owned,
+    is_unused,
+    owned,
+    to_json,
+    write_json,
+)
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.low_rank.rank_allocation import (
@@ -147,7 +154,7 @@ class Decomposition:
             "total_compression_ratio": self.total_compression_ratio,
             "layer_compression_ratio": self.layer_compression_ratio,
         }
-        return json.dumps(found, indent=1) + "\n"
+        return to_json(found, indent=1) + "\n"
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -299,7 +306,7 @@ def _begin(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
                     f" {value!r}; remove it or --overwrite"
                 )
         return
-    write_whole(file, json.dumps(now))
+    write_json(file, now)
 
 
 def _calibrated(
@@ -322,7 +329,7 @@ def _calibrated(
                 # Half the bytes of float64; sums were made in that.
                 write_tensors(moments_file(folder, name), {"moments": moments.float().cpu()})
             show(min(number + 1, num_blocks))
-    write_whole(done, json.dumps(groups))
+    write_json(done, groups)
     return groups
 
 
@@ -464,5 +471,5 @@ def _written_shards(
         (folder / f"{index}.part").rename(folder / file)
         place |= dict.fromkeys(names, file)
     listed = {"metadata": {}, "weight_map": place}
-    (folder / SAFETENSORS_INDEX).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / SAFETENSORS_INDEX, listed)
     return shapes

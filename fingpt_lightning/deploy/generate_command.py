@@ -11,7 +11,7 @@ from rich.text import Text
 from fingpt_lightning.deploy.generation import Completion, Prompt, complete
 from fingpt_lightning.deploy.loading import load_with_adapters
 from fingpt_lightning.deploy.sampling import Sampling
-from fingpt_lightning.files import not_utf8, write_whole
+from fingpt_lightning.files import not_utf8, to_json, write_whole
 from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
 from fingpt_lightning.terminal.messages import nearest
 from fingpt_lightning.terminal.progress import shown_progress
@@ -99,7 +99,7 @@ def read_prompts(file: Path) -> list[Prompt]:
 def write_completions(file: Path, completions: list[Completion]) -> None:
     """Writes one JSON object a text, aside and then renamed."""
     lines = [
-        json.dumps(
+        to_json(
             {
                 "prompt": completion.prompt.text,
                 **({"adapter": name} if (name := completion.prompt.adapter) else {}),

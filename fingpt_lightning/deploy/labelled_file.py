@@ -20,7 +20,7 @@ from fingpt_lightning.files import (
     clear_owned,
     owned,
     sync_folder,
-    write_whole,
+    write_json,
     written_whole,
 )
 from fingpt_lightning.terminal.messages import nearest
@@ -81,7 +81,7 @@ class LabelledFile:
     def _check_settings(self) -> None:
         file = self.folder / _SETTINGS
         if not file.is_file():
-            write_whole(file, json.dumps(self._settings))
+            write_json(file, self._settings)
             return
         before = json.loads(file.read_text(encoding="utf-8"))
         for name, value in self._settings.items():
@@ -202,6 +202,10 @@ def _write_jsonl(
     plain = ({name: _json_value(name, value) for name, value in row.items()} for row in rows)
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in plain)
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _write_parquet(

@@ -48,19 +48,26 @@ def calibrate(
         () if prediction.is_dropped else content_free_prompts(task, example)
         for example, prediction in zip(examples, predictions, strict=True)
     ]
-    prompts = list(dict.fromkeys(prompt for prompts in emptied for prompt in prompts))
-    asked = [Example(task.instruction, (p,), examples[0].choices, None, 0, "") for p in prompts]
+    rows: dict[str, int] = {}
+    """The first row of each prompt, for messages."""
+    for example, prompts in zip(examples, emptied, strict=True):
+        for prompt in prompts:
+            rows.setdefault(prompt, example.row)
+    empty = [
+        Example(task.instruction, (prompt,), examples[0].choices, None, row, "")
+        for prompt, row in rows.items()
+    ]
     answers = score(
         network,
         tokenizer,
-        asked,
+        empty,
         relative=True,
         batch_tokens=batch_tokens,
         too_long=TooLong.DROP,
     )
     scores = {
         prompt: answer.scores
-        for prompt, answer in zip(prompts, answers, strict=True)
+        for prompt, answer in zip(rows, answers, strict=True)
         if not answer.is_dropped
     }
     return [

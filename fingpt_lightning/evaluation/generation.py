@@ -49,6 +49,7 @@ def generate(
 
     Raises:
         ValueError: As in `score`.
+        FloatingPointError: As in `score`.
     """
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(network.device.type)
@@ -69,7 +70,9 @@ def generate(
     prefix = SharedPrefix(network, prompts[0][:num_shared])
     num_answered = 0
     for batch in plan_batches([len(prompt) - num_shared for prompt in prompts], batch_tokens):
-        written = _continue(network, tokenizer, [prompts[i] for i in batch], prefix, num_new)
+        names = [f"row {examples[i].row}" for i in batch]
+        of_batch = [prompts[i] for i in batch]
+        written = _continue(network, tokenizer, of_batch, prefix, num_new, names)
         for index, answer in zip(batch, written, strict=True):
             choice = read_label(answer, labels)
             predictions[places[index]] = Prediction(choice, (), rows[index].is_cut, answer)
@@ -99,6 +102,7 @@ def _continue(
     prompts: Sequence[tuple[int, ...]],
     prefix: SharedPrefix,
     num_new: int,
+    names: Sequence[str],
 ) -> list[str]:
     device = network.device
     cache = prefix.cache(len(prompts))
@@ -117,5 +121,6 @@ def _continue(
         num_new,
         allowed=allowed_BS,
         end_tokens=[int(tokenizer.eos_token_id)],
+        names=names,
     )
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -136,7 +136,38 @@ def predict(
         batch_tokens: As in `score`.
         too_long: As in `score`.
         on_answered: As in `score`.
+
+    Raises:
+        FloatingPointError: A score or logit is NaN or infinite: task, row and likely cause are
+            named.
     """
+    try:
+        return _predict(
+            network,
+            tokenizer,
+            task,
+            examples,
+            scoring,
+            calibrate,
+            batch_tokens,
+            too_long,
+            on_answered,
+        )
+    except FloatingPointError as error:
+        raise FloatingPointError(f"task {task.name}, {error}") from None
+
+
+def _predict(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    task: Task,
+    examples: Sequence[Example],
+    scoring: Scoring,
+    calibrate: bool,
+    batch_tokens: int | None,
+    too_long: TooLong,
+    on_answered: Callable[[int], None] | None,
+) -> list[Prediction]:
     if scoring is Scoring.GENERATE:
         return generate(
             network,

@@ -12,6 +12,7 @@ from fingpt_lightning.evaluation.batches import default_batch_tokens, plan_batch
 from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
 from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
 from fingpt_lightning.models.families import head_of
+from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.tasks import Example
 from fingpt_lightning.tasks.encoding import EncodedExample, TooLong, encode_examples
 
@@ -69,6 +70,7 @@ def score(
     Raises:
         ValueError: ``batch_tokens`` is below 1, an answer has no token, or a row does not fit
             the context and ``too_long`` is ``error``.
+        FloatingPointError: A score is NaN or infinite: the row and the likely cause are named.
     """
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(network.device.type)
@@ -88,6 +90,8 @@ def score(
         hidden_BTD = run_trees(network, of_batch, prefix)
         found = answer_scores(head, hidden_BTD, of_batch, relative=relative)
         for place, index in enumerate(batch):
+            if not all(map(math.isfinite, found.scores[place])):
+                raise not_finite(network, f"row {examples[places[index]].row}: the scores")
             greedy = [] if relative else found.are_greedy[place]
             answer = _prediction(rows[index], found.scores[place], greedy)
             predictions[places[index]] = answer

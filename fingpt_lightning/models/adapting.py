@@ -4,7 +4,6 @@ Folders are PEFT's: what is written here loads there, and what PEFT writes loads
 """
 
 import hashlib
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fingpt_lightning.files import write_whole, written_whole
+from fingpt_lightning.files import write_json, written_whole
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.low_rank.adapters import AdaptedLinear, AdapterOptions, SharedDown
 from fingpt_lightning.models.families import family_of
@@ -227,7 +226,7 @@ def save_adapter(
         told[BASE_QUANTIZE] = method
     with written_whole(folder / ADAPTER_WEIGHTS) as aside:
         save_file(state, aside, told)
-    write_whole(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    write_json(folder / ADAPTER_CONFIG, config, indent=2)
 
 
 def load_adapter(

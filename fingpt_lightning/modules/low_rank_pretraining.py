@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,6 +44,7 @@ from fingpt_lightning.modules.ranges import check_below_1, check_optimization
 from fingpt_lightning.modules.recipe import PLAIN, check_recipe, low_rank_changes
 from fingpt_lightning.modules.self_guided import GuideSchedule
 from fingpt_lightning.modules.sharding import shard
+from fingpt_lightning.modules.weight_averaging import prepare_averaging
 from fingpt_lightning.terminal.messages import nearest
 
 _PRESET = "gpt2-small"
@@ -319,10 +321,18 @@ class LowRankPretraining(LanguageModelingModule):
 
     @override
     def configure_model(self) -> None:
+        prepare_averaging(self)
         if "network" not in self._modules:
-            self._make_network()
+            # The trainer is in this context too, unless a callback calls this.
+            with self._precision_context():
+                self._make_network()
         if self.is_fitting:
             self.guiding.attach(self.network)
+
+    def _precision_context(self) -> AbstractContextManager[None]:
+        if self._trainer is None:
+            return nullcontext()
+        return self.trainer.precision_plugin.tensor_init_context()
 
     def _make_network(self) -> None:
         self._check_recipe_fits()
@@ -484,6 +494,9 @@ class LowRankPretraining(LanguageModelingModule):
 
     def _vocab_size(self) -> int:
         vocab_size: int | None = self.hparams["vocab_size"]
+        if vocab_size is None and self.text_source is not None:
+            # Before `setup`, where a callback has the network built in its own.
+            vocab_size = self.text_source.vocabulary_size
         if vocab_size is None:
             raise ValueError("vocab_size is null and there is no data whose tokenizer gives it")
         return vocab_size

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -41,6 +42,7 @@ from fingpt_lightning.modules.base_model import RandomLlama, random_llama
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import adamw_8bit
 from fingpt_lightning.modules.ranges import check_above_0, check_from_0, check_optimization
+from fingpt_lightning.modules.weight_averaging import prepare_averaging
 
 _OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 _RECOMPUTE = ("none", "block", "offload")
@@ -157,11 +159,13 @@ class QuantizedFinetuning(LanguageModelingModule):
         self.strict_loading = False  # a checkpoint holds no base
         self.save_hyperparameters(ignore=["random_base"])
         self.hparams["random_base"] = None if random_base is None else dict(vars(random_base))
+        self.register_load_state_dict_post_hook(_miss_no_base)  # type: ignore[no-untyped-call]
         # Drawn now, so that nothing that draws before the adapters are made changes them.
         self.initialization_seed = int(torch.randint(2**31, ()))
 
     @override
     def configure_model(self) -> None:
+        prepare_averaging(self)
         if "network" in self._modules:
             return
         self._check_strategy()
@@ -286,7 +290,10 @@ class QuantizedFinetuning(LanguageModelingModule):
         prefix = kwargs.get("prefix", "")
         trained = {f"{prefix}{name}" for name, p in self.named_parameters() if p.requires_grad}
         whole = cast("dict[str, Any]", super().state_dict(*args, **kwargs))
-        return {name: value for name, value in whole.items() if name in trained}
+        # In place: a module around this one, such as an average, keeps what it handed in.
+        for name in [n for n in whole if n.startswith(prefix) and n not in trained]:
+            del whole[name]
+        return whole
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -432,6 +439,18 @@ class QuantizedFinetuning(LanguageModelingModule):
                 f"data.tokenizer has {source.vocabulary_size} tokens, {self.base}"
                 f" {config.vocab_size}: take the base's own"
             )
+
+
+def _miss_no_base(module: nn.Module, found: _IncompatibleKeys) -> None:
+    """Has a strict reader of a state dict, such as an average's, not ask for the frozen base."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    frozen |= {name for name, _ in module.named_buffers()}
+    # A module around this one has its own names in front.
+    found.missing_keys[:] = [
+        key
+        for key in found.missing_keys
+        if not any(key == name or key.endswith(f".{name}") for name in frozen)
+    ]
 
 
 def _no_base_dropout(network: nn.Module) -> None:

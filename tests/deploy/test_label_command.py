@@ -181,9 +181,9 @@ def test_no_value_is_written_as_python_prints_it(
         return
     check_writable(row, ending)
     file = LabelledFile(tmp_path / f"out{ending}", {})
-    file.begin(overwrite=False)
-    file.add(0, [row], list(row))
-    file.finish()
+    with file.begun(overwrite=False):
+        file.add(0, [row], list(row))
+        file.finish()
     (written,) = read(tmp_path / f"out{ending}")
     assert written == {"text": "a", "by": expected}
 

@@ -1,6 +1,5 @@
 """A network's files: safetensors, config, generation config, tokenizer."""
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fingpt_lightning.files import exchange, scratch_folder, sync_files, sync_folder
+from fingpt_lightning.files import exchange, scratch_folder, sync_files, sync_folder, to_json
 from fingpt_lightning.models.families import family_of, head_of
 from fingpt_lightning.models.formats.quantized_folder import quantization_config, quantize_layers
 from fingpt_lightning.models.formats.weights import SAFETENSORS
@@ -112,7 +111,7 @@ def write_config(
     }
     if quantization:
         described["quantization_config"] = quantization
-    text = json.dumps(described, indent=2, sort_keys=True) + "\n"
+    text = to_json(described, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     if network.generation_config is not None:
         network.generation_config.save_pretrained(folder)
