@@ -9,8 +9,8 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import TCPStore
 
 from fingpt_lightning.terminal.messages import first_line
 
