@@ -39,6 +39,11 @@ SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV")
 _ROOT = Path(__file__).parents[1]
 _NUM_RANKS = 2
 _START_TIMEOUT_S = 300
+_ATTEMPTS = 5
+
+
+class NotBegunError(RuntimeError):
+    """The ranks did not come so far: on a busy machine one may wait ``timeout_s`` for another."""
 
 
 class Case(NamedTuple):
@@ -95,7 +100,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.at_once) as pool:
 
         def row(case: Case) -> dict[str, Any]:
-            return _row(case, lose(case, Path(folder), options.timeout_s, context))
+            for attempt in range(1, _ATTEMPTS + 1):
+                with contextlib.suppress(NotBegunError):
+                    outcome = lose(case, Path(folder), options.timeout_s, context)
+                    return _row(case, outcome) | {"attempts": attempt}
+            raise RuntimeError(f"{case}: the ranks did not come to the moment of the loss")
 
         for number, found in enumerate(pool.map(row, cases), 1):
             print(f"{number}/{len(cases)}: {found}", file=sys.stderr)
@@ -189,6 +198,7 @@ def summary(rows: Sequence[dict[str, Any]], timeout_s: float) -> dict[str, Any]:
     seconds = [row["ended_s"] for row in rows]
     return {
         "rank_losses": len(rows),
+        "attempts": sum(row["attempts"] for row in rows),
         "ended_in_time": sum(s <= timeout_s + SLACK_S for s in seconds),
         "named_in_one_line": sum(row["is_named"] for row in rows),
         "ended_s_max": max(seconds),
@@ -308,7 +318,7 @@ def _await(marker: Path, ranks: Sequence[Any], own: Path) -> None:
     while not marker.exists():
         if time.monotonic() > deadline_s or any(r.exitcode is not None for r in ranks):
             text = "\n".join(path.read_text() for path in sorted(own.glob("rank?")))
-            raise RuntimeError(f"the ranks did not come to the moment of the loss:\n{text}")
+            raise NotBegunError(f"the ranks did not come to the moment of the loss:\n{text}")
         time.sleep(POLL_S)
 
 

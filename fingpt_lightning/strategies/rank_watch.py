@@ -177,6 +177,7 @@ class RankWatch:
         self._told_gave_up = False
         self._ended: str | None = None
         self._knows = False
+        self._waited_at = ""
         self._peers: list[_Peer] = []
         self._listener: socket.socket | None = None
         self._token = ""
@@ -207,9 +208,12 @@ class RankWatch:
 
         From now on this process has some seconds to end by itself.
         """
-        self._gave_up_s = time.monotonic()
+        frames = list(walk_tb(error.__traceback__))
+        activity = _activity([frame.f_code.co_name for frame, _ in reversed(frames)])
+        if frames:
+            self._waited_at = f"{activity}|{_place(*frames[-1])}"
         self._knows = True
-        activity = _activity([frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)])
+        self._gave_up_s = time.monotonic()
         self._decided.wait(_VERDICT_S)
         if self._verdict is None:
             hub = next((p for p in self._peers if p.identity is not None), None)
@@ -329,7 +333,8 @@ class RankWatch:
     def _judge(self) -> None:
         if self._gave_up_s is not None and not self._told_gave_up:
             self._told_gave_up = True
-            self._tell(gave_up=True)
+            place, waits = self._where()
+            self._tell(gave_up=True, place=place, waits=waits)
         known = [peer for peer in self._peers if peer.identity is not None]
         lost = [peer for peer in known if peer.silent_s > self.timeout_s]
         if lost:
@@ -380,12 +385,13 @@ class RankWatch:
 
     def _where(self) -> tuple[str, bool]:
         """What the main thread does, and whether it waits for other ranks."""
+        if self._waited_at:
+            return self._waited_at, True
         frame = sys._current_frames().get(self._main or 0)
         if frame is None:
             return "", False
-        place = f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
         waits = _WAITING_IN in frame.f_code.co_filename
-        return f"{_activity(_functions(frame))}|{place}", waits
+        return f"{_activity(_functions(frame))}|{_place(frame, frame.f_lineno)}", waits
 
     def _decide(self, verdict: _Verdict) -> None:
         if self._verdict is None:
@@ -440,6 +446,10 @@ def _functions(frame: FrameType | None) -> list[str]:
         names.append(frame.f_code.co_name)
         frame = frame.f_back
     return names
+
+
+def _place(frame: FrameType, line: int) -> str:
+    return f"{frame.f_code.co_filename}:{line} {frame.f_code.co_name}"
 
 
 def _activity(functions: Sequence[str]) -> str:
