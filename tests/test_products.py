@@ -12,7 +12,7 @@ from tests.support.amx import with_amx, without_amx
 from tests.support.product_table import LIMITS
 from tests.support.programs import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 class Measured(NamedTuple):
@@ -33,7 +33,7 @@ def _measured(variables: dict[str, str], folder: Path) -> Measured:
     variables = {"PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"} | variables
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.product_table", str(path)],
-        cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=250,
+        cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=800,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return Measured(done.stdout, json.loads(path.read_text(encoding="utf-8")))
