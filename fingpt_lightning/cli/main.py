@@ -52,8 +52,8 @@ COMMANDS = {
     ),
     "decompose": Command(
         "a dense model's layers as low-rank layers; the folder trains on, evaluates and exports",
-        "fingpt_lightning.decompose.options",
-        "fingpt_lightning.decompose.command",
+        "fingpt_lightning.decomposition.options",
+        "fingpt_lightning.decomposition.command",
     ),
     "export": Command(
         "a model in the form that other tools read, compared before it is handed over",

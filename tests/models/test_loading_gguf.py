@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from fingpt_lightning.decompose.runner import Request, decompose_model
-from fingpt_lightning.decompose.source import open_source
+from fingpt_lightning.decomposition.runner import Request, decompose_model
+from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.models import smollm2
 from fingpt_lightning.models.loading import load_model
 from tests.models.tiny_models import VOCABULARY, ids, tiny_gpt2, tiny_llama

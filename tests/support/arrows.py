@@ -20,7 +20,7 @@ ORDER = (
     "planning",
     "reporting",
     "sweeping",
-    "decompose",
+    "decomposition",
     "deploy",
     "callbacks",
     "strategies",

@@ -11,13 +11,13 @@ from rich.table import Table
 from transformers.utils import logging
 
 from fingpt_lightning.data.calibration_text import read_calibration
-from fingpt_lightning.decompose.runner import (
+from fingpt_lightning.decomposition.runner import (
     DecomposedLayer,
     Request,
     check_output,
     decompose_model,
 )
-from fingpt_lightning.decompose.source import open_source
+from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.low_rank.budget import name_within_block
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.models.device import find_device

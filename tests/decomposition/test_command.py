@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fingpt_lightning.cli.main import main
-from fingpt_lightning.decompose import layer_files, runner, sequential
+from fingpt_lightning.decomposition import layer_files, runner, sequential
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.models.loading import load_model

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from fingpt_lightning.data.calibration_text import Calibration
-from fingpt_lightning.decompose.layer_files import (
+from fingpt_lightning.decomposition.layer_files import (
     LayerResult,
     LayerWeight,
     Work,
@@ -26,9 +26,9 @@ from fingpt_lightning.decompose.layer_files import (
     spectrum_file,
     write_tensors,
 )
-from fingpt_lightning.decompose.layer_pool import LayerPool
-from fingpt_lightning.decompose.sequential import decompose_in_sequence
-from fingpt_lightning.decompose.source import Source, with_moments
+from fingpt_lightning.decomposition.layer_pool import LayerPool
+from fingpt_lightning.decomposition.sequential import decompose_in_sequence
+from fingpt_lightning.decomposition.source import Source, with_moments
 from fingpt_lightning.files import write_whole
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.low_rank.rank import resolve_rank
