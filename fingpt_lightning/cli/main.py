@@ -65,6 +65,11 @@ COMMANDS = {
         "fingpt_lightning.sweeping.options",
         "fingpt_lightning.cli.sweep",
     ),
+    "configs": Command(
+        "the configs and sweeps that come with fingpt; shows one, or copies it to change it",
+        "fingpt_lightning.cli.configs_options",
+        "fingpt_lightning.cli.configs",
+    ),
     "report": Command(
         "one page about runs, sweeps and evaluations: curves, memory, accuracy, mistakes",
         "fingpt_lightning.reporting.options",
@@ -77,7 +82,7 @@ COMMANDS = {
     ),
 }
 
-_HELP = """usage: fingpt COMMAND [--config FILE ...] [--KEY VALUE ...]
+_HELP = """usage: fingpt COMMAND [--config NAME_OR_FILE ...] [--KEY VALUE ...]
 
 Pretrain and finetune financial language models in little memory and time.
 
@@ -89,7 +94,7 @@ options:
   --version    the version
   --debug      show the traceback of a failure
 
-start with:    fingpt fit --config configs/quickstart.yaml
+start with:    fingpt fit --config quickstart
 exit status:   0 done, 1 failed, 2 wrong command line or config, 130 interrupted,
                143 ended by SIGTERM"""
 

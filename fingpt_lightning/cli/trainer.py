@@ -44,6 +44,7 @@ from fingpt_lightning.cli.run_folders import (
     find_checkpoint,
     keep_old_metrics,
 )
+from fingpt_lightning.cli.shipped import with_config_files
 from fingpt_lightning.cli.wandb_runs import (
     keep_offline_if_unreachable,
     log_adapter,
@@ -195,6 +196,7 @@ class FinGPTCLI(LightningCLI):
             self._on_failure.pop_all()
 
     def _build_and_run(self, words: list[str]) -> None:
+        words = with_config_files(words)
         super().__init__(
             LightningModule,
             LightningDataModule,
