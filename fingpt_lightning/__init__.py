@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fingpt_lightning.decomposition.command import decompose
     from fingpt_lightning.deploy.export_command import export
     from fingpt_lightning.evaluation.command import evaluate
+    from fingpt_lightning.low_rank.conversion import make_low_rank
     from fingpt_lightning.low_rank.embedding import LowRankEmbedding
     from fingpt_lightning.low_rank.linear import LowRankLinear
     from fingpt_lightning.models.loading import load_model
@@ -38,6 +39,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_model",
+    "make_low_rank",
     "recompute_blocks",
     "vocabulary_loss",
 ]
@@ -55,6 +57,7 @@ _MODULES = {
     "evaluate": "evaluation.command",
     "export": "deploy.export_command",
     "load_model": "models.loading",
+    "make_low_rank": "low_rank.conversion",
     "recompute_blocks": "models.recompute",
     "vocabulary_loss": "models.vocabulary_loss",
 }
