@@ -53,8 +53,8 @@ COMMANDS = {
     ),
     "decompose": Command(
         "a dense model's layers as low-rank layers; the folder trains on, evaluates and exports",
-        "fingpt_lightning.decompose.options",
-        "fingpt_lightning.decompose.command",
+        "fingpt_lightning.decomposition.options",
+        "fingpt_lightning.decomposition.command",
     ),
     "export": Command(
         "a model in the form that other tools read, compared before it is handed over",
@@ -65,6 +65,11 @@ COMMANDS = {
         "many runs by a W&B sweep file, checked first, with a server or without one",
         "fingpt_lightning.sweeping.options",
         "fingpt_lightning.cli.sweep",
+    ),
+    "configs": Command(
+        "the configs and sweeps that come with fingpt; shows one, or copies it to change it",
+        "fingpt_lightning.cli.configs_options",
+        "fingpt_lightning.cli.configs",
     ),
     "report": Command(
         "one page about runs, sweeps and evaluations: curves, memory, accuracy, mistakes",
@@ -79,7 +84,7 @@ COMMANDS = {
 }
 
 _LONGEST_MESSAGE = 2000
-_HELP = """usage: fingpt COMMAND [--config FILE ...] [--KEY VALUE ...]
+_HELP = """usage: fingpt COMMAND [--config NAME_OR_FILE ...] [--KEY VALUE ...]
 
 Pretrain and finetune financial language models in little memory and time.
 
@@ -91,7 +96,7 @@ options:
   --version    the version
   --debug      show the traceback of a failure
 
-start with:    fingpt fit --config configs/quickstart.yaml
+start with:    fingpt fit --config quickstart
 exit status:   0 done, 1 failed, 2 wrong command line or config, 130 interrupted,
                143 ended by SIGTERM"""
 

@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
+from fingpt_lightning.cli.shipped import SWEEPS, find_file
 from fingpt_lightning.cli.trainer import build_trainer_command
 from fingpt_lightning.cli.wandb_runs import ServerGuard, find_unreachable, limit_waits
 from fingpt_lightning.files import new_folder
@@ -76,7 +77,7 @@ def _run_locally(options: argparse.Namespace, console: Console, report: Report) 
             raise ValueError(f"--project: {options.resume} was begun with {local.project}")
         extra = _check(local.sweep, build_fit, local.count, local.project, console)
     else:
-        sweep = read_sweep(options.sweep)
+        sweep = read_sweep(_sweep_file(options))
         count = num_trials(sweep, options.count)
         project = options.project or sweep.content.get("project")
         extra = _check(sweep, build_fit, count, project, console)
@@ -101,6 +102,10 @@ def _run_locally(options: argparse.Namespace, console: Console, report: Report) 
         console.print(line, markup=False, highlight=False)
 
 
+def _sweep_file(options: argparse.Namespace) -> Path:
+    return find_file(str(options.sweep), SWEEPS, "sweep")
+
+
 def _check(
     sweep: Sweep, build: Build, count: int, project: str | None, console: Console
 ) -> list[str]:
@@ -115,7 +120,7 @@ def _check(
 
 
 def _run_on_server(options: argparse.Namespace, console: Console) -> None:
-    sweep = read_sweep(options.sweep)
+    sweep = read_sweep(_sweep_file(options))
     count = options.count or sweep.num_trials
     check_sweep(sweep, build_fit, count)
     console.print(described(sweep, count), soft_wrap=False)

@@ -43,6 +43,7 @@ from fingpt_lightning.cli.run_folders import (
     find_checkpoint,
     read_checkpoint_lazily,
 )
+from fingpt_lightning.cli.shipped import with_config_files
 from fingpt_lightning.cli.signals import sigterm_left_to
 from fingpt_lightning.cli.wandb_runs import (
     LIMIT_VARIABLES,
@@ -199,6 +200,7 @@ class FinGPTCLI(LightningCLI):
             self._on_failure.pop_all()
 
     def _build_and_run(self, words: list[str]) -> None:
+        words = with_config_files(words)
         super().__init__(
             LightningModule,
             LightningDataModule,

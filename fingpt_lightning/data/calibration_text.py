@@ -1,7 +1,6 @@
 """Tokens on which the outputs of compressed layers are kept: of text, or of a task's rows."""
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,30 +31,48 @@ class Calibration(NamedTuple):
 
 
 def read_calibration(
-    options: argparse.Namespace,
     tokenizer: PreTrainedTokenizerFast | None,
     config: PretrainedConfig,
+    *,
+    calibration: str | Path | Sequence[str | Path] | None,
+    calibration_task: str | None,
+    calibration_tokens: int | None,
+    data_dir: str | Path | None,
 ) -> Calibration | None:
-    """What `add_calibration_options` asked for; None where it asked for nothing.
+    """The tokens that the options of a command name; None where they name no source.
 
     Args:
-        options: Of a command.
-        tokenizer: Of the network.
-        config: Of the network.
+        tokenizer: Tokenizer of the network.
+        config: Config of the network.
+        calibration: Text files.
+        calibration_task: Name of a task, in place of files.
+        calibration_tokens: Most tokens that are read; None is `CALIBRATION_TOKENS`.
+        data_dir: Folder of the task's rows; None reads them from the hub.
 
     Raises:
         ValueError: As in `text_calibration` and `task_calibration`.
         OSError: A path leads nowhere.
     """
-    number = options.calibration_tokens or CALIBRATION_TOKENS
-    if options.calibration is not None:
-        files = TextFiles(find_text_files(options.calibration, "calibration"))
+    number = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
+    if number < 1:
+        raise ValueError(f"calibration_tokens {number} is below 1")
+    if calibration is not None:
+        files = TextFiles(calibration_files(calibration))
         return text_calibration(files, tokenizer, config, number)
-    if options.calibration_task is not None:
-        return task_calibration(
-            options.calibration_task, options.data_dir, tokenizer, config, number
-        )
+    if calibration_task is not None:
+        return task_calibration(calibration_task, data_dir, tokenizer, config, number)
     return None
+
+
+def calibration_files(calibration: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    """The text files of a calibration.
+
+    Raises:
+        ValueError: There is none, or one is of another kind.
+        FileNotFoundError: A path leads nowhere.
+    """
+    given = [calibration] if isinstance(calibration, str | Path) else calibration
+    return find_text_files([str(path) for path in given], "calibration")
 
 
 def text_calibration(
@@ -93,7 +110,7 @@ def text_calibration(
 
 def task_calibration(
     name: str,
-    data_dir: Path | None,
+    data_dir: str | Path | None,
     tokenizer: PreTrainedTokenizerFast | None,
     config: PretrainedConfig,
     num_tokens: int = CALIBRATION_TOKENS,

@@ -20,6 +20,23 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {found}?" if found is not None else ""
 
 
+def check_choice(setting: str, value: str, known: Iterable[str]) -> None:
+    """Refuses a value that is none of ``known``, and names the nearest.
+
+    Raises:
+        ValueError: It is none of them.
+
+    >>> check_choice("method", "exakt", ["exact", "randomized"])
+    Traceback (most recent call last):
+    ...
+    ValueError: method 'exakt' is none of exact, randomized; did you mean exact?
+    """
+    names = list(known)
+    if value not in names:
+        given = f"{setting} {value!r}"
+        raise ValueError(f"{given} is none of {', '.join(names)}{nearest(str(value), names)}")
+
+
 def nearest_of(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name most like ``name``, or None where none is alike.
 

@@ -4,10 +4,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+import fingpt_lightning
 from fingpt_lightning import tasks
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.terminal import progress
@@ -226,6 +228,62 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
     assert status == 2
     (line,) = error.strip().splitlines()
     assert message in line
+
+
+def test_python_and_the_command_line_find_the_same(
+    evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--calibrate", "--limit", "4")
+    assert evaluate(*words, names="fpb,piqa")[0] == 0
+    told = json.loads((tmp_path / "results" / "results.json").read_text())
+    capsys.readouterr()
+    given: dict[str, Any] = {
+        "data_dir": tmp_path / "data", "device": "cpu", "calibrate": True, "limit": 4,
+    }  # fmt: skip
+    before = set(tmp_path.rglob("*"))
+    found = fingpt_lightning.evaluate(tmp_path / "model", ["fpb", "piqa"], **given)
+    assert capsys.readouterr().out == "", "the table is the command's"
+    assert set(tmp_path.rglob("*")) == before, "no output, no file"
+    assert list(found.results) == ["fpb", "piqa"]
+    for name, result in found.results.items():
+        for key, value in result.metrics.items():
+            assert json.loads(json.dumps(value)) == told["tasks"][name][key], key
+    assert found.head["settings"] == told["settings"]
+    output = tmp_path / "again"
+    fingpt_lightning.evaluate(str(tmp_path / "model"), "fpb, piqa", **given, output=output)
+    again = json.loads((output / "results.json").read_text())
+    assert again["tasks"].keys() == told["tasks"].keys()
+    assert again["tasks"]["fpb"]["accuracy"] == told["tasks"]["fpb"]["accuracy"]
+
+
+def test_a_table_without_files_is_printed_where_no_output_is_named(
+    evaluate: Evaluate, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("")
+    main_words = ["evaluate", "--model", str(tmp_path / "model"), "--tasks", "fpb"]
+    main([*main_words, "--data_dir", str(tmp_path / "data"), "--device", "cpu", "--limit", "2"])
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"overwrite": True}, "^overwrite has an effect with output alone$"),
+        ({"scoring": "choice"}, "scoring 'choice' is none of .*; did you mean choices"),
+        ({"batch_tokens": 0}, "batch_tokens 0 is below 1"),
+        ({"limit": 0}, "limit 0 is below 1"),
+        ({"tasks": " , "}, "tasks: no name is given"),
+        ({"tasks": []}, "tasks: no name is given"),
+        ({"dtype": "float8"}, "dtype"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_argument_is_refused_by_its_name(
+    evaluate: Evaluate, tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    rest: dict[str, Any] = {"tasks": "fpb", "data_dir": tmp_path / "data"}
+    with pytest.raises(ValueError, match=message):
+        fingpt_lightning.evaluate(tmp_path / "model", **(rest | given))
 
 
 def test_help_is_answered_without_torch() -> None:

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from fingpt_lightning.data import FinancialInstructions, TextBlocks
-from fingpt_lightning.decompose.runner import Request, decompose_model
-from fingpt_lightning.decompose.source import open_source
+from fingpt_lightning.decomposition.runner import Request, decompose_model
+from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import LowRankPretraining

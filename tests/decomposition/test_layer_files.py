@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fingpt_lightning.decompose.layer_files import (
+from fingpt_lightning.decomposition.layer_files import (
     Batch,
     LayerWeight,
     SafetensorsReader,

@@ -16,17 +16,8 @@ METHODS = ("exact", "randomized")
 ALLOCATIONS = ("spectrum", "uniform")
 
 
-def parse_options(words: list[str]) -> argparse.Namespace:
-    """The options that follow ``fingpt decompose``.
-
-    Args:
-        words: Of the command line.
-
-    Raises:
-        WrongOptions: An option is unknown, missing, has no such value, or has no effect beside
-            another.
-        SystemExit: With status 0, after ``--help`` has been answered.
-    """
+def build_parser() -> OptionParser:
+    """The parser of ``fingpt decompose``."""
     parser = OptionParser(
         "fingpt decompose", "A dense model in, its layers as low-rank layers out; it trains on."
     )
@@ -85,7 +76,31 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     )
     add("--tokenizer", help="folder of the tokenizer, where the model has none beside it")
     add("--overwrite", action="store_true", help="replace the folder, and begin anew")
-    options = parser.read(words)
+    return parser
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt decompose``.
+
+    Args:
+        words: Part of the command line after the command.
+
+    Raises:
+        WrongOptions: An option is unknown, missing, has no such value, or has no effect beside
+            another.
+        SystemExit: With status 0, after ``--help`` has been answered.
+    """
+    options = build_parser().read(words)
+    check_options(options)
+    return options
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuses options that have no effect beside each other, or need another.
+
+    Raises:
+        WrongOptions: There is one.
+    """
     if options.allocation is not None and options.compression is None:
         raise WrongOptions("--allocation has an effect with --compression alone")
     check_calibration_options(options)
@@ -101,7 +116,6 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         raise WrongOptions("--seed has an effect with --method randomized alone")
     if options.energy is not None and options.method == "randomized":
         raise WrongOptions("--energy needs the whole spectrum: --method exact")
-    return options
 
 
 def _share(text: str) -> float:

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.data.calibration_text import Calibration
-from fingpt_lightning.decompose.layer_files import (
+from fingpt_lightning.decomposition.layer_files import (
     LayerWeight,
     Work,
     decompose_reached,
@@ -14,7 +14,7 @@ from fingpt_lightning.decompose.layer_files import (
     read_factors,
     read_result,
 )
-from fingpt_lightning.decompose.source import Source
+from fingpt_lightning.decomposition.source import Source
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.low_rank.factorize import Factors
 from fingpt_lightning.models.input_moments import shifted_moments

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from fingpt_lightning.data.calibration_text import Calibration
-from fingpt_lightning.decompose.layer_files import (
+from fingpt_lightning.decomposition.layer_files import (
     LayerResult,
     LayerWeight,
     Work,
@@ -26,9 +26,10 @@ from fingpt_lightning.decompose.layer_files import (
     spectrum_file,
     write_tensors,
 )
-from fingpt_lightning.decompose.layer_pool import LayerPool
-from fingpt_lightning.decompose.sequential import decompose_in_sequence
-from fingpt_lightning.decompose.source import Source, with_moments
+from fingpt_lightning.decomposition.layer_pool import LayerPool
+from fingpt_lightning.decomposition.options import ALLOCATIONS
+from fingpt_lightning.decomposition.sequential import decompose_in_sequence
+from fingpt_lightning.decomposition.source import Source, with_moments
 from fingpt_lightning.files import (
     PARTIAL,
     clear_owned,
@@ -57,6 +58,7 @@ from fingpt_lightning.models.formats.weights import SAFETENSORS, SAFETENSORS_IND
 from fingpt_lightning.models.input_moments import input_moments
 from fingpt_lightning.models.layout import full_name, lay_out
 from fingpt_lightning.models.loading import DTYPES, load_model
+from fingpt_lightning.terminal.messages import check_choice
 from fingpt_lightning.terminal.progress import shown_progress
 from fingpt_lightning.units import GIB
 
@@ -68,22 +70,25 @@ _SEQUENTIAL_DAMPING = 0.01
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for; of the first three exactly one.
+    """What is requested; of the first three exactly one.
 
     Args:
-        rank_ratio: r / min(in, out) of each layer.
-        compression: Parameters of the dense network over those stored.
-        energy: Share of the squared singular values that each layer keeps.
-        allocation: With ``compression``: ``spectrum`` or ``uniform``.
-        embedding_rank: Of an embedding tied to the head; None keeps it dense.
-        method: Exact or randomised.
-        seed: Of the randomised method.
-        dtype: Of the stored weights.
+        rank_ratio: Share r / min(in, out) of each layer, in (0, 1].
+        compression: Parameters of the dense network over those stored, from 1 on.
+        energy: Share of the squared singular values that each layer keeps, in (0, 1].
+        allocation: ``spectrum`` or ``uniform``, for ``compression``.
+        embedding_rank: Rank of an embedding tied to the head; None keeps it dense.
+        method: Exact or randomized.
+        seed: Seed of the randomized method, from 0 on.
+        dtype: Type of the stored weights.
         damping: How much of the weights' own error counts beside that of the outputs on the
             calibration text, as in `low_rank.decomposition.damped`; None without calibration, and
             for what is usual: 0.01 with ``sequential``, else 0.
         sequential: Whether layers are taken apart one after the other, each for what reaches it
-            through the pairs before it; with calibration and without ``energy`` alone.
+            through the low-rank layers before it; with calibration and without ``energy`` alone.
+
+    Raises:
+        ValueError: A value is outside its range, or not exactly one of the first three is given.
     """
 
     rank_ratio: float | None = None
@@ -96,6 +101,26 @@ class Request:
     dtype: str = "float32"
     damping: float | None = None
     sequential: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = ("rank_ratio", "compression", "energy")
+        given = [name for name in sizes if getattr(self, name) is not None]
+        if len(given) != 1:
+            named = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of {', '.join(sizes)}; {named} is given")
+        for name in ("rank_ratio", "energy"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name} {share} is outside (0, 1]")
+        if self.compression is not None and not 1 <= self.compression < float("inf"):
+            raise ValueError(
+                f"compression {self.compression} is below 1 (dense over stored parameters)"
+            )
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} is below 0")
+        if self.damping is not None and not 0 <= self.damping < float("inf"):
+            raise ValueError(f"damping {self.damping} is not a number from 0 on")
 
 
 class DecomposedLayer(NamedTuple):

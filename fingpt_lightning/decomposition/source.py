@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from fingpt_lightning.decompose.layer_files import LayerWeight, SafetensorsReader, TensorReader
+from fingpt_lightning.decomposition.layer_files import LayerWeight, SafetensorsReader, TensorReader
 from fingpt_lightning.models.adapting import linear_names
 from fingpt_lightning.models.formats.quantized_folder import is_low_rank
 from fingpt_lightning.models.formats.weights import (

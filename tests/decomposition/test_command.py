@@ -2,13 +2,15 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import fingpt_lightning
 from fingpt_lightning.cli.main import main
-from fingpt_lightning.decompose import layer_files, runner, sequential
+from fingpt_lightning.decomposition import layer_files, runner, sequential
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.models.loading import load_model
@@ -444,3 +446,52 @@ def test_fit_trains_on_from_the_folder_and_its_checkpoint_exports(
         assert load_model(folder).source == f"{folder} ({kind}{trained.network.config.model_type})"
     with pytest.raises(SystemExit):
         main([*words, "--model.rank", "4"])
+
+
+def test_python_and_the_command_line_write_the_same(
+    decompose: Decompose, model: Path, text: Path, tmp_path: Path
+) -> None:
+    assert decompose(model, "--compression", "1.3", "--calibration", text)[0] == 0
+    told = json.loads((tmp_path / "out" / runner.RECORD).read_text())
+    made = fingpt_lightning.decompose(
+        model, tmp_path / "again", compression=1.3, calibration=text, device="cpu"
+    )
+    assert json.loads(made.to_json()) == told
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "give exactly one of rank_ratio, compression, energy; none is given"),
+        ({"rank_ratio": 0.5, "energy": 0.5}, "rank_ratio and energy is given"),
+        ({"rank_ratio": 0.0}, r"rank_ratio 0.0 is outside \(0, 1\]"),
+        ({"energy": 1.5}, r"energy 1.5 is outside \(0, 1\]"),
+        ({"compression": 0.5}, "compression 0.5 is below 1"),
+        ({"compression": 2.0, "allocation": "uniformly"}, "did you mean uniform"),
+        (
+            {"rank_ratio": 0.5, "allocation": "uniform"},
+            "^allocation has an effect with compression",
+        ),
+        ({"rank_ratio": 0.5, "method": "exakt"}, "did you mean exact"),
+        ({"rank_ratio": 0.5, "method": "randomized", "seed": -1}, "seed -1 is below 0"),
+        ({"rank_ratio": 0.5, "dtype": "float8"}, "dtype 'float8' is none of"),
+        ({"rank_ratio": 0.5, "workers": 0}, "workers 0 is below 1"),
+        ({"rank_ratio": 0.5, "damping": 0.1}, "^damping has an effect with a calibration alone$"),
+        (
+            {"rank_ratio": 0.5, "calibration": "a.txt", "calibration_task": "fpb"},
+            "^calibration and calibration_task: give one of them$",
+        ),
+        (
+            {"rank_ratio": 0.5, "calibration": "a.txt", "damping": -1.0},
+            "damping -1.0 is not a number from 0 on",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_wrong_argument_is_refused_by_its_name(
+    given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fingpt_lightning.decompose(tmp_path / "no_model", tmp_path / "out", **given, device="cpu")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
-from fingpt_lightning.decompose.layer_files import (
+from fingpt_lightning.decomposition.layer_files import (
     Batch,
     LayerWeight,
     Work,
