@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import markdown_table, new_record, write_record
+from fingpt_lightning.metric_keys import TRAIN_LOSS, VAL_LOSS
 
 QUESTION = "How far are the losses of a run in bfloat16 from those of the same run in float32?"
 CONTENDERS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
@@ -77,15 +78,16 @@ def read_curves(path: Path) -> dict[str, Curve]:
     Raises:
         ValueError: It has none of one of them.
     """
-    curves: dict[str, Curve] = {"train": {}, "val": {}}
+    keys = {"train": TRAIN_LOSS, "val": VAL_LOSS}
+    curves: dict[str, Curve] = {split: {} for split in keys}
     with path.open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             for split, curve in curves.items():
-                if loss := line.get(f"{split}/loss"):
+                if loss := line.get(keys[split]):
                     curve[int(line["step"]) + 1] = round(float(loss), 5)
     for split, curve in curves.items():
         if not curve:
-            raise ValueError(f"{path} has no {split}/loss")
+            raise ValueError(f"{path} has no {keys[split]}")
     return curves
 
 

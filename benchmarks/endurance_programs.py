@@ -21,6 +21,7 @@ from fingpt_lightning.decomposition import command as _decompose  # noqa: F401
 from fingpt_lightning.deploy import export_command as _export  # noqa: F401
 from fingpt_lightning.deploy import label_command, labelling
 from fingpt_lightning.files import write_whole
+from fingpt_lightning.metric_keys import VAL_LOSS
 from fingpt_lightning.modules import LowRankPretraining  # noqa: F401
 from fingpt_lightning.reporting import command as _report  # noqa: F401
 
@@ -57,11 +58,11 @@ words = sys.argv[1:]
 folder = Path(words[words.index("--trainer.default_root_dir") + 1])
 arguments = json.loads(Path(words[words.index("--config", 3) + 1]).read_text())
 rate = arguments["model"]["init_args"]["learning_rate"]
-(folder / "metrics.csv").write_text(f"step,val/loss\\n1,{rate + 1}\\n2,{rate}\\n")
+(folder / "metrics.csv").write_text(f"step,VAL_LOSS\\n1,{rate + 1}\\n2,{rate}\\n")
 (folder / "config.yaml").write_text(json.dumps({
     "model": arguments["model"], "trainer": {"logger": False, "callbacks": None},
     "best_checkpoint": {}, "last_checkpoint": {}, "data": {"init_args": {}}}))
-"""
+""".replace("VAL_LOSS", VAL_LOSS)
 
 
 def make_materials(folder: Path) -> dict[str, Program]:
@@ -260,7 +261,7 @@ def _sweep(materials: Path) -> dict[str, Any]:
     rates = {"learning_rate": {"values": [0.003, 0.001, 0.002]}}
     return {
         "method": "grid",
-        "metric": {"name": "val/loss", "goal": "minimize"},
+        "metric": {"name": VAL_LOSS, "goal": "minimize"},
         "parameters": {"model": {"parameters": {"init_args": {"parameters": rates}}}},
         "command": [
             *("${interpreter}", str(materials / "trial_of_fingpt.py"), "fit"),

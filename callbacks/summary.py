@@ -174,7 +174,7 @@ class RunSummary(Callback):
         """The lowest loss of this fit and of those that it goes on from, which checkpoints know."""
         known = [] if self._best_val_loss is None else [self._best_val_loss]
         for checkpoint in trainer.checkpoint_callbacks:
-            if isinstance(checkpoint, ModelCheckpoint) and checkpoint.monitor == "val/loss":
+            if isinstance(checkpoint, ModelCheckpoint) and checkpoint.monitor == VAL_LOSS:
                 score = checkpoint.best_model_score
                 known += [] if score is None else [float(score)]
         return min(known, default=None)
