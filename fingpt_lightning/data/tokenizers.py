@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fingpt_lightning.data.corpus import Corpus
 from fingpt_lightning.files import scratch_folder, sync_files, sync_folder
-from fingpt_lightning.models.formats.tokenizer import read_tokenizer
+from fingpt_lightning.models.formats.tokenizer import read_tokenizer, try_out
 from fingpt_lightning.terminal.messages import first_line, nearest_name
 
 END_OF_TEXT = "<|endoftext|>"
@@ -49,6 +49,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
             f"tokenizer: {name_or_path} names no eos_token in its tokenizer_config.json, so "
             "documents cannot be told apart"
         )
+    try_out(tokenizer, Path(name_or_path))
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer

@@ -76,7 +76,7 @@ CASES: list[tuple[str, Damage, tuple[str, ...], str]] = [
     ("a.ckpt", _binary, (*FIT, "--ckpt_path", "a.ckpt"), "ckpt_path a.ckpt is no checkpoint"),
     ("a.parquet", _cut, (*FIT, *TRAIN_ON, "a.parquet"), "a.parquet: no parquet data"),
     ("a.parquet", _flip, (*FIT, *TRAIN_ON, "a.parquet"), "a.parquet"),
-    ("model/tokenizer.json", _panic, (*FIT, *TRAIN_ON, "a.txt"), "model: its tokenizer is damaged"),
+    ("model/tokenizer.json", _panic, (*FIT, *TRAIN_ON, "a.jsonl"), "its tokenizer is damaged"),
     ("a.txt", _binary, (*FIT, *TRAIN_ON, "a.txt"), "a.txt: "),
     ("data/fpb/validation.parquet", _cut, EVALUATE, "validation.parquet is no whole Parquet file"),
     ("data/fpb/validation.parquet", _flip, EVALUATE, "validation.parquet: damaged behind row 0"),

@@ -61,12 +61,20 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
         raise ValueError(f"{where}: its tokenizer has no fast implementation")
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    _try_out(tokenizer, where)
+    try_out(tokenizer, where)
     return tokenizer
 
 
-def _try_out(tokenizer: PreTrainedTokenizerFast, where: Path) -> None:
-    """Raises where damage lets the code behind a tokenizer panic at a text."""
+def try_out(tokenizer: PreTrainedTokenizerFast, where: Path) -> None:
+    """Raises where damage lets the code behind a tokenizer panic at a text.
+
+    Args:
+        tokenizer: One that has been loaded.
+        where: Its folder or file.
+
+    Raises:
+        ValueError: It panics.
+    """
     # The panic describes itself at length before it is an exception.
     standard_error, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
