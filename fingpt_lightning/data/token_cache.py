@@ -81,7 +81,7 @@ def build_token_file(
         shown_tokenizing(str(corpus), corpus.num_bytes()) as show,
     ):
         for batch in batches:
-            file.write(memoryview(batch.ids))  # tofile does not tell of a full disk
+            file.write(batch.ids.data)  # tofile does not tell of a full disk
             num_skipped += batch.num_skipped
             so_far = SoFar(
                 so_far.num_documents + batch.num_documents,

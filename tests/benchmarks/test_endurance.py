@@ -1,0 +1,58 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import endurance_kills
+from benchmarks.endurance_trials import Program, leftovers
+
+ROOT = Path(__file__).parents[2]
+
+
+def _record(folder: Path, *words: str) -> dict[str, Any]:
+    # A process of its own: one that forks must not have computed with threads before.
+    command = [sys.executable, "-m", "benchmarks.endurance", "--json", str(folder / "found.json")]
+    subprocess.run(
+        [*command, "--folder", str(folder), *words],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=300,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+def test_killed_commands_and_full_disks_lose_nothing(tmp_path: Path) -> None:
+    record = _record(tmp_path, "--programs", "export,label", "--kills", "12", "--jobs", "2")
+    summary = record["summary"]
+    assert summary["kills"] == summary["resumed_equal"] == 12
+    assert summary["full_disks"] == summary["full_disks_one_line"] > 0
+    assert summary["lost"] == summary["full_disks_lost"] == 0
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    table = (tmp_path / "found.md").read_text()
+    assert "| export | SIGKILL | aimed | 1 |" in table
+
+
+def test_what_is_lost_left_or_made_otherwise_is_seen(tmp_path: Path) -> None:
+    """A program that does all of it wrongly, judged without being run."""
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    (folder / "out.1-0.partial").mkdir()
+    assert leftovers(folder, keeps_parts=True) == ["out.1-0.partial"]
+    (folder / "out.1-0.partial" / "owner.lock").touch()
+    assert leftovers(folder, keeps_parts=True) == []
+
+    def lost(_: Path, whole: object) -> str | None:
+        raise ValueError(f"cannot be read beside {whole}")
+
+    program = Program(lambda _: None, lambda _: None, lost, lambda _: "other")
+    whole = endurance_kills.Whole("this", 1.0, 3)
+    trial = endurance_kills._Trial(program, whole, iter([folder]), tmp_path)
+    assert trial._lost(folder) == "ValueError: cannot be read beside this"
+    (tmp_path / "trial.log").write_text("its last words")
+    assert not trial._is_equal_again(folder)
+    assert trial.faults == ["run again ended with 0 or is not equal: 'its last words'"]
