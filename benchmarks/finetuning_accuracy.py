@@ -34,6 +34,7 @@ from benchmarks.record import (
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.evaluation.runner import TaskRun, evaluate, read_tasks
+from fingpt_lightning.metric_keys import VAL_LOSS
 from fingpt_lightning.models.adapting import save_adapter
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import QuantizedFinetuning
@@ -214,7 +215,7 @@ def _train(
         seed=run.seed,
     )
     with _checkpoints(kept) as folder:
-        best, timer = BestCheckpoint("val/loss", dirpath=str(folder)), Timer()
+        best, timer = BestCheckpoint(VAL_LOSS, dirpath=str(folder)), Timer()
         trainer = Trainer(
             accelerator="auto",
             devices=1,
@@ -229,7 +230,7 @@ def _train(
             callbacks=[
                 best,
                 LastCheckpoint(options.checkpoint_interval, str(folder)),
-                EarlyStopping("val/loss", patience=3),
+                EarlyStopping(VAL_LOSS, patience=3),
                 timer,
             ],
             default_root_dir=folder,

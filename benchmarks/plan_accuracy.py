@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.record import markdown_table, new_record, write_record
 from fingpt_lightning.cli.main import main as fingpt
+from fingpt_lightning.metric_keys import MEMORY_PARTS
 from fingpt_lightning.units import MIB
 
 QUESTION = (
@@ -98,7 +99,7 @@ def largest_mib(metrics: Path) -> dict[str, float]:
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {
-        part: max(float(cell) for row in rows if (cell := row.get(f"memory/{part}_mib")))
+        part: max(float(cell) for row in rows if (cell := row.get(MEMORY_PARTS[part])))
         for part in PARTS
     }
 

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from fingpt_lightning.data import TextBlocks
+from fingpt_lightning.metric_keys import VAL_LOSS
 from fingpt_lightning.modules import LowRankPretraining
 
 _NUM_CURVE_BATCHES = 20
@@ -143,7 +144,7 @@ class Watch(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loss = trainer.callback_metrics["val/loss"].item()
+        loss = trainer.callback_metrics[VAL_LOSS].item()
         if trainer.state.fn == "fit" and math.isfinite(loss):
             self.steps.append(trainer.global_step)
             self.losses.append(round(loss, 4))
@@ -211,7 +212,7 @@ class Workshop:
             print(error, flush=True)
         else:
             (found,) = self._trainer(Watch(), 1).validate(module, data, verbose=False)
-            loss = found["val/loss"]
+            loss = found[VAL_LOSS]
             run.val_loss_nats = round(loss, 5) if math.isfinite(loss) else None
         run.training_time_s = round(sum(watch.step_times_s), 1)
         run.curve_steps, run.curve_loss_nats = watch.steps, watch.losses

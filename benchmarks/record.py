@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import to_json, write_whole
 
 _PACKAGES = ("torch", "lightning", "transformers", "bitsandbytes", "wandb")
 _MAX_BYTES = 50_000
@@ -118,7 +118,7 @@ def write_record(path: Path, record: Mapping[str, Any], table: str) -> None:
     Raises:
         ValueError: The record is larger than 50 kB.
     """
-    text = json.dumps(record, indent=1) + "\n"
+    text = to_json(record, indent=1) + "\n"
     if len(text) > _MAX_BYTES:
         raise ValueError(f"the record has {len(text)} bytes, more than {_MAX_BYTES}")
     head = f"<!-- made from {path.name} by: {record['command']} -->\n{record['question']}\n\n"

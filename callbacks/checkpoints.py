@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fingpt_lightning.files import written_whole
+from fingpt_lightning.metric_keys import VAL_LOSS
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -32,7 +33,7 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(
-        self, monitor: str = "val/loss", mode: str = "min", dirpath: str | None = None
+        self, monitor: str = VAL_LOSS, mode: str = "min", dirpath: str | None = None
     ) -> None:
         super().__init__(
             dirpath,

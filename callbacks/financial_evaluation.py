@@ -1,8 +1,11 @@
 """What training does to a model's answers on tasks."""
 
 import io
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,8 +18,9 @@ from typing_extensions import override
 from callbacks.progress import TrainingProgress
 from callbacks.recording import Cadence
 from callbacks.throughput import ThroughputMonitor
-from fingpt_lightning.evaluation.results import prediction_rows
+from fingpt_lightning.evaluation.results import RunEvaluations, prediction_rows
 from fingpt_lightning.evaluation.runner import (
+    Scoring,
     TaskResult,
     TaskRun,
     metrics_of,
@@ -24,9 +28,9 @@ from fingpt_lightning.evaluation.runner import (
     read_tasks,
 )
 from fingpt_lightning.evaluation.scoring import Prediction
+from fingpt_lightning.metric_keys import EVAL_FIGURES, TRAIN_TOKENS, eval_key
 from fingpt_lightning.tasks import find_task
 
-_METRICS = ("accuracy", "accuracy_norm", "macro_f1", "weighted_f1", "mcc", "missing", "perplexity")
 _TABLE_COLUMNS = ("row", "text", "gold", "prediction", "scores")
 _MAX_TABLE_ROWS = 1000
 
@@ -55,8 +59,11 @@ class FinancialEvaluation(Callback):
     - ``eval/TASK/accuracy_norm``: of choices, compared by log-probability a character.
     - ``eval/TASK/perplexity``: of last words.
 
-    W&B also gets ``eval/TASK/confusion``, a picture, and ``eval/TASK/predictions``, a table of the
-    first 1,000 rows.
+    Into ``eval/STEP/`` of the trainer's ``default_root_dir`` go ``results.json`` and
+    ``predictions.jsonl``, as `fingpt evaluate` writes them; the predictions stay for the first, the
+    best and the last step only (by the mean of the tasks' main metrics). W&B also gets
+    ``eval/TASK/confusion``, a picture, and ``eval/TASK/predictions``, a table of the first 1,000
+    rows.
 
     Cost: one pass over the rows, as in ``fingpt evaluate``; nothing at other steps.
 
@@ -77,7 +84,8 @@ class FinancialEvaluation(Callback):
             this fit; on the first rank.
 
     Raises:
-        ValueError: A setting, a task or a row is wrong.
+        ValueError: A setting, a task or a row is wrong, or a ``results.json`` that is there.
+        FloatingPointError: A score is NaN or infinite: task, row and likely cause are named.
         TypeError: The module has no network, or the datamodule no tokenizer.
         RuntimeError: The parameters are sharded.
     """
@@ -107,6 +115,7 @@ class FinancialEvaluation(Callback):
         self._runs: list[TaskRun] = []
         self.history: dict[str, list[dict[str, float]]] = {}
         self._evaluated_at: int | None = None
+        self._files: RunEvaluations | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -128,6 +137,8 @@ class FinancialEvaluation(Callback):
         self._evaluated_at = None
         self.history = {}
         _network(pl_module)
+        if trainer.is_global_zero:
+            self._files = RunEvaluations(Path(trainer.default_root_dir), trainer.global_step)
         if self._before:
             self._evaluate(trainer, pl_module)
 
@@ -160,21 +171,41 @@ class FinancialEvaluation(Callback):
                 for callback in trainer.callbacks:  # type: ignore[attr-defined]
                     if isinstance(callback, ThroughputMonitor):
                         stack.enter_context(callback.standing_still())
-                self._ask(trainer, network, tokenizer)
+                self._answer(trainer, network, tokenizer)
         finally:
             for part in in_training:
                 part.training = True
 
-    def _ask(
+    def _answer(
         self, trainer: Trainer, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
     ) -> None:
+        started_at, started_s = datetime.now(UTC), time.perf_counter()
+        results = []
         for run in self._runs:
+            run_started_s = time.perf_counter()
             with trainer.precision_plugin.forward_context():
                 predictions = self._predict(trainer, network, tokenizer, run)
             if trainer.is_global_zero:
-                result = TaskResult(run, predictions, metrics_of(run, predictions), 0.0)
+                seconds = time.perf_counter() - run_started_s
+                result = TaskResult(run, predictions, metrics_of(run, predictions), seconds)
                 figures = _log(trainer, result) | {"step": trainer.global_step}
                 self.history.setdefault(run.task.name, []).append(figures)
+                results.append(result)
+        if self._files is None:
+            return
+        num_tokens = getattr(trainer.lightning_module, "tokens_seen", None)
+        head = {
+            **({} if num_tokens is None else {"tokens": int(num_tokens)}),
+            "settings": {
+                "scoring": Scoring.CHOICES.value,
+                "calibrate": self._calibrate,
+                "limit": self._limit,
+                "batch_tokens": self._batch_tokens,
+            },
+            "started_at": started_at.isoformat(timespec="microseconds"),
+            "seconds": time.perf_counter() - started_s,
+        }
+        self._files.write(trainer.global_step, head, results)
 
     def _predict(
         self,
@@ -183,7 +214,7 @@ class FinancialEvaluation(Callback):
         tokenizer: PreTrainedTokenizerFast,
         run: TaskRun,
     ) -> list[Prediction]:
-        """The answers to all rows, each rank having asked for its share."""
+        """The answers to all rows, of which each rank computes its share."""
         examples = run.examples[trainer.global_rank :: trainer.world_size]
         with _shown(trainer, f"evaluating {run.task.name}", len(examples)) as show:
             own = predict(
@@ -248,22 +279,24 @@ def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerFast:
     datamodule = getattr(trainer, "datamodule", None)
     tokenizer = getattr(datamodule, "tokenizer", None)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise TypeError(
-            "FinancialEvaluation needs a datamodule with a tokenizer, which"
-            f" {type(datamodule).__name__} has not"
+        found = (
+            "and there is no datamodule"
+            if datamodule is None
+            else f"which {type(datamodule).__name__} has not"
         )
+        raise TypeError(f"FinancialEvaluation needs a datamodule with a tokenizer, {found}")
     return tokenizer
 
 
 def _log(trainer: Trainer, result: TaskResult) -> dict[str, float]:
     """Logs the figures, and returns them without prefix."""
     name = result.run.task.name
-    figures = {key: result.metrics[key] for key in _METRICS if key in result.metrics}
-    logged = {f"eval/{name}/{key}": value for key, value in figures.items()}
+    figures = {key: result.metrics[key] for key in EVAL_FIGURES if key in result.metrics}
+    logged = {eval_key(name, key): value for key, value in figures.items()}
     # In the same row, so that a chart of them can go by tokens.
     num_tokens = getattr(trainer.lightning_module, "tokens_seen", None)
     if num_tokens is not None:
-        logged["train/tokens"] = float(num_tokens)
+        logged[TRAIN_TOKENS] = float(num_tokens)
     # As in the figures of training, steps are counted from 0.
     step = max(trainer.global_step - 1, 0)
     for logger in trainer.loggers:
@@ -277,7 +310,7 @@ def _log_answers(logger: WandbLogger, result: TaskResult, step: int) -> None:
     name = result.run.task.name
     rows = prediction_rows([result])[:_MAX_TABLE_ROWS]
     cells = [[row[column] for column in _TABLE_COLUMNS] for row in rows]
-    logger.log_table(f"eval/{name}/predictions", list(_TABLE_COLUMNS), cells, step=step)
+    logger.log_table(eval_key(name, "predictions"), list(_TABLE_COLUMNS), cells, step=step)
     if "confusion" in result.metrics:
         from PIL import Image  # comes with matplotlib, which takes a second
 
@@ -286,4 +319,4 @@ def _log_answers(logger: WandbLogger, result: TaskResult, step: int) -> None:
         picture = Image.open(
             io.BytesIO(confusion_png(result.metrics["confusion"], result.run.task))
         )
-        logger.log_image(f"eval/{name}/confusion", [picture], step=step)
+        logger.log_image(eval_key(name, "confusion"), [picture], step=step)

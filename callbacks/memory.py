@@ -10,6 +10,15 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from callbacks.recording import Cadence, over_ranks
+from fingpt_lightning.metric_keys import (
+    MEMORY_ACTIVATIONS,
+    MEMORY_GRADIENTS,
+    MEMORY_OPTIMIZER,
+    MEMORY_PEAK_ALLOCATED,
+    MEMORY_PEAK_RESERVED,
+    MEMORY_PEAK_RSS,
+    MEMORY_WEIGHTS,
+)
 from fingpt_lightning.profiling.memory import (
     LiveTensorBytes,
     module_memory,
@@ -133,12 +142,12 @@ class MemoryMonitor(Callback):
             return
         num_bytes: dict[str, int | None] = {
             **self._peaks(),
-            "memory/weights_mib": module_memory(pl_module).weights,
-            "memory/gradients_mib": self._gradient_bytes,
-            "memory/optimizer_mib": sum(
+            MEMORY_WEIGHTS: module_memory(pl_module).weights,
+            MEMORY_GRADIENTS: self._gradient_bytes,
+            MEMORY_OPTIMIZER: sum(
                 module_memory(pl_module, o).optimizer for o in trainer.optimizers
             ),
-            "memory/activations_mib": self._activation_bytes,
+            MEMORY_ACTIVATIONS: self._activation_bytes,
         }
         largest = over_ranks(trainer, list(num_bytes.values()), "max")
         metrics = {
@@ -173,10 +182,10 @@ class MemoryMonitor(Callback):
 
     def _peaks(self) -> dict[str, int]:
         if self._device.type != "cuda":
-            return {"memory/peak_rss_mib": peak_rss_bytes()}
+            return {MEMORY_PEAK_RSS: peak_rss_bytes()}
         return {
-            "memory/peak_allocated_mib": torch.cuda.max_memory_allocated(self._device),
-            "memory/peak_reserved_mib": torch.cuda.max_memory_reserved(self._device),
+            MEMORY_PEAK_ALLOCATED: torch.cuda.max_memory_allocated(self._device),
+            MEMORY_PEAK_RESERVED: torch.cuda.max_memory_reserved(self._device),
         }
 
     def _reset_peaks(self) -> None:

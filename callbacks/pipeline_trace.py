@@ -1,6 +1,5 @@
 """What each rank of a pipeline does, and how long it waits for the others."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from typing_extensions import override
 
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import write_json
+from fingpt_lightning.metric_keys import (
+    PIPELINE_BUBBLE_SHARE,
+    PIPELINE_BUBBLE_SHARE_FORMULA,
+    PIPELINE_LARGEST_RANK,
+    PIPELINE_SMALLEST_RANK,
+    PIPELINE_TIMELINE,
+)
 from fingpt_lightning.pipeline import Pass, bubble_share, chrome_trace, draw
 from fingpt_lightning.profiling.memory import module_memory
 from fingpt_lightning.strategies import PipelineStrategy
@@ -91,23 +97,23 @@ class PipelineTrace(Callback):
     def _report(self, trainer: Trainer, step: int, passes: list[Pass], held: list[int]) -> None:
         layout = _strategy_of(trainer).layout
         figures = {
-            "pipeline/bubble_share": bubble_share(passes),
-            "pipeline/bubble_share_formula": layout.bubble_share,
-            "pipeline/largest_rank_mib": max(held) / MIB,
-            "pipeline/smallest_rank_mib": min(held) / MIB,
+            PIPELINE_BUBBLE_SHARE: bubble_share(passes),
+            PIPELINE_BUBBLE_SHARE_FORMULA: layout.bubble_share,
+            PIPELINE_LARGEST_RANK: max(held) / MIB,
+            PIPELINE_SMALLEST_RANK: min(held) / MIB,
         }
         folder = Path(trainer.default_root_dir) / "pipeline"
         picture = folder / f"step_{step}.png"
         title = (
             f"{layout.schedule.value}, {layout.num_microbatches} microbatches, step {step}:"
-            f" {figures['pipeline/bubble_share']:.0%} idle, by formula {layout.bubble_share:.0%}"
+            f" {figures[PIPELINE_BUBBLE_SHARE]:.0%} idle, by formula {layout.bubble_share:.0%}"
         )
         draw(passes, picture, title)
-        write_whole(picture.with_suffix(".json"), json.dumps(chrome_trace(passes)))
+        write_json(picture.with_suffix(".json"), chrome_trace(passes), indent=None)
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=step)
             if isinstance(logger, WandbLogger):
-                logger.log_image("pipeline/timeline", [str(picture)], step=step)
+                logger.log_image(PIPELINE_TIMELINE, [str(picture)], step=step)
 
 
 def _strategy_of(trainer: Trainer) -> PipelineStrategy:

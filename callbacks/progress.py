@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 from typing_extensions import override
 
+from fingpt_lightning.metric_keys import TRAIN_LOSS, TRAIN_TOKENS, VAL_LOSS
 from fingpt_lightning.units import format_bytes, format_duration
 
 _REFRESH_S = 0.5
@@ -189,7 +190,7 @@ class TrainingProgress(ProgressBar):
         assert self._training is not None
         now_s = self._shown_s = time.monotonic()
         metrics, step = trainer.callback_metrics, trainer.global_step
-        tokens = metrics.get("train/tokens")
+        tokens = metrics.get(TRAIN_TOKENS)
         if tokens is not None:
             self._past.append((now_s, float(tokens)))
             (first_s, first), (last_s, last) = self._past[0], self._past[-1]
@@ -200,7 +201,7 @@ class TrainingProgress(ProgressBar):
         left_s = None
         if task.total is not None and num_done:
             left_s = (task.total - step) * (now_s - self._started_s) / num_done
-        found = {key: metrics.get(f"{key}/loss") for key in ("train", "val")}
+        found = {"train": metrics.get(TRAIN_LOSS), "val": metrics.get(VAL_LOSS)}
         text = told(
             step,
             None if task.total is None else int(task.total),

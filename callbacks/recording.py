@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.low_rank.budget import ModelBudget
 
 
@@ -18,6 +19,33 @@ class Budgeted(Protocol):
 
     def budget(self) -> ModelBudget:
         """The figures at the block length of the data."""
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A module that says how many tokens of its batches it trains on."""
+
+    def num_tokens(self, batch: Any) -> int | Tensor:
+        """Supervised tokens of one batch on this rank."""
+
+
+def num_tokens(pl_module: LightningModule, batch: Any) -> int | Tensor:
+    """Supervised tokens of a batch: as the module counts them, else labels that are not -100.
+
+    Raises:
+        TypeError: The module has no ``num_tokens(batch)`` and the batch no ``labels``.
+    """
+    if isinstance(pl_module, CountsTokens):
+        return pl_module.num_tokens(batch)
+    labels = batch["labels"] if isinstance(batch, Mapping) and "labels" in batch else None
+    if not isinstance(labels, Tensor):
+        keys = f" with the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        raise TypeError(
+            f"tokens per second need {type(pl_module).__name__}.num_tokens(batch), which is not"
+            " there, or batches that are mappings with the tensor 'labels', not"
+            f" {type(batch).__name__}{keys}"
+        )
+    return (labels != IGNORED_LABEL).sum()
 
 
 class Cadence:

@@ -1,7 +1,6 @@
 """What a run was and came to, in one table and one file."""
 
 import copy
-import json
 import math
 import statistics
 import time
@@ -20,16 +19,17 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
+from callbacks.compression import counted_figures
 from callbacks.financial_evaluation import FinancialEvaluation
 from callbacks.memory import MemoryMonitor
-from callbacks.recording import Budgeted, over_ranks, record_in_wandb_summary
+from callbacks.recording import Budgeted, num_tokens, over_ranks, record_in_wandb_summary
 from callbacks.throughput import ThroughputMonitor
-from fingpt_lightning.data.batch import IGNORED_LABEL
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import write_json
+from fingpt_lightning.metric_keys import ACCURACY_AFTER, ACCURACY_BEFORE, VAL_LOSS, summary_key
 from fingpt_lightning.profiling.memory import peak_rss_bytes
 from fingpt_lightning.units import MIB, format_count
 
-_AFTER = "/accuracy_after"
+_AFTER = f"/{ACCURACY_AFTER}"
 _CallbackT = TypeVar("_CallbackT", bound=Callback)
 
 
@@ -53,7 +53,8 @@ class RunSummary(Callback):
     """Prints a table of the run when fit ends, and keeps its figures.
 
     They go to ``summary.json`` in the trainer's ``default_root_dir`` and to the summary of a W&B
-    run. A figure that the run did not yield is left out, and a dash in the table.
+    run. A figure that the run did not yield is left out, and a dash in the table; of a module
+    without ``budget()`` those of its blocks are.
 
     Keys in W&B; without ``summary/`` those of the file:
 
@@ -129,9 +130,9 @@ class RunSummary(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
+        if trainer.sanity_checking or VAL_LOSS not in trainer.callback_metrics:
             return
-        self._last_val_loss = trainer.callback_metrics["val/loss"].item()
+        self._last_val_loss = trainer.callback_metrics[VAL_LOSS].item()
         if self._first_val_loss is None:
             self._first_val_loss = self._last_val_loss
         best = self._best_val_loss
@@ -165,8 +166,8 @@ class RunSummary(Callback):
             console.print(line, soft_wrap=True, markup=False, highlight=False)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "summary.json", json.dumps(figures, indent=2) + "\n")
-        record_in_wandb_summary(trainer, {f"summary/{key}": v for key, v in figures.items()})
+        write_json(folder / "summary.json", figures)
+        record_in_wandb_summary(trainer, {summary_key(key): v for key, v in figures.items()})
         self._last_batch = None
 
     def _best_of_history(self, trainer: Trainer) -> float | None:
@@ -192,14 +193,16 @@ class RunSummary(Callback):
                 "block_parameter_ratio": budget.block_compression_ratio,
                 "total_parameter_ratio": budget.total_compression_ratio,
             }
+        else:
+            figures |= counted_figures(pl_module)
         if isinstance(pl_module, PartlyTrained):
             figures["trained_share"] = pl_module.trained_share()
         evaluation = _beside(trainer, FinancialEvaluation)
         for task, found in ({} if evaluation is None else evaluation.history).items():
             if found[0]["step"] == 0:
-                figures[f"{task}/accuracy_before"] = found[0].get("accuracy")
+                figures[f"{task}/{ACCURACY_BEFORE}"] = found[0].get("accuracy")
             if found[-1]["step"] > 0:
-                figures[f"{task}/accuracy_after"] = found[-1].get("accuracy")
+                figures[f"{task}/{ACCURACY_AFTER}"] = found[-1].get("accuracy")
         throughput = _beside(trainer, ThroughputMonitor)
         figures |= {
             "first_val_loss": self._first_val_loss,
@@ -258,8 +261,8 @@ def _race(trainer: Trainer, pl_module: LightningModule, batch: Any, num_steps: i
             )
             return None
     dense_s, ours_s = (statistics.median(its_times_s[1:]) for its_times_s in times_s)
-    num_tokens = int((batch["labels"] != IGNORED_LABEL).sum())
-    return _Race(num_tokens / ours_s, num_tokens / dense_s, dense_s / ours_s)
+    tokens = int(num_tokens(pl_module, batch))
+    return _Race(tokens / ours_s, tokens / dense_s, dense_s / ours_s)
 
 
 def _copy(module: LightningModule) -> LightningModule:
@@ -357,7 +360,7 @@ def _table(figures: Mapping[str, float | int | str]) -> Table:
     for key in figures:
         if key.endswith(_AFTER):
             task = key.removesuffix(_AFTER)
-            before = f"{task}/accuracy_before"
+            before = f"{task}/{ACCURACY_BEFORE}"
             change = f"before: {cell(before, '{:.3f}')}" if before in figures else ""
             table.add_row(f"accuracy, {task}", cell(key, "{:.3f}"), "", change)
     return table

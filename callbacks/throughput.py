@@ -1,7 +1,7 @@
 """How fast training goes, and how near to what the device can do."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,14 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from callbacks.recording import Budgeted, Cadence, over_ranks
-from fingpt_lightning.data.batch import IGNORED_LABEL
+from callbacks.recording import Budgeted, Cadence, num_tokens, over_ranks
+from fingpt_lightning.metric_keys import (
+    THROUGHPUT_GPU_UTILIZATION,
+    THROUGHPUT_MFU,
+    THROUGHPUT_STEP_TIME_S,
+    THROUGHPUT_TOKENS_PER_S,
+    THROUGHPUT_TRAINING_TIME_S,
+)
 from fingpt_lightning.profiling.throughput import measured_peak_flops_per_s
 from fingpt_lightning.units import peak_flops_per_s
 
@@ -46,7 +52,10 @@ class ThroughputMonitor(Callback):
     - ``throughput/gpu_utilization_percent``: share of the last second with a kernel running, as
       NVML says it, mean over ranks. Logged on CUDA with ``pynvml`` installed.
 
-    Cost: one comparison over the labels a batch; at a log, validation or checkpoint one device
+    In a module of your own the tokens of a batch are what its ``num_tokens(batch)`` says, else
+    the positions of ``batch["labels"]`` that are not -100.
+
+    Cost: one comparison over the labels per batch; at a log, validation or checkpoint one device
     sync; at a log small all-reduces.
 
     Args:
@@ -58,7 +67,7 @@ class ThroughputMonitor(Callback):
 
     Raises:
         ValueError: A value outside its range.
-        TypeError: The batch is no mapping with ``labels``.
+        TypeError: The module has no ``num_tokens(batch)`` and its batches have no ``labels``.
     """
 
     def __init__(
@@ -140,6 +149,8 @@ class ThroughputMonitor(Callback):
         batch_idx: int,
     ) -> None:
         stepped = self._cadence.stepped(trainer)
+        # Also while warming up, so that batches without labels are refused at the first one.
+        supervised = num_tokens(pl_module, batch)
         if self._warmup_left > 0:
             self._warmup_left -= stepped
             if self._warmup_left == 0:
@@ -147,7 +158,7 @@ class ThroughputMonitor(Callback):
                 self._begin_window()
                 self._resume()
             return
-        self._num_tokens = self._num_tokens + _num_supervised(batch)
+        self._num_tokens = self._num_tokens + supervised
         self._num_steps += stepped
         if stepped and self._cadence.is_due(trainer):
             self._pause()
@@ -184,7 +195,7 @@ class ThroughputMonitor(Callback):
                 return listed
         measured = measured_peak_flops_per_s(self._device, dtype)
         _print(
-            f"throughput/mfu is relative to {measured / 1e12:.3g} TFLOP/s, the"
+            f"{THROUGHPUT_MFU} is relative to {measured / 1e12:.3g} TFLOP/s, the"
             f" rate of {name} matrix products measured on this {self._device.type} just now; its"
             " data sheet's peak is not known here (peak_tflops sets it)"
         )
@@ -205,15 +216,15 @@ class ThroughputMonitor(Callback):
         self._run_time_s += slowest_s
         tokens_per_s = num_tokens / slowest_s
         metrics = {
-            "throughput/tokens_per_s": tokens_per_s,
-            "throughput/step_time_s": slowest_s / self._num_steps,
-            "throughput/training_time_s": training_time_s,
+            THROUGHPUT_TOKENS_PER_S: tokens_per_s,
+            THROUGHPUT_STEP_TIME_S: slowest_s / self._num_steps,
+            THROUGHPUT_TRAINING_TIME_S: training_time_s,
         }
         if self._flops_per_token is not None and self._peak_flops_per_s is not None:
             peak = self._peak_flops_per_s * trainer.world_size
-            metrics["throughput/mfu"] = tokens_per_s * self._flops_per_token / peak
+            metrics[THROUGHPUT_MFU] = tokens_per_s * self._flops_per_token / peak
         if utilization is not None:
-            metrics["throughput/gpu_utilization_percent"] = utilization
+            metrics[THROUGHPUT_GPU_UTILIZATION] = utilization
         self._cadence.log(trainer, pl_module, metrics)
 
     def _begin_window(self) -> None:
@@ -248,16 +259,6 @@ class ThroughputMonitor(Callback):
 def _print(line: str) -> None:
     # Like the tables of the run, not through Lightning's log, which the command line silences.
     Console().print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def _num_supervised(batch: Any) -> Tensor:
-    if not (isinstance(batch, Mapping) and "labels" in batch):
-        raise TypeError(
-            "ThroughputMonitor counts the labels of a batch, which must be a mapping with the key"
-            f" 'labels', not {type(batch).__name__}"
-        )
-    labels: Tensor = batch["labels"]
-    return (labels != IGNORED_LABEL).sum()
 
 
 def _gpu_utilization_percent(device: torch.device) -> float | None:

@@ -8,14 +8,17 @@ process left goes with the next one that writes the same name.
 import ctypes
 import errno
 import itertools
+import json
 import logging
+import math
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from fingpt_lightning.units import format_bytes
 
@@ -83,6 +86,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
         if (reason := _no_space(error)) is not None:
             raise NoSpaceError(path, reason, needed_bytes) from error
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # the system does not say of which file
         raise
     finally:
         if descriptor is not None:
@@ -331,6 +336,74 @@ def exchange(one: Path, other: Path) -> bool:
     return status == 0
 
 
+def to_json(
+    value: Any,
+    *,
+    indent: int | None = None,
+    ensure_ascii: bool = True,
+    sort_keys: bool = False,
+    default: Callable[[Any], Any] | None = None,
+) -> str:
+    """JSON that every reader takes: Python alone would write and read a bare ``NaN``.
+
+    Args:
+        value: Mappings, sequences, texts, numbers, booleans and None.
+        indent: As in `json.dumps`.
+        ensure_ascii: As in `json.dumps`.
+        sort_keys: As in `json.dumps`.
+        default: As in `json.dumps`.
+
+    Raises:
+        ValueError: A number is NaN or infinite: its place in ``value`` is named.
+
+    >>> to_json({"tasks": [{"loss": math.inf}]})
+    Traceback (most recent call last):
+    ValueError: tasks.0.loss is inf, which JSON cannot hold
+    """
+    try:
+        return json.dumps(
+            value,
+            allow_nan=False,
+            indent=indent,
+            ensure_ascii=ensure_ascii,
+            sort_keys=sort_keys,
+            default=default,
+        )
+    except ValueError:
+        if (place := next(_not_finite(value, ""), None)) is None:
+            raise
+        raise ValueError(f"{place}, which JSON cannot hold") from None
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+    """Writes ``value`` as a JSON file, whole or not at all.
+
+    Args:
+        path: File in a folder that is there; a file of that name is replaced.
+        value: As in `to_json`.
+        indent: As in `json.dumps`.
+
+    Raises:
+        ValueError: A number is NaN or infinite: file and place in ``value`` are named.
+    """
+    try:
+        text = to_json(value, indent=indent)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    write_whole(path, f"{text}\n")
+
+
+def _not_finite(value: Any, place: str) -> Iterator[str]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{place or 'the number'} is {value}"
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f"{place}.{index}" if place else str(index))
+
+
 def make_owned(folder: Path) -> bool:
     """Makes a folder; False if it was there already.
 
@@ -360,6 +433,25 @@ def new_folder(parent: Path, name: str, is_ours: Callable[[Path], bool] = make_o
     while not is_ours(folder):
         folder, number = first.with_name(f"{first.name}-{number}"), number + 1
     return folder
+
+
+def not_utf8(path: Path) -> str:
+    """The message of a file that is not UTF-8 text: it names line and byte.
+
+    Args:
+        path: File that could not be decoded.
+    """
+    position = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return (
+                    f"{path}:{number}: no UTF-8 text at byte {position + error.start} of the file"
+                )
+            position += len(line)
+    return f"{path} is no UTF-8 text"
 
 
 def _aside_name(path: Path) -> str:

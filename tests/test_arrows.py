@@ -134,6 +134,30 @@ def test_the_package_itself_imports_no_part(tmp_path: Path) -> None:
     )
 
 
+def test_the_package_names_its_parts_for_type_checkers_alone(tmp_path: Path) -> None:
+    source = "if TYPE_CHECKING:\n    from fingpt_lightning.units import MIB\nelse:\n    "
+    _write(tmp_path, "fingpt_lightning/__init__.py", f"{source}pass")
+    assert find_violations(tmp_path) == []
+    _write(tmp_path, "fingpt_lightning/__init__.py", f"{source}import fingpt_lightning.units")
+    assert len(find_violations(tmp_path)) == 1
+
+
+def test_an_import_of_a_public_name_by_a_part_is_a_circle(tmp_path: Path) -> None:
+    source = "if TYPE_CHECKING:\n    from fingpt_lightning.data.blocks import x"
+    _write(tmp_path, "fingpt_lightning/__init__.py", source)
+    _write(tmp_path, "fingpt_lightning/data/blocks.py", "from fingpt_lightning import y")
+    name = "fingpt_lightning"
+    assert find_circles(tmp_path) == [[name, f"{name}.data.blocks", name]]
+
+
+def test_callbacks_have_the_same_place_by_either_way(tmp_path: Path) -> None:
+    _write(tmp_path, "fingpt_lightning/callbacks/__init__.py", "from callbacks import X")
+    assert find_violations(tmp_path) == []
+    _write(tmp_path, "fingpt_lightning/data/a.py", "from fingpt_lightning.callbacks import X")
+    (violation,) = find_violations(tmp_path)
+    assert violation.endswith("data -> callbacks is no arrow of the design")
+
+
 def test_a_plain_import_of_callbacks_is_found(tmp_path: Path) -> None:
     _write(tmp_path, "benchmarks/a.py", "import callbacks")
     (violation,) = find_violations(tmp_path)

@@ -59,6 +59,7 @@ NOT_RUN = {
     "fingpt fit --config configs/debug_finetune_llama2_70b_qlora_pipeline.yaml": "two processes:"
     " tests/test_configs.py",
     "fingpt fit --config configs/finetune_llama2_70b_qlora_pipeline.yaml": "needs four GPUs",
+    "fingpt fit --config quickstart": "as an installed wheel does: tests/test_wheel.py",
     "fingpt sweep": "each trial is a process: tests/benchmarks/test_local_sweep.py",
     "--trainer.callbacks+ callbacks.PipelineTrace": "tests/callbacks/test_pipeline_trace.py",
 }  # fmt: skip
@@ -292,7 +293,7 @@ def _parse(command: ShellCommand) -> None:
     if command.text.startswith("--"):
         _parse_fingpt(["fit", "--config", "configs/debug_quickstart.yaml", *command.words])
     elif "benchmarks." in command.text:
-        module = re.findall(r"fingpt_lightning\.benchmarks\.\w+", command.text)[0]
+        module = re.findall(r"benchmarks\.\w+", command.text)[0]
         known = _options_of_source(ROOT / f"{module.replace('.', '/')}.py")
         if wrong := set(options_in(command.words)) - known:
             raise ValueError(f"{module} has no option {wrong}")
@@ -336,8 +337,9 @@ def _all_options() -> set[str]:
     """Of all commands and benchmarks, and the keys of the classes that a config names."""
     found = {"--help", "--config", "--print_config", "--debug", "--version", "--ckpt_path"}
     found |= {"--runs_dir", "--model.help", "--data.help"}
-    for path in (ROOT / "fingpt_lightning").rglob("*.py"):
-        found |= _options_of_source(path)
+    for package in ("fingpt_lightning", "benchmarks"):
+        for path in (ROOT / package).rglob("*.py"):
+            found |= _options_of_source(path)
     golden = (ROOT / "tests" / "golden" / "cli_options.txt").read_text().splitlines()
     for line in golden:
         key, _, name = line.partition(":")[0].rpartition(".")

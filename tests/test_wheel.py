@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 _REPOSITORY = Path(__file__).parents[1]
 _PACKAGES = ("callbacks", "fingpt_lightning")
+_SHIPPED = ("configs", "sweeps")
 _PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
 _IMPORT_ALL = """
@@ -28,9 +30,9 @@ print(json.dumps(files))
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a wheel is made of: building it leaves no build/ in the checkout."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(_REPOSITORY / name, folder)
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *_SHIPPED):
         leave_out = shutil.ignore_patterns("__pycache__")
         shutil.copytree(_REPOSITORY / name, folder / name, ignore=leave_out)
     return folder
@@ -52,7 +54,17 @@ def test_every_file_of_both_packages_is_in_the_wheel(source: Path, installed: Pa
     for package in _PACKAGES:
         files = _files(installed / package)
         assert "py.typed" in files
-        assert files == _files(source / package)
+        shipped = {file for file in files if file.partition("/")[0] in _SHIPPED}
+        assert files - shipped == _files(source / package)
+
+
+@pytest.mark.slow
+def test_every_config_and_sweep_is_in_the_wheel(source: Path, installed: Path) -> None:
+    for folder in _SHIPPED:
+        files = _files(installed / "fingpt_lightning" / folder)
+        assert len(files) > 5
+        assert files == _files(source / folder)
+        assert not (installed / folder).exists(), "only our two packages lie at the top"
 
 
 @pytest.mark.slow
@@ -71,6 +83,40 @@ def test_the_program_of_the_wheel_helps(installed: Path, tmp_path: Path) -> None
     by_script = _run(installed / "bin" / "fingpt", "--help", cwd=tmp_path, path=installed)
     assert "usage: fingpt" in by_module
     assert by_script == by_module
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_what_its_help_says_to_start_with(installed: Path, tmp_path: Path) -> None:
+    program = (sys.executable, "-m", "fingpt_lightning")
+    told = _run(*program, "--help", cwd=tmp_path, path=installed)
+    (line,) = re.findall(r"^start with: +fingpt (.+)$", told, re.MULTILINE)
+    assert not list(tmp_path.iterdir()), "the folder is empty"
+    shorter = (
+        *("--trainer.max_steps", "2", "--trainer.limit_val_batches", "1"),
+        *("--data.num_synthetic_items", "60", "--data.cache_dir", "cache"),
+    )
+    printed = _run(*program, *line.split(), *shorter, cwd=tmp_path, path=installed)
+    assert "Run summary" in printed
+    (summary,) = tmp_path.glob("runs/quickstart-*/summary.json")
+    assert json.loads(summary.read_text())["total_parameter_ratio"] > 2.5
+
+
+@pytest.mark.slow
+def test_a_sweep_of_the_wheel_is_found_with_the_config_that_it_names(
+    installed: Path, tmp_path: Path
+) -> None:
+    """All but its runs: every trial is built from a shipped config."""
+    script = (
+        "from fingpt_lightning.cli.shipped import find_file\n"
+        "from fingpt_lightning.cli.sweep import build_fit\n"
+        "from fingpt_lightning.sweeping.checking import check_sweep\n"
+        "from fingpt_lightning.sweeping.sweep_file import read_sweep\n"
+        "path = find_file('quick_rank', 'sweeps', 'sweep')\n"
+        "print(path)\n"
+        "check_sweep(read_sweep(path), build_fit)\n"
+    )
+    printed = _run(sys.executable, "-c", script, cwd=tmp_path, path=installed)
+    assert printed.startswith(f"{installed / 'fingpt_lightning' / 'sweeps'}")
 
 
 def _files(folder: Path) -> set[str]:

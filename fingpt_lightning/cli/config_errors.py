@@ -12,7 +12,10 @@ from pathlib import Path
 
 import yaml
 
+from fingpt_lightning.files import not_utf8
 from fingpt_lightning.terminal.messages import nearest
+
+_LONGEST_QUOTE = 200
 
 
 def explain(
@@ -57,6 +60,8 @@ def explain(
         example = (default_classes or {}).get(key)
         such = f" such as {example}" if example else ""
         return f"{key}: {found[1]!r} is no class path{such}"
+    if "Unexpected config" in text and (reason := _no_settings(words)):
+        return reason
     if "Problems parsing config" in text:
         return _first_broken(words) or text
     innermost = text.rpartition('Parser key "')[2]
@@ -111,12 +116,35 @@ def _first_broken(words: Sequence[str]) -> str | None:
     """The place of the first config that is no YAML."""
     for path in _configs(words):
         try:
-            yaml.safe_load(path.read_text())
+            yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             return f"{path} line {line} is no YAML: {error.problem}"
         except UnicodeDecodeError:
-            return f"{path} is no text"
+            return not_utf8(path)
+        except yaml.YAMLError as error:
+            return f"{path} is no YAML: {' '.join(str(error).split())[:_LONGEST_QUOTE]}"
+    return None
+
+
+def undecodable(words: Sequence[str]) -> str:
+    """The message where a config is not text.
+
+    Args:
+        words: The command line, which names the configs.
+    """
+    return _first_broken(words) or "a config is no UTF-8 text"
+
+
+def _no_settings(words: Sequence[str]) -> str | None:
+    """What the first config is that holds no settings: its file is not echoed."""
+    if broken := _first_broken(words):
+        return broken
+    for path in _configs(words):
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            kind = {"str": "text", "NoneType": "nothing"}.get(type(found).__name__)
+            return f"{path} is no config: it holds {kind or type(found).__name__}, not settings"
     return None
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.cli.signals import raised_sigterm
 from fingpt_lightning.terminal.command_line import WrongOptions
-from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.messages import error_line, is_panic, nearest
 
 
 class Command(NamedTuple):
@@ -53,8 +53,8 @@ COMMANDS = {
     ),
     "decompose": Command(
         "a dense model's layers as low-rank layers; the folder trains on, evaluates and exports",
-        "fingpt_lightning.decompose.options",
-        "fingpt_lightning.decompose.command",
+        "fingpt_lightning.decomposition.options",
+        "fingpt_lightning.decomposition.command",
     ),
     "export": Command(
         "a model in the form that other tools read, compared before it is handed over",
@@ -65,6 +65,11 @@ COMMANDS = {
         "many runs by a W&B sweep file, checked first, with a server or without one",
         "fingpt_lightning.sweeping.options",
         "fingpt_lightning.cli.sweep",
+    ),
+    "configs": Command(
+        "the configs and sweeps that come with fingpt; shows one, or copies it to change it",
+        "fingpt_lightning.cli.configs_options",
+        "fingpt_lightning.cli.configs",
     ),
     "report": Command(
         "one page about runs, sweeps and evaluations: curves, memory, accuracy, mistakes",
@@ -78,7 +83,8 @@ COMMANDS = {
     ),
 }
 
-_HELP = """usage: fingpt COMMAND [--config FILE ...] [--KEY VALUE ...]
+_LONGEST_MESSAGE = 2000
+_HELP = """usage: fingpt COMMAND [--config NAME_OR_FILE ...] [--KEY VALUE ...]
 
 Pretrain and finetune financial language models in little memory and time.
 
@@ -90,7 +96,7 @@ options:
   --version    the version
   --debug      show the traceback of a failure
 
-start with:    fingpt fit --config configs/quickstart.yaml
+start with:    fingpt fit --config quickstart
 exit status:   0 done, 1 failed, 2 wrong command line or config, 130 interrupted,
                143 ended by SIGTERM"""
 
@@ -125,7 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail("interrupted", 130)
     except TerminatedError as error:
         _fail(str(error), 143)
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         if debug:
             traceback.print_exc()
         _fail(_one_line(error), 2 if isinstance(error, ConfigError) else 1)
@@ -160,8 +168,14 @@ def _check_callbacks_package() -> None:
         )
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
+    if len(text) > _LONGEST_MESSAGE:  # one that echoes a whole file
+        text = f"{text[:_LONGEST_MESSAGE]} ... ({len(text)} characters)"
+    if isinstance(error, OSError) and error.errno is not None:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        named = f"{' to '.join(names)}: " if names else ""
+        return f"{named}{error.strerror}{'' if names else ' (--debug shows where)'}"
     expected = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError)
     if not text or not isinstance(error, expected):
         text = f"{type(error).__name__}: {text} (--debug shows where)"
@@ -169,8 +183,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    process_rank = next((rank for rank in ranks if rank is not None), "0")
-    where = "" if process_rank == "0" else f" (rank {process_rank})"
-    print(f"fingpt: error{where}: {message}", file=sys.stderr, flush=True)
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    process_rank = next((os.environ[name] for name in names if name in os.environ), "0")
+    # Where a node has a process of its own, only Lightning has counted them.
+    lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    process_rank = getattr(getattr(lightning, "rank_zero_only", None), "rank", process_rank)
+    print(error_line(message, process_rank), file=sys.stderr, flush=True)
     raise SystemExit(status)

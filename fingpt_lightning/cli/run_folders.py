@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from torch.distributed.rendezvous import rendezvous
 
 from fingpt_lightning.files import make_owned, new_folder
+from fingpt_lightning.strategies.rendezvous import START_S, meet
 
 RUN_FOLDER_VARIABLE = "FINGPT_RUN_FOLDER"
 """Tells the processes that Lightning starts for other ranks the folder of rank 0."""
@@ -56,9 +56,13 @@ class AgreedFolder:
 
     Args:
         choose: Claims the folder; called on rank 0 only.
+        timeout_s: Seconds that ranks may be apart.
+
+    Raises:
+        MeetingError: The ranks did not come together.
     """
 
-    def __init__(self, choose: Callable[[], str]) -> None:
+    def __init__(self, choose: Callable[[], str], timeout_s: float | int = START_S) -> None:
         self._store: Any = None
         # Lightning's order: torchrun may run inside of SLURM.
         kinds = (TorchElasticEnvironment, SLURMEnvironment)
@@ -66,11 +70,9 @@ class AgreedFolder:
         if ranks is None or ranks.world_size() == 1:
             self.path = choose()
             return
-        url = (
-            f"tcp://{ranks.main_address}:{ranks.main_port}"
-            f"?rank={ranks.global_rank()}&world_size={ranks.world_size()}"
+        self._store = meet(
+            ranks.main_address, ranks.main_port, ranks.global_rank(), ranks.world_size(), timeout_s
         )
-        self._store, _, _ = next(rendezvous(url))
         if ranks.global_rank() == 0:
             self._store.set(RUN_FOLDER_VARIABLE, choose())
         self.path = str(self._store.get(RUN_FOLDER_VARIABLE).decode())

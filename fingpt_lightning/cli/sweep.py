@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,13 +13,15 @@ import yaml
 from rich.console import Console
 
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
+from fingpt_lightning.cli.shipped import SWEEPS, find_file
 from fingpt_lightning.cli.trainer import build_trainer_command
-from fingpt_lightning.cli.wandb_runs import find_unreachable
+from fingpt_lightning.cli.wandb_runs import ServerGuard, find_unreachable, limit_waits
 from fingpt_lightning.files import new_folder
 from fingpt_lightning.sweeping.checking import Build, Built, check_sweep, described
 from fingpt_lightning.sweeping.local_sweep import LocalSweep, num_trials
 from fingpt_lightning.sweeping.records import BEST_CONFIG, table
 from fingpt_lightning.sweeping.sweep_file import Sweep, WrongSweep, read_sweep
+from fingpt_lightning.terminal.messages import first_line
 
 Report = Callable[[Sequence[Path], Path], None]
 
@@ -74,7 +77,7 @@ def _run_locally(options: argparse.Namespace, console: Console, report: Report) 
             raise ValueError(f"--project: {options.resume} was begun with {local.project}")
         extra = _check(local.sweep, build_fit, local.count, local.project, console)
     else:
-        sweep = read_sweep(options.sweep)
+        sweep = read_sweep(_sweep_file(options))
         count = num_trials(sweep, options.count)
         project = options.project or sweep.content.get("project")
         extra = _check(sweep, build_fit, count, project, console)
@@ -99,6 +102,10 @@ def _run_locally(options: argparse.Namespace, console: Console, report: Report) 
         console.print(line, markup=False, highlight=False)
 
 
+def _sweep_file(options: argparse.Namespace) -> Path:
+    return find_file(str(options.sweep), SWEEPS, "sweep")
+
+
 def _check(
     sweep: Sweep, build: Build, count: int, project: str | None, console: Console
 ) -> list[str]:
@@ -113,7 +120,7 @@ def _check(
 
 
 def _run_on_server(options: argparse.Namespace, console: Console) -> None:
-    sweep = read_sweep(options.sweep)
+    sweep = read_sweep(_sweep_file(options))
     count = options.count or sweep.num_trials
     check_sweep(sweep, build_fit, count)
     console.print(described(sweep, count), soft_wrap=False)
@@ -127,8 +134,22 @@ def _run_on_server(options: argparse.Namespace, console: Console) -> None:
     folders = (str(Path(sys.executable).parent), os.environ.get("PATH", ""))
     os.environ["PATH"] = os.pathsep.join(folders)
     entity = sweep.content.get("entity")
-    identity = wandb.sweep(sweep.content, project=project, entity=entity)
-    wandb.agent(identity, project=project, entity=entity, count=options.count)
+    limit_waits()
+    try:
+        with ServerGuard(lambda: os.kill(os.getpid(), signal.SIGINT)) as guard:
+            identity = wandb.sweep(sweep.content, project=project, entity=entity)
+            wandb.agent(identity, project=project, entity=entity, count=options.count)
+    except KeyboardInterrupt:
+        if guard.found is None:
+            raise
+    except (wandb.Error, OSError, ValueError) as error:
+        raise RuntimeError(f"W&B ended the sweep: {first_line(error)}") from error
+    if guard.found is not None:
+        raise RuntimeError(
+            f"W&B at {guard.found.url} stopped answering ({guard.found.reason}) and the sweep was"
+            " ended; runs that have no end there are in runs/*/wandb: upload them with wandb"
+            " sync --no-skip-online"
+        )
 
 
 def _own_report(paths: Sequence[Path], output: Path) -> None:

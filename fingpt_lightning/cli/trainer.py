@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.progress import TrainingProgress
-from fingpt_lightning.cli.config_errors import explain
+from fingpt_lightning.cli.config_errors import explain, undecodable
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.cli.metrics_file import RunMetrics
 from fingpt_lightning.cli.run_folders import (
@@ -43,18 +43,23 @@ from fingpt_lightning.cli.run_folders import (
     find_checkpoint,
     read_checkpoint_lazily,
 )
+from fingpt_lightning.cli.shipped import with_config_files
 from fingpt_lightning.cli.signals import sigterm_left_to
 from fingpt_lightning.cli.wandb_runs import (
+    LIMIT_VARIABLES,
+    begin_run,
     keep_offline_if_unreachable,
     log_adapter,
     place_wandb_run,
     record_config,
+    runs_that_end,
 )
 from fingpt_lightning.files import write_whole
 from fingpt_lightning.models.formats.tokenizer import tokenizer_of_model
 from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.reporting.environment import write_environment
 from fingpt_lightning.strategies.checkpoint_files import WholeCheckpoints
+from fingpt_lightning.strategies.rendezvous import START_S
 from fingpt_lightning.terminal.command_line import as_list
 
 _DEFAULT_CLASSES = {
@@ -80,7 +85,8 @@ def run_trainer_command(words: list[str]) -> None:
     """
     with _quiet():
         try:
-            FinGPTCLI(words)
+            with runs_that_end():
+                FinGPTCLI(words)
         except SIGTERMException as error:
             # A SystemExit without a status, which would count as a success.
             raise TerminatedError("ended by SIGTERM") from error
@@ -118,7 +124,7 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in (RUN_FOLDER_VARIABLE, "WANDB_SILENT"):
+        for name in (RUN_FOLDER_VARIABLE, "WANDB_SILENT", *LIMIT_VARIABLES):
             if name not in before:
                 os.environ.pop(name, None)
 
@@ -194,6 +200,7 @@ class FinGPTCLI(LightningCLI):
             self._on_failure.pop_all()
 
     def _build_and_run(self, words: list[str]) -> None:
+        words = with_config_files(words)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -248,6 +255,8 @@ class FinGPTCLI(LightningCLI):
                 if chosen not in (None, default):
                     self._parser(self.command).set_defaults({key: {"class_path": chosen}})
             self.config = parser.parse_args(args)
+        except UnicodeDecodeError as error:
+            raise ConfigError(undecodable(args)) from error
         except ConfigError as error:
             line = explain(str(error), sorted(_options(parser)), _DEFAULT_CLASSES, args)
             raise ConfigError(line) from error
@@ -268,7 +277,10 @@ class FinGPTCLI(LightningCLI):
         self._as_given = settings.clone()
         trainer = settings.trainer
         if trainer.default_root_dir is None:
-            self._agreed = AgreedFolder(self._new_run_folder)
+            strategy = trainer.get("strategy")
+            own = strategy.get("init_args") if isinstance(strategy, Namespace) else None
+            limit_s = (own or {}).get("start_timeout_s", START_S)
+            self._agreed = AgreedFolder(self._new_run_folder, limit_s)
             trainer.default_root_dir = self._agreed.path
         self.run_folder = Path(trainer.default_root_dir)
         os.environ[RUN_FOLDER_VARIABLE] = str(self.run_folder)
@@ -333,6 +345,9 @@ class FinGPTCLI(LightningCLI):
         )
         if isinstance(trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
+        for logger in loggers:
+            if self.runs and isinstance(logger, WandbLogger):
+                begin_run(logger)
         return trainer
 
 

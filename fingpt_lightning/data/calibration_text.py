@@ -1,7 +1,6 @@
 """Tokens on which the outputs of compressed layers are kept: of text, or of a task's rows."""
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from fingpt_lightning.data.instruction_rows import encode_examples
+from fingpt_lightning.data.instruction_rows import encode_rows
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
 from fingpt_lightning.models.input_moments import InputMoments, input_moments
 from fingpt_lightning.tasks import find_task, read_rows
@@ -32,30 +31,48 @@ class Calibration(NamedTuple):
 
 
 def read_calibration(
-    options: argparse.Namespace,
     tokenizer: PreTrainedTokenizerFast | None,
     config: PretrainedConfig,
+    *,
+    calibration: str | Path | Sequence[str | Path] | None,
+    calibration_task: str | None,
+    calibration_tokens: int | None,
+    data_dir: str | Path | None,
 ) -> Calibration | None:
-    """What `add_calibration_options` asked for; None where it asked for nothing.
+    """The tokens that the options of a command name; None where they name no source.
 
     Args:
-        options: Of a command.
-        tokenizer: Of the network.
-        config: Of the network.
+        tokenizer: Tokenizer of the network.
+        config: Config of the network.
+        calibration: Text files.
+        calibration_task: Name of a task, in place of files.
+        calibration_tokens: Most tokens that are read; None is `CALIBRATION_TOKENS`.
+        data_dir: Folder of the task's rows; None reads them from the hub.
 
     Raises:
         ValueError: As in `text_calibration` and `task_calibration`.
         OSError: A path leads nowhere.
     """
-    number = options.calibration_tokens or CALIBRATION_TOKENS
-    if options.calibration is not None:
-        files = TextFiles(find_text_files(options.calibration, "calibration"))
+    number = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
+    if number < 1:
+        raise ValueError(f"calibration_tokens {number} is below 1")
+    if calibration is not None:
+        files = TextFiles(calibration_files(calibration))
         return text_calibration(files, tokenizer, config, number)
-    if options.calibration_task is not None:
-        return task_calibration(
-            options.calibration_task, options.data_dir, tokenizer, config, number
-        )
+    if calibration_task is not None:
+        return task_calibration(calibration_task, data_dir, tokenizer, config, number)
     return None
+
+
+def calibration_files(calibration: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    """The text files of a calibration.
+
+    Raises:
+        ValueError: There is none, or one is of another kind.
+        FileNotFoundError: A path leads nowhere.
+    """
+    given = [calibration] if isinstance(calibration, str | Path) else calibration
+    return find_text_files([str(path) for path in given], "calibration")
 
 
 def text_calibration(
@@ -93,7 +110,7 @@ def text_calibration(
 
 def task_calibration(
     name: str,
-    data_dir: Path | None,
+    data_dir: str | Path | None,
     tokenizer: PreTrainedTokenizerFast | None,
     config: PretrainedConfig,
     num_tokens: int = CALIBRATION_TOKENS,
@@ -121,10 +138,16 @@ def task_calibration(
         raise ValueError(f"calibration_task {name}: {rows.path} has no row with a right answer")
     longest = int(config.max_position_embeddings)
     # Few rows tell how many are needed; neighbours in a file are often alike.
-    sample = encode_examples(tokenizer, known[:64], longest)
+    sample = encode_rows(tokenizer, known[:64], longest).kept
+    if not sample:
+        raise ValueError(
+            f"calibration_task {name}: the first rows of {rows.path} do not fit the {longest}"
+            " tokens of the network"
+        )
     mean_length = sum(len(row.tokens) for row in sample) / len(sample)
     stride = max(1, int(len(known) * mean_length / num_tokens))
-    tokens = [t for row in encode_examples(tokenizer, known[::stride], longest) for t in row.tokens]
+    encoded = encode_rows(tokenizer, known[::stride], longest)
+    tokens = [token for row in encoded.kept for token in row.tokens]
     return _rows(tokens[:num_tokens], config, block_length, f"train of {task.name}, {rows.sha256}")
 
 

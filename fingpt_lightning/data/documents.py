@@ -106,8 +106,9 @@ READERS: dict[str, Callable[[Path, str], Iterator[Piece]]] = {
 
 
 def ending_of(path: Path) -> str | None:
-    """The key of ``READERS`` that a file's name ends in."""
-    return next((ending for ending in READERS if path.name.endswith(ending)), None)
+    """The key of ``READERS`` that a file's name ends in, in capitals or not."""
+    name = path.name.lower()
+    return next((ending for ending in READERS if name.endswith(ending)), None)
 
 
 def document_of_row(
@@ -135,7 +136,7 @@ def document_of_row(
 def _opened(path: Path) -> Iterator[tuple[BinaryIO | gzip.GzipFile, Callable[[], int]]]:
     """The contents of a file, unpacked, and how far the file itself has been read."""
     with path.open("rb") as raw:
-        if path.suffix != ".gz":
+        if path.suffix.lower() != ".gz":
             yield raw, raw.tell
         else:
             with gzip.GzipFile(fileobj=raw) as unpacked:

@@ -11,9 +11,8 @@ from typing_extensions import override
 
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.blocks import EMPTY_BLOCK
-from fingpt_lightning.models.formats.tokenizer import begin_tokens
 from fingpt_lightning.tasks import Example
-from fingpt_lightning.tasks.cutting import cut_own_text
+from fingpt_lightning.tasks.encoding import TooLong, encode_examples
 
 
 class InstructionRow(NamedTuple):
@@ -30,6 +29,23 @@ class InstructionRow(NamedTuple):
     num_context: int
     task: int
     answer: int | None
+
+
+class EncodedRows(NamedTuple):
+    """One row per example.
+
+    Args:
+        rows: Rows in the order of the examples; None where a row was left out.
+        num_cut: Number of rows that lost a part of their text.
+    """
+
+    rows: list[InstructionRow | None]
+    num_cut: int
+
+    @property
+    def kept(self) -> list[InstructionRow]:
+        """The rows that were not left out."""
+        return [row for row in self.rows if row is not None]
 
 
 class InstructionRows(ConcatDataset[dict[str, Tensor]]):
@@ -53,73 +69,51 @@ class InstructionRows(ConcatDataset[dict[str, Tensor]]):
         return {"input_ids": tokens[:-1], "labels": labels, "task": torch.tensor(row.task)}
 
 
-def encode_examples(
+def encode_rows(
     tokenizer: PreTrainedTokenizerFast,
     examples: Sequence[Example],
     max_length: int,
     task: int = 0,
     answers_are_labels: bool = False,
-) -> list[InstructionRow]:
-    """The tokens of each example's prompt and right answer.
-
-    They are those of the joined text, begun as the tokenizer begins texts; the answer's are what
-    follows as many tokens as the prompt alone has, which is how they are scored.
-
-    A row that is too long loses tokens of its own text: the end of it where the prompt goes on
-    after it, else its beginning. Instruction and answer stay.
+    too_long: TooLong = TooLong.CUT,
+) -> EncodedRows:
+    """The tokens of each example's prompt and right answer, as evaluation scores them.
 
     Args:
-        tokenizer: Of the network.
-        examples: Of one task.
+        tokenizer: Tokenizer of the network.
+        examples: Examples of one task.
         max_length: Tokens of a row that the network reads at most.
         task: The task's number.
         answers_are_labels: Whether an answer's index means the same in every row.
+        too_long: What happens to longer rows.
 
     Raises:
-        ValueError: A row has no known answer, its answer merges into the prompt, or it does not
-            fit even without its own text.
+        ValueError: A row has no known answer or one without a token, or it is too long and
+            ``too_long`` is ``error``.
     """
-    if not examples:
-        return []
-    golds = [_gold(example) for example in examples]
-    prompts = [
-        example.prefix + example.prompts[gold if len(example.prompts) > 1 else 0]
-        for example, gold in zip(examples, golds, strict=True)
-    ]
-    answers = [e.choices[gold] for e, gold in zip(examples, golds, strict=True)]
-    contexts = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
-    joined = tokenizer(
-        [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
-        add_special_tokens=False,
-        verbose=False,
-    )["input_ids"]
-    begin, end = begin_tokens(tokenizer), (int(tokenizer.eos_token_id),)
-    rows = []
-    for i, example in enumerate(examples):
-        context: Sequence[int] | None = contexts[i]
-        answer = tuple(joined[i][len(contexts[i]) :])
-        if not answer:
-            raise ValueError(
-                f"row {example.row}: the tokenizer merges the answer {answers[i]!r} into the"
-                " prompt's last token"
-            )
-        # The end is never read, only foretold.
-        num_excess = len(begin) + len(contexts[i]) + len(answer) - max_length
-        if num_excess > 0:
-            own_text = tokenizer(example.text, add_special_tokens=False)["input_ids"]
-            context = cut_own_text(contexts[i], own_text, num_excess)
-        if context is None:
-            raise ValueError(
-                f"row {example.row}: {num_excess} tokens more than max_length {max_length} are more"
-                " than its own text has"
-            )
-        before = (*begin, *context) or end
-        label = golds[i] if answers_are_labels else None
-        rows.append(InstructionRow((*before, *answer, *end), len(before), task, label))
-    return rows
+    right = [_with_right_answer(example) for example in examples]
+    end = (int(tokenizer.eos_token_id),)
+    encoded = encode_examples(tokenizer, right, max_length, end=end, too_long=too_long)
+    rows: list[InstructionRow | None] = []
+    for example, row in zip(examples, encoded, strict=True):
+        if row is None:
+            rows.append(None)
+            continue
+        (text,) = row.texts
+        label = example.gold if answers_are_labels else None
+        rows.append(InstructionRow(text.tokens, text.first_scored, task, label))
+    return EncodedRows(rows, sum(row is not None and row.is_cut for row in encoded))
 
 
-def _gold(example: Example) -> int:
-    if example.gold is None:
+def _with_right_answer(example: Example) -> Example:
+    """The example with its right answer as the only one."""
+    gold = example.gold
+    if gold is None:
         raise ValueError(f"row {example.row}: its answer is not known, so it cannot be trained on")
-    return example.gold
+    prompt = gold if len(example.prompts) > 1 else 0
+    return example._replace(
+        prompts=(example.prompts[prompt],),
+        choices=(example.choices[gold],),
+        gold=0,
+        spans=(example.spans[prompt],) if example.spans else (),
+    )

@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +23,7 @@ from fingpt_lightning.data.block_order import (
 )
 from fingpt_lightning.data.blocks import BlockSampler, ResumableDataLoader
 from fingpt_lightning.data.instruction_batches import Batching, Collate
-from fingpt_lightning.data.instruction_rows import InstructionRow, InstructionRows, encode_examples
+from fingpt_lightning.data.instruction_rows import InstructionRow, InstructionRows, encode_rows
 from fingpt_lightning.data.synthetic_news import SENTIMENTS, synthetic_news
 from fingpt_lightning.data.tokenized_data import TokenizedData
 from fingpt_lightning.data.tokenizers import (
@@ -30,6 +32,8 @@ from fingpt_lightning.data.tokenizers import (
 )
 from fingpt_lightning.models.formats.tokenizer import tokenizer_of_model
 from fingpt_lightning.tasks import Example, find_task, read_rows
+from fingpt_lightning.tasks.encoding import TooLong, length_remarks
+from fingpt_lightning.terminal.messages import nearest
 
 SYNTHETIC = "synthetic_news"
 
@@ -53,7 +57,10 @@ class FinancialInstructions(TokenizedData):
             rows where there is no base.
         batching: ``shared_prefix``, ``packed`` or ``padded``: equal gradients, other cost.
         batch_size: Rows of a batch on one device.
-        max_length: Tokens of a row; longer ones lose tokens of their own text, never of the answer.
+        max_length: Tokens of a row at most.
+        too_long: What happens to longer rows: ``cut``, they lose tokens of their own text, never of
+            instruction or answer (one with too little text is left out); ``drop``, they are left
+            out; ``error``, they end the run. How many were cut or left out is printed.
         balance_labels: Whether the labels of a task are drawn equally often; rows of rare labels
             then repeat within an epoch.
         val_share: Share of each task's training rows that is held out to validate on, in (0, 1).
@@ -79,6 +86,7 @@ class FinancialInstructions(TokenizedData):
         batching: Literal["shared_prefix", "packed", "padded"] = "shared_prefix",
         batch_size: int = 16,
         max_length: int = 512,
+        too_long: Literal["cut", "drop", "error"] = "cut",
         balance_labels: bool = False,
         val_share: float = 0.1,
         test_split: str = "validation",
@@ -103,6 +111,9 @@ class FinancialInstructions(TokenizedData):
             raise ValueError(f"seed {seed} is outside [0, 2**32)")
         if batching not in list(Batching):
             raise ValueError(f"batching {batching!r} is none of {', '.join(Batching)}")
+        if too_long not in list(TooLong):
+            advice = nearest(too_long, TooLong)
+            raise ValueError(f"too_long {too_long!r} is none of {', '.join(TooLong)}{advice}")
         self.weights = _weights(tasks)
         self._tasks = {name: find_task(name) for name in self.weights if name != SYNTHETIC}
         self.save_hyperparameters(logger=False)
@@ -111,6 +122,7 @@ class FinancialInstructions(TokenizedData):
         self.batching = Batching(batching)
         self.batch_size = batch_size
         self.block_length = max_length
+        self.too_long = TooLong(too_long)
         self.balance_labels = balance_labels
         self.val_share = val_share
         self.test_split = test_split
@@ -146,7 +158,7 @@ class FinancialInstructions(TokenizedData):
             self._hold_out(found["train"])
         if self.test_split in splits and "test" not in self._rows:
             rows = self._encode(found[self.test_split])
-            self._rows["test"] = [row for part in rows for row in part]
+            self._rows["test"] = [row for part in rows for row in part if row is not None]
 
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -205,16 +217,29 @@ class FinancialInstructions(TokenizedData):
             self.split_sha256[f"{name}/{split}"] = rows.sha256
         return [self._examples[name, split] for name in self.weights]
 
-    def _encode(self, tasks: Sequence[Sequence[Example]]) -> list[list[InstructionRow]]:
+    def _encode(self, tasks: Sequence[Sequence[Example]]) -> list[list[InstructionRow | None]]:
         encoded = []
         for number, (name, examples) in enumerate(zip(self.weights, tasks, strict=True)):
             is_labelled = name == SYNTHETIC or self._tasks[name].kind == "labels"
             try:
-                rows = encode_examples(
-                    self.tokenizer, examples, self.block_length, number, is_labelled
+                rows, num_cut = encode_rows(
+                    self.tokenizer,
+                    examples,
+                    self.block_length,
+                    number,
+                    is_labelled,
+                    self.too_long,
                 )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+            num_dropped = rows.count(None)
+            if num_dropped == len(rows):
+                raise ValueError(
+                    f"{name}: none of its {len(rows):,} rows fits max_length {self.block_length},"
+                    " even without its text; raise max_length"
+                )
+            for remark in length_remarks(name, len(rows), num_cut, num_dropped, self.block_length):
+                _print(remark)
             encoded.append(rows)
         return encoded
 
@@ -224,7 +249,12 @@ class FinancialInstructions(TokenizedData):
             seed = (self.seed * 1_000_003 + number) % 2**32  # of which torch reads 32 bits
             generator = torch.Generator().manual_seed(seed)
             # What was asked of one row of the file stays together: its text must not be in both.
-            of_file = list(dict.fromkeys(example.row for example in examples))
+            kept = [
+                (example.row, row)
+                for example, row in zip(examples, rows, strict=True)
+                if row is not None
+            ]
+            of_file = list(dict.fromkeys(number_in_file for number_in_file, _ in kept))
             order = torch.randperm(len(of_file), generator=generator).tolist()
             num_held_out = round(self.val_share * len(of_file))
             if not 0 < num_held_out < len(of_file):
@@ -234,8 +264,8 @@ class FinancialInstructions(TokenizedData):
                     " leaves nothing to train on or to validate on"
                 )
             held_out = {of_file[i] for i in order[:num_held_out]}
-            for example, row in zip(examples, rows, strict=True):
-                self._rows["val" if example.row in held_out else "train"].append(row)
+            for number_in_file, row in kept:
+                self._rows["val" if number_in_file in held_out else "train"].append(row)
         if self.balance_labels:  # the parts of the order follow each other
             self._rows["train"].sort(key=lambda row: (row.task, row.answer or 0))
 
@@ -282,6 +312,11 @@ class FinancialInstructions(TokenizedData):
         return train_tokenizer(texts, self.max_vocab_size)
 
 
+@rank_zero_only
+def _print(line: str) -> None:
+    Console().print(line, soft_wrap=True, markup=False, highlight=False)
+
+
 def tokenizer_of_base(base: str) -> str:
     """`tokenizer_of_model` of a module's base, or the base itself, where to look for one."""
     return tokenizer_of_model(base) or base
@@ -310,15 +345,12 @@ def _weights(
 def _synthetic_examples(num_items: int, seed: int) -> list[Example]:
     """The sentiment of synthetic news, asked in the words of Financial PhraseBank."""
     task = find_task("fpb")
+    (template,) = task.templates
     choices = tuple(f" {label}" for label in SENTIMENTS)
-    return [
-        Example(
-            task.instruction,
-            (task.templates[0].render({"text": item.text}),),
-            choices,
-            SENTIMENTS.index(item.label),
-            number,
-            item.text,
-        )
-        for number, item in enumerate(synthetic_news(num_items, seed), 1)
-    ]
+    examples = []
+    for number, item in enumerate(synthetic_news(num_items, seed), 1):
+        fields = {"text": item.text}
+        prompts, spans = (template.render(fields),), (template.span(fields, "text"),)
+        gold = SENTIMENTS.index(item.label)
+        examples.append(Example(task.instruction, prompts, choices, gold, number, item.text, spans))
+    return examples

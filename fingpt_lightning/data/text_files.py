@@ -3,6 +3,8 @@
 import functools
 import glob
 import hashlib
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +56,8 @@ class TextFiles:
 def find_text_files(paths: str | Sequence[str], key: str = "files") -> tuple[Path, ...]:
     """Finds the files that paths, globs (with ``**``) and folders (recursive, sorted) stand for.
 
-    Hidden files in folders are passed over; a file that is found twice is taken once.
+    Hidden files in folders are passed over; a file that is found twice is taken once. Endings may
+    be in capitals. A warning counts the other files of a folder.
 
     Args:
         paths: One or more files, folders or globs; ``~`` is the home folder.
@@ -97,15 +100,26 @@ def _endings() -> str:
 
 
 def _files_in_folder(folder: Path, key: str) -> list[Path]:
-    found = [
+    files = [
         path
         for path in sorted(folder.rglob("*"))
-        if ending_of(path)
-        and path.is_file()
+        if path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
+    found = [path for path in files if ending_of(path)]
+    others = Counter(path.suffix or path.name for path in files if not ending_of(path))
+    counted = ", ".join(f"{number} {ending}" for ending, number in sorted(others.items()))
     if not found:
-        raise FileNotFoundError(f"{key}: folder {folder} has no file that ends in {_endings()}")
+        there = f"; there are {counted}" if others else ""
+        raise FileNotFoundError(
+            f"{key}: folder {folder} has no file that ends in {_endings()}{there}"
+        )
+    if others:
+        warnings.warn(
+            f"{key}: {others.total()} of the {len(files)} files in {folder} are not read:"
+            f" {counted}; text is what ends in {_endings()}",
+            stacklevel=2,
+        )
     return found
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from fingpt_lightning.data.corpus import Corpus
 from fingpt_lightning.data.tokenizers import vocabulary_size
 from fingpt_lightning.data.tokenizing import encoded_batches
-from fingpt_lightning.files import write_whole, written_whole
+from fingpt_lightning.files import to_json, write_whole, written_whole
 from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.terminal.progress import SoFar, shown_tokenizing
 
@@ -102,7 +102,7 @@ def build_token_file(
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
     }
-    write_whole(path.with_suffix(".json"), json.dumps(header, indent=2))
+    write_whole(path.with_suffix(".json"), to_json(header, indent=2))
     return TokenFile(path, dtype, so_far.num_tokens, so_far.num_documents, num_skipped)
 
 

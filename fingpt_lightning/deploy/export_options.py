@@ -23,16 +23,11 @@ FORMATS = {
 }
 
 
-def parse_options(words: list[str]) -> argparse.Namespace:
-    """The options that follow ``fingpt export``.
+EMBEDDINGS = ("quantized", "kept")
 
-    Args:
-        words: Of the command line.
 
-    Raises:
-        WrongOptions: An option is unknown, missing or has no such value.
-        SystemExit: With status 0, after ``--help`` has been answered.
-    """
+def build_parser() -> OptionParser:
+    """The parser of ``fingpt export``."""
     parser = OptionParser(
         "fingpt export", "A model in another form, loaded again and compared before it is there."
     )
@@ -48,14 +43,36 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the folder")
     add(
         "--embeddings",
-        choices=("quantized", "kept"),
+        choices=EMBEDDINGS,
         help="with int8 and nf4; default: quantized where the model is low-rank",
     )
     add("--prompts", type=Path, help="real prompts to compare on: .txt, one a line, or .jsonl")
     add("--tolerance", type=float, help="largest relative error of the logits; by format if unsaid")
     add_calibration_options(parser)
-    options = parser.read(words)
+    return parser
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt export``.
+
+    Args:
+        words: Part of the command line after the command.
+
+    Raises:
+        WrongOptions: An option is unknown or missing, has no such value, or has no effect.
+        SystemExit: With status 0, after ``--help`` has been answered.
+    """
+    options = build_parser().read(words)
+    check_options(options)
+    return options
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuses options that have no effect beside each other.
+
+    Raises:
+        WrongOptions: There is one.
+    """
     check_calibration_options(options)
     if asks_for_calibration(options) and options.format not in ("int8", "nf4"):
         raise WrongOptions("calibration has an effect with --format int8 and nf4 alone")
-    return options

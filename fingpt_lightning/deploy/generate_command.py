@@ -11,7 +11,7 @@ from rich.text import Text
 from fingpt_lightning.deploy.generation import Completion, Prompt, complete
 from fingpt_lightning.deploy.loading import load_with_adapters
 from fingpt_lightning.deploy.sampling import Sampling
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import not_utf8, to_json, write_whole
 from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
 from fingpt_lightning.terminal.messages import nearest
 from fingpt_lightning.terminal.progress import shown_progress
@@ -25,12 +25,14 @@ def run(options: argparse.Namespace) -> None:
 
     Raises:
         ValueError: A prompt, a setting or the model is not as it must be.
-        FileNotFoundError: A path leads nowhere.
+        OSError: A path leads nowhere, or the output is there.
     """
     sampling = _sampling(options)
     prompts = [Prompt(options.prompt)] if options.prompts is None else read_prompts(options.prompts)
     if options.output is not None and options.output.is_dir():
         raise ValueError(f"output {options.output} is a folder, not a file")
+    if options.output is not None and options.output.exists() and not options.overwrite:
+        raise FileExistsError(f"output {options.output} is there already; --overwrite replaces it")
     model = load_with_adapters(options)
     texts = complete(
         model.network,
@@ -70,7 +72,8 @@ def read_prompts(file: Path) -> list[Prompt]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line is wrong, or there is none; the message begins with file and line.
+        ValueError: A line is blank or wrong, or there is none; the message begins with file and
+            line.
     """
     if not file.is_file():
         there = [path.name for path in file.parent.glob("*")] if file.parent.is_dir() else []
@@ -79,11 +82,15 @@ def read_prompts(file: Path) -> list[Prompt]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text") from error
+        raise ValueError(not_utf8(file)) from error
+    if not lines[-1]:  # the last line has an end
+        del lines[-1]
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            is_json = file.suffix == ".jsonl"
-            prompts.append(_json_prompt(line, f"{file}:{number}") if is_json else Prompt(line))
+        where = f"{file}:{number}"
+        if not line.strip():
+            raise ValueError(f"{where}: the line is blank, and each line is a prompt")
+        is_json = file.suffix.lower() == ".jsonl"
+        prompts.append(_json_prompt(line, where) if is_json else Prompt(line))
     if not prompts:
         raise ValueError(f"{file} holds no prompt")
     return prompts
@@ -92,7 +99,7 @@ def read_prompts(file: Path) -> list[Prompt]:
 def write_completions(file: Path, completions: list[Completion]) -> None:
     """Writes one JSON object a text, aside and then renamed."""
     lines = [
-        json.dumps(
+        to_json(
             {
                 "prompt": completion.prompt.text,
                 **({"adapter": name} if (name := completion.prompt.adapter) else {}),

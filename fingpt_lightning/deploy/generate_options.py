@@ -41,7 +41,10 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     add("--top_p", type=float, help="draw from the likeliest tokens of this probability together")
     add("--seed", type=int, help="of the draws; default: 1")
     add("--output", type=Path, help="JSONL file for the texts, in place of printing them")
+    add("--overwrite", action="store_true", help="replace the output")
     options = parser.read(words)
+    if options.overwrite and options.output is None:
+        raise WrongOptions("--overwrite has no effect without --output")
     if options.adapter and options.adapters:
         raise WrongOptions("--adapter and --adapters: give one of them")
     return options

@@ -56,6 +56,7 @@ def complete(
     Raises:
         ValueError: A prompt has no token, does not fit the network's positions with ``num_new``
             more, or names an adapter that is not there.
+        FloatingPointError: While writing, a logit is NaN or infinite.
     """
     tokens = _prompt_tokens(network, tokenizer, prompts, num_new)
     for prompt in prompts:
@@ -88,6 +89,7 @@ def _completed(
                 num_new,
                 end_tokens=ends,
                 choose=greedy if sampling is None else Sampler(sampling, batch),
+                names=[f"prompt {row + 1}" for row in batch],
             )
         for row, new in zip(batch, written, strict=True):
             text = _text_after(tokenizer, tokens[row], new)

@@ -41,7 +41,9 @@ def run(options: argparse.Namespace) -> None:
     LabelledFile(options.output, {})
     if options.output.exists() and not options.overwrite:
         raise FileExistsError(f"output {options.output} is there already; --overwrite replaces it")
-    num_rows, names = checked_rows(task, options.input, columns, list(adapters))
+    num_rows, names = checked_rows(
+        task, options.input, columns, list(adapters), options.output.suffix
+    )
     names += label_columns(task)
     schema = _schema(options.input, task) if options.output.suffix == ".parquet" else None
     model = load_with_adapters(options)
@@ -71,7 +73,10 @@ def run(options: argparse.Namespace) -> None:
     found = ", ".join(f"{label} {counts[label]:,}" for label in task.labels)
     console.print(f"{options.output}: {num_rows:,} rows: {found}")
     if counts[None]:
-        console.print(f"{counts[None]:,} rows with an empty text have no label")
+        console.print(
+            f"{counts[None]:,} rows have no label: their text is empty, or the model's context too"
+            " short for the prompt"
+        )
 
 
 def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> dict[str, object]:

@@ -27,7 +27,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     add_model_options(parser)
     add = parser.add_argument
     add("--task", required=True, help="name or YAML file of a task with labels, such as fpb")
-    add("--input", type=Path, required=True, help=".csv, .jsonl, .jsonl.gz or .parquet")
+    add("--input", type=Path, required=True, help=".csv, .json, .jsonl, .jsonl.gz or .parquet")
     add("--output", type=Path, required=True, help=".csv, .jsonl or .parquet")
     add("--text_column", default="text", help="where the texts are; default: %(default)s")
     add("--adapters", type=named_paths, help="NAME=FOLDER,... of which each row names one")

@@ -5,10 +5,13 @@ renamed: how many there are is the position. At the end they become the file, an
 """
 
 import csv
+import datetime
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from fingpt_lightning.files import (
     clear_owned,
     owned,
     sync_folder,
-    write_whole,
+    write_json,
     written_whole,
 )
 from fingpt_lightning.terminal.messages import nearest
@@ -78,7 +81,7 @@ class LabelledFile:
     def _check_settings(self) -> None:
         file = self.folder / _SETTINGS
         if not file.is_file():
-            write_whole(file, json.dumps(self._settings))
+            write_json(file, self._settings)
             return
         before = json.loads(file.read_text(encoding="utf-8"))
         for name, value in self._settings.items():
@@ -120,6 +123,58 @@ class LabelledFile:
         return list(_while_there(self._part))
 
 
+def check_writable(row: Row, ending: str) -> None:
+    """Raises where a file of that ending cannot hold a row.
+
+    Raises:
+        ValueError: A value is not of the form's types; the message names its column.
+    """
+    if ending in _PLAIN:
+        for name, value in row.items():
+            _PLAIN[ending](name, value)
+
+
+def _csv_value(name: str, value: object) -> object:
+    """What stands in a cell: nothing where a value is missing, truth values as JSON has them."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple | dict):
+        raise ValueError(
+            f"column {name!r} holds a {type(value).__name__}, which a cell of a .csv cannot; write"
+            " .jsonl or .parquet"
+        )
+    return _json_value(name, value)
+
+
+def _json_value(name: str, value: object) -> object:
+    """The value in JSON's types: dates in ISO 8601, decimals as texts, NaN as null."""
+    match value:
+        case dict():
+            return {key: _json_value(name, item) for key, item in value.items()}
+        case list() | tuple():
+            return [_json_value(name, item) for item in value]
+        case float() if math.isnan(value):
+            return None
+        case float() if math.isinf(value):
+            raise ValueError(f"column {name!r} holds {value}, which is not a finite number")
+        case None | str() | int() | float():
+            return value
+        case datetime.datetime() | datetime.date() | datetime.time():
+            return value.isoformat()
+        case Decimal():
+            return str(value)
+    raise ValueError(
+        f"column {name!r} holds a {type(value).__name__}, which is neither text nor number; write"
+        " .parquet"
+    )
+
+
+_PLAIN: Mapping[str, Callable[[str, object], object]] = {
+    ".csv": _csv_value,
+    ".jsonl": _json_value,
+}
+
+
 def _while_there(part: Callable[[int], Path]) -> Iterator[Path]:
     number = 0
     while part(number).is_file():
@@ -136,14 +191,21 @@ def _write_csv(
         writer = csv.DictWriter(opened, names, lineterminator="\r\n")
         if is_first:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(
+            {name: _csv_value(name, value) for name, value in row.items()} for row in rows
+        )
 
 
 def _write_jsonl(
     file: Path, rows: Sequence[Row], names: Sequence[str], is_first: bool, _: object
 ) -> None:
-    lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
+    plain = ({name: _json_value(name, value) for name, value in row.items()} for row in rows)
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in plain)
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _write_parquet(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
+from fingpt_lightning.deploy.labelled_file import check_writable
 from fingpt_lightning.evaluation.runner import predict
 from fingpt_lightning.tasks import Example, Task
 from fingpt_lightning.tasks.examples import example_of_fields, field_names
@@ -66,7 +67,9 @@ class Labeller:
         self._batch_tokens = batch_tokens
 
     def label(self, rows: Sequence[Row], first: int) -> list[dict[str, object]]:
-        """The rows, each with its label and probabilities; None where its text is empty.
+        """The rows, each with its label and probabilities.
+
+        They are None where the text is empty or the row does not fit the context without it.
 
         Rows of one adapter are run together: what their prompts begin with is run once for each.
 
@@ -90,11 +93,12 @@ class Labeller:
                 with self._bank.rows(name):
                     answers = self._predict(examples)
             for (place, _), (choice, scores) in zip(found, answers, strict=True):
-                values = [self._task.labels[choice], *(round(math.exp(x), 6) for x in scores)]
-                labelled[place] |= zip(nothing, values, strict=True)
+                if choice is not None:
+                    values = [self._task.labels[choice], *(round(math.exp(x), 6) for x in scores)]
+                    labelled[place] |= zip(nothing, values, strict=True)
         return labelled
 
-    def _predict(self, examples: list[Example]) -> list[tuple[int, tuple[float, ...]]]:
+    def _predict(self, examples: list[Example]) -> list[tuple[int | None, tuple[float, ...]]]:
         found = predict(
             self._network,
             self._tokenizer,
@@ -103,11 +107,7 @@ class Labeller:
             calibrate=self._calibrate,
             batch_tokens=self._batch_tokens,
         )
-        answers = []
-        for answer in found:
-            assert answer.choice is not None  # of several choices one is the likeliest
-            answers.append((answer.choice, answer.scores))
-        return answers
+        return [(answer.choice, answer.scores) for answer in found]
 
 
 def label_columns(task: Task) -> list[str]:
@@ -135,7 +135,7 @@ def adapter_of_row(row: Row, columns: Columns) -> str | None:
     """The name of a row's adapter; None is the base.
 
     Raises:
-        ValueError: The column is missing.
+        ValueError: The column is missing or holds no text.
     """
     if columns.adapter is None:
         return None
@@ -143,11 +143,17 @@ def adapter_of_row(row: Row, columns: Columns) -> str | None:
         hint = nearest(columns.adapter, row)
         raise ValueError(f"no column {columns.adapter!r}{hint}")
     value = row[columns.adapter]
-    return str(value).strip() or None if value is not None else None
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"column {columns.adapter!r} holds a {type(value).__name__}, not a name")
+    return value.strip() or None if value is not None else None
 
 
 def checked_rows(
-    task: Task, file: Path, columns: Columns, adapters: Sequence[str] = ()
+    task: Task,
+    file: Path,
+    columns: Columns,
+    adapters: Sequence[str] = (),
+    output_ending: str = ".jsonl",
 ) -> tuple[int, list[str]]:
     """Reads a whole file, so that hours of labelling do not end at a wrong row.
 
@@ -156,6 +162,7 @@ def checked_rows(
         file: The input.
         columns: Of its rows.
         adapters: The names that rows may have.
+        output_ending: Form of the file that all columns are to be written to.
 
     Returns:
         The number of rows, and the names of all columns.
@@ -173,6 +180,7 @@ def checked_rows(
         names |= dict.fromkeys(row)
         try:
             _check_characters(row)
+            check_writable(row, output_ending)
             if taken := added & row.keys():
                 raise ValueError(f"the column {min(taken)!r} is there already; rename it")
             example_of_row(task, row, number, columns)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fingpt_lightning.evaluation.scoring import Prediction, score
+from fingpt_lightning.evaluation.scoring import DROPPED, Prediction, score
 from fingpt_lightning.tasks import Example, Task
+from fingpt_lightning.tasks.encoding import TooLong
 from fingpt_lightning.tasks.task import Template
 
 CONTENT_FREE = ("N/A", "", "[MASK]")
@@ -43,13 +44,34 @@ def calibrate(
     """
     if task.kind != "labels":
         raise ValueError(f"task {task.name} is of kind {task.kind}: only labels are calibrated")
-    emptied = [content_free_prompts(task, example) for example in examples]
-    prompts = list(dict.fromkeys(prompt for prompts in emptied for prompt in prompts))
-    asked = [Example(task.instruction, (p,), examples[0].choices, None, 0, "") for p in prompts]
-    answers = score(network, tokenizer, asked, relative=True, batch_tokens=batch_tokens)
-    scores = {prompt: answer.scores for prompt, answer in zip(prompts, answers, strict=True)}
+    emptied = [
+        () if prediction.is_dropped else content_free_prompts(task, example)
+        for example, prediction in zip(examples, predictions, strict=True)
+    ]
+    rows: dict[str, int] = {}
+    """The first row of each prompt, for messages."""
+    for example, prompts in zip(examples, emptied, strict=True):
+        for prompt in prompts:
+            rows.setdefault(prompt, example.row)
+    empty = [
+        Example(task.instruction, (prompt,), examples[0].choices, None, row, "")
+        for prompt, row in rows.items()
+    ]
+    answers = score(
+        network,
+        tokenizer,
+        empty,
+        relative=True,
+        batch_tokens=batch_tokens,
+        too_long=TooLong.DROP,
+    )
+    scores = {
+        prompt: answer.scores
+        for prompt, answer in zip(rows, answers, strict=True)
+        if not answer.is_dropped
+    }
     return [
-        _calibrated(prediction, [scores[prompt] for prompt in own])
+        _calibrated(prediction, [scores[prompt] for prompt in own if prompt in scores])
         for prediction, own in zip(predictions, emptied, strict=True)
     ]
 
@@ -87,6 +109,8 @@ def _pattern(template: Template) -> re.Pattern[str]:
 
 
 def _calibrated(prediction: Prediction, content_free: Sequence[tuple[float, ...]]) -> Prediction:
+    if not content_free:  # not even the empty text fits the context
+        return DROPPED
     means = [
         math.log(sum(math.exp(x) for x in column) / len(column))
         for column in zip(*content_free, strict=True)

@@ -1,89 +1,158 @@
-"""``fingpt evaluate``: a model, some tasks, a table and files."""
+"""``fingpt evaluate`` and the function `evaluate`: a model, some tasks, a table and files."""
 
 import argparse
 import importlib.metadata
 import platform
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
+from fingpt_lightning.evaluation import runner
 from fingpt_lightning.evaluation.batches import default_batch_tokens
+from fingpt_lightning.evaluation.options import check_options
 from fingpt_lightning.evaluation.results import check_output, remarks, table, write_results
-from fingpt_lightning.evaluation.runner import Scoring, evaluate, read_tasks
+from fingpt_lightning.evaluation.runner import Scoring, TaskResult, read_tasks
 from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.tasks.encoding import TooLong
+from fingpt_lightning.terminal.command_line import options_as_arguments
+from fingpt_lightning.terminal.messages import check_choice
 from fingpt_lightning.terminal.progress import shown_progress
 
-_PACKAGES = ("fingpt-lightning", "torch", "transformers", "tokenizers", "bitsandbytes", "peft")
+_PACKAGES = ("fingpt-lightning", "torch", "transformers", "tokenizers", "bitsandbytes")
 
 _TABLE_WIDTH = 110
 
 
-def run(options: argparse.Namespace) -> None:
-    """Evaluates a model as the options say; data and output are checked before it is loaded.
+class Evaluation(NamedTuple):
+    """The answers of a model to some tasks.
+
+    Attributes:
+        model: Path or name of the model, with its kind.
+        results: Answers and metrics by name of the task.
+        head: Model, settings, time and versions, as ``results.json`` has them.
+        num_positions: Tokens that the model reads at most.
+    """
+
+    model: str
+    results: dict[str, TaskResult]
+    head: dict[str, Any]
+    num_positions: int
+
+    def write(self, folder: Path) -> None:
+        """Writes ``results.json``, ``predictions.jsonl`` and pictures; the folder is made."""
+        write_results(folder, self.head, list(self.results.values()))
+
+
+def evaluate(
+    model: str | Path,
+    tasks: str | Sequence[str],
+    *,
+    adapter: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: str = "float32",
+    quantize: str = "auto",
+    device: str | None = None,
+    data_dir: str | Path | None = None,
+    split: str = "validation",
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    scoring: str = "choices",
+    calibrate: bool = False,
+    strict: bool = False,
+    too_long: str = "cut",
+    batch_tokens: int | None = None,
+    limit: int | None = None,
+) -> Evaluation:
+    """Evaluates a model on tasks, as ``fingpt evaluate`` does.
+
+    Data and output are checked before the model is loaded.
+    ``evaluate(model, "fpb").results["fpb"].metrics["accuracy"]`` is one of the figures.
 
     Args:
-        options: Of `parse_options`.
+        model: Hugging Face folder or hub name, GGUF, adapter, checkpoint or run folder.
+        tasks: Names or YAML files; one string may hold several, with commas.
+        adapter: Folder of a LoRA adapter for the model.
+        tokenizer: Folder of the tokenizer, where the model has none beside it.
+        dtype: Type of weights and products: float32, bfloat16, float16 or float64.
+        quantize: ``nf4`` or ``int8`` for the linear layers of the blocks, ``none``, or ``auto``
+            for what the adapter was trained on.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; None is CUDA where there is one.
+        data_dir: Folder that holds ``TASK/SPLIT.jsonl``; None reads from the Hugging Face hub.
+        split: Part of each task's rows.
+        output: Folder for the results; None writes none.
+        overwrite: Whether results in that folder are replaced.
+        scoring: ``choices`` takes the likeliest of the possible answers, ``generate`` reads the
+            label in a written one.
+        calibrate: Whether the bias for labels without content is taken out.
+        strict: Whether an empty text is an error; else its row is left out.
+        too_long: ``cut`` takes tokens of their text from rows of more tokens than the model reads,
+            ``drop`` leaves them out, ``error`` ends with one line.
+        batch_tokens: Tokens of a batch, padding included; None fits the device.
+        limit: Rows of each task; None takes all.
 
     Raises:
-        ValueError: A model, a task, a row or the output folder is not as it must be.
+        ValueError: A model, task, row, setting or the output folder is not as it must be.
         FileNotFoundError: A path leads nowhere.
     """
+    with options_as_arguments():
+        check_options(argparse.Namespace(overwrite=overwrite, output=output))
     started_at, started_s = datetime.now(UTC), time.perf_counter()
-    check_output(options.output, options.overwrite)
-    scoring = Scoring(options.scoring)
+    if output is not None:
+        check_output(Path(output), overwrite)
+    check_choice("scoring", scoring, list(Scoring))
+    check_choice("too_long", too_long, list(TooLong))
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ValueError(f"batch_tokens {batch_tokens} is below 1")
+    how = Scoring(scoring)
+    names = tasks.split(",") if isinstance(tasks, str) else tasks
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise ValueError("tasks: no name is given")
     runs = read_tasks(
-        options.tasks,
-        options.data_dir,
-        options.split,
-        strict=options.strict,
-        limit=options.limit,
-        scoring=scoring,
-        calibrate=options.calibrate,
+        names, data_dir, split, strict=strict, limit=limit, scoring=how, calibrate=calibrate
     )
-    model = load_model(
-        options.model,
-        dtype=options.dtype,
-        device=find_device(options.device),
-        quantize=options.quantize,
-        adapter=options.adapter,
-        tokenizer=options.tokenizer,
+    loaded = load_model(
+        model,
+        dtype=dtype,
+        device=find_device(device),
+        quantize=quantize,
+        adapter=adapter,
+        tokenizer=tokenizer,
     )
-    tokenizer = model.require_tokenizer()
-    network = model.adapted()
-    batch_tokens = options.batch_tokens or default_batch_tokens(network.device.type)
-    results = []
+    reader = loaded.require_tokenizer()
+    network = loaded.adapted()
+    batch_tokens = batch_tokens or default_batch_tokens(network.device.type)
+    results = {}
     for run in runs:
         what = f"evaluating {run.task.name}"
         with shown_progress(what, len(run.examples), "rows", in_log=False) as show:
-            result = evaluate(
+            results[run.task.name] = runner.evaluate(
                 network,
-                tokenizer,
+                reader,
                 run,
-                scoring=scoring,
-                calibrate=options.calibrate,
+                scoring=how,
+                calibrate=calibrate,
                 batch_tokens=batch_tokens,
+                too_long=TooLong(too_long),
                 on_answered=show,
             )
-        results.append(result)
-    # A file has 80 columns for rich, which would cut the figures.
-    console = Console(width=max(Console().width, _TABLE_WIDTH), soft_wrap=True)
-    console.print(model.source, highlight=False, markup=False)
-    console.print(table(results), soft_wrap=False)
-    for remark in remarks(results):
-        console.print(remark)
     head = {
-        "model": model.source,
-        "revision": model.revision,
-        "adapter": None if model.adapter is None else str(model.adapter),
+        "model": loaded.source,
+        "revision": loaded.revision,
+        "adapter": None if loaded.adapter is None else str(loaded.adapter),
         "settings": {
-            "dtype": options.dtype,
-            "quantize": options.quantize,
-            "scoring": scoring.value,
-            "calibrate": options.calibrate,
-            "limit": options.limit,
+            "dtype": dtype,
+            "quantize": quantize,
+            "scoring": scoring,
+            "calibrate": calibrate,
+            "limit": limit,
+            "too_long": too_long,
             "batch_tokens": batch_tokens,
             "device": _device_name(network.device),
         },
@@ -91,8 +160,38 @@ def run(options: argparse.Namespace) -> None:
         "seconds": time.perf_counter() - started_s,
         "versions": _versions(),
     }
-    write_results(options.output, head, results)
-    console.print(f"{options.output}: results.json, predictions.jsonl", highlight=False)
+    num_positions = network.config.max_position_embeddings
+    evaluation = Evaluation(loaded.source, results, head, num_positions)
+    if output is not None:
+        evaluation.write(Path(output))
+    return evaluation
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluates a model as the options say, prints a table, and then writes the files.
+
+    Args:
+        options: Result of `parse_options`.
+
+    Raises:
+        ValueError: A model, a task, a row or the output folder is not as it must be.
+        FileNotFoundError: A path leads nowhere.
+    """
+    output = options.output
+    if output is not None:
+        check_output(output, options.overwrite)
+    # The table is printed before files are written: a full disk does not take the figures away.
+    evaluation = evaluate(**vars(options) | {"output": None, "overwrite": False})
+    results = list(evaluation.results.values())
+    # A file has 80 columns for rich, which would cut the figures.
+    console = Console(width=max(Console().width, _TABLE_WIDTH), soft_wrap=True)
+    console.print(evaluation.model, highlight=False, markup=False)
+    console.print(table(results), soft_wrap=False)
+    for remark in remarks(results, evaluation.num_positions):
+        console.print(remark)
+    if output is not None:
+        evaluation.write(output)
+        console.print(f"{output}: results.json, predictions.jsonl", highlight=False)
 
 
 def _device_name(device: torch.device) -> str:

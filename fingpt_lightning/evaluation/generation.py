@@ -4,6 +4,7 @@ Axes: B rows, T tokens of a prompt, S keys, D width.
 """
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,12 +12,12 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.evaluation.batches import default_batch_tokens, plan_batches
-from fingpt_lightning.evaluation.encoding import encode_rows
 from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
-from fingpt_lightning.evaluation.scoring import Prediction
-from fingpt_lightning.evaluation.token_tree import Text, build_tree, num_common_tokens
+from fingpt_lightning.evaluation.scoring import DROPPED, Prediction, kept_rows
+from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
 from fingpt_lightning.models.decoding import write_on
 from fingpt_lightning.tasks import Example
+from fingpt_lightning.tasks.encoding import Text, TooLong, encode_examples, encode_prompts
 
 _EXTRA_TOKENS = 6
 """Of an answer beyond its longest label: room for "The answer is"."""
@@ -29,6 +30,7 @@ def generate(
     examples: Sequence[Example],
     *,
     batch_tokens: int | None = None,
+    too_long: TooLong = TooLong.CUT,
     on_answered: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
     """Writes an answer to every example, greedily, and reads the label in it.
@@ -42,10 +44,12 @@ def generate(
         examples: Of one task of kind ``labels``.
         batch_tokens: Tokens of the prompts of a batch, padding included; None leaves it to the
             device.
-        on_answered: Is told after each batch how many examples have an answer.
+        too_long: As in `score`.
+        on_answered: Callback, called after each batch with the number of examples answered.
 
     Raises:
         ValueError: As in `score`.
+        FloatingPointError: As in `score`.
     """
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(network.device.type)
@@ -53,27 +57,29 @@ def generate(
         return []
     labels = examples[0].choices
     num_positions = network.config.max_position_embeddings
-    num_new = _EXTRA_TOKENS + max(
-        len(text.tokens) - text.first_scored
-        for text in encode_rows(tokenizer, examples[:1], num_positions)[0].texts
-    )
-    rows = encode_rows(tokenizer, examples, num_positions, answer_room=num_new)
-    prompts = [row.texts[0].tokens[: row.texts[0].first_scored] for row in rows]
+    (first,) = encode_examples(tokenizer, examples[:1], sys.maxsize)
+    assert first is not None  # nothing is longer than that
+    num_new = _EXTRA_TOKENS + max(len(text.tokens) - text.first_scored for text in first.texts)
+    encoded = encode_prompts(tokenizer, examples, num_positions, num_new, too_long=too_long)
+    places, rows = kept_rows(encoded)
+    predictions = [DROPPED] * len(encoded)
+    if not rows:
+        return predictions
+    prompts = [row.texts[0].tokens for row in rows]
     num_shared = num_common_tokens([[Text(prompt, len(prompt))] for prompt in prompts])
     prefix = SharedPrefix(network, prompts[0][:num_shared])
-    answers: list[str] = [""] * len(rows)
     num_answered = 0
     for batch in plan_batches([len(prompt) - num_shared for prompt in prompts], batch_tokens):
-        written = _continue(network, tokenizer, [prompts[i] for i in batch], prefix, num_new)
+        names = [f"row {examples[i].row}" for i in batch]
+        of_batch = [prompts[i] for i in batch]
+        written = _continue(network, tokenizer, of_batch, prefix, num_new, names)
         for index, answer in zip(batch, written, strict=True):
-            answers[index] = answer
+            choice = read_label(answer, labels)
+            predictions[places[index]] = Prediction(choice, (), rows[index].is_cut, answer)
         num_answered += len(batch)
         if on_answered is not None:
             on_answered(num_answered)
-    return [
-        Prediction(read_label(answer, labels), (), row.is_cut, answer)
-        for answer, row in zip(answers, rows, strict=True)
-    ]
+    return predictions
 
 
 def read_label(answer: str, labels: Sequence[str]) -> int | None:
@@ -96,6 +102,7 @@ def _continue(
     prompts: Sequence[tuple[int, ...]],
     prefix: SharedPrefix,
     num_new: int,
+    names: Sequence[str],
 ) -> list[str]:
     device = network.device
     cache = prefix.cache(len(prompts))
@@ -114,5 +121,6 @@ def _continue(
         num_new,
         allowed=allowed_BS,
         end_tokens=[int(tokenizer.eos_token_id)],
+        names=names,
     )
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)

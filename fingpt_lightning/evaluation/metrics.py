@@ -4,6 +4,7 @@ Axes: L labels, P = L + 1 predictions (the last is a missing answer), R resample
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,7 +77,8 @@ class ChoiceMetrics(NamedTuple):
     """Of a task whose rows have choices of their own.
 
     ``accuracy_norm`` compares log-probabilities a character, as lm-evaluation-harness's
-    ``acc_norm``; ``perplexity`` is of the right answers as words. None where a task has it not.
+    ``acc_norm``; ``perplexity`` is of the right answers as words. None where a task does not have
+    it, or where it is too large for a float.
     """
 
     accuracy: float
@@ -114,7 +116,9 @@ def choice_metrics(
     accuracy, interval = sum(right) / len(right), _interval(num_right / len(right))
     if all(len(own) == 1 for own in choices):
         mean = sum(own[0] for own in scores) / len(scores)
-        return ChoiceMetrics(accuracy, interval, len(right), perplexity=math.exp(-mean))
+        # Beyond that the exponential is no float.
+        perplexity = math.exp(-mean) if -mean < math.log(sys.float_info.max) else None
+        return ChoiceMetrics(accuracy, interval, len(right), perplexity=perplexity)
     by_length = [
         [score / len(text.strip()) for score, text in zip(own, texts, strict=True)]
         for own, texts in zip(scores, choices, strict=True)

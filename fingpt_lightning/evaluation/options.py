@@ -5,22 +5,15 @@ from pathlib import Path
 
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
+    WrongOptions,
     add_model_options,
     names,
     positive_int,
 )
 
 
-def parse_options(words: list[str]) -> argparse.Namespace:
-    """The options that follow ``fingpt evaluate``.
-
-    Args:
-        words: Of the command line.
-
-    Raises:
-        WrongOptions: An option is unknown, missing or has no such value.
-        SystemExit: With status 0, after ``--help`` has been answered.
-    """
+def build_parser() -> OptionParser:
+    """The parser of ``fingpt evaluate``."""
     parser = OptionParser(
         "fingpt evaluate", "Accuracy and F1 of a model on tasks, with a table of every answer."
     )
@@ -34,7 +27,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     )
     add("--data_dir", type=Path, help="holds TASK/SPLIT.jsonl; left out: the Hugging Face hub")
     add("--split", default="validation", help="default: %(default)s")
-    add("--output", type=Path, required=True, help="folder for the results")
+    add("--output", type=Path, help="folder for the results; left out: the table alone")
     add("--overwrite", action="store_true", help="replace the results in it")
     add(
         "--scoring",
@@ -44,6 +37,38 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     )
     add("--calibrate", action="store_true", help="take out the bias for labels without content")
     add("--strict", action="store_true", help="an empty text is an error, not left out")
+    add(
+        "--too_long",
+        default="cut",
+        choices=("cut", "drop", "error"),
+        help="what happens to rows of more tokens than the model reads: they lose tokens of their"
+        " text, or are left out, or end the run; default: %(default)s",
+    )
     add("--batch_tokens", type=positive_int, help="tokens of a batch, padding included")
     add("--limit", type=positive_int, help="rows of each task")
-    return parser.read(words)
+    return parser
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt evaluate``.
+
+    Args:
+        words: Part of the command line after the command.
+
+    Raises:
+        WrongOptions: An option is unknown or missing, has no such value, or has no effect.
+        SystemExit: With status 0, after ``--help`` has been answered.
+    """
+    options = build_parser().read(words)
+    check_options(options)
+    return options
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuses options that have no effect beside each other.
+
+    Raises:
+        WrongOptions: There is one.
+    """
+    if options.overwrite and options.output is None:
+        raise WrongOptions("--overwrite has an effect with --output alone")

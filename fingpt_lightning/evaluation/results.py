@@ -1,16 +1,23 @@
 """What an evaluation leaves: a table, ``results.json``, ``predictions.jsonl``, pictures."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from fingpt_lightning.evaluation.run_evaluations import (
+    FOLDER,
+    PREDICTIONS,
+    RESULTS,
+    read_run_evaluations,
+    score_of,
+    step_folders,
+)
 from fingpt_lightning.evaluation.runner import TaskResult
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import to_json, write_json, write_whole
+from fingpt_lightning.tasks.encoding import length_remarks
 
-RESULTS = "results.json"
 _COLUMNS = {
     "accuracy": "accuracy (95 %)",
     "accuracy_norm": "by length",
@@ -51,17 +58,20 @@ def table(results: Sequence[TaskResult]) -> Table:
     return made
 
 
-def remarks(results: Sequence[TaskResult]) -> list[str]:
-    """What a reader of the table must know: rows left out and prompts cut."""
+def remarks(results: Sequence[TaskResult], max_length: int) -> list[str]:
+    """What a reader of the table must know: rows cut and rows left out.
+
+    Args:
+        results: Results of all tasks.
+        max_length: Tokens that the network reads at most.
+    """
     found = []
     for result in results:
-        num_cut = sum(prediction.is_cut for prediction in result.predictions)
-        if num_cut:
-            found.append(f"{result.run.task.name}: {num_cut} prompts cut to fit the context")
+        num_rows, num_cut = len(result.predictions), result.num_cut
+        name = result.run.task.name
+        found += length_remarks(name, num_rows, num_cut, result.num_dropped, max_length)
         if result.run.num_skipped:
-            found.append(
-                f"{result.run.task.name}: {result.run.num_skipped} rows with an empty text left out"
-            )
+            found.append(f"{name}: {result.run.num_skipped:,} rows with an empty text left out")
     return found
 
 
@@ -76,33 +86,94 @@ def results_of(result: TaskResult) -> dict[str, Any]:
         "split": run.split,
         "split_sha256": run.sha256,
         "num_skipped": run.num_skipped,
-        "num_cut": sum(prediction.is_cut for prediction in result.predictions),
+        "num_cut": result.num_cut,
+        "num_dropped": result.num_dropped,
         "seconds": result.seconds,
         "prompts_per_s": result.prompts_per_s,
     }
 
 
-def write_results(folder: Path, head: Mapping[str, Any], results: Sequence[TaskResult]) -> None:
+def write_results(
+    folder: Path,
+    head: Mapping[str, Any],
+    results: Sequence[TaskResult],
+    *,
+    has_pictures: bool = True,
+) -> None:
     """Writes all files, each aside and then renamed, ``results.json`` last.
 
-    Args:
-        folder: Made where it is not there.
-        head: What stands in ``results.json`` beside ``tasks``.
-        results: One a task.
-    """
-    from fingpt_lightning.evaluation.pictures import confusion_png  # matplotlib takes a second
+    So a folder with a ``results.json`` is whole, and one without it is none.
 
+    Args:
+        folder: Output folder; made where it is not there.
+        head: What stands in ``results.json`` beside ``tasks``.
+        results: One result per task.
+        has_pictures: Whether the confusions are drawn too.
+
+    Raises:
+        ValueError: A figure is NaN or infinite; nothing is written then.
+    """
+    by_task = {result.run.task.name: results_of(result) for result in results}
+    found = {"tasks": by_task, **head}
+    to_json(found)  # raises before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULTS).unlink(missing_ok=True)
-    with_labels = [result for result in results if "confusion" in result.metrics]
-    for result in with_labels:
-        picture = confusion_png(result.metrics["confusion"], result.run.task)
-        write_whole(folder / f"confusion_{result.run.task.name}.png", picture)
-    lines = [json.dumps(row, ensure_ascii=False) for row in prediction_rows(results)]
-    write_whole(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
-    by_task = {result.run.task.name: results_of(result) for result in results}
-    text = json.dumps({"tasks": by_task, **head}, indent=1) + "\n"
-    write_whole(folder / RESULTS, text)
+    if has_pictures:
+        for name, picture in _pictures(results).items():
+            write_whole(folder / name, picture)
+    lines = [to_json(row, ensure_ascii=False) for row in prediction_rows(results)]
+    write_whole(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
+    write_json(folder / RESULTS, found)
+
+
+class RunEvaluations:
+    """Writes the evaluations of a run, on one process.
+
+    Args:
+        run_folder: Folder of the run; ``eval/`` is made in it.
+        step: Optimizer steps that the run has taken. Later evaluations are of an earlier attempt
+            that was given up: they are no longer the best or the last ones.
+
+    Raises:
+        ValueError: A ``results.json`` of an earlier start is broken.
+    """
+
+    def __init__(self, run_folder: Path, step: int) -> None:
+        self._folder = run_folder / FOLDER
+        found = read_run_evaluations(run_folder)
+        self._scores = {one.step: score_of(one.results) for one in found if one.step <= step}
+
+    def write(self, step: int, head: Mapping[str, Any], results: Sequence[TaskResult]) -> None:
+        """Writes an evaluation, whole or not at all, and drops predictions that need not stay.
+
+        Args:
+            step: Optimizer steps before it.
+            head: What stands in ``results.json`` beside ``tasks`` and ``step``.
+            results: One result per task.
+
+        Raises:
+            ValueError: A figure is NaN or infinite.
+        """
+        write_results(self._folder / str(step), {"step": step, **head}, results, has_pictures=False)
+        by_task = {result.run.task.name: results_of(result) for result in results}
+        self._scores[step] = score_of({"tasks": by_task})
+        best = max(self._scores, key=lambda one: (self._scores[one], one))
+        kept = {min(self._scores), best, step}
+        for folder_step, folder in step_folders(self._folder):
+            if folder_step not in kept:
+                (folder / PREDICTIONS).unlink(missing_ok=True)
+
+
+def _pictures(results: Sequence[TaskResult]) -> dict[str, bytes]:
+    from fingpt_lightning.evaluation.pictures import confusion_png  # matplotlib takes a second
+
+    return {
+        f"confusion_{result.run.task.name}.png": confusion_png(
+            result.metrics["confusion"], result.run.task
+        )
+        for result in results
+        if "confusion" in result.metrics
+    }
 
 
 def prediction_rows(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
@@ -120,7 +191,9 @@ def prediction_rows(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
                 "gold": _answer(answers, example.gold),
                 "prediction": _answer(answers, prediction.choice),
             }
-            if prediction.scores:
+            if prediction.is_dropped:
+                row |= {"scores": [], "is_dropped": True}
+            elif prediction.scores:
                 row["scores"] = [round(score, 6) for score in prediction.scores]
             else:
                 row["answer"] = prediction.answer

@@ -13,6 +13,7 @@ from fingpt_lightning.evaluation.generation import generate
 from fingpt_lightning.evaluation.metrics import choice_metrics, label_metrics
 from fingpt_lightning.evaluation.scoring import Prediction, score
 from fingpt_lightning.tasks import Example, Task, find_task, read_rows
+from fingpt_lightning.tasks.encoding import TooLong
 
 
 class Scoring(StrEnum):
@@ -38,7 +39,7 @@ class TaskRun(NamedTuple):
 
 
 class TaskResult(NamedTuple):
-    """The answers to a task; ``metrics`` are of the rows whose answer is known."""
+    """The answers to a task; ``metrics`` are those of the rows asked whose answer is known."""
 
     run: TaskRun
     predictions: list[Prediction]
@@ -46,8 +47,18 @@ class TaskResult(NamedTuple):
     seconds: float
 
     @property
+    def num_cut(self) -> int:
+        """Rows that lost a part of their text."""
+        return sum(prediction.is_cut for prediction in self.predictions)
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that were left out because they do not fit the context."""
+        return sum(prediction.is_dropped for prediction in self.predictions)
+
+    @property
     def prompts_per_s(self) -> float:
-        """Rows answered in a second, calibration included."""
+        """Rows answered per second, calibration included."""
         return len(self.predictions) / self.seconds
 
 
@@ -110,6 +121,7 @@ def predict(
     scoring: Scoring = Scoring.CHOICES,
     calibrate: bool = False,
     batch_tokens: int | None = None,
+    too_long: TooLong = TooLong.CUT,
     on_answered: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
     """Answers examples of a task.
@@ -122,11 +134,48 @@ def predict(
         scoring: How answers come about.
         calibrate: Whether labels are calibrated; other kinds never are.
         batch_tokens: As in `score`.
+        too_long: As in `score`.
         on_answered: As in `score`.
+
+    Raises:
+        FloatingPointError: A score or logit is NaN or infinite: task, row and likely cause are
+            named.
     """
+    try:
+        return _predict(
+            network,
+            tokenizer,
+            task,
+            examples,
+            scoring,
+            calibrate,
+            batch_tokens,
+            too_long,
+            on_answered,
+        )
+    except FloatingPointError as error:
+        raise FloatingPointError(f"task {task.name}, {error}") from None
+
+
+def _predict(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    task: Task,
+    examples: Sequence[Example],
+    scoring: Scoring,
+    calibrate: bool,
+    batch_tokens: int | None,
+    too_long: TooLong,
+    on_answered: Callable[[int], None] | None,
+) -> list[Prediction]:
     if scoring is Scoring.GENERATE:
         return generate(
-            network, tokenizer, examples, batch_tokens=batch_tokens, on_answered=on_answered
+            network,
+            tokenizer,
+            examples,
+            batch_tokens=batch_tokens,
+            too_long=too_long,
+            on_answered=on_answered,
         )
     has_labels = task.kind == "labels"
     found = score(
@@ -135,6 +184,7 @@ def predict(
         examples,
         relative=has_labels,
         batch_tokens=batch_tokens,
+        too_long=too_long,
         on_answered=on_answered,
     )
     if calibrate and has_labels and examples:
@@ -150,31 +200,50 @@ def evaluate(
     scoring: Scoring = Scoring.CHOICES,
     calibrate: bool = False,
     batch_tokens: int | None = None,
+    too_long: TooLong = TooLong.CUT,
     on_answered: Callable[[int], None] | None = None,
 ) -> TaskResult:
-    """`predict` on all rows of a task, its time, and what `metrics_of` makes of the answers."""
+    """`predict` on all rows of a task, its time, and what `metrics_of` makes of the answers.
+
+    Raises:
+        ValueError: As `predict`, or no row with a known answer fits the context.
+    """
     started_s = time.perf_counter()
-    predictions = predict(
-        network,
-        tokenizer,
-        run.task,
-        run.examples,
-        scoring=scoring,
-        calibrate=calibrate,
-        batch_tokens=batch_tokens,
-        on_answered=on_answered,
-    )
+    try:
+        predictions = predict(
+            network,
+            tokenizer,
+            run.task,
+            run.examples,
+            scoring=scoring,
+            calibrate=calibrate,
+            batch_tokens=batch_tokens,
+            too_long=too_long,
+            on_answered=on_answered,
+        )
+    except ValueError as error:
+        raise ValueError(f"{run.task.name}: {error}") from error
     seconds = time.perf_counter() - started_s
     return TaskResult(run, predictions, metrics_of(run, predictions), seconds)
 
 
 def metrics_of(run: TaskRun, predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """The figures of a task's answers, by name; those that its kind has not are left out."""
+    """The figures of a task's answers, by name; those that its kind has not are left out.
+
+    Rows that were left out count nowhere.
+
+    Raises:
+        ValueError: No row with a known answer fits the context.
+    """
     known = [
         (example, example.gold, prediction)
         for example, prediction in zip(run.examples, predictions, strict=True)
-        if example.gold is not None
+        if example.gold is not None and not prediction.is_dropped
     ]
+    if not known:
+        raise ValueError(
+            f"{run.task.name}: no row with a right answer fits the context of the network"
+        )
     gold = [right for _, right, _ in known]
     predicted = [prediction.choice for _, _, prediction in known]
     if run.task.kind == "labels":

@@ -9,26 +9,34 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.evaluation.answer_scores import answer_scores
 from fingpt_lightning.evaluation.batches import default_batch_tokens, plan_batches
-from fingpt_lightning.evaluation.encoding import EncodedRow, encode_rows
 from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
 from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
+from fingpt_lightning.models.families import head_of
+from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.tasks import Example
+from fingpt_lightning.tasks.encoding import EncodedExample, TooLong, encode_examples
 
 
 class Prediction(NamedTuple):
     """What a model answers to one example.
 
     Args:
-        choice: Index of the answer; None where it cannot be read.
+        choice: Index of the answer; None where it cannot be read or nothing was asked.
         scores: The log-probability of each choice; none where text was generated.
         is_cut: Whether the prompt was cut to fit the context.
         answer: The generated text; empty where choices were scored.
+        is_dropped: Whether nothing was asked, because the row does not fit the context.
     """
 
     choice: int | None
     scores: tuple[float, ...]
     is_cut: bool
     answer: str = ""
+    is_dropped: bool = False
+
+
+DROPPED = Prediction(None, (), is_cut=False, is_dropped=True)
+"""What stands for the answer to a row that was left out."""
 
 
 @torch.no_grad()
@@ -39,6 +47,7 @@ def score(
     *,
     relative: bool = False,
     batch_tokens: int | None = None,
+    too_long: TooLong = TooLong.CUT,
     on_answered: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
     """Scores every choice of every example; the likeliest is the prediction.
@@ -54,36 +63,53 @@ def score(
         relative: Whether scores are log-probabilities among the choices, which add up to 1: the
             cheaper way for labels. Else they are those of the texts.
         batch_tokens: Tokens of a batch, padding included; None leaves it to the device.
-        on_answered: Is told after each batch how many examples have been scored.
+        too_long: What happens to rows that do not fit the context; one that is left out is
+            `DROPPED`.
+        on_answered: Callback, called after each batch with the number of examples scored.
 
     Raises:
-        ValueError: ``batch_tokens`` is below 1, or a prompt does not fit the context.
+        ValueError: ``batch_tokens`` is below 1, an answer has no token, or a row does not fit
+            the context and ``too_long`` is ``error``.
+        FloatingPointError: A score is NaN or infinite: the row and the likely cause are named.
     """
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(network.device.type)
-    if not examples:
-        return []
-    rows = encode_rows(tokenizer, examples, network.config.max_position_embeddings)
+    num_positions = network.config.max_position_embeddings
+    encoded = encode_examples(tokenizer, examples, num_positions, too_long=too_long)
+    places, rows = kept_rows(encoded)
+    predictions = [DROPPED] * len(encoded)
+    if not rows:
+        return predictions
     num_shared = num_common_tokens([row.texts for row in rows])
     prefix = SharedPrefix(network, rows[0].texts[0].tokens[:num_shared])
     trees = [build_tree(row.texts, num_shared) for row in rows]
-    head = network.get_submodule("lm_head")
-    predictions: list[Prediction | None] = [None] * len(rows)
+    head = head_of(network)
     num_answered = 0
     for batch in plan_batches([len(tree.tokens) for tree in trees], batch_tokens):
         of_batch = [trees[index] for index in batch]
         hidden_BTD = run_trees(network, of_batch, prefix)
         found = answer_scores(head, hidden_BTD, of_batch, relative=relative)
         for place, index in enumerate(batch):
+            if not all(map(math.isfinite, found.scores[place])):
+                raise not_finite(network, f"row {examples[places[index]].row}: the scores")
             greedy = [] if relative else found.are_greedy[place]
-            predictions[index] = _prediction(rows[index], found.scores[place], greedy)
+            answer = _prediction(rows[index], found.scores[place], greedy)
+            predictions[places[index]] = answer
         num_answered += len(batch)
         if on_answered is not None:
             on_answered(num_answered)
-    return [prediction for prediction in predictions if prediction is not None]
+    return predictions
 
 
-def _prediction(row: EncodedRow, scores: list[float], greedy: list[bool]) -> Prediction:
+def kept_rows(
+    encoded: Sequence[EncodedExample | None],
+) -> tuple[list[int], list[EncodedExample]]:
+    """The rows that are not left out, and their places among all."""
+    kept = [(place, row) for place, row in enumerate(encoded) if row is not None]
+    return [place for place, _ in kept], [row for _, row in kept]
+
+
+def _prediction(row: EncodedExample, scores: list[float], greedy: list[bool]) -> Prediction:
     if len(scores) == 1:
         return Prediction(0 if greedy[0] else None, tuple(scores), row.is_cut)
     if not greedy:

@@ -9,12 +9,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-
-class Text(NamedTuple):
-    """The tokens of a whole text, of which those from ``first_scored`` on are the answer."""
-
-    tokens: tuple[int, ...]
-    first_scored: int
+from fingpt_lightning.tasks.encoding import Text
 
 
 class Step(NamedTuple):

@@ -2,6 +2,7 @@
 
 from fingpt_lightning.low_rank.adapters import AdaptedLinear, AdapterOptions
 from fingpt_lightning.low_rank.budget import LayerBudget, ModelBudget
+from fingpt_lightning.low_rank.conversion import LowRankReport, make_low_rank
 from fingpt_lightning.low_rank.embedding import LowRankEmbedding, LowRankHead
 from fingpt_lightning.low_rank.factorize import Factors, factorize
 from fingpt_lightning.low_rank.initialization import Initialization
@@ -19,6 +20,7 @@ __all__ = [
     "LowRankEmbedding",
     "LowRankHead",
     "LowRankLinear",
+    "LowRankReport",
     "ModelBudget",
     "Rank",
     "RankRule",
@@ -26,5 +28,6 @@ __all__ = [
     "decay_products",
     "factorize",
     "low_rank_factors",
+    "make_low_rank",
     "resolve_rank",
 ]

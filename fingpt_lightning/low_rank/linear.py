@@ -130,12 +130,14 @@ class LowRankLinear(nn.Module):
         z = F.linear(x, self.down)
         if self.activation == "silu":
             z = F.silu(z)
-        y = F.linear(z, self._folded_up() if self.expansion else self.up, self.bias)
+        up = self._folded_up() if self.expansion else self.up
         if self.guide is None or self.guide_share is None or not self.training:
-            return y
+            return F.linear(z, up, self.bias)
         # A tensor of no axes takes the dtype of y, and compiled code does not change with it.
-        guided = F.linear(x, self.guide, self.bias)
-        return self.guide_share * guided + (1 - self.guide_share) * y
+        y = self.guide_share * F.linear(x, self.guide) + (1 - self.guide_share) * F.linear(z, up)
+        # Added once: torch 2.13 cannot take the backward pass apart (zero-bubble schedules) where
+        # two products of one input read the same parameter.
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def add_guide(self) -> None:
         """Sets a trained dense matrix beside the factors: their product, with a share of 1.

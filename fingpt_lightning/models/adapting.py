@@ -4,7 +4,6 @@ Folders are PEFT's: what is written here loads there, and what PEFT writes loads
 """
 
 import hashlib
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fingpt_lightning.files import write_whole, written_whole
+from fingpt_lightning.files import write_json, written_whole
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.low_rank.adapters import AdaptedLinear, AdapterOptions, SharedDown
+from fingpt_lightning.models.families import family_of
 from fingpt_lightning.models.formats.peft_adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -35,18 +35,16 @@ ALL_LINEAR = "all-linear"
 _WRAPPER = "base_model.model."  # what PEFT puts before the names of the base
 _PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 _MAGNITUDE = "lora_magnitude_vector"
-# Layers of one parent that read the same tensor.
-_SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def linear_names(network: PreTrainedModel) -> list[str]:
     """The layers that can be adapted or are: all linear ones but the head; a pair is one."""
     names: list[str] = []
-    embedding = network.get_input_embeddings()
+    family, embedding = family_of(network), network.get_input_embeddings()
     in_embedding = set(embedding.modules())  # a quantised table is a linear layer
     for name, module in network.named_modules():
         is_inside = bool(names) and name.startswith(f"{names[-1]}.")
-        if name.split(".")[0] == "lm_head" or is_inside or module in in_embedding:
+        if family.is_head(name) or is_inside or module in in_embedding:
             continue
         if is_linear(module) or _is_pair(module) or isinstance(module, AdaptedLinear):
             names.append(name)
@@ -228,7 +226,7 @@ def save_adapter(
         told[BASE_QUANTIZE] = method
     with written_whole(folder / ADAPTER_WEIGHTS) as aside:
         save_file(state, aside, told)
-    write_whole(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    write_json(folder / ADAPTER_CONFIG, config, indent=2)
 
 
 def load_adapter(
@@ -311,11 +309,13 @@ def _adapted(layer: nn.Module, options: AdapterOptions) -> AdaptedLinear:
     return adapted.train(layer.training)
 
 
-def _share_inputs(network: nn.Module, names: Sequence[str]) -> None:
-    for parent in dict.fromkeys(name.rpartition(".")[0] for name in names):
-        for group in _SHARING:
-            layers = [f"{parent}.{child}" for child in group if f"{parent}.{child}" in names]
-            found = [network.get_submodule(name) for name in layers]
+def _share_inputs(network: PreTrainedModel, names: Sequence[str]) -> None:
+    family, adapted = family_of(network), set(names)
+    blocks = network.get_submodule(family.blocks)
+    for block, _ in blocks.named_children():
+        for group in family.shared_inputs:
+            full = [family.layer_name(int(block), layer) for layer in group]
+            found = [network.get_submodule(name) for name in full if name in adapted]
             if len(found) > 1:
                 SharedDown([layer for layer in found if isinstance(layer, AdaptedLinear)])
 

@@ -1,4 +1,4 @@
-"""The budget of a transformers GPT-2 or Llama, dense or low-rank."""
+"""The budget of a network of transformers, dense or low-rank."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -6,20 +6,26 @@ from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
 from fingpt_lightning.low_rank.budget import LayerBudget, LayerKind, ModelBudget
+from fingpt_lightning.models.families import Family, family_of, head_of
 
 
 def model_budget(network: PreTrainedModel, sequence_length: int) -> ModelBudget:
     """Parameters and floating-point operations of a network and its dense baseline.
 
     Args:
-        network: GPT-2 or Llama; one on the meta device will do.
-        sequence_length: Tokens a sequence, which attention's cost grows with.
+        network: Dense or low-rank; one on the meta device will do.
+        sequence_length: Tokens of a sequence, which attention's cost grows with.
+
+    Raises:
+        ValueError: The network's family is not supported.
     """
-    head = network.get_submodule("lm_head")
+    family, head = family_of(network), head_of(network)
     is_tied = {id(p) for p in head.parameters()} <= {
         id(p) for p in network.get_input_embeddings().parameters()
     }
-    layers = [_layer_budget(name, module, is_tied) for name, module in network.named_modules()]
+    layers = [
+        _layer_budget(name, module, is_tied, family) for name, module in network.named_modules()
+    ]
     attention_flops = 4 * sequence_length * _attention_width(network)  # scores and their use
     attention = [
         LayerBudget(
@@ -46,7 +52,9 @@ def _attention_width(network: PreTrainedModel) -> int:
     return int(head_dim * config.num_attention_heads)
 
 
-def _layer_budget(name: str, module: nn.Module, head_is_tied: bool) -> LayerBudget | None:
+def _layer_budget(
+    name: str, module: nn.Module, head_is_tied: bool, family: Family
+) -> LayerBudget | None:
     kind, rank = LayerKind.LINEAR, None
     held = sum(p.numel() for p in module.parameters(recurse=False))
     dense = held
@@ -71,14 +79,13 @@ def _layer_budget(name: str, module: nn.Module, head_is_tied: bool) -> LayerBudg
             held = dense = 0  # the embedding's own parameters
         case nn.Linear():
             flops = dense_flops = 2 * module.weight.numel()
-            if name == "lm_head":
+            if family.is_head(name):
                 kind = LayerKind.HEAD
                 held = dense = 0 if head_is_tied else held
-        case nn.Embedding() if name.endswith(("wte", "embed_tokens")):
+        case nn.Embedding() if name == family.embedding:
             kind = LayerKind.EMBEDDING
         case _ if held:
             kind = LayerKind.OTHER
         case _:
             return None
-    in_block = ".h." in name or ".layers." in name
-    return LayerBudget(name, kind, in_block, held, dense, flops, dense_flops, rank)
+    return LayerBudget(name, kind, family.is_in_block(name), held, dense, flops, dense_flops, rank)

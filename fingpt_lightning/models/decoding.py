@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from fingpt_lightning.models.decode_step import decode_step
+from fingpt_lightning.models.families import head_of
+from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.models.key_value_cache import preallocated_cache
 
 Choose = Callable[[Tensor], Tensor]
@@ -33,6 +35,7 @@ def decode(
     end_tokens: Sequence[int] = (),
     choose: Choose = greedy,
     cache: Cache | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Goes on with each prompt, all in one batch, for at most ``num_new`` tokens.
 
@@ -45,9 +48,13 @@ def decode(
         end_tokens: A text ends before the first of these.
         choose: Called with the logits of all rows, those of ended ones included.
         cache: An empty one, in place of one with memory for just these rows.
+        names: What messages call each row; None numbers them.
 
     Returns:
         The new tokens of each row.
+
+    Raises:
+        FloatingPointError: A logit is NaN or infinite: the row and the likely cause are named.
     """
     device = network.device
     lengths = [len(prompt) for prompt in prompts]
@@ -73,6 +80,7 @@ def decode(
         allowed=allowed_BS,
         end_tokens=end_tokens,
         choose=choose,
+        names=names,
     )
 
 
@@ -87,6 +95,7 @@ def write_on(
     allowed: Bool[Tensor, "B S"] | None = None,
     end_tokens: Sequence[int] = (),
     choose: Choose = greedy,
+    names: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Goes on with texts that a network has run already.
 
@@ -100,17 +109,27 @@ def write_on(
             is all.
         end_tokens: As in `decode`.
         choose: As in `decode`.
+        names: As in `decode`.
 
     Returns:
         The new tokens of each row.
+
+    Raises:
+        FloatingPointError: As in `decode`.
     """
-    head = network.get_submodule("lm_head")
+    head = head_of(network)
     num_before = int(cache.get_seq_length())
     ends = torch.tensor(list(end_tokens), device=hidden.device, dtype=torch.long)
     has_ended_B = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     written: list[Tensor] = []
     for step in range(num_new):
-        token_B = choose(head(hidden))
+        logits_BV = head(hidden)
+        is_finite_B = logits_BV.isfinite().all(1)
+        if not is_finite_B.all():
+            row = int(is_finite_B.int().argmin())
+            name = f"row {row + 1}" if names is None else names[row]
+            raise not_finite(network, f"{name}: the logits")
+        token_B = choose(logits_BV)
         written.append(token_B)
         if len(ends):
             has_ended_B |= torch.isin(token_B, ends)

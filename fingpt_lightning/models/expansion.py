@@ -13,6 +13,7 @@ from fingpt_lightning.models.adapting import (
     ends_features,
     linear_names,
 )
+from fingpt_lightning.models.families import family_of
 from fingpt_lightning.models.quantization.quantized_embedding import QuantizedEmbedding
 
 
@@ -50,7 +51,7 @@ def expand(network: PreTrainedModel) -> None:
     Raises:
         ValueError: A pair has an activation between its factors.
     """
-    own = Conv1D if network.config.model_type == "gpt2" else nn.Linear
+    own = family_of(network).dense_layer
     for name in linear_names(network):
         layer = network.get_submodule(name)
         if type(layer) is own:
@@ -74,7 +75,7 @@ def expand(network: PreTrainedModel) -> None:
             head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
         dense.weight = nn.Parameter(table.to(network.dtype), requires_grad=False)
         network.set_input_embeddings(dense)
-        network.set_submodule("lm_head", head)
+        network.set_submodule(family_of(network).head, head)
         network.config.tie_word_embeddings = True
         network._tied_weights_keys = type(network)._tied_weights_keys
         head.weight = dense.weight
@@ -85,7 +86,7 @@ def _dense_layer(network: PreTrainedModel, weight: Tensor, bias: Tensor | None) 
     weight = weight.to(network.dtype)
     layer: nn.Module
     with torch.device("meta"):
-        if network.config.model_type == "gpt2":
+        if family_of(network).dense_layer is Conv1D:
             layer, weight = Conv1D(out_features, in_features), weight.T
         else:
             layer = nn.Linear(in_features, out_features, bias is not None)

@@ -23,6 +23,7 @@ from fingpt_lightning.low_rank.rank_allocation import (
     ratio_for_parameters,
 )
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
+from fingpt_lightning.models.families import GPT2
 from fingpt_lightning.models.low_rank_config import note_low_rank
 from fingpt_lightning.models.tied_head import tie_head
 from fingpt_lightning.terminal.messages import nearest
@@ -81,16 +82,12 @@ def preset_shape(preset: str, **changes: int | None) -> GPT2Shape:
 
 def block_layers(shape: GPT2Shape) -> dict[str, tuple[int, int]]:
     """In and out features of the blocks' linear layers, by full name."""
-    sizes = {
-        "attn.c_attn": (shape.width, 3 * shape.width),
-        "attn.c_proj": (shape.width, shape.width),
-        "mlp.c_fc": (shape.width, 4 * shape.width),
-        "mlp.c_proj": (4 * shape.width, shape.width),
-    }
+    width = shape.width
+    sizes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
     return {
-        f"transformer.h.{block}.{name}": size
+        GPT2.layer_name(block, name): size
         for block in range(shape.num_layers)
-        for name, size in sizes.items()
+        for name, size in zip(GPT2.linear_layers, sizes, strict=True)
     }
 
 
@@ -198,7 +195,7 @@ def lay_out_gpt2(
         _replace_linears(network, rank or RankRule(), factor_activation, expansion)
         if embedding_columns is not None:
             embedding = LowRankEmbedding(vocab_size, shape.width, embedding_columns)
-            network.set_submodule("transformer.wte", embedding)
+            network.set_submodule(GPT2.embedding, embedding)
     tie_head(network)
     return network
 
@@ -278,7 +275,7 @@ def initialize(
             continue
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         stream = torch.Generator(network.device).manual_seed(int.from_bytes(digest[:7], "big"))
-        std = into_residual if name.endswith("c_proj") else INITIALIZER_STD
+        std = into_residual if name.endswith(GPT2.into_residual) else INITIALIZER_STD
         match module:
             case LowRankLinear():
                 module.reset_parameters(std, stream, initialization)

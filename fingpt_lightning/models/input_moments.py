@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank.decomposition import ShiftedMoments
+from fingpt_lightning.models.families import family_of
 from fingpt_lightning.models.quantization.layers import is_linear
-
-HEAD = "lm_head"
-_NORMS = ("norm", "ln_f")
 
 
 class InputMoments(NamedTuple):
@@ -68,7 +66,7 @@ def input_moments(
     dtype and summed over batches in float64.
 
     Args:
-        network: In evaluation mode, whole, of the GPT-2 or Llama family.
+        network: In evaluation mode, whole.
         ids: Rows of equal length.
         batch_rows: Rows that go through a block at a time.
         refresh: Whether later blocks read what a block puts out after its moments were taken, for
@@ -86,11 +84,12 @@ def input_moments(
         if refresh:
             outputs = _outputs(block, captured)
         captured = _next_calls(outputs, captured)
-    norm = next(m for n, m in network.base_model.named_children() if n in _NORMS)
+    family = family_of(network)
+    norm = network.get_submodule(family.norm)
     sums = _Sums("")
     with torch.no_grad():
         for hidden, _, _ in captured:
-            sums.add(HEAD, norm(hidden))
+            sums.add(family.head, norm(hidden))
     yield sums.means(ids.numel())
 
 
@@ -225,10 +224,10 @@ class _Sums:
 
 
 def _blocks(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    for name, module in network.named_modules():
-        if isinstance(module, nn.ModuleList):
-            return name, module
-    raise ValueError(f"{type(network).__name__} has no list of blocks")
+    name = family_of(network).blocks
+    blocks = network.get_submodule(name)
+    assert isinstance(blocks, nn.ModuleList)
+    return name, blocks
 
 
 def _first_input(network: PreTrainedModel, block: nn.Module, ids: Int[Tensor, "N T"]) -> _Call:

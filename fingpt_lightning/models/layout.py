@@ -6,35 +6,32 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from fingpt_lightning.models.families import family_named, family_of, head_of
 from fingpt_lightning.models.low_rank_config import noted_activation
 from fingpt_lightning.models.quantization.layers import is_linear, quantized_layer
 from fingpt_lightning.models.tied_head import tie_head
-
-FAMILIES: dict[str, type[PreTrainedModel]] = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}
-"""The networks that can be loaded, by the ``model_type`` of their config."""
-
-# Buffers that earlier versions of transformers stored; today's networks compute them.
-_COMPUTED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedModel:
     """The network of a config on the meta device, low-rank where the stored weights are.
 
     Args:
-        config: Of a family in `FAMILIES`.
-        shapes: Of the stored weights, by name: ``LAYER.down`` beside ``LAYER.up`` makes a pair,
-            ``EMBEDDING.table`` a factorised embedding and the head tied to it.
+        config: Its family is in `FAMILIES`.
+        shapes: Sizes of the stored weights, by name: ``LAYER.down`` beside ``LAYER.up`` makes a
+            low-rank layer, ``EMBEDDING.table`` a factorised embedding and the head tied to it.
 
     Raises:
-        ValueError: A pair's name or rank does not fit the network.
+        ValueError: The family is not supported, or a low-rank layer's name or rank does not fit
+            the network.
     """
+    family = family_named(config.model_type)
     config.use_cache = True  # pretraining saves it switched off
     with torch.device("meta"):
-        network = FAMILIES[config.model_type](config)
+        network = family.network_class(config)
         for stored, shape in shapes.items():
             name = full_name(network, stored)
             layer_name, _, part = name.rpartition(".")
@@ -46,10 +43,10 @@ def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
                     in_features, out_features, shape[0], has_bias, noted_activation(config)
                 )
                 network.set_submodule(layer_name, pair)
-            elif part == "table" and not layer_name.startswith("lm_head"):
+            elif part == "table" and not family.is_head(layer_name):
                 table = _stored_layer(network, layer_name)
                 if not isinstance(table, nn.Embedding):
-                    raise ValueError(f"{name}: {layer_name} is no embedding")
+                    raise ValueError(f"{name}: {layer_name} is not an embedding")
                 embedding = LowRankEmbedding(table.num_embeddings, table.embedding_dim, shape[1])
                 network.set_submodule(layer_name, embedding)
                 config.tie_word_embeddings = False  # transformers' own tying knows no pairs
@@ -78,10 +75,10 @@ def cut(
 
 def full_name(network: PreTrainedModel, stored: str) -> str:
     """The parameter that a stored name means: files of a bare body leave its prefix out."""
-    prefix = network.base_model_prefix
-    if stored.startswith((f"{prefix}.", "lm_head.")):
+    family = family_of(network)
+    if stored.startswith(f"{family.body}.") or family.is_head(stored):
         return stored
-    return f"{prefix}.{stored}"
+    return f"{family.body}.{stored}"
 
 
 def features_of(layer: nn.Module) -> tuple[int, int]:
@@ -123,7 +120,8 @@ def fill(
     Raises:
         ValueError: A weight is missing, unknown, or of another size than the network's.
     """
-    head_is_tied = isinstance(network.lm_head, LowRankHead) or network.config.tie_word_embeddings
+    family, head = family_of(network), head_of(network)
+    head_is_tied = isinstance(head, LowRankHead) or network.config.tie_word_embeddings
     parameters = dict(network.named_parameters())
     unknown: list[str] = []
     stored_head: list[tuple[str, Tensor]] = []
@@ -131,11 +129,11 @@ def fill(
         name = full_name(network, stored)
         if name in elsewhere:
             continue
-        if head_is_tied and name.startswith("lm_head."):
+        if head_is_tied and family.is_head(name):
             stored_head.append((name, tensor))
             continue
         if name not in parameters:
-            if not name.endswith(_COMPUTED):
+            if not name.endswith(family.computed):
                 unknown.append(stored)
             continue
         if tensor.shape != parameters[name].shape:
@@ -143,7 +141,7 @@ def fill(
             raise ValueError("{} is {}, the config asks for {}".format(stored, *sizes))
         layer_name, _, part = name.rpartition(".")
         layer = network.get_submodule(layer_name)
-        method = quantize if is_linear(layer) and layer_name != "lm_head" else None
+        method = quantize if is_linear(layer) and not family.is_head(layer_name) else None
         weight = torch.empty(tensor.shape, dtype=dtype, device="cpu" if method else device)
         setattr(layer, part, nn.Parameter(weight.copy_(tensor)))
         if method and not any(parameter.is_meta for parameter in layer.parameters()):

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from fingpt_lightning.low_rank.linear import folded_up
+from fingpt_lightning.metric_keys import VAL_LOSS
 
 _ACTIVATION, _EXPANSION = "factor_activation", "factor_expansion"
 
@@ -68,8 +69,8 @@ def drop_guides(state: dict[str, Tensor], source: str) -> None:
         del state[name]
     if guides:
         warnings.warn(
-            f"{source} is from the guided steps of a run (model.self_guided): its pairs are taken"
-            " without their guides, as val/loss was measured",
+            f"{source} is from the guided steps of a run (model.self_guided): its low-rank layers"
+            f" are taken without their auxiliary dense weights, as {VAL_LOSS} was measured",
             stacklevel=2,
         )
 

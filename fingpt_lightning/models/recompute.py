@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fingpt_lightning.models.attention import ATTENTION_OPERATOR
+from fingpt_lightning.models.families import family_of
+from fingpt_lightning.models.offload import offload_block_inputs
+from fingpt_lightning.terminal.messages import nearest
 
 
 class Recompute(StrEnum):
@@ -26,28 +29,45 @@ class Recompute(StrEnum):
 
     Source: https://arxiv.org/abs/1604.06174."""
     LOW_RANK = "low_rank"
-    """The widening halves of the pairs, norms and elementwise functions: the block's input, the
-    rank-r activation of each pair and attention's result are kept. Costs half the products of
-    ``BLOCK`` and no attention.
+    """The widening halves of the low-rank layers, norms and elementwise functions: the block's
+    input, the rank-r activation of each layer and attention's result are kept. Costs half the
+    products of ``BLOCK`` and no attention.
 
     Source: CoLA-M, https://arxiv.org/abs/2502.10940, section 4, which computes attention again."""
 
 
-def recompute_blocks(network: PreTrainedModel, recompute: Recompute = Recompute.BLOCK) -> None:
+OFFLOAD = "offload"
+"""As ``BLOCK``, with the blocks' inputs kept in the host's memory."""
+
+
+def recompute_blocks(
+    network: PreTrainedModel, recompute: Recompute | str = Recompute.BLOCK
+) -> None:
     """Sets what the decoder blocks of a network compute again; gradients stay equal to the bit.
 
     Args:
-        network: Of transformers; dropout is repeated exactly.
-        recompute: Under ``LOW_RANK`` a block without pairs keeps its input and attention's result.
+        network: A network of transformers; dropout is repeated exactly.
+        recompute: ``none``, ``block``, ``low_rank`` or ``offload``. Under ``low_rank`` a block
+            without low-rank layers keeps its input and attention's result.
+
+    Raises:
+        ValueError: ``recompute`` is another word.
     """
+    known = [*Recompute, OFFLOAD]
+    if recompute not in known:
+        hint = nearest(recompute, known)
+        raise ValueError(f"recompute {recompute!r} is none of {', '.join(known)}{hint}")
+    if recompute == OFFLOAD:
+        offload_block_inputs(network)
+        return
     options: dict[str, Any] = {"use_reentrant": False}
-    if recompute is Recompute.LOW_RANK:
+    if recompute == Recompute.LOW_RANK:
         policy = functools.partial(_policy, keeps_attention=not _attention_dropout(network))
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     run = functools.partial(checkpoint, **options)
     for block in network.modules():
         if isinstance(block, GradientCheckpointingLayer):
-            block.gradient_checkpointing = recompute is not Recompute.NONE
+            block.gradient_checkpointing = recompute != Recompute.NONE
             block.__dict__["_gradient_checkpointing_func"] = run
 
 
@@ -74,5 +94,4 @@ def _policy(
 
 def _attention_dropout(network: PreTrainedModel) -> float:
     # A kept result is not drawn again: the dropouts after it would see another random stream.
-    config = network.config
-    return float(getattr(config, "attn_pdrop", getattr(config, "attention_dropout", 0.0)))
+    return float(getattr(network.config, family_of(network).attention_dropout))

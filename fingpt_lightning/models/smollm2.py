@@ -80,10 +80,13 @@ def convert_gguf(file: Path, output: Path, dtype: torch.dtype = torch.bfloat16) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Converts the package's model into ``--output``."""
+    """Converts the package's model into ``--output``; a model that is there stays as it is."""
     parser = argparse.ArgumentParser(description="Makes a Hugging Face folder of SmolLM2-135M.")
     parser.add_argument("--output", type=Path, default=Path("models/smollm2-135m"))
     output = parser.parse_args(argv).output
+    if (output / "config.json").is_file():  # written whole or not at all
+        print(f"smollm2: {output} is there already; remove it to make it anew")
+        return
     logging.disable_progress_bar()
     try:
         convert_gguf(find_gguf(), output)

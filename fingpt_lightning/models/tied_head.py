@@ -3,6 +3,7 @@
 from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead
+from fingpt_lightning.models.families import family_of
 from fingpt_lightning.models.quantization.quantized_embedding import QuantizedEmbedding
 
 
@@ -14,11 +15,12 @@ def tie_head(network: PreTrainedModel) -> None:
     if isinstance(embedding, QuantizedEmbedding):  # tied where it was placed
         return
     if isinstance(embedding, LowRankEmbedding):
-        network.set_submodule("lm_head", LowRankHead(embedding))
+        head = family_of(network).head
+        network.set_submodule(head, LowRankHead(embedding))
         name = next(name for name, module in network.named_modules() if module is embedding)
         # So that save_pretrained writes them once.
         network._tied_weights_keys = {
-            f"lm_head.{part}": f"{name}.{part}" for part in ("table", "up")
+            f"{head}.{part}": f"{name}.{part}" for part in ("table", "up")
         }
     else:
         network.tie_weights()

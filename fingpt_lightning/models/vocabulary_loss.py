@@ -92,7 +92,12 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
 def _aligned_rows(num_rows: int, num_columns: int, like: Tensor) -> Tensor:
     # GPT-2's 50257 columns without a gap: float32 products on the CPU lose a third of their speed.
     stride = -(-num_columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-    return like.new_empty(num_rows, stride)[:, :num_columns]
+    rows = like.new_empty(num_rows, stride)
+    # On processors with AMX, oneDNN 3.12 (of torch 2.13) reads bfloat16 rows into the gap and
+    # multiplies what lies there by 0: it must not be NaN. Mended for 3.14 by
+    # https://github.com/uxlfoundation/oneDNN/pull/5603
+    rows[:, num_columns:].zero_()
+    return rows[:, :num_columns]
 
 
 def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, wide_dtype: torch.dtype) -> Tensor:

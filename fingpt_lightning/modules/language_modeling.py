@@ -24,6 +24,15 @@ from typing_extensions import override
 
 from fingpt_lightning.data.batch import TokenBatch
 from fingpt_lightning.low_rank.adapters import FrozenBase
+from fingpt_lightning.metric_keys import (
+    TRAIN_GRADIENT_NORM,
+    TRAIN_LEARNING_RATE,
+    TRAIN_LOSS,
+    TRAIN_TOKENS,
+    split_keys,
+)
+from fingpt_lightning.models.families import head_of
+from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
 from fingpt_lightning.modules.optimization import cosine_with_warmup
 
@@ -89,7 +98,8 @@ class LanguageModelingModule(LightningModule):
 
     Raises:
         FloatingPointError: At a step whose loss or gradient norm is not finite, before weights
-            change; the last checkpoint on disk stays the last good one.
+            change; the last checkpoint on disk stays the last good one. Outside of fit, where the
+            loss of a split is not finite.
     """
 
     network: PreTrainedModel
@@ -132,7 +142,7 @@ class LanguageModelingModule(LightningModule):
         self, hidden: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]
     ) -> LossSums:
         """The summed loss of one microbatch and the number of its supervised tokens."""
-        head = self.network.get_submodule("lm_head")
+        head = head_of(self.network)
         return vocabulary_loss(head, hidden, labels, self.loss_chunk_size)
 
     @property
@@ -160,7 +170,7 @@ class LanguageModelingModule(LightningModule):
 
     def likeliest_tokens(self, hidden: Float[Tensor, "B T D"]) -> Int[Tensor, "B T"]:
         """The likeliest next token at every position."""
-        head = self.network.get_submodule("lm_head")
+        head = head_of(self.network)
         return cast("Tensor", head(hidden).argmax(-1))
 
     @override
@@ -210,16 +220,16 @@ class LanguageModelingModule(LightningModule):
         loss_sum, num_tokens = self._over_ranks(self._window)
         self._window = None
         loss = loss_sum / num_tokens
-        self._stop_unless_finite("train/loss", loss)
+        self._stop_unless_finite(TRAIN_LOSS, loss)
         # Lightning divides by the microbatches of a full window, the strategy by the replicas.
         averaged_over = self.trainer.accumulate_grad_batches * self._num_replicas()
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, _LOSS_SCALE * averaged_over / int(num_tokens))
         self.tokens_seen += int(num_tokens)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-        self.log("train/tokens", float(self.tokens_seen))
+        self.log(TRAIN_LOSS, loss, prog_bar=True)
+        self.log(TRAIN_LEARNING_RATE, optimizer.param_groups[0]["lr"])
+        self.log(TRAIN_TOKENS, float(self.tokens_seen))
 
     @override
     def configure_gradient_clipping(
@@ -232,8 +242,8 @@ class LanguageModelingModule(LightningModule):
         norm = self._gradient_norm(trained)
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             # With a gradient scaler an overflow is its business: it skips the step.
-            self._stop_unless_finite("train/gradient_norm", norm)
-        self.log("train/gradient_norm", norm)
+            self._stop_unless_finite(TRAIN_GRADIENT_NORM, norm)
+        self.log(TRAIN_GRADIENT_NORM, norm)
         if gradient_clip_val is None:
             return
         if gradient_clip_algorithm in (None, "norm"):
@@ -367,18 +377,22 @@ class LanguageModelingModule(LightningModule):
         reduce = self.trainer.strategy.reduce
         return LossSums(*(cast("Tensor", reduce(part, reduce_op="sum")) for part in sums))
 
-    def _log_evaluated(self, prefix: str) -> None:
+    def _log_evaluated(self, split: str) -> None:
         if self._evaluated is None:
             return
         loss_sum, num_tokens = self._over_ranks(self._evaluated)
         self._evaluated = None
         loss = loss_sum / num_tokens
+        loss_key, perplexity_key = split_keys(split)
+        if not (self.is_fitting or torch.isfinite(loss)):
+            # While fitting, the next step ends the run and keeps the weights before.
+            raise not_finite(self.network, f"{loss_key} {loss.item()}: the losses of the split")
         # Equal on all ranks already; Lightning warns of figures that it did not reduce itself.
-        self.log(f"{prefix}/loss", loss, prog_bar=True, sync_dist=True)
-        self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)
+        self.log(loss_key, loss, prog_bar=True, sync_dist=True)
+        self.log(perplexity_key, loss.exp(), sync_dist=True)
         if self.is_fitting:
             # In the same row, so that a chart of it can go by tokens.
-            self.log("train/tokens", float(self.tokens_seen), sync_dist=True)
+            self.log(TRAIN_TOKENS, float(self.tokens_seen), sync_dist=True)
 
     def _stop_unless_finite(self, key: str, value: Tensor) -> None:
         if torch.isfinite(value):

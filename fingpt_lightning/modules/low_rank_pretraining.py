@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,7 @@ from fingpt_lightning.models import (
     recompute_blocks,
 )
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
+from fingpt_lightning.models.families import family_of
 from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.models.gpt2 import check_ranks, materialize, preset_shape, rank_ratio_of
 from fingpt_lightning.models.layout import fill, lay_out
@@ -42,6 +44,8 @@ from fingpt_lightning.modules.ranges import check_below_1, check_optimization
 from fingpt_lightning.modules.recipe import PLAIN, check_recipe, low_rank_changes
 from fingpt_lightning.modules.self_guided import GuideSchedule
 from fingpt_lightning.modules.sharding import shard
+from fingpt_lightning.modules.weight_averaging import prepare_averaging
+from fingpt_lightning.terminal.messages import nearest
 
 _PRESET = "gpt2-small"
 _RANK_RATIO = 0.25
@@ -204,7 +208,8 @@ class LowRankPretraining(LanguageModelingModule):
         rank_now = _RANK_RATIO if isinstance(rank, str) else rank
         check_ranks(self.shape, RankRule(rank_now, rank_overrides or {}), embedding_rank)
         if recompute not in list(Recompute):
-            raise ValueError(f"recompute {recompute!r} is none of {', '.join(Recompute)}")
+            hint = nearest(recompute, Recompute)
+            raise ValueError(f"recompute {recompute!r} is none of {', '.join(Recompute)}{hint}")
         if vocab_size is not None and vocab_size < 1:
             raise ValueError(f"vocab_size {vocab_size} is below 1")
         check_optimization(
@@ -316,10 +321,18 @@ class LowRankPretraining(LanguageModelingModule):
 
     @override
     def configure_model(self) -> None:
+        prepare_averaging(self)
         if "network" not in self._modules:
-            self._make_network()
+            # The trainer is in this context too, unless a callback calls this.
+            with self._precision_context():
+                self._make_network()
         if self.is_fitting:
             self.guiding.attach(self.network)
+
+    def _precision_context(self) -> AbstractContextManager[None]:
+        if self._trainer is None:
+            return nullcontext()
+        return self.trainer.precision_plugin.tensor_init_context()
 
     def _make_network(self) -> None:
         self._check_recipe_fits()
@@ -334,7 +347,7 @@ class LowRankPretraining(LanguageModelingModule):
                 Initialization(self.hparams["initialization"]),
             )
             self.network = network
-        recompute_blocks(self.network, Recompute(self.hparams["recompute"]))
+        recompute_blocks(self.network, self.hparams["recompute"])
         if self.hparams["compile"]:
             compile_blocks(self.network)
         self.rounding.attach(self)
@@ -408,7 +421,8 @@ class LowRankPretraining(LanguageModelingModule):
             }
             pairs |= steps | {"is_low_rank": True, "expansion": self.hparams["factor_expansion"]}
             dense |= steps | {"is_dense": True}
-        return factor_groups(self, decay, pairs, dense if self.hparams["spectron_dense"] else None)
+        moved_alike = dense if self.hparams["spectron_dense"] else None
+        return factor_groups(self.network, decay, pairs, moved_alike)
 
     @property
     def _decays_products(self) -> bool:
@@ -480,6 +494,9 @@ class LowRankPretraining(LanguageModelingModule):
 
     def _vocab_size(self) -> int:
         vocab_size: int | None = self.hparams["vocab_size"]
+        if vocab_size is None and self.text_source is not None:
+            # Before `setup`, where a callback has the network built in its own.
+            vocab_size = self.text_source.vocabulary_size
         if vocab_size is None:
             raise ValueError("vocab_size is null and there is no data whose tokenizer gives it")
         return vocab_size
@@ -555,11 +572,11 @@ def _set_dropout(network: PreTrainedModel, dropout: float) -> None:
     Raises:
         ValueError: The network has no place for dropout.
     """
+    family = family_of(network)
+    if dropout and not family.dropouts:
+        raise ValueError(f"dropout {dropout}: a {family.title} has no dropout; set 0.0")
     found = [module for module in network.modules() if isinstance(module, nn.Dropout)]
-    if dropout and not found:
-        raise ValueError(f"dropout {dropout}: a {network.config.model_type} has none")
     for module in found:
         module.p = dropout
-    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if hasattr(network.config, key):
-            setattr(network.config, key, dropout)
+    for key in family.dropouts:
+        setattr(network.config, key, dropout)

@@ -6,8 +6,10 @@ from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank import low_rank_factors
+from fingpt_lightning.models.families import family_of
 
 
 def decay_groups(
@@ -52,27 +54,27 @@ def cosine_with_warmup(
 
 
 def factor_groups(
-    module: nn.Module,
+    network: PreTrainedModel,
     weight_decay: float,
     factor_settings: Mapping[str, Any],
     dense_settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Matrices that decay, biases and norms that do not, factor pairs, and dense layers of blocks.
+    """Matrices that decay, biases and norms that do not, factors, and dense layers of blocks.
 
     A group stays where it is empty, so that the processes of a pipeline, which each hold a part of
     the parameters, have the same groups.
 
     Args:
-        module: Its trained parameters, pairs in the order of their names.
-        weight_decay: Of the matrices that are in no pair.
-        factor_settings: Of the group of pairs: down, up, down, up, ...
-        dense_settings: Of the group of matrices in blocks that are in no pair; None leaves them
-            with the other matrices.
+        network: Its trained parameters are grouped, factors in the order of their names.
+        weight_decay: Decay of the matrices that are not factors.
+        factor_settings: Settings of the group of factors: down, up, down, up, ...
+        dense_settings: Settings of the group of matrices in blocks that are not factors; None
+            leaves them with the other matrices.
     """
-    pairs = low_rank_factors(module)
+    pairs = low_rank_factors(network)
     among_factors = {id(p) for p in pairs}
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in among_factors]
-    dense = [] if dense_settings is None else dense_in_blocks(module)
+    others = [p for p in network.parameters() if p.requires_grad and id(p) not in among_factors]
+    dense = [] if dense_settings is None else dense_in_blocks(network)
     in_dense = {id(p) for p in dense}
     matrices = [p for p in others if p.ndim >= 2 and id(p) not in in_dense]
     groups = [
@@ -83,13 +85,18 @@ def factor_groups(
     return groups if dense_settings is None else [*groups, {"params": dense, **dense_settings}]
 
 
-def dense_in_blocks(module: nn.Module) -> list[nn.Parameter]:
-    """The trained matrices of a GPT-2's blocks that are in no pair."""
-    among_factors = {id(p) for p in low_rank_factors(module)}
+def dense_in_blocks(network: PreTrainedModel) -> list[nn.Parameter]:
+    """The trained matrices of a network's blocks that are not factors of a low-rank layer.
+
+    Raises:
+        ValueError: The network's family is not supported.
+    """
+    among_factors = {id(p) for p in low_rank_factors(network)}
+    blocks = network.get_submodule(family_of(network).blocks)
     return [
         p
-        for name, p in module.named_parameters()
-        if ".h." in name and p.ndim == 2 and p.requires_grad and id(p) not in among_factors
+        for p in blocks.parameters()
+        if p.ndim == 2 and p.requires_grad and id(p) not in among_factors
     ]
 
 

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from typing_extensions import override
 
 from fingpt_lightning.data.batch import IGNORED_LABEL, TokenBatch
 from fingpt_lightning.low_rank.adapters import AdapterOptions, FrozenBase
-from fingpt_lightning.models import LossSums, Recompute, recompute_blocks
+from fingpt_lightning.models import LossSums, recompute_blocks
 from fingpt_lightning.models.adapting import (
     ALL_LINEAR,
     WholeAdapters,
@@ -31,16 +32,17 @@ from fingpt_lightning.models.adapting import (
     save_adapter,
     without_adapters,
 )
+from fingpt_lightning.models.families import head_of
 from fingpt_lightning.models.formats.peft_adapter import ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, Base
 from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.loading import DTYPES, load_model
-from fingpt_lightning.models.offload import offload_block_inputs
 from fingpt_lightning.models.packed_attention import run_packed, use_packed_attention
 from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER
 from fingpt_lightning.modules.base_model import RandomLlama, random_llama
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import adamw_8bit
 from fingpt_lightning.modules.ranges import check_above_0, check_from_0, check_optimization
+from fingpt_lightning.modules.weight_averaging import prepare_averaging
 
 _OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 _RECOMPUTE = ("none", "block", "offload")
@@ -157,11 +159,13 @@ class QuantizedFinetuning(LanguageModelingModule):
         self.strict_loading = False  # a checkpoint holds no base
         self.save_hyperparameters(ignore=["random_base"])
         self.hparams["random_base"] = None if random_base is None else dict(vars(random_base))
+        self.register_load_state_dict_post_hook(_miss_no_base)  # type: ignore[no-untyped-call]
         # Drawn now, so that nothing that draws before the adapters are made changes them.
         self.initialization_seed = int(torch.randint(2**31, ()))
 
     @override
     def configure_model(self) -> None:
+        prepare_averaging(self)
         if "network" in self._modules:
             return
         self._check_strategy()
@@ -205,10 +209,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         _no_base_dropout(self.network)
         self.network.train()  # a loaded one is in evaluation mode
         use_packed_attention(self.network)
-        if hparams["recompute"] == "block":
-            recompute_blocks(self.network, Recompute.BLOCK)
-        elif hparams["recompute"] == "offload":
-            offload_block_inputs(self.network)
+        recompute_blocks(self.network, hparams["recompute"])
 
     @override
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "B T D"]:
@@ -262,7 +263,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         with torch.no_grad(), without_adapters(self.network):
             base_hidden = self.hidden_states(batch)
         stride = max(1, -(-len(positions) // self.hparams["kl_positions"]))
-        head = self.network.get_submodule("lm_head")
+        head = head_of(self.network)
         log_p, base_log_p = (
             F.log_softmax(head(states.flatten(0, 1)[positions[::stride]]).float(), -1)
             for states in (hidden, base_hidden)
@@ -289,7 +290,10 @@ class QuantizedFinetuning(LanguageModelingModule):
         prefix = kwargs.get("prefix", "")
         trained = {f"{prefix}{name}" for name, p in self.named_parameters() if p.requires_grad}
         whole = cast("dict[str, Any]", super().state_dict(*args, **kwargs))
-        return {name: value for name, value in whole.items() if name in trained}
+        # In place: a module around this one, such as an average, keeps what it handed in.
+        for name in [n for n in whole if n.startswith(prefix) and n not in trained]:
+            del whole[name]
+        return whole
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -435,6 +439,18 @@ class QuantizedFinetuning(LanguageModelingModule):
                 f"data.tokenizer has {source.vocabulary_size} tokens, {self.base}"
                 f" {config.vocab_size}: take the base's own"
             )
+
+
+def _miss_no_base(module: nn.Module, found: _IncompatibleKeys) -> None:
+    """Has a strict reader of a state dict, such as an average's, not ask for the frozen base."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    frozen |= {name for name, _ in module.named_buffers()}
+    # A module around this one has its own names in front.
+    found.missing_keys[:] = [
+        key
+        for key in found.missing_keys
+        if not any(key == name or key.endswith(f".{name}") for name in frozen)
+    ]
 
 
 def _no_base_dropout(network: nn.Module) -> None:

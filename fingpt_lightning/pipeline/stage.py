@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,48 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank.adapters import FrozenBase
+from fingpt_lightning.models.families import family_of, head_of
 from fingpt_lightning.pipeline.partition import Cost, NetworkCosts, Span
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Where the parts of a network family are.
-
-    Args:
-        blocks: The list of decoder blocks.
-        embedding: Of tokens.
-        front: Other parts before the blocks.
-        positions: An embedding of positions, added before the blocks.
-        norm: After the blocks.
-        block_norm: A norm of each block, whose weights have the dtype of the hidden states.
-    """
-
-    blocks: str
-    embedding: str
-    norm: str
-    block_norm: str
-    front: tuple[str, ...] = ()
-    positions: str | None = None
-
-
-_HEAD = "lm_head"
-ANATOMIES = {
-    "gpt2": Anatomy(
-        blocks="transformer.h",
-        embedding="transformer.wte",
-        norm="transformer.ln_f",
-        block_norm="ln_1",
-        front=("transformer.drop",),
-        positions="transformer.wpe",
-    ),
-    "llama": Anatomy(
-        blocks="model.layers",
-        embedding="model.embed_tokens",
-        norm="model.norm",
-        block_norm="input_layernorm",
-    ),
-}
-"""The families that can be cut, by the ``model_type`` of their config."""
 
 
 class PassThrough(nn.Module):
@@ -79,20 +39,6 @@ class NoPositions(nn.Module):
         return torch.zeros((), device=position_ids.device)
 
 
-def anatomy_of(network: PreTrainedModel) -> Anatomy:
-    """Where the parts of a network are.
-
-    Raises:
-        ValueError: Its family is not known here.
-    """
-    family = network.config.model_type
-    if family not in ANATOMIES:
-        raise ValueError(
-            f"a {family} network cannot be cut into stages: {', '.join(ANATOMIES)} can"
-        )
-    return ANATOMIES[family]
-
-
 def network_costs(
     network: PreTrainedModel,
     sequence_length: int,
@@ -106,23 +52,26 @@ def network_costs(
     sequence.
 
     Args:
-        network: Of a family in `ANATOMIES`. What of it is frozen counts the bytes it is stored in,
+        network: Its family is in `FAMILIES`. What of it is frozen counts the bytes it is stored in,
             packed where it is quantised.
         sequence_length: Tokens a sequence.
         base: What becomes of a network that is laid out.
         keeps_inputs_alone: Whether the backward pass computes all of a block but its input again.
+
+    Raises:
+        ValueError: The network's family is not supported.
     """
-    anatomy = anatomy_of(network)
+    family = family_of(network)
     width = network.config.hidden_size
     attention = Cost(flops_per_token=4 * sequence_length * width, activations_per_token=2 * width)
-    front = [anatomy.embedding, *anatomy.front, *_given(anatomy.positions)]
+    front = [family.embedding, *family.front, *_given(family.positions)]
     stored = sum((_products(network.get_submodule(name), base) for name in front), Cost())
-    back = [_products(network.get_submodule(name), base) for name in (anatomy.norm, _HEAD)]
+    back = [_products(network.get_submodule(name), base) for name in (family.norm, family.head)]
     blocks = []
-    for index, block in enumerate(network.get_submodule(anatomy.blocks).children()):
+    for index, block in enumerate(network.get_submodule(family.blocks).children()):
         cost = _products(block, base, is_block=True) + attention
         if base is not None:
-            prefix = f"{anatomy.blocks}.{index}."
+            prefix = f"{family.blocks}.{index}."
             beside = sum(n for name, n in base.adapters.items() if name.startswith(prefix))
             cost += Cost(beside, 2 * beside)
         blocks.append(replace(cost, activations_per_token=width) if keeps_inputs_alone else cost)
@@ -137,18 +86,18 @@ def network_costs(
 
 def part_index(network: PreTrainedModel, name: str) -> int:
     """Where a parameter is: the index of its block, -1 before the blocks, their number behind."""
-    anatomy = anatomy_of(network)
-    if name.startswith(f"{anatomy.blocks}."):
-        return int(name.removeprefix(f"{anatomy.blocks}.").partition(".")[0])
-    is_behind = name.startswith((f"{anatomy.norm}.", f"{_HEAD}."))
-    return len(network.get_submodule(anatomy.blocks)) if is_behind else -1  # type: ignore[arg-type]
+    family = family_of(network)
+    if name.startswith(f"{family.blocks}."):
+        return int(name.removeprefix(f"{family.blocks}.").partition(".")[0])
+    is_behind = name.startswith(f"{family.norm}.") or family.is_head(name)
+    return len(network.get_submodule(family.blocks)) if is_behind else -1  # type: ignore[arg-type]
 
 
 def tied_parameters(network: PreTrainedModel) -> list[str]:
     """Names of the embedding's parameters that the head has too."""
-    prefix = anatomy_of(network).embedding
+    prefix = family_of(network).embedding
     embedding = network.get_submodule(prefix)
-    of_head = {id(parameter) for parameter in network.get_submodule(_HEAD).parameters()}
+    of_head = {id(parameter) for parameter in head_of(network).parameters()}
     return [f"{prefix}.{n}" for n, p in embedding.named_parameters() if id(p) in of_head]
 
 
@@ -158,28 +107,28 @@ def keep_stages(network: PreTrainedModel, spans: Iterable[Span]) -> None:
     Where head and embedding are tied, either end keeps both names of its copy. Do it on the meta
     device, and a process never holds what is not its own.
     """
-    anatomy = anatomy_of(network)
+    family = family_of(network)
     kept = list(spans)
     own_blocks = {block for span in kept for block in range(span.first, span.end)}
     has_front, has_back = (any(getattr(s, end) for s in kept) for end in ("is_first", "is_last"))
     is_tied = bool(tied_parameters(network))
-    blocks = network.get_submodule(anatomy.blocks)
+    blocks = network.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     for index in range(len(blocks)):
         if index not in own_blocks:
             blocks[index] = PassThrough()
     keeps_both = is_tied and (has_front or has_back)
     if not (has_front or keeps_both):
-        network.set_submodule(anatomy.embedding, PassThrough())
+        network.set_submodule(family.embedding, PassThrough())
     if not (has_back or keeps_both):
-        network.set_submodule(_HEAD, PassThrough())
+        network.set_submodule(family.head, PassThrough())
     if not has_front:
-        for name in anatomy.front:
+        for name in family.front:
             network.set_submodule(name, PassThrough())
-        if anatomy.positions is not None:
-            network.set_submodule(anatomy.positions, NoPositions())
+        if family.positions is not None:
+            network.set_submodule(family.positions, NoPositions())
     if not has_back:
-        network.set_submodule(anatomy.norm, PassThrough())
+        network.set_submodule(family.norm, PassThrough())
 
 
 class Stage(nn.Module):
@@ -199,10 +148,10 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.span = span
-        view = _view(network, [anatomy_of(network).blocks])
+        view = _view(network, [family_of(network).blocks])
         keep_stages(view, [span])
         self.body = view.base_model
-        norm = f"{anatomy_of(network).blocks}.{span.first}.{anatomy_of(network).block_norm}"
+        norm = f"{family_of(network).blocks}.{span.first}.{family_of(network).block_norm}"
         self.dtype = next(network.get_submodule(norm).parameters()).dtype
         self._forward_context = forward_context
 

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 from fingpt_lightning.low_rank.adapters import FrozenBase
 from fingpt_lightning.models import Recompute, recompute_blocks
 from fingpt_lightning.models.adapting import adapt, linear_names, matching_names
-from fingpt_lightning.models.layout import FAMILIES, features_of, lay_out
+from fingpt_lightning.models.families import family_named
+from fingpt_lightning.models.layout import features_of, lay_out
 from fingpt_lightning.models.loading import DTYPES
 from fingpt_lightning.models.low_rank_config import is_guide
 from fingpt_lightning.models.packed_attention import use_packed_attention
@@ -93,7 +94,7 @@ def base_config(
     """The shapes of a base.
 
     Raises:
-        ValueError: It is no folder with ``config.json`` and no known name.
+        ValueError: It is neither a folder with a supported ``config.json`` nor a known name.
     """
     if random_base is not None:
         return LlamaConfig(
@@ -107,15 +108,9 @@ def base_config(
         )
     assert base is not None
     if (Path(base).expanduser() / "config.json").is_file():
-        family, _ = PreTrainedConfig.get_config_dict(Path(base).expanduser())
-        if family.get("model_type") in FAMILIES:
-            kind = FAMILIES[family["model_type"]].config_class
-            assert kind is not None
-            return kind.from_pretrained(Path(base).expanduser())
-        raise ValueError(
-            f"model.base {base} is a {family.get('model_type')}: {', '.join(FAMILIES)} can be"
-            " planned"
-        )
+        described, _ = PreTrainedConfig.get_config_dict(Path(base).expanduser())
+        family = family_named(described.get("model_type"), f"model.base {base}")
+        return family.config_class.from_pretrained(Path(base).expanduser())
     size = re.search(r"llama-2-(7b|13b|70b)\b", base.lower())
     if size is None:
         known = ", ".join(f"Llama-2-{name}" for name in _LLAMA_2)

@@ -24,14 +24,15 @@ from callbacks.memory import MemoryMonitor
 from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.instructions import tokenizer_of_base
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import write_json
 from fingpt_lightning.low_rank import low_rank_factors
+from fingpt_lightning.metric_keys import MEMORY_PARTS
+from fingpt_lightning.models.families import family_of
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import dense_in_blocks
 from fingpt_lightning.pipeline import Balance, Workload
 from fingpt_lightning.pipeline.schedule import largest_layout
-from fingpt_lightning.pipeline.stage import anatomy_of
 from fingpt_lightning.planning.blueprint import Blueprint, blueprint
 from fingpt_lightning.planning.fake_step import StepBytes, count_step, fake_batch, with_more_blocks
 from fingpt_lightning.planning.plan import (
@@ -87,7 +88,7 @@ class _Notes(Callback):
             torch.cuda.synchronize()
         self.ended_s.append(time.perf_counter())
         for part in _MEASURED:
-            value = trainer.callback_metrics.get(f"memory/{part}_mib")
+            value = trainer.callback_metrics.get(MEMORY_PARTS[part])
             if value is not None:
                 self.bytes[part] = max(self.bytes.get(part, 0), round(value.item() * MIB))
 
@@ -114,7 +115,7 @@ def run(options: argparse.Namespace, build: Build) -> None:
     for line in (*notes, _verdict(plan)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if options.json is not None:
-        write_whole(options.json, json.dumps(plan, indent=1) + "\n")
+        write_json(options.json, plan)
 
 
 def _plan(
@@ -269,7 +270,7 @@ def _reads_hub(settings: Any) -> bool:
 
 def _count(module: LightningModule, made: Blueprint, batch: Any, precision: str) -> StepBytes:
     """What a step holds; of a deep network of equal blocks from two and from three of them."""
-    blocks = made.network.get_submodule(anatomy_of(made.network).blocks)
+    blocks = made.network.get_submodule(family_of(made.network).blocks)
     assert isinstance(blocks, nn.ModuleList)
     whole = list(blocks)
     shapes = {tuple((n, p.shape) for n, p in block.named_parameters()) for block in whole}

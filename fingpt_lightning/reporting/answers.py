@@ -1,24 +1,13 @@
 """Answers to tasks, as a run or ``fingpt evaluate`` left them: figures, confusion, mistakes."""
 
 import math
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fingpt_lightning.reporting.files import Row, read_object, read_objects
+from fingpt_lightning.evaluation.run_evaluations import read_run_evaluations
+from fingpt_lightning.metric_keys import EVAL_FIGURES
+from fingpt_lightning.reporting.files import read_objects
 from fingpt_lightning.tasks import find_task, task_names
-
-METRICS = {
-    "accuracy": "accuracy",
-    "accuracy_norm": "by length",
-    "macro_f1": "macro F1",
-    "weighted_f1": "weighted F1",
-    "mcc": "MCC",
-    "missing": "missing",
-    "perplexity": "perplexity",
-}
-"""The figures that are shown, by key, and what they are called."""
 
 
 class Answer(NamedTuple):
@@ -42,7 +31,7 @@ class Exam(NamedTuple):
     Attributes:
         task: Its name.
         moment: Before training, after a step, or empty outside of training.
-        figures: By key of `METRICS`.
+        figures: By key of `EVAL_FIGURES`.
         interval: Of the accuracy, where known.
         answers: All rows, or the first ones; none where only the figures were kept.
     """
@@ -62,35 +51,21 @@ class Confusion(NamedTuple):
     counts: tuple[tuple[int, ...], ...]
 
 
-def exams_of_run(folder: Path, rows: Sequence[Row]) -> list[Exam]:
-    """What `callbacks.FinancialEvaluation` left: figures in the rows, answers in W&B's tables.
+def exams_of_run(folder: Path) -> list[Exam]:
+    """The task results that `callbacks.FinancialEvaluation` left, by task and then by step.
+
+    Args:
+        folder: Folder of the run.
 
     Raises:
-        ValueError: A table is broken.
+        ValueError: A file is broken.
     """
-    exams: list[Exam] = []
-    first_step = next((place for place, row in enumerate(rows) if "train/loss" in row), len(rows))
-    tasks = {key.split("/")[1]: None for row in rows for key in row if _is_figure(key)}
-    for task in tasks:
-        moments = [
-            (place, row)
-            for place, row in enumerate(rows)
-            if any(key.startswith(f"eval/{task}/") for key in row)
-        ]
-        tables = _tables(folder, task)
-        for number, (place, row) in enumerate(moments):
-            before = place < first_step and row["step"] == 0
-            moment = "before training" if before else f"after step {row['step'] + 1:,.0f}"
-            # Of a run that was moved to a server, or resumed, some tables are missing: then only
-            # the last one is known to belong to the last figures.
-            from_last = len(moments) - 1 - number
-            answers: tuple[Answer, ...] = ()
-            if tables and (len(tables) == len(moments) or from_last == 0):
-                answers = _answers_of_table(tables[-1 - from_last])
-            names = {key: f"eval/{task}/{key}" for key in METRICS}
-            figures = {key: row[name] for key, name in names.items() if name in row}
-            exams.append(Exam(task, moment, figures, answers))
-    return exams
+    found: dict[str, list[Exam]] = {}
+    for one in read_run_evaluations(folder):
+        moment = f"after step {one.step:,}" if one.step else "before training"
+        for exam in exams_of_evaluation(one.folder, one.results):
+            found.setdefault(exam.task, []).append(exam._replace(moment=moment))
+    return [exam for exams in found.values() for exam in exams]
 
 
 def exams_of_evaluation(folder: Path, results: dict[str, Any]) -> list[Exam]:
@@ -108,7 +83,7 @@ def exams_of_evaluation(folder: Path, results: dict[str, Any]) -> list[Exam]:
         by_task.setdefault(str(row.get("task")), []).append(_answer(row))
     exams = []
     for task, found in results.get("tasks", {}).items():
-        figures = {key: float(found[key]) for key in METRICS if key in found}
+        figures = {key: float(found[key]) for key in EVAL_FIGURES if key in found}
         low_high = found.get("accuracy_interval")
         interval = None if low_high is None else (float(low_high[0]), float(low_high[1]))
         exams.append(Exam(task, "", figures, tuple(by_task.get(task, ())), interval))
@@ -154,28 +129,6 @@ def worst(exam: Exam, count: int) -> list[Answer]:
 
 
 _MAX_LABELS = 12
-
-
-def _is_figure(key: str) -> bool:
-    parts = key.split("/")
-    return len(parts) == 3 and parts[0] == "eval" and parts[2] in METRICS
-
-
-def _tables(folder: Path, task: str) -> list[Path]:
-    found = []
-    for path in folder.glob(f"wandb/*run-*/files/media/table/eval/{task}/predictions_*.table.json"):
-        if match := re.fullmatch(r"predictions_(\d+)_\w+\.table\.json", path.name):
-            found.append((path.parents[5].name, int(match[1]), path))
-    return [path for _, _, path in sorted(found)]
-
-
-def _answers_of_table(path: Path) -> tuple[Answer, ...]:
-    table = read_object(path)
-    columns, data = table.get("columns", []), table.get("data", [])
-    try:
-        return tuple(_answer(dict(zip(columns, cells, strict=True))) for cells in data)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no table of predictions: {error!r}") from error
 
 
 def _answer(row: dict[str, Any]) -> Answer:

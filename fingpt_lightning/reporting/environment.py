@@ -1,7 +1,6 @@
 """What a run ran on: command, code, machine, versions."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -15,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import write_json
 from fingpt_lightning.units import GIB
 
 ENVIRONMENT = "environment.json"
@@ -46,7 +45,7 @@ def environment(words: Sequence[str] | None = None) -> dict[str, Any]:
 
 def write_environment(folder: Path) -> None:
     """Writes `ENVIRONMENT` into a run folder, aside and then renamed."""
-    write_whole(folder / ENVIRONMENT, json.dumps(environment(), indent=1) + "\n")
+    write_json(folder / ENVIRONMENT, environment())
 
 
 def git_state(file: Path) -> dict[str, str | bool] | None:

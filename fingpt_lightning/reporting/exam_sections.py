@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fingpt_lightning.reporting.answers import METRICS, Exam, confusion_of, worst
+from fingpt_lightning.metric_keys import EVAL_FIGURES
+from fingpt_lightning.reporting.answers import Exam, confusion_of, worst
 from fingpt_lightning.reporting.page import (
     Block,
     Cell,
@@ -63,7 +64,7 @@ def _first_and_last(exams: Sequence[Exam], task: str) -> list[Exam]:
 
 def _figures(task: str, shown: Sequence[tuple[_Source, list[Exam]]]) -> Table:
     all_exams = [exam for _, exams in shown for exam in exams]
-    keys = [key for key in METRICS if any(key in exam.figures for exam in all_exams)]
+    keys = [key for key in EVAL_FIGURES if any(key in exam.figures for exam in all_exams)]
     rows = []
     for source, exams in shown:
         for exam in exams:
@@ -73,7 +74,7 @@ def _figures(task: str, shown: Sequence[tuple[_Source, list[Exam]]]) -> Table:
                 low, high = exam.interval
                 cells[0] = number(f"{exam.figures['accuracy']:.3f} ({low:.2f}-{high:.2f})")
             rows.append([Cell(name, run=source.run), *cells])
-    return Table([Cell(""), *(number(METRICS[key]) for key in keys)], rows, task)
+    return Table([Cell(""), *(number(EVAL_FIGURES[key]) for key in keys)], rows, task)
 
 
 def _confusions(task: str, shown: Sequence[tuple[_Source, list[Exam]]]) -> list[Block]:
@@ -91,7 +92,7 @@ def _confusions(task: str, shown: Sequence[tuple[_Source, list[Exam]]]) -> list[
 
 def _mistakes(source: _Source, exam: Exam) -> list[Block]:
     if not exam.answers:
-        told = "the answers were not kept (W&B keeps them, offline too); figures only"
+        told = "predictions.jsonl is not there; figures only"
         return [Note(f"{source.name}, {exam.task}: {told}.")]
     found = worst(exam, _NUM_WORST)
     if not found:

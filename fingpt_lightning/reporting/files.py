@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from fingpt_lightning.files import not_utf8
+
 Row = dict[str, float]
 """The figures of one line of ``metrics.csv``; an empty cell has no entry."""
 
@@ -14,21 +16,27 @@ Row = dict[str, float]
 def read_metrics(path: Path) -> list[Row]:
     """The lines of a ``metrics.csv``; none where there is no such file.
 
+    A last line without its end is half of one, of a run that was killed, and is left out.
+
     Raises:
         ValueError: A line is broken: the file and the line are named.
     """
     if not path.exists():
         return []
     rows = []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        try:
-            header = next(reader, [])
-            if header and "step" not in header:
-                raise ValueError(f"{path}:1: there is no column step")
-            rows += [_row(header, cells, f"{path}:{reader.line_num}") for cells in reader]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}:{reader.line_num + 1}: {error}") from error
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    try:
+        text = whole.decode()
+    except UnicodeDecodeError:
+        raise ValueError(not_utf8(path)) from None
+    reader = csv.reader(text.splitlines())
+    try:
+        header = next(reader, [])
+        if header and "step" not in header:
+            raise ValueError(f"{path}:1: there is no column step")
+        rows += [_row(header, cells, f"{path}:{reader.line_num}") for cells in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num + 1}: {error}") from error
     return rows
 
 
@@ -83,8 +91,10 @@ def read_config(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ValueError(f"{path}:{line}: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except UnicodeDecodeError:
+        raise ValueError(not_utf8(path)) from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: it holds {type(found).__name__}, not settings")
     return found
@@ -96,7 +106,7 @@ def _object(content: bytes, path: str, line: int) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{line + error.lineno - 1}: {error.msg}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:{line}: {error}") from error
+        raise ValueError(f"{path}:{line}: no UTF-8 text at byte {error.start} of it") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}:{line}: it holds {type(found).__name__}, not an object")
     return found

@@ -3,9 +3,19 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fingpt_lightning.reporting.answers import METRICS, Exam
+from fingpt_lightning.metric_keys import (
+    EVAL_FIGURES,
+    MEMORY_PEAK_ALLOCATED,
+    MEMORY_PEAK_RSS,
+    THROUGHPUT_TOKENS_PER_S,
+    THROUGHPUT_TRAINING_TIME_S,
+    TRAIN_TOKENS,
+    VAL_LOSS,
+    compression_key,
+)
+from fingpt_lightning.reporting.answers import Exam
 from fingpt_lightning.reporting.page import Card, Cell, Section, Table, number
-from fingpt_lightning.reporting.runs import TIME_S, TOKENS, Evaluation, Run, Sweep
+from fingpt_lightning.reporting.runs import Evaluation, Run, Sweep
 from fingpt_lightning.units import MIB, format_bytes, format_count, format_duration
 
 _MAX_PARAMETERS_IN_CARD = 3
@@ -25,14 +35,17 @@ class Figure(NamedTuple):
 
 def last_val_loss(run: Run) -> float | None:
     """The last validation's, of the summary or, where the run ended early, of the log."""
-    return _last(run.values("val/loss")) or _number(run.summary.get("last_val_loss"))
+    return _last(run.values(VAL_LOSS)) or _number(run.summary.get("last_val_loss"))
 
 
 def peak_bytes(run: Run) -> float | None:
     """The most memory it held: allocated on CUDA, of the process elsewhere."""
-    for key in ("peak_allocated_mib", "peak_rss_mib"):
-        logged = run.values(f"memory/{key}")
-        found = _number(run.summary.get(key)) or (max(logged) if logged else None)
+    for figure, key in (
+        ("peak_allocated_mib", MEMORY_PEAK_ALLOCATED),
+        ("peak_rss_mib", MEMORY_PEAK_RSS),
+    ):
+        logged = run.values(key)
+        found = _number(run.summary.get(figure)) or (max(logged) if logged else None)
         if found is not None:
             return found * MIB
     return None
@@ -40,12 +53,12 @@ def peak_bytes(run: Run) -> float | None:
 
 def tokens_per_s(run: Run) -> float | None:
     """The mean of the run, or the last logged."""
-    return _number(run.summary.get("tokens_per_s")) or _last(run.values("throughput/tokens_per_s"))
+    return _number(run.summary.get("tokens_per_s")) or _last(run.values(THROUGHPUT_TOKENS_PER_S))
 
 
-def compression(run: Run, key: str) -> float | None:
-    """A figure of the budget, from the summary or the log: ``parameters``, ``dense_parameters``."""
-    return _number(run.summary.get(key)) or _last(run.values(f"compression/{key}"))
+def compression(run: Run, figure: str) -> float | None:
+    """One of `COMPRESSION_FIGURES`, from the summary or the log."""
+    return _number(run.summary.get(figure)) or _last(run.values(compression_key(figure)))
 
 
 def _last(values: Sequence[float]) -> float | None:
@@ -57,7 +70,7 @@ def _number(value: Any) -> float | None:
 
 
 def _best_val_loss(run: Run) -> float | None:
-    return min(run.values("val/loss"), default=None)
+    return min(run.values(VAL_LOSS), default=None)
 
 
 def _compression_ratio(run: Run) -> float | None:
@@ -72,8 +85,10 @@ _FIGURES = (
     Figure("tokens/s", tokens_per_s, "{:,.0f}".format, 1),
     Figure("peak memory", peak_bytes, format_bytes, -1),
     Figure("optimizer steps", lambda run: run.num_steps or None, "{:,.0f}".format),
-    Figure("tokens seen", lambda run: _last(run.values(TOKENS)), format_count),
-    Figure("time training", lambda run: _last(run.values(TIME_S)), format_duration),
+    Figure("tokens seen", lambda run: _last(run.values(TRAIN_TOKENS)), format_count),
+    Figure(
+        "time training", lambda run: _last(run.values(THROUGHPUT_TRAINING_TIME_S)), format_duration
+    ),
 )
 
 
@@ -133,7 +148,7 @@ def _sweep_cards(sweep: Sweep) -> list[Card]:
 
 def _run_cards(run: Run) -> list[Card]:
     found = []
-    losses = run.values("val/loss")
+    losses = run.values(VAL_LOSS)
     if (loss := last_val_loss(run)) is not None:
         note = f"from {losses[0]:.3f} at the first validation" if len(losses) > 1 else ""
         found.append(Card("validation loss", f"{loss:.3f}", note))
@@ -150,7 +165,7 @@ def _run_cards(run: Run) -> list[Card]:
         found.append(Card("tokens a second", f"{rate:,.0f}", note))
     if (peak := peak_bytes(run)) is not None:
         found.append(Card("peak memory", format_bytes(peak), "highest of the run"))
-    tokens, time_s = _last(run.values(TOKENS)), _last(run.values(TIME_S))
+    tokens, time_s = _last(run.values(TRAIN_TOKENS)), _last(run.values(THROUGHPUT_TRAINING_TIME_S))
     if run.num_steps:
         parts = [f"{format_count(tokens)} tokens"] if tokens else []
         parts += [format_duration(time_s)] if time_s else []
@@ -178,10 +193,10 @@ def _best_cards(runs: Sequence[Run]) -> list[Card]:
 
 
 def _exam_card(exam: Exam, before: Exam | None, name: str) -> Card:
-    key = next((key for key in METRICS if key in exam.figures), None)
+    key = next((key for key in EVAL_FIGURES if key in exam.figures), None)
     if key is None:
         return Card(exam.task, "-", name)
     note = name
     if before is not None and key in before.figures:
         note = f"{before.figures[key]:.3f} {before.moment}"
-    return Card(f"{METRICS[key]}, {exam.task}", f"{exam.figures[key]:.3f}", note)
+    return Card(f"{EVAL_FIGURES[key]}, {exam.task}", f"{exam.figures[key]:.3f}", note)

@@ -5,6 +5,16 @@ from typing import Any
 
 import yaml
 
+from fingpt_lightning.metric_keys import (
+    MEMORY_PARTS,
+    PIPELINE_BUBBLE_SHARE_FORMULA,
+    THROUGHPUT_MFU,
+    THROUGHPUT_TOKENS_PER_S,
+    THROUGHPUT_TRAINING_TIME_S,
+    TRAIN_LOSS,
+    TRAIN_TOKENS,
+    VAL_LOSS,
+)
 from fingpt_lightning.pipeline import Work, bubble_share
 from fingpt_lightning.reporting.charts import (
     Bar,
@@ -25,10 +35,10 @@ from fingpt_lightning.reporting.page import (
     Table,
     number,
 )
-from fingpt_lightning.reporting.runs import TIME_S, TOKENS, Evaluation, Run, differing
+from fingpt_lightning.reporting.runs import Evaluation, Run, differing
 from fingpt_lightning.units import format_bytes, format_count
 
-_PARTS = ("weights", "optimizer", "activations", "gradients")
+_PARTS = tuple(MEMORY_PARTS)
 _PHASES = {
     "at rest": ("weights", "optimizer"),
     "backward starts": ("weights", "optimizer", "activations"),
@@ -54,17 +64,17 @@ def learning_section(runs: Sequence[Run]) -> Section | str | None:
         return None
     blocks: list[Block] = []
     charts = []
-    times = [x for run in runs for x in run.values(TIME_S)]
+    times = [x for run in runs for x in run.values(THROUGHPUT_TRAINING_TIME_S)]
     in_minutes = bool(times) and max(times) > _LONG_RUN_S
     unit = _SECONDS_A_MINUTE if in_minutes else 1
     time_label = f"{'minutes' if in_minutes else 'seconds'} of training"
     for axis, label, scale, title in (
-        (TOKENS, "tokens", 1, "Loss by tokens"),
-        (TIME_S, time_label, unit, "Loss by time"),
+        (TRAIN_TOKENS, "tokens", 1, "Loss by tokens"),
+        (THROUGHPUT_TRAINING_TIME_S, time_label, unit, "Loss by time"),
     ):
         lines = []
         for place, run in enumerate(runs):
-            for key, has_marks in (("train/loss", False), ("val/loss", True)):
+            for key, has_marks in ((TRAIN_LOSS, False), (VAL_LOSS, True)):
                 points = [(x / scale, y) for x, y in run.curve(key, axis)]
                 if len(points) > (not has_marks):
                     lines.append(Line(place, points, has_marks))
@@ -76,7 +86,7 @@ def learning_section(runs: Sequence[Run]) -> Section | str | None:
     for run in runs:
         if (step := run.diverged_at()) is not None:
             blocks.append(Note(f"{run.name}: the loss is no number from step {step:,} on."))
-        if not run.values("val/loss"):
+        if not run.values(VAL_LOSS):
             blocks.append(Note(f"{run.name}: it ended before its first validation, or has none."))
     lead = "Thin lines are training loss, marked ones validation loss."
     return Section("learning", "Learning", lead, blocks)
@@ -87,7 +97,7 @@ def memory_section(runs: Sequence[Run]) -> Section | str | None:
     if not runs:
         return None
     held = [
-        {part: max(run.values(f"memory/{part}_mib"), default=0.0) for part in _PARTS}
+        {part: max(run.values(key), default=0.0) for part, key in MEMORY_PARTS.items()}
         for run in runs
     ]
     if not any(any(parts.values()) for parts in held):
@@ -127,7 +137,7 @@ def speed_section(runs: Sequence[Run]) -> Section | str | None:
     lines = [
         Line(place, points, has_marks=len(points) < _MANY_POINTS)
         for place, run in enumerate(runs)
-        if len(points := run.curve("throughput/tokens_per_s", "step")) > 1
+        if len(points := run.curve(THROUGHPUT_TOKENS_PER_S, "step")) > 1
     ]
     if lines:
         svg = line_chart(lines, "step", "tokens/s")
@@ -148,7 +158,7 @@ def speed_section(runs: Sequence[Run]) -> Section | str | None:
     if not charts:
         return "Throughput: nothing was logged; callbacks.ThroughputMonitor logs it."
     blocks: list[Block] = [Charts(charts)]
-    shares = [(run, run.values("throughput/mfu")) for run in runs]
+    shares = [(run, run.values(THROUGHPUT_MFU)) for run in runs]
     if any(values for _, values in shares):
         told = [f"{run.name} {values[-1]:.1%}" for run, values in shares if values]
         blocks.append(Note(f"Share of the device's peak, last logged: {', '.join(told)}."))
@@ -198,7 +208,7 @@ def pipeline_section(runs: Sequence[Run]) -> Section | str | None:
         for recorded in run.steps[-1:]:
             title = f"{run.name}, step {recorded.step:,}"
             charts.append(Chart(title, timeline_chart(recorded.passes), "", is_wide=True))
-            formula = run.values("pipeline/bubble_share_formula")
+            formula = run.values(PIPELINE_BUBBLE_SHARE_FORMULA)
             told = f", {formula[-1]:.0%} by the schedule's formula" if formula else ""
             idle = f"{bubble_share(recorded.passes):.0%} of the ranks' time is idle"
             notes.append(Note(f"{title}: {idle}{told}."))

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fingpt_lightning.metric_keys import THROUGHPUT_TRAINING_TIME_S, TRAIN_LOSS
 from fingpt_lightning.pipeline import Pass, Work
 from fingpt_lightning.reporting.answers import Exam, exams_of_evaluation, exams_of_run
 from fingpt_lightning.reporting.environment import ENVIRONMENT
 from fingpt_lightning.reporting.files import Row, read_config, read_metrics, read_object
 from fingpt_lightning.terminal.messages import nearest
 
-TOKENS, TIME_S = "train/tokens", "throughput/training_time_s"
 _RUN_FILES = ("config.yaml", "metrics.csv", "summary.json")
 _FINISHED = "finished"
 _KNOWN_FILES = (*_RUN_FILES, "sweep.json", "results.json")
@@ -48,7 +48,7 @@ class Run(NamedTuple):
         """Optimizer steps: of a run that came to its end all, else those that were logged."""
         if isinstance(of_all := self.summary.get("steps"), int):
             return of_all
-        trained = [row["step"] for row in self.rows if "train/loss" in row]
+        trained = [row["step"] for row in self.rows if TRAIN_LOSS in row]
         return int(max(trained)) + 1 if trained else 0
 
     def values(self, key: str) -> list[float]:
@@ -71,7 +71,7 @@ class Run(NamedTuple):
 
     def diverged_at(self) -> int | None:
         """The first step whose loss is no finite number; None where all are."""
-        losses = (row for row in self.rows if not math.isfinite(row.get("train/loss", 0.0)))
+        losses = (row for row in self.rows if not math.isfinite(row.get(TRAIN_LOSS, 0.0)))
         return next((int(row["step"]) for row in losses), None)
 
 
@@ -162,7 +162,7 @@ def read_run(folder: Path, name: str | None = None, error: str | None = None) ->
         environment=read_object(folder / ENVIRONMENT),
         summary=read_object(folder / "summary.json"),
         rows=rows,
-        exams=tuple(exams_of_run(folder, rows)),
+        exams=tuple(exams_of_run(folder)),
         steps=tuple(_recorded_steps(folder / "pipeline")),
         error=error,
     )
@@ -182,8 +182,9 @@ def _rows(folder: Path) -> list[Row]:
         begin = min(row["step"] for row in new)
         rows = [row for row in rows if row["step"] < begin]
         # It counts from each start.
-        before_s = max((row[TIME_S] for row in rows if TIME_S in row), default=0.0)
-        rows += [row | {TIME_S: row[TIME_S] + before_s} if TIME_S in row else row for row in new]
+        key = THROUGHPUT_TRAINING_TIME_S
+        before_s = max((row[key] for row in rows if key in row), default=0.0)
+        rows += [row | {key: row[key] + before_s} if key in row else row for row in new]
     return rows
 
 

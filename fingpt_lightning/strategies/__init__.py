@@ -2,5 +2,6 @@
 
 from fingpt_lightning.strategies.fully_sharded import FullySharded
 from fingpt_lightning.strategies.pipeline import PipelineStrategy
+from fingpt_lightning.strategies.watched import DataParallel
 
-__all__ = ["FullySharded", "PipelineStrategy"]
+__all__ = ["DataParallel", "FullySharded", "PipelineStrategy"]

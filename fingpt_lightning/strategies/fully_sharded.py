@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -13,10 +14,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from fingpt_lightning.strategies.rendezvous import START_S
+from fingpt_lightning.strategies.watched import WatchedRanks
+
 _FROM_ONE_FILE = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
-class FullySharded(ModelParallelStrategy):
+class FullySharded(WatchedRanks, ModelParallelStrategy):
     """Each rank keeps its share of weights, gradients and optimiser state, and reads its own data.
 
     The module splits itself in ``configure_model``, over the axis ``data_parallel`` of its
@@ -33,17 +37,33 @@ class FullySharded(ModelParallelStrategy):
 
     Args:
         process_group_backend: Such as ``nccl`` or ``gloo``; null goes by the device.
+        timeout_s: Seconds that a rank waits for another before it ends the run, once all are set
+            up. One that dies, stops, hangs or is cut off is named, and all others end.
+        start_timeout_s: Seconds that ranks may be apart until then.
 
     Raises:
         ValueError: There is one rank only, and nothing to split.
     """
 
-    def __init__(self, process_group_backend: str | None = None) -> None:
+    def __init__(
+        self,
+        process_group_backend: str | None = None,
+        timeout_s: float | int = START_S,
+        start_timeout_s: float | int = START_S,
+    ) -> None:
         super().__init__(
+            timeout_s,
+            start_timeout_s,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
         )
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        self.barrier()
+        self.wait_less()
 
     @property
     @override

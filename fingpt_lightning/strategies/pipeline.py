@@ -98,7 +98,10 @@ class PipelineStrategy(PipelineProcesses):
         blocks_per_stage: The cut by hand; null cuts by ``balance``.
         activation_checkpointing: In place of the module's own ``recompute``; null leaves that.
         process_group_backend: Such as ``nccl`` or ``gloo``; null goes by the device.
-        timeout_s: How long a rank waits for another before it ends the run, once all are set up.
+        timeout_s: Seconds that a rank waits for another before it ends the run, once all are set
+            up. One that dies, stops, hangs or is cut off is named, and all others end.
+        start_timeout_s: Seconds that ranks may be apart until then: they start, meet, read data and
+            load weights.
 
     Raises:
         ValueError: The ranks, blocks, microbatches or precision do not fit, or the module is not
@@ -120,10 +123,11 @@ class PipelineStrategy(PipelineProcesses):
         activation_checkpointing: Literal["none", "block", "low_rank"] | None = None,
         process_group_backend: str | None = None,
         timeout_s: float | int = 1800,
+        start_timeout_s: float | int = 1800,
     ) -> None:
         super().__init__(
             pipeline_size, data_parallel_size, data_parallel, schedule, num_microbatches,
-            num_virtual_stages, process_group_backend, timeout_s,
+            num_virtual_stages, process_group_backend, timeout_s, start_timeout_s,
         )  # fmt: skip
         self._balance, self._blocks_per_stage = Balance(balance), blocks_per_stage
         self._recompute = activation_checkpointing
@@ -145,7 +149,7 @@ class PipelineStrategy(PipelineProcesses):
         assert self.lightning_module is not None
         length = getattr(self._datamodule, "block_length", None) or 1024
         rows = getattr(self._datamodule, "batch_size", None) or self.layout.num_microbatches
-        recompute = self._recompute or self.lightning_module.hparams.get("recompute")
+        recompute = self._recompute_of(self.lightning_module)
         costs = network_costs(network, length, base, recompute in ("block", "offload"))
         workload = Workload(
             max(1, rows // self.layout.num_microbatches) * length,
@@ -161,6 +165,11 @@ class PipelineStrategy(PipelineProcesses):
         self._tied = frozenset(f"{_PREFIX}{name}" for name in tied_parameters(network))
         keep_stages(network, [self._spans[s] for s in self.layout.stages_of(self._pipeline_rank)])
 
+    def _recompute_of(self, module: LightningModule) -> str | None:
+        """What blocks compute again: the strategy's own setting, else the module's."""
+        recompute: str | None = self._recompute or module.hparams.get("recompute")
+        return recompute
+
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
@@ -175,7 +184,15 @@ class PipelineStrategy(PipelineProcesses):
         if not self._spans:  # the module was built elsewhere
             self.keep_own_part(module.network)
         if self._recompute is not None:
-            recompute_blocks(module.network, Recompute(self._recompute))
+            recompute_blocks(module.network, self._recompute)
+        is_selective = self._recompute_of(module) == Recompute.LOW_RANK
+        if is_selective and self._schedule.splits_backward:
+            key = "model.recompute" if self._recompute is None else "activation_checkpointing"
+            raise ValueError(
+                f"{key} low_rank: {self._schedule.value} takes the backward pass apart, which"
+                " torch's selective recomputation does not allow; take block, or 1F1B or"
+                " Interleaved1F1B"
+            )
         compiled = any(part._compiled_call_impl is not None for part in module.network.modules())
         if compiled and self._schedule.splits_backward:
             raise ValueError(
@@ -199,7 +216,7 @@ class PipelineStrategy(PipelineProcesses):
         self._runtime = self._made_runtime(module)
         self._is_in_window = False
         self.barrier()
-        self._wait_less()
+        self.wait_less()
 
     def _made_runtime(self, module: PipelinedModule) -> PipelineRuntime:
         context = self.precision_plugin.forward_context
@@ -213,7 +230,7 @@ class PipelineStrategy(PipelineProcesses):
         return PipelineRuntime(
             self.layout,
             {stage: Stage(module.network, self._spans[stage], context) for stage in own},
-            self._pipeline_group,
+            self._made_passes(),
             self.root_device,
             module.network.config.hidden_size,
             loss,

@@ -1,34 +1,25 @@
 """The processes of a pipeline: which one is where, and whom it talks to."""
 
-import subprocess
-import time
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from typing_extensions import override
 
 from fingpt_lightning.pipeline import PipelineLayout, largest_layout, schedule_named
+from fingpt_lightning.strategies.watched import WatchedRanks
 
-_SIGNS_OF_A_LOST_RANK = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out")
-
-
-_START_S = 1800
-"""How long ranks may be apart before the first step: they start, read data and load weights."""
-_LAST_WORDS_S = 5
-"""How long the ranks that this process started have to end by themselves and say why."""
 PACKED_ROWS = (
     "lays the rows of a batch one behind the other, which cannot be cut into microbatches: take"
     " data.batching padded, whose losses and gradients are equal"
 )
 
 
-class PipelineProcesses(DDPStrategy):
+class PipelineProcesses(WatchedRanks, DDPStrategy):
     """Ranks as pipelines side by side: how many, in which order, with which schedule.
 
     What ``DDPStrategy`` does to start processes and to let them meet is all that is left of it.
@@ -45,9 +36,8 @@ class PipelineProcesses(DDPStrategy):
         num_virtual_stages: int | Literal["auto"],
         process_group_backend: str | None,
         timeout_s: float | int,
+        start_timeout_s: float | int,
     ) -> None:
-        if timeout_s <= 0:
-            raise ValueError(f"timeout_s {timeout_s} is not above 0")
         if data_parallel not in ("replicate", "shard"):
             raise ValueError(f"data_parallel {data_parallel!r} is neither replicate nor shard")
         for name, size in (
@@ -57,8 +47,9 @@ class PipelineProcesses(DDPStrategy):
             if size != "auto" and size < 1:
                 raise ValueError(f"{name} {size} is below 1")
         super().__init__(
+            timeout_s=timeout_s,
+            start_timeout_s=start_timeout_s,
             process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=max(timeout_s, _START_S)),
         )
         self._pipeline_size, self._data_parallel_size = pipeline_size, data_parallel_size
         self._schedule = schedule_named(schedule)
@@ -68,11 +59,11 @@ class PipelineProcesses(DDPStrategy):
             if num_virtual_stages == "auto"
             else num_virtual_stages
         )
-        self._timeout_s = timeout_s
         self._shards = data_parallel == "shard"
         self._layout: PipelineLayout | None = None
         self._mesh: DeviceMesh | None = None
         self._ends: dist.ProcessGroup | None = None
+        self._passes: dist.ProcessGroup | None = None
 
     @override
     def _configure_launcher(self) -> None:
@@ -161,13 +152,31 @@ class PipelineProcesses(DDPStrategy):
                 if self.global_rank in pipeline:
                     self._ends = ends if self._pipeline_rank in (first, last) else None
 
-    def _wait_less(self) -> None:
-        """From now on a rank that waits for another longer than ``timeout_s`` raises."""
-        groups = [dist.group.WORLD, self._ends]
+    @override
+    def wait_less(self) -> None:
+        super().wait_less()
+        limit = timedelta(seconds=self._timeout_s)
+        groups = [self._ends]
         groups += [self._mesh_of(axis).get_group() for axis in ("pipeline", "data_parallel")]
         for group in groups:
             if group is not None:
-                _set_pg_timeout(timedelta(seconds=self._timeout_s), group)
+                _set_pg_timeout(limit, group)
+
+    def _made_passes(self) -> dist.ProcessGroup:
+        """A group for what stages send each other; the ranks make it together.
+
+        Gloo bounds sending and receiving by the limit that a group was made with, which is, for
+        all other groups, that of the start.
+        """
+        if self._passes is None:
+            assert self._mesh is not None
+            limit = timedelta(seconds=self._timeout_s)
+            for pipeline in self._mesh.mesh.tolist():  # every process makes every group
+                group = dist.new_group(pipeline, timeout=limit)
+                if self.global_rank in pipeline:
+                    self._passes = group
+        assert self._passes is not None
+        return self._passes
 
     @property
     @override
@@ -208,25 +217,3 @@ class PipelineProcesses(DDPStrategy):
     def _datamodule(self) -> Any:
         assert self.lightning_module is not None
         return getattr(self.lightning_module.trainer, "datamodule", None)
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        told = str(exception)
-        if isinstance(exception, RuntimeError) and any(x in told for x in _SIGNS_OF_A_LOST_RANK):
-            exception.args = (
-                f"rank {self.global_rank} lost another rank of the pipeline, which failed (its own"
-                f" message tells why) or gave no answer for timeout_s {self._timeout_s:g}"
-                f" ({told.splitlines()[0]})",
-            )
-        if isinstance(self.launcher, _SubprocessScriptLauncher):
-            _end(self.launcher.procs)
-
-
-def _end(processes: list[subprocess.Popen[Any]]) -> None:
-    """Leaves no process behind: one that hangs would never notice that the others are gone."""
-    deadline_s = time.monotonic() + _LAST_WORDS_S
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline_s - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()

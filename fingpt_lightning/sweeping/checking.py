@@ -1,6 +1,5 @@
 """Checks a sweep against the command line before anything of it runs."""
 
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from rich.table import Table
 
+from fingpt_lightning.files import write_json
+from fingpt_lightning.metric_keys import LOGGED_BY, TASK, split_keys
 from fingpt_lightning.sweeping.space import Point, sample_points, short_names, shown
 from fingpt_lightning.sweeping.sweep_file import Sweep, WrongSweep
 from fingpt_lightning.terminal.command_line import as_list
@@ -23,7 +24,7 @@ class Built(NamedTuple):
 
     Attributes:
         settings: Its resolved config, in plain types.
-        observers: The classes of its module and its callbacks, whose docstrings name their keys.
+        observers: The classes of its module and its callbacks, whose names tell their keys.
     """
 
     settings: Mapping[str, Any]
@@ -56,7 +57,7 @@ def check_sweep(
     with tempfile.TemporaryDirectory() as folder:
         arguments = Path(folder) / "arguments.json"
         for point in points:
-            arguments.write_text(json.dumps(sweep.arguments(point)))
+            write_json(arguments, sweep.arguments(point))
             try:
                 built = build([*sweep.fit_words(arguments), *extra])
             except ValueError as error:
@@ -95,7 +96,7 @@ def described(sweep: Sweep, count: int | None = None) -> Table:
 
 
 def documented_keys(built: Built) -> set[str] | None:
-    """What the module and the callbacks of a run say that they log; None where one is a stranger.
+    """The keys that the module and the callbacks of a run log; None where one is a stranger.
 
     Args:
         built: The run.
@@ -103,17 +104,15 @@ def documented_keys(built: Built) -> set[str] | None:
     found: set[str] = set()
     for observer in built.observers:
         for kind in observer.__mro__:
-            package = kind.__module__.partition(".")[0]
-            if package in _OUR_PACKAGES:
-                found |= set(re.findall(r"``([a-z]+/(?:TASK/)?[a-z0-9_]+)``", kind.__doc__ or ""))
+            if kind.__module__.partition(".")[0] in _OUR_PACKAGES:
+                found |= set(LOGGED_BY.get(kind.__name__, ()))
         if observer.__module__.partition(".")[0] not in (*_OUR_PACKAGES, "lightning"):
             return None
     tasks = list(_tasks(built.settings))
     return {
-        key.replace("TASK", task)
-        for key in found
-        if not key.startswith("test/")
-        for task in (tasks if "TASK" in key else [""])
+        key.replace(TASK, task)
+        for key in found - set(split_keys("test"))
+        for task in (tasks if TASK in key else [""])
     }
 
 

@@ -1,6 +1,5 @@
 """Runs a sweep without a server: Optuna chooses, one process a trial, all in one folder."""
 
-import json
 import os
 import shutil
 import time
@@ -25,6 +24,7 @@ from fingpt_lightning.files import (
     sync_files,
     sync_folder,
     try_lock,
+    write_json,
     write_owner,
 )
 from fingpt_lightning.sweeping.records import best_number, write_best_config, write_record
@@ -193,7 +193,7 @@ class LocalSweep:
             shutil.rmtree(folder)  # of a trial that was stopped in the middle
         folder.mkdir(parents=True)
         arguments = folder / ARGUMENTS_FILE
-        arguments.write_text(json.dumps(self.sweep.arguments(point), indent=1) + "\n")
+        write_json(arguments, self.sweep.arguments(point))
         write_record(self.folder, self.sweep, self.study)
         names = short_names(self.sweep.searched)
         told = ", ".join(f"{names[name]} {shown(point[name])}" for name in self.sweep.searched)

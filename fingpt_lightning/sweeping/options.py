@@ -20,7 +20,12 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         "fingpt sweep", "Checks a W&B sweep file and runs its trials, with a server or without one."
     )
     add = parser.add_argument
-    add("sweep", nargs="?", type=Path, help="a sweep file, such as sweeps/quick_rank.yaml")
+    add(
+        "sweep",
+        nargs="?",
+        type=Path,
+        help="a sweep file, or the name of a shipped one: quick_rank",
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--local", action="store_true", help="without a server, runs kept offline; the default"

@@ -1,6 +1,6 @@
 """What a local sweep leaves: ``sweep.json``, ``best.yaml`` and a table."""
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as StudyState
 from rich.table import Table
 
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import write_json, write_whole
 from fingpt_lightning.sweeping.space import short_names, shown
 from fingpt_lightning.sweeping.sweep_file import Sweep
 from fingpt_lightning.sweeping.trial_process import TrialState
@@ -55,7 +55,7 @@ def write_record(folder: Path, sweep: Sweep, study: Study) -> None:
         "trials": [_entry(folder, sweep, trial) for trial in _begun(study)],
         "best": best_number(study),
     }
-    write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    write_json(folder / RECORD, record)
 
 
 def write_best_config(folder: Path, number: int) -> None:
@@ -132,13 +132,15 @@ def _begun(study: Study) -> list[FrozenTrial]:
 
 
 def _value(trial: FrozenTrial) -> float | None:
-    """The value it ended with; of one that was stopped early, the last it was asked for."""
-    if trial.state == StudyState.COMPLETE:
-        return trial.value
+    """The value it ended with; of one that was stopped early, the last that it reported.
+
+    None where that is NaN or infinite: such a trial has no value to compare.
+    """
+    value = trial.value if trial.state == StudyState.COMPLETE else None
     reported = trial.intermediate_values
     if trial.state == StudyState.PRUNED and reported:
-        return float(reported[max(reported)])
-    return None
+        value = float(reported[max(reported)])
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _parameters(sweep: Sweep, trial: FrozenTrial) -> dict[str, Any]:

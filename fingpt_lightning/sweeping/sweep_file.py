@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from fingpt_lightning.metric_keys import VAL_LOSS
 from fingpt_lightning.sweeping.space import (
     Distribution,
     Point,
@@ -151,7 +152,7 @@ def _read(path: Path, content: Any) -> Sweep:
 
 def _metric(given: Any) -> tuple[str, bool]:
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-        raise ValueError("metric needs a name, such as {name: val/loss, goal: minimize}")
+        raise ValueError(f"metric needs a name, such as {{name: {VAL_LOSS}, goal: minimize}}")
     goal = given.get("goal", "minimize")
     if goal not in ("minimize", "maximize"):
         raise ValueError(f"metric.goal {goal!r} is neither minimize nor maximize")

@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
+from fingpt_lightning.metric_keys import summary_figure
 from fingpt_lightning.sweeping.sweep_file import ARGUMENTS
 
 OUTPUT = "output.txt"
@@ -131,10 +132,10 @@ def metric_history(folder: Path, metric: str) -> list[float]:
             cell = row.get(metric)
             if cell:
                 found.append(float(cell))
-    if not found and metric.startswith("summary/"):
+    if not found and (figure := summary_figure(metric)) is not None:
         path = folder / "summary.json"
         figures = json.loads(path.read_text()) if path.is_file() else {}
-        value = figures.get(metric.removeprefix("summary/"))
+        value = figures.get(figure)
         found = [float(value)] if isinstance(value, int | float) else []
     return found
 

@@ -1,16 +1,20 @@
 """From a row of a file, in any of its task's shapes, to the texts that a model scores."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from fingpt_lightning.tasks.task import Field, Shape, Task, Template
+from fingpt_lightning.tasks.task import Field, Shape, Task, Template, whole_number
 from fingpt_lightning.terminal.messages import nearest
 
 Row = Mapping[str, object]
 
 _UNKNOWN_GOLD = ("", "-1")
 _OUTSIDE = "O"
+_CHATS = ("messages", "conversations", "conversation")
+_LISTS = ("choices", "contexts", "names")
+"""The fields that are lists of texts."""
 
 
 class Example(NamedTuple):
@@ -23,6 +27,8 @@ class Example(NamedTuple):
         gold: The index of the right choice; None where it is not known.
         row: The line of the file, from 1; in a Parquet file and on the hub, the row.
         text: The row's own text.
+        spans: First and last character of what may be cut of each prompt where the row is too
+            long, None where nothing may; empty for a row of which nothing may be cut.
     """
 
     prefix: str
@@ -31,6 +37,7 @@ class Example(NamedTuple):
     gold: int | None
     row: int
     text: str
+    spans: tuple[tuple[int, int] | None, ...] = ()
 
 
 def examples_of_row(task: Task, row: Row, number: int) -> Iterator[Example | None]:
@@ -42,7 +49,11 @@ def examples_of_row(task: Task, row: Row, number: int) -> Iterator[Example | Non
         ValueError: The row lacks a column, or a label, an index or another value is not allowed.
     """
     shape = _shape_of_row(task, row)
-    columns = {name: _text_or_texts(name, _column(row, name)) for name in shape.columns}
+    translated = shape.translated_columns
+    columns = {
+        name: _text_or_texts(name, _column(row, name), translated.get(name, ()))
+        for name in shape.columns
+    }
     for raw_fields in _expanded(shape, columns):
         fields = {name: _tidy(task, value) for name, value in raw_fields.items()}
         if _translate(shape, fields):
@@ -66,7 +77,11 @@ def example_of_fields(task: Task, values: Row, number: int) -> Example | None:
     Raises:
         ValueError: A value is not allowed.
     """
-    fields = {name: _tidy(task, _text_or_texts(name, values[name])) for name in field_names(task)}
+    known = {field: tuple(values) for field, values in task.shapes[0].values.items()}
+    fields = {
+        name: _tidy(task, _text(name, values[name], known.get(name, ())))
+        for name in field_names(task)
+    }
     fields["label"] = ""
     if not all(fields[name] for name in field_names(task)):
         return None
@@ -101,6 +116,8 @@ def _shape_of_row(task: Task, row: Row) -> Shape:
     likely = min(missing, key=lambda i: (len(missing[i]), -len(task.shapes[i].columns)))
     name = missing[likely][0]
     advice = nearest(name, row) or f"; the fields are {', '.join(row)}"
+    if chat := next((key for key in _CHATS if isinstance(row.get(key), list)), None):
+        advice = f"; chats, such as {chat!r} here, are not read: write their texts as fields"
     raise ValueError(f"no field {name!r}{advice}")
 
 
@@ -121,15 +138,30 @@ def _column(row: Row, name: str) -> object:
     return value
 
 
-def _text_or_texts(name: str, value: object) -> Field:
+def _text_or_texts(name: str, value: object, known: Collection[str] = ()) -> Field:
     if isinstance(value, list | tuple):
         return tuple(_text(name, item) for item in value)
-    return _text(name, value)
+    return _text(name, value, known)
 
 
-def _text(name: str, value: object) -> str:
-    if value is not None and not isinstance(value, str | int | float):
+def _text(name: str, value: object, known: Collection[str] = ()) -> str:
+    """A text or number as text, nothing as an empty one.
+
+    Args:
+        name: Name of the column, for messages.
+        value: What the row has there.
+        known: Values that the task translates, in lower case: truth values are of them or wrong.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, bool) and str(value).casefold() in known:
+        return str(value)
+    if value is not None and not isinstance(value, str) and not is_number:
         raise ValueError(f"field {name!r} holds a {type(value).__name__}, not a text")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"field {name!r} holds {value}, which is not a finite number")
     text = "" if value is None else str(value)
     try:
         text.encode()
@@ -142,7 +174,7 @@ def _text(name: str, value: object) -> str:
 def _expanded(shape: Shape, columns: Mapping[str, Field]) -> Iterator[dict[str, Field]]:
     groups = _parsed(shape, columns)
     known = {**columns, **groups}
-    fields = groups | {name: _field(source, known) for name, source in shape.fields.items()}
+    fields = groups | {name: _field(name, source, known) for name, source in shape.fields.items()}
     if shape.spans:
         tokens, tags = (columns[shape.spans[key]] for key in ("tokens", "tags"))
         if isinstance(tokens, str) or isinstance(tags, str) or len(tokens) != len(tags):
@@ -151,7 +183,7 @@ def _expanded(shape: Shape, columns: Mapping[str, Field]) -> Iterator[dict[str, 
             yield fields | {"text": " ".join(tokens), "entity": entity, "label": tag}
     elif shape.questions:
         for column, question in shape.questions.items():
-            yield fields | {"question": question, "label": columns[column]}
+            yield fields | {"question": question, "label": _one_text(column, columns[column])}
     else:
         yield fields
 
@@ -159,20 +191,30 @@ def _expanded(shape: Shape, columns: Mapping[str, Field]) -> Iterator[dict[str, 
 def _parsed(shape: Shape, columns: Mapping[str, Field]) -> dict[str, Field]:
     groups: dict[str, Field] = {}
     for column, pattern in shape.parse.items():
-        text = columns[column]
-        found = pattern.fullmatch(text) if isinstance(text, str) else None
+        found = pattern.fullmatch(_one_text(column, columns[column]))
         if found is None:
             raise ValueError(f"field {column!r} is not of the form {pattern.pattern!r}")
         groups |= found.groupdict(default="")
     return groups
 
 
-def _field(source: str | Template | tuple[Template, ...], known: Mapping[str, Field]) -> Field:
+def _field(
+    name: str, source: str | Template | tuple[Template, ...], known: Mapping[str, Field]
+) -> Field:
     if isinstance(source, str):
-        return known[source]
-    if isinstance(source, Template):
-        return source.render(known)
-    return tuple(template.render(known) for template in source)
+        value = known[source]
+        return value if name in _LISTS else _one_text(source, value)
+    templates = source if isinstance(source, tuple) else (source,)
+    for used in (column for template in templates for column in template.names):
+        _one_text(used, known[used])
+    texts = tuple(template.render(known) for template in templates)
+    return texts if isinstance(source, tuple) else texts[0]
+
+
+def _one_text(column: str, value: Field) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"field {column!r} holds a list, not a text")
+    return value
 
 
 def _tidy(task: Task, value: Field) -> Field:
@@ -194,6 +236,7 @@ def _translate(shape: Shape, fields: dict[str, Field]) -> bool:
         fields["label"] = _label_of_number(shape.bins, str(fields["label"]))
     for name, values in shape.values.items():
         value = str(fields[name]).casefold()
+        value = value if value in values else whole_number(value)
         if value in values:
             own = values[value]
             if own is None:
@@ -223,6 +266,7 @@ def _example(task: Task, fields: dict[str, Field], number: int) -> Example | Non
     if template is None:
         return None
     prompts = tuple(template.render(version) for version in versions)
+    spans = tuple(_own_text_span(task, template, version) for version in versions)
     choices: tuple[str, ...]
     gold: int | None
     match task.kind:
@@ -239,12 +283,30 @@ def _example(task: Task, fields: dict[str, Field], number: int) -> Example | Non
             if not context.strip():
                 raise ValueError(f"{word!r} is a single word, with nothing to foretell it by")
             prompts, choices, gold = (context,), (word,), 0
+            spans = tuple(span and (span[0], min(span[1], len(context))) for span in spans)
         case "instructions":
             choices, gold = (str(fields["output"]),), 0
     if not all(choices):
         return None
     answers = tuple(task.delimiter + choice for choice in choices)
-    return Example(task.instruction, prompts, answers, gold, number, task.text.render(fields))
+    text = task.text.render(fields)
+    return Example(task.instruction, prompts, answers, gold, number, text, spans)
+
+
+def _own_text_span(
+    task: Task, template: Template, fields: Mapping[str, Field]
+) -> tuple[int, int] | None:
+    """Where the text stands that a prompt may lose tokens of."""
+    if task.shorten is not None:
+        names = [task.shorten]
+    elif "input" in template.names:
+        names = ["input"]
+    else:
+        of_text = ["context" if name == "contexts" else name for name in task.text.names]
+        names = [name for name in of_text if name in template.names and name != "instruction"]
+    if not names:
+        return None
+    return template.span(fields, max(names, key=lambda name: len(fields.get(name, ""))))
 
 
 def _first_fitting(
@@ -264,9 +326,11 @@ def _texts(name: str, fields: Mapping[str, Field]) -> tuple[str, ...]:
 
 
 def _gold_label(task: Task, label: str) -> int | None:
-    for index, known in enumerate(task.labels):
-        if label.casefold() == known.casefold():
-            return index
+    for spelled in (label.casefold(), whole_number(label.casefold())):
+        for index, known in enumerate(task.labels):
+            if spelled in (known.casefold(), whole_number(known.casefold())):
+                return index
+    label = whole_number(label)
     if label in _UNKNOWN_GOLD:
         return None
     allowed = ", ".join(task.labels)
@@ -274,12 +338,13 @@ def _gold_label(task: Task, label: str) -> int | None:
 
 
 def _gold_index(fields: Mapping[str, Field], num_choices: int) -> int | None:
-    gold = str(fields["gold"])
+    gold = whole_number(str(fields["gold"]))
     if gold in _UNKNOWN_GOLD:
         return None
     names = fields.get("names", tuple(str(index) for index in range(num_choices)))
     if isinstance(names, str) or len(names) != num_choices:
         raise ValueError(f"names {names!r} are not one for each of the {num_choices} choices")
+    names = tuple(map(whole_number, names))
     if gold not in names:
         raise ValueError(f"gold {gold!r} is none of {', '.join(names)}")
     return names.index(gold)

@@ -17,6 +17,7 @@ from fingpt_lightning.tasks.task import (
     Shape,
     Task,
     Template,
+    whole_number,
 )
 from fingpt_lightning.tasks.yaml_block import YamlBlock, read_yaml
 from fingpt_lightning.terminal.messages import nearest
@@ -26,7 +27,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _REQUIRED_KEYS = ("version", "title", "kind", "source", "licence", "main_metric", "shapes")
 _KEYS = (
     *_REQUIRED_KEYS,
-    *("folder", "labels", "instruction", "template", "text", "delimiter", "distinct"),
+    *("folder", "labels", "instruction", "template", "text", "shorten", "delimiter", "distinct"),
     *("substitute", "hub", "line_file", "cut"),
 )
 _SHAPE_KEYS = tuple(field.name for field in fields(Shape))
@@ -77,6 +78,7 @@ def _read_task(path: Path) -> Task:
         instruction=block.text("instruction", ""),
         templates=_templates(block, "template") if "template" in block else (Template("{text}"),),
         text=Template(block.text("text", "{text}")),
+        shorten=block.text("shorten") if "shorten" in block else None,
         delimiter=block.text("delimiter", " "),
         distinct=block.flag("distinct"),
         substitute=block.replacements("substitute"),
@@ -120,7 +122,7 @@ def _field_source(block: YamlBlock, field: str) -> str | Template | tuple[Templa
 
 def _values(block: YamlBlock, field: str) -> dict[str, str | None]:
     return {
-        value.strip().casefold(): own
+        whole_number(value.strip().casefold()): own
         for value, own in block.mapping(field, YamlBlock.value).items()
     }
 
@@ -170,6 +172,10 @@ def _check_fields(task: Task, block: YamlBlock) -> None:
     given = {name for shape in task.shapes for name in shape.gives}
     for template in task.templates:
         _refuse_unknown_fields(template.names, given, "template", block)
+    in_prompts = {name for template in task.templates for name in template.names}
+    if task.shorten is not None and task.shorten not in in_prompts:
+        advice = nearest(task.shorten, in_prompts)
+        raise block.error("shorten", f"no template has the field {task.shorten!r}{advice}")
     for number, shape in enumerate(task.shapes, start=1):
         key = f"shapes, item {number}"
         for field in FIELDS_OF_KIND[task.kind]:

@@ -6,10 +6,10 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from fingpt_lightning.files import not_utf8
 from fingpt_lightning.tasks.task import Cut, Hub, LineFile, Task
 from fingpt_lightning.terminal.messages import first_line, nearest
 
@@ -40,30 +40,38 @@ def open_split(task: Task, data_dir: str | Path | None, split: str) -> Source:
     if not folder.is_dir():
         advice = nearest(folder.name, [path.name for path in folder.parent.glob("*")])
         raise FileNotFoundError(f"task {task.name}: no folder {folder}{advice}")
-    found = [folder / f"{split}{ending}" for ending in _READERS]
-    found = [path for path in found if path.is_file()]
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    found = [path for path in files if _split_of(path) == split]
     if len(found) > 1:
         both = " and ".join(path.name for path in found)
         raise ValueError(f"task {task.name}: {folder} has {both}; keep one of them")
     if found:
-        read = _READERS[found[0].name.removeprefix(split)]
-        return Source(found[0], read(found[0]))
+        return Source(found[0], open_rows(found[0]))
     names = task.line_file.names if task.line_file else ()
     whole = next((folder / name for name in names if (folder / name).is_file()), None)
     if task.line_file and task.cut and whole and split in _CUT_SPLITS:
         rows = list(_line_rows(whole, task.line_file))
         return Source(whole, _part(rows, task.cut, split, whole))
-    splits = [
-        path.name.removesuffix(ending)
-        for path in folder.iterdir()
-        for ending in _READERS
-        if path.name.endswith(ending)
-    ]
+    splits = [name for path in files if (name := _split_of(path)) is not None]
     there = ", ".join(sorted([*splits, *(_CUT_SPLITS if whole else ())])) or "none"
     endings = ", ".join(_READERS)
+    unread = [path.name for path in files if path.name.startswith(f"{split}.")]
+    not_read = f"; {', '.join(unread)} ends in none of these" if unread else ""
     raise FileNotFoundError(
-        f"task {task.name}: {folder} has no split {split!r} ({endings}); the splits there: {there}"
+        f"task {task.name}: {folder} has no split {split!r} ({endings}){not_read}; the splits"
+        f" there: {there}"
     )
+
+
+def _ending_of(path: Path) -> str | None:
+    name = path.name.lower()
+    return next((ending for ending in _READERS if name.endswith(ending)), None)
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file's name says; None for a file of no known form."""
+    ending = _ending_of(path)
+    return None if ending is None else path.name[: -len(ending)]
 
 
 def open_rows(path: Path) -> Iterator[NumberedRow]:
@@ -73,7 +81,7 @@ def open_rows(path: Path) -> Iterator[NumberedRow]:
         FileNotFoundError: There is no such file.
         ValueError: The ending is of none of the forms, or (when it is reached) a row is wrong.
     """
-    ending = next((ending for ending in _READERS if path.name.endswith(ending)), None)
+    ending = _ending_of(path)
     if ending is None:
         raise ValueError(f"{path} ends in none of {', '.join(_READERS)}")
     if not path.is_file():
@@ -83,7 +91,7 @@ def open_rows(path: Path) -> Iterator[NumberedRow]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[NumberedRow]:
-    opener = gzip.open if path.suffix == ".gz" else open
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rb") as lines:
         try:
             for number, line in enumerate(lines, start=1):
@@ -103,6 +111,21 @@ def _json_object(line: bytes, path: Path, number: int) -> Mapping[str, object]:
     if not isinstance(row, dict):
         raise ValueError(f"{path}:{number}: a JSON {type(row).__name__}, not an object")
     return row
+
+
+def _json_rows(path: Path) -> Iterator[NumberedRow]:
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no JSON ({error}); lines of objects end in .jsonl") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: a JSON {type(rows).__name__}, not an array of objects")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: a JSON {type(row).__name__}, not an object")
+        yield number, row
 
 
 def _csv_rows(path: Path) -> Iterator[NumberedRow]:
@@ -125,27 +148,42 @@ def _csv_rows(path: Path) -> Iterator[NumberedRow]:
                     yield number, dict(zip(names, values, strict=False))
                 number = rows.line_num + 1
         except UnicodeDecodeError:
-            raise ValueError(f"{path} is no UTF-8 text") from None
+            raise ValueError(not_utf8(path)) from None
         except csv.Error as error:
             raise ValueError(f"{path}:{number}: no CSV ({error})") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[NumberedRow]:
     # Installed with `datasets`, and only this form of file needs it.
-    from pyarrow import ArrowInvalid, parquet  # type: ignore[import-untyped]
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches(_PARQUET_ROWS))
-            yield from enumerate(chain.from_iterable(batches), start=1)
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file ({first_line(error)})") from None
+        file = parquet.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no whole Parquet file ({first_line(error)})") from None
+    number = 0
+    with file:
+        batches = file.iter_batches(_PARQUET_ROWS)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                return
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise ValueError(
+                    f"{path}: damaged behind row {number} ({first_line(error)})"
+                ) from None
+            for row in rows:
+                number += 1
+                yield number, row
 
 
 _LONGEST_FIELD = 2**31 - 1
 _READERS: Mapping[str, Callable[[Path], Iterator[NumberedRow]]] = {
     ".jsonl": _jsonl_rows,
     ".jsonl.gz": _jsonl_rows,
+    ".json": _json_rows,
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,
 }

@@ -25,7 +25,20 @@ FIELDS_OF_KIND: Mapping[Kind, tuple[str, ...]] = {
 }
 """The fields that the rows of each kind have, besides those that the templates name."""
 
+_WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0*")
 _FIELD = re.compile(r"\{(\w+)(\|capitalize)?\}")
+
+
+def whole_number(text: str) -> str:
+    """A whole number without its point; anything else as it is.
+
+    Where a value of a column is missing, tables hold the others as floats.
+
+    >>> whole_number("1.0"), whole_number("1.5"), whole_number("rise")
+    ('1', '1.5', 'rise')
+    """
+    found = _WHOLE_FLOAT.fullmatch(text)
+    return found[1] if found else text
 
 
 def _inserted(found: re.Match[str], fields: Mapping[str, Field]) -> str:
@@ -56,6 +69,26 @@ class Template:
             KeyError: A field is not there.
         """
         return _FIELD.sub(lambda found: _inserted(found, fields), self.pattern)
+
+    def span(self, fields: Mapping[str, Field], name: str) -> tuple[int, int] | None:
+        """Where a field begins and ends in the rendered text, the last time; None if nowhere.
+
+        >>> Template("Q: {q}?").span({"q": "Up"}, "q")
+        (3, 5)
+        """
+        if name not in self._last_places:
+            return None
+        before, place = self._last_places[name]
+        begin = len(before.render(fields))
+        return begin, begin + len(_inserted(place, fields))
+
+    @cached_property
+    def _last_places(self) -> "dict[str, tuple[Template, re.Match[str]]]":
+        """Of each field the template before its last place, and that place."""
+        return {
+            found[1]: (Template(self.pattern[: found.start()]), found)
+            for found in _FIELD.finditer(self.pattern)
+        }
 
 
 @dataclass(frozen=True)
@@ -93,6 +126,17 @@ class Shape:
         groups = self._groups()
         used = [name for name in named if name not in groups]
         return tuple(dict.fromkeys([*self.parse, *self.questions, *self.spans.values(), *used]))
+
+    @cached_property
+    def translated_columns(self) -> dict[str, tuple[str, ...]]:
+        """Columns to the values, in lower case, that the task translates of them."""
+        found: dict[str, tuple[str, ...]] = {}
+        for field, values in self.values.items():
+            source = self.fields.get(field)
+            of_label = list(self.questions) if field == "label" else []
+            for column in [source, *of_label] if isinstance(source, str) else of_label:
+                found[column] = (*found.get(column, ()), *values)
+        return found
 
     @cached_property
     def gives(self) -> tuple[str, ...]:
@@ -163,6 +207,8 @@ class Task:
         templates: The prompt after the instruction. The first whose fields are all there and not
             empty is taken; a row that fits none counts as empty.
         text: The row's own text, for tables and for the digest.
+        shorten: The field that loses tokens where a row is too long. None is ``input`` where the
+            prompt has it, else the longest field of ``text`` in it, but never ``instruction``.
         delimiter: What stands between prompt and answer. It belongs to the answer: its first token
             has the blank.
         distinct: Whether a prompt that a split repeats is taken once.
@@ -185,6 +231,7 @@ class Task:
     instruction: str
     templates: tuple[Template, ...]
     text: Template
+    shorten: str | None
     delimiter: str
     distinct: bool
     substitute: Mapping[re.Pattern[str], str]

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import yaml
 
+from fingpt_lightning.files import not_utf8
 from fingpt_lightning.terminal.messages import nearest
 
 T = TypeVar("T")
@@ -156,7 +157,7 @@ def read_yaml(path: Path, known: Sequence[str], required: Sequence[str]) -> Yaml
     try:
         contents = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no UTF-8 text") from None
+        raise ValueError(not_utf8(path)) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]

@@ -1,6 +1,8 @@
 """What the option parsers of the commands share, without importing anything heavy."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +13,19 @@ from fingpt_lightning.terminal.messages import nearest
 
 class WrongOptions(ValueError):
     """A command line that cannot be understood."""
+
+
+@contextmanager
+def options_as_arguments() -> Iterator[None]:
+    """Within it, what is wrong with options is said of a function's arguments, without dashes.
+
+    Raises:
+        ValueError: In place of `WrongOptions`.
+    """
+    try:
+        yield
+    except WrongOptions as error:
+        raise ValueError(str(error).replace("--", "")) from None
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -145,6 +160,8 @@ def check_calibration_options(options: argparse.Namespace) -> None:
     Raises:
         WrongOptions: There is one.
     """
+    if options.calibration is not None and options.calibration_task is not None:
+        raise WrongOptions("--calibration and --calibration_task: give one of them")
     if options.data_dir is not None and options.calibration_task is None:
         raise WrongOptions("--data_dir has an effect with --calibration_task alone")
     if options.calibration_tokens is not None and not asks_for_calibration(options):

@@ -20,6 +20,23 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {found}?" if found is not None else ""
 
 
+def check_choice(setting: str, value: str, known: Iterable[str]) -> None:
+    """Refuses a value that is none of ``known``, and names the nearest.
+
+    Raises:
+        ValueError: It is none of them.
+
+    >>> check_choice("method", "exakt", ["exact", "randomized"])
+    Traceback (most recent call last):
+    ...
+    ValueError: method 'exakt' is none of exact, randomized; did you mean exact?
+    """
+    names = list(known)
+    if value not in names:
+        given = f"{setting} {value!r}"
+        raise ValueError(f"{given} is none of {', '.join(names)}{nearest(str(value), names)}")
+
+
 def nearest_of(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name most like ``name``, or None where none is alike.
 
@@ -57,6 +74,25 @@ def no_field(place: str, field: str, fields: Iterable[str]) -> str:
     return f"{place}: no field {field!r}; {hint} fields are {known}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a foreign library's error says first."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+
+
+def error_line(message: str, process_rank: int | str = 0) -> str:
+    """How the program says why it ends.
+
+    Args:
+        message: One line.
+        process_rank: Number of this process among those of the run.
+
+    >>> error_line("the device is on fire", 1)
+    'fingpt: error (rank 1): the device is on fire'
+    """
+    where = "" if str(process_rank) == "0" else f" (rank {process_rank})"
+    return f"fingpt: error{where}: {message}"
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether code in Rust panicked, which Python shows as an exception that is no `Exception`."""
+    return type(error).__name__ == "PanicException"

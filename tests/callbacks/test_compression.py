@@ -49,7 +49,17 @@ def test_without_a_logger_the_table_is_printed_all_the_same(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_module_without_a_budget_is_refused(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, [CompressionMonitor()])
-    with pytest.raises(TypeError, match=r"budget\(\), which PlainModule has not"):
-        fit(trainer, PlainModule(), [make_batch()])
+def test_a_module_without_a_budget_has_its_parameters_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tiny_trainer(tmp_path, [CompressionMonitor()]), PlainModule(_RANK), [make_batch()])
+    (row,) = [row for row in logged_rows(tmp_path) if "compression/parameters" in row]
+    stored = 2 * WIDTH * _RANK + 2 * VOCABULARY * WIDTH
+    assert {key: value for key, value in row.items() if "/" in key} == {
+        "compression/parameters": stored,
+        **{
+            f"compression/total_mib_at_{bits}_bits": pytest.approx(stored * bits // 8 / 2**20)
+            for bits in (32, 16, 8, 4)
+        },
+    }
+    assert "Parameters of PlainModule" in capsys.readouterr().out

@@ -11,9 +11,15 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import Tensor
 from typing_extensions import override
 
+from callbacks import financial_evaluation
 from callbacks.financial_evaluation import FinancialEvaluation
 from callbacks.summary import RunSummary
-from fingpt_lightning.evaluation.runner import metrics_of, predict, read_tasks
+from fingpt_lightning.evaluation.results import write_results
+from fingpt_lightning.evaluation.run_evaluations import read_run_evaluations
+from fingpt_lightning.evaluation.runner import evaluate, metrics_of, predict, read_tasks
+from fingpt_lightning.reporting import write_report
+from fingpt_lightning.reporting.answers import exams_of_run
+from fingpt_lightning.reporting.files import read_objects
 from tests.callbacks.tiny_run import PlainModule, tiny_trainer
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer, write_rows
 from tests.support.lightning_ranks import RanksEnvironment
@@ -199,6 +205,105 @@ def test_wandb_gets_figures_answers_and_a_picture(tmp_path: Path) -> None:
     assert {row["trainer/global_step"] for row in run.logged if "eval/fpb/mcc" in row} == {3}
 
 
+def _kept(folder: Path, name: str) -> list[int]:
+    return sorted(int(path.parent.name) for path in (folder / "eval").glob(f"*/{name}"))
+
+
+def test_each_step_leaves_what_fingpt_evaluate_writes(tmp_path: Path) -> None:
+    data_dir, module = _data_dir(tmp_path / "data"), _Module()
+    callback = FinancialEvaluation(TASKS, data_dir, every_n_steps=2, calibrate=True, limit=4)
+    _fit(tmp_path, module, callback)
+    assert _kept(tmp_path, "results.json") == [0, 2, 4]
+    assert {0, 4} <= set(_kept(tmp_path, "predictions.jsonl"))
+    logged = [row for row in _rows(tmp_path) if "eval/fpb/mcc" in row]
+    for step, row in zip((0, 2, 4), logged, strict=True):
+        found = json.loads((tmp_path / f"eval/{step}/results.json").read_text())
+        assert (found["step"], list(found["tasks"])) == (step, TASKS)
+        assert found["settings"] == {
+            "scoring": "choices", "calibrate": True, "limit": 4, "batch_tokens": None
+        }  # fmt: skip
+        assert found["tasks"]["fpb"]["mcc"] == pytest.approx(row["eval/fpb/mcc"])
+    # Byte for byte, but for the time it took, what the command's writer makes of the same network.
+    runs = read_tasks(TASKS, data_dir, "validation", limit=4)
+    module.network.eval()
+    write_results(
+        tmp_path / "plain",
+        {},
+        [evaluate(module.network, tiny_tokenizer(), run, calibrate=True) for run in runs],
+    )
+    ours, plain = tmp_path / "eval/4", tmp_path / "plain"
+    assert (ours / "predictions.jsonl").read_bytes() == (plain / "predictions.jsonl").read_bytes()
+    by_writer = [json.loads((one / "results.json").read_text())["tasks"] for one in (ours, plain)]
+    for task in (task for tasks in by_writer for task in tasks.values()):
+        assert task.pop("seconds") > 0
+        assert task.pop("prompts_per_s") > 0
+    assert by_writer[0] == by_writer[1]
+
+
+def test_many_evaluations_keep_three_files_of_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.1, 0.3, 0.9, 0.2, 0.5, 0.4])
+
+    def scored(*args: Any) -> dict[str, Any]:
+        return metrics_of(*args) | {"weighted_f1": next(scores)}
+
+    monkeypatch.setattr(financial_evaluation, "metrics_of", scored)
+    callback = FinancialEvaluation(["fpb"], _data_dir(tmp_path / "data"), every_n_steps=1, limit=2)
+    trainer = tiny_trainer(tmp_path, [callback], max_steps=5, max_epochs=-1)
+    trainer.fit(_Module(), datamodule=_Data())
+    assert _kept(tmp_path, "results.json") == [0, 1, 2, 3, 4, 5]
+    assert _kept(tmp_path, "predictions.jsonl") == [0, 2, 5]
+    assert not list(tmp_path.glob("eval/*/*.partial"))
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
+    def fit(max_steps: int, module: _Module, ckpt_path: str | None = None) -> Trainer:
+        callback = FinancialEvaluation(
+            ["fpb"], _data_dir(tmp_path / "data"), before=ckpt_path is None, every_n_steps=2
+        )
+        logger = CSVLogger(tmp_path, name="", version=f"to_{max_steps}")
+        trainer = tiny_trainer(
+            tmp_path, [callback], max_steps=max_steps, max_epochs=-1, logger=logger
+        )
+        trainer.fit(module, datamodule=_Data(), ckpt_path=ckpt_path, weights_only=False)
+        return trainer
+
+    fit(2, _Module()).save_checkpoint(tmp_path / "two.ckpt")
+    fit(6, _Module(), str(tmp_path / "two.ckpt"))
+    assert _kept(tmp_path, "results.json") == [0, 2, 4, 6]
+    assert {0, 6} <= set(_kept(tmp_path, "predictions.jsonl"))
+    # It goes back to step 2 and takes another way: what was found later is no more of this run.
+    fit(3, _Module(), str(tmp_path / "two.ckpt"))
+    assert [one.step for one in read_run_evaluations(tmp_path)] == [0, 2, 3]
+    assert set(_kept(tmp_path, "predictions.jsonl")) <= {0, 2, 3}
+
+
+def test_the_report_shows_what_was_left_without_wandb(tmp_path: Path) -> None:
+    callback = FinancialEvaluation(["fpb"], _data_dir(tmp_path / "data"))
+    trainer = tiny_trainer(tmp_path / "run", [callback, RunSummary()], logger=False)
+    trainer.fit(_Module(), datamodule=_Data())
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert "before training" in html
+    assert "after step 4" in html
+    assert html.count('class="matrix"') == 2
+    (figures, _) = exams_of_run(tmp_path / "run")
+    assert figures.figures["mcc"] == callback.history["fpb"][0]["mcc"]
+
+
+def test_a_score_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    module = _Module()
+    with torch.no_grad():
+        module.network.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = torch.nan
+    message = r"task fpb, row \d: the scores are not finite: the tensor model.layers.1.mlp.up_proj"
+    with pytest.raises(FloatingPointError, match=message):
+        _fit(tmp_path, module, FinancialEvaluation(["fpb"], _data_dir(tmp_path / "data")))
+    assert _kept(tmp_path, "*") == []
+    assert module.losses == []
+
+
 def test_wrong_data_end_the_run_before_training(tmp_path: Path) -> None:
     data_dir = _data_dir(tmp_path)
     (tmp_path / "fpb" / "validation.jsonl").write_text('{"text": "Foo", "label": "fine"}')
@@ -276,3 +381,13 @@ def test_ranks_share_the_rows_and_log_what_one_process_would(tmp_path: Path) -> 
     ]
     assert len(found[0]) == 2
     assert found[0] == found[1]
+    # One process wrote, and all rows in order.
+    assert _kept(tmp_path, "results.json") == [0]
+    rows = [
+        read_objects(folder / "eval/0/predictions.jsonl") for folder in (tmp_path, tmp_path / "one")
+    ]
+    assert len(rows[0]) > 5
+    for ours, alone in zip(*rows, strict=True):
+        scores = ours.pop("scores")
+        assert scores == pytest.approx(alone.pop("scores"), abs=1e-4)
+        assert ours == alone

@@ -100,7 +100,7 @@ def test_what_a_run_did_not_yield_is_left_out_and_a_dash(
 ) -> None:
     trainer = tiny_trainer(tmp_path, [RunSummary()], logger=False, limit_val_batches=1, max_steps=1)
     fit(trainer, PlainModule(), [make_batch()] * 3)
-    assert _written(tmp_path).keys() == {"steps", "peak_rss_mib", "run_folder"}
+    assert _written(tmp_path).keys() == {"steps", "parameters", "peak_rss_mib", "run_folder"}
     printed = capsys.readouterr().out
     cells = {
         line.split(_BAR)[1].strip(): line.split(_BAR)[2].strip()

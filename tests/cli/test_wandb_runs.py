@@ -6,14 +6,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from jsonargparse import Namespace
 
-from fingpt_lightning.cli.wandb_runs import find_unreachable, keep_offline_if_unreachable
+from fingpt_lightning.cli.wandb_runs import (
+    ServerGuard,
+    find_unreachable,
+    keep_offline_if_unreachable,
+)
 from tests.evaluation.tiny_language import write_rows
 from tests.support.wandb_client import run_client
-from tests.support.wandb_server import WandbServer
+from tests.support.wandb_server import Fault, WandbServer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WANDB = "lightning.pytorch.loggers.WandbLogger"
@@ -179,11 +184,74 @@ def _write_sweep(folder: Path) -> None:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
 
 
-def test_any_answer_at_all_is_a_server(
+def test_only_an_answer_of_wandbs_api_is_a_server(
     server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert find_unreachable(5.0) is None
+    reasons = {
+        Fault.ERROR: "it answers with status 500",
+        Fault.REFUSED: "it refuses the API key, status 401: see wandb login",
+        Fault.HTML: "what it answers is not W&B's API",
+        Fault.GARBAGE: "what it answers is not W&B's API",
+    }
+    for fault, reason in reasons.items():
+        server.fail(fault)
+        found = find_unreachable(5.0)
+        assert found is not None
+        assert found.reason == reason
+    server.fail(Fault.SILENT)
+    found = find_unreachable(0.5)
+    assert found is not None
+    assert found.reason in ("no answer in 0.5 s", "timed out")
+    server.fail(None)
+    assert find_unreachable(5.0) is None
+
+
+def test_a_server_that_is_lost_is_noticed_once(
+    server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    losses: list[int] = []
+    with ServerGuard(lambda: losses.append(1), lost_after_s=0.6) as guard:
+        time.sleep(1.5)
+        assert guard.found is None
+        server.fail(Fault.ERROR)
+        deadline_s = time.monotonic() + 10
+        while not losses and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+    assert losses == [1]
+    assert guard.found is not None
+    assert guard.found.reason == "it answers with status 500"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [Fault.ERROR, Fault.SILENT])
+def test_a_server_that_fails_in_mid_run_ends_no_training_and_outlives_none(
+    fault: Fault, server: WandbServer, tmp_path: Path
+) -> None:
+    server.fail(fault, after_uploads=1)
+    words = [*FIT, str(CONFIGS / "debug_quickstart.yaml"), "--trainer.logger.offline", "false"]
+    limit = {"WANDB_FINISH_TIMEOUT": "4"}
+    output = run_client(server, tmp_path, *words, **limit)
+    ended_s = time.time()
+    assert "Run summary" in output
+    assert output.count("upload it later with: wandb sync --no-skip-online") == 1
+    (folder,) = tmp_path.glob("runs/*")
+    last_s = (folder / "summary.json").stat().st_mtime
+    assert ended_s - last_s < 60
+    left = [p for p in psutil.process_iter(["environ"]) if _is_of(p, server.url)]
+    assert not left
+    server.fail(None)
+    (offline,) = folder.glob("wandb/run-*")
+    run_client(server, tmp_path, "-m", "wandb", "sync", "--no-skip-online", str(offline))
+    (run,) = server.runs.values()
+    assert run.logged("val/loss")
+
+
+def _is_of(process: psutil.Process, url: str) -> bool:
+    return (process.info["environ"] or {}).get("WANDB_BASE_URL") == url
 
 
 def test_no_answer_is_noticed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

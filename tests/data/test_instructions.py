@@ -15,7 +15,7 @@ from torch import Tensor
 from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.instruction_batches import Batching, Collate
-from fingpt_lightning.data.instruction_rows import InstructionRow, InstructionRows, encode_examples
+from fingpt_lightning.data.instruction_rows import InstructionRow, InstructionRows, encode_rows
 from fingpt_lightning.data.tokenizers import train_tokenizer
 from fingpt_lightning.tasks import Example
 
@@ -209,43 +209,54 @@ def test_what_is_asked_of_one_row_is_held_out_together(folder: Path) -> None:
 
 
 def _example(text: str, prompt: str, answer: str = " positive") -> Example:
-    return Example("Say.\n", (prompt.format(text),), (answer,), 0, 7, text)
+    begin = prompt.index("{}")
+    spans = ((begin, begin + len(text)),)
+    return Example("Say.\n", (prompt.format(text),), (answer,), 0, 7, text, spans)
 
 
 @given(st.text("ab ", max_size=40), st.integers(2, 60))
 def test_a_row_that_is_too_long_loses_tokens_of_its_text_alone(text: str, length: int) -> None:
     text = text.strip()
     example = _example(text, "Input: {}\nAnswer:")
-    try:
-        (row,) = encode_examples(TOKENIZER, [example], length)
-    except ValueError:
-        bare = encode_examples(TOKENIZER, [_example("", "Input: {}\nAnswer:")], 999)[0]
+    whole = encode_rows(TOKENIZER, [example], 999).kept[0]
+    assert _decoded(whole.tokens) == f"Say.\nInput: {text}\nAnswer: positive<|endoftext|>"
+    (row,), num_cut = encode_rows(TOKENIZER, [example], length)
+    if row is None:
+        assert num_cut == 0
+        bare = encode_rows(TOKENIZER, [_example("", "Input: {}\nAnswer:")], 999).kept[0]
         assert len(bare.tokens) > length - 4
         return
     assert len(row.tokens) - 1 <= length
     joined = _decoded(row.tokens)
     assert joined.startswith("Say.\nInput:")
     assert joined.endswith(f"\nAnswer: positive{TOKENIZER.eos_token}")
-    whole = encode_examples(TOKENIZER, [example], 999)[0]
-    assert _decoded(whole.tokens) == f"Say.\nInput: {text}\nAnswer: positive<|endoftext|>"
-    if len(whole.tokens) - 1 <= length:
-        assert row == whole
+    assert num_cut == (len(whole.tokens) - 1 > length)
+    assert num_cut or row == whole
 
 
-def test_a_text_at_the_end_loses_its_beginning() -> None:
-    (row,) = encode_examples(TOKENIZER, [_example("a b c d e f g h", "Q: {}")], 24)
-    assert _decoded(row.tokens[: row.num_context]).endswith("f g h")
-    assert _decoded(row.tokens).startswith("Say.\nQ:")
-
-
-def test_a_text_that_the_prompt_puts_otherwise_is_cut_where_they_agree() -> None:
-    prompt = "a b c d e f g h i j\nQuestion: is it so?\nAnswer:"
-    example = Example("", (prompt,), (" no",), 0, 7, "is it so? a b c d e f g h i j")
-    (row,) = encode_examples(TOKENIZER, [example], 40)
-    assert len(row.tokens) - 1 == 40
-    joined = _decoded(row.tokens)
-    assert joined.startswith("a b c")
-    assert joined.endswith(f"\nQuestion: is it so?\nAnswer: no{TOKENIZER.eos_token}")
+def test_rows_cut_and_left_out_are_counted_and_printed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"instruction": "Add", "input": "1 2", "output": "3"},
+        {"instruction": "Add", "input": "1 2 " * 99, "output": "3"},
+        {"instruction": "Add 1 2 " * 99, "input": "", "output": "3"},
+    ]
+    file = folder / "alpaca" / "train.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows * 4))
+    data = _data(folder, tasks="alpaca", max_length=400)
+    assert capsys.readouterr().out.splitlines() == [
+        "alpaca: 4 of 12 rows were cut to 400 tokens",
+        "alpaca: 4 of 12 rows do not fit 400 tokens and were left out",
+    ]
+    kept = [_decoded(row.tokens) for part in ("train", "val") for row in data._of(part)]
+    assert len(kept) == 8
+    assert all("### Instruction:\nAdd\n\n### Input:\n1 2" in text for text in kept)
+    _data(folder, tasks="alpaca", max_length=400, too_long="drop")
+    assert "alpaca: 8 of 12 rows do not fit 400" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"alpaca: row 2: .* tokens, which are more than 400; "):
+        _data(folder, tasks="alpaca", max_length=400, too_long="error")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -256,7 +267,7 @@ def test_a_text_that_the_prompt_puts_otherwise_is_cut_where_they_agree() -> None
         ({"tasks": "fpb,fpb"}, "fpb is there 2 times"),
         ({"val_share": 1.0}, r"val_share 1\.0"),
         ({"batch_size": 0}, "batch_size 0"),
-        ({"max_length": 5}, r"fpb: row 1: \d+ tokens more than max_length 5"),
+        ({"max_length": 5}, r"fpb: none of its 21 rows fits max_length 5"),
         ({"val_share": 0.001}, r"val_share 0\.001 of the 21"),
         ({"data_dir": "nowhere"}, "nowhere"),
     ],

@@ -64,11 +64,35 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_folders_are_recursive_sorted_and_without_hidden_files(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / ".git").mkdir()
-    for name in ("b/2.txt", "b/1.txt", "a.txt", "c.md", ".git/x.txt"):
+    for name in ("b/2.txt", "b/1.txt", "a.txt", ".git/x.txt", ".git/x.csv"):
         (tmp_path / name).write_text("x")
     assert [path.relative_to(tmp_path).as_posix() for path in find_text_files(str(tmp_path))] == [
         *("a.txt", "b/1.txt", "b/2.txt")
     ]
+
+
+def test_files_of_a_folder_that_are_not_read_are_counted_in_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.jsonl").write_text('{"text": "The mill made a profit."}')
+    for name in ("b.json", "c.csv", "b/d.csv", "d.jsonl.zst", "LICENSE"):
+        (tmp_path / name).write_text("x")
+    told = (
+        f"train_files: 5 of the 6 files in {tmp_path} are not read: 2 .csv, 1 .json, 1 .zst,"
+        f" 1 LICENSE; text is what ends in {_ENDINGS}"
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(told)}$"):
+        assert [path.name for path in find_text_files(str(tmp_path), "train_files")] == ["a.jsonl"]
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"; there are 2 \.csv, 1 \.json, 1 \.zst, 1 LIC"):
+        find_text_files(str(tmp_path))
+
+
+def test_endings_may_be_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "a.JSONL").write_text('{"text": "one"}')
+    (tmp_path / "b.TXT").write_text("two")
+    (tmp_path / "c.Jsonl.GZ").write_bytes(gzip.compress(b'{"text": "three"}'))
+    (tmp_path / "d.txt.GZ").write_bytes(gzip.compress(b"four"))
+    assert _documents(str(tmp_path)) == ["one", "two", "three", "four"]
 
 
 def test_globs_are_sorted_and_a_file_is_taken_once(tmp_path: Path) -> None:

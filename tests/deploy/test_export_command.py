@@ -1,9 +1,11 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import fingpt_lightning
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.models.loading import load_model
 from tests.deploy.tiny_clients import save_clients, save_low_rank_model
@@ -143,3 +145,39 @@ def test_calibration_that_cannot_be_is_one_line(
     assert found == status, error
     assert message in error.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_python_and_the_command_line_write_the_same(
+    export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export("--format", "int8", "--embeddings", "kept")[0] == 0
+    made = fingpt_lightning.export(
+        tmp_path / "model", "int8", str(tmp_path / "again"), embeddings="kept"
+    )
+    assert capsys.readouterr().out == "", "the table is the command's"
+    assert made.format == "int8"
+    assert max(found.relative_error for found in made.differences) < made.tolerance
+    weights = list((tmp_path / "out").glob("*.safetensors"))
+    assert weights
+    for file in weights:
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"format": "hff"}, "format 'hff' is none of .*; did you mean hf"),
+        ({"dtype": "float8"}, "dtype 'float8' is none of"),
+        ({"format": "nf4", "embeddings": "keep"}, "did you mean kept"),
+        ({"tolerance": 0.0}, "tolerance 0.0 is not above 0"),
+        ({"calibration": "a.txt"}, "^calibration has an effect with format int8 and nf4 alone$"),
+        ({"calibration_tokens": 7}, "^calibration_tokens has an effect with calibration or"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_wrong_argument_is_refused_by_its_name(
+    given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    rest: dict[str, Any] = {"format": "hf", "output": tmp_path / "out"}
+    with pytest.raises(ValueError, match=message):
+        fingpt_lightning.export(tmp_path / "no_model", **(rest | given))

@@ -114,7 +114,7 @@ def test_each_prompt_of_a_file_may_name_its_adapter(generate: Generate, tmp_path
     assert [text.rstrip() for text in found] == alone
     assert len(set(alone)) == 3
     file.write_text(json.dumps({"prompt": "Gold", "adapter": "an"}))
-    status, _, error = generate(*words, "--adapters", adapters)
+    status, _, error = generate(*words, "--adapters", adapters, "--overwrite")
     assert status == 1
     assert "adapter 'an' is not loaded; there are ann, bob; did you mean ann?" in error
 
@@ -157,6 +157,7 @@ def test_bad_input_is_one_line_and_status_1(
         (("--prompt", "x", "--adapters", "a=b,a=c"), "the name 'a' is given twice"),
         (("--prompt", "x", "--adapters", "a=b", "--adapter", "c"), "give one of them"),
         (("--prompt", "x", "--max_new_token", "3"), "did you mean --max_new_tokens"),
+        (("--prompt", "x", "--overwrite"), "--overwrite has no effect without --output"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value[-2:]),
 )
@@ -176,7 +177,9 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
         ('{"prompt": 3}', 'p.jsonl:1: no text "prompt"'),
         ('{"prompt": "a", "adapter": 3}', 'p.jsonl:1: "adapter" 3 is no name'),
         ("no json", "p.jsonl:1: no JSON"),
-        ("\n \n", "p.jsonl holds no prompt"),
+        ('{"prompt": "a"}\n\n{"prompt": "b"}\n', "p.jsonl:2: the line is blank"),
+        ("\n \n", "p.jsonl:1: the line is blank"),
+        ("", "p.jsonl holds no prompt"),
     ],
 )
 def test_a_wrong_file_of_prompts_is_named_with_its_line(
@@ -186,6 +189,31 @@ def test_a_wrong_file_of_prompts_is_named_with_its_line(
     file.write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         read_prompts(file)
+
+
+@pytest.mark.parametrize("content", ["a\n\nb\n", "a\n \t\nb", "a\n\n"])
+def test_a_blank_prompt_is_refused_not_left_out(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"p\.txt:2: the line is blank, and each line is a prompt"):
+        read_prompts(file)
+    file.write_text("a\nb\n")
+    assert [prompt.text for prompt in read_prompts(file)] == ["a", "b"]
+
+
+def test_texts_that_are_there_are_replaced_only_on_request(
+    generate: Generate, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine")
+    words = ("--prompt", "Gold", "--max_new_tokens", "2", "--output", str(out))
+    status, _, error = generate(*words)
+    assert status == 1
+    assert "out.jsonl is there already; --overwrite replaces it" in error
+    assert out.read_text() == "mine"
+    status, _, error = generate(*words, "--overwrite")
+    assert status == 0, error
+    assert json.loads(out.read_text())["prompt"] == "Gold"
 
 
 @pytest.mark.parametrize("command", ["generate", "label", "export"])

@@ -1,9 +1,12 @@
 import csv
+import datetime
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from pyarrow import parquet
 
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.deploy import label_command, labelling
+from fingpt_lightning.deploy.labelled_file import LabelledFile, check_writable
 from fingpt_lightning.deploy.labelling import Labeller
 from fingpt_lightning.evaluation.runner import predict
 from fingpt_lightning.files import owned
@@ -124,7 +128,7 @@ def test_every_form_of_file_is_read_and_written(
     assert [row["fpb_label"] in (None, "") for row in found] == [False, False, False, True, False]
     assert found[3]["fpb_neutral"] in (None, "")
     assert 0 < float(found[4]["fpb_neutral"]) < 1
-    assert "1 rows with an empty text have no label" in output
+    assert "1 rows have no label: their text is empty, or " in output
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
@@ -145,6 +149,65 @@ def test_no_column_and_no_character_is_lost(
     assert [row["text"] for row in found] == [row["text"] for row in rows]
     assert [row.get("date") or None for row in found] == [None, None, "May", None]
     assert [float(row.get("price") or 0) for row in found] == [0, 0, 1, 1.5]
+
+
+_ODD_VALUES = [
+    (True, "true", True),
+    (None, "", None),
+    (math.nan, "", None),
+    (1.0, "1.0", 1.0),
+    (datetime.datetime(2024, 1, 2, 3), "2024-01-02T03:00:00", "2024-01-02T03:00:00"),
+    (datetime.date(2024, 1, 2), "2024-01-02", "2024-01-02"),
+    (Decimal("1.10"), "1.10", "1.10"),
+    (["a", None], ValueError, ["a", None]),
+    ({"a": [1]}, ValueError, {"a": [1]}),
+    (math.inf, ValueError, ValueError),
+    ([math.inf], ValueError, ValueError),
+    (b"a", ValueError, ValueError),
+    (datetime.timedelta(1), ValueError, ValueError),
+]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+@pytest.mark.parametrize(("value", "in_csv", "in_jsonl"), _ODD_VALUES)
+def test_no_value_is_written_as_python_prints_it(
+    tmp_path: Path, value: object, in_csv: object, in_jsonl: object, ending: str
+) -> None:
+    expected = in_csv if ending == ".csv" else in_jsonl
+    row = {"text": "a", "by": value}
+    if expected is ValueError:
+        with pytest.raises(ValueError, match="column 'by' holds "):
+            check_writable(row, ending)
+        return
+    check_writable(row, ending)
+    file = LabelledFile(tmp_path / f"out{ending}", {})
+    with file.begun(overwrite=False):
+        file.add(0, [row], list(row))
+        file.finish()
+    (written,) = read(tmp_path / f"out{ending}")
+    assert written == {"text": "a", "by": expected}
+
+
+def test_what_a_cell_cannot_hold_is_named_before_the_model_is_loaded(
+    label: Label, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "news.jsonl", [{"text": "a", "by": 1}, {"text": "b", "by": ["Ann"]}])
+    words = ("--input", str(file), "--model", "no/such/model")
+    status, _, error = label(*words, "--output", str(tmp_path / "out.csv"))
+    assert status == 1
+    assert "news.jsonl:2: column 'by' holds a list, which a cell of a .csv cannot; write" in error
+    assert "no/such/model" in label(*words)[2]
+
+
+def test_a_row_that_does_not_fit_has_no_label_and_is_counted(label: Label, tmp_path: Path) -> None:
+    rows = [{"text": "Foo " * 500, "entity": "Foo"}, {"text": "Foo", "entity": "Foo " * 500}]
+    file = write(tmp_path / "news.jsonl", rows)
+    status, output, error = label("--input", str(file), "--task", "fin_ner")
+    assert status == 0, error
+    fits, too_long = read(tmp_path / "out.jsonl")
+    assert fits["fin_ner_label"] is not None
+    assert [too_long[name] for name in fits if name.startswith("fin_ner_")] == [None] * 4
+    assert "1 rows have no label: their text is empty, or the model's context too short" in output
 
 
 def test_types_that_parquet_cannot_hold_are_named_before_the_model_is_loaded(
@@ -330,6 +393,9 @@ def test_bad_input_is_one_line_and_status_1_before_anything_is_written(
         ('{"text": "a"}\n{"text": "b", "fpb_label": 1}', "in.jsonl:2: the column 'fpb_label' is"),
         ('{"text": "a"}\n\n{"text": ["b"]', "in.jsonl:3: no JSON"),
         ('{"text": {"a": 1}}', "in.jsonl:1: field 'text' holds a dict"),
+        ('{"text": "a"}\n{"text": ["a"]}', "in.jsonl:2: field 'text' holds a list, not a text"),
+        ('{"text": false}', "in.jsonl:1: field 'text' holds a bool, not a text"),
+        ('{"text": NaN}', "in.jsonl:1: field 'text' holds nan, which is not a finite number"),
         ('{"text": "a"}\n{"text": "b", "by": ["\\ud83d"]}', "in.jsonl:2: 'by' has half of a"),
         ("\n", "in.jsonl holds no row"),
     ],

@@ -4,10 +4,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+import fingpt_lightning
 from fingpt_lightning import tasks
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.terminal import progress
@@ -104,7 +106,7 @@ def test_settings_reach_the_evaluation(evaluate: Evaluate, tmp_path: Path) -> No
     words = (
         *("--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter")),
         *("--tokenizer", str(tmp_path / "model"), "--dtype", "bfloat16", "--quantize", "nf4"),
-        *("--batch_tokens", "99", "--limit", "2", "--scoring", "generate"),
+        *("--batch_tokens", "99", "--limit", "2", "--scoring", "generate", "--too_long", "drop"),
     )
     status, _, error = evaluate(*words)
     assert status == 0, error
@@ -113,7 +115,7 @@ def test_settings_reach_the_evaluation(evaluate: Evaluate, tmp_path: Path) -> No
     assert results["model"].endswith("base (llama, nf4)")
     assert results["settings"] == {
         "dtype": "bfloat16", "quantize": "nf4", "scoring": "generate", "calibrate": False,
-        "limit": 2, "batch_tokens": 99, "device": "cpu",
+        "limit": 2, "too_long": "drop", "batch_tokens": 99, "device": "cpu",
     }  # fmt: skip
     assert results["tasks"]["fpb"]["n"] == 2
     lines = (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
@@ -136,11 +138,33 @@ def test_what_a_reader_must_know_is_said(evaluate: Evaluate, tmp_path: Path) -> 
     file.write_text("\n".join(map(json.dumps, lines)))
     status, output, error = evaluate()
     assert status == 0, error
-    assert "fpb: 1 prompts cut to fit the context" in output
+    assert "fpb: 1 of 1 rows were cut to 330 tokens" in output
     assert "fpb: 1 rows with an empty text left out" in output
     status, _, error = evaluate("--strict", "--overwrite")
     assert status == 1
     assert "validation.jsonl:2: the text is empty" in error
+
+
+def test_rows_that_are_too_long_are_counted_or_refused(evaluate: Evaluate, tmp_path: Path) -> None:
+    file = tmp_path / "data" / "fpb" / "validation.jsonl"
+    lines = [{"text": "rose " * 400, "label": "positive"}]
+    lines.append({"text": "Profit rose", "label": "positive"})
+    file.write_text("\n".join(map(json.dumps, lines)))
+    status, output, error = evaluate("--overwrite", "--too_long", "drop", "--calibrate")
+    assert status == 0, error
+    assert "fpb: 1 of 2 rows do not fit 330 tokens and were left out" in output
+    results = json.loads((tmp_path / "results" / "results.json").read_text())["tasks"]["fpb"]
+    assert (results["n"], results["num_cut"], results["num_dropped"]) == (1, 0, 1)
+    predictions = (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
+    dropped = json.loads(predictions[0])
+    assert (dropped["prediction"], dropped["is_dropped"]) == (None, True)
+    status, _, error = evaluate("--overwrite", "--too_long", "error")
+    assert status == 1
+    assert re.search(r"fpb: row 1: 1,271 tokens, which are more than 330; too_long cut", error)
+    file.write_text(json.dumps(lines[0]))
+    status, _, error = evaluate("--overwrite", "--too_long", "drop")
+    assert status == 1
+    assert "fpb: no row with a right answer fits the context" in error
 
 
 @pytest.mark.parametrize(
@@ -204,6 +228,62 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
     assert status == 2
     (line,) = error.strip().splitlines()
     assert message in line
+
+
+def test_python_and_the_command_line_find_the_same(
+    evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--calibrate", "--limit", "4")
+    assert evaluate(*words, names="fpb,piqa")[0] == 0
+    told = json.loads((tmp_path / "results" / "results.json").read_text())
+    capsys.readouterr()
+    given: dict[str, Any] = {
+        "data_dir": tmp_path / "data", "device": "cpu", "calibrate": True, "limit": 4,
+    }  # fmt: skip
+    before = set(tmp_path.rglob("*"))
+    found = fingpt_lightning.evaluate(tmp_path / "model", ["fpb", "piqa"], **given)
+    assert capsys.readouterr().out == "", "the table is the command's"
+    assert set(tmp_path.rglob("*")) == before, "no output, no file"
+    assert list(found.results) == ["fpb", "piqa"]
+    for name, result in found.results.items():
+        for key, value in result.metrics.items():
+            assert json.loads(json.dumps(value)) == told["tasks"][name][key], key
+    assert found.head["settings"] == told["settings"]
+    output = tmp_path / "again"
+    fingpt_lightning.evaluate(str(tmp_path / "model"), "fpb, piqa", **given, output=output)
+    again = json.loads((output / "results.json").read_text())
+    assert again["tasks"].keys() == told["tasks"].keys()
+    assert again["tasks"]["fpb"]["accuracy"] == told["tasks"]["fpb"]["accuracy"]
+
+
+def test_a_table_without_files_is_printed_where_no_output_is_named(
+    evaluate: Evaluate, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("")
+    main_words = ["evaluate", "--model", str(tmp_path / "model"), "--tasks", "fpb"]
+    main([*main_words, "--data_dir", str(tmp_path / "data"), "--device", "cpu", "--limit", "2"])
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"overwrite": True}, "^overwrite has an effect with output alone$"),
+        ({"scoring": "choice"}, "scoring 'choice' is none of .*; did you mean choices"),
+        ({"batch_tokens": 0}, "batch_tokens 0 is below 1"),
+        ({"limit": 0}, "limit 0 is below 1"),
+        ({"tasks": " , "}, "tasks: no name is given"),
+        ({"tasks": []}, "tasks: no name is given"),
+        ({"dtype": "float8"}, "dtype"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_argument_is_refused_by_its_name(
+    evaluate: Evaluate, tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    rest: dict[str, Any] = {"tasks": "fpb", "data_dir": tmp_path / "data"}
+    with pytest.raises(ValueError, match=message):
+        fingpt_lightning.evaluate(tmp_path / "model", **(rest | given))
 
 
 def test_help_is_answered_without_torch() -> None:

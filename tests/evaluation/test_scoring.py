@@ -1,13 +1,17 @@
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from fingpt_lightning.evaluation.scoring import Prediction, score
+from fingpt_lightning.evaluation.generation import generate
+from fingpt_lightning.evaluation.scoring import DROPPED, Prediction, score
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.tasks import Example
+from fingpt_lightning.tasks.encoding import TooLong
 from tests.evaluation.plain import plain_scores
 from tests.evaluation.tiny_language import examples_of, tiny_network, tiny_tokenizer
 
@@ -124,10 +128,47 @@ def test_a_cut_prompt_is_said_to_be_one(tmp_path: Path) -> None:
     network, tokenizer = tiny_network("gpt2"), tiny_tokenizer()
     example = examples_of(tmp_path, "fpb")[0]
     text = "Foo Corp rose " * 99
-    long = example._replace(prompts=(f"Input: {text}\nAnswer:",), text=text)
+    prompts, spans = (f"Input: {text}\nAnswer:",), ((7, 7 + len(text)),)
+    long = example._replace(prompts=prompts, text=text, spans=spans)
     found = score(network, tokenizer, [example, long, example], relative=True)
     assert [prediction.is_cut for prediction in found] == [False, True, False]
     assert found[0] == found[2]
+
+
+@pytest.mark.parametrize("answer", [score, generate])
+def test_a_row_that_does_not_fit_is_left_out_and_the_others_are_answered(
+    answer: Callable[..., list[Prediction]], tmp_path: Path
+) -> None:
+    network, tokenizer = tiny_network("gpt2"), tiny_tokenizer()
+    examples = examples_of(tmp_path, "fpb")
+    long = examples[0]._replace(prompts=("Foo " * 999,), spans=())
+    found = answer(network, tokenizer, [examples[0], long, *examples[1:]])
+    assert found[1] == DROPPED
+    assert [found[0], *found[2:]] == answer(network, tokenizer, examples)
+    assert answer(network, tokenizer, [long]) == [DROPPED]
+    with pytest.raises(ValueError, match=r"row 1: \d[\d,]* tokens, which are more than 330"):
+        answer(network, tokenizer, [long], too_long=TooLong.ERROR)
+
+
+@torch.no_grad()
+def test_answers_that_merge_with_their_prompts_are_scored_from_the_same_place() -> None:
+    network, tokenizer = tiny_network("llama").double(), tiny_tokenizer()
+    labels = ("negative", "neutral", "ative")
+    prompts = ["Foo fell"] * 20 + ["Foo and neg", "Foo and ", "Foo positive or n"]
+    examples = [Example("", (prompt,), labels, 0, 1, "") for prompt in prompts]
+    found = score(network, tokenizer, examples)
+    num_merged = 0
+    for prompt, prediction in zip(prompts, found, strict=True):
+        whole = [tokenizer.encode(prompt + label) for label in labels]
+        alone = tokenizer.encode(prompt)
+        alike = zip(alone, *whole, strict=False)
+        first = next((i for i, tokens in enumerate(alike) if len(set(tokens)) > 1), len(alone))
+        num_merged += first < len(alone)
+        for tokens, value in zip(whole, prediction.scores, strict=True):
+            log_p = network(torch.tensor([tokens])).logits[0].log_softmax(1)
+            expected = sum(float(log_p[i - 1, tokens[i]]) for i in range(first, len(tokens)))
+            assert value == pytest.approx(expected, rel=0, abs=1e-10)
+    assert num_merged
 
 
 def test_no_examples_have_no_predictions() -> None:

@@ -1,7 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fingpt_lightning.evaluation.token_tree import Text, build_tree, num_common_tokens
+from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
+from fingpt_lightning.tasks.encoding import Text
 
 _CONTEXT = st.lists(st.integers(0, 2), min_size=1, max_size=5)
 _ANSWER = st.lists(st.integers(0, 2), min_size=1, max_size=4)

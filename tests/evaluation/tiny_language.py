@@ -1,11 +1,20 @@
 """A tokenizer of a few hundred tokens, networks for it, and rows of tasks."""
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -99,6 +108,36 @@ def tiny_tokenizer(begin: str | None = None) -> PreTrainedTokenizerFast:
             single=f"{begin} $A", special_tokens=[token]
         )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """BPE over whole texts, blanks as U+2581 and unknown characters as bytes, as Llama 2 has it."""
+    space = "\u2581"
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(space), normalizers.Replace(" ", space)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        initial_alphabet=list(string.printable.replace("\n", "")),
+        show_progress=False,
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(space, "merged_with_next")
+    tokenizer.train_from_iterator([_WORDS, " negative neutral" * 9], trainer)
+    tokenizer.pre_tokenizer = None
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )  # fmt: skip
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def tiny_network(kind: str) -> PreTrainedModel:

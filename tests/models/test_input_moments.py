@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fingpt_lightning.models.input_moments import HEAD, input_moments, shifted_moments
+from fingpt_lightning.models.families import GPT2
+from fingpt_lightning.models.input_moments import input_moments, shifted_moments
 from fingpt_lightning.models.quantization.layers import is_linear
 from tests.models.tiny_models import ids, tiny_gpt2, tiny_llama
 
@@ -42,7 +43,7 @@ def test_moments_are_those_of_a_plain_forward_pass(made: object, batch_rows: int
     assert groups.keys() == seen.keys()
     for name, x in seen.items():
         torch.testing.assert_close(moments[groups[name]], x.T @ x / len(x), rtol=1e-9, atol=1e-9)
-    assert groups[HEAD] == HEAD
+    assert groups[GPT2.head] == GPT2.head
 
 
 def test_layers_that_read_the_same_share_their_moments() -> None:
@@ -72,7 +73,7 @@ def test_shifted_moments_are_those_of_the_network_and_of_one_that_is_changed(
     network, tokens = made().double(), ids()
     changed = copy.deepcopy(network)
     for name, module in changed.named_modules():
-        if is_linear(module) and name != HEAD:
+        if is_linear(module) and name != GPT2.head:
             _scale(module)
     found = {}
     for reached in shifted_moments(network, tokens, lambda _: True, batch_rows):
@@ -80,7 +81,7 @@ def test_shifted_moments_are_those_of_the_network_and_of_one_that_is_changed(
             found[name] = reached.moments
             _scale(reached.block.get_submodule(place))
     before, now = _seen_inputs(network, tokens), _seen_inputs(changed, tokens)
-    assert found.keys() == before.keys() - {HEAD}
+    assert found.keys() == before.keys() - {GPT2.head}
     for name, moments in found.items():
         assert moments is not None
         x, y = before[name], now[name]

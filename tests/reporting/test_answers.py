@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from fingpt_lightning.reporting.answers import (
     exams_of_run,
     worst,
 )
-from fingpt_lightning.reporting.files import read_metrics, read_object
-from tests.reporting.folders import make_evaluation, make_run
+from fingpt_lightning.reporting.files import read_object
+from tests.reporting.folders import make_evaluation, make_run, write_run_evaluation
 
 
 def _answer(row: int, gold: str | None, said: str | None, sure: float | None = None) -> Answer:
@@ -58,9 +59,9 @@ def test_the_surest_mistakes_come_first() -> None:
     assert [answer.row for answer in worst(Exam("t", "", {}, answers), 1)] == [3]
 
 
-def test_a_runs_tables_belong_to_the_moments_in_order(tmp_path: Path) -> None:
+def test_the_evaluations_of_a_run_come_by_task_and_step_with_their_answers(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", tasks=["fpb", "tfns"])
-    exams = exams_of_run(run, read_metrics(run / "metrics.csv"))
+    exams = exams_of_run(run)
     assert [(exam.task, exam.moment) for exam in exams] == [
         ("fpb", "before training"),
         ("fpb", "after step 40"),
@@ -69,27 +70,61 @@ def test_a_runs_tables_belong_to_the_moments_in_order(tmp_path: Path) -> None:
     ]
     shares = [sum(not a.is_wrong for a in exam.answers) / len(exam.answers) for exam in exams]
     assert shares[0] < 0.5 < shares[1]
-    assert exams[1].answers[0].confidence == pytest.approx(
-        exams_of_run(run, read_metrics(run / "metrics.csv"))[1].answers[0].confidence
-    )
+    assert exams[1].figures["accuracy"] == 0.78
+    assert exams[1].interval == (0.78 - 0.1, 0.78 + 0.1)
     assert all(0 <= (answer.confidence or -1) <= 1 for answer in exams[1].answers)
+    assert exams_of_run(tmp_path) == []
 
 
-def test_where_a_table_is_missing_the_last_one_belongs_to_the_last_figures(tmp_path: Path) -> None:
+def test_of_a_step_whose_predictions_were_dropped_the_figures_stay(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", tasks=["fpb"])
-    first = min(run.rglob("predictions_*.table.json"), key=lambda path: len(path.name))
-    first.unlink()
-    before, after = exams_of_run(run, read_metrics(run / "metrics.csv"))
-    assert before.answers == ()
-    assert len(after.answers) == 60
+    write_run_evaluation(run, 20, ["fpb"], 0.5, has_answers=False)
+    moments = {exam.moment: len(exam.answers) for exam in exams_of_run(run)}
+    assert moments == {"before training": 60, "after step 20": 0, "after step 40": 60}
 
 
-def test_a_table_that_is_none_is_named(tmp_path: Path) -> None:
+def test_what_another_client_kept_is_not_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    table = run / "wandb/offline-run-1/files/media/table/eval/fpb/predictions_1_ab.table.json"
+    table.parent.mkdir(parents=True)
+    table.write_text("broken")
+    assert exams_of_run(run) == []
+
+
+def test_an_attempt_that_was_given_up_and_a_step_that_was_not_finished_are_left_out(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    for step, minute in ((0, 0), (20, 1), (40, 2), (60, 3)):
+        write_run_evaluation(run, step, ["fpb"], 0.5, started_at=f"2026-01-01T00:{minute:02}:00")
+    (run / "eval" / "notes").mkdir()
+    assert [exam.moment for exam in exams_of_run(run)][-1] == "after step 60"
+    # Resumed from step 20, it has come to step 30.
+    write_run_evaluation(run, 30, ["fpb"], 0.5, started_at="2026-01-01T01:00:00")
+    assert [exam.moment for exam in exams_of_run(run)] == [
+        *("before training", "after step 20", "after step 30")
+    ]
+    # The writer was killed at step 50.
+    (write_run_evaluation(run, 50, ["fpb"], 0.5) / "results.json").unlink()
+    assert [exam.moment for exam in exams_of_run(run)][-1] == "after step 30"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "{",
+        "[]",
+        '{"tasks": {}}',
+        '{"tasks": [], "started_at": "2026"}',
+        '{"tasks": {"fpb": {"main_metric": "mcc"}}, "started_at": "2026"}',
+    ],
+)
+def test_results_that_are_none_are_named(broken: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", tasks=["fpb"])
-    for path in run.rglob("predictions_*.table.json"):
-        path.write_text('{"columns": ["row"], "data": [[1, 2]]}')
-    with pytest.raises(ValueError, match=r"predictions_\d+_\w+\.table\.json is no table"):
-        exams_of_run(run, read_metrics(run / "metrics.csv"))
+    path = run / "eval" / "40" / "results.json"
+    path.write_text(broken)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is not the results of an eval"):
+        exams_of_run(run)
 
 
 def test_an_evaluation_gives_figures_interval_and_answers(tmp_path: Path) -> None:

@@ -25,8 +25,17 @@ def test_a_broken_line_of_figures_is_named(tmp_path: Path, text: str, message: s
 def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_bytes(b"step,loss\n0,\xff\n")
-    with pytest.raises(ValueError, match=r"metrics\.csv:\d: 'utf-8' codec"):
+    with pytest.raises(ValueError, match=r"metrics\.csv:2: no UTF-8 text at byte 12 of the file"):
         read_metrics(path)
+
+
+def test_half_a_line_at_the_end_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    for half in ("", "1", "1,0.", "1,0.25", "1,0.25\r"):
+        path.write_bytes(f"step,loss\r\n0,0.5\r\n{half}".encode())
+        assert read_metrics(path) == [{"step": 0.0, "loss": 0.5}]
+    path.write_text("step,lo")
+    assert read_metrics(path) == []
 
 
 def test_empty_cells_have_no_entry_and_an_empty_file_has_no_rows(tmp_path: Path) -> None:

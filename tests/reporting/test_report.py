@@ -67,7 +67,14 @@ def test_a_run_shows_all_that_it_left(tmp_path: Path) -> None:
         *("Learning", "Accuracy before and after", "Compression", "Throughput"),
         *("Memory by phase", "Pipeline", "What ran"),
     ]
-    for text in ("2.97x", "0.780", "0.310 before training", "764.0 MiB", "8,000", "1.48x"):
+    for text in (
+        "2.97x",
+        "0.780 (0.68-0.88)",
+        "0.310 before training",
+        "764.0 MiB",
+        "8,000",
+        "1.48x",
+    ):
         assert text in html
     assert "Loss by tokens" in html
     assert "Loss by time" in html
@@ -154,10 +161,10 @@ def test_a_run_that_ended_before_its_first_validation_has_no_validation_loss(
 
 
 def test_figures_without_answers_have_no_confusion(tmp_path: Path) -> None:
-    html = _report(tmp_path, make_run(tmp_path / "mine", tasks=["fpb"], has_tables=False))
+    html = _report(tmp_path, make_run(tmp_path / "mine", tasks=["fpb"], has_answers=False))
     assert "0.780" in html
     assert 'class="matrix"' not in html
-    assert "the answers were not kept" in html
+    assert "predictions.jsonl is not there" in html
 
 
 def test_an_evaluation_stands_beside_a_run(tmp_path: Path) -> None:

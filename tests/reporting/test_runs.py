@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from fingpt_lightning.metric_keys import THROUGHPUT_TRAINING_TIME_S as TIME_S
+from fingpt_lightning.metric_keys import TRAIN_TOKENS as TOKENS
 from fingpt_lightning.reporting.runs import (
-    TIME_S,
-    TOKENS,
     Run,
     Sweep,
     differing,

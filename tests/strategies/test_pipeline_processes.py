@@ -16,7 +16,7 @@ from tests.support.programs import ROOT, free_port, run_together, torchrun_comma
 pytestmark = pytest.mark.timeout(900)
 CONFIGS = ROOT / "configs"
 TIMEOUT_S = 10
-ENDED_WITHIN_S = 30
+ENDED_WITHIN_S = 10  # the end of the interpreter included
 PROGRAM = [sys.executable, "-m", "fingpt_lightning"]
 
 
@@ -78,8 +78,9 @@ def test_a_rank_that_hangs_is_given_up_after_the_timeout_and_ended(tmp_path: Pat
     (code,), output = run_together(tmp_path, [[*PROGRAM, *words]])
     assert code != 0
     assert _seconds_since_the_end(tmp_path) < TIMEOUT_S + ENDED_WITHIN_S
-    assert "rank 0 lost another rank of the pipeline" in output, output
-    assert f"gave no answer for timeout_s {TIMEOUT_S}" in output
+    assert f"no answer for timeout_s {TIMEOUT_S} while the others waited: rank 1 (host" in output
+    assert "strategies/test_pipeline_processes.py:" in output
+    assert "Traceback" not in output
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int((tmp_path / "process").read_text())).wait(ENDED_WITHIN_S)
 

@@ -1,7 +1,8 @@
 """Reads the imports of the source tree and finds those that point the wrong way.
 
 A package is a folder of ``fingpt_lightning``, a file at its top, or ``callbacks`` or
-``benchmarks``. Files of a package import each other in one direction too.
+``benchmarks``; ``fingpt_lightning.callbacks``, another way to ``callbacks``, counts as it. Files of
+a package import each other in one direction too.
 """
 
 import ast
@@ -20,7 +21,7 @@ ORDER = (
     "planning",
     "reporting",
     "sweeping",
-    "decompose",
+    "decomposition",
     "deploy",
     "callbacks",
     "strategies",
@@ -60,12 +61,16 @@ _MAP_ROW = re.compile(r"^\| `([\w./]+)`", re.MULTILINE)
 
 
 class Import(NamedTuple):
-    """One imported module, or name of a module, and where."""
+    """One imported module, or name of a module, and where.
+
+    ``is_for_types`` tells an import below ``if TYPE_CHECKING:``, which never runs.
+    """
 
     file: Path
     line: int
     module: str
     is_plain: bool
+    is_for_types: bool
 
     def __str__(self) -> str:
         return f"{self.file.as_posix()}:{self.line}"
@@ -157,6 +162,8 @@ def _violations_of_file(file: Path, imports: list[Import]) -> list[str]:
         target = _package_of_module(entry.module)
         if target is None or target == package:
             continue
+        if package is None and entry.is_for_types:
+            continue  # the names that the package imports when they are first used
         if package is None:
             found.append(f"{entry}: the package imports its part {target} before it is asked for")
         elif target not in ORDER or ORDER.index(target) < ORDER.index(package):
@@ -165,17 +172,26 @@ def _violations_of_file(file: Path, imports: list[Import]) -> list[str]:
 
 
 def _imports(path: Path, file: Path, deep: bool = False) -> Iterator[Import]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        is_for_types = node in for_types
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(file, node.lineno, alias.name, is_plain=True)
+                yield Import(file, node.lineno, alias.name, True, is_for_types)
         elif isinstance(node, ast.ImportFrom):
             base = _base_module(file, node)
             for alias in node.names:
                 # `from package import part` names the part only in its last word.
                 is_named = deep or base in PACKAGES
                 module = f"{base}.{alias.name}" if is_named else base
-                yield Import(file, node.lineno, module, is_plain=False)
+                yield Import(file, node.lineno, module, False, is_for_types)
 
 
 def _target(module: str, files: dict[str, Path]) -> str | None:

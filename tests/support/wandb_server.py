@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 import zlib
+from enum import StrEnum
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +29,16 @@ from tests.support.wandb_records import Artifact, Records, Run, Sweep
 MAX_REQUEST_MIB = 64
 _MAX_REQUEST_BYTES = MAX_REQUEST_MIB * 2**20
 _FILE_STREAM = re.compile(r"/files/(?P<entity>[^/]+)/(?P<project>[^/]+)/(?P<run>[^/]+)/file_stream")
+
+
+class Fault(StrEnum):
+    """How a server answers badly."""
+
+    ERROR = "status 500"
+    REFUSED = "status 401"
+    HTML = "a page of a portal"
+    GARBAGE = "bytes that are not JSON"
+    SILENT = "no answer"
 
 
 class WandbServer:
@@ -69,6 +80,15 @@ class WandbServer:
     def url(self) -> str:
         """The address for ``WANDB_BASE_URL``."""
         return self._http.url
+
+    def fail(self, fault: Fault | None, after_uploads: int = 0) -> None:
+        """Answers badly from now on.
+
+        Args:
+            fault: In which way; None answers well again.
+            after_uploads: Number of pieces of runs' logs that are taken before.
+        """
+        self._http.fault, self._http.uploads_left = fault, after_uploads
 
     @property
     def runs(self) -> dict[str, Run]:
@@ -125,10 +145,14 @@ class _HttpServer(ThreadingHTTPServer):
         self.records = records
         self.graphql = GraphQL(records, self.url)
         self.failures: list[str] = []
+        self.fault: Fault | None = None
+        self.uploads_left = 0
+        self.ended = threading.Event()
         self._connections: set[Any] = set()
 
     def close_connections(self) -> None:
         """Ends the wait of every handler for a next request on its connection."""
+        self.ended.set()
         for connection in list(self._connections):
             try:
                 connection.shutdown(socket.SHUT_RDWR)
@@ -164,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self._read_body()
-        if body is None:
+        if body is None or self._answer_badly():
             return
         path = urlsplit(self.path).path
         message = json.loads(body or b"{}")
@@ -179,16 +203,39 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         body = self._read_body()
-        if body is not None:
+        if body is not None and not self._answer_badly():
             self.server.records.files[unquote(urlsplit(self.path).path)] = body
             self._send_json({})
 
     def do_GET(self) -> None:
+        if self._answer_badly():
+            return
         content = self.server.records.files.get(unquote(urlsplit(self.path).path))
         if content is None:
             self._send_json({}, HTTPStatus.NOT_FOUND)
         else:
             self._send(content, "application/octet-stream", HTTPStatus.OK)
+
+    def _answer_badly(self) -> bool:
+        """Answers as the fault of the server wants, if it has one by now."""
+        if self.server.fault is None:
+            return False
+        if self.server.uploads_left:
+            self.server.uploads_left -= self.path.endswith("/file_stream")
+            return False
+        match self.server.fault:
+            case Fault.ERROR:
+                self._send(b"oops", "text/plain", HTTPStatus.INTERNAL_SERVER_ERROR)
+            case Fault.REFUSED:
+                self._send_json({"errors": [{"message": "who are you"}]}, HTTPStatus.UNAUTHORIZED)
+            case Fault.HTML:
+                self._send(b"<html>please log in</html>", "text/html", HTTPStatus.OK)
+            case Fault.GARBAGE:
+                self._send(bytes(range(256)), "application/json", HTTPStatus.OK)
+            case Fault.SILENT:
+                self.server.ended.wait()
+                self.close_connection = True
+        return True
 
     def _read_body(self) -> bytes | None:
         """Returns the decoded body; one that is too large is refused, and None returned."""

@@ -94,6 +94,15 @@ ROWS: dict[str, list[Row]] = {
         },
     ],
 }
+# The layout of `context` and `target`, whose rows are questions.
+for _name, _target in {
+    "fin_ner": "organization", "fiqa_sa": "positive", "fomc": "hawkish", "headline": "Yes",
+    "nwgi": "mildly positive", "tfns": "positive",
+}.items():  # fmt: skip
+    _task = find_task(_name)
+    _example = next(filter(None, examples_of_row(_task, ROWS[_name][0], 1)))
+    _context = f"{_task.instruction}{_example.prompts[0]} "
+    ROWS[_name].append({"context": _context, "target": _target})
 ROWS["arc_challenge"] = ROWS["arc_easy"]
 ROWS["nwgi7"] = ROWS["nwgi"]
 

@@ -162,7 +162,7 @@ def test_a_file_that_is_no_yaml_is_told_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{path}:3: no YAML (")):
         find_task(path)
     path.write_bytes(b"title: \xe4")
-    with pytest.raises(ValueError, match="is no UTF-8 text"):
+    with pytest.raises(ValueError, match="no UTF-8 text at byte"):
         find_task(path)
     path.write_text("title: \x07")
     with pytest.raises(ValueError, match=re.escape(f"{path}:1: no YAML (")):

@@ -95,6 +95,56 @@ def test_blank_lines_are_no_rows_but_count(fpb: Path) -> None:
     assert rows == [(1, {"a": 1}), (4, {"a": 2})]
 
 
+@pytest.mark.parametrize("name", ["train.json", "train.JSON"])
+def test_an_array_of_objects_is_read_as_its_lines_are(name: str, fpb: Path) -> None:
+    rows = [{"text": "Profit rose", "label": "positive"}, {"text": "It fell", "label": 0.5}]
+    (fpb / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (fpb / name).write_text("\ufeff" + json.dumps(rows, indent=1))
+    assert _rows(fpb.parent, "train") == _rows(fpb.parent, "lines")
+
+
+@pytest.mark.parametrize("name", ["train.JSONL", "train.Jsonl.GZ", "train.CSV"])
+def test_endings_may_be_in_capitals(name: str, fpb: Path) -> None:
+    data = b"a\n1\n" if name.endswith("CSV") else b'{"a": "1"}\n'
+    (fpb / name).write_bytes(gzip.compress(data) if name.endswith("GZ") else data)
+    assert _rows(fpb.parent, "train") == [{"a": "1"}]
+
+
+def test_a_split_in_a_form_that_is_not_read_is_named(fpb: Path) -> None:
+    (fpb / "train.xlsx").touch()
+    with pytest.raises(
+        FileNotFoundError, match=r"no split 'train' .*; train\.xlsx ends in none of"
+    ):
+        _rows(fpb.parent, "train")
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_labels_of_a_table_are_whole_numbers_though_one_is_missing(
+    ending: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tfns").mkdir()
+    pandas = pytest.importorskip("pandas")
+    texts = ["The mill made a profit.", "The yard made a loss.", "The board meets.", "No label."]
+    frame = pandas.DataFrame({"text": texts, "label": [1, 0, 2, None]})
+    file = tmp_path / "tfns" / f"train{ending}"
+    frame.to_csv(file, index=False) if ending == ".csv" else frame.to_parquet(file)
+    task = find_task("tfns")
+    found = read_rows(task, tmp_path, "train").examples
+    labels = [None if example.gold is None else task.labels[example.gold] for example in found]
+    assert labels == ["positive", "negative", "neutral", None]
+
+
+def test_what_is_no_text_is_told_with_file_row_and_field(tmp_path: Path) -> None:
+    (tmp_path / "alpaca").mkdir()
+    row = {"instruction": "Name the wares.", "input": "", "output": "Ware a."}
+    lines = [row, {**row, "output": ["Ware a.", "Ware b."]}]
+    (tmp_path / "alpaca" / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(
+        ValueError, match=r"train\.jsonl:2: field 'output' holds a list, not a text"
+    ):
+        read_rows(find_task("alpaca"), tmp_path, "train")
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -108,10 +158,15 @@ def test_blank_lines_are_no_rows_but_count(fpb: Path) -> None:
             gzip.compress(b'{"a": 1}', mtime=0)[:-4],
             "is no whole gzip file (Compressed",
         ),
+        ("train.json", b'[{"a": 1}, 2]', "train.json:2: a JSON int, not an object"),
+        ("train.json", b'{"a": 1}', "train.json: a JSON dict, not an array of objects"),
+        ("train.json", b'{"a": 1}\n{"a": 2}', "lines of objects end in .jsonl"),
+        ("train.json", b"[" * 100_000, "train.json: no JSON (maximum recursion"),
+        ("train.json", b'["\xe4"]', "train.json: no UTF-8 at byte 2"),
         ("train.csv", b"a,b\n1,2,3\n", "train.csv:2: more values than the header has names"),
         ("train.csv", b'a,b\n"1" 2,3\n', "train.csv:2: no CSV ("),
-        ("train.csv", b"a\n\xe4\n", "train.csv is no UTF-8 text"),
-        ("train.parquet", b"x" * 20, "train.parquet is no Parquet file (Parquet magic bytes"),
+        ("train.csv", b"a\n\xe4\n", "train.csv:2: no UTF-8 text at byte 2 of the file"),
+        ("train.parquet", b"x" * 20, "train.parquet is no whole Parquet file (Parquet magic bytes"),
         ("Sentences_50Agree.txt", b"a@neutral\n\nb\n", "Agree.txt:3: not of the form sentence@lab"),
         ("Sentences_50Agree.txt", b"a@neutral\n", "Agree.txt: 1 rows are too few for train and t"),
     ],
@@ -139,9 +194,9 @@ def test_a_missing_split_is_told_with_those_there(fpb: Path) -> None:
 
 
 def test_a_split_in_two_forms_is_refused(fpb: Path) -> None:
-    for name in ("train.jsonl", "train.csv"):
+    for name in ("train.jsonl", "train.CSV"):
         (fpb / name).touch()
-    with pytest.raises(ValueError, match=r"has train\.jsonl and train\.csv; keep one of them"):
+    with pytest.raises(ValueError, match=r"has train\.CSV and train\.jsonl; keep one of them"):
         _rows(fpb.parent, "train")
 
 

@@ -1,7 +1,6 @@
-"""A dense GPT-2 or Llama with its tokenizer as one GGUF file, as llama.cpp wants them.
+"""A dense network with its tokenizer as one GGUF file, as llama.cpp wants them.
 
-Source: llama.cpp's convert_hf_to_gguf.py (its gpt2 and llama classes) for names, keys and the order
-of the rotary features.
+Source: llama.cpp's convert_hf_to_gguf.py for keys and the order of the rotary features.
 """
 
 import json
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
+from fingpt_lightning.models.families import GgufFacts, family_of
 from fingpt_lightning.models.formats.tokenizer import begin_tokens
 
 _FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
@@ -43,18 +43,20 @@ def write_gguf(
         raise ImportError("format gguf needs the package gguf: pip install gguf") from error
     if dtype not in _FILE_TYPES:
         raise ValueError("format gguf takes the dtypes float32, float16 and bfloat16")
-    config = network.config
-    family = config.model_type
-    writer = gguf.GGUFWriter(file, family)
-    writer.add_name(config.name_or_path or family)
+    config, family = network.config, family_of(network)
+    if (facts := family.gguf) is None:
+        raise ValueError(f"format gguf: a {family.title} is not written")
+    writer = gguf.GGUFWriter(file, facts.architecture)
+    writer.add_name(config.name_or_path or family.model_type)
     writer.add_file_type(int(getattr(gguf.LlamaFileType, _FILE_TYPES[dtype])))
-    _add_shape(writer, config)
+    _add_shape(writer, config, facts)
     _add_tokenizer(writer, gguf, tokenizer, config.vocab_size)
     types = {name: getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "F16", "BF16")}
     matrix_type = types[_FILE_TYPES[dtype].rpartition("_")[2]]
-    architecture = {"gpt2": gguf.MODEL_ARCH.GPT2, "llama": gguf.MODEL_ARCH.LLAMA}[family]
+    by_name = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    architecture = by_name[facts.architecture]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for stored, tensor in _tensors(network):
+    for stored, tensor in _tensors(network, facts):
         name = names.get_name(stored, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ValueError(f"format gguf has no place for {stored}")
@@ -67,30 +69,13 @@ def write_gguf(
     writer.close()
 
 
-def _add_shape(writer: Any, config: PreTrainedConfig) -> None:
+def _add_shape(writer: Any, config: PreTrainedConfig, facts: GgufFacts) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
-    if config.model_type == "gpt2":
-        if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ValueError(f"format gguf has no activation {config.activation_function}")
-        writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
-        return
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type {rope['rope_type']} is not written as gguf; default is")
-    if config.hidden_act != "silu":
-        raise ValueError(f"format gguf has no activation {config.hidden_act}")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    for name, value in facts.metadata(config).items():
+        getattr(writer, f"add_{name}")(value)
 
 
 def _add_tokenizer(
@@ -147,18 +132,18 @@ def _split_of(described: dict[str, Any]) -> str | None:
     return None
 
 
-def _tensors(network: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _tensors(network: PreTrainedModel, facts: GgufFacts) -> Iterator[tuple[str, Tensor]]:
     """Weights by transformers' names, each ``out_features x in_features``."""
     config = network.config
     for name, parameter in network.named_parameters():
         weight = parameter.detach().cpu()
-        layer = network.get_submodule(name.rpartition(".")[0])
+        layer_name = name.rpartition(".")[0]
+        layer = network.get_submodule(layer_name)
         if isinstance(layer, Conv1D) and name.endswith(".weight"):
             weight = weight.T
-        if ".q_proj." in name:
-            weight = _interleaved(weight, config.num_attention_heads)
-        elif ".k_proj." in name:
-            weight = _interleaved(weight, config.num_key_value_heads)
+        for rotated, num_heads in facts.rotated.items():
+            if layer_name.endswith(f".{rotated}"):
+                weight = _interleaved(weight, getattr(config, num_heads))
         yield name, weight
 
 

@@ -1,6 +1,5 @@
 """A network's files: safetensors, config, generation config, tokenizer."""
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fingpt_lightning.files import exchange, scratch_folder, sync_files, sync_folder
+from fingpt_lightning.files import exchange, scratch_folder, sync_files, sync_folder, to_json
+from fingpt_lightning.models.families import family_of, head_of
 from fingpt_lightning.models.formats.quantized_folder import quantization_config, quantize_layers
 from fingpt_lightning.models.formats.weights import SAFETENSORS
 from fingpt_lightning.models.input_moments import InputMoments
@@ -54,11 +54,11 @@ def write_quantized(
     quantize_layers(network, method, embeddings=embeddings, moments=moments)
     is_own = {name for name, _ in network.named_parameters()}
     tied = {name for name, _ in network.named_parameters(remove_duplicate=False)} - is_own
-    head_is_codes = isinstance(network.get_submodule("lm_head"), QuantizedHead)
+    family, head_is_codes = family_of(network), isinstance(head_of(network), QuantizedHead)
     state = {
         name: tensor.detach().to("cpu")
         for name, tensor in network.state_dict().items()
-        if name not in tied and not (head_is_codes and name.startswith("lm_head."))
+        if name not in tied and not (head_is_codes and family.is_head(name))
     }
     # What goes with the codes, scales among them, stays as it is.
     quantised = [name for name, m in network.named_modules() if isinstance(m, FrozenMatrix)]
@@ -101,7 +101,7 @@ def write_config(
     """
     described = network.config.to_diff_dict()
     described.pop("quantization_config", None)
-    head_is_codes = isinstance(network.get_submodule("lm_head"), QuantizedHead)
+    head_is_codes = isinstance(head_of(network), QuantizedHead)
     described |= {
         "architectures": [type(network).__name__],
         "model_type": network.config.model_type,
@@ -111,7 +111,7 @@ def write_config(
     }
     if quantization:
         described["quantization_config"] = quantization
-    text = json.dumps(described, indent=2, sort_keys=True) + "\n"
+    text = to_json(described, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     if network.generation_config is not None:
         network.generation_config.save_pretrained(folder)

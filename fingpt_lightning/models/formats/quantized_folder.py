@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
-from fingpt_lightning.models.input_moments import HEAD, InputMoments
+from fingpt_lightning.models.families import family_of, head_of
+from fingpt_lightning.models.input_moments import InputMoments
 from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix
 from fingpt_lightning.models.quantization.layers import bare_layer, is_linear, quantized_layer
 from fingpt_lightning.models.quantization.quantized_embedding import (
@@ -138,10 +139,10 @@ def _place_embedding(network: PreTrainedModel, name: str, embedding: QuantizedEm
 
 
 def _set_embedding(network: PreTrainedModel, name: str, embedding: QuantizedEmbedding) -> None:
-    is_tied = network.config.tie_word_embeddings or isinstance(network.lm_head, LowRankHead)
+    is_tied = network.config.tie_word_embeddings or isinstance(head_of(network), LowRankHead)
     network.set_submodule(name, embedding)
     if is_tied:
-        network.set_submodule("lm_head", QuantizedHead(embedding))
+        network.set_submodule(family_of(network).head, QuantizedHead(embedding))
         network.config.tie_word_embeddings = False  # transformers' own tying knows no codes
 
 
@@ -168,11 +169,11 @@ def quantize_layers(
         moments: Of the network's `input_moments`, refreshed: each layer is rounded so that its
             outputs are kept, as soon as its moments come.
     """
-    cpu = torch.device("cpu")
+    cpu, family = torch.device("cpu"), family_of(network)
     layers = {
         name: module
         for name, module in network.named_modules()
-        if is_linear(module) and not isinstance(module, FrozenMatrix) and name != HEAD
+        if is_linear(module) and not isinstance(module, FrozenMatrix) and not family.is_head(name)
     }
     for found in moments:
         for name, group in found.groups.items():

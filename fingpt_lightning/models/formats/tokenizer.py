@@ -1,12 +1,17 @@
 """The tokenizer that belongs to a model: read from its folder, known again by its digest."""
 
 import hashlib
+import os
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fingpt_lightning.models.formats.peft_adapter import ADAPTER_FOLDER
+from fingpt_lightning.terminal.messages import is_panic
 
+_PROBE = (
+    "Profit rose 5 % to \N{EURO SIGN}1.5 m: \N{LATIN SMALL LIGATURE FI}ne \N{CIRCLED DIGIT ONE}"
+)
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -47,14 +52,35 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
     more = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **more)
-    except Exception as error:  # of many kinds, and all say that the files are wrong
+    except BaseException as error:  # of many kinds, and all say that the files are wrong
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         reason = " ".join(str(error).split())
         raise ValueError(f"{where} holds no tokenizer that loads ({reason})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{where}: its tokenizer has no fast implementation")
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+    _try_out(tokenizer, where)
     return tokenizer
+
+
+def _try_out(tokenizer: PreTrainedTokenizerFast, where: Path) -> None:
+    """Raises where damage lets the code behind a tokenizer panic at a text."""
+    # The panic describes itself at length before it is an exception.
+    standard_error, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        tokenizer.backend_tokenizer.encode(_PROBE)
+    except BaseException as error:
+        if is_panic(error):
+            raise ValueError(f"{where}: its tokenizer is damaged ({error})") from None
+        if not isinstance(error, Exception):
+            raise
+    finally:
+        os.dup2(standard_error, 2)
+        os.close(standard_error)
+        os.close(nowhere)
 
 
 def begin_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from fingpt_lightning.models.families import Family, family_named, family_of_gguf
 from fingpt_lightning.models.formats.quantized_folder import QuantizedLayers, find_quantized_layers
-from fingpt_lightning.models.layout import FAMILIES, lay_out
+from fingpt_lightning.models.layout import lay_out
 from fingpt_lightning.models.low_rank_config import drop_guides, folded_tensors
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -80,7 +81,7 @@ def folder_weights(folder: Path) -> Weights:
         ValueError: Config or weights cannot be read, or are of a kind that is not supported.
     """
     contents = read_json(folder / "config.json")
-    family = _checked_family(contents.get("model_type"), folder / "config.json")
+    family = family_named(contents.get("model_type"), folder / "config.json")
     files = _safetensors_files(folder)
     shapes_by_file = {file: stored_shapes(file) for file in files}
     quantized = find_quantized_layers(
@@ -202,10 +203,11 @@ class GgufTensors:
             architecture = str(self._reader.fields["general.architecture"].contents())
         except (ValueError, KeyError, IndexError, OverflowError) as error:
             raise ValueError(f"{file} is no whole GGUF file ({error})") from error
-        _checked_family(architecture, file)
+        family_of_gguf(architecture, file)
         self.config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        if _checked_family(self.config.model_type, file) == "gpt2":
-            self.config.n_positions = self.config.n_ctx  # transformers leaves it at 1024
+        family = family_named(self.config.model_type, file)  # transformers may tell it more finely
+        if family.gguf is not None and family.gguf.repair is not None:
+            family.gguf.repair(self.config)
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
             get_gguf_hf_weights_map,
@@ -272,7 +274,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
     if not isinstance(contents, dict) or not {"state_dict", "network_config"} <= contents.keys():
         raise ValueError(f"{file} is no checkpoint of a run of this project: no network_config")
     described = contents["network_config"]
-    family = _checked_family(described.get("model_type"), file)
+    family = family_named(described.get("model_type"), file)
     state = {
         name.removeprefix(_NETWORK): tensor
         for name, tensor in contents["state_dict"].items()
@@ -285,19 +287,9 @@ def read_checkpoint(file: Path) -> Checkpoint:
     return Checkpoint(weights, contents.get("tokenizer"))
 
 
-def _checked_family(model_type: object, where: Path) -> str:
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"{where}: architecture {model_type!r} is not supported; {', '.join(FAMILIES)} are"
-        )
-    return str(model_type)
-
-
-def _made_config(family: str, contents: dict[str, Any], where: Path) -> PreTrainedConfig:
-    config_class = FAMILIES[family].config_class
-    assert config_class is not None
+def _made_config(family: Family, contents: dict[str, Any], where: Path) -> PreTrainedConfig:
     try:
-        return config_class.from_dict(contents)
+        return family.config_class.from_dict(contents)
     except Exception as error:  # of many kinds, and all say that a value is wrong
         reason = " ".join(str(error).split())
         raise ValueError(f"{where}: the config is wrong ({reason})") from error

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from fingpt_lightning.models.families import family_of
 from fingpt_lightning.models.quantization.rounding import rounded
 
 
@@ -67,7 +68,7 @@ class RoundedWeights:
 
 def _matrices(network: PreTrainedModel) -> Iterator[_Matrix]:
     """What `quantize_layers` would quantise, embeddings included, each parameter once."""
-    embedding = network.get_input_embeddings()
+    family, embedding = family_of(network), network.get_input_embeddings()
     seen = set[nn.Parameter]()
     for name, module in network.named_modules():
         found: list[_Matrix] = []
@@ -78,7 +79,7 @@ def _matrices(network: PreTrainedModel) -> Iterator[_Matrix]:
                 found = [_Matrix(module.table, False), _Matrix(module.up, False)]
             case Conv1D():
                 found = [_Matrix(module.weight, True)]
-            case nn.Linear() if name != "lm_head" or network.config.tie_word_embeddings:
+            case nn.Linear() if not family.is_head(name) or network.config.tie_word_embeddings:
                 found = [_Matrix(cast("nn.Parameter", module.weight), False)]
             case nn.Embedding() if module is embedding:
                 found = [_Matrix(cast("nn.Parameter", module.weight), False)]

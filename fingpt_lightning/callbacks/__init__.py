@@ -1,0 +1,28 @@
+"""Another way to the package ``callbacks``: the same names, the same classes.
+
+Write new callbacks there, and name them here.
+"""
+
+from callbacks import (
+    BestCheckpoint,
+    CompressionMonitor,
+    FinancialEvaluation,
+    LastCheckpoint,
+    MemoryMonitor,
+    PipelineTrace,
+    RunSummary,
+    ThroughputMonitor,
+    TrainingProgress,
+)
+
+__all__ = [
+    "BestCheckpoint",
+    "CompressionMonitor",
+    "FinancialEvaluation",
+    "LastCheckpoint",
+    "MemoryMonitor",
+    "PipelineTrace",
+    "RunSummary",
+    "ThroughputMonitor",
+    "TrainingProgress",
+]

@@ -1,0 +1,156 @@
+"""The options of ``fingpt decompose``, read without importing anything heavy."""
+
+import argparse
+from pathlib import Path
+
+from fingpt_lightning.terminal.command_line import (
+    OptionParser,
+    WrongOptions,
+    add_calibration_options,
+    asks_for_calibration,
+    check_calibration_options,
+    positive_int,
+)
+
+METHODS = ("exact", "randomized")
+ALLOCATIONS = ("spectrum", "uniform")
+
+
+def build_parser() -> OptionParser:
+    """The parser of ``fingpt decompose``."""
+    parser = OptionParser(
+        "fingpt decompose", "A dense model in, its layers as low-rank layers out; it trains on."
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        help="Hugging Face folder or hub name, GGUF, checkpoint or run folder; GPT-2 or Llama",
+    )
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--rank_ratio", type=_share, help="r / min(in, out) of each layer, to 1")
+    asked.add_argument(
+        "--compression", type=_compression, help="parameters of the dense model over those stored"
+    )
+    asked.add_argument(
+        "--energy", type=_share, help="share of the squared singular values that each layer keeps"
+    )
+    add("--output", type=Path, required=True, help="folder that is made")
+    add(
+        "--allocation",
+        choices=ALLOCATIONS,
+        help="of --compression: ranks by the layers' spectra, or one ratio; default: spectrum",
+    )
+    add(
+        "--embedding_rank",
+        type=_rank,
+        help="rank, or share of the width, of an embedding tied to the head; default: dense",
+    )
+    add_calibration_options(parser)
+    add(
+        "--damping",
+        type=_damping,
+        help="of the calibration: how much of the weights' own error counts beside that of the"
+        " outputs, from 0 on; default: 0, with --sequential 0.01",
+    )
+    add(
+        "--sequential",
+        action="store_true",
+        help="of the calibration: layer after layer, each for what reaches it through the pairs"
+        " before it; slower, and nearer to the model",
+    )
+    add("--method", choices=METHODS, default="exact", help="default: %(default)s")
+    add("--seed", type=_seed, help="of --method randomized; default: 1")
+    add(
+        "--workers",
+        type=positive_int,
+        default=1,
+        help="processes of one thread that share the layers, on the CPU; default: %(default)s",
+    )
+    add("--device", help="cpu, cuda for all of them, or cuda:1; default: cuda where there is one")
+    add(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16", "float64"),
+        help="of the stored weights; default: %(default)s",
+    )
+    add("--tokenizer", help="folder of the tokenizer, where the model has none beside it")
+    add("--overwrite", action="store_true", help="replace the folder, and begin anew")
+    return parser
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt decompose``.
+
+    Args:
+        words: Part of the command line after the command.
+
+    Raises:
+        WrongOptions: An option is unknown, missing, has no such value, or has no effect beside
+            another.
+        SystemExit: With status 0, after ``--help`` has been answered.
+    """
+    options = build_parser().read(words)
+    check_options(options)
+    return options
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuses options that have no effect beside each other, or need another.
+
+    Raises:
+        WrongOptions: There is one.
+    """
+    if options.allocation is not None and options.compression is None:
+        raise WrongOptions("--allocation has an effect with --compression alone")
+    check_calibration_options(options)
+    if options.damping is not None and not asks_for_calibration(options):
+        raise WrongOptions("--damping has an effect with a calibration alone")
+    if options.sequential and not asks_for_calibration(options):
+        raise WrongOptions("--sequential needs --calibration or --calibration_task")
+    if options.sequential and options.damping == 0:
+        raise WrongOptions("--sequential needs a --damping above 0; 0.01 if not said")
+    if options.sequential and options.energy is not None:
+        raise WrongOptions("--sequential needs --rank_ratio or --compression")
+    if options.seed is not None and options.method == "exact":
+        raise WrongOptions("--seed has an effect with --method randomized alone")
+    if options.energy is not None and options.method == "randomized":
+        raise WrongOptions("--energy needs the whole spectrum: --method exact")
+
+
+def _share(text: str) -> float:
+    number = _number(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1]")
+    return number
+
+
+def _compression(text: str) -> float:
+    number = _number(text)
+    if not 1 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is below 1 (dense over stored parameters)")
+    return number
+
+
+def _damping(text: str) -> float:
+    number = _number(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
+    return number
+
+
+def _rank(text: str) -> int | float:
+    return positive_int(text) if text.isdecimal() else _share(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None

@@ -1,0 +1,70 @@
+"""The evaluations of one run, in its folder: ``eval/STEP/`` of each optimizer step that had one.
+
+Each holds what `fingpt evaluate` leaves, without pictures. ``results.json`` stays for every step:
+it takes a kB per task. ``predictions.jsonl`` holds every row, so it stays only for the first, the
+best and the last step: a run with thousands of evaluations keeps three.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FOLDER, RESULTS, PREDICTIONS = "eval", "results.json", "predictions.jsonl"
+
+
+class RunEvaluation(NamedTuple):
+    """One evaluation of a run.
+
+    Attributes:
+        step: Optimizer steps before it.
+        folder: Its files.
+        results: The object in ``results.json``.
+    """
+
+    step: int
+    folder: Path
+    results: dict[str, Any]
+
+
+def read_run_evaluations(run_folder: Path) -> list[RunEvaluation]:
+    """The evaluations of a run, the first step first.
+
+    Those of an attempt that was given up are left out: a resumed run goes back to a checkpoint, and
+    what the first attempt found after it is older than what the second one found before.
+
+    Args:
+        run_folder: Folder of the run.
+
+    Raises:
+        ValueError: A ``results.json`` is broken: the file is named.
+    """
+    found: list[RunEvaluation] = []
+    newest = ""
+    for step, folder in sorted(step_folders(run_folder / FOLDER)):
+        path = folder / RESULTS
+        if not path.is_file():
+            continue  # the writer was killed: without it the folder is none
+        try:
+            results = json.loads(path.read_bytes())
+            written_at = str(results["started_at"])
+            score_of(results)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not the results of an evaluation: {error!r}") from None
+        if written_at >= newest:
+            newest = written_at
+            found.append(RunEvaluation(step, folder, results))
+    return found
+
+
+def step_folders(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Each step that has a folder in ``eval/``, in no order."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.isdecimal() and path.is_dir():
+            yield int(path.name), path
+
+
+def score_of(results: Mapping[str, Any]) -> float:
+    """The mean over tasks of each one's main metric, all of which are better when they are more."""
+    found = [float(figures[figures["main_metric"]]) for figures in results["tasks"].values()]
+    return sum(found) / len(found) if found else 0.0

@@ -1,0 +1,40 @@
+"""Parameters of any module, as stored and as they would be with its low-rank layers dense."""
+
+import math
+from typing import NamedTuple
+
+from torch import nn
+
+from fingpt_lightning.low_rank.embedding import LowRankEmbedding
+from fingpt_lightning.low_rank.linear import LowRankLinear
+
+
+class ParameterCounts(NamedTuple):
+    """Numbers that a module stores, shared ones once, and that its dense baseline would."""
+
+    stored: int
+    dense: int
+
+
+def parameter_counts(module: nn.Module) -> ParameterCounts:
+    """Counts the parameters of a module; weights that bitsandbytes packed count unpacked.
+
+    >>> parameter_counts(nn.Sequential(LowRankLinear(8, 6, rank=2), nn.Linear(6, 3)))
+    ParameterCounts(stored=55, dense=75)
+    """
+    stored = sum(map(_numel, module.parameters()))
+    dense = stored
+    for layer in module.modules():
+        if isinstance(layer, LowRankLinear):
+            factors, matrix = (layer.down, layer.up), layer.in_features * layer.out_features
+        elif isinstance(layer, LowRankEmbedding):
+            factors, matrix = (layer.table, layer.up), layer.num_embeddings * layer.embedding_dim
+        else:
+            continue
+        dense += matrix - sum(map(_numel, factors))
+    return ParameterCounts(stored, dense)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)

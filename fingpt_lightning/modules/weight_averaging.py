@@ -1,0 +1,84 @@
+"""What Lightning's callbacks that average weights need of our modules, and where they cannot be."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor
+from torch.optim.swa_utils import get_swa_avg_fn
+
+
+def prepare_averaging(module: LightningModule) -> None:
+    """Fits callbacks of the attached trainer that average weights to a module; else does nothing.
+
+    To be called at each ``configure_model``, which `WeightAveraging` calls before it copies the
+    module: numbers that are equal then stay equal to the bit. Averaging would round what is frozen,
+    and take codes of 4 and 8 bits for numbers.
+
+    Raises:
+        ValueError: A callback averages what it cannot see all of, or what changes under it.
+    """
+    trainer = module._trainer
+    for callback in [] if trainer is None else trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        if isinstance(callback, StochasticWeightAveraging):
+            raise ValueError(
+                f"callback {name} copies the module before its network is built; take"
+                " lightning.pytorch.callbacks.WeightAveraging"
+            )
+        if not isinstance(callback, WeightAveraging):
+            continue
+        assert trainer is not None
+        if module.device_mesh is not None or getattr(module, "partial_network", None) is not None:
+            raise ValueError(
+                f"callback {name} averages a whole network, of which trainer.strategy"
+                f" {type(trainer.strategy).__name__} gives each process a part; take ddp or one"
+                " device"
+            )
+        for key in ("self_guided", "quantization_aware"):
+            if module.hparams.get(key):
+                raise ValueError(
+                    f"callback {name} averages the weights of every step alike, which"
+                    f" model.{key} {module.hparams[key]} changes in between; leave one of them out"
+                )
+        _keep_equal_numbers(callback)
+
+
+def _keep_equal_numbers(callback: WeightAveraging) -> None:
+    # Lightning 2.6 hands these on to torch's AveragedModel, and has no other place to say which
+    # weights take part.
+    settings = callback._kwargs
+    multiple = settings.get("multi_avg_fn")
+    if multiple is not None and not isinstance(multiple, _MultipleUnlessEqual):
+        settings["multi_avg_fn"] = _MultipleUnlessEqual(multiple)
+    single = settings.get("avg_fn")
+    if multiple is None and not isinstance(single, _UnlessEqual):
+        settings["avg_fn"] = _UnlessEqual(single or get_swa_avg_fn())
+
+
+class _UnlessEqual:
+    """An averaging function that leaves a tensor alone where both are equal."""
+
+    def __init__(self, average: Callable[[Tensor, Tensor, Any], Tensor]) -> None:
+        self._average = average
+
+    def __call__(self, averaged: Tensor, current: Tensor, num_averaged: Tensor | int) -> Tensor:
+        if torch.equal(averaged, current):
+            return averaged
+        return self._average(averaged, current, num_averaged)
+
+
+class _MultipleUnlessEqual:
+    """The same of one that takes lists of tensors and changes the first."""
+
+    def __init__(self, average: Callable[[list[Tensor], list[Tensor], Any], None]) -> None:
+        self._average = average
+
+    def __call__(
+        self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor | int
+    ) -> None:
+        pairs = [(a, c) for a, c in zip(averaged, current, strict=True) if not torch.equal(a, c)]
+        if pairs:
+            self._average([a for a, _ in pairs], [c for _, c in pairs], num_averaged)

@@ -1,0 +1,86 @@
+"""A rank that is lost is named by all others, which end in time, as it does itself."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.strategies import lost_ranks
+from tests.strategies.lost_ranks import LOST, TIMEOUT_S
+
+NUM_RANKS = 3
+ENDED_WITHIN_S = 5
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Any]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([lost_ranks.__name__])  # torch is imported once
+    yield context
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+def _lose(context: Any, kind: str, folder: Path) -> tuple[float, list[int | None], list[str]]:
+    """Seconds until all ranks had ended, their statuses and what they said."""
+    ranks = [
+        context.Process(target=lost_ranks.run, args=(kind, folder, rank, NUM_RANKS), daemon=True)
+        for rank in range(NUM_RANKS)
+    ]
+    try:
+        for rank in ranks:
+            rank.start()
+        while not (folder / "ready").exists():
+            assert all(rank.exitcode is None for rank in ranks), "a rank ended at the start"
+            time.sleep(0.01)
+        began_s = time.monotonic()
+        sign = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}.get(kind)
+        if sign is not None:
+            os.kill(ranks[LOST].pid, sign)
+        for rank in ranks:
+            rank.join(60)
+        ended_s = time.monotonic() - began_s
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    said = [(folder / f"rank{rank}").read_text().strip() for rank in range(NUM_RANKS)]
+    return ended_s, [rank.exitcode for rank in ranks], said
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "reason"),
+    [
+        ("killed", -signal.SIGKILL, "is lost: its connection closed without a word (killed, or"),
+        ("stopped", -signal.SIGKILL, "is lost: no sign of life for 3."),
+        ("raises", 3, "failed: the second device is on fire"),
+        ("hangs", 1, "no answer for timeout_s 3 while the others waited: "),
+    ],
+)
+def test_a_lost_rank_is_named_and_all_end(
+    kind: str, status: int, reason: str, processes: Any, tmp_path: Path
+) -> None:
+    ended_s, statuses, said = _lose(processes, kind, tmp_path)
+    assert ended_s < TIMEOUT_S + ENDED_WITHIN_S
+    assert statuses == [1, status, 1], said
+    for rank in (0, 2):
+        assert f"{LOST} (host {os.uname().nodename}, process " in said[rank]
+        assert reason in said[rank]
+        assert "in a training step" in said[rank]
+    if kind == "hangs":
+        assert "tests/" not in said[0]
+        for line in said:
+            assert "is in a training step, at strategies/lost_ranks.py:" in line
+            assert "(hang)" in line
+
+
+def test_ranks_that_leave_are_not_missed(processes: Any, tmp_path: Path) -> None:
+    _, statuses, said = _lose(processes, "leaves", tmp_path)
+    assert statuses == [0, 0, 0], said
+    assert said == ["", "", ""]
