@@ -114,6 +114,18 @@ def test_what_a_run_did_not_yield_is_left_out_and_a_dash(
     assert "log folder: -\n" in printed
 
 
+@pytest.mark.parametrize(("monitor", "expected"), [("val/loss", 0.25), ("val/other", 1.5)])
+def test_the_best_loss_is_that_of_the_whole_history_where_checkpoints_know_it(
+    tmp_path: Path, monitor: str, expected: float
+) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, monitor=monitor)
+    checkpoint.best_model_score = torch.tensor(0.25)
+    summary = RunSummary()
+    summary._best_val_loss = 1.5
+    trainer = tiny_trainer(tmp_path, [checkpoint], enable_checkpointing=True)
+    assert summary._best_of_history(trainer) == expected
+
+
 def test_losses_of_the_sanity_check_are_no_validation(tmp_path: Path) -> None:
     trainer = tiny_trainer(
         tmp_path, [RunSummary()], limit_val_batches=1, num_sanity_val_steps=1, max_steps=1

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import fingpt_lightning
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.decomposition import layer_files, runner, sequential
+from fingpt_lightning.files import owned
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.models.loading import load_model
@@ -326,6 +328,21 @@ def test_a_run_that_was_killed_goes_on(
     first, second = (_linear(load_model(tmp_path / n).network) for n in ("whole", "out"))
     torch.testing.assert_close(first, second)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_one_output_has_one_writer_and_an_empty_beginning_counts_as_none(
+    decompose: Decompose, tmp_path: Path
+) -> None:
+    model, parts = _save("gpt2", tmp_path / "gpt2"), tmp_path / "out.partial"
+    with owned(parts):
+        (parts / "settings.json").write_text('{"rank_ratio": 0.1}')
+        status, _, error = decompose(model, "--rank_ratio", "0.5", "--overwrite")
+        assert status == 1
+        assert f"{parts} is in use by process {os.getpid()} on " in error
+    assert parts.is_dir()
+    status, _, error = decompose(model, "--rank_ratio", "0.5")
+    assert status == 0, error
+    assert not parts.exists()
 
 
 def test_large_models_are_written_in_shards(

@@ -35,10 +35,10 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path, name: str) -> No
         assert found["global_step"] == 3
         assert torch.equal(found["state_dict"]["a"], torch.full((1000,), value))
     assert list(path.parent.iterdir()) == [path]
-    (tmp_path / "new" / "last.ckp").touch()  # no pattern in a name is followed
+    (tmp_path / "new" / "last1.ckpt").touch()  # no pattern in a name is followed
     files.remove_checkpoint(str(path))
     files.remove_checkpoint(str(path))
-    assert [left.name for left in path.parent.iterdir()] == ["last.ckp"]
+    assert [left.name for left in path.parent.iterdir()] == ["last1.ckpt"]
 
 
 def test_a_pickle_is_not_run(tmp_path: Path) -> None:
