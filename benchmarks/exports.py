@@ -5,7 +5,6 @@ again. Then many adapters on one base answer in mixed batches, and each of them 
 """
 
 import argparse
-import copy
 import json
 import tempfile
 from collections.abc import Sequence
@@ -24,8 +23,9 @@ from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.deploy.exporting import GGUF, export
 from fingpt_lightning.evaluation.runner import TaskRun, metrics_of, predict, read_tasks
 from fingpt_lightning.evaluation.scoring import Prediction
-from fingpt_lightning.models.adapting import adapted_layers, load_adapter, save_adapter
-from fingpt_lightning.models.loading import AUTO, load_model
+from fingpt_lightning.models.adapting import adapted_layers, save_adapter
+from fingpt_lightning.models.loading import AUTO, NONE, build_model, load_model
+from fingpt_lightning.models.sources import resolve_source
 
 QUESTION = (
     "Which share of a finetuned model's answers do its exports give too, how large are they, and do"
@@ -100,7 +100,7 @@ def compare_forms(
         calibration_tokens: Of it that are read.
     """
     source = load_model(adapter, quantize=AUTO)
-    network, tokenizer = source.adapted(), source.require_tokenizer()
+    network, tokenizer = source.network, source.require_tokenizer()
     expected = predict(network, tokenizer, run.task, run.examples)
     base_bytes = sum(p.nbytes for n, p in network.named_parameters() if "lora_" not in n)
     rows = [_row(_SOURCE, run, expected, expected, base_bytes)]
@@ -115,7 +115,7 @@ def compare_forms(
         trained = load_model(adapter, quantize=AUTO)
         exported = export(trained, kind, folder / form, calibration=calibration)
         again = load_model(folder / form / GGUF if form == "gguf" else folder / form)
-        answers = predict(again.adapted(), tokenizer, run.task, run.examples)
+        answers = predict(again.network, tokenizer, run.task, run.examples)
         row = _row(form, run, answers, expected, exported.num_bytes)
         errors = [difference.relative_error for difference in exported.differences]
         row |= {"max_relative_logit_error": max(errors)}
@@ -177,12 +177,11 @@ def compare_adapters(
         seed: Of the noise.
         folder: For the clients' adapters.
     """
-    base = load_model(adapter)
-    tokenizer, network = base.require_tokenizer(), base.network
-    assert base.adapter is not None
-    adapted = copy.deepcopy(network)
-    load_adapter(base.adapter, adapted)
-    bank = AdapterBank(network.eval())
+    source = resolve_source(adapter)
+    whole = build_model(source, quantize=NONE)
+    tokenizer, adapted = whole.require_tokenizer(), whole.network
+    network = build_model(source.without_adapter()).network
+    bank = AdapterBank(network)
     generator = torch.Generator().manual_seed(seed)
     plain = {n: p.clone() for n, p in adapted.named_parameters() if "lora_" in n}
     clients = [f"client {number}" for number in range(num_adapters)]

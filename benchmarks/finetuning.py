@@ -21,6 +21,7 @@ from fingpt_lightning.data.instruction_batches import Batching, Collate
 from fingpt_lightning.low_rank.adapters import AdapterOptions
 from fingpt_lightning.models import vocabulary_loss
 from fingpt_lightning.models.adapting import adapt, adapter_state
+from fingpt_lightning.models.formats.peft_adapter import peft_state
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.packed_attention import run_packed, use_packed_attention
 from fingpt_lightning.profiling import LiveTensorBytes, keep_freed_memory, module_memory
@@ -100,7 +101,7 @@ def compare(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     theirs: Any = get_peft_model(base, config)
-    set_peft_model_state_dict(theirs, adapter_state(ours.network))
+    set_peft_model_state_dict(theirs, peft_state(adapter_state(ours.network)))
     ours_collate, padded = Collate(Batching.SHARED_PREFIX, eos), Collate(Batching.PADDED, eos)
     seconds: dict[str, list[float]] = {"trainer": [], "ours": []}
     losses: dict[str, list[float]] = {"trainer": [], "ours": []}

@@ -185,7 +185,7 @@ def _kept(
     """A trained network as its adapter keeps it, and what its rows share."""
     loaded = load_model(folder, dtype=options.dtype, quantize=run.quantize)
     return (
-        loaded.adapted(),
+        loaded.network,
         loaded.require_tokenizer(),
         {key: row[key] for key in _SHARED if key in row},
     )

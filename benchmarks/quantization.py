@@ -36,9 +36,12 @@ from fingpt_lightning.data import TextBlocks
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.low_rank import RankRule
 from fingpt_lightning.models import lay_out_gpt2
-from fingpt_lightning.models.formats.network_files import write_network, write_quantized
+from fingpt_lightning.models.formats.hf_folder import (
+    SAFETENSORS,
+    write_network,
+    write_quantized,
+)
 from fingpt_lightning.models.formats.quantized_folder import quantize_layers
-from fingpt_lightning.models.formats.weights import SAFETENSORS
 from fingpt_lightning.models.gpt2 import PRESETS, GPT2Shape
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.quantization.fake_quantization import RoundedWeights

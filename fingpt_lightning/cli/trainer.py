@@ -55,7 +55,7 @@ from fingpt_lightning.cli.wandb_runs import (
     runs_that_end,
 )
 from fingpt_lightning.files import write_whole
-from fingpt_lightning.models.formats.tokenizer import tokenizer_of_model
+from fingpt_lightning.models.sources import tokenizer_of_model
 from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.reporting.environment import write_environment
 from fingpt_lightning.strategies.checkpoint_files import WholeCheckpoints

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from fingpt_lightning.data.instruction_rows import encode_rows
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
+from fingpt_lightning.models.formats.tokenizer import check_tokens
 from fingpt_lightning.models.input_moments import InputMoments, input_moments
 from fingpt_lightning.tasks import find_task, read_rows
 from fingpt_lightning.terminal.progress import shown_progress
@@ -105,6 +106,7 @@ def text_calibration(
     if not tokens:
         raise ValueError(f"calibration: {files} holds no text")
     name = f"{files}, {files.fingerprint()}"
+    check_tokens(tokenizer, [tokens[:num_tokens]], config.vocab_size, "calibration")
     return _rows(tokens[:num_tokens], config, block_length, name)
 
 
@@ -148,6 +150,7 @@ def task_calibration(
     stride = max(1, int(len(known) * mean_length / num_tokens))
     encoded = encode_rows(tokenizer, known[::stride], longest)
     tokens = [token for row in encoded.kept for token in row.tokens]
+    check_tokens(tokenizer, [tokens[:num_tokens]], config.vocab_size, "calibration")
     return _rows(tokens[:num_tokens], config, block_length, f"train of {task.name}, {rows.sha256}")
 
 
@@ -168,11 +171,6 @@ def _needed(tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedTokenizerFas
 
 
 def _rows(tokens: list[int], config: PretrainedConfig, length: int, name: str) -> Calibration:
-    if max(tokens) >= config.vocab_size:
-        raise ValueError(
-            f"calibration: the tokenizer gives token {max(tokens)}, the network has"
-            f" {config.vocab_size}"
-        )
     length = min(length, int(config.max_position_embeddings), len(tokens))
     num_rows = len(tokens) // length
     return Calibration(torch.tensor(tokens[: num_rows * length]).view(num_rows, length), name)

@@ -30,7 +30,7 @@ from fingpt_lightning.data.tokenizers import (
     load_tokenizer,
     train_tokenizer,
 )
-from fingpt_lightning.models.formats.tokenizer import tokenizer_of_model
+from fingpt_lightning.models.sources import tokenizer_of_model
 from fingpt_lightning.tasks import Example, find_task, read_rows
 from fingpt_lightning.tasks.encoding import TooLong, length_remarks
 from fingpt_lightning.terminal.messages import nearest

@@ -9,9 +9,10 @@ from torch.utils.data import ConcatDataset, DataLoader
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import override
 
+from fingpt_lightning.data.batch import TokenBatch
 from fingpt_lightning.data.blocks import BlockSampler, TokenBlocks
 from fingpt_lightning.data.tokenizers import vocabulary_size
-from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
+from fingpt_lightning.models.formats.tokenizer import check_tokens, tokenizer_sha256
 
 
 class TokenizedData(LightningDataModule):
@@ -46,6 +47,22 @@ class TokenizedData(LightningDataModule):
             "sha256": tokenizer_sha256(self.tokenizer),
             "vocabulary_size": self.vocabulary_size,
         }
+
+    @override
+    def on_before_batch_transfer(self, batch: TokenBatch, dataloader_idx: int) -> TokenBatch:
+        """Raises where a text has a token that the network has no row for.
+
+        Only a tokenizer with more entries than the network has rows can give such a token.
+
+        Raises:
+            ValueError: A text has; the message names the token.
+        """
+        network = getattr(getattr(self.trainer, "lightning_module", None), "network", None)
+        num_rows = getattr(getattr(network, "config", None), "vocab_size", None)
+        highest = [int(batch["input_ids"].max()), int(batch["labels"].max())]
+        if num_rows is not None and max(highest) >= num_rows:
+            check_tokens(self.tokenizer, [highest], num_rows, "a row of the data")
+        return batch
 
     @override
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:

@@ -32,9 +32,12 @@ from fingpt_lightning.decomposition.sequential import decompose_in_sequence
 from fingpt_lightning.decomposition.source import Source, with_moments
 from fingpt_lightning.files import (
     PARTIAL,
+    check_replaceable,
     clear_owned,
+    files_sha256,
     is_unused,
     owned,
+    put_in_place,
     to_json,
     write_json,
 )
@@ -48,16 +51,16 @@ from fingpt_lightning.low_rank.rank_allocation import (
     ratio_for_parameters,
 )
 from fingpt_lightning.models.families import family_of
-from fingpt_lightning.models.formats.network_files import (
-    check_replaceable,
-    put_in_place,
+from fingpt_lightning.models.formats.hf_folder import (
+    GENERATION_CONFIG,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
     write_config,
-    write_tokenizer,
 )
-from fingpt_lightning.models.formats.weights import SAFETENSORS, SAFETENSORS_INDEX, files_sha256
+from fingpt_lightning.models.formats.tokenizer import write_tokenizer
 from fingpt_lightning.models.input_moments import input_moments
 from fingpt_lightning.models.layout import full_name, lay_out
-from fingpt_lightning.models.loading import DTYPES, load_model
+from fingpt_lightning.models.loading import DTYPES, build_model
 from fingpt_lightning.terminal.messages import check_choice
 from fingpt_lightning.terminal.progress import shown_progress
 from fingpt_lightning.units import GIB
@@ -342,7 +345,7 @@ def _calibrated(
     if done.is_file():
         groups: dict[str, str] = json.loads(done.read_text(encoding="utf-8"))
         return groups
-    network = load_model(source.path, device=device).network
+    network = build_model(source.model, device=device).network
     groups = {}
     num_blocks = network.config.num_hidden_layers
     ids = calibration.ids.to(device)
@@ -425,8 +428,8 @@ def _assembled(
     missing = {name for name, _ in network.named_parameters()} - stored.keys()
     if missing:
         raise ValueError(f"{source.name}: {len(missing)} weights are missing: {min(missing)}, ...")
-    if (source.path / "generation_config.json").is_file():
-        network.generation_config = GenerationConfig.from_pretrained(str(source.path))
+    if (source.model.folder / GENERATION_CONFIG).is_file():
+        network.generation_config = GenerationConfig.from_pretrained(str(source.model.folder))
     write_config(network, whole, dtype)
     write_tokenizer(source.tokenizer, whole)
     rows = []

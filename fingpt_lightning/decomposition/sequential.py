@@ -18,7 +18,7 @@ from fingpt_lightning.decomposition.source import Source
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.low_rank.factorize import Factors
 from fingpt_lightning.models.input_moments import shifted_moments
-from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.models.loading import build_model
 from fingpt_lightning.terminal.progress import shown_progress
 
 
@@ -42,7 +42,7 @@ def decompose_in_sequence(
             ranks.get(name) is not None and read_result(work.folder, name) is None for name in names
         )
 
-    network = load_model(source.path, device=work.device).network
+    network = build_model(source.model, device=work.device).network
     ids = calibration.ids.to(work.device)
     what = f"taking layers apart in sequence, on {ids.numel():,} tokens"
     num_done = 0

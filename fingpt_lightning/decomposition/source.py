@@ -11,15 +11,15 @@ from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.decomposition.layer_files import LayerWeight, SafetensorsReader, TensorReader
 from fingpt_lightning.models.adapting import linear_names
+from fingpt_lightning.models.formats.checkpoint import read_checkpoint
+from fingpt_lightning.models.formats.gguf import GgufTensors
 from fingpt_lightning.models.formats.quantized_folder import is_low_rank
-from fingpt_lightning.models.formats.weights import (
-    GgufTensors,
-    Weights,
-    read_checkpoint,
-    stored_shapes,
-)
+from fingpt_lightning.models.formats.safetensors_files import stored_shapes
+from fingpt_lightning.models.formats.tokenizer import check_vocabulary
+from fingpt_lightning.models.formats.weights import Weights
 from fingpt_lightning.models.layout import features_of, full_name, lay_out
 from fingpt_lightning.models.loading import open_stored
+from fingpt_lightning.models.sources import ModelSource
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Source:
         layers: The linear ones of the blocks.
         embedding: That which is tied to the head; None where the head is its own.
         reader: Of the weights of both.
-        path: Where it was found.
+        model: Where it was found.
         name: For people.
     """
 
@@ -44,7 +44,7 @@ class Source:
     layers: tuple[LayerWeight, ...]
     embedding: LayerWeight | None
     reader: TensorReader
-    path: Path
+    model: ModelSource
     name: str
 
 
@@ -113,12 +113,13 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
             f"{path} has low-rank layers already; fingpt export --format hf makes it dense"
         )
     found = stored.tokenizer
-    if found is not None and max(found.get_vocab().values()) >= network.config.vocab_size:
-        if tokenizer is not None or weights.files[0].suffix != ".gguf":
-            raise ValueError(
-                f"{tokenizer or path}: the tokenizer has {max(found.get_vocab().values()) + 1}"
-                f" tokens, the network {network.config.vocab_size}"
-            )
+    num_rows = network.config.vocab_size
+    if found is not None and (tokenizer is not None or weights.files[0].suffix != ".gguf"):
+        try:
+            check_vocabulary(found, num_rows)
+        except ValueError as error:
+            raise ValueError(f"{tokenizer or path}: {error}") from None
+    elif found is not None and max(found.get_vocab().values()) >= num_rows:
         found = None
     names = _stored_names(network, weights)
     layers = tuple(
@@ -133,7 +134,7 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
         layers,
         _embedding(network, names),
         _reader(weights),
-        stored.path,
+        stored.source,
         f"{path} ({network.config.model_type})",
     )
 

@@ -21,7 +21,7 @@ from fingpt_lightning.models.adapting import (
     ends_features,
     linear_names,
 )
-from fingpt_lightning.models.formats.peft_adapter import read_adapter
+from fingpt_lightning.models.formats.peft_adapter import check_place, read_adapter
 from fingpt_lightning.terminal.messages import nearest
 
 
@@ -178,7 +178,7 @@ class AdapterBank:
         if name in self._names:
             raise ValueError(f"adapter {name!r} is loaded already; unload it first")
         folder = Path(folder).expanduser()
-        options, layers = read_adapter(folder)
+        config, layers = read_adapter(folder)
         device = self._network.device
         made: dict[str, tuple[RoutedLinear, LayerAdapter]] = {}
         for layer_name, parts in layers.items():
@@ -190,6 +190,7 @@ class AdapterBank:
                     f" base, {sizes[0]} x {sizes[1]} in the adapter"
                 )
             down, up = (parts[part].to(device, copy=True) for part in ("lora_A", "lora_B"))
+            options = config.options_of(layer_name)
             factor = _factor(layer, down, up, parts.get("lora_magnitude_vector"), options)
             made[layer_name] = layer, LayerAdapter(down, up, options.scale, factor)
         for layer_name, (layer, adapter) in made.items():
@@ -237,7 +238,8 @@ class AdapterBank:
         if name in self._layers:
             return self._layers[name]
         if name not in self._linear:
-            raise ValueError(f"{folder}: the base has no layer {name}")
+            check_place(name, self._network, folder)
+            raise ValueError(f"{folder}: the base has no layer {name} that can be adapted")
         layer = self._network.get_submodule(name)
         return RoutedLinear(layer, *ends_features(layer)).train(layer.training)
 

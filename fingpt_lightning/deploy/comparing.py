@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fingpt_lightning.models.formats.tokenizer import check_tokens
+
 _NUM_RANDOM, _RANDOM_TOKENS = 4, 32
 TEXTS = (
     "Instruction: What is the sentiment of this news? Please choose an answer from"
@@ -66,6 +68,7 @@ def probes(
     found = [Probe("random", tuple(row)) for row in drawn.tolist()]
     if tokenizer is not None:
         encoded = [tokenizer.encode(text, verbose=False)[:num_positions] for text in texts]
+        check_tokens(tokenizer, encoded, network.config.vocab_size)
         found += [Probe("real", tuple(tokens)) for tokens in encoded if tokens]
     return found
 

@@ -105,8 +105,6 @@ def export(
         format,
         output,
         dtype,
-        # The folder of an adapter names its base itself.
-        base=None if adapter is None else str(model),
         texts=texts,
         tolerance=tolerance,
         overwrite=overwrite,

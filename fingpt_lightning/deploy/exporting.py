@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fingpt_lightning.data.calibration_text import Calibration, shown_moments
 from fingpt_lightning.deploy.comparing import TEXTS, differences, logits_of, probes
 from fingpt_lightning.deploy.model_card import CARD, Exported, made_by_us, model_card
-from fingpt_lightning.files import scratch_folder
+from fingpt_lightning.files import check_replaceable, put_in_place, scratch_folder
 from fingpt_lightning.models.adapting import (
     adapted_layers,
     base_quantization,
@@ -18,15 +18,10 @@ from fingpt_lightning.models.adapting import (
 )
 from fingpt_lightning.models.expansion import expand, merge_into_base
 from fingpt_lightning.models.formats.gguf import write_gguf
-from fingpt_lightning.models.formats.network_files import (
-    check_replaceable,
-    put_in_place,
-    write_network,
-    write_quantized,
-    write_tokenizer,
-)
-from fingpt_lightning.models.formats.peft_adapter import ADAPTER_FOLDER, adapter_base
+from fingpt_lightning.models.formats.hf_folder import write_network, write_quantized
+from fingpt_lightning.models.formats.peft_adapter import ADAPTER_FOLDER
 from fingpt_lightning.models.formats.quantized_folder import is_low_rank
+from fingpt_lightning.models.formats.tokenizer import write_tokenizer
 from fingpt_lightning.models.loading import DTYPES, LoadedModel, load_model
 from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix
 from fingpt_lightning.models.quantization.layers import QUANTIZATIONS
@@ -63,7 +58,6 @@ def export(
     output: Path,
     dtype: str = "float32",
     *,
-    base: str | None = None,
     texts: Sequence[str] = TEXTS,
     tolerance: float | None = None,
     overwrite: bool = False,
@@ -80,7 +74,6 @@ def export(
         form: One of ``FORMATS`` of the options.
         output: The folder that is made.
         dtype: Of the stored weights that are not quantised.
-        base: Path or hub name of the base, for the form ``peft``.
         texts: Real prompts to compare on.
         tolerance: The largest relative error of the logits; None is that of `TOLERANCES`.
         overwrite: Replaces an export that is there.
@@ -98,14 +91,14 @@ def export(
         raise ValueError(f"embeddings {embeddings} has no effect on the format {form}")
     if calibration is not None and form not in QUANTIZATIONS:
         raise ValueError(f"calibration has no effect on the format {form}")
-    network = source.adapted()
+    network = source.network
     _check_form(network, form, dtype)
     if tolerance is None:
         tolerance = TOLERANCES[form if form in TOLERANCES else dtype]
     asked = probes(network, source.tokenizer, texts)
     expected = logits_of(network, asked)
     with scratch_folder(output) as made:
-        num_parameters = _write(source, form, made, DTYPES[dtype], base, embeddings, calibration)
+        num_parameters = _write(source, form, made, DTYPES[dtype], embeddings, calibration)
         again = _loaded_again(form, made, working_dtype(dtype))
         found = differences(asked, expected, logits_of(again, asked))
         worst = max(found, key=lambda difference: difference.relative_error)
@@ -137,19 +130,13 @@ def _write(
     form: str,
     folder: Path,
     dtype: torch.dtype,
-    base: str | None,
     embeddings: str | None,
     calibration: Calibration | None,
 ) -> int:
     """Writes the files; gives the number of the export's parameters."""
     network = source.network
     if form == "peft":
-        assert source.adapter is not None
-        found = adapter_base(source.adapter)
-        path, revision = (base, None) if base is not None else found
-        if Path(path).expanduser().exists():
-            path = str(Path(path).expanduser().resolve())
-        save_adapter(network, folder, path, revision)
+        save_adapter(network, folder, *source.source.base.absolute())
         write_tokenizer(source.tokenizer, folder)
         layers = adapted_layers(network).values()
         return sum(p.numel() for x in layers for n, p in x.named_parameters() if "lora_" in n)
@@ -191,4 +178,4 @@ def _loaded_again(form: str, folder: Path, dtype: torch.dtype) -> PreTrainedMode
         assert isinstance(network, PreTrainedModel)
         network.eval()
         return network
-    return load_model(folder / GGUF if form == "gguf" else folder, dtype=dtype).adapted()
+    return load_model(folder / GGUF if form == "gguf" else folder, dtype=dtype).network

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.deploy.sampling import Sampler, Sampling
 from fingpt_lightning.models.decoding import decode, end_tokens_of, greedy
+from fingpt_lightning.models.formats.tokenizer import check_tokens
 
 
 class Prompt(NamedTuple):
@@ -113,6 +114,7 @@ def _prompt_tokens(
                 f"prompt {number} has {len(tokens)} tokens; with max_new_tokens {num_new} that is"
                 f" beyond the model's {num_positions} positions"
             )
+        check_tokens(tokenizer, [tokens], network.config.vocab_size, f"prompt {number}")
         found.append(tokens)
     return found
 

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> dict[str, object]:
-    state = options.input.stat()
+    state, adapter = options.input.stat(), model.source.adapter
     adapters = {name: adapter_digest(path) for name, path in (options.adapters or {}).items()}
     return {
         "input": str(options.input.resolve()),
@@ -88,7 +88,7 @@ def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> di
         "input_changed_ns": state.st_mtime_ns,
         "model": options.model,
         "revision": model.revision,
-        "adapter": None if model.adapter is None else adapter_digest(model.adapter),
+        "adapter": None if adapter is None else adapter_digest(adapter),
         "adapters": adapters,
         "tokenizer": options.tokenizer,
         "dtype": options.dtype,

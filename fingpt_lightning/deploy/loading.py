@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.formats.peft_adapter import ADAPTER_CONFIG, trained_quantization
-from fingpt_lightning.models.loading import AUTO, NONE, LoadedModel, load_model
+from fingpt_lightning.models.loading import AUTO, NONE, LoadedModel, build_model
+from fingpt_lightning.models.sources import resolve_source
 
 
 class ReadyModel(NamedTuple):
@@ -32,18 +33,12 @@ def load_with_adapters(options: argparse.Namespace) -> ReadyModel:
     quantize = options.quantize
     if options.adapters and quantize == AUTO:
         quantize = common_quantization(options.adapters)
-    loaded = load_model(
-        options.model,
-        dtype=options.dtype,
-        device=find_device(options.device),
-        quantize=quantize,
-        adapter=options.adapter,
-        tokenizer=options.tokenizer,
-    )
-    tokenizer, bank = loaded.require_tokenizer(), None
-    if loaded.adapter is not None and options.adapters:
+    source = resolve_source(options.model, adapter=options.adapter, tokenizer=options.tokenizer)
+    if source.adapter is not None and options.adapters:
         raise ValueError(f"--adapters need a base; {options.model} has an adapter already")
-    network = loaded.adapted()
+    device = find_device(options.device)
+    loaded = build_model(source, dtype=options.dtype, device=device, quantize=quantize)
+    network, tokenizer, bank = loaded.network, loaded.require_tokenizer(), None
     if options.adapters:
         bank = AdapterBank(network)
         for name, folder in options.adapters.items():

@@ -19,7 +19,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 _OURS = """from fingpt_lightning.models.loading import load_model
 
 loaded = load_model("{name}")
-network, tokenizer = loaded.adapted(), loaded.tokenizer"""
+network, tokenizer = loaded.network, loaded.tokenizer"""
 _LOADING = {
     "hf": _TRANSFORMERS,
     "peft": """from peft import AutoPeftModelForCausalLM
@@ -57,7 +57,8 @@ def model_card(source: LoadedModel, exported: Exported, name: str) -> str:
         exported: Its figures.
         name: The folder's.
     """
-    adapter = f"\nAdapter: `{source.adapter}`  " if source.adapter is not None else ""
+    found = source.source.adapter
+    adapter = f"\nAdapter: `{found}`  " if found is not None else ""
     rows = [
         f"| {x.kind} | {x.num_positions:,} | {x.max_logit_difference:.3g} |"
         f" {x.relative_error:.3g} | {100 * x.equal_predictions:.2f} % |"
@@ -73,7 +74,7 @@ def model_card(source: LoadedModel, exported: Exported, name: str) -> str:
             "",
             _MARK,
             "",
-            f"Source: {source.source}  ",
+            f"Source: {source.description}  ",
             f"Revision: `{source.revision}`  {adapter}",
             f"Format: {exported.format}, {kept}  ",
             f"Parameters: {format_count(exported.num_parameters)}  ",

@@ -126,7 +126,7 @@ def evaluate(
         tokenizer=tokenizer,
     )
     reader = loaded.require_tokenizer()
-    network = loaded.adapted()
+    network = loaded.network
     batch_tokens = batch_tokens or default_batch_tokens(network.device.type)
     results = {}
     for run in runs:
@@ -143,9 +143,9 @@ def evaluate(
                 on_answered=show,
             )
     head = {
-        "model": loaded.source,
+        "model": loaded.description,
         "revision": loaded.revision,
-        "adapter": None if loaded.adapter is None else str(loaded.adapter),
+        "adapter": None if loaded.source.adapter is None else str(loaded.source.adapter),
         "settings": {
             "dtype": dtype,
             "quantize": quantize,
@@ -161,7 +161,7 @@ def evaluate(
         "versions": _versions(),
     }
     num_positions = network.config.max_position_embeddings
-    evaluation = Evaluation(loaded.source, results, head, num_positions)
+    evaluation = Evaluation(loaded.description, results, head, num_positions)
     if output is not None:
         evaluation.write(Path(output))
     return evaluation

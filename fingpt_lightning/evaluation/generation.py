@@ -16,6 +16,7 @@ from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
 from fingpt_lightning.evaluation.scoring import DROPPED, Prediction, kept_rows
 from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
 from fingpt_lightning.models.decoding import write_on
+from fingpt_lightning.models.formats.tokenizer import check_tokens
 from fingpt_lightning.tasks import Example
 from fingpt_lightning.tasks.encoding import Text, TooLong, encode_examples, encode_prompts
 
@@ -66,6 +67,9 @@ def generate(
     if not rows:
         return predictions
     prompts = [row.texts[0].tokens for row in rows]
+    for place, prompt in zip(places, prompts, strict=True):
+        row = f"row {examples[place].row}"
+        check_tokens(tokenizer, [prompt], network.config.vocab_size, row)
     num_shared = num_common_tokens([[Text(prompt, len(prompt))] for prompt in prompts])
     prefix = SharedPrefix(network, prompts[0][:num_shared])
     num_answered = 0

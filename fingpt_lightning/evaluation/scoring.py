@@ -13,6 +13,7 @@ from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
 from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
 from fingpt_lightning.models.families import head_of
 from fingpt_lightning.models.finite import not_finite
+from fingpt_lightning.models.formats.tokenizer import check_tokens
 from fingpt_lightning.tasks import Example
 from fingpt_lightning.tasks.encoding import EncodedExample, TooLong, encode_examples
 
@@ -80,6 +81,9 @@ def score(
     predictions = [DROPPED] * len(encoded)
     if not rows:
         return predictions
+    for place, row in zip(places, rows, strict=True):
+        tokens = (text.tokens for text in row.texts)
+        check_tokens(tokenizer, tokens, network.config.vocab_size, f"row {examples[place].row}")
     num_shared = num_common_tokens([row.texts for row in rows])
     prefix = SharedPrefix(network, rows[0].texts[0].tokens[:num_shared])
     trees = [build_tree(row.texts, num_shared) for row in rows]

@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fingpt_lightning.files import write_json, written_whole
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.low_rank.adapters import AdaptedLinear, AdapterOptions, SharedDown
 from fingpt_lightning.models.families import family_of
 from fingpt_lightning.models.formats.peft_adapter import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    BASE_QUANTIZE,
+    MAGNITUDE,
+    PARTS,
+    Base,
     check_adapter,
     read_adapter,
+    write_adapter,
 )
 from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix, Int8Linear
@@ -32,9 +32,6 @@ from fingpt_lightning.models.quantization.layers import is_linear
 from fingpt_lightning.models.quantization.rounding import NF4Matrix, nf4_values
 
 ALL_LINEAR = "all-linear"
-_WRAPPER = "base_model.model."  # what PEFT puts before the names of the base
-_PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
-_MAGNITUDE = "lora_magnitude_vector"
 
 
 def linear_names(network: PreTrainedModel) -> list[str]:
@@ -53,18 +50,18 @@ def linear_names(network: PreTrainedModel) -> list[str]:
 
 def adapt(
     network: PreTrainedModel,
-    options: AdapterOptions,
+    options: AdapterOptions | Mapping[str, AdapterOptions],
     target_modules: str | Sequence[str] = ALL_LINEAR,
     seed: int | None = None,
 ) -> list[str]:
     """Freezes a network and puts an adapter beside each layer that is named.
 
     Args:
-        network: Changed in place; its layers may be quantised.
-        options: Of all adapters.
+        network: Network, changed in place; its layers may be quantised.
+        options: Options of all adapters, or of each by the full name of its layer.
         target_modules: ``all-linear``, or names such as ``q_proj`` or ends of full names.
-        seed: Of the adapters' first weights, which depend on it and the layer's name alone; None
-            draws from the global generator.
+        seed: Seed of the adapters' first weights, which depend on it and the layer's name alone;
+            None draws from the global generator.
 
     Returns:
         The full names of the adapted layers.
@@ -82,7 +79,8 @@ def adapt(
             if seed is not None:
                 digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
                 torch.manual_seed(int.from_bytes(digest[:7], "big"))
-            network.set_submodule(name, _adapted(network.get_submodule(name), options))
+            own = options if isinstance(options, AdapterOptions) else options[name]
+            network.set_submodule(name, _adapted(network.get_submodule(name), own))
     _share_inputs(network, names)
     return names
 
@@ -159,23 +157,22 @@ def base_quantization(network: nn.Module) -> str | None:
     return None
 
 
-def adapter_state(network: nn.Module) -> dict[str, Tensor]:
-    """The adapters' weights under PEFT's names, on the CPU."""
-    state: dict[str, Tensor] = {}
-    for name, layer in adapted_layers(network).items():
-        for part, tensor in _parts(layer).items():
-            state[f"{_WRAPPER}{name}.{part}"] = tensor.detach().cpu().contiguous()
-    return state
+def adapter_state(network: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The adapters' weights by layer and part, on the CPU."""
+    return {
+        name: {part: tensor.detach().cpu() for part, tensor in _parts(layer).items()}
+        for name, layer in adapted_layers(network).items()
+    }
 
 
 class WholeAdapters(NamedTuple):
     """The adapters of a network of which this process holds a part.
 
-    ``options`` are those of all, ``state`` their weights by our names; ``linear`` names the layers
-    that have one or could.
+    ``options`` are those of each adapted layer by its name, ``state`` their weights by our names;
+    ``linear`` names the layers that have an adapter or could.
     """
 
-    options: AdapterOptions
+    options: Mapping[str, AdapterOptions]
     state: Mapping[str, Tensor]
     linear: Sequence[str]
 
@@ -190,43 +187,31 @@ def save_adapter(
     """Writes a network's adapters as a PEFT folder; each file aside and then renamed.
 
     Args:
-        network: With adapters.
-        folder: Is made where it is missing.
+        network: Network with adapters.
+        folder: Folder, which is made where it is missing.
         base: Path or hub name of the base, for whoever loads the folder.
-        revision: Of a hub name.
-        whole: Of the whole network, where ``network`` is a part of it.
+        revision: Revision of a hub name.
+        whole: Adapters of the whole network, where ``network`` is a part of it.
     """
-    layers = adapted_layers(network)
     if whole is None:
-        options = next(iter(layers.values())).options
-        state, names, there = adapter_state(network), list(layers), linear_names(network)
+        options: Mapping[str, AdapterOptions] = {
+            name: layer.options for name, layer in adapted_layers(network).items()
+        }
+        state, there = adapter_state(network), linear_names(network)
     else:
-        options = whole.options
-        state = {_peft_name(name): tensor.contiguous() for name, tensor in whole.state.items()}
-        there = list(whole.linear)
-        names = [name for name in there if f"{name}.lora_A" in whole.state]
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": revision,
-        "inference_mode": True,
-        "r": options.rank,
-        "lora_alpha": options.scale * (options.rank**0.5 if options.rslora else options.rank),
-        "lora_dropout": options.dropout,
-        "use_rslora": options.rslora,
-        "use_dora": options.dora,
-        "bias": "none",
-        "fan_in_fan_out": any(isinstance(m, Conv1D) for m in network.modules()),
-        "target_modules": _shortest_names(names, there),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    told = {"format": "pt"}
-    if (method := base_quantization(network)) is not None:
-        told[BASE_QUANTIZE] = method
-    with written_whole(folder / ADAPTER_WEIGHTS) as aside:
-        save_file(state, aside, told)
-    write_json(folder / ADAPTER_CONFIG, config, indent=2)
+        options, there, state = whole.options, list(whole.linear), {}
+        for name, tensor in whole.state.items():
+            layer_name, _, part = name.rpartition(".")
+            state.setdefault(layer_name, {})[part] = tensor
+    write_adapter(
+        folder,
+        state,
+        options,
+        Base(base, revision),
+        _shortest_names([name for name in there if name in state], there),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
+        base_quantize=base_quantization(network),
+    )
 
 
 def load_adapter(
@@ -235,8 +220,8 @@ def load_adapter(
     """Puts a saved adapter on its base.
 
     Args:
-        folder: In PEFT's format, written here or by PEFT.
-        network: The base, quantised or not.
+        folder: Folder in PEFT's format, written here or by PEFT.
+        network: Base, quantised or not.
         elsewhere: Parameters of the base that other processes hold; the adapters of their layers
             are left out.
 
@@ -250,47 +235,45 @@ def load_adapter(
     has_quantised_factors = any(isinstance(part, nn.Sequential) for part in network.modules())
     if not (has_quantised_factors or elsewhere):
         check_adapter(folder, network)
-    options, stored = read_adapter(folder)
+    config, stored = read_adapter(folder)
     layers = {
         name: parts
         for name, parts in stored.items()
         if not any(other.startswith(f"{name}.") for other in elsewhere)
     }
-    names = adapt(network, options, list(layers))
-    state = {
-        _peft_name(f"{name}.{part}"): tensor
-        for name, parts in layers.items()
-        for part, tensor in parts.items()
-    }
-    fill_adapters(network, state, str(folder / ADAPTER_WEIGHTS))
+    names = adapt(network, {name: config.options_of(name) for name in layers}, list(layers))
+    fill_adapters(network, layers, str(folder / ADAPTER_WEIGHTS))
     return names
 
 
 @torch.no_grad()
-def fill_adapters(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Copies weights under PEFT's names into a network's adapters.
+def fill_adapters(
+    network: nn.Module, state: Mapping[str, Mapping[str, Tensor]], source: str
+) -> None:
+    """Copies weights into a network's adapters.
 
     Args:
-        network: With adapters.
-        state: Of all of them and nothing else.
-        source: For messages.
+        network: Network with adapters.
+        state: Weights of all of them and nothing else, by layer and part.
+        source: Where they came from, for messages.
 
     Raises:
         ValueError: A weight is missing, left over, or of another size.
     """
     wanted = {
-        f"{_WRAPPER}{name}.{part}": tensor
+        f"{name}.{part}": tensor
         for name, layer in adapted_layers(network).items()
         for part, tensor in _parts(layer).items()
     }
-    if odd := sorted(wanted.keys() ^ state.keys()):
+    found = {f"{name}.{part}": t for name, parts in state.items() for part, t in parts.items()}
+    if odd := sorted(wanted.keys() ^ found.keys()):
         place = "has no" if odd[0] in wanted else "has, and the network has not,"
         raise ValueError(f"{source} {place} {odd[0]}")
     for key, tensor in wanted.items():
-        if tensor.shape != state[key].shape:
-            sizes = (" x ".join(map(str, t.shape)) for t in (state[key], tensor))
+        if tensor.shape != found[key].shape:
+            sizes = (" x ".join(map(str, t.shape)) for t in (found[key], tensor))
             raise ValueError("{}: {} is {}, the network's {}".format(source, key, *sizes))
-        tensor.copy_(state[key])
+        tensor.copy_(found[key])
 
 
 def ends_features(layer: nn.Module) -> tuple[int, int]:
@@ -350,15 +333,10 @@ def _shortest_names(adapted: list[str], there: list[str]) -> list[str]:
 
 
 def _parts(layer: AdaptedLinear) -> dict[str, Tensor]:
-    parts: dict[str, Tensor] = {stored: getattr(layer, own) for own, stored in _PARTS.items()}
+    parts: dict[str, Tensor] = {own: getattr(layer, own) for own in PARTS}
     if layer.lora_magnitude_vector is not None:
-        parts[_MAGNITUDE] = layer.lora_magnitude_vector
+        parts[MAGNITUDE] = layer.lora_magnitude_vector
     return parts
-
-
-def _peft_name(own: str) -> str:
-    layer, _, part = own.rpartition(".")
-    return f"{_WRAPPER}{layer}.{_PARTS.get(part, part)}"
 
 
 def _is_pair(module: nn.Module) -> bool:

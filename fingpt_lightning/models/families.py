@@ -149,8 +149,9 @@ def _gpt2_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
     }
 
 
-def _take_context_length(config: PreTrainedConfig) -> None:
+def _take_sizes(config: PreTrainedConfig) -> None:
     config.n_positions = config.n_ctx  # transformers leaves it at 1024
+    config.n_inner = getattr(config, "feed_forward_length", None)  # and this at 4 widths
 
 
 def _llama_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
@@ -189,7 +190,7 @@ GPT2 = Family(
     computed=(".attn.bias", ".attn.masked_bias"),
     decode_step=gpt2_step,
     is_plain=lambda config: not (config.reorder_and_upcast_attn or config.add_cross_attention),
-    gguf=GgufFacts(architecture="gpt2", metadata=_gpt2_metadata, repair=_take_context_length),
+    gguf=GgufFacts(architecture="gpt2", metadata=_gpt2_metadata, repair=_take_sizes),
 )
 LLAMA = Family(
     title="Llama",

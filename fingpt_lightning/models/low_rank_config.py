@@ -15,6 +15,8 @@ from fingpt_lightning.low_rank.linear import folded_up
 from fingpt_lightning.metric_keys import VAL_LOSS
 
 _ACTIVATION, _EXPANSION = "factor_activation", "factor_expansion"
+NOTED = (_ACTIVATION, _EXPANSION)
+"""The keys that ours add to a network's config."""
 
 
 def note_low_rank(config: PreTrainedConfig, activation: str, expansion: float) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import override
 
 from fingpt_lightning.data.batch import TokenBatch
@@ -33,6 +33,8 @@ from fingpt_lightning.metric_keys import (
 )
 from fingpt_lightning.models.families import head_of
 from fingpt_lightning.models.finite import not_finite
+from fingpt_lightning.models.formats.checkpoint import describe_network
+from fingpt_lightning.models.formats.tokenizer import num_rows_reached
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
 from fingpt_lightning.modules.optimization import cosine_with_warmup
 
@@ -115,6 +117,17 @@ class LanguageModelingModule(LightningModule):
         self._batch_idx = 0
         self._loader_states: list[dict[str, Any]] = []
         self._group_settings: list[dict[str, Any]] = []
+
+    @property
+    def num_rows_needed(self) -> int:
+        """Rows of the embedding that the data's ordinary text needs; 0 without data."""
+        source = self.text_source
+        if source is None:
+            return 0
+        tokenizer = getattr(source, "tokenizer", None)
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            return num_rows_reached(tokenizer)
+        return source.vocabulary_size
 
     @property
     def text_source(self) -> TextSource | None:
@@ -275,9 +288,9 @@ class LanguageModelingModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
-        checkpoint["network_config"] = self.network.config.to_dict()
-        if self.text_source is not None:
-            checkpoint["tokenizer"] = self.text_source.tokenizer_reference()
+        source = self.text_source
+        reference = None if source is None else source.tokenizer_reference()
+        describe_network(checkpoint, self.network.config, reference)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

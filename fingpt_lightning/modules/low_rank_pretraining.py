@@ -35,8 +35,9 @@ from fingpt_lightning.models.families import family_of
 from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.models.gpt2 import check_ranks, materialize, preset_shape, rank_ratio_of
 from fingpt_lightning.models.layout import fill, lay_out
-from fingpt_lightning.models.loading import load_model, open_stored
+from fingpt_lightning.models.loading import build_model, open_stored
 from fingpt_lightning.models.low_rank_config import drop_guides, is_guide
+from fingpt_lightning.models.sources import ModelSource
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule, TextSource
 from fingpt_lightning.modules.optimization import adamw_8bit, decay_groups, factor_groups
 from fingpt_lightning.modules.quantization_aware import RoundingSchedule
@@ -60,6 +61,7 @@ class _Start(NamedTuple):
     config: PreTrainedConfig
     shapes: Mapping[str, tuple[int, ...]]
     tokenizer_sha256: str | None
+    source: ModelSource
 
 
 class LowRankPretraining(LanguageModelingModule):
@@ -313,10 +315,10 @@ class LowRankPretraining(LanguageModelingModule):
                 f"data.tokenizer {reference['name_or_path']!r} is not the one of model.init_from"
                 f" {self.init_from}, which data.tokenizer null takes"
             )
-        if source.vocabulary_size > start.config.vocab_size:
+        if self.num_rows_needed > start.config.vocab_size:
             raise ValueError(
                 f"model.init_from {self.init_from} knows {start.config.vocab_size} tokens, the"
-                f" data's tokenizer has {source.vocabulary_size}"
+                f" data's tokenizer has {self.num_rows_needed}"
             )
 
     @override
@@ -512,13 +514,14 @@ class LowRankPretraining(LanguageModelingModule):
                     f" {stored.weights.quantized.method}; train on from the model it was made of"
                 )
             sha256 = None if stored.tokenizer is None else tokenizer_sha256(stored.tokenizer)
-            self._start = _Start(stored.weights.config, dict(stored.weights.shapes), sha256)
+            weights = stored.weights
+            self._start = _Start(weights.config, dict(weights.shapes), sha256, stored.source)
         return self._start
 
     def _loaded(self) -> PreTrainedModel:
         """The network of ``init_from``, ready for training."""
         assert self.init_from is not None
-        self._stored_start()
+        start = self._stored_start()
         dtype, device = torch.get_default_dtype(), torch.get_default_device()
         if self._is_dense_baseline:
             network = self.laid_out()
@@ -526,8 +529,8 @@ class LowRankPretraining(LanguageModelingModule):
             drawn = ((n, torch.empty(x).normal_(std=_DRAWN_STD)) for n, x in shapes.items())
             fill(network, drawn, dtype, device)
         else:
-            network = load_model(
-                self.init_from, dtype=dtype, device=device, keep_part=self.keep_own_part
+            network = build_model(
+                start.source, dtype=dtype, device=device, keep_part=self.keep_own_part
             ).network
         _set_dropout(network, self.hparams["dropout"])
         network.config.use_cache = False

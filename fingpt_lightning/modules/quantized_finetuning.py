@@ -25,19 +25,24 @@ from fingpt_lightning.models.adapting import (
     ALL_LINEAR,
     WholeAdapters,
     adapt,
-    adapted_layers,
     linear_names,
-    load_adapter,
     matching_names,
     save_adapter,
     without_adapters,
 )
 from fingpt_lightning.models.families import head_of
-from fingpt_lightning.models.formats.peft_adapter import ADAPTER_FOLDER, BEST_ADAPTER_FOLDER, Base
+from fingpt_lightning.models.formats.checkpoint import describe_adapters
+from fingpt_lightning.models.formats.peft_adapter import (
+    ADAPTER_FOLDER,
+    BEST_ADAPTER_FOLDER,
+    Base,
+    read_adapter_config,
+)
 from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.loading import DTYPES, load_model
 from fingpt_lightning.models.packed_attention import run_packed, use_packed_attention
 from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER
+from fingpt_lightning.models.sources import ModelSource
 from fingpt_lightning.modules.base_model import RandomLlama, random_llama
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import adamw_8bit
@@ -154,8 +159,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         self.random_base = random_base
         self.loss_chunk_size = loss_chunk_size
         self.base_revision = ""
-        self._found = Base("random", None)
-        """The base itself, where ``base`` names an adapter of it."""
+        self._source: ModelSource | None = None
         self.strict_loading = False  # a checkpoint holds no base
         self.save_hyperparameters(ignore=["random_base"])
         self.hparams["random_base"] = None if random_base is None else dict(vars(random_base))
@@ -181,8 +185,7 @@ class QuantizedFinetuning(LanguageModelingModule):
                 keep_part=self._keep_part,
             )
             self.network, self.base_revision = loaded.network, loaded.revision
-            adapter, elsewhere = loaded.adapter, loaded.elsewhere
-            self._found = loaded.base
+            self._source = loaded.source
         else:
             source = self.text_source
             if source is None:
@@ -198,11 +201,8 @@ class QuantizedFinetuning(LanguageModelingModule):
                 seed=0,
                 keep_part=self._keep_part,
             )
-            adapter, elsewhere = None, frozenset[str]()
         self._check_fits_data()
-        if adapter is not None:
-            load_adapter(adapter, self.network, elsewhere)
-        else:
+        if self._source is None or self._source.adapter is None:
             held = set(linear_names(self.network))
             own = [name for name in self._adapted if name in held]
             adapt(self.network, self.options, own, self.initialization_seed)
@@ -298,9 +298,7 @@ class QuantizedFinetuning(LanguageModelingModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        # With it the file would look like a whole network's.
-        del checkpoint["network_config"]
-        checkpoint["base_revision"] = self.base_revision
+        describe_adapters(checkpoint, self.base_revision)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -340,8 +338,7 @@ class QuantizedFinetuning(LanguageModelingModule):
 
     def _save_adapter(self, name: str, whole: WholeAdapters | None) -> None:
         folder = Path(self.trainer.default_root_dir) / name
-        path = Path(self._found.path).expanduser()
-        base = Base(str(path.resolve()), None) if path.exists() else self._found
+        base = Base("random", None) if self._source is None else self._source.base.absolute()
         save_adapter(self.network, folder, *base, whole)
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
@@ -416,9 +413,12 @@ class QuantizedFinetuning(LanguageModelingModule):
         return self._all_adapters(self.partial_network.lightning_module_state_dict())
 
     def _all_adapters(self, state: Mapping[str, Tensor]) -> WholeAdapters:
-        held = adapted_layers(self.network).values()
+        options = dict.fromkeys(self._linear, self.options)
+        if self._source is not None and self._source.adapter is not None:
+            stored = read_adapter_config(self._source.adapter)
+            options = {name: stored.options_of(name) for name in self._linear}
         return WholeAdapters(
-            next((layer.options for layer in held), self.options),
+            options,
             {name.removeprefix("network."): tensor for name, tensor in state.items()},
             self._linear,
         )
@@ -434,9 +434,9 @@ class QuantizedFinetuning(LanguageModelingModule):
                 f"data.max_length {source.block_length} is longer than the {num_positions}"
                 f" positions of {self.base or 'random_base'}"
             )
-        if source.vocabulary_size > config.vocab_size:
+        if self.num_rows_needed > config.vocab_size:
             raise ValueError(
-                f"data.tokenizer has {source.vocabulary_size} tokens, {self.base}"
+                f"data.tokenizer has {self.num_rows_needed} tokens, {self.base}"
                 f" {config.vocab_size}: take the base's own"
             )
 

@@ -14,12 +14,14 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 from fingpt_lightning.low_rank.adapters import FrozenBase
 from fingpt_lightning.models import Recompute, recompute_blocks
 from fingpt_lightning.models.adapting import adapt, linear_names, matching_names
-from fingpt_lightning.models.families import family_named
+from fingpt_lightning.models.formats.hf_folder import CONFIG
+from fingpt_lightning.models.formats.peft_adapter import ADAPTER_CONFIG
 from fingpt_lightning.models.layout import features_of, lay_out
-from fingpt_lightning.models.loading import DTYPES
+from fingpt_lightning.models.loading import DTYPES, stored_config
 from fingpt_lightning.models.low_rank_config import is_guide
 from fingpt_lightning.models.packed_attention import use_packed_attention
 from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER
+from fingpt_lightning.models.sources import GGUF, resolve_source
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 from fingpt_lightning.modules.base_model import RandomLlama
 from fingpt_lightning.pipeline import NetworkCosts, network_costs
@@ -94,7 +96,9 @@ def base_config(
     """The shapes of a base.
 
     Raises:
-        ValueError: It is neither a folder with a supported ``config.json`` nor a known name.
+        FileNotFoundError: The base of an adapter, or a GGUF file, is not there.
+        ValueError: It is not a Hugging Face folder, a GGUF file or an adapter of one, and not a
+            known name.
     """
     if random_base is not None:
         return LlamaConfig(
@@ -107,10 +111,12 @@ def base_config(
             max_position_embeddings=random_base.num_positions,
         )
     assert base is not None
-    if (Path(base).expanduser() / "config.json").is_file():
-        described, _ = PreTrainedConfig.get_config_dict(Path(base).expanduser())
-        family = family_named(described.get("model_type"), f"model.base {base}")
-        return family.config_class.from_pretrained(Path(base).expanduser())
+    path = Path(base).expanduser()
+    if path.suffix == GGUF or any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
+        try:
+            return stored_config(resolve_source(base))
+        except ValueError as error:
+            raise ValueError(f"model.base {base}: {error}") from error
     size = re.search(r"llama-2-(7b|13b|70b)\b", base.lower())
     if size is None:
         known = ", ".join(f"Llama-2-{name}" for name in _LLAMA_2)

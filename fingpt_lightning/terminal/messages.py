@@ -1,8 +1,12 @@
 """Parts of messages: the nearest right name, missing fields, what a foreign error says first."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -96,3 +100,12 @@ def error_line(message: str, process_rank: int | str = 0) -> str:
 def is_panic(error: BaseException) -> bool:
     """Whether code in Rust panicked, which Python shows as an exception that is no `Exception`."""
     return type(error).__name__ == "PanicException"
+
+
+def shortened(value: object) -> str:
+    """A foreign value as a message shows it: at most some words of it, on one line.
+
+    >>> shortened([1, 2, 3, 4, 5, 6, 7, 8])
+    '[1, 2, 3, 4, 5, 6, ...]'
+    """
+    return _SHORT.repr(value)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import finetuning_accuracy
-from fingpt_lightning.models.adapting import load_adapter
+from fingpt_lightning.models.adapting import adapted_layers
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import QuantizedFinetuning
 from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer, write_rows
@@ -61,8 +61,8 @@ def test_runs_are_trained_once_and_their_gain_is_recorded(
     assert (trained["task"], asked["task"]) == ("fpb", "fiqa_sa")
     assert trained["steps"] == asked["steps"] == 2
     kept = load_model(tmp_path / "adapters" / "fpb_unquantised")
-    assert kept.adapter is not None
-    assert load_adapter(kept.adapter, kept.network)
+    assert kept.source.adapter is not None
+    assert adapted_layers(kept.network)
     assert "fpb, unquantised -> fpb" in capsys.readouterr().out
 
 

@@ -83,7 +83,7 @@ def test_each_layer_is_the_nearest_of_its_rank_and_all_else_as_it_was(
     status, output, error = decompose(model, "--rank_ratio", "0.4")
     assert status == 0, error
     source, made = load_model(model), load_model(tmp_path / "out")
-    assert made.source.endswith(f"(low-rank {source.network.config.model_type})")
+    assert made.description.endswith(f"(low-rank {source.network.config.model_type})")
     record = json.loads((tmp_path / "out" / "decomposition.json").read_text())
     rows = {row["name"]: row for row in record["layers"]}
     dense, pairs = _linear(source.network), _linear(made.network)
@@ -455,12 +455,13 @@ def test_fit_trains_on_from_the_folder_and_its_checkpoint_exports(
     assert LowRankPretraining(init_from="out").budget().total_parameters == record["parameters"]
     assert "tokenizer: out" in (run / "config.yaml").read_text()
     trained = load_model(run)
-    assert trained.source.startswith(f"{run} (low-rank ")
+    assert trained.description.startswith(f"{run} (low-rank ")
     assert trained.tokenizer is not None
     main(["export", "--model", str(run), "--format", "hf", "--output", "dense"])
     main(["export", "--model", str(run), "--format", "low_rank", "--output", "spectron"])
     for folder, kind in (("dense", ""), ("spectron", "low-rank ")):
-        assert load_model(folder).source == f"{folder} ({kind}{trained.network.config.model_type})"
+        family = trained.network.config.model_type
+        assert load_model(folder).description == f"{folder} ({kind}{family})"
     with pytest.raises(SystemExit):
         main([*words, "--model.rank", "4"])
 

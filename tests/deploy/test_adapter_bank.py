@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.deploy.loading import common_quantization
-from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.decoding import decode
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.profiling import LiveTensorBytes
@@ -26,11 +25,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def _alone(base: Path, client: Path | None, dtype: str = "float64") -> PreTrainedModel:
-    network = load_model(base, dtype=dtype).network
-    if client is not None:
-        load_adapter(client, network)
-    network.eval()
-    return network
+    return load_model(base, dtype=dtype, adapter=client).network
 
 
 def _logits(network: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:

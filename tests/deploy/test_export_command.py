@@ -45,7 +45,7 @@ def test_the_differences_are_printed_and_stand_in_the_card(export: Export, tmp_p
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(f"| {row[2]} | {row[3]} | {row[4]} % |" in card for row in found)
     assert re.search(r"out: hf, [\d.]+ K parameters, [\d.]+ [KM]iB, .* within 0\.1$", output, re.M)
-    assert load_model(tmp_path / "out").source.endswith("(gpt2)")
+    assert load_model(tmp_path / "out").description.endswith("(gpt2)")
 
 
 def test_an_adapter_given_apart_is_merged(export: Export, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.llama_cpp import next_token_logprobs
 from fingpt_lightning.deploy import exporting
 from fingpt_lightning.deploy.exporting import export
-from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.decoding import decode
 from fingpt_lightning.models.loading import LoadedModel, load_model
 from fingpt_lightning.models.quantization.frozen_matrix import Int8Linear
@@ -44,10 +43,7 @@ def low_rank(tmp_path: Path) -> Path:
 
 
 def _adapted(path: Path, client: Path) -> PreTrainedModel:
-    loaded = load_model(path, dtype="float64")
-    load_adapter(client, loaded.network)
-    loaded.network.eval()
-    return loaded.network
+    return load_model(path, dtype="float64", adapter=client).network
 
 
 def _logits(network: PreTrainedModel) -> torch.Tensor:
@@ -89,7 +85,7 @@ def test_a_merged_model_answers_as_base_and_adapter(
         again = load_model(tmp_path / f"out{index}", dtype="float64")
         torch.testing.assert_close(_logits(again.network), expected, rtol=1e-9, atol=1e-9)
         # A low-rank base stays low-rank where that is smaller: rank 5 and 2 to 4 of 22 features.
-        assert ("low-rank" in again.source) == (family == "low_rank")
+        assert ("low-rank" in again.description) == (family == "low_rank")
         assert again.require_tokenizer().get_vocab() == source.require_tokenizer().get_vocab()
 
 
@@ -100,7 +96,6 @@ def test_an_adapter_is_merged_into_the_base_as_it_was_quantised(
     source = load_model(client, quantize="nf4")
     export(source, "merged", tmp_path / "out")
     quantised = load_model(client, quantize="nf4")
-    load_adapter(client, quantised.network)
     merged = load_model(tmp_path / "out").network
     assert not any(parameter.dtype == torch.uint8 for parameter in merged.parameters())
     torch.testing.assert_close(
@@ -114,14 +109,14 @@ def test_codes_that_an_adapter_was_trained_on_are_kept_and_it_stays_beside_them(
     family: str, form: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     (client,) = save_clients(request.getfixturevalue(family), tmp_path / "clients", 1)
-    expected = load_model(client, quantize=form).adapted()
+    expected = load_model(client, quantize=form).network
     source = load_model(client, quantize=form)
     made = export(source, form, tmp_path / "out")
     again = load_model(tmp_path / "out")
-    assert again.adapter == tmp_path / "out" / "adapter"
-    torch.testing.assert_close(_logits(again.adapted()), _logits(expected))
+    assert again.source.adapter == tmp_path / "out" / "adapter"
+    torch.testing.assert_close(_logits(again.network), _logits(expected))
     assert made.differences[0].relative_error < 1e-5
-    whole = load_model(client).adapted()
+    whole = load_model(client).network
     assert made.num_parameters == sum(p.numel() for p in whole.parameters())
     assert (tmp_path / "out" / "adapter").stat().st_mode & 0o777 == 0o755
     # Read from anywhere, and again exported.
@@ -142,7 +137,7 @@ def test_peft_reads_an_adapter_beside_its_codes(tmp_path: Path) -> None:
     theirs = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
     # In evaluation bitsandbytes repacks weights on some CPUs and multiplies in bfloat16.
     theirs.train()
-    ours = load_model(tmp_path / "out").adapted()
+    ours = load_model(tmp_path / "out").network
     found, expected = (network(input_ids=ids()).logits.detach() for network in (theirs, ours))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
@@ -155,7 +150,7 @@ def test_a_quantised_export_is_what_quantising_while_loading_gives(
     base = request.getfixturevalue(family)
     made = export(load_model(base), form, tmp_path / "out", tolerance=2.0, embeddings="kept")
     again = load_model(tmp_path / "out")
-    assert again.source.endswith(f", {form})")
+    assert again.description.endswith(f", {form})")
     assert torch.equal(_logits(again.network), _logits(load_model(base, quantize=form).network))
     stored = {"nf4": torch.uint8, "int8": torch.int8}[form]
     assert any(parameter.dtype == stored for parameter in again.network.parameters())
@@ -165,7 +160,7 @@ def test_a_quantised_export_is_what_quantising_while_loading_gives(
     # An adapter that was trained on another rounding does not ask for it of codes that are there.
     (client,) = save_clients(base, tmp_path, 1, quantize={"nf4": "int8", "int8": "nf4"}[form])
     loaded = load_model(tmp_path / "out", quantize="auto", adapter=client)
-    assert f", {form}; its adapter was trained on" in loaded.source
+    assert f", {form}; its adapter was trained on" in loaded.description
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -196,7 +191,7 @@ def test_plain_transformers_reads_a_quantised_llama(form: str, tmp_path: Path) -
 def test_an_adapter_is_exported_for_peft(llama: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     (client,) = save_clients(llama, tmp_path / "clients", 1)
-    export(load_model(llama, adapter=client), "peft", tmp_path / "out", base=str(llama))
+    export(load_model(llama, adapter=client), "peft", tmp_path / "out")
     network = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
     torch.testing.assert_close(
         _logits(network.eval()), _logits(_adapted(llama, client)), rtol=1e-5, atol=1e-4
@@ -205,11 +200,24 @@ def test_an_adapter_is_exported_for_peft(llama: Path, tmp_path: Path) -> None:
     assert described["base_model_name_or_path"] == str(llama.resolve())
 
 
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_an_adapter_of_a_quantised_base_is_exported_for_peft_and_brings_that_base(
+    form: str, llama: Path, tmp_path: Path
+) -> None:
+    (client,) = save_clients(llama, tmp_path / "clients", 1, quantize=form)
+    expected = _logits(load_model(client).network)
+    made = export(load_model(client), "peft", tmp_path / "out")
+    again = load_model(tmp_path / "out")
+    assert again.description.endswith(f"(llama, {form})")
+    assert torch.equal(_logits(again.network), expected)
+    assert made.differences[0].relative_error < 1e-6
+
+
 def test_a_low_rank_folder_is_read_back_as_it_was(low_rank: Path, tmp_path: Path) -> None:
     expected = load_model(low_rank)
     export(load_model(low_rank), "low_rank", tmp_path / "out")
     again = load_model(tmp_path / "out")
-    assert again.source.endswith("(low-rank gpt2)")
+    assert again.description.endswith("(low-rank gpt2)")
     assert torch.equal(_logits(again.network), _logits(expected.network))
 
 
@@ -297,7 +305,7 @@ def test_only_an_export_is_replaced_and_only_when_asked(llama: Path, tmp_path: P
         export(load_model(llama), "hf", out)
     before = sorted(tmp_path.iterdir())
     export(load_model(llama), "int8", out, overwrite=True, tolerance=2.0)
-    assert load_model(out).source.endswith(", int8)")
+    assert load_model(out).description.endswith(", int8)")
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -11,7 +11,6 @@ import torch
 
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.deploy.generate_command import read_prompts
-from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.decoding import decode
 from fingpt_lightning.models.loading import load_model
 from tests.deploy.tiny_clients import save_clients, save_low_rank_model
@@ -90,10 +89,9 @@ def test_a_quantised_base_and_an_adapter_generate(
         "--adapter", str(client), "--quantize", quantize, "--prompt", "Gold rose"
     )
     assert status == 0, error
-    loaded = load_model(tmp_path / "model", quantize=quantize)
-    load_adapter(client, loaded.network)
+    loaded = load_model(tmp_path / "model", quantize=quantize, adapter=client)
     tokenizer = loaded.require_tokenizer()
-    (new,) = decode(loaded.network.eval(), [tokenizer.encode("Gold rose")], 9, end_tokens=[0])
+    (new,) = decode(loaded.network, [tokenizer.encode("Gold rose")], 9, end_tokens=[0])
     assert output.strip() == "Gold rose" + str(tokenizer.decode(new, skip_special_tokens=True))
 
 

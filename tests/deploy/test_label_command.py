@@ -20,7 +20,6 @@ from fingpt_lightning.deploy.labelled_file import LabelledFile, check_writable
 from fingpt_lightning.deploy.labelling import Labeller
 from fingpt_lightning.evaluation.runner import predict
 from fingpt_lightning.files import owned
-from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.tasks import find_task, read_rows
 from tests.deploy.tiny_clients import save_clients
@@ -334,11 +333,10 @@ def test_each_row_is_labelled_by_its_own_adapter(label: Label, tmp_path: Path) -
     assert status == 0, error
     found = read(tmp_path / "out.jsonl")
     for index, name in enumerate(names):
-        loaded = load_model(tmp_path / "model")
-        if name is not None:
-            load_adapter(clients[["ann", "bob"].index(name)], loaded.network)
+        adapter = None if name is None else clients[["ann", "bob"].index(name)]
+        loaded = load_model(tmp_path / "model", adapter=adapter)
         labeller = Labeller(
-            loaded.network.eval(), loaded.require_tokenizer(), find_task("fpb"),
+            loaded.network, loaded.require_tokenizer(), find_task("fpb"),
             labelling.Columns("text"),
         )  # fmt: skip
         (alone,) = labeller.label([rows[index]], 1)

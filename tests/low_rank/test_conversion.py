@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from fingpt_lightning.low_rank import LowRankLinear, low_rank_factors, make_low_rank
 from fingpt_lightning.low_rank.adapters import AdapterOptions
 from fingpt_lightning.models.adapting import adapt
-from fingpt_lightning.models.formats.network_files import write_network
+from fingpt_lightning.models.formats.hf_folder import write_network
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.quantization.layers import quantized_layer
 from tests.models.tiny_models import ids, tiny_gpt2, tiny_llama

@@ -40,7 +40,7 @@ def test_a_folder_gives_the_saved_network(
     assert not loaded.network.training
     assert all(parameter.requires_grad for parameter in loaded.network.parameters())
     assert loaded.require_tokenizer().decode([3, 5]) == "w3 w5"
-    assert loaded.source == f"{tmp_path} ({network.config.model_type})"
+    assert loaded.description == f"{tmp_path} ({network.config.model_type})"
     if num_files == 1:
         contents = (tmp_path / "model.safetensors").read_bytes()
         assert loaded.revision == hashlib.sha256(contents).hexdigest()
@@ -96,7 +96,7 @@ def test_a_low_rank_folder_is_known_by_its_weights(tmp_path: Path) -> None:
     assert isinstance(embedding, LowRankEmbedding)
     assert loaded.network.get_parameter("lm_head.table") is embedding.table
     torch.testing.assert_close(loaded.network(ids()).logits, network(ids()).logits)
-    assert loaded.source == f"{tmp_path} (low-rank gpt2)"
+    assert loaded.description == f"{tmp_path} (low-rank gpt2)"
     loaded.network.save_pretrained(tmp_path / "again")
     again = load_model(tmp_path / "again").network
     assert torch.equal(again(ids()).logits, loaded.network(ids()).logits)
@@ -252,7 +252,7 @@ def test_a_hub_name_is_found_in_the_local_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     loaded = load_model("someone/tiny")
     assert loaded.revision == commit
-    assert loaded.source == "someone/tiny (gpt2)"
+    assert loaded.description == "someone/tiny (gpt2)"
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors"])

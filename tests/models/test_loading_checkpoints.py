@@ -63,7 +63,7 @@ def test_a_run_gives_its_network_and_tokenizer(
         weights, saved = loaded.network.state_dict(), network.state_dict()
         assert weights.keys() == saved.keys()
         assert all(torch.equal(weights[name], saved[name]) for name in saved)
-        assert loaded.source == f"{path} ({kind})"
+        assert loaded.description == f"{path} ({kind})"
         assert loaded.require_tokenizer().decode([3, 5]) == "w3 w5"
     ranks = [
         [module.rank for module in found.modules() if isinstance(module, LowRankLinear)]

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,23 @@ def _named(name: str, names: dict[str, str]) -> str:
     return name
 
 
-def _write(file: Path, network: PreTrainedModel, tensors: dict[str, Tensor], stored: str) -> Path:
+def _write(
+    file: Path,
+    network: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    stored: str,
+    more: Mapping[str, Any] | None = None,
+) -> Path:
     """A file as llama.cpp's converter writes it, with a byte-level tokenizer of few tokens."""
     config = network.config
     writer: Any = gguf.GGUFWriter(file, config.model_type)
     writer.add_name("tiny")
+    adding = {
+        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+        str: writer.add_string,
+    }  # fmt: skip
+    for key, value in (more or {}).items():
+        adding[type(value)](key, value)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -77,7 +90,12 @@ def _write(file: Path, network: PreTrainedModel, tensors: dict[str, Tensor], sto
     return file
 
 
-def _llama_file(file: Path, network: PreTrainedModel, stored: str = "F32") -> Path:
+def _llama_file(
+    file: Path,
+    network: PreTrainedModel,
+    stored: str = "F32",
+    more: Mapping[str, Any] | None = None,
+) -> Path:
     tensors = {}
     for name, tensor in network.state_dict().items():
         if "q_proj" in name or "k_proj" in name:  # llama.cpp rotates neighbours, not halves
@@ -86,10 +104,15 @@ def _llama_file(file: Path, network: PreTrainedModel, stored: str = "F32") -> Pa
             split = tensor.reshape(heads, 2, -1, tensor.shape[1])
             tensor = split.swapaxes(1, 2).reshape(tensor.shape)
         tensors[_named(name, _LLAMA_NAMES)] = tensor
-    return _write(file, network, tensors, stored)
+    return _write(file, network, tensors, stored, more)
 
 
-def _gpt2_file(file: Path, network: PreTrainedModel, with_head: bool) -> Path:
+def _gpt2_file(
+    file: Path,
+    network: PreTrainedModel,
+    with_head: bool,
+    more: Mapping[str, Any] | None = None,
+) -> Path:
     tensors = {
         _named(name, _GPT2_NAMES): tensor.T if ".c_" in name and tensor.ndim == 2 else tensor
         for name, tensor in network.state_dict().items()
@@ -97,7 +120,7 @@ def _gpt2_file(file: Path, network: PreTrainedModel, with_head: bool) -> Path:
     }
     if with_head:
         tensors["output.weight"] = tensors["token_embd.weight"]
-    return _write(file, network, tensors, "F32")
+    return _write(file, network, tensors, "F32", more)
 
 
 def test_a_llama_comes_out_as_it_went_in(tmp_path: Path) -> None:
@@ -106,7 +129,7 @@ def test_a_llama_comes_out_as_it_went_in(tmp_path: Path) -> None:
     for path in (file, tmp_path):
         loaded = load_model(path)
         assert torch.equal(loaded.network(ids()).logits, network(ids()).logits)
-        assert loaded.source == f"{path} (llama)"
+        assert loaded.description == f"{path} (llama)"
     tokenizer = loaded.require_tokenizer()
     assert tokenizer("cab")["input_ids"] == [3, 22]
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 0)
@@ -158,6 +181,48 @@ def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
     file = _write(tmp_path / "tiny.gguf", network, tensors, "F32")
     with pytest.raises(ValueError, match=r"tiny.gguf: 1 weights have no place .*: rope_freqs"):
         load_model(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.rope.scaling.type", "yarn"),
+        ("llama.rope.scaling.factor", 4.0),
+        ("llama.expert_count", 8),
+        ("llama.attention.sliding_window", 16),
+        ("llama.attention.key_length", 8),
+        ("llama.later", True),
+        ("general.type", "adapter"),
+        ("split.count", 2),
+    ],
+)
+def test_metadata_that_ask_for_what_is_not_computed_are_refused_by_name(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    file = _llama_file(tmp_path / "tiny.gguf", tiny_llama(), more={key: value})
+    with pytest.raises(ValueError, match=rf"tiny.gguf: {key} {value!r} is not supported"):
+        load_model(file)
+
+
+def test_metadata_at_their_neutral_values_change_nothing(tmp_path: Path) -> None:
+    neutral = {
+        "llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0,
+        "llama.expert_count": 0, "llama.attention.causal": True, "llama.attention.key_length": 16,
+        "llama.later": False, "general.type": "model", "general.license": "mit", "some.one": 3,
+        "llama.tensor_data_layout": "Meta AI original pth",
+    }  # fmt: skip
+    file = _llama_file(tmp_path / "tiny.gguf", tiny_llama(), more=neutral)
+    assert torch.equal(load_model(file).network(ids()).logits, tiny_llama()(ids()).logits)
+
+
+def test_a_gpt2_whose_mlp_is_of_another_width_comes_out_as_it_went_in(tmp_path: Path) -> None:
+    config = tiny_gpt2().config
+    config.n_inner = 20
+    network = type(tiny_gpt2())(config).eval()
+    more = {"gpt2.feed_forward_length": 20}
+    file = _gpt2_file(tmp_path / "tiny.gguf", network, False, more)
+    logits = load_model(file).network(ids()).logits
+    torch.testing.assert_close(logits, network(ids()).logits)
 
 
 def test_a_damaged_or_unknown_file_is_refused(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_the_linear_layers_of_the_blocks_are_quantised_and_no_other(
         if parameter.dtype == stored
     }
     assert quantised == dense
-    assert loaded.source.endswith(f"{network.config.model_type}, {quantize})")
+    assert loaded.description.endswith(f"{network.config.model_type}, {quantize})")
     logits, expected = loaded.network(ids()).logits, network(ids()).logits
     assert (logits - expected).norm() / expected.norm() < 4 * RELATIVE_ERROR[quantize]
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from callbacks.checkpoints import BestCheckpoint
 from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.deploy.exporting import export
-from fingpt_lightning.models.adapting import adapted_layers, load_adapter, without_adapters
-from fingpt_lightning.models.formats.peft_adapter import adapter_base
+from fingpt_lightning.models.adapting import adapted_layers, without_adapters
+from fingpt_lightning.models.formats.peft_adapter import read_adapter_config
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import QuantizedFinetuning
 from fingpt_lightning.modules.base_model import RandomLlama
@@ -199,7 +199,7 @@ def test_a_base_from_a_folder_is_trained_and_its_adapter_is_in_the_run_folder(
     network = {"gpt2": tiny_gpt2, "llama": tiny_llama}[family]()
     config = network.config
     config.vocab_size = data.vocabulary_size
-    config.n_positions = config.max_position_embeddings = 400
+    config.max_position_embeddings = 400  # of a GPT-2 another name of n_positions
     network = type(network)(config)
     network.save_pretrained(tmp_path / "base")
     data.tokenizer.save_pretrained(tmp_path / "base")
@@ -208,8 +208,7 @@ def test_a_base_from_a_folder_is_trained_and_its_adapter_is_in_the_run_folder(
     folder = tmp_path / "run" / "adapter"
     assert json.loads((folder / "adapter_config.json").read_text())["use_dora"] is True
     loaded = load_model(folder)
-    assert loaded.adapter == folder
-    load_adapter(folder, loaded.network)
+    assert loaded.source.adapter == folder
     ids = torch.arange(7)[None]
     module.eval()
     with torch.no_grad():
@@ -235,8 +234,8 @@ def test_the_adapter_of_the_best_checkpoint_is_kept_and_is_what_the_run_is_loade
     kept = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert kept["global_step"] < trainer.global_step
     loaded = load_model(run)
-    assert loaded.adapter == run / "adapter_best"
-    network = loaded.adapted()
+    assert loaded.source.adapter == run / "adapter_best"
+    network = loaded.network
     for name, tensor in kept["state_dict"].items():
         assert torch.equal(network.state_dict()[name.removeprefix("network.")], tensor), name
     assert (run / "adapter_best" / "tokenizer.json").is_file()
@@ -245,7 +244,7 @@ def test_the_adapter_of_the_best_checkpoint_is_kept_and_is_what_the_run_is_loade
     # Trained on from the run, its base is still the base.
     again = _module(random_base=None, base=str(run), quantize=None)
     _trainer(tmp_path / "second", max_steps=1).fit(again, datamodule=_data())
-    assert adapter_base(tmp_path / "second" / "adapter").path == base
+    assert read_adapter_config(tmp_path / "second" / "adapter").base.path == base
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])

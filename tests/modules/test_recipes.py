@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.low_rank import LowRankLinear, Spectron, low_rank_factors
 from fingpt_lightning.models.expansion import expand, merge_into_base
-from fingpt_lightning.models.formats.network_files import write_network
+from fingpt_lightning.models.formats.hf_folder import write_network
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.quantization.layers import quantized_layer
 from fingpt_lightning.modules import LowRankPretraining

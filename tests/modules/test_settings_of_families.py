@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fingpt_lightning.low_rank import LowRankLinear, make_low_rank
 from fingpt_lightning.models.adapting import adapted_layers
 from fingpt_lightning.models.families import FAMILIES, Family
-from fingpt_lightning.models.formats.network_files import write_network
+from fingpt_lightning.models.formats.hf_folder import write_network
 from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 from tests.models.test_families import NETWORKS

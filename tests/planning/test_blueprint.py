@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import LightningModule
+from transformers import LlamaConfig
 
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 from fingpt_lightning.planning.blueprint import base_config, blueprint
@@ -35,6 +36,16 @@ def test_a_base_of_unknown_shapes_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match=r"model\.base .*: architecture 'bert' is not supported"):
         base_config(str(tmp_path), None, 32000)
+
+
+def test_the_base_of_an_adapter_is_planned_as_itself(tmp_path: Path) -> None:
+    config = LlamaConfig(hidden_size=24, num_attention_heads=3)
+    config.save_pretrained(tmp_path / "base")
+    (tmp_path / "client").mkdir()
+    described = {"peft_type": "LORA", "base_model_name_or_path": "../base"}
+    (tmp_path / "client" / "adapter_config.json").write_text(json.dumps(described))
+    found = base_config(str(tmp_path / "client"), None, 32000)
+    assert (found.model_type, found.hidden_size) == ("llama", 24)
 
 
 def test_low_rank_pretraining_knows_its_dense_baseline() -> None:

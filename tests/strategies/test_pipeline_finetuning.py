@@ -212,7 +212,7 @@ def test_the_run_folder_gets_the_adapter_of_the_whole_network(runs: Runs, case: 
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-4)
     if case == "stored":
-        assert load_model(ours).adapter == ours
+        assert load_model(ours).source.adapter == ours
 
 
 def _refusals(process_rank: int, num_ranks: int) -> list[str]:

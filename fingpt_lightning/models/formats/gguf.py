@@ -1,22 +1,165 @@
-"""A dense network with its tokenizer as one GGUF file, as llama.cpp wants them.
+"""A dense network with its tokenizer as one GGUF file, read and written.
 
 Source: llama.cpp's convert_hf_to_gguf.py for keys and the order of the rotary features.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from fingpt_lightning.models.families import GgufFacts, family_of
+from fingpt_lightning.models.families import GgufFacts, family_named, family_of, family_of_gguf
 from fingpt_lightning.models.formats.tokenizer import begin_tokens
+from fingpt_lightning.models.formats.weights import Weights
+from fingpt_lightning.models.layout import lay_out
+from fingpt_lightning.terminal.messages import shortened
 
 _FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
+_READ_METADATA = {
+    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_epsilon",
+    "attention.layer_norm_rms_epsilon", "block_count", "context_length", "embedding_length",
+    "feed_forward_length", "rope.dimension_count", "rope.freq_base", "tensor_data_layout",
+    "vocab_size",
+}  # fmt: skip
+"""Keys of an architecture that transformers reads, and where the tensors came from."""
+_SWITCHED_OFF: tuple[Any, ...] = (0, "", "none", [])
+_NEUTRAL_METADATA: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "logit_scale": (1.0,),
+    "rope.scale_linear": (1.0,),
+    "rope.scaling.factor": (1.0,),
+}
+"""Values beside 0 under which a key of an architecture that is not read changes nothing."""
+_FIXED_METADATA: dict[str, tuple[Any, ...]] = {
+    "general.type": ("model",),
+    "split.count": (0, 1),
+}
+
+
+def gguf_weights(file: Path) -> Weights:
+    """The weights of a GGUF file, each dequantised when it is read.
+
+    Raises:
+        ImportError: The package gguf is not installed.
+        ValueError: The file is damaged or its architecture not supported.
+    """
+    tensors = GgufTensors(file)
+    return Weights(tensors.config, (file,), {}, iter(tensors))
+
+
+class GgufTensors:
+    """The tensors of a GGUF file under transformers' names, each dequantised when it is read.
+
+    Args:
+        file: GGUF file of a supported architecture.
+
+    Raises:
+        ImportError: The package gguf is not installed.
+        ValueError: The file is damaged or its architecture not supported.
+
+    Source: transformers' load_gguf_checkpoint, which holds all tensors at once.
+    """
+
+    def __init__(self, file: Path) -> None:
+        try:
+            import gguf
+        except ImportError as error:
+            raise ImportError(f"{file}: GGUF needs the package gguf: pip install gguf") from error
+        try:
+            self._reader: Any = gguf.GGUFReader(file)
+            architecture = str(self._reader.fields["general.architecture"].contents())
+            metadata = {key: field.contents() for key, field in self._reader.fields.items()}
+        except (ValueError, KeyError, IndexError, OverflowError) as error:
+            raise ValueError(f"{file} is no whole GGUF file ({error})") from error
+        family_of_gguf(architecture, file)
+        check_metadata(metadata, file)
+        try:
+            self.config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        except Exception as error:  # of many kinds, and all say that a value is wrong
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{file}: the metadata is wrong ({reason})") from error
+        family = family_named(self.config.model_type, file)  # transformers may tell it more finely
+        if family.gguf is not None and family.gguf.repair is not None:
+            family.gguf.repair(self.config)
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            get_gguf_hf_weights_map,
+        )
+
+        processors: dict[str, Any] = TENSOR_PROCESSORS
+        self._processor = processors[self.config.model_type](config=self.config.to_dict())
+        self._names: dict[str, str] = get_gguf_hf_weights_map(
+            lay_out(self.config, {}), self._processor
+        )
+        self._stored = {self._names.get(x.name, x.name): x for x in self._reader.tensors}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name.
+
+        Raises:
+            KeyError: There is none.
+        """
+        ((_, tensor),) = self._dequantized(self._stored[name])
+        return tensor
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for stored in self._reader.tensors:
+            yield from self._dequantized(stored)
+
+    def _dequantized(self, stored: Any) -> Iterator[tuple[str, Tensor]]:
+        from gguf import dequantize
+
+        aside: dict[str, Tensor] = {}  # where GPT-2's processor puts the head
+        made = self._processor.process(
+            weights=dequantize(stored.data, stored.tensor_type),
+            name=stored.name,
+            tensor_key_mapping=self._names,
+            parsed_parameters={"tensors": aside},
+        )
+        if made.name is not None:
+            # A name that is not known, such as a table of scaled rotary frequencies, must not pass.
+            name = self._names.get(made.name, made.name)
+            yield name, torch.from_numpy(made.weights.copy())
+        yield from aside.items()
+
+
+def check_metadata(metadata: Mapping[str, Any], file: Path) -> None:
+    """Raises where the metadata of a GGUF file ask for what the network would not compute.
+
+    Args:
+        metadata: Keys and values, ``general.architecture`` among them.
+        file: File that holds them, for messages.
+
+    Raises:
+        ValueError: A key is neither read nor at its neutral value; the message names both.
+    """
+    family = metadata["general.architecture"]
+    for key, allowed in _FIXED_METADATA.items():
+        _check_value(metadata, key, allowed, file)
+    head_dim = metadata.get(f"{family}.rope.dimension_count")
+    if head_dim is None:
+        own_keys = (f"{family}.embedding_length", f"{family}.attention.head_count")
+        width, num_heads = (metadata.get(key) for key in own_keys)
+        if isinstance(width, int) and isinstance(num_heads, int) and num_heads:
+            head_dim = width // num_heads
+    for key in metadata:
+        prefix, _, own = key.partition(".")
+        if prefix != family or own in _READ_METADATA:
+            continue
+        sizes = (head_dim,) if own in ("attention.key_length", "attention.value_length") else ()
+        _check_value(metadata, key, _NEUTRAL_METADATA.get(own, ()) + sizes + _SWITCHED_OFF, file)
+
+
+def _check_value(
+    metadata: Mapping[str, Any], key: str, allowed: tuple[Any, ...], file: Path
+) -> None:
+    if key in metadata and metadata[key] not in allowed:
+        raise ValueError(f"{file}: {key} {shortened(metadata[key])} is not supported")
 
 
 def write_gguf(
@@ -113,7 +256,7 @@ def _add_tokenizer(
     writer.add_add_bos_token(bool(begin))
     if tokenizer.eos_token_id is not None:
         writer.add_eos_token_id(int(tokenizer.eos_token_id))
-    if tokenizer.pad_token_id is not None:
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < vocab_size:
         writer.add_pad_token_id(int(tokenizer.pad_token_id))
 
 

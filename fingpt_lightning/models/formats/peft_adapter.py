@@ -1,44 +1,72 @@
-"""PEFT's adapter folders: which base they name, and whether they fit a network."""
+"""PEFT's adapter folders: config and weights, read by an allow list and written.
 
+Reading and writing need no network; `check_adapter` holds a folder against one.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fingpt_lightning.files import files_sha256, read_json, write_json, written_whole
 from fingpt_lightning.low_rank.adapters import AdapterOptions
-from fingpt_lightning.models.formats.weights import (
-    files_sha256,
-    read_json,
+from fingpt_lightning.models.formats.safetensors_files import (
     refuse_pickled,
     stored_metadata,
     stored_shapes,
 )
 from fingpt_lightning.models.layout import features_of
+from fingpt_lightning.terminal.messages import shortened
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_FOLDER = "adapter"
-"""Of a run, and of an export that keeps the adapter beside its base."""
+"""In a run folder, and in an export that keeps the adapter beside its base."""
 BEST_ADAPTER_FOLDER = "adapter_best"
-"""Of a run: that of its best checkpoint."""
+"""In a run folder: the adapter of its best checkpoint."""
 BASE_QUANTIZE = "base_quantize"
 """In the metadata of the weights, where PEFT looks for nothing: ``nf4`` or ``int8``."""
+PARTS, MAGNITUDE = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}, "lora_magnitude_vector"
+"""PEFT's names of a layer's adapter, by those of our parameters."""
 _WRAPPER = "base_model.model."  # what PEFT puts before the names of the base
-PARTS, MAGNITUDE = ("lora_A", "lora_B"), "lora_magnitude_vector"
-"""Of a layer's adapter, by PEFT's names."""
-# Keys of PEFT's config that change the map, and the values under which ours is the same.
+_CONVERTING = (
+    "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER)"
+    ".save_pretrained(NEW_FOLDER) of peft"
+)
+
+_OFF: tuple[Any, ...] = (None, False, "", [], {})
+"""The values under which a key that is not known counts as switched off."""
+_HONOURED = {
+    "alpha_pattern", "base_model_name_or_path", "exclude_modules", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern",
+    "revision", "target_modules", "use_dora", "use_rslora",
+}  # fmt: skip
+_METADATA = {
+    # PEFT sets fan_in_fan_out itself, by the kind of each layer.
+    "auto_mapping", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_version",
+    "runtime_config", "task_type",
+}  # fmt: skip
+_STARTS = {
+    # Settings of the first weights, which have no effect unless init_lora_weights asks for them.
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config", "qalora_group_size",
+}  # fmt: skip
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layers_to_transform": (None,),
-    "trainable_token_indices": (None,),
-    "lora_bias": (None, False),
-    "use_qalora": (None, False),
-    "target_parameters": (None, []),
+    # The saved weights replace the first ones. Others than these change the base as well.
+    "init_lora_weights": (True, False, "eva", "gaussian", "mica", "orthogonal"),
 }
+"""Values under which a key changes nothing, beside those of `_OFF`."""
+
+# A pattern is a regular expression of a stranger; within these bounds none takes long.
+_MAX_REPEATS, _MAX_PATTERN = 2, 500
+_REPEAT = re.compile(r"(?<!\\)[*+{]")
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
 
 
 class Base(NamedTuple):
@@ -47,28 +75,130 @@ class Base(NamedTuple):
     path: str
     revision: str | None
 
+    def absolute(self) -> "Base":
+        """The same base, found from any folder."""
+        path = Path(self.path).expanduser()
+        return Base(str(path.resolve()), None) if path.exists() else self
 
-def adapter_base(folder: Path) -> Base:
-    """Where an adapter's base is; a relative path may start at the adapter's folder.
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What ``adapter_config.json`` says, as far as it says what is computed.
+
+    Args:
+        file: The config itself, for messages.
+        base: Base that the adapter was trained on.
+        options: Kind of the adapters, with the rank and alpha that patterns do not change.
+        ranks: Ranks by pattern of layer names.
+        alphas: Alphas by pattern of layer names.
+        target_modules: Ends of the names of adapted layers, or a pattern of whole names.
+        exclude_modules: As ``target_modules``, for layers that are left out.
+        layers_to_transform: Numbers of the blocks that are adapted; None for all.
+        layers_pattern: Names of the lists of blocks that these numbers count in.
+    """
+
+    file: Path
+    base: Base
+    options: AdapterOptions
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    target_modules: str | tuple[str, ...] | None
+    exclude_modules: str | tuple[str, ...]
+    layers_to_transform: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+
+    def options_of(self, layer: str) -> AdapterOptions:
+        """The options of one layer's adapter.
+
+        Source: peft 0.21, ``get_pattern_key`` of utils/other.py.
+        """
+        rank = _by_pattern(self.ranks, layer, self.options.rank)
+        alpha = _by_pattern(self.alphas, layer, self.options.alpha)
+        return replace(self.options, rank=rank, alpha=alpha)
+
+    def adapts(self, layer: str) -> bool:
+        """Whether PEFT would put an adapter on a layer of that name.
+
+        Source: peft 0.21, ``check_target_module_exists`` of tuners/tuners_utils.py.
+        """
+        if _matches(self.exclude_modules, layer):
+            return False
+        if self.target_modules in (None, "all-linear"):
+            return True
+        assert self.target_modules is not None
+        if not _matches(self.target_modules, layer):
+            return False
+        by_name = isinstance(self.target_modules, tuple) and layer not in self.target_modules
+        if not by_name or self.layers_to_transform is None:
+            return True
+        if not self.layers_pattern:
+            found = re.match(r".*?\.[^.]*\.(?P<number>\d+)\.", layer)
+        else:
+            each = (
+                re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", layer)
+                for pattern in self.layers_pattern
+            )
+            found = next((match for match in each if match), None)
+        return found is not None and int(found["number"]) in self.layers_to_transform
+
+
+class StoredAdapter(NamedTuple):
+    """An adapter as its folder has it: of each layer ``lora_A``, ``lora_B`` and, with DoRA, m."""
+
+    config: AdapterConfig
+    layers: dict[str, dict[str, Tensor]]
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Reads the config of an adapter; a relative path of its base may start at the folder.
 
     Raises:
-        ValueError: The config names none, or the adapter is no LoRA.
+        ValueError: It names no base, is not of a LoRA, or asks for what is not supported here;
+            the message names file, key and value.
     """
-    config = read_json(folder / ADAPTER_CONFIG)
+    file = folder / ADAPTER_CONFIG
+    config = read_json(file)
     if (kind := config.get("peft_type")) != "LORA":
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: peft_type {kind!r} is not LORA")
-    name = config.get("base_model_name_or_path")
+        raise ValueError(f"{file}: peft_type {shortened(kind)} is not LORA")
+    for key, value in config.items():
+        if key not in _HONOURED | _METADATA | _STARTS and not _is_neutral(key, value):
+            hint = "; merge_and_unload of peft makes one model of it and its base"
+            raise ValueError(f"{file}: {key} {shortened(value)} is not supported{hint}")
+    values = _Values(file, config)
+    name = values.get("base_model_name_or_path", str, "")
     if not name:
-        raise ValueError(f"{folder / ADAPTER_CONFIG} has no base_model_name_or_path")
-    path = Path(name).expanduser()
-    for there in (folder / path, path):
-        if there.exists():
-            return Base(str(there), None)
-    return Base(str(name), config.get("revision"))
+        raise ValueError(f"{file} has no base_model_name_or_path")
+    path, revision = Path(name).expanduser(), values.get("revision", str, None)
+    there = next((place for place in (folder / path, path) if place.exists()), None)
+    base = Base(name, revision) if there is None else Base(str(there), None)
+    try:
+        options = AdapterOptions(
+            values.get("r", int, 8),
+            float(values.get("lora_alpha", (int, float), 8)),
+            float(values.get("lora_dropout", (int, float), 0.0)),
+            values.get("use_rslora", bool, False),
+            values.get("use_dora", bool, False),
+        )
+    except ValueError as error:
+        raise error if str(file) in str(error) else ValueError(f"{file}: {error}") from None
+    return AdapterConfig(
+        file=file,
+        base=base,
+        options=options,
+        ranks=values.by_pattern("rank_pattern", int),
+        alphas={
+            pattern: float(alpha)
+            for pattern, alpha in values.by_pattern("alpha_pattern", (int, float)).items()
+        },
+        target_modules=values.names("target_modules") or None,
+        exclude_modules=values.names("exclude_modules"),
+        layers_to_transform=values.numbers("layers_to_transform"),
+        layers_pattern=values.patterns("layers_pattern"),
+    )
 
 
 def trained_quantization(folder: Path) -> str | None:
-    """In what the base was quantised when an adapter of ours was saved; None where none is told.
+    """How the base was quantised when an adapter of ours was saved; None where nothing says so.
 
     Raises:
         FileNotFoundError: The adapter has no weights.
@@ -86,85 +216,280 @@ def adapter_digest(folder: Path) -> str:
     return files_sha256((_weights_file(folder.expanduser()),))
 
 
-def _weights_file(folder: Path) -> Path:
-    file = folder / ADAPTER_WEIGHTS
-    if not file.is_file():
-        refuse_pickled(sorted(folder.glob("adapter_model.*")))
-        raise FileNotFoundError(f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
-    return file
-
-
-class StoredAdapter(NamedTuple):
-    """An adapter as its folder has it: of each layer ``lora_A``, ``lora_B`` and, with DoRA, m."""
-
-    options: AdapterOptions
-    layers: dict[str, dict[str, Tensor]]
-
-
 def read_adapter(folder: Path) -> StoredAdapter:
-    """Reads an adapter in PEFT's format, without a network.
+    """Reads an adapter, without a network.
 
     Raises:
         FileNotFoundError: The folder has no config or no weights.
-        ValueError: The adapter is none of linear layers, or needs what is not supported here.
+        ValueError: The adapter is not one of linear layers, or needs what is not supported here.
     """
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"adapter {folder} has no {name}")
-    adapter_base(folder)
-    config = read_json(folder / ADAPTER_CONFIG)
-    for key, allowed in _NEUTRAL.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} {config[key]!r} is not supported")
-    options = AdapterOptions(
-        int(config.get("r", 8)),
-        float(config.get("lora_alpha", 8)),
-        float(config.get("lora_dropout", 0.0)),
-        bool(config.get("use_rslora", False)),
-        bool(config.get("use_dora", False)),
-    )
+    config, file = read_adapter_config(folder), folder / ADAPTER_WEIGHTS
+    check_weights(config, file, stored_shapes(file))
     layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
-        name, _, part = key.removeprefix(_WRAPPER).removesuffix(".weight").rpartition(".")
+    for key, tensor in load_file(file).items():
+        name, part = _layer_and_part(key)
         layers.setdefault(name, {})[part] = tensor
-    wanted = {*PARTS, MAGNITUDE} if options.dora else {*PARTS}
+    return StoredAdapter(config, layers)
+
+
+def check_weights(config: AdapterConfig, file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises unless the weights of an adapter are those that its config tells of.
+
+    Args:
+        config: Config of the adapter.
+        file: File of the weights, for messages.
+        shapes: Sizes by stored name.
+
+    Raises:
+        ValueError: A weight is missing, unknown, of another rank, or not of an adapter.
+    """
+    wanted = {*PARTS, MAGNITUDE} if config.options.dora else {*PARTS}
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        name, part = _layer_and_part(key)
+        if part.startswith("lora_embedding_"):
+            raise ValueError(f"{file}: the embedding {name} is adapted, which is not supported")
+        if not part.startswith("lora_"):
+            raise ValueError(
+                f"{file} holds {key.removeprefix(_WRAPPER)} whole, as where an embedding or head is"
+                " adapted or trained, or the vocabulary resized, which is not supported"
+            )
+        layers.setdefault(name, {})[part] = shape
+    if not layers:
+        raise ValueError(f"{file} is empty")
     for name, parts in layers.items():
         if odd := sorted(wanted ^ parts.keys()):
             place = "has no" if odd[0] in wanted else "has an unknown"
-            raise ValueError(f"{folder / ADAPTER_WEIGHTS} {place} {odd[0]} of layer {name}")
-    if not layers:
-        raise ValueError(f"{folder / ADAPTER_WEIGHTS} is empty")
-    return StoredAdapter(options, layers)
+            raise ValueError(f"{file} {place} {odd[0]} of layer {name}")
+        if not config.adapts(name):
+            raise ValueError(f"{file} adapts {name}, which {config.file.name} leaves out")
+        rank = config.options_of(name).rank
+        for stored in (parts["lora_A"][0], parts["lora_B"][-1]):
+            if stored != rank:
+                raise ValueError(
+                    f"{file}: the adapter of {name} is of rank {stored}, by {config.file.name} of"
+                    f" rank {rank}"
+                )
 
 
 def check_adapter(folder: Path, network: PreTrainedModel) -> None:
-    """Raises unless each pair of an adapter fits a linear layer of the network.
+    """Raises unless each part of an adapter fits a linear layer of the network.
 
     Args:
-        folder: Of the adapter; only the header of its weights is read.
-        network: Unquantised; the meta device will do.
+        folder: Folder of the adapter; only the header of its weights is read.
+        network: Unquantised network; the meta device will do.
 
     Raises:
         FileNotFoundError: The adapter has no weights.
-        ValueError: A layer is missing, or its sizes are others.
+        ValueError: A layer is missing or its sizes are others, or the adapter needs what is not
+            supported here.
     """
     file = _weights_file(folder)
-    num_pairs = 0
-    for name, shape in stored_shapes(file).items():
-        layer_name, part, _ = name.removeprefix(_WRAPPER).partition(".lora_")
-        if not part:
-            continue
+    shapes = stored_shapes(file)
+    for name in dict.fromkeys(_layer_and_part(key)[0] for key in shapes if ".lora_" in key):
+        check_place(name, network, file)
+    check_weights(read_adapter_config(folder), file, shapes)
+    for key, shape in shapes.items():
+        name, part = _layer_and_part(key)
+        in_features, out_features = features_of(network.get_submodule(name))
+        if part == "lora_A":
+            _check_size(file, name, "in", shape[1], in_features)
+        else:
+            _check_size(file, name, "out", shape[0], out_features)
+
+
+def check_place(name: str, network: PreTrainedModel, file: Path) -> None:
+    """Raises unless a network has a layer that can be adapted under that name.
+
+    Raises:
+        ValueError: It has none, or it is the embedding or the head.
+    """
+    try:
+        layer = network.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{file}: the base has no layer {name}") from None
+    for kind, end in (
+        ("embedding", network.get_input_embeddings()),
+        ("head", network.get_output_embeddings()),
+    ):
+        if layer is end:
+            raise ValueError(f"{file}: the {kind} {name} is adapted, which is not supported")
+    try:
+        features_of(layer)
+    except ValueError as error:
+        raise ValueError(f"{file}: {name}: {error}") from None
+
+
+def write_adapter(
+    folder: Path,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    options: Mapping[str, AdapterOptions],
+    base: Base,
+    target_modules: Sequence[str],
+    *,
+    fan_in_fan_out: bool,
+    base_quantize: str | None,
+) -> None:
+    """Writes an adapter's folder; each file aside and then renamed.
+
+    Args:
+        folder: Folder, which is made where it is missing.
+        layers: Tensors of each layer's adapter by the names of our parameters, on the CPU.
+        options: Options of each of these adapters, which differ in rank and alpha at most.
+        base: Base, for whoever loads the folder.
+        target_modules: Names of the layers, as PEFT matches them.
+        fan_in_fan_out: Whether the base has layers of transformers' `Conv1D`.
+        base_quantize: ``nf4`` or ``int8``, where the base was quantised.
+    """
+    usual = Counter(options[name] for name in layers).most_common(1)[0][0]
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.path,
+        "revision": base.revision,
+        "inference_mode": True,
+        "r": usual.rank,
+        "lora_alpha": _alpha(usual),
+        "lora_dropout": usual.dropout,
+        "use_rslora": usual.rslora,
+        "use_dora": usual.dora,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "target_modules": list(target_modules),
+    }
+    ranks = {name: options[name].rank for name in layers if options[name].rank != usual.rank}
+    alphas = {
+        name: _alpha(options[name]) for name in layers if _alpha(options[name]) != _alpha(usual)
+    }
+    config |= {"rank_pattern": ranks} if ranks else {}
+    config |= {"alpha_pattern": alphas} if alphas else {}
+    metadata = {"format": "pt"} | ({BASE_QUANTIZE: base_quantize} if base_quantize else {})
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_whole(folder / ADAPTER_WEIGHTS) as aside:
+        save_file(peft_state(layers), aside, metadata)
+    write_json(folder / ADAPTER_CONFIG, config, indent=2)
+
+
+def peft_state(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The weights of adapters under PEFT's names, from those by layer and our parameters."""
+    return {
+        f"{_WRAPPER}{name}.{PARTS.get(part, part)}": tensor.contiguous()
+        for name, parts in layers.items()
+        for part, tensor in parts.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Values:
+    """The values of a config, each checked for its type."""
+
+    file: Path
+    config: Mapping[str, Any]
+
+    def get(self, key: str, kind: Any, default: Any) -> Any:
+        value = self.config.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self.wrong(key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.wrong(key)
+        return value
+
+    def is_number(self, value: Any, kind: Any) -> bool:
+        return isinstance(value, kind) and not isinstance(value, bool)
+
+    def wrong(self, key: str) -> ValueError:
+        return ValueError(f"{self.file}: {key} {shortened(self.config[key])} is not supported")
+
+    def names(self, key: str) -> str | tuple[str, ...]:
+        value = self.get(key, (str, list), ())
+        if isinstance(value, str):
+            self.check_pattern(key, value)
+            # Patterns as long as Unsloth's are not tried: the weights alone say what is adapted.
+            return value if _is_quick(value) else ()
+        if not all(isinstance(name, str) for name in value):
+            raise self.wrong(key)
+        return tuple(value)
+
+    def patterns(self, key: str) -> tuple[str, ...]:
+        value = self.names(key)
+        found = (value,) if isinstance(value, str) else value
+        for pattern in found:
+            self.check_pattern(key, pattern, quick=True)
+        return tuple(pattern for pattern in found if pattern)
+
+    def numbers(self, key: str) -> tuple[int, ...] | None:
+        value = self.get(key, (int, list), [])
+        found = value if isinstance(value, list) else [value]
+        if not all(self.is_number(number, int) for number in found):
+            raise self.wrong(key)
+        return tuple(found) or None
+
+    def by_pattern(self, key: str, kind: Any) -> dict[str, Any]:
+        found = self.get(key, dict, {})
+        for pattern, value in found.items():
+            self.check_pattern(key, pattern, quick=True)
+            if not self.is_number(value, kind) or not 0 < value < math.inf:
+                raise ValueError(f"{self.file}: {key} {pattern!r}: {shortened(value)} is not > 0")
+        return dict(found)
+
+    def check_pattern(self, key: str, pattern: str, quick: bool = False) -> None:
+        if quick and not _is_quick(pattern):
+            raise ValueError(
+                f"{self.file}: {key}: the pattern {shortened(pattern)} could take too long"
+            )
         try:
-            layer = network.get_submodule(layer_name)
-        except AttributeError:
-            raise ValueError(f"{file}: the base has no layer {layer_name}") from None
-        if name.endswith(".lora_A.weight"):
-            num_pairs += 1
-            _check_size(file, layer_name, "in", shape[1], features_of(layer)[0])
-        elif name.endswith(".lora_B.weight"):
-            _check_size(file, layer_name, "out", shape[0], features_of(layer)[1])
-    if not num_pairs:
-        raise ValueError(f"{file} holds no lora_A of a linear layer")
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{self.file}: {key}: {shortened(pattern)} is not a pattern ({error})"
+            ) from None
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    if key in _NEUTRAL:
+        return value is None or any(value is x or value == x for x in _NEUTRAL[key])
+    return any(value is off or (type(value) is type(off) and value == off) for off in _OFF)
+
+
+def _is_quick(pattern: str) -> bool:
+    is_short = len(pattern) <= _MAX_PATTERN and len(_REPEAT.findall(pattern)) <= _MAX_REPEATS
+    return is_short and not _REPEATED_GROUP.search(pattern)
+
+
+def _by_pattern(values: Mapping[str, Any], layer: str, usual: Any) -> Any:
+    for pattern, value in values.items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return usual
+
+
+def _matches(names: str | tuple[str, ...], layer: str) -> bool:
+    if isinstance(names, str):
+        return bool(names) and re.fullmatch(names, layer) is not None
+    return any(layer == name or layer.endswith(f".{name}") for name in names)
+
+
+def _alpha(options: AdapterOptions) -> float:
+    return options.scale * (options.rank**0.5 if options.rslora else options.rank)
+
+
+def _layer_and_part(key: str) -> tuple[str, str]:
+    """Layer and part of a stored name; of a weight that is not an adapter's its last part."""
+    name, _, part = key.removeprefix(_WRAPPER).removesuffix(".weight").rpartition(".")
+    return name, part
+
+
+def _weights_file(folder: Path) -> Path:
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        refuse_pickled(sorted(folder.glob("adapter_model.*")), _CONVERTING)
+        raise FileNotFoundError(f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
+    return file
 
 
 def _check_size(file: Path, layer: str, side: str, adapted: int, there: int) -> None:

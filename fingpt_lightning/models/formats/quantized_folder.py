@@ -19,6 +19,7 @@ from fingpt_lightning.models.quantization.quantized_embedding import (
     QuantizedEmbedding,
     QuantizedHead,
 )
+from fingpt_lightning.terminal.messages import shortened
 
 _MARKS = {"nf4": ".weight.quant_state.bitsandbytes__nf4", "int8": ".SCB"}
 """What the name of a tensor ends with that only a layer of this method has."""
@@ -59,8 +60,9 @@ def find_quantized_layers(
     Raises:
         ValueError: The weights are stored in a way that is not read here.
     """
-    if not (kind := described.get("quant_method")):
+    if not described:
         return None
+    kind = described.get("quant_method") or shortened(dict(described))
     is_nf4 = described.get("load_in_4bit") and described.get("bnb_4bit_quant_type") == "nf4"
     is_int8 = described.get("load_in_8bit")
     if kind != "bitsandbytes" or not (is_nf4 or is_int8):
@@ -187,6 +189,42 @@ def quantize_layers(
         name = next(name for name, module in network.named_modules() if module is embedding)
         assert isinstance(embedding, nn.Embedding | LowRankEmbedding)
         _set_embedding(network, name, QuantizedEmbedding.of(embedding, method, cpu))
+
+
+def quantized_state(
+    network: PreTrainedModel,
+    method: str,
+    dtype: torch.dtype,
+    *,
+    embeddings: bool = False,
+    moments: Iterable[InputMoments] = (),
+) -> dict[str, Tensor]:
+    """The tensors of a network whose layers are quantised, here where they are not yet, in place.
+
+    Args:
+        network: Network without adapters, on the CPU; what is quantised in it is so by ``method``.
+        method: ``nf4`` or ``int8``.
+        dtype: Dtype of what stays unquantised.
+        embeddings: Also the token embedding, with the head tied to it.
+        moments: As in `quantize_layers`.
+    """
+    quantize_layers(network, method, embeddings=embeddings, moments=moments)
+    is_own = {name for name, _ in network.named_parameters()}
+    tied = {name for name, _ in network.named_parameters(remove_duplicate=False)} - is_own
+    family, head_is_codes = family_of(network), isinstance(head_of(network), QuantizedHead)
+    state = {
+        name: tensor.detach().to("cpu")
+        for name, tensor in network.state_dict().items()
+        if name not in tied and not (head_is_codes and family.is_head(name))
+    }
+    # What goes with the codes, scales among them, stays as it is.
+    quantised = [name for name, m in network.named_modules() if isinstance(m, FrozenMatrix)]
+    beside = {f"{name}.bias" for name in quantised}
+    for name, tensor in state.items():
+        is_part = any(name.startswith(f"{layer}.") for layer in quantised) and name not in beside
+        if not is_part:
+            state[name] = tensor.to(dtype)
+    return state
 
 
 def quantization_config(method: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import hashlib
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fingpt_lightning.models.formats.peft_adapter import ADAPTER_FOLDER
 from fingpt_lightning.terminal.messages import is_panic
 
 _PROBE = (
@@ -18,28 +18,6 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def holds_tokenizer(folder: Path) -> bool:
     """Whether a tokenizer is among the files of a folder."""
     return any((folder / name).is_file() for name in _FILES)
-
-
-def tokenizer_of_model(model: str) -> str | None:
-    """Where the tokenizer of a model is, unread; None where its files have none.
-
-    Args:
-        model: A Hugging Face or adapter folder, a run folder, a checkpoint, a GGUF file or its
-            folder; what is none of them counts as a hub name, which is its tokenizer's too.
-    """
-    path = Path(model).expanduser()
-    if not path.exists():
-        return model
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return str(path)
-        folders = [path.absolute().parents[up] / "tokenizer" for up in (0, 1)]
-    else:
-        folders = [path / "tokenizer", path, path / ADAPTER_FOLDER]
-    found = [str(folder) for folder in folders if holds_tokenizer(folder)]
-    if not found and path.is_dir():
-        found = [str(file) for file in path.glob("*.gguf")]
-    return found[0] if found else None
 
 
 def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedTokenizerFast:
@@ -95,7 +73,7 @@ def begin_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """The tokens that the tokenizer puts before a text; none for most."""
     bare = tokenizer.encode("a", add_special_tokens=False)
     whole = tokenizer.encode("a", add_special_tokens=True)
-    return tuple(whole[: whole.index(bare[0])])
+    return tuple(whole[: whole.index(bare[0])]) if bare else ()
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -104,29 +82,10 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(contents.encode()).hexdigest()
 
 
-def checkpoint_tokenizer(
-    file: Path, reference: dict[str, str | int] | None
-) -> PreTrainedTokenizerFast | None:
-    """The tokenizer that a checkpoint was trained with.
-
-    That is ``tokenizer/`` in its folder or, as runs have it, in the folder above; without these
-    the folder that the checkpoint names. None where no folder is left.
-
-    Args:
-        file: The checkpoint.
-        reference: What it says of its tokenizer.
-
-    Raises:
-        ValueError: The tokenizer beside the checkpoint is not the one it was trained with.
-    """
-    named = [] if reference is None else [Path(str(reference["name_or_path"]))]
-    beside = [file.absolute().parents[up] / "tokenizer" for up in (0, 1)]
-    for folder in (*beside, *named):
-        if holds_tokenizer(folder):
-            tokenizer = read_tokenizer(folder)
-            check_tokenizer(tokenizer, reference, folder)
-            return tokenizer
-    return None
+def tokenizer_of_checkpoint(file: Path) -> Path | None:
+    """Where the tokenizer of a checkpoint is: in its folder or, as runs have it, the one above."""
+    folders = (file.absolute().parents[up] / "tokenizer" for up in (0, 1))
+    return next((folder for folder in folders if holds_tokenizer(folder)), None)
 
 
 def check_tokenizer(
@@ -141,4 +100,57 @@ def check_tokenizer(
         raise ValueError(
             f"the tokenizer {folder} differs from the one of {reference['vocabulary_size']} tokens"
             f" that the checkpoint was trained with, {reference['name_or_path']}"
+        )
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> None:
+    """Writes the tokenizer, where there is one."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def num_rows_reached(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows of an embedding that ordinary text needs.
+
+    A token that was added to the vocabulary, such as ``[PAD]``, is reached only by a text that
+    spells it, and counts only where the tokenizer puts it into every text.
+    """
+    added = set(tokenizer.get_added_vocab().values())
+    everywhere = {*begin_tokens(tokenizer), tokenizer.eos_token_id, tokenizer.unk_token_id}
+    ids = set(tokenizer.get_vocab().values())
+    return max((ids - added) | (everywhere & ids), default=-1) + 1
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> None:
+    """Raises where ordinary text has tokens for which a network has no row.
+
+    Raises:
+        ValueError: It has.
+    """
+    if (reached := num_rows_reached(tokenizer)) > num_rows:
+        raise ValueError(f"the tokenizer has {reached} tokens, the network {num_rows}")
+
+
+def check_tokens(
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Iterable[Sequence[int]],
+    num_rows: int,
+    where: str = "a text",
+) -> None:
+    """Raises where a text has reached a token for which the network has no row.
+
+    Args:
+        tokenizer: Tokenizer of the network.
+        rows: Tokens of texts.
+        num_rows: Rows of the network's embedding.
+        where: What was tokenised, for messages.
+
+    Raises:
+        ValueError: One has; the message names the token.
+    """
+    highest = max((max(row, default=-1) for row in rows), default=-1)
+    if highest >= num_rows:
+        raise ValueError(
+            f"{where} has the token {tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}, and"
+            f" the network knows {num_rows} tokens: take it out of the text"
         )

@@ -137,12 +137,12 @@ def test_a_quantised_folder_is_exported_as_a_dense_one(
 def test_low_rank_embeddings_are_quantised_unless_said_and_dense_ones_are_kept(
     source: Path, tmp_path: Path
 ) -> None:
-    is_low_rank = "low-rank" in load_model(source).source
+    is_low_rank = "low-rank" in load_model(source).description
     export(load_model(source), "int8", tmp_path / "out")
     again = load_model(tmp_path / "out")
     embedding = again.network.get_input_embeddings()
     assert isinstance(embedding, QuantizedEmbedding) == is_low_rank
-    assert again.source.endswith("(low-rank gpt2, int8)" if is_low_rank else "(gpt2, int8)")
+    assert again.description.endswith("(low-rank gpt2, int8)" if is_low_rank else "(gpt2, int8)")
     export(load_model(source), "int8", tmp_path / "kept", embeddings="kept")
     embedding = load_model(tmp_path / "kept").network.get_input_embeddings()
     assert not isinstance(embedding, QuantizedEmbedding)

@@ -6,8 +6,10 @@ import torch
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.low_rank import RankRule
 from fingpt_lightning.models import GPT2Shape, build_gpt2, vocabulary_loss
+from fingpt_lightning.models.formats.peft_adapter import Base
 from fingpt_lightning.models.loading import LoadedModel, load_model
 from fingpt_lightning.models.quantization.fake_quantization import RoundedWeights
+from fingpt_lightning.models.sources import ModelSource
 
 SHAPE = GPT2Shape(num_layers=2, width=48, num_heads=2, num_positions=16)
 IDS = torch.arange(12)[None]
@@ -34,7 +36,8 @@ def test_lent_weights_are_those_of_the_exported_folder(
         loss = vocabulary_loss(network.lm_head, network.transformer(IDS).last_hidden_state, IDS)
     weights.take_back()
     assert all(torch.equal(before[name], t) for name, t in network.state_dict().items())
-    source = LoadedModel(network, None, "made up", "0", None)
+    found = ModelSource("made up", tmp_path, None, None, None, Base("made up", None))
+    source = LoadedModel(network, None, found, "made up", "0")
     export(source, method, tmp_path / "out", tolerance=2.0, embeddings="quantized")
     again = load_model(tmp_path / "out").network
     with torch.no_grad():

@@ -1,0 +1,70 @@
+"""Safetensors files, read by their headers or tensor by tensor; what is pickled is refused."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
+_CONVERTING = (
+    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) of transformers"
+)
+
+
+def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The sizes in a safetensors file, by name, from its header alone.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    with _opened(file) as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
+def stored_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    with _opened(file) as opened:
+        return dict(opened.metadata() or {})
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is no whole safetensors file ({error})") from error
+
+
+def stored_tensors(files: tuple[Path, ...]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of some files by name, each read when it is wanted."""
+    for file in files:
+        for name in stored_shapes(file):
+            # Opened anew each time: the pages of a map count as memory until it is closed.
+            with safe_open(file, "pt") as opened:
+                yield name, opened.get_tensor(name)
+
+
+def refuse_pickled(files: list[Path], converting: str = _CONVERTING) -> None:
+    """Raises if weights are among the files that only unpickling could read.
+
+    Args:
+        files: Files of a folder.
+        converting: Call that makes safetensors of them.
+
+    Raises:
+        ValueError: They are; the message names the first and how to convert it.
+    """
+    for file in files:
+        if file.suffix in PICKLED_SUFFIXES:
+            raise ValueError(
+                f"{file} is pickled and could run code, so it is not read; where you trust it,"
+                f" {converting} makes safetensors of it"
+            )

@@ -1,0 +1,237 @@
+"""What a model's name stands for, found once: weights, adapter, tokenizer, base and commit.
+
+Nothing but small configs is read here; `fingpt_lightning.models.loading` builds from what is found.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import HfApi, snapshot_download
+
+from fingpt_lightning.models.formats.hf_folder import CONFIG, SAFETENSORS, SAFETENSORS_INDEX
+from fingpt_lightning.models.formats.peft_adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    BEST_ADAPTER_FOLDER,
+    Base,
+    read_adapter_config,
+)
+from fingpt_lightning.models.formats.safetensors_files import refuse_pickled
+from fingpt_lightning.models.formats.tokenizer import holds_tokenizer, tokenizer_of_checkpoint
+from fingpt_lightning.terminal.messages import first_line, nearest_sibling
+
+CHECKPOINT, GGUF = ".ckpt", ".gguf"
+"""The suffixes of the two kinds of one file that hold a network."""
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the parts of a model are.
+
+    Args:
+        name: Path or hub name that was resolved.
+        weights: Hugging Face folder, checkpoint or GGUF file of the network.
+        adapter: Folder of the adapter that belongs on the network; None where there is none.
+        tokenizer: Folder or GGUF file of the tokenizer; None where none lies beside the weights.
+            A checkpoint may name one that lies elsewhere.
+        commit: Commit of a network from the hub; None where the files are local.
+        base: Path or hub name of the network itself, whatever adapter led there.
+    """
+
+    name: str
+    weights: Path
+    adapter: Path | None
+    tokenizer: Path | None
+    commit: str | None
+    base: Base
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the weights."""
+        return self.weights if self.weights.is_dir() else self.weights.parent
+
+    def without_adapter(self) -> "ModelSource":
+        """The base alone."""
+        return replace(self, adapter=None)
+
+
+class _Place(NamedTuple):
+    path: Path
+    commit: str | None
+
+
+def resolve_source(
+    name: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+) -> ModelSource:
+    """Finds the parts of a model.
+
+    Args:
+        name: A Hugging Face folder or hub name, the folder of a PEFT adapter (which leads to its
+            base), a GGUF file or its folder, a checkpoint, or a run folder, whose best checkpoint
+            is taken, or its last where there is no best; of a finetuning run the adapter of
+            either. An adapter that lies as ``adapter/`` in a Hugging Face folder belongs to it.
+        adapter: Folder of an adapter for the network, in place of one that lies beside it.
+        tokenizer: Folder of the tokenizer, in place of the model's own.
+        revision: Branch, tag or commit of a hub name.
+
+    Raises:
+        FileNotFoundError: There is nothing by that name, or a part of it is missing.
+        ValueError: What is there is not a model, or its adapter asks for what is not supported.
+    """
+    place, base = _find(str(name), revision), Base(str(name), revision)
+    own = adapter_at(place.path)
+    if own is not None and not _is_beside(own, place.path):
+        if adapter is not None:
+            raise ValueError(f"adapter {adapter}: {name} is an adapter itself")
+        adapter, base = own, read_adapter_config(own).base
+        try:
+            place = _find(base.path, base.revision)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"the base of the adapter {own}: {error}") from error
+        if (place.path / ADAPTER_CONFIG).is_file():
+            raise ValueError(f"{own}: its base {base.path} is an adapter too")
+    elif adapter is None:
+        adapter = own
+    if adapter is not None:
+        adapter = Path(adapter).expanduser()
+        if not (adapter / ADAPTER_CONFIG).is_file():
+            raise FileNotFoundError(f"adapter {adapter} has no {ADAPTER_CONFIG}")
+        read_adapter_config(adapter)
+    weights = _weights_at(place.path)
+    if tokenizer is not None:
+        found: Path | None = Path(tokenizer).expanduser()
+    elif adapter is not None and holds_tokenizer(adapter):
+        found = adapter
+    else:
+        found = _tokenizer_of(weights)
+    return ModelSource(str(name), weights, adapter, found, place.commit, base)
+
+
+def adapter_at(path: Path) -> Path | None:
+    """The adapter that a folder is, or has.
+
+    That is the folder itself, ``adapter/`` beside the weights of a network, or what a finetuning
+    run left: the adapter of its best checkpoint where there is one.
+    """
+    names: tuple[str, ...] = (BEST_ADAPTER_FOLDER, ADAPTER_FOLDER)
+    if (path / ADAPTER_CONFIG).is_file():
+        return path
+    if (path / CONFIG).is_file():
+        names = (ADAPTER_FOLDER,)
+    return next((path / name for name in names if (path / name / ADAPTER_CONFIG).is_file()), None)
+
+
+def tokenizer_of_model(name: str) -> str | None:
+    """Where the tokenizer of a model is; None where its files have none.
+
+    Args:
+        name: As in `resolve_source`; what is not a local path counts as a hub name, which is that
+            of its tokenizer too and is not looked up.
+
+    Raises:
+        FileNotFoundError: A local folder holds no model.
+        ValueError: What is there is not a model.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        return name
+    adapter = adapter_at(path)
+    if adapter is not None and holds_tokenizer(adapter):
+        return str(adapter)
+    if adapter is not None and not _is_beside(adapter, path):
+        return tokenizer_of_model(read_adapter_config(adapter).base.path)
+    found = _tokenizer_of(_weights_at(path))
+    return None if found is None else str(found)
+
+
+def _is_beside(adapter: Path, folder: Path) -> bool:
+    """Whether an adapter lies beside the weights of its base, in a folder of a network."""
+    return adapter != folder and (folder / CONFIG).is_file()
+
+
+def _find(name: str, revision: str | None) -> _Place:
+    path = Path(name).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise ValueError(f"revision {revision}: {name} is a local path, which has none")
+        return _Place(path, None)
+    if path.suffix in (CHECKPOINT, GGUF) or not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"model {name}: no such file or folder{_nearest(path)}")
+    folder = _hub_folder(name, revision, _nearest(path))
+    return _Place(folder, folder.name)
+
+
+def _nearest(path: Path) -> str:
+    near = nearest_sibling(path)
+    return "" if near is None else f"; did you mean {near}?"
+
+
+def _hub_folder(name: str, revision: str | None, hint: str) -> Path:
+    """The snapshot of a model in the local cache of the hub, fetched where it is not there."""
+    try:
+        folder = _snapshot(name, revision, local_files_only=True)
+        if any((folder / file).is_file() for file in (SAFETENSORS, SAFETENSORS_INDEX)):
+            return folder  # else only its tokenizer has been used before
+    except OSError:
+        pass
+    try:
+        # One request, for without it loading repeats each failed request for most of a minute.
+        HfApi().model_info(name, revision=revision, timeout=10)
+        return _snapshot(name, revision, local_files_only=False)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"model {name}: no such file or folder{hint}, and not to be had from the Hugging Face"
+            f" hub ({first_line(error)})"
+        ) from error
+
+
+def _snapshot(name: str, revision: str | None, local_files_only: bool) -> Path:
+    return Path(
+        snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=_HUB_FILES,
+            local_files_only=local_files_only,
+        )
+    )
+
+
+def _weights_at(path: Path) -> Path:
+    """The file or folder that a path means: a checkpoint, a GGUF file or a Hugging Face folder."""
+    if path.is_file():
+        refuse_pickled([path])
+        if path.suffix in (CHECKPOINT, GGUF):
+            return path
+        raise ValueError(f"{path} is neither .ckpt nor .gguf; of other models give the folder")
+    for checkpoints in (path / "checkpoints", path):
+        for name in ("best.ckpt", "last.ckpt"):
+            if (checkpoints / name).is_file():
+                return checkpoints / name
+    if (path / CONFIG).is_file():
+        return path
+    ggufs = sorted(path.glob(f"*{GGUF}"))
+    if len(ggufs) > 1:
+        raise ValueError(f"{path} holds {len(ggufs)} GGUF files; name one, such as {ggufs[0]}")
+    if ggufs:
+        return ggufs[0]
+    found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise FileNotFoundError(
+        f"{path} holds none of {CONFIG}, {ADAPTER_CONFIG}, a .gguf file or checkpoints;"
+        f" found {found}"
+    )
+
+
+def _tokenizer_of(weights: Path) -> Path | None:
+    if weights.suffix == GGUF and weights.is_file():
+        return weights
+    if weights.is_file():
+        return tokenizer_of_checkpoint(weights)
+    return weights if holds_tokenizer(weights) else None
