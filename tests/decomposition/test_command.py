@@ -316,7 +316,7 @@ def test_a_run_that_was_killed_goes_on(
     def again(*_: object, **__: object) -> None:
         raise AssertionError("spectra and moments were there already")
 
-    for name in ("measure_batch", "load_model"):
+    for name in ("measure_batch", "build_model"):
         monkeypatch.setattr(runner, name, again)
     status, _, error = decompose(model, "--compression", "1.2", "--calibration", text)
     assert status == 1
