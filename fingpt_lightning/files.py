@@ -33,7 +33,7 @@ _numbers = itertools.count()
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Native writers (safetensors, Arrow) have the system's words in an error of their own class, and
 # SQLite has its own words.
-_NO_SPACE_WORDS = (*map(os.strerror, _NO_SPACE), "database or disk is full")
+_NO_SPACE_WORDS = (*map(os.strerror, _NO_SPACE), "database or disk is full", "disk I/O error")
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP}
 _AT_FDCWD, _EXCHANGE = -100, 2

@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from fingpt_lightning.files import make_owned, new_folder
+from fingpt_lightning.files import make_owned, new_folder, remove_leftovers
 from fingpt_lightning.strategies.rendezvous import START_S, meet
 
 RUN_FOLDER_VARIABLE = "FINGPT_RUN_FOLDER"
@@ -143,6 +143,17 @@ def _newest_first(run_name: str, runs_dir: Path, kinds: Sequence[str]) -> list[P
     paths = [folder / "checkpoints" / f"{kind}.ckpt" for kind in kinds for folder in stamped]
     dated = [(path.stat().st_mtime_ns, path) for path in paths if path.is_file()]
     return [path for _, path in sorted(dated, key=lambda pair: pair[0], reverse=True)]
+
+
+def remove_run_leftovers(checkpoint: Path) -> None:
+    """Removes what a killed run was writing: who goes on from it has a folder of its own.
+
+    Args:
+        checkpoint: A checkpoint of the run; what a living run is writing stays.
+    """
+    for name in ("last.ckpt", "best.ckpt"):
+        remove_leftovers(checkpoint.with_name(name))
+    remove_leftovers(checkpoint.absolute().parent.parent / "metrics.csv")
 
 
 def keep_old_metrics(run_folder: Path) -> None:

@@ -42,6 +42,7 @@ from fingpt_lightning.cli.run_folders import (
     claim_run_folder,
     find_checkpoint,
     read_checkpoint_lazily,
+    remove_run_leftovers,
 )
 from fingpt_lightning.cli.shipped import with_config_files
 from fingpt_lightning.cli.signals import sigterm_left_to
@@ -264,6 +265,8 @@ class FinGPTCLI(LightningCLI):
         if ckpt_path := settings.get("ckpt_path"):
             path = find_checkpoint(ckpt_path, _run_name(settings), Path(settings.runs_dir), _tell)
             settings.ckpt_path = str(path)
+            if self.runs:
+                remove_run_leftovers(path)
             _fill_from_checkpoint(settings, given, path)
         _take_tokenizer_of_model(settings)
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from fingpt_lightning.files import (
     InUseError,
     named_when_full,
+    remove_leftovers,
     scratch_folder,
     sync_files,
     sync_folder,
@@ -154,6 +155,7 @@ class LocalSweep:
             KeyboardInterrupt: It was interrupted; `LocalSweep` of the folder goes on.
         """
         with named_when_full(self.folder), _locked(self.folder, console) as lock:
+            remove_leftovers(self.folder)
             write_record(self.folder, self.sweep, self.study)
             while (trial := self._next()) is not None:
                 point = self._point(trial)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fingpt_lightning.cli.run_folders import find_checkpoint, keep_old_metrics
+from fingpt_lightning.cli.run_folders import find_checkpoint, keep_old_metrics, remove_run_leftovers
 
 
 def _checkpoint(runs: Path, name: str, kind: str, time_s: int, step: int = 1) -> Path:
@@ -50,6 +50,15 @@ def test_best_falls_back_to_an_older_best_only(tmp_path: Path) -> None:
     _checkpoint(tmp_path, "a-20260101-000001", "last", 3)
     _cut(newer)
     assert find_checkpoint("best", "a", tmp_path) == older
+
+
+def test_what_a_killed_run_was_writing_goes_when_it_is_gone_on_from(tmp_path: Path) -> None:
+    last = _checkpoint(tmp_path, "a-20260101-000000", "last", 1)
+    for path in (last, last.parents[1] / "metrics.csv", last.with_name("own.ckpt")):
+        path.with_name(f"{path.name}.7-0.partial").touch()
+    remove_run_leftovers(last)
+    assert [path.name for path in tmp_path.rglob("*.partial")] == ["own.ckpt.7-0.partial"]
+    remove_run_leftovers(Path("last.ckpt"))
 
 
 def test_metrics_of_each_earlier_run_are_kept(tmp_path: Path) -> None:
