@@ -171,6 +171,19 @@ class PipelineStrategy(PipelineProcesses):
         return recompute
 
     @override
+    def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        is_selective = self._recompute_of(self.lightning_module) == Recompute.LOW_RANK
+        if is_selective and self._schedule.splits_backward:  # before the ranks meet
+            key = "model.recompute" if self._recompute is None else "activation_checkpointing"
+            raise ValueError(
+                f"{key} low_rank: {self._schedule.value} takes the backward pass apart, which"
+                " torch's selective recomputation does not allow; take block, or 1F1B or"
+                " Interleaved1F1B"
+            )
+        super().setup_environment()
+
+    @override
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         assert self.model is not None
@@ -185,14 +198,6 @@ class PipelineStrategy(PipelineProcesses):
             self.keep_own_part(module.network)
         if self._recompute is not None:
             recompute_blocks(module.network, self._recompute)
-        is_selective = self._recompute_of(module) == Recompute.LOW_RANK
-        if is_selective and self._schedule.splits_backward:
-            key = "model.recompute" if self._recompute is None else "activation_checkpointing"
-            raise ValueError(
-                f"{key} low_rank: {self._schedule.value} takes the backward pass apart, which"
-                " torch's selective recomputation does not allow; take block, or 1F1B or"
-                " Interleaved1F1B"
-            )
         compiled = any(part._compiled_call_impl is not None for part in module.network.modules())
         if compiled and self._schedule.splits_backward:
             raise ValueError(
