@@ -34,6 +34,8 @@ _LAST_WORDS_S = 2.0
 """How long a rank that lost another has to end by itself, once its main thread knows."""
 _STUCK_S = 1.0
 """How long a main thread that waits for a lost rank has to notice by itself."""
+_BUSY_S = 30.0
+"""The same of one that does not wait for a rank that has ended."""
 _VERDICT_S = 1.5
 """How long a rank that waited in vain lets the first rank find out for whom."""
 _HEARING_S = 0.4
@@ -176,7 +178,6 @@ class RankWatch:
         self._others_gave_up_s: float | None = None
         self._told_gave_up = False
         self._ended: str | None = None
-        self._knows = False
         self._waited_at = ""
         self._peers: list[_Peer] = []
         self._listener: socket.socket | None = None
@@ -212,7 +213,6 @@ class RankWatch:
         activity = _activity([frame.f_code.co_name for frame, _ in reversed(frames)])
         if frames:
             self._waited_at = f"{activity}|{_place(*frames[-1])}"
-        self._knows = True
         self._gave_up_s = time.monotonic()
         self._decided.wait(_VERDICT_S)
         if self._verdict is None:
@@ -229,8 +229,7 @@ class RankWatch:
         Args:
             reason: What it failed of, for the others; None where it ends well.
         """
-        self._knows = True
-        if self._verdict is not None:
+        if self._verdict is not None and self._gave_up_s is not None:
             return  # the thread sees to it that this process ends
         self._ended = reason or ""
         self._closing.set()
@@ -409,10 +408,10 @@ class RankWatch:
         if verdict.is_silent:
             _kill(others)
         began_s = time.monotonic()
-        while not own:
-            grace_s = _LAST_WORDS_S if self._knows else _STUCK_S
-            if time.monotonic() - began_s > grace_s:
-                break
+        while not own and time.monotonic() - began_s < self._grace_s(verdict):
+            if self._closing.is_set():  # the main thread has an error of its own, or is done
+                self._close()
+                return
             time.sleep(_POLL_S / 2)
         _kill(others)
         if "_call_and_handle_interrupt" in _functions(sys._current_frames().get(self._main or 0)):
@@ -422,6 +421,13 @@ class RankWatch:
             sys.stderr.flush()
         self._before_exit()
         os._exit(1)
+
+    def _grace_s(self, verdict: _Verdict) -> float:
+        """How long the main thread is let be, which may be about to fail of the same."""
+        if self._gave_up_s is not None:
+            return _LAST_WORDS_S
+        _, waits = self._where()
+        return _STUCK_S if waits or verdict.is_silent else min(self.timeout_s, _BUSY_S)
 
     def _drop(self, peer: _Peer) -> None:
         self._peers.remove(peer)

@@ -19,7 +19,7 @@ def run(kind: str, folder: Path, rank: int, world_size: int) -> None:
     """Meets the others, loses rank `LOST` as ``kind`` says, and waits for it as training would.
 
     Args:
-        kind: ``raises``, ``hangs``, ``leaves``, or what is done to the rank from outside.
+        kind: ``raises``, ``all raise``, ``hangs``, ``leaves``, or what is done to the rank from outside.
         folder: Takes ``rankN``, what each says, and ``ready``.
         rank: Number of this process.
         world_size: Number of processes.
@@ -46,8 +46,9 @@ def _call_and_handle_interrupt(
     try:
         training_step(kind, folder, rank, group)
     except RuntimeError as error:
-        if rank == LOST and kind == "raises":
+        if kind == "all raise" or (rank == LOST and kind == "raises"):
             watch.leave(str(error))
+            time.sleep(2 * TIMEOUT_S if kind == "all raise" else 0)  # a program that goes on
             sys.exit(3)
         print(watch.explain(error), flush=True)
         time.sleep(60)  # a teardown that hangs
@@ -56,6 +57,10 @@ def _call_and_handle_interrupt(
 
 def training_step(kind: str, folder: Path, rank: int, group: dist.ProcessGroup) -> None:
     """What is under way when the rank is lost."""
+    if kind == "all raise":
+        (folder / "ready").touch()
+        time.sleep(rank)
+        raise RuntimeError("the batch does not fit")
     if rank == LOST:
         (folder / "ready").touch()
         if kind == "raises":

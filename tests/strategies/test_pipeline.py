@@ -362,7 +362,7 @@ def _trainer(**settings: Any) -> Trainer:
         ({"num_virtual_stages": 2}, "1F1B has one stage a rank"),
         ({"options": {"precision": "16-true"}}, "16-true: float16 needs a gradient scaler"),
         ({"data_parallel": "shard"}, "data_parallel shard .* data_parallel_size is 1: raise"),
-        ({"timeout_s": 0}, "timeout_s 0 is not above 0"),
+        ({"timeout_s": 0}, "timeout_s 0 is not a number of seconds above 0"),
         ({"pipeline_size": -1}, "pipeline_size -1 is below 1"),
         ({"num_microbatches": 0}, "num_microbatches 0 is below 1"),
     ],

@@ -80,6 +80,14 @@ def test_a_lost_rank_is_named_and_all_end(
             assert "(hang)" in line
 
 
+def test_a_rank_with_an_error_of_its_own_is_not_ended_for_that_of_another(
+    processes: Any, tmp_path: Path
+) -> None:
+    _, statuses, said = _lose(processes, "all raise", tmp_path)
+    assert statuses == [3, 3, 3], said
+    assert said == ["", "", ""]
+
+
 def test_ranks_that_leave_are_not_missed(processes: Any, tmp_path: Path) -> None:
     _, statuses, said = _lose(processes, "leaves", tmp_path)
     assert statuses == [0, 0, 0], said
