@@ -9,7 +9,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from typing_extensions import override
 
-from fingpt_lightning.files import CountedWriter, sync_folder, written_whole
+from fingpt_lightning.files import CountedWriter, written_whole
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -32,25 +32,6 @@ class WholeCheckpoints(TorchCheckpointIO):
         file.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(file) as aside, CountedWriter(aside) as writer:
             torch.save(checkpoint, writer)  # type: ignore[arg-type]  # it only writes
-
-    @override
-    def load_checkpoint(
-        self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        if not _is_local(path):
-            return super().load_checkpoint(path, map_location, weights_only)
-        loaded: dict[str, Any] = torch.load(path, map_location, weights_only=weights_only)
-        return loaded
-
-    @override
-    def remove_checkpoint(self, path: _PATH) -> None:
-        file = Path(path)
-        # fsspec would take brackets and stars in a name for a pattern.
-        if _is_local(path) and (file.is_file() or not file.exists()):
-            file.unlink(missing_ok=True)
-            sync_folder(file.parent)
-        else:
-            super().remove_checkpoint(path)
 
 
 def _is_local(path: _PATH) -> bool:
