@@ -1,4 +1,4 @@
-"""Low-rank layers in plain torch: pairs of thin matrices, factorisation, ranks and budgets."""
+"""Low-rank layers in plain torch: factors A and B, factorization, ranks and budgets."""
 
 from fingpt_lightning.low_rank.adapters import AdaptedLinear, AdapterOptions
 from fingpt_lightning.low_rank.budget import LayerBudget, ModelBudget

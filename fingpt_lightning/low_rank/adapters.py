@@ -60,11 +60,11 @@ class AdapterOptions:
 
 
 class FrozenBase(NamedTuple):
-    """What becomes of a network that is laid out: frozen, perhaps quantised, with adapters.
+    """The base of a laid-out network: frozen, perhaps quantized, with adapters.
 
     Args:
-        bytes_per_number: Of weights that are not quantised, and of activations.
-        bytes_per_matrix_number: Of the matrices of the blocks.
+        bytes_per_number: Bytes per number of weights that are not quantized, and of activations.
+        bytes_per_matrix_number: Bytes per number of the matrices of the blocks.
         adapters: Trained numbers beside each layer that is adapted, by the layer's name.
     """
 
@@ -80,15 +80,15 @@ class AdaptedLinear(nn.Module):
     matrix counts as a constant in the backward pass. A new adapter changes nothing: B is zero.
 
     The products run in the dtype of the input, thin ones too; A, B and m are kept in float32 (in
-    float64 under a float64 input), which is what the optimiser needs.
+    float64 under a float64 input), which is what the optimizer needs.
 
     Args:
-        base_layer: W and b, dense or quantised; its parameters are frozen here.
+        base_layer: W and b, dense or quantized; its parameters are frozen here.
         in_features: I.
         out_features: O.
-        options: Of the adapter.
-        dtype: Of A, B and m.
-        device: Of A, B and m.
+        options: Options of the adapter.
+        dtype: Dtype of A, B and m.
+        device: Device of A, B and m.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class AdaptedLinear(nn.Module):
         """Sets the lengths to those of the rows of W, with which DoRA starts.
 
         Args:
-            weight: W; what is multiplied, if the base is quantised.
+            weight: W; where the base is quantized, the matrix that it multiplies with.
         """
         squares_O = weight.to(self.lora_A.dtype).square().sum(1)
         self.lora_magnitude_vector = nn.Parameter(squares_O.sqrt())
@@ -133,7 +133,7 @@ class AdaptedLinear(nn.Module):
         return cast("Tensor | None", getattr(last or self.base_layer, "bias", None))
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
-        """Cost: 2 R (I + O) floating-point operations a row beside those of the base."""
+        """Cost: 2 R (I + O) floating-point operations per row beside those of the base."""
         if not self.enabled:
             return cast("Tensor", self.base_layer(x))
         y_NO = self._base_product(x.reshape(-1, self.in_features))
@@ -175,7 +175,7 @@ class AdaptedLinear(nn.Module):
         """The weight of the one dense layer that does the same, in the adapter's dtype.
 
         Args:
-            weight: W; what is multiplied, if the base is quantised.
+            weight: W; where the base is quantized, the matrix that it multiplies with.
         """
         dtype = self.lora_A.dtype
         merged_OI: Tensor = weight.to(dtype) + self.options.scale * (self.lora_B @ self.lora_A)

@@ -33,7 +33,7 @@ class LayerBudget:
 
     Args:
         name: Full module name.
-        kind: What it does.
+        kind: Kind of layer.
         in_block: Whether it belongs to a decoder block (else embedding, head, final norm).
         parameters: Stored numbers, shared ones counted at the layer that holds them first.
         dense_parameters: The same in the dense baseline.
@@ -130,7 +130,7 @@ class ModelBudget:
         return spent / self.dense_forward_flops_per_token
 
     def bytes_at(self, bits: int) -> int:
-        """Bytes of all parameters at ``bits`` a number, without quantisation constants."""
+        """Bytes of all parameters at ``bits`` per number, without quantization constants."""
         return self.total_parameters * bits // 8
 
     def dense_bytes_at(self, bits: int) -> int:
@@ -146,7 +146,7 @@ class ModelBudget:
         return self.dense_block_parameters * bits // 8
 
     def _ranks_by_kind(self) -> dict[str, list[int]]:
-        """The ranks of the pairs, by the layer's name within its block."""
+        """The ranks of the low-rank layers, by the layer's name within its block."""
         found: dict[str, list[int]] = {}
         for layer in self.layers:
             if layer.rank is not None and layer.kind is not LayerKind.HEAD:

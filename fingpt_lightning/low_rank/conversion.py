@@ -44,14 +44,14 @@ def make_low_rank(
     initialization: str = "svd",
     generator: torch.Generator | None = None,
 ) -> LowRankReport:
-    """Makes linear layers of a network low-rank, in place. Make the optimiser afterwards.
+    """Makes linear layers of a network low-rank, in place. Make the optimizer afterwards.
 
     Each ``torch.nn.Linear`` and each ``Conv1D`` of transformers that is chosen becomes a
     `LowRankLinear`, with the bias that it had, on its device, in its dtype, trained or frozen as
     it was. A layer whose factors would not be smaller than its weight stays dense.
 
     ``all-linear`` with one rank passes over the head of a transformers network and over layers
-    that cannot be replaced: quantised ones, those under adapters, those that share their weight
+    that cannot be replaced: quantized ones, those under adapters, those that share their weight
     (a head tied to its embedding), those whose weight is computed or sharded, that have hooks, or
     whose parent reads their weight itself (``torch.nn.MultiheadAttention``). A layer that is
     named, in ``names`` or in a mapping of ranks, and cannot be replaced is refused. Where anything
@@ -72,7 +72,7 @@ def make_low_rank(
 
     Raises:
         ValueError: A name fits no linear layer, a rank does not fit its layer, or a layer cannot
-            be replaced; the message names it and says why.
+            be replaced; the message names it and gives the reason.
 
     Cost: with ``svd`` an eigendecomposition of a min(in, out) square matrix for each layer.
 
@@ -259,7 +259,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, a linear layer that stores its weight transposed."""
-    kind = type(module)  # named, since whoever has no transformers needs none here
+    kind = type(module)  # named, since transformers may not be installed here
     return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 

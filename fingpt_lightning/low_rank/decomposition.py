@@ -1,12 +1,12 @@
-"""Pairs of thin matrices nearest to dense weights, many weights of one shape at a time.
+"""Factors A and B nearest to dense weights, many weights of one shape at a time.
 
 Axes: B weights of one shape, O out_features, I in_features, R rank, K columns of a subspace,
 M = min(O, I).
 
-What is nearest is measured on the weights or, with moments, on what the layers put out: with
+Distance is measured on the weights or, with moments, on the outputs of the layers: with
 E the error of a weight and C = X X' / n the second moments of a layer's n inputs X, that is
 |E|^2 or tr(E C E') = |E X|^2 / n. Where the layers before have changed what reaches a layer to Y,
-it is |W X - P Y|^2 / n of the pair P = U D.
+it is |W X - P Y|^2 / n of the product P = U D.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from torch import Tensor
 from fingpt_lightning.low_rank.factorize import Factors
 
 OVERSAMPLING = 16
-"""Columns of a randomised subspace beyond the rank."""
+"""Columns of a randomized subspace beyond the rank."""
 POWER_ITERATIONS = 2
 
 
@@ -39,7 +39,7 @@ class Basis(NamedTuple):
     Args:
         vectors: Orthonormal columns, the direction of the largest outputs first.
         energies: Squares of all M singular values of W S, downwards, with S S' = C; of the
-            randomised method those of the subspace alone.
+            randomized method those of the subspace alone.
     """
 
     vectors: Float[Tensor, "B O K"]
@@ -47,14 +47,14 @@ class Basis(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """How far a pair is from its weight: |W - U D| / |W|, and the same of the outputs."""
+    """Distance of the factors from their weight: |W - U D| / |W|, and the same for the outputs."""
 
     weight: float
     output: float | None
 
 
 class ShiftedMoments(NamedTuple):
-    """Of a layer's n inputs X, and of those, Y, that reach it after layers before it have changed.
+    """Moments of a layer's n inputs X, and of the inputs Y after layers before it have changed.
 
     Args:
         whole: C = X X' / n.
@@ -78,20 +78,21 @@ def output_basis(
 
     The nearest weight of rank R is U U' W with the first R of these columns U: no inverse of S
     is taken, so that moments may be singular. Exact, W C W' (if O <= I) or S' W' W S is taken
-    apart, which resolves singular values down to 1e-8 of the largest. Randomised, a random
+    apart, which resolves singular values down to 1e-8 of the largest. Randomized, a random
     subspace is multiplied by W C W' and made orthonormal, over and over.
 
     Args:
-        weights: On any device, all of one shape.
+        weights: Weights on any device, all of one shape.
         num_columns: K, in [1, M].
         moments: C of each layer; None measures on the weights.
-        method: Exact or randomised.
-        generators: Of the randomised start, one a weight, on its device; None draws from torch's.
+        method: Method, exact or randomized.
+        generators: Generators of the randomized start, one per weight, on its device; None draws
+            from torch's.
 
     Raises:
         ValueError: ``num_columns`` is out of range.
 
-    Source: https://arxiv.org/abs/2403.07378, section 3.2 (SVD-LLM: W S = U Sigma V', pair
+    Source: https://arxiv.org/abs/2403.07378, section 3.2 (SVD-LLM: W S = U Sigma V', factors
     U sqrt(Sigma) and sqrt(Sigma) V' S^-1, whose product is U U' W);
     https://arxiv.org/abs/0909.4061, algorithm 4.4 (subspace iteration).
     """
@@ -122,12 +123,13 @@ def energies_of(
 def damped(moments: Float[Tensor, "B I I"] | None, damping: float) -> Float[Tensor, "B I I"] | None:
     """C + damping mean(diag C) 1: moments that leave no direction of the inputs out.
 
-    Those of few tokens, or of one kind of text, say of most directions only that they did not
+    Moments of few tokens, or of one kind of text, show of most directions only that they did not
     occur there; this much of the error of the weight itself counts beside that of the outputs.
 
     Args:
         moments: C of each layer; None stays None.
-        damping: From 0 on; 0 changes nothing, and a large one leaves the weight's error alone.
+        damping: Damping, at least 0; 0 changes nothing, and a large one leaves the weight's error
+            alone.
     """
     if moments is None or not damping:
         return moments
@@ -142,12 +144,12 @@ def shifted_weight(
     """The V nearest to putting out on Y what W puts out on X: W K D^-1, in float64.
 
     With l = damping mean(diag D) it is W (K + l 1) (D + l 1)^-1, the least of
-    |W X - V Y|^2 / n + l |W - V|^2: where Y says little, V is W.
+    |W X - V Y|^2 / n + l |W - V|^2: where Y carries little information, V is W.
 
     Args:
         weight: W.
-        moments: Of X and Y.
-        damping: Above 0: D of few tokens is singular or nearly so.
+        moments: Moments of X and Y.
+        damping: Damping, above 0, since D of few tokens is singular or nearly so.
 
     Source: with P = U D of full rank the least squares of
     https://arxiv.org/abs/2403.07378, section 3.3, whose X is that of the changed network.
@@ -197,14 +199,14 @@ def decompose(
     method: Method = Method.EXACT,
     generators: Sequence[torch.Generator] | None = None,
 ) -> list[Factors]:
-    """The nearest pair of each weight, in the dtype of the weights.
+    """The nearest factors of each weight, in the dtype of the weights.
 
     Args:
-        weights: As in `output_basis`.
-        ranks: One a weight.
-        moments: As in `output_basis`.
-        method: As in `output_basis`.
-        generators: As in `output_basis`.
+        weights: Weights as in `output_basis`.
+        ranks: One rank per weight.
+        moments: Moments as in `output_basis`.
+        method: Method as in `output_basis`.
+        generators: Generators as in `output_basis`.
     """
     basis = output_basis(weights, max(ranks), moments, method, generators)
     return [
@@ -222,11 +224,11 @@ def factors_of(weight: Float[Tensor, "O I"], vectors: Float[Tensor, "O R"]) -> F
 def relative_errors(
     weight: Float[Tensor, "O I"], factors: Factors, moment: Float[Tensor, "I I"] | None = None
 ) -> Errors:
-    """How far a pair is from its weight, as it is stored.
+    """Distance of the stored factors from their weight.
 
     Args:
         weight: W.
-        factors: Of any dtype.
+        factors: Factors of any dtype.
         moment: C of the layer's inputs, for the error of its outputs.
     """
     weight = weight.double()
@@ -242,12 +244,12 @@ def relative_errors(
 def shifted_errors(
     weight: Float[Tensor, "O I"], factors: Factors, moments: ShiftedMoments
 ) -> Errors:
-    """`relative_errors` of |W X - U D Y|, as the pair is stored.
+    """`relative_errors` of |W X - U D Y|, with the factors as stored.
 
     Args:
         weight: W.
-        factors: Of any dtype.
-        moments: Of X and Y.
+        factors: Factors of any dtype.
+        moments: Moments of X and Y.
     """
     weight = weight.double()
     product = factors.up.double() @ factors.down.double()

@@ -24,7 +24,7 @@ class LowRankEmbedding(nn.Module):
     Raises:
         ValueError: ``rank`` is outside [1, min(V, D)].
 
-    Source: https://arxiv.org/abs/1909.11942, section 3.1 (factorised embedding).
+    Source: https://arxiv.org/abs/1909.11942, section 3.1 (factorized embedding).
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, rank: int) -> None:
@@ -46,7 +46,7 @@ class LowRankEmbedding(nn.Module):
         self.up.copy_(factors.down.T)
 
     def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
-        """Cost: a gather of R numbers and 2 R D floating-point operations a token."""
+        """Cost: a gather of R numbers and 2 R D floating-point operations per token."""
         return F.linear(F.embedding(ids, self.table), self.up)
 
     def extra_repr(self) -> str:
@@ -63,7 +63,7 @@ class HeadFactors(NamedTuple):
 
 @runtime_checkable
 class FactoredHead(Protocol):
-    """A head that says what its last product is made of."""
+    """A head that gives the two operands of its last product."""
 
     def factors(self, hidden: Float[Tensor, "*batch D"]) -> HeadFactors:
         """The last product of the head for these hidden states."""
@@ -77,7 +77,7 @@ class LowRankHead(nn.Module):
         self.table, self.up = embedding.table, embedding.up
 
     def forward(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
-        """Cost: 2 R (D + V) floating-point operations a row; the dense head takes 2 D V."""
+        """Cost: 2 R (D + V) floating-point operations per row; the dense head takes 2 D V."""
         return F.linear(hidden @ self.up, self.table)
 
     def factors(self, hidden: Float[Tensor, "*batch D"]) -> HeadFactors:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """A pair with ``up @ down`` close to one weight, its singular values shared evenly."""
+    """Factors with ``up @ down`` close to one weight, its singular values shared evenly."""
 
     up: Float[Tensor, "O R"]
     down: Float[Tensor, "R I"]
@@ -31,7 +31,7 @@ def factorize(
         weight: W, any layout of two axes.
         rank: R, in [1, min(O, I)].
         compute_dtype: float64 resolves singular values down to 1e-8 of the largest. float32 is
-            enough, and three times faster, for the well-conditioned draws of an initialisation.
+            enough, and three times faster, for the well-conditioned draws of an initialization.
 
     Returns:
         The factors in the dtype of ``weight``.

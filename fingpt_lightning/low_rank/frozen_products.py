@@ -1,7 +1,7 @@
 """Products with frozen weights in float32, on CPUs where torch's default library is slow at them.
 
 torch multiplies float32 matrices with MKL, which on processors that are not Intel's leaves half of
-AVX-512 unused. torch's other library, oneDNN, does not, but is asked only where reduced precision
+AVX-512 unused. torch's other library, oneDNN, does not, but is used only where reduced precision
 is allowed. So it is allowed for these products alone, and only where none is lost by it: where a
 product that was tried came out as exact as MKL's.
 
@@ -26,7 +26,8 @@ def frozen_linear(
 ) -> Float[Tensor, "N O"]:
     """``x weight' + bias`` for a weight and bias that are not trained.
 
-    Equal to ``torch.nn.functional.linear`` to rounding; what is trained after all goes its way.
+    Equal to ``torch.nn.functional.linear`` to rounding; parameters that are trained after all go
+    that way.
     """
     is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

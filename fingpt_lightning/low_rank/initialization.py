@@ -45,13 +45,13 @@ def initial_factors(
     """The float32 factors that a layer starts with.
 
     Args:
-        initialization: How.
+        initialization: Method of the draw.
         in_features: I.
         out_features: O.
         rank: R.
-        std: Of the numbers of the dense layer in its place.
-        generator: Of the draws; None for torch's own.
-        device: Of the draws, that of the generator.
+        std: Standard deviation of the numbers of the dense layer in its place.
+        generator: Generator of the draws; None for torch's own.
+        device: Device of the draws, that of the generator.
     """
 
     def drawn(rows: int, columns: int, std: float = 1.0) -> Tensor:

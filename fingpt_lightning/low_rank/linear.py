@@ -30,14 +30,14 @@ class LowRankLinear(nn.Module):
         out_features: O. A layer that makes query, key and value at once has O = 3 I and shares
             one ``down`` among the three.
         rank: R, in [1, min(I, O)].
-        bias: Whether b is there.
-        activation: What z goes through before U: ``none`` or ``silu``, with which the layer is no
-            linear map and no single matrix can stand for it.
+        bias: Whether the layer has a bias b.
+        activation: Function applied to z before U: ``none`` or ``silu``, with which the layer is
+            not a linear map and no single matrix can stand for it.
         expansion: The alpha of the expansion; 0 for none.
 
     Raises:
         ValueError: ``rank`` is outside [1, min(I, O)], ``activation`` is unknown, or both it and
-            ``expansion`` are asked for.
+            ``expansion`` are requested.
 
     Source: https://arxiv.org/abs/2402.13533, section 3 (their A is ``down``, their B is ``up``);
     https://arxiv.org/abs/2502.10940 (``silu``); https://arxiv.org/abs/2606.28932 (``expansion``);
@@ -91,8 +91,8 @@ class LowRankLinear(nn.Module):
         """The layer of these factors.
 
         Args:
-            factors: Taken as they are.
-            bias: Of the layer, copied.
+            factors: Factors, used without a copy.
+            bias: Bias of the layer, copied.
         """
         (out_features, rank), (_, in_features) = factors.up.shape, factors.down.shape
         with torch.device("meta"):
@@ -112,9 +112,9 @@ class LowRankLinear(nn.Module):
         """Draws the factors anew; the bias becomes 0.
 
         Args:
-            std: Of the numbers of a dense weight in the layer's place.
-            generator: Of the draws, on the layer's device.
-            initialization: How the factors follow from it.
+            std: Standard deviation of the numbers of a dense weight in the layer's place.
+            generator: Generator of the draws, on the layer's device.
+            initialization: Method by which the factors follow from it.
         """
         factors = initial_factors(
             initialization, self.in_features, self.out_features, self.rank, std, generator,
@@ -126,7 +126,7 @@ class LowRankLinear(nn.Module):
             self.bias.zero_()
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
-        """Cost: 2 R (I + O) floating-point operations a row; the dense layer takes 2 I O."""
+        """Cost: 2 R (I + O) floating-point operations per row; the dense layer takes 2 I O."""
         z = F.linear(x, self.down)
         if self.activation == "silu":
             z = F.silu(z)
@@ -142,7 +142,7 @@ class LowRankLinear(nn.Module):
     def add_guide(self) -> None:
         """Sets a trained dense matrix beside the factors: their product, with a share of 1.
 
-        Memory: O I numbers and the optimiser's state for them, until `drop_guide`.
+        Memory: O I numbers and the optimizer's state for them, until `drop_guide`.
 
         Raises:
             ValueError: The factors have an activation between them, so that no matrix is their map.
@@ -164,10 +164,10 @@ class LowRankLinear(nn.Module):
         """The weight of the dense layer that is the same map.
 
         Args:
-            dtype: Of product and result; None for the factors' own.
+            dtype: Dtype of product and result; None for the factors' own.
 
         Raises:
-            ValueError: There is no such layer: the factors have an activation between them.
+            ValueError: No such layer exists: the factors have an activation between them.
         """
         if self.activation != "none":
             raise ValueError(

@@ -7,20 +7,20 @@ from torch.optim import Optimizer
 
 
 def decay_products(optimizer: Optimizer) -> None:
-    """Lets an optimiser decay ``up down`` in its groups that set ``product_decay``.
+    """Lets an optimizer decay ``up down`` in its groups that set ``product_decay``.
 
     After each step, with d = lr x product_decay,
 
         down <- down - d (up' up) down        up <- up - d up (down down')
 
-    at once: a step down the gradient of d |up down|^2 / 2, beside the optimiser's own and not
+    at once: a step down the gradient of d |up down|^2 / 2, beside the optimizer's own and not
     through its averages, as AdamW decays. Decay of each factor alone shrinks what the product
     needs and what it does not alike; here a direction decays as far as the product has it.
-    Cost: 4 R^2 (in + out) floating-point operations a pair.
+    Cost: 4 R^2 (in + out) floating-point operations per low-rank layer.
 
     Args:
-        optimizer: Of any class. A group with ``product_decay`` holds down, up, down, up, ... and
-            should set its own ``weight_decay`` to 0.
+        optimizer: Optimizer of any class. A group with ``product_decay`` holds down, up, down, up,
+            ... and should set its own ``weight_decay`` to 0.
 
     Source: https://arxiv.org/abs/2105.01029 (Frobenius decay), there as a part of the loss.
     """

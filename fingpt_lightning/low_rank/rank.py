@@ -11,7 +11,7 @@ Rank = int | float | None
 def resolve_rank(rank: Rank, in_features: int, out_features: int) -> int | None:
     """The number of columns a layer's factors get, or None where it stays dense.
 
-    A pair of rank r holds r (in + out) weights; where that is not fewer than in x out, the
+    Factors of rank r hold r (in + out) weights; where that is not fewer than in x out, the
     layer stays dense.
 
     Raises:
@@ -41,7 +41,7 @@ class RankRule:
     """A rank for every linear layer, with exceptions by name pattern.
 
     Args:
-        default: What a layer gets that no pattern names.
+        default: Rank of a layer that no pattern names.
         overrides: Shell-style patterns over full module names, such as ``"*.mlp.c_proj"``; the
             last one that fits wins.
     """

@@ -1,4 +1,4 @@
-"""Ranks from what is asked for: so many parameters in all, or so much of a spectrum.
+"""Ranks from a target: a number of parameters in all, or a share of a spectrum.
 
 A size is (in_features, out_features). A layer without a rank is dense.
 """
@@ -11,11 +11,11 @@ from fingpt_lightning.low_rank.rank import resolve_rank
 
 Size = tuple[int, int]
 _LEAST_SHARE = 0.25
-"""Of the rank that all layers alike would get: what `allocate_ranks` leaves each at least."""
+"""Share of the rank of layers all alike that `allocate_ranks` leaves each layer at least."""
 
 
 def largest_rank(in_features: int, out_features: int) -> int:
-    """The largest rank whose pair is smaller than the dense layer; 0 where none is.
+    """The largest rank whose factors are smaller than the dense layer; 0 where none is.
 
     >>> largest_rank(768, 768), largest_rank(768, 3072), largest_rank(1, 5)
     (383, 614, 0)
@@ -24,7 +24,7 @@ def largest_rank(in_features: int, out_features: int) -> int:
 
 
 def num_parameters(rank: int | None, in_features: int, out_features: int) -> int:
-    """Of a pair, or of the dense layer: the weight without the bias.
+    """Parameters of the factors, or of the dense layer: the weight without the bias.
 
     >>> num_parameters(224, 768, 2304), num_parameters(None, 768, 2304)
     (688128, 1769472)
@@ -35,7 +35,7 @@ def num_parameters(rank: int | None, in_features: int, out_features: int) -> int
 
 
 def total_parameters(sizes: Mapping[str, Size], ranks: Mapping[str, int | None]) -> int:
-    """Of all layers."""
+    """Parameters of all layers."""
     return sum(num_parameters(ranks[name], *size) for name, size in sizes.items())
 
 
@@ -52,7 +52,7 @@ def ratio_for_parameters(sizes: Mapping[str, Size], target: int) -> float:
     larger.
 
     Args:
-        sizes: Of the layers, by name.
+        sizes: Sizes of the layers, by name.
         target: Parameters of all layers together.
 
     Raises:
@@ -87,12 +87,12 @@ def parameters_left(
     """What a total compression leaves for some layers.
 
     Args:
-        sizes: Of the layers, by name.
+        sizes: Sizes of the layers, by name.
         compression: All parameters of the dense network over all that are stored.
-        dense: All of the dense network.
-        fixed: Stored ones beside these layers.
-        asked: What was asked for, for the message.
-        hint: What makes the fixed ones fewer.
+        dense: All parameters of the dense network.
+        fixed: Stored parameters beside these layers.
+        asked: The target as it was requested, for the message.
+        hint: Way to make the fixed parameters fewer, for the message.
 
     Raises:
         ValueError: Rank 1 everywhere takes more.
@@ -115,7 +115,7 @@ def energy_rank(energies: Sequence[float], share: float) -> int:
 
     Args:
         energies: Squared singular values, downwards.
-        share: In (0, 1].
+        share: Share in (0, 1].
 
     Raises:
         ValueError: ``share`` is out of range.
@@ -125,7 +125,7 @@ def energy_rank(energies: Sequence[float], share: float) -> int:
     """
     if not 0 < share <= 1:
         raise ValueError(f"energy {share} is outside (0, 1]")
-    # What is lost, not what is kept: the tail has digits that the sum has not.
+    # The lost part is summed, not the kept one: the tail has digits that the sum has not.
     allowed, lost = (1 - share) * math.fsum(energies) * (1 + 1e-12), 0.0
     for rank in range(len(energies), 1, -1):
         lost += energies[rank - 1]
@@ -135,7 +135,7 @@ def energy_rank(energies: Sequence[float], share: float) -> int:
 
 
 def dense_if_not_smaller(rank: int, size: Size) -> int | None:
-    """The rank, or None where its pair is not smaller than the dense layer."""
+    """The rank, or None where its factors are not smaller than the dense layer."""
     return rank if rank <= largest_rank(*size) else None
 
 
@@ -147,18 +147,18 @@ def allocate_ranks(
 ) -> dict[str, int | None]:
     """Ranks under one budget, by what each further parameter is worth.
 
-    Of each layer the share of its energy that is kept counts. For a price a parameter, each layer
+    Of each layer the share of its energy that is kept counts. For a price per parameter, each layer
     takes the rank, or stays dense, where what it keeps less what it pays is largest: columns worth
     their in + out parameters, and all of them where that is dearer by less than what the rest is
-    worth. The price is the lowest that the budget bears; what is left of it goes to the columns
+    worth. The price is the lowest that the budget bears; the remainder goes to the columns
     worth most. Each layer gets at least ``least_share`` of the rank it would have if all were
     alike: a sum of errors knows nothing of a network that breaks at its narrowest layer.
 
     Args:
         energies: Squared singular values of each layer, downwards; whitened where calibrated.
-        sizes: Of the same layers.
+        sizes: Sizes of the same layers.
         target: Parameters of all layers together.
-        least_share: In [0, 1].
+        least_share: Share in [0, 1].
 
     Raises:
         ValueError: Rank 1 everywhere takes more than ``target``, or ``least_share`` is out of
@@ -188,11 +188,11 @@ class _Layer:
     """What the ranks of a layer keep and cost.
 
     Args:
-        name: Of the layer.
-        size: Of the layer.
+        name: Name of the layer.
+        size: Size of the layer.
         energies: Its squared singular values, downwards.
         alike: Its rank if all were alike.
-        least_share: Of that.
+        least_share: Least share of that rank.
     """
 
     def __init__(
@@ -209,15 +209,15 @@ class _Layer:
         self.kept = list(itertools.accumulate(self.shares, initial=0.0))
         self.largest = largest_rank(*size)
         even = self.largest if alike is None else alike
-        # Of a layer without a smaller pair nothing but the dense layer is left.
+        # A layer without smaller factors can only stay dense.
         self.least = min(max(1, math.floor(least_share * even)), self.largest)
 
     def worth_of_column(self, index: int) -> float:
-        """Share of the energy a parameter, of the column after so many."""
+        """Share of the energy per parameter, of the column after so many."""
         return self.shares[index] / self.column_cost
 
     def worth_of_rest(self, rank: int) -> float:
-        """Share of the energy a parameter, of all that a pair of this rank leaves out."""
+        """Share of the energy per parameter, of all that factors of this rank leave out."""
         missing = num_parameters(None, *self.size) - num_parameters(rank, *self.size)
         return (self.kept[-1] - self.kept[rank]) / max(1, missing)
 
@@ -228,7 +228,7 @@ class _Layer:
         return columns + [self.worth_of_rest(rank) for rank in ranks]
 
     def rank_at(self, price: float) -> int | None:
-        """The best rank at a price a parameter; None is dense."""
+        """The best rank at a price per parameter; None is dense."""
         if self.largest == 0:
             return None
         low, high = self.least, self.largest
@@ -244,7 +244,7 @@ class _Layer:
 def _filled(
     ranks: dict[str, int | None], layers: Sequence[_Layer], left: int
 ) -> dict[str, int | None]:
-    """Spends what is left of a budget on the columns worth most."""
+    """Spends the rest of a budget on the columns worth most."""
     columns = []
     for layer in layers:
         rank = ranks[layer.name]

@@ -1,4 +1,4 @@
-"""An optimiser for factor pairs: orthogonalised momentum, steps bounded for the product.
+"""An optimizer for factors A and B: orthogonalized momentum, steps bounded for the product.
 
 Axes: N matrices of one size, R rank, F features (in or out).
 """
@@ -20,7 +20,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NUM_NEWTON_SCHULZ_STEPS = 5
 _NUM_FIRST_ITERATIONS = 16
 _NUMBERS_AT_A_TIME = 2**24
-"""Of the matrices that are stacked: it bounds the memory beside weights, gradients and state."""
+"""Numbers of stacked matrices: a bound on the memory beside weights, gradients and state."""
 
 
 def low_rank_factors(network: nn.Module) -> list[nn.Parameter]:
@@ -33,10 +33,10 @@ def orthogonalized(matrices: Float[Tensor, "*N R F"]) -> Float[Tensor, "*N R F"]
     """About U V' of each matrix U S V': its singular values go to between 0.7 and 1.2.
 
     Five steps X <- a X + (b X X' + c (X X')^2) X from X = G / |G|, with the a, b and c that raise
-    small singular values fastest. Cost: 20 R^2 F + 10 R^3 floating-point operations a matrix.
+    small singular values fastest. Cost: 20 R^2 F + 10 R^3 floating-point operations per matrix.
 
     Args:
-        matrices: With R <= F.
+        matrices: Matrices with R <= F.
 
     Source: https://arxiv.org/abs/2409.20325; the coefficients are those of
     https://arxiv.org/abs/2602.12429.
@@ -55,9 +55,9 @@ def spectral_norms(
     """The largest singular values, from below, and the left vectors that go on towards them.
 
     Args:
-        matrices: Their norms are wanted.
-        vectors: Where the iteration starts: best the vectors of an earlier call.
-        num_iterations: Of the power iteration; each costs 4 R F operations a matrix.
+        matrices: Matrices whose norms are computed.
+        vectors: Start of the iteration, best the vectors of an earlier call.
+        num_iterations: Number of power iterations; each costs 4 R F operations per matrix.
     """
     norms = vectors.new_zeros(len(vectors))
     for _ in range(num_iterations):
@@ -72,23 +72,23 @@ def spectral_norms(
 
 
 class Spectron(Optimizer):
-    """Factor pairs along orthogonalised momentum, everything else by AdamW.
+    """Moves factors A and B along orthogonalized momentum, everything else by AdamW.
 
     With the momentum M <- m M + G of a factor, and O(G + m M) its `orthogonalized` Nesterov form,
-    both factors of a pair move by ``-e O``, where
+    both factors of a layer move by ``-e O``, where
 
         e = lr / (s(up) + s(down) + 1),
 
     s being the largest singular value. So the product moves by at most 1.2^2 lr in the spectral
     norm, whatever the scales of its factors, and as far in all directions: plain AdamW moves
     products of badly scaled factors too far in few directions. Decay is decoupled, as in AdamW.
-    A dense matrix can be moved alike, by ``-lr O``: then a dense baseline is trained as the pairs
+    A dense matrix can be moved alike, by ``-lr O``: then a dense baseline is trained as the factors
     are.
 
-    State: one momentum a number of a pair (AdamW keeps two averages) and a vector of R numbers a
-    factor, from which one step of power iteration estimates s. Both are the parameter's own, so
-    that a checkpoint of some parameters is a part of a checkpoint of all. Nothing is drawn and no
-    rank needs another: equal gradients give equal steps.
+    State: one momentum per number of the factors (AdamW keeps two averages) and a vector of R
+    numbers per factor, from which one step of power iteration estimates s. Both are the
+    parameter's own, so that a checkpoint of some parameters is a part of a checkpoint of all.
+    Nothing is drawn and no rank needs another: equal gradients give equal steps.
 
     Args:
         groups: Parameter groups. One with ``is_low_rank`` True holds down, up, down, up, ... and
@@ -97,15 +97,15 @@ class Spectron(Optimizer):
             AdamW's, with ``betas`` and ``eps``.
         lr: Learning rate, where a group has none.
         momentum: m.
-        betas: AdamW's.
-        eps: AdamW's.
-        weight_decay: Decoupled, where a group has none.
-        fused: AdamW in one kernel.
-        product_dtype: In which momenta are orthogonalised; None for the parameters' own.
+        betas: Decay rates of AdamW's averages.
+        eps: The eps of AdamW.
+        weight_decay: Decoupled weight decay, where a group has none.
+        fused: Whether AdamW runs in one kernel.
+        product_dtype: Dtype in which momenta are orthogonalized; None for the parameters' own.
 
     Raises:
-        ValueError: A group of pairs has an odd number of parameters, or its neighbours are no
-            pair.
+        ValueError: A group of factors has an odd number of parameters, or its neighbors are not
+            factors of one layer.
         TypeError: A parameter is sharded: the products here need whole matrices.
 
     Source: https://arxiv.org/abs/2602.12429 (Spectron: their A is ``up``, their B ``down``).
@@ -140,7 +140,7 @@ class Spectron(Optimizer):
         """One step of all groups; parameters without a gradient stay.
 
         Args:
-            closure: Makes the gradients and gives the loss, which is returned.
+            closure: Function that makes the gradients and gives the loss, which is returned.
         """
         loss = None
         if closure is not None:
@@ -269,7 +269,7 @@ def _stacked(some: Sequence[Tensor]) -> Float[Tensor, "N R F"]:
 
 
 def _batches(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Those that are of one size, lying or standing, a bounded number of them at a time."""
+    """The matrices of one size, lying or standing, a bounded number of them at a time."""
     by_kind: dict[Any, list[Tensor]] = {}
     for p in params:
         by_kind.setdefault((_wide(p).shape, p.dtype, p.device), []).append(p)
