@@ -1,6 +1,6 @@
 """Adapters on a network's linear layers: put on, switched off, merged, saved and loaded.
 
-Folders are PEFT's: what is written here loads there, and what PEFT writes loads here.
+Folders are PEFT's: adapters written here load there, and adapters that PEFT writes load here.
 """
 
 import hashlib
@@ -35,10 +35,10 @@ ALL_LINEAR = "all-linear"
 
 
 def linear_names(network: PreTrainedModel) -> list[str]:
-    """The layers that can be adapted or are: all linear ones but the head; a pair is one."""
+    """The adaptable or adapted layers: all linear ones but the head, low-rank layers included."""
     names: list[str] = []
     family, embedding = family_of(network), network.get_input_embeddings()
-    in_embedding = set(embedding.modules())  # a quantised table is a linear layer
+    in_embedding = set(embedding.modules())  # a quantized table is a linear layer
     for name, module in network.named_modules():
         is_inside = bool(names) and name.startswith(f"{names[-1]}.")
         if family.is_head(name) or is_inside or module in in_embedding:
@@ -57,7 +57,7 @@ def adapt(
     """Freezes a network and puts an adapter beside each layer that is named.
 
     Args:
-        network: Network, changed in place; its layers may be quantised.
+        network: Network, changed in place; its layers may be quantized.
         options: Options of all adapters, or of each by the full name of its layer.
         target_modules: ``all-linear``, or names such as ``q_proj`` or ends of full names.
         seed: Seed of the adapters' first weights, which depend on it and the layer's name alone;
@@ -131,10 +131,11 @@ def remove_adapters(network: PreTrainedModel) -> None:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """What a linear layer multiplies with, ``out_features x in_features``, dequantised.
+    """What a linear layer multiplies with, ``out_features x in_features``, dequantized.
 
     Raises:
-        ValueError: It is no linear layer, or a pair with an activation between its factors.
+        ValueError: It is not a linear layer, or a low-rank layer with an activation between its
+            factors.
     """
     match layer:
         case nn.Sequential():
@@ -149,7 +150,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 
 def base_quantization(network: nn.Module) -> str | None:
-    """In what the layers under adapters are quantised; None where they are not."""
+    """The method by which the layers under adapters are quantized; None where they are not."""
     for layer in adapted_layers(network).values():
         for module in layer.modules():
             if isinstance(module, FrozenMatrix):
@@ -221,7 +222,7 @@ def load_adapter(
 
     Args:
         folder: Folder in PEFT's format, written here or by PEFT.
-        network: Base, quantised or not.
+        network: Base, quantized or not.
         elsewhere: Parameters of the base that other processes hold; the adapters of their layers
             are left out.
 
@@ -230,7 +231,7 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: The folder has no weights.
-        ValueError: It does not fit the network, or needs what is not supported here.
+        ValueError: It does not fit the network, or needs a feature that is not supported here.
     """
     has_quantised_factors = any(isinstance(part, nn.Sequential) for part in network.modules())
     if not (has_quantised_factors or elsewhere):
@@ -254,8 +255,8 @@ def fill_adapters(
 
     Args:
         network: Network with adapters.
-        state: Weights of all of them and nothing else, by layer and part.
-        source: Where they came from, for messages.
+        state: Weights of all adapters and nothing else, by layer and part.
+        source: Origin of the weights, for messages.
 
     Raises:
         ValueError: A weight is missing, left over, or of another size.
@@ -277,7 +278,7 @@ def fill_adapters(
 
 
 def ends_features(layer: nn.Module) -> tuple[int, int]:
-    """In and out features of a linear layer, also of a quantised pair."""
+    """In and out features of a linear layer, also of a quantized low-rank layer."""
     ends = (layer[0], layer[-1]) if isinstance(layer, nn.Sequential) else (layer, layer)
     return features_of(ends[0])[0], features_of(ends[1])[1]
 
@@ -304,7 +305,7 @@ def _share_inputs(network: PreTrainedModel, names: Sequence[str]) -> None:
 
 
 def matching_names(there: Sequence[str], targets: str | Sequence[str]) -> list[str]:
-    """Those of some layers that ``target_modules`` means.
+    """The names among some layers that ``target_modules`` means.
 
     Raises:
         ValueError: A name matches none of them.

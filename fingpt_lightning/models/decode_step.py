@@ -28,11 +28,11 @@ def decode_step(
     """The final hidden state of each row's new token, which joins the cache.
 
     Args:
-        network: In evaluation mode.
-        token: The new one of each row.
-        position: Its place in the row's text.
-        cache: Of the tokens before.
-        allowed: Which tokens of the cache, and the new one, each row attends to; None is all.
+        network: Network in evaluation mode.
+        token: New token of each row.
+        position: Position of the token in the row's text.
+        cache: Cache of the tokens before.
+        allowed: Tokens of the cache, and the new one, that each row attends to; None is all.
 
     Raises:
         ValueError: The network's family is not supported.

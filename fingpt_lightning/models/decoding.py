@@ -18,7 +18,7 @@ from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.models.key_value_cache import preallocated_cache
 
 Choose = Callable[[Tensor], Tensor]
-"""From logits, a row a text, to the next token of each."""
+"""Function from logits, one row per text, to the next token of each."""
 
 
 def greedy(logits: Float[Tensor, "B V"]) -> Int[Tensor, "B"]:
@@ -42,13 +42,13 @@ def decode(
     Rows are padded on the right and keep their own positions: the rows beside it change no text.
 
     Args:
-        network: In evaluation mode.
-        prompts: Of one token at least; with ``num_new`` they fit the network's positions.
-        num_new: At least 1.
-        end_tokens: A text ends before the first of these.
-        choose: Called with the logits of all rows, those of ended ones included.
-        cache: An empty one, in place of one with memory for just these rows.
-        names: What messages call each row; None numbers them.
+        network: Network in evaluation mode.
+        prompts: Prompts of one token at least; with ``num_new`` they fit the network's positions.
+        num_new: Number of new tokens, at least 1.
+        end_tokens: Tokens that end a text, which stops before the first of them.
+        choose: Function called with the logits of all rows, those of ended ones included.
+        cache: Empty cache, in place of one with memory for just these rows.
+        names: Name of each row in messages; None numbers them.
 
     Returns:
         The new tokens of each row.
@@ -66,7 +66,7 @@ def decode(
     allowed_BS = None
     if min(lengths) < longest:
         # A padding token lies behind its row, so that causal attention alone keeps it out of the
-        # prompt; what is written later must not see it.
+        # prompt; tokens written later must not see it.
         place_S = torch.arange(longest + num_new, device=device)
         allowed_BS = (place_S < lengths_B[:, None]) | (place_S >= longest)
     output = network.base_model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
@@ -100,22 +100,22 @@ def write_on(
     """Goes on with texts that a network has run already.
 
     Args:
-        network: In evaluation mode.
-        hidden: The final hidden state of each row's last token.
-        position: Where each row's next token stands in its text.
-        cache: Of all tokens before.
-        num_new: The most tokens that are written.
-        allowed: Which tokens each row attends to, of those in the cache and ``num_new`` more; None
+        network: Network in evaluation mode.
+        hidden: Final hidden state of each row's last token.
+        position: Position of each row's next token in its text.
+        cache: Cache of all tokens before.
+        num_new: Most tokens that are written.
+        allowed: Tokens that each row attends to, of those in the cache and ``num_new`` more; None
             is all.
-        end_tokens: As in `decode`.
-        choose: As in `decode`.
-        names: As in `decode`.
+        end_tokens: End tokens as in `decode`.
+        choose: Choice of tokens as in `decode`.
+        names: Names of rows as in `decode`.
 
     Returns:
         The new tokens of each row.
 
     Raises:
-        FloatingPointError: As in `decode`.
+        FloatingPointError: A logit is NaN or infinite, as in `decode`.
     """
     head = head_of(network)
     num_before = int(cache.get_seq_length())

@@ -19,15 +19,15 @@ from fingpt_lightning.models.quantization.quantized_embedding import QuantizedEm
 
 @torch.no_grad()
 def merge_into_base(network: PreTrainedModel) -> None:
-    """Takes each adapter into its layer; a low-rank pair stays one, wider by the adapter's rank.
+    """Merges each adapter into its layer; a low-rank layer stays one, wider by the adapter's rank.
 
-    Unlike `merge_adapters` it keeps what is saved by keeping pairs, where that still saves.
+    Unlike `merge_adapters` it keeps low-rank layers low-rank where that still saves memory.
 
     Args:
-        network: With adapters on dense layers, pairs or quantised layers; changed in place.
+        network: Network with adapters on dense, low-rank or quantized layers; changed in place.
 
     Raises:
-        ValueError: A pair under an adapter has an activation between its factors.
+        ValueError: A low-rank layer under an adapter has an activation between its factors.
     """
     for name, layer in adapted_layers(network).items():
         pair = _widened(layer) if isinstance(layer.base_layer, LowRankLinear) else None
@@ -41,15 +41,15 @@ def merge_into_base(network: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def expand(network: PreTrainedModel) -> None:
-    """Makes every layer one of transformers' own: pairs and quantised layers become dense.
+    """Makes every layer one of transformers' own: low-rank and quantized layers become dense.
 
-    What is multiplied out is so in float64, and rounded once to the network's dtype.
+    Products are multiplied out in float64, and rounded once to the network's dtype.
 
     Args:
-        network: Without adapters; changed in place.
+        network: Network without adapters; changed in place.
 
     Raises:
-        ValueError: A pair has an activation between its factors.
+        ValueError: A low-rank layer has an activation between its factors.
     """
     own = family_of(network).dense_layer
     for name in linear_names(network):
@@ -97,7 +97,7 @@ def _dense_layer(network: PreTrainedModel, weight: Tensor, bias: Tensor | None) 
 
 
 def _widened(layer: AdaptedLinear) -> LowRankLinear | None:
-    """The pair that does what pair and adapter do; None where a dense layer is no larger."""
+    """Layer and adapter as one low-rank layer; None where a dense layer is no larger."""
     base = layer.base_layer
     assert isinstance(base, LowRankLinear)
     if base.activation != "none":

@@ -1,6 +1,6 @@
-"""What is known of each network family, in one record each: names, layers, formats, decode step.
+"""One record per network family: names, layers, formats, decode step.
 
-Everything in the package that depends on a family asks its record. A new family is one record in
+Everything in the package that depends on a family reads its record. A new family is one record in
 `FAMILIES` and one row in ``tests/models/test_families.py``, which holds every record against a
 network of transformers.
 """
@@ -23,7 +23,7 @@ from fingpt_lightning.models.family_steps import gpt2_step, llama_step
 from fingpt_lightning.terminal.messages import nearest
 
 DecodeStep: TypeAlias = Callable[[Any, Tensor, Tensor, Cache, Tensor | None], Tensor]
-"""From body, token, position, cache and allowed tokens to the final hidden state of each row."""
+"""Map of body, token, position, cache and allowed tokens to each row's final hidden state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class GgufFacts:
     Args:
         architecture: Name in llama.cpp.
         metadata: The values beside the common ones, by the name of the writer's ``add_`` method,
-            from a config; raises ValueError where the format has no word for it.
-        rotated: Layers whose rows are rotated features, which GGUF has in pairs of neighbours and
+            from a config; raises ValueError where the format cannot express it.
+        rotated: Layers whose rows are rotated features, which GGUF has in pairs of neighbors and
             transformers half a head apart; by the config's number of their heads.
         repair: Corrects the config that transformers makes of a file.
 
@@ -68,12 +68,12 @@ class Family:
         head: The head over the vocabulary.
         positions: Table of learned positions, added before the blocks; None where there is none.
         front: Other modules before the blocks.
-        attention_dropout: The config's setting.
-        dropouts: The config's settings of the dropouts that are modules.
+        attention_dropout: Name of the config's setting.
+        dropouts: Names of the config's settings of the dropouts that are modules.
         computed: Ends of the names of buffers that old files store and today's networks compute.
         decode_step: The family's layers alone, for one token; None takes transformers' own pass.
         is_plain: Whether ``decode_step`` computes what a network of this config does.
-        gguf: How it is kept in GGUF files; None where that is not supported.
+        gguf: Form of the family in GGUF files; None where that is not supported.
     """
 
     title: str
@@ -99,7 +99,7 @@ class Family:
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:
-        """That of the network class."""
+        """Config class of the network class."""
         found = self.network_class.config_class
         assert found is not None
         return found
@@ -225,7 +225,7 @@ def family_named(model_type: object, where: object = None) -> Family:
     """The record of a ``model_type``.
 
     Args:
-        model_type: As in a ``config.json``.
+        model_type: Type as in a ``config.json``.
         where: File or setting that names it, for the message.
 
     Raises:
@@ -248,7 +248,7 @@ def family_of_gguf(architecture: str, where: object) -> Family:
 
     Args:
         architecture: Name in llama.cpp.
-        where: The file, for the message.
+        where: File that names it, for the message.
 
     Raises:
         ValueError: There is none; the message lists those there are.

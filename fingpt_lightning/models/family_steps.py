@@ -1,6 +1,6 @@
 """One token more of each row through the layers of a family, without transformers around them.
 
-Layers are called as they stand in the network, so that low-rank, quantised and adapted ones need
+Layers are called as they stand in the network, so that low-rank, quantized and adapted ones need
 nothing of their own here.
 
 Axes: B rows, S tokens so far and the new one, D width, H heads, G heads of queries that share

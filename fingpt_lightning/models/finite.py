@@ -9,7 +9,7 @@ from torch import Tensor, nn
 def first_not_finite(module: nn.Module) -> str | None:
     """The name of the first weight or buffer with a NaN or an infinity; None where all are finite.
 
-    The scales of weights that bitsandbytes quantised count as part of the weight.
+    The scales of weights that bitsandbytes quantized count as part of the weight.
 
     Cost: one pass over all numbers; meant for after a failure.
     """
@@ -23,7 +23,7 @@ def not_finite(network: nn.Module, what: str) -> FloatingPointError:
     """The error to raise for numbers of a network that are NaN or infinite, with its likely cause.
 
     Args:
-        network: The network that computed them.
+        network: Network that computed them.
         what: The numbers and the row that they belong to, such as ``row 3: the scores``.
     """
     dtype = _compute_dtype(network)
@@ -58,6 +58,6 @@ def _compute_dtype(network: nn.Module) -> torch.dtype:
     kind = first.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
-    # A quantised network has integers among its parameters.
+    # A quantized network has integers among its parameters.
     floats = (p.dtype for p in network.parameters() if p.is_floating_point())
     return next(floats, torch.get_default_dtype())

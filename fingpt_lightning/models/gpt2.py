@@ -1,4 +1,4 @@
-"""transformers' GPT-2 with its linear layers, and if wanted its embedding, kept as thin pairs."""
+"""transformers' GPT-2 with its linear layers, and if wanted its embedding, low-rank."""
 
 import hashlib
 import math
@@ -36,10 +36,11 @@ class GPT2Shape:
     """The sizes of a GPT-2.
 
     Args:
-        num_layers: Decoder blocks.
-        width: Features of the residual stream, a multiple of ``num_heads``.
-        num_heads: Attention heads.
-        num_positions: Longest sequence.
+        num_layers: Number of decoder blocks.
+        width: Width of the hidden states: features of the residual stream, a multiple of
+            ``num_heads``.
+        num_heads: Number of attention heads.
+        num_positions: Length of the longest sequence.
     """
 
     num_layers: int
@@ -101,11 +102,11 @@ def rank_ratio_of(
     """The rank ratio with which a GPT-2 comes nearest to a total compression.
 
     Args:
-        compression: All parameters of the dense network over all of this one.
-        shape: Its sizes.
-        vocab_size: Tokens.
-        overrides: Ranks by name pattern, as of a `RankRule`; these layers keep theirs.
-        embedding_rank: Of the tied embedding; None keeps it dense.
+        compression: Ratio of all parameters of the dense network to all of this one.
+        shape: Sizes of the network.
+        vocab_size: Size of the vocabulary.
+        overrides: Ranks by name pattern, as in a `RankRule`; layers that match keep theirs.
+        embedding_rank: Rank of the tied embedding; None keeps it dense.
 
     Raises:
         ValueError: ``compression`` is below 1, or more than rank 1 everywhere gives.
@@ -210,27 +211,28 @@ def build_gpt2(
     seed: int | None = None,
     initialization: Initialization = Initialization.SVD,
 ) -> GPT2LMHeadModel:
-    """A freshly initialised GPT-2 with every linear layer of its blocks a low-rank pair.
+    """A freshly initialized GPT-2 with every linear layer of its blocks low-rank.
 
     No dense weight is held: the network is laid out without memory, its layers are replaced,
     and only then filled, each layer from a random stream of its own (so that a part of the
     network can be made alone and equals the same part of the whole).
 
     Args:
-        shape: The sizes.
-        vocab_size: Tokens of the vocabulary.
-        rank: Which rank each layer gets; None for the dense baseline.
-        embedding_rank: The rank of the tied embedding and head; None for a full table.
+        shape: Sizes of the network.
+        vocab_size: Size of the vocabulary.
+        rank: Rule for the rank of each layer; None for the dense baseline.
+        embedding_rank: Rank of the tied embedding and head; None for a full table.
         dropout: Probability after embedding, attention and MLP, in [0, 1).
-        eos_token_id: The token that ends a document, for generation.
-        seed: Of the initialisation; None draws one from torch's global generator.
-        initialization: Of the pairs; a factorised embedding is always the truncated SVD.
+        eos_token_id: Token that ends a document, for generation.
+        seed: Seed of the initialization; None draws one from torch's global generator.
+        initialization: Initialization of the factors; a factorized embedding is always the
+            truncated SVD.
 
     Raises:
         ValueError: A rank does not fit its layer.
 
-    Source: initialisation of Radford et al. (2019) as in transformers: N(0, 0.02^2), projections
-    into the residual stream divided by sqrt(2 x layers); a pair follows from that draw.
+    Source: initialization of Radford et al. (2019) as in transformers: N(0, 0.02^2), projections
+    into the residual stream divided by sqrt(2 x layers); the factors follow from that draw.
     """
     network = lay_out_gpt2(shape, vocab_size, rank, embedding_rank, dropout, eos_token_id)
     seed = seed if seed is not None else int(torch.randint(2**31, ()))
@@ -243,7 +245,7 @@ def materialize(
 ) -> None:
     """Gives a network of `lay_out_gpt2`, or the part of it that is left, memory and weights."""
     network.to_empty(device=torch.get_default_device())
-    tie_head(network)  # to_empty gives tied parameters a memory each
+    tie_head(network)  # to_empty gives tied parameters separate memory
     initialize(network, seed, initialization)
 
 

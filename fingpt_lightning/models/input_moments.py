@@ -19,10 +19,10 @@ from fingpt_lightning.models.quantization.layers import is_linear
 
 
 class InputMoments(NamedTuple):
-    """Of some layers.
+    """Second moments of the inputs of some layers.
 
     Args:
-        groups: The name of the moments of each layer; layers that read the same tensor share one.
+        groups: Name of the moments of each layer; layers that read the same tensor share one.
         moments: C = X X' / n over all n tokens, in float64, by that name.
     """
 
@@ -34,9 +34,9 @@ class ReachedLayers(NamedTuple):
     """Layers that read the same tensor, when all that comes before them has been changed.
 
     Args:
-        block: The block that is to be changed, a copy of the network's.
-        layers: Their names in it, by their names in the network.
-        moments: Of their inputs; None where they were not wanted.
+        block: Block to change, a copy of the network's.
+        layers: Names of the layers in the block, by their names in the network.
+        moments: Moments of the layers' inputs; None where they were not wanted.
     """
 
     block: nn.Module
@@ -66,13 +66,13 @@ def input_moments(
     dtype and summed over batches in float64.
 
     Args:
-        network: In evaluation mode, whole.
-        ids: Rows of equal length.
-        batch_rows: Rows that go through a block at a time.
-        refresh: Whether later blocks read what a block puts out after its moments were taken, for
-            those who change it then; it is run twice.
+        network: Whole network in evaluation mode.
+        ids: Tokens in rows of equal length.
+        batch_rows: Number of rows that go through a block at a time.
+        refresh: Whether later blocks read the outputs that a block has after its moments were
+            taken, for callers that change it then; it is run twice.
 
-    Cost: one forward pass without the head, and 2 I^2 operations a token for each distinct input.
+    Cost: one forward pass without the head, and 2 I^2 operations per token for each distinct input.
     """
     name, blocks = _blocks(network)
     captured = [_first_input(network, blocks[0], part) for part in ids.split(batch_rows)]
@@ -105,10 +105,10 @@ def shifted_moments(
     read comes through all that has been changed by then. The network itself stays as it is.
 
     Args:
-        network: As in `input_moments`.
-        ids: Rows of equal length.
-        is_wanted: Whether the moments are, of layers by their names.
-        batch_rows: Rows that go through a block at a time.
+        network: Network as in `input_moments`.
+        ids: Tokens in rows of equal length.
+        is_wanted: Function from a layer's name to whether its moments are wanted.
+        batch_rows: Number of rows that go through a block at a time.
 
     Memory: the hidden states of all rows twice, a copy of a block, three moments.
 
@@ -152,7 +152,7 @@ def _groups(block: nn.Module, call: _Call) -> list[list[str]]:
 
 @contextmanager
 def _watching(block: nn.Module, reached: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Tells the name of each linear layer that a block reaches, and what it reads."""
+    """Reports the name of each linear layer that a block reaches, and its input."""
     with ExitStack() as stack:
         for name, module in block.named_modules():
             if is_linear(module):
@@ -218,7 +218,7 @@ class _Sums:
         self._sums[name] = product if name not in self._sums else self._sums[name].add_(product)
 
     def means(self, num_tokens: int) -> InputMoments:
-        """Of all that was added."""
+        """Moments of all that was added."""
         moments = {name: total / num_tokens for name, total in self._sums.items()}
         return InputMoments(self._groups, moments)
 
@@ -237,7 +237,7 @@ def _first_input(network: PreTrainedModel, block: nn.Module, ids: Int[Tensor, "N
 
 @torch.no_grad()
 def _call_of(module: nn.Module, run: Callable[[], object]) -> _Call:
-    """What a module is called with in a run that ends there."""
+    """The arguments of a module's call, in a run that ends there."""
     found: list[_Call] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

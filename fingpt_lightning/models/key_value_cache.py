@@ -16,7 +16,7 @@ class PreallocatedLayer(CacheLayerMixin):
     """One layer's keys and values; a new token is written in place, nothing is copied.
 
     transformers' dynamic cache copies all keys and values at each token, its static one lets each
-    token attend to the whole capacity. Here attention gets a view of what is filled.
+    token attend to the whole capacity. Here attention gets a view of the filled part.
 
     Args:
         capacity: C, the most tokens that it can hold.
@@ -72,8 +72,8 @@ def preallocated_cache(config: PreTrainedConfig, capacity: int) -> Cache:
     """A cache for a network; it takes the batch size of the first batch that it sees.
 
     Args:
-        config: Of the network.
-        capacity: The most tokens that a row will have.
+        config: Config of the network.
+        capacity: Most tokens that a row will have.
     """
     return Cache([PreallocatedLayer(capacity) for _ in range(config.num_hidden_layers)])
 

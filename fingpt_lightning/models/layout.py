@@ -1,4 +1,4 @@
-"""Networks laid out without memory, then filled tensor by tensor, quantised as they fill."""
+"""Networks laid out without memory, then filled tensor by tensor, quantized as they fill."""
 
 import ctypes
 import sys
@@ -20,9 +20,9 @@ def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     """The network of a config on the meta device, low-rank where the stored weights are.
 
     Args:
-        config: Its family is in `FAMILIES`.
+        config: Config of a family in `FAMILIES`.
         shapes: Sizes of the stored weights, by name: ``LAYER.down`` beside ``LAYER.up`` makes a
-            low-rank layer, ``EMBEDDING.table`` a factorised embedding and the head tied to it.
+            low-rank layer, ``EMBEDDING.table`` a factorized embedding and the head tied to it.
 
     Raises:
         ValueError: The family is not supported, or a low-rank layer's name or rank does not fit
@@ -49,7 +49,7 @@ def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
                     raise ValueError(f"{name}: {layer_name} is not an embedding")
                 embedding = LowRankEmbedding(table.num_embeddings, table.embedding_dim, shape[1])
                 network.set_submodule(layer_name, embedding)
-                config.tie_word_embeddings = False  # transformers' own tying knows no pairs
+                config.tie_word_embeddings = False  # transformers' own tying is for full tables
     tie_head(network)
     return network
 
@@ -60,8 +60,8 @@ def cut(
     """Leaves a network of `lay_out` the part that this process is to fill.
 
     Args:
-        network: Whole; changed in place.
-        keep_part: Takes modules out of it; None leaves it whole.
+        network: Whole network; changed in place.
+        keep_part: Function that takes modules out of the network; None leaves it whole.
 
     Returns:
         The names of the parameters that were taken out.
@@ -104,18 +104,18 @@ def fill(
     quantize: str | None = None,
     elsewhere: Collection[str] = (),
 ) -> None:
-    """Gives a network of `lay_out` its weights, without an initialisation before.
+    """Gives a network of `lay_out` its weights, without an initialization before.
 
-    At any time one layer is held unquantised beside what has been filled.
+    At any time one layer is held unquantized beside what has been filled.
 
     Args:
-        network: On the meta device; filled in place and set to evaluation.
+        network: Network on the meta device; filled in place and set to evaluation.
         tensors: All weights, by stored name, in any order; each is copied.
-        dtype: Of the weights, and of the products where they are quantised.
-        device: Where the weights go.
+        dtype: Dtype of the weights, and of the products where weights are quantized.
+        device: Device of the weights.
         quantize: ``nf4`` or ``int8`` for the linear layers of the blocks; head, embeddings and
             norms stay as they are.
-        elsewhere: Parameters that `cut` took out; their tensors are not read.
+        elsewhere: Names of parameters that `cut` took out; their tensors are not read.
 
     Raises:
         ValueError: A weight is missing, unknown, or of another size than the network's.
@@ -163,7 +163,7 @@ def fill(
 
 
 def _return_freed_memory() -> None:
-    """Hands glibc's free pages back: it keeps those of small dense layers among quantised ones."""
+    """Hands glibc's free pages back: it keeps those of small dense layers among quantized ones."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)  # musl has none
         trim(0)

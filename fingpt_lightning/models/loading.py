@@ -98,27 +98,27 @@ def load_model(
 ) -> LoadedModel:
     """Loads a GPT-2 or Llama, low-rank or dense, its adapter applied.
 
-    No code of a model runs and nothing is unpickled. No weight is initialised first, and with
-    ``quantize`` each layer is quantised as soon as it has been read: memory stays within one
+    No code of a model runs and nothing is unpickled. No weight is initialized first, and with
+    ``quantize`` each layer is quantized as soon as it has been read: memory stays within one
     dense layer of what the loaded network takes.
 
     Args:
-        path: What is loaded, as in `resolve_source`.
+        path: Model to load, as in `resolve_source`.
         dtype: Dtype of weights and products: float32, bfloat16, float16 or float64.
         device: Device of the network.
-        quantize: ``nf4`` (with double quantisation) or ``int8`` for the linear layers of the
-            blocks; None or ``none`` keeps them; ``auto`` takes what an adapter was trained on and
-            keeps what is stored quantised.
+        quantize: ``nf4`` (with double quantization) or ``int8`` for the linear layers of the
+            blocks; None or ``none`` keeps them; ``auto`` takes the method that an adapter was
+            trained on and keeps stored quantized layers.
         adapter: Folder of an adapter to apply, in place of one that lies beside the network.
         tokenizer: Folder to take the tokenizer from, in place of the model's own.
         revision: Branch, tag or commit of a hub name.
-        keep_part: Takes out of the network, before it has memory, what other processes hold;
-            those weights are not read.
+        keep_part: Function that takes out of the network, before it has memory, what other
+            processes hold; those weights are not read.
 
     Raises:
         FileNotFoundError: There is nothing by that name, or a part of it is missing.
         ImportError: A GGUF file, and the package gguf is not installed.
-        ValueError: What is there cannot be loaded; the message names the file and why.
+        ValueError: The model cannot be loaded; the message gives the file and the reason.
     """
     _checked_dtype(dtype)
     _check_quantize(quantize)
@@ -137,16 +137,16 @@ def build_model(
     """Loads a model whose parts have been found.
 
     Args:
-        source: Where they are.
-        dtype: As in `load_model`.
-        device: As in `load_model`.
-        quantize: As in `load_model`.
-        keep_part: As in `load_model`.
+        source: Source of network and tokenizer.
+        dtype: Dtype as in `load_model`.
+        device: Device as in `load_model`.
+        quantize: Quantization as in `load_model`.
+        keep_part: Function as in `load_model`.
 
     Raises:
         FileNotFoundError: A file is missing.
         ImportError: A GGUF file, and the package gguf is not installed.
-        ValueError: What is there cannot be loaded; the message names the file and why.
+        ValueError: The model cannot be loaded; the message gives the file and the reason.
     """
     dtype, device = _checked_dtype(dtype), torch.device(device)
     _check_quantize(quantize)
@@ -155,7 +155,7 @@ def build_model(
     weights, tokenizer = _open(source)
     try:
         network = lay_out(weights.config, weights.shapes)
-        # To the tokenizer of a GGUF file transformers adds a token that the network has no row for.
+        # To the tokenizer of a GGUF file transformers adds a token without a row in the network.
         if tokenizer is not None and not _is_of_gguf(source):
             check_vocabulary(tokenizer, network.config.vocab_size)
         if source.adapter is not None:
@@ -191,7 +191,7 @@ def open_stored(path: str | Path, tokenizer: str | Path | None = None) -> Stored
     """Finds a model as `load_model` does, and reads none of its weights.
 
     Args:
-        path: As in `load_model`, but not an adapter.
+        path: Path as in `load_model`, but not an adapter.
         tokenizer: Folder to take the tokenizer from, in place of the model's own.
 
     Raises:
@@ -214,7 +214,7 @@ def stored_config(source: ModelSource) -> PreTrainedConfig:
     Raises:
         FileNotFoundError: A file is missing.
         ImportError: A GGUF file, and the package gguf is not installed.
-        ValueError: The config cannot be read, or asks for what is not supported.
+        ValueError: The config cannot be read, or requests what is not supported.
     """
     if source.weights.is_dir():
         return folder_config(source.weights)
@@ -237,7 +237,7 @@ def _open(source: ModelSource) -> tuple[Weights, PreTrainedTokenizerFast | None]
 
 
 def _open_weights(place: Path) -> tuple[Weights, dict[str, str | int] | None]:
-    """The weights at a place, and what a checkpoint says of its tokenizer."""
+    """The weights at a place, and a checkpoint's entry on its tokenizer."""
     if place.is_dir():
         return folder_weights(place), None
     if place.suffix == GGUF:

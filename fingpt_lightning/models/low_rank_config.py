@@ -1,8 +1,8 @@
-"""What a network's config says of its low-rank layers, beyond the sizes that its weights show.
+"""A config's entries on low-rank layers, beyond the sizes that its weights show.
 
-A pair's activation goes with the network wherever it is written. Its expansion and its guide are a
-matter of training: a checkpoint has them, to go on; whatever reads a checkpoint as a network gets
-the expansion folded and no guide.
+The activation of low-rank layers goes with the network wherever it is written. Their expansion and
+guides are a matter of training: a checkpoint has them, to go on; whatever reads a checkpoint as a
+network gets the expansion folded and no guide.
 """
 
 import warnings
@@ -23,9 +23,9 @@ def note_low_rank(config: PreTrainedConfig, activation: str, expansion: float) -
     """Notes both, where they are not what a config without the note means.
 
     Args:
-        config: Of the network; changed in place.
-        activation: Of all its `LowRankLinear`.
-        expansion: Of all its `LowRankLinear`.
+        config: Config of the network; changed in place.
+        activation: Activation of every `LowRankLinear` in it.
+        expansion: Expansion of every `LowRankLinear` in it.
     """
     if activation != "none":
         setattr(config, _ACTIVATION, activation)
@@ -34,18 +34,18 @@ def note_low_rank(config: PreTrainedConfig, activation: str, expansion: float) -
 
 
 def noted_activation(config: PreTrainedConfig) -> str:
-    """The activation of the network's pairs."""
+    """The activation of the network's low-rank layers."""
     return str(getattr(config, _ACTIVATION, "none"))
 
 
 def folded_tensors(
     config: PreTrainedConfig, state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """A state dict's tensors, the expansion of its pairs taken into them and out of the config.
+    """A state dict's tensors, the expansion folded into its factors and removed from the config.
 
     Args:
-        config: Of the network; changed in place, at once.
-        state: By name; ``LAYER.down`` beside ``LAYER.up`` is a pair.
+        config: Config of the network; changed in place, at once.
+        state: Tensors by name; ``LAYER.down`` beside ``LAYER.up`` are factors of one layer.
     """
     expansion = float(config.__dict__.pop(_EXPANSION, 0.0))
     return (
@@ -55,16 +55,16 @@ def folded_tensors(
 
 
 def is_guide(name: str) -> bool:
-    """Whether a tensor of a state dict is the matrix that guides a pair."""
+    """Whether a tensor of a state dict is the matrix that guides a low-rank layer."""
     return name.endswith(".guide")
 
 
 def drop_guides(state: dict[str, Tensor], source: str) -> None:
-    """Takes the guides out of a state dict that is read as a network; a warning says so.
+    """Takes the guides out of a state dict that is read as a network; a warning reports it.
 
     Args:
-        state: By name; changed in place.
-        source: What it was read from.
+        state: Tensors by name; changed in place.
+        source: Name of the place that they were read from.
     """
     guides = [name for name in state if is_guide(name)]
     for name in guides:

@@ -17,7 +17,7 @@ def offload_block_inputs(network: PreTrainedModel) -> None:
     Cost: beside that of recomputing, two copies each way of every block's input a step.
 
     Args:
-        network: Of transformers, on any device; on the CPU only recomputing is left of it.
+        network: Network of transformers, on any device; on the CPU it only recomputes.
     """
     for block in network.modules():
         if isinstance(block, GradientCheckpointingLayer):

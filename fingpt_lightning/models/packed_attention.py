@@ -31,10 +31,10 @@ class PackedBucket(NamedTuple):
     """Consecutive rows of a group that attention pads to one length.
 
     Args:
-        first: Its first token, counted from the group's first row.
+        first: Index of the bucket's first token, counted from the group's first row.
         num_rows: R.
         row_length: T.
-        slots: For each token of the rows, its place among ``R x T`` padded ones.
+        slots: Place of each token of the rows among ``R x T`` padded ones.
     """
 
     first: int
@@ -47,9 +47,9 @@ class PackedGroup(NamedTuple):
     """Where a group lies in a packed sequence.
 
     Args:
-        first: Its first token.
-        num_shared: P; 0 where the rows share nothing.
-        buckets: Its rows.
+        first: Index of the group's first token.
+        num_shared: Number of shared tokens P; 0 where the rows share nothing.
+        buckets: Buckets of the group's rows.
     """
 
     first: int
@@ -63,7 +63,7 @@ def packed_group(first: int, num_shared: int, row_lengths: Sequence[int]) -> Pac
     Cheapest where the rows are sorted by length: its buckets then hold little padding.
 
     Raises:
-        ValueError: There is no row, or an empty one.
+        ValueError: There are no rows, or one is empty.
 
     >>> group = packed_group(0, num_shared=4, row_lengths=[1, 3])
     >>> [bucket.slots.tolist() for bucket in group.buckets]
@@ -127,10 +127,10 @@ def run_packed(
     """The final hidden states of a packed sequence.
 
     Args:
-        network: After `use_packed_attention`.
-        input_ids: Of all groups.
-        position_ids: Of all tokens in their own rows.
-        packing: The groups, one behind the other, without a gap.
+        network: Network after `use_packed_attention`.
+        input_ids: Tokens of all groups.
+        position_ids: Positions of all tokens in their own rows.
+        packing: Groups, one behind the other, without a gap.
     """
     # A mask of four axes keeps transformers from making one; attention does not read it.
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
@@ -222,7 +222,7 @@ def packed_or_sdpa_attention(
 
 
 def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of attention: on the CPU the backward kernel takes three times as long in 16 bits."""
+    """Dtype of attention: on the CPU the backward kernel takes three times as long in 16 bits."""
     is_slow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if is_slow else dtype
 

@@ -85,8 +85,8 @@ def _policy(
 ) -> CheckpointPolicy:
     if operator in _ATTENTION and keeps_attention:
         return CheckpointPolicy.MUST_SAVE
-    # The narrowing half of a pair has no bias, so it is a plain product; so is the half of a pair
-    # without any bias that widens, whose result is not thin.
+    # The narrowing half of a low-rank layer has no bias, so it is a plain product; so is the half
+    # that widens in a layer without any bias, whose result is not thin.
     if operator is torch.ops.aten.mm.default and args[1].shape[1] < args[1].shape[0]:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -43,9 +43,9 @@ def convert_gguf(file: Path, output: Path, dtype: torch.dtype = torch.bfloat16) 
     """Writes safetensors, tokenizer and generation config; the folder appears whole or not at all.
 
     Args:
-        file: A GGUF of SmolLM2.
-        output: A folder that is not there yet.
-        dtype: Of the stored weights; the model was published in bfloat16.
+        file: GGUF file of SmolLM2.
+        output: Folder that is not there yet.
+        dtype: Dtype of the stored weights; the model was published in bfloat16.
 
     Raises:
         FileExistsError: ``output`` is there.

@@ -1,6 +1,6 @@
-"""What a model's name stands for, found once: weights, adapter, tokenizer, base and commit.
+"""The parts that a model's name stands for, found once: weights, adapter, tokenizer, base, commit.
 
-Nothing but small configs is read here; `fingpt_lightning.models.loading` builds from what is found.
+Nothing but small configs is read here; `fingpt_lightning.models.loading` builds from the result.
 """
 
 import re
@@ -76,7 +76,7 @@ def resolve_source(
     Args:
         name: A Hugging Face folder or hub name, the folder of a PEFT adapter (which leads to its
             base), a GGUF file or its folder, a checkpoint, or a run folder, whose best checkpoint
-            is taken, or its last where there is no best; of a finetuning run the adapter of
+            is taken, or its last where none is marked best; of a finetuning run the adapter of
             either. An adapter that lies as ``adapter/`` in a Hugging Face folder belongs to it.
         adapter: Folder of an adapter for the network, in place of one that lies beside it.
         tokenizer: Folder of the tokenizer, in place of the model's own.
@@ -84,7 +84,7 @@ def resolve_source(
 
     Raises:
         FileNotFoundError: There is nothing by that name, or a part of it is missing.
-        ValueError: What is there is not a model, or its adapter asks for what is not supported.
+        ValueError: The place does not hold a model, or its adapter requests what is not supported.
     """
     place, base = _find(str(name), revision), Base(str(name), revision)
     own = adapter_at(place.path)
@@ -133,12 +133,12 @@ def tokenizer_of_model(name: str) -> str | None:
     """Where the tokenizer of a model is; None where its files have none.
 
     Args:
-        name: As in `resolve_source`; what is not a local path counts as a hub name, which is that
-            of its tokenizer too and is not looked up.
+        name: Name as in `resolve_source`; anything but a local path counts as a hub name, which is
+            that of its tokenizer too and is not looked up.
 
     Raises:
         FileNotFoundError: A local folder holds no model.
-        ValueError: What is there is not a model.
+        ValueError: The place does not hold a model.
     """
     path = Path(name).expanduser()
     if not path.exists():

@@ -17,7 +17,7 @@ IGNORED_LABEL = -100
 
 
 _SOFTMAX_BYTES = 2**22
-"""Of the rows whose softmax is taken at a time on the CPU: what a core's share of cache holds."""
+"""Bytes of the rows of one softmax on the CPU, as many as a core's share of cache holds."""
 
 _ROW_ALIGNMENT = 64
 """Elements; rows of logits begin at multiples of it."""

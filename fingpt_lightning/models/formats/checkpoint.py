@@ -1,4 +1,4 @@
-"""Checkpoints of our modules: what they say of their network and tokenizer, written and read.
+"""Checkpoints of our modules: their entries on network and tokenizer, written and read.
 
 Nothing here unpickles: checkpoints are read with ``weights_only=True``.
 """
@@ -20,7 +20,7 @@ _CONFIG, _TOKENIZER, _BASE_REVISION = "network_config", "tokenizer", "base_revis
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint of a training run: its weights and what it says of its tokenizer."""
+    """A checkpoint of a training run: its weights and its entry on the tokenizer."""
 
     weights: Weights
     tokenizer: dict[str, str | int] | None

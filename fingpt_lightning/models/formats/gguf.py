@@ -42,7 +42,7 @@ _FIXED_METADATA: dict[str, tuple[Any, ...]] = {
 
 
 def gguf_weights(file: Path) -> Weights:
-    """The weights of a GGUF file, each dequantised when it is read.
+    """The weights of a GGUF file, each dequantized when it is read.
 
     Raises:
         ImportError: The package gguf is not installed.
@@ -53,7 +53,7 @@ def gguf_weights(file: Path) -> Weights:
 
 
 class GgufTensors:
-    """The tensors of a GGUF file under transformers' names, each dequantised when it is read.
+    """The tensors of a GGUF file under transformers' names, each dequantized when it is read.
 
     Args:
         file: GGUF file of a supported architecture.
@@ -80,10 +80,10 @@ class GgufTensors:
         check_metadata(metadata, file)
         try:
             self.config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        except Exception as error:  # of many kinds, and all say that a value is wrong
+        except Exception as error:  # of many kinds, and all mean that a value is wrong
             reason = " ".join(str(error).split())
             raise ValueError(f"{file}: the metadata is wrong ({reason})") from error
-        family = family_named(self.config.model_type, file)  # transformers may tell it more finely
+        family = family_named(self.config.model_type, file)  # transformers may name it more exactly
         if family.gguf is not None and family.gguf.repair is not None:
             family.gguf.repair(self.config)
         from transformers.modeling_gguf_pytorch_utils import (
@@ -129,7 +129,7 @@ class GgufTensors:
 
 
 def check_metadata(metadata: Mapping[str, Any], file: Path) -> None:
-    """Raises where the metadata of a GGUF file ask for what the network would not compute.
+    """Raises where the metadata of a GGUF file request what the network would not compute.
 
     Args:
         metadata: Keys and values, ``general.architecture`` among them.
@@ -171,14 +171,14 @@ def write_gguf(
     """Writes network and tokenizer.
 
     Args:
-        network: Every layer one of transformers' own.
+        network: Network in which every layer is one of transformers' own.
         tokenizer: Byte-level BPE, split as GPT-2 or SmolLM split.
-        file: Is written at once; rename it when it is whole.
-        dtype: Of the matrices; vectors stay in float32, which llama.cpp expects.
+        file: File that is written at once; rename it when it is whole.
+        dtype: Dtype of the matrices; vectors stay in float32, which llama.cpp expects.
 
     Raises:
         ImportError: The package gguf is not installed.
-        ValueError: Something of network or tokenizer cannot be said in the format.
+        ValueError: Something of network or tokenizer cannot be expressed in the format.
     """
     try:
         import gguf
@@ -291,6 +291,6 @@ def _tensors(network: PreTrainedModel, facts: GgufFacts) -> Iterator[tuple[str, 
 
 
 def _interleaved(weight: Tensor, num_heads: int) -> Tensor:
-    """Rotated features in pairs of neighbours, where transformers has them half a head apart."""
+    """Rotated features in pairs of neighbors, where transformers has them half a head apart."""
     halves = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)

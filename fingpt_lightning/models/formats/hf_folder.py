@@ -34,7 +34,7 @@ def folder_config(folder: Path) -> PreTrainedConfig:
     """The config of a Hugging Face folder, whose weights need not be there.
 
     Raises:
-        ValueError: It cannot be read, or asks for what is not supported.
+        ValueError: It cannot be read, or requests a feature that is not supported.
     """
     contents = read_json(folder / CONFIG)
     contents.pop("quantization_config", None)
@@ -95,7 +95,7 @@ def write_network(network: PreTrainedModel, folder: Path, dtype: torch.dtype) ->
         folder: Folder that is there already.
         dtype: Dtype of the stored weights.
     """
-    # Each parameter once: what is tied is tied again when it is loaded.
+    # Each parameter once: tied parameters are tied again by loading.
     state = {name: p.detach().to("cpu", dtype) for name, p in network.named_parameters()}
     _write(network, state, folder, dtype, {})
 
@@ -109,15 +109,15 @@ def write_quantized(
     embeddings: bool = False,
     moments: Iterable[InputMoments] = (),
 ) -> None:
-    """Writes a network whose layers are quantised, here where they are not yet, in place.
+    """Writes a network whose layers are quantized, here where they are not yet, in place.
 
     Args:
-        network: Network without adapters, on the CPU; what is quantised in it is so by ``method``.
+        network: Network without adapters, on the CPU; its quantized layers are so by ``method``.
         folder: Folder that is there already.
-        dtype: Dtype of what stays unquantised.
+        dtype: Dtype of the weights that stay unquantized.
         method: ``nf4`` or ``int8``.
-        embeddings: Also the token embedding, with the head tied to it.
-        moments: As in `quantize_layers`.
+        embeddings: Whether to quantize the token embedding too, with the head tied to it.
+        moments: Moments as in `quantize_layers`.
     """
     state = quantized_state(network, method, dtype, embeddings=embeddings, moments=moments)
     _write(network, state, folder, dtype, quantization_config(method, dtype))
@@ -150,7 +150,7 @@ def write_config(
         network: Network, which may be on the meta device.
         folder: Folder that is there already.
         dtype: Dtype of the stored weights.
-        quantization: Entry as transformers keeps it, where layers are quantised.
+        quantization: Entry as transformers keeps it, where layers are quantized.
     """
     described = network.config.to_diff_dict()
     described.pop("quantization_config", None)

@@ -1,6 +1,6 @@
-"""What ``config.json`` and a checkpoint tell of a network, read by an allow list.
+"""The network's description in ``config.json`` and checkpoints, read by an allow list.
 
-A key that changes what a network computes, that transformers' class does not honour and that is
+A key that changes what a network computes, that transformers' class does not honor and that is
 not at its neutral value is refused by name: other classes write such keys under our families'
 ``model_type``, and dropping them gives another function without a word.
 """
@@ -25,7 +25,7 @@ _METADATA = {
     "tokenizer_class", "torch_dtype", "transformers.js_config", "unsloth_fixed",
     "unsloth_version", "use_bfloat16",
 }  # fmt: skip
-"""Keys beside those of transformers' classes that say nothing of what a network computes."""
+"""Keys beside those of transformers' classes that do not change what a network computes."""
 _HOW_TO_RUN = {
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
     "_flash_attn_2_enabled", "attn_implementation", "output_attentions", "output_hidden_states",
@@ -55,7 +55,7 @@ def network_config(contents: Mapping[str, Any], where: Path) -> PreTrainedConfig
         where: File that holds them, for messages.
 
     Raises:
-        ValueError: The family is not supported, a value is wrong, or a key asks for what is not
+        ValueError: The family is not supported, a value is wrong, or a key requests what is not
             computed here.
     """
     family = family_named(contents.get("model_type"), where)
@@ -75,7 +75,7 @@ def network_config(contents: Mapping[str, Any], where: Path) -> PreTrainedConfig
         _check_rope(contents.get(key), f"{where}: {key}")
     try:
         return config_class.from_dict({k: v for k, v in contents.items() if k not in _HOW_TO_RUN})
-    except Exception as error:  # of many kinds, and all say that a value is wrong
+    except Exception as error:  # of many kinds, and all mean that a value is wrong
         reason = " ".join(str(error).split())
         raise ValueError(f"{where}: the config is wrong ({reason})") from error
 

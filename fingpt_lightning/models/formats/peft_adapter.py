@@ -27,11 +27,11 @@ from fingpt_lightning.terminal.messages import shortened
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_FOLDER = "adapter"
-"""In a run folder, and in an export that keeps the adapter beside its base."""
+"""Folder in a run folder, and in an export that keeps the adapter beside its base."""
 BEST_ADAPTER_FOLDER = "adapter_best"
-"""In a run folder: the adapter of its best checkpoint."""
+"""Folder in a run folder: the adapter of its best checkpoint."""
 BASE_QUANTIZE = "base_quantize"
-"""In the metadata of the weights, where PEFT looks for nothing: ``nf4`` or ``int8``."""
+"""Key in the metadata of the weights, where PEFT looks for nothing: ``nf4`` or ``int8``."""
 PARTS, MAGNITUDE = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}, "lora_magnitude_vector"
 """PEFT's names of a layer's adapter, by those of our parameters."""
 _WRAPPER = "base_model.model."  # what PEFT puts before the names of the base
@@ -53,7 +53,7 @@ _METADATA = {
     "runtime_config", "task_type",
 }  # fmt: skip
 _STARTS = {
-    # Settings of the first weights, which have no effect unless init_lora_weights asks for them.
+    # Settings of the first weights, which have no effect unless init_lora_weights requests them.
     "corda_config", "eva_config", "loftq_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -83,16 +83,16 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What ``adapter_config.json`` says, as far as it says what is computed.
+    """The settings of ``adapter_config.json`` that determine what is computed.
 
     Args:
-        file: The config itself, for messages.
+        file: File of the config, for messages.
         base: Base that the adapter was trained on.
         options: Kind of the adapters, with the rank and alpha that patterns do not change.
         ranks: Ranks by pattern of layer names.
         alphas: Alphas by pattern of layer names.
         target_modules: Ends of the names of adapted layers, or a pattern of whole names.
-        exclude_modules: As ``target_modules``, for layers that are left out.
+        exclude_modules: Names as ``target_modules``, of layers that are left out.
         layers_to_transform: Numbers of the blocks that are adapted; None for all.
         layers_pattern: Names of the lists of blocks that these numbers count in.
     """
@@ -153,7 +153,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Reads the config of an adapter; a relative path of its base may start at the folder.
 
     Raises:
-        ValueError: It names no base, is not of a LoRA, or asks for what is not supported here;
+        ValueError: It names no base, is not of a LoRA, or requests what is not supported here;
             the message names file, key and value.
     """
     file = folder / ADAPTER_CONFIG
@@ -198,7 +198,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 
 def trained_quantization(folder: Path) -> str | None:
-    """How the base was quantised when an adapter of ours was saved; None where nothing says so.
+    """How the base was quantized when an adapter of ours was saved; None if not recorded.
 
     Raises:
         FileNotFoundError: The adapter has no weights.
@@ -221,7 +221,8 @@ def read_adapter(folder: Path) -> StoredAdapter:
 
     Raises:
         FileNotFoundError: The folder has no config or no weights.
-        ValueError: The adapter is not one of linear layers, or needs what is not supported here.
+        ValueError: The adapter is not one of linear layers, or needs a feature that is not
+            supported here.
     """
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
@@ -236,7 +237,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
 
 
 def check_weights(config: AdapterConfig, file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises unless the weights of an adapter are those that its config tells of.
+    """Raises unless the weights of an adapter are those that its config describes.
 
     Args:
         config: Config of the adapter.
@@ -280,12 +281,12 @@ def check_adapter(folder: Path, network: PreTrainedModel) -> None:
 
     Args:
         folder: Folder of the adapter; only the header of its weights is read.
-        network: Unquantised network; the meta device will do.
+        network: Unquantized network; the meta device will do.
 
     Raises:
         FileNotFoundError: The adapter has no weights.
-        ValueError: A layer is missing or its sizes are others, or the adapter needs what is not
-            supported here.
+        ValueError: A layer is missing or its sizes are others, or the adapter needs a feature that
+            is not supported here.
     """
     file = _weights_file(folder)
     shapes = stored_shapes(file)
@@ -342,7 +343,7 @@ def write_adapter(
         base: Base, for whoever loads the folder.
         target_modules: Names of the layers, as PEFT matches them.
         fan_in_fan_out: Whether the base has layers of transformers' `Conv1D`.
-        base_quantize: ``nf4`` or ``int8``, where the base was quantised.
+        base_quantize: ``nf4`` or ``int8``, where the base was quantized.
     """
     usual = Counter(options[name] for name in layers).most_common(1)[0][0]
     config: dict[str, Any] = {
@@ -409,7 +410,8 @@ class _Values:
         value = self.get(key, (str, list), ())
         if isinstance(value, str):
             self.check_pattern(key, value)
-            # Patterns as long as Unsloth's are not tried: the weights alone say what is adapted.
+            # Patterns as long as Unsloth's are not tried: the weights alone determine the adapted
+            # layers.
             return value if _is_quick(value) else ()
         if not all(isinstance(name, str) for name in value):
             raise self.wrong(key)

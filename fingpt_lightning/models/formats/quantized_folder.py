@@ -1,4 +1,4 @@
-"""Quantised layers as bitsandbytes writes them into safetensors: found, read and written."""
+"""Quantized layers as bitsandbytes writes them into safetensors: found, read and written."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,11 +26,11 @@ _MARKS = {"nf4": ".weight.quant_state.bitsandbytes__nf4", "int8": ".SCB"}
 
 
 class QuantizedLayers(NamedTuple):
-    """Where the quantised layers of a folder are.
+    """Where the quantized layers of a folder are.
 
     Args:
         method: ``nf4`` or ``int8``.
-        places: Layer to {part of it, such as ``weight.absmax``: the file that holds it}.
+        places: Files by layer: {part of it, such as ``weight.absmax``: the file that holds it}.
     """
 
     method: str
@@ -43,19 +43,19 @@ class QuantizedLayers(NamedTuple):
 
     @property
     def are_low_rank(self) -> bool:
-        """Whether there are pairs or a factorised embedding among them."""
+        """Whether there are low-rank layers or a factorized embedding among them."""
         return any(name.endswith(".up") for name in self.places)
 
 
 def find_quantized_layers(
     described: Mapping[str, Any], files: Mapping[str, Path], where: Path
 ) -> QuantizedLayers | None:
-    """What is quantised in a folder; None where nothing is.
+    """The quantized layers of a folder; None where there are none.
 
     Args:
         described: ``quantization_config`` of the folder's config.
-        files: The file of each stored tensor.
-        where: The config, for messages.
+        files: File of each stored tensor.
+        where: File of the config, for messages.
 
     Raises:
         ValueError: The weights are stored in a way that is not read here.
@@ -92,17 +92,17 @@ def place_quantized_layers(
 ) -> None:
     """Puts stored layers into a network of `lay_out`.
 
-    ``down`` and ``up`` become a pair, ``table`` with or without ``up`` the embedding, and the head
-    where the config ties it.
+    ``down`` and ``up`` become a low-rank layer, ``table`` with or without ``up`` the embedding, and
+    the head where the config ties it.
 
     Args:
-        network: On the meta device.
-        layers: Of `find_quantized_layers`.
-        dtype: Of the products.
-        device: Where the layers go.
+        network: Network on the meta device.
+        layers: Layers of `find_quantized_layers`.
+        dtype: Dtype of the products.
+        device: Device of the layers.
 
     Raises:
-        ValueError: The network has no such layer, or one of other sizes.
+        ValueError: The network does not have such a layer, or its sizes differ.
     """
     joined: dict[str, dict[str, nn.Module]] = {}
     for name, places in layers.places.items():
@@ -149,7 +149,7 @@ def _set_embedding(network: PreTrainedModel, name: str, embedding: QuantizedEmbe
 
 
 def is_low_rank(network: PreTrainedModel) -> bool:
-    """Whether it has pairs or a factorised embedding."""
+    """Whether it has low-rank layers or a factorized embedding."""
     kinds = (LowRankLinear, LowRankEmbedding)
     return any(isinstance(module, kinds) for module in network.modules())
 
@@ -161,15 +161,15 @@ def quantize_layers(
     embeddings: bool = False,
     moments: Iterable[InputMoments] = (),
 ) -> None:
-    """Quantises the linear layers of the blocks, in place, but for those that are already.
+    """Quantizes the linear layers of the blocks, in place, but for those that are already.
 
     Args:
-        network: On the CPU.
+        network: Network on the CPU.
         method: ``nf4`` or ``int8``.
-        embeddings: Also the token embedding, with the head tied to it. Such a network is read by
-            `load_model` alone.
-        moments: Of the network's `input_moments`, refreshed: each layer is rounded so that its
-            outputs are kept, as soon as its moments come.
+        embeddings: Whether to quantize the token embedding too, with the head tied to it. Such a
+            network is read by `load_model` alone.
+        moments: Moments of the network's `input_moments`, refreshed: each layer is rounded so that
+            its outputs are kept, as soon as its moments come.
     """
     cpu, family = torch.device("cpu"), family_of(network)
     layers = {
@@ -199,14 +199,14 @@ def quantized_state(
     embeddings: bool = False,
     moments: Iterable[InputMoments] = (),
 ) -> dict[str, Tensor]:
-    """The tensors of a network whose layers are quantised, here where they are not yet, in place.
+    """The tensors of a network whose layers are quantized, here where they are not yet, in place.
 
     Args:
-        network: Network without adapters, on the CPU; what is quantised in it is so by ``method``.
+        network: Network without adapters, on the CPU; its quantized layers are so by ``method``.
         method: ``nf4`` or ``int8``.
-        dtype: Dtype of what stays unquantised.
-        embeddings: Also the token embedding, with the head tied to it.
-        moments: As in `quantize_layers`.
+        dtype: Dtype of the weights that stay unquantized.
+        embeddings: Whether to quantize the token embedding too, with the head tied to it.
+        moments: Moments as in `quantize_layers`.
     """
     quantize_layers(network, method, embeddings=embeddings, moments=moments)
     is_own = {name for name, _ in network.named_parameters()}
@@ -232,7 +232,7 @@ def quantization_config(method: str, dtype: torch.dtype) -> dict[str, Any]:
 
     Args:
         method: ``nf4`` or ``int8``.
-        dtype: Of the products.
+        dtype: Dtype of the products.
     """
     from transformers import BitsAndBytesConfig
 

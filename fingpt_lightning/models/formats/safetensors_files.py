@@ -1,4 +1,4 @@
-"""Safetensors files, read by their headers or tensor by tensor; what is pickled is refused."""
+"""Safetensors files, read by their headers or tensor by tensor; pickled files are refused."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def stored_metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file says beside its tensors.
+    """The metadata of a safetensors file.
 
     Raises:
         ValueError: The file is damaged.
@@ -57,7 +57,7 @@ def refuse_pickled(files: list[Path], converting: str = _CONVERTING) -> None:
 
     Args:
         files: Files of a folder.
-        converting: Call that makes safetensors of them.
+        converting: Call that converts them to safetensors, for the message.
 
     Raises:
         ValueError: They are; the message names the first and how to convert it.

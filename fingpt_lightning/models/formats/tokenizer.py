@@ -30,7 +30,7 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
     more = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **more)
-    except BaseException as error:  # of many kinds, and all say that the files are wrong
+    except BaseException as error:  # of many kinds, and all mean that the files are wrong
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = " ".join(str(error).split())
@@ -47,8 +47,8 @@ def try_out(tokenizer: PreTrainedTokenizerFast, where: Path) -> None:
     """Raises where damage lets the code behind a tokenizer panic at a text.
 
     Args:
-        tokenizer: One that has been loaded.
-        where: Its folder or file.
+        tokenizer: Tokenizer that has been loaded.
+        where: Folder or file of the tokenizer.
 
     Raises:
         ValueError: It panics.
@@ -122,7 +122,7 @@ def num_rows_reached(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> None:
-    """Raises where ordinary text has tokens for which a network has no row.
+    """Raises where ordinary text has tokens without a row in a network.
 
     Raises:
         ValueError: It has.
@@ -137,13 +137,13 @@ def check_tokens(
     num_rows: int,
     where: str = "a text",
 ) -> None:
-    """Raises where a text has reached a token for which the network has no row.
+    """Raises where a text has reached a token without a row in the network.
 
     Args:
         tokenizer: Tokenizer of the network.
-        rows: Tokens of texts.
-        num_rows: Rows of the network's embedding.
-        where: What was tokenised, for messages.
+        rows: Rows of the texts' tokens.
+        num_rows: Number of rows of the network's embedding.
+        where: Name of the tokenized text, for messages.
 
     Raises:
         ValueError: One has; the message names the token.

@@ -15,7 +15,7 @@ class Weights(NamedTuple):
 
     ``files`` hold them, ``shapes`` are their sizes by stored name (empty for GGUF, which knows no
     low-rank layers), and ``tensors`` reads them one by one. ``quantized`` are the layers that are
-    stored quantised; neither ``shapes`` nor ``tensors`` have them.
+    stored quantized; neither ``shapes`` nor ``tensors`` have them.
     """
 
     config: PreTrainedConfig

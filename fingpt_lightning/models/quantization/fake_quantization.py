@@ -1,4 +1,4 @@
-"""Training with the weights that a quantised folder will have."""
+"""Training with the weights that a quantized folder will have."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, cast
@@ -19,17 +19,17 @@ class _Matrix(NamedTuple):
 
 
 class RoundedWeights:
-    """Lends a network's matrices their rounded values, in which passes forward and back run.
+    """Applies rounded values to a network's matrices for passes forward and back.
 
-    Gradients taken meanwhile are those of the rounded weights, and an optimiser that steps after
+    Gradients taken meanwhile are those of the rounded weights, and an optimizer that steps after
     `take_back` applies them to the weights themselves: the straight-through estimator, without a
-    layer or a name changed. What is rounded, and to what, is exactly what an export with quantised
-    embeddings stores.
+    layer or a name changed. The rounded matrices and their values are exactly those that an export
+    with quantized embeddings stores.
 
     Memory: one copy of the matrices. Cost: each is rounded at every `lend`.
 
     Args:
-        network: Low-rank or dense, unquantised, or the part of one that a process holds.
+        network: Network, low-rank or dense, unquantized, or the part of one that a process holds.
         method: ``nf4`` or ``int8``.
 
     Source: https://arxiv.org/abs/1308.3432, section 3.
@@ -67,7 +67,7 @@ class RoundedWeights:
 
 
 def _matrices(network: PreTrainedModel) -> Iterator[_Matrix]:
-    """What `quantize_layers` would quantise, embeddings included, each parameter once."""
+    """What `quantize_layers` would quantize, embeddings included, each parameter once."""
     family, embedding = family_of(network), network.get_input_embeddings()
     seen = set[nn.Parameter]()
     for name, module in network.named_modules():

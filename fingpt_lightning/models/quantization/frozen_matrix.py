@@ -1,6 +1,6 @@
-"""Quantised layers that multiply with what their codes stand for, by rows or as a whole.
+"""Quantized layers that multiply with what their codes stand for, by rows or as a whole.
 
-Axes: I in_features, O out_features, N rows that are asked for.
+Axes: I in_features, O out_features, N requested rows.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from fingpt_lightning.models.quantization.rounding import int8_values
 
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**28}
-"""Of dequantised rows that are held at a time: what a core's share of cache holds."""
+"""Bytes of dequantized rows held at a time, as many as a core's share of cache holds."""
 
 
 @runtime_checkable
 class FrozenMatrix(Protocol):
-    """A quantised matrix of O rows and I columns, which is never held dequantised for long."""
+    """A quantized matrix of O rows and I columns, which is never held dequantized for long."""
 
     in_features: int
     out_features: int
@@ -36,7 +36,7 @@ class FrozenMatrix(Protocol):
 def row_chunks(
     matrix: FrozenMatrix, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
-    """Pairs of a first row and the dequantised rows from there on, few at a time."""
+    """Pairs of a first row and the dequantized rows from there on, few at a time."""
     num_rows = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (
         matrix.in_features * dtype.itemsize
     )
@@ -47,7 +47,7 @@ def row_chunks(
 
 
 class _Product(torch.autograd.Function):
-    """x W' + b without keeping W: it is dequantised again for the backward pass."""
+    """x W' + b without keeping W: it is dequantized again for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: FrozenMatrix) -> Tensor:
@@ -71,14 +71,14 @@ def product(x: Float[Tensor, "*batch I"], layer: FrozenMatrix, bias: Tensor | No
 
 
 class Int8Linear(nn.Linear):
-    """x W' + b with W in int8 and one scale a row; x stays as it is.
+    """x W' + b with W in int8 and one scale per row; x stays as it is.
 
     bitsandbytes' layer of the same files rounds x to int8 as well.
 
     Args:
         in_features: I.
         out_features: O.
-        bias: Whether b is there.
+        bias: Whether the layer has a bias b.
     """
 
     SCB: Tensor
@@ -106,5 +106,5 @@ class Int8Linear(nn.Linear):
         return int8_values(self.weight[ids], self.SCB[ids], dtype)
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
-        """Cost: that of the dense layer, and W dequantised once."""
+        """Cost: that of the dense layer, and W dequantized once."""
         return product(x, self, self.bias)

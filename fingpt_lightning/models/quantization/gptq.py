@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 DAMPING = 0.01
-"""Of the mean second moment, added to all: bounds what a rare input can make of the others."""
+"""Share of the mean second moment, added to all: bounds the effect of a rare input on others."""
 _PANEL = 128
 
 
@@ -24,13 +24,13 @@ def round_with_feedback(
     """A matrix Q of representable numbers with small tr((W - Q) C (W - Q)').
 
     Column after column is rounded, the heaviest inputs first; what a column's rounding changes in
-    the outputs, the columns still to come take back as far as they can: with H = C + damping mean
+    the outputs, the columns still to come compensate as far as they can: with H = C + damping mean
     C_ii and the Cholesky factor U'U = H^-1, column j hands on (w_j - q_j) / U_jj times row j of U.
 
     Args:
         weight: W.
         moments: C, the second moments of the inputs.
-        nearest: Of a column and its place in W, the nearest representable numbers.
+        nearest: Function from a column and its place in W to the nearest representable numbers.
         damping: Share of the mean moment; more brings Q nearer to plain rounding.
 
     Source: GPTQ, https://arxiv.org/abs/2210.17323, algorithm 1, in the order of its ``act-order``.

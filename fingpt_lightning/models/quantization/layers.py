@@ -15,11 +15,11 @@ from fingpt_lightning.models.quantization.rounding import round_to_int8, round_t
 
 QUANTIZATIONS = ("nf4", "int8")
 BYTES_PER_NUMBER = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-"""Of a quantised matrix: its codes, the scales of NF4's blocks, and theirs."""
+"""Parts of a quantized matrix: codes, the scales of NF4's blocks, and the scales of those."""
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether `quantized_layer` takes it: a linear layer, dense or a pair."""
+    """Whether `quantized_layer` takes it: a linear layer, dense or low-rank."""
     return isinstance(layer, nn.Linear | Conv1D | LowRankLinear)
 
 
@@ -31,19 +31,19 @@ def quantized_layer(
 ) -> Any:
     """The layer of the same map with its weight frozen in 4 or 8 bits, its bias as it was.
 
-    A pair becomes two quantised layers, ``down`` and ``up``. Weights alone are rounded: the int8
-    layer of bitsandbytes rounds its input too, which costs answers and makes them depend on the
-    batch.
+    A low-rank layer becomes two quantized layers, ``down`` and ``up``. Weights alone are rounded:
+    the int8 layer of bitsandbytes rounds its input too, which costs answers and makes them depend
+    on the batch.
 
     Args:
-        layer: Its dtype becomes that of the products.
-        quantize: ``nf4`` (blocks of 64, their scales quantised again) or ``int8`` (by row).
-        device: Where the quantised layer goes.
-        moments: Of its inputs, as in `rounding.rounded`.
+        layer: Layer whose dtype becomes that of the products.
+        quantize: ``nf4`` (blocks of 64, their scales quantized again) or ``int8`` (by row).
+        device: Device of the quantized layer.
+        moments: Moments of its inputs, as in `rounding.rounded`.
 
     Raises:
-        TypeError: It is no linear layer.
-        ValueError: It is a pair with an activation between its factors.
+        TypeError: It is not a linear layer.
+        ValueError: It is a low-rank layer with an activation between its factors.
 
     Source: https://arxiv.org/abs/2305.14314, section 3; https://arxiv.org/abs/2208.07339.
     """
@@ -55,7 +55,7 @@ def quantized_layer(
                     " the two quantised layers would follow each other without it"
                 )
             down = _quantized(layer.down, None, quantize, device, moments)
-            if moments is not None:  # of what the quantised first factor gives to the second
+            if moments is not None:  # of what the quantized first factor gives to the second
                 factor = down.values(moments.dtype)
                 moments = factor @ moments @ factor.T
             up = _quantized(layer.up, layer.bias, quantize, device, moments)
@@ -71,9 +71,9 @@ def quantized_matrix(weight: Tensor, quantize: str, device: torch.device) -> nn.
     """A `FrozenMatrix`, as a layer without bias.
 
     Args:
-        weight: On the CPU.
+        weight: Weight on the CPU.
         quantize: ``nf4`` or ``int8``.
-        device: Where the layer goes.
+        device: Device of the layer.
     """
     made: nn.Module = _quantized(weight, None, quantize, device)
     return made
@@ -109,19 +109,19 @@ def _quantized(
 def bare_layer(
     in_features: int, out_features: int, has_bias: bool, quantize: str, dtype: torch.dtype
 ) -> Any:
-    """A layer that waits for its quantised weight.
+    """A layer that waits for its quantized weight.
 
     Args:
-        in_features: Of the map.
-        out_features: Of the map.
+        in_features: Input features of the map.
+        out_features: Output features of the map.
         has_bias: Whether it waits for a bias too.
         quantize: ``nf4`` or ``int8``.
-        dtype: Of the products.
+        dtype: Dtype of the products.
     """
     if quantize == "int8":
         return Int8Linear(in_features, out_features, has_bias)
     for module in ("autograd._functions", "backends.cpu.ops"):
-        # It tells of its casts at each product, and advises a package that fetches native code.
+        # It reports its casts at each product, and advises a package that fetches native code.
         logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
     from fingpt_lightning.models.quantization.nf4_linear import NF4Linear  # takes a second
 

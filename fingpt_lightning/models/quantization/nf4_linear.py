@@ -32,7 +32,7 @@ class NF4Linear(_Linear4bit):  # type: ignore[misc]
         return nf4_rows(self._matrix, ids, dtype)
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
-        """As in bitsandbytes, but for what 0.50.2 gets wrong on the CPU (see `nf4_values`)."""
+        """The product of bitsandbytes, without the CPU faults of 0.50.2 (see `nf4_values`)."""
         if x.device.type == "cpu" and (self.in_features % NF4_BLOCK or x.dtype == torch.float64):
             return product(x, self, self.bias)
         made: Tensor = super().forward(x)

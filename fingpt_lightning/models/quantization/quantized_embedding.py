@@ -1,6 +1,6 @@
 """A token embedding and the head tied to it, kept in 4 or 8 bits.
 
-Axes: V vocabulary, D width, R rank, K columns of the table (R where it is factorised, else D).
+Axes: V vocabulary, D width, R rank, K columns of the table (R where it is factorized, else D).
 """
 
 from typing import cast
@@ -17,14 +17,14 @@ from fingpt_lightning.models.quantization.layers import quantized_matrix
 
 
 class QuantizedEmbedding(nn.Module):
-    """Row ``ids`` of a quantised table, times up' where it is factorised.
+    """Row ``ids`` of a quantized table, times up' where it is factorized.
 
-    Only the rows that are asked for are dequantised.
+    Only the requested rows are dequantized.
 
     Args:
         table: Layer from K to V features without bias, a `FrozenMatrix`.
         up: Layer from R to D features without bias, a `FrozenMatrix`; None for a full table.
-        dtype: Of what comes out.
+        dtype: Dtype of the result.
     """
 
     def __init__(self, table: nn.Module, up: nn.Module | None, dtype: torch.dtype) -> None:
@@ -38,12 +38,12 @@ class QuantizedEmbedding(nn.Module):
     def of(
         cls, embedding: nn.Embedding | LowRankEmbedding, quantize: str, device: torch.device
     ) -> "QuantizedEmbedding":
-        """The quantised form of an embedding.
+        """The quantized form of an embedding.
 
         Args:
-            embedding: On the CPU; its dtype becomes that of the products.
+            embedding: Embedding on the CPU, whose dtype becomes that of the products.
             quantize: ``nf4`` or ``int8``.
-            device: Where the quantised one goes.
+            device: Device of the quantized embedding.
         """
         if isinstance(embedding, LowRankEmbedding):
             table = quantized_matrix(embedding.table, quantize, device)
@@ -53,7 +53,7 @@ class QuantizedEmbedding(nn.Module):
         return cls(table, None, embedding.weight.dtype)
 
     def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
-        """Cost: a gather of K numbers a token, and 2 R D operations where it is factorised."""
+        """Cost: a gather of K numbers per token, and 2 R D operations where it is factorized."""
         rows = cast("FrozenMatrix", self.table).rows(ids.reshape(-1), self.dtype)
         rows = rows.reshape(*ids.shape, -1)
         return rows if self.up is None else cast("Tensor", self.up(rows))
@@ -70,7 +70,7 @@ class QuantizedEmbedding(nn.Module):
 class QuantizedHead(nn.Module):
     """Logits from the very table of a `QuantizedEmbedding`.
 
-    The table is dequantised a few rows at a time, so that it never takes more than 4 or 8 bits a
+    The table is dequantized a few rows at a time, so that it never takes more than 4 or 8 bits per
     number and is multiplied while a core's cache holds it.
     """
 
@@ -79,13 +79,13 @@ class QuantizedHead(nn.Module):
         self.table, self.up = embedding.table, embedding.up
 
     def features(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch K"]:
-        """What is multiplied with the table."""
+        """The features that are multiplied with the table."""
         if self.up is None:
             return hidden
         return hidden @ cast("FrozenMatrix", self.up).values(hidden.dtype)
 
     def forward(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
-        """Cost: that of the head it was made of, and the table dequantised once."""
+        """Cost: that of the head it was made of, and the table dequantized once."""
         features, table = self.features(hidden), cast("FrozenMatrix", self.table)
         if features.requires_grad and torch.is_grad_enabled():
             return F.linear(features, table.values(features.dtype))
@@ -96,6 +96,6 @@ class QuantizedHead(nn.Module):
         return logits_NV.reshape(*hidden.shape[:-1], -1)
 
     def factors(self, hidden: Float[Tensor, "*batch D"]) -> HeadFactors:
-        """See `head_factors`; the table is dequantised whole."""
+        """See `head_factors`; the table is dequantized whole."""
         features = self.features(hidden)
         return HeadFactors(features, cast("FrozenMatrix", self.table).values(features.dtype))

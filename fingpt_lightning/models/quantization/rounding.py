@@ -1,6 +1,6 @@
 """Matrices rounded to int8 by row or to NF4 by block, and the numbers that their codes stand for.
 
-Axes: O rows, I columns, N rows that are asked for.
+Axes: O rows, I columns, N requested rows.
 """
 
 from typing import Any, NamedTuple
@@ -36,8 +36,8 @@ def round_to_int8(
     """Rounds each row to multiples of 1/127 of its largest magnitude.
 
     Args:
-        weight: Unquantised.
-        moments: As in `rounded`.
+        weight: Unquantized weight.
+        moments: Moments as in `rounded`.
     """
     wide = weight.detach().float()
     scales = wide.abs().amax(1)
@@ -64,8 +64,8 @@ def round_to_nf4(
     """Rounds each block to 16 levels, its scale to one of 256.
 
     Args:
-        weight: Unquantised.
-        moments: As in `rounded`.
+        weight: Unquantized weight.
+        moments: Moments as in `rounded`.
 
     Source: https://arxiv.org/abs/2305.14314, section 3.
     """
@@ -106,8 +106,8 @@ def nf4_values(
     """What codes stand for.
 
     Args:
-        matrix: Of blocks of any size.
-        dtype: Of the result.
+        matrix: Matrix of blocks of any size.
+        dtype: Dtype of the result.
         first: Row to begin with; a block begins with it.
         end: Row after the last; None is all.
     """
@@ -152,13 +152,13 @@ def _scales(state: Any, blocks: Tensor) -> Tensor:
 def rounded(
     weight: Float[Tensor, "O I"], method: str, moments: Float[Tensor, "I I"] | None = None
 ) -> Float[Tensor, "O I"]:
-    """The matrix that a quantised layer multiplies with in place of ``weight``.
+    """The matrix that a quantized layer uses in place of ``weight``.
 
     Args:
-        weight: Unquantised.
+        weight: Unquantized weight.
         method: ``nf4`` or ``int8``.
-        moments: Of the layer's inputs: the outputs are kept, as `round_with_feedback` does it,
-            under the same scales. None rounds each number to its nearest.
+        moments: Moments of the layer's inputs: the outputs are kept, as `round_with_feedback` does
+            it, under the same scales. None rounds each number to its nearest.
     """
     if method == "int8":
         return int8_values(*round_to_int8(weight, moments), weight.dtype)
