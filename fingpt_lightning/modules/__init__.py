@@ -1,4 +1,4 @@
-"""LightningModules: what is trained, with which loss, optimiser and schedule."""
+"""LightningModules: a network to train with its loss, optimizer and schedule."""
 
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.low_rank_pretraining import LowRankPretraining

@@ -14,12 +14,12 @@ class RandomLlama:
     """The sizes of a Llama with random weights, to try a config without a model.
 
     Args:
-        num_layers: Decoder blocks.
-        width: Of the hidden states; a multiple of 32 times ``num_heads`` suits quantisation.
-        num_heads: Attention heads.
-        num_key_value_heads: Heads of keys and values, a divisor of ``num_heads``.
-        mlp_width: Of the MLP's inner layer.
-        num_positions: Tokens of a row at most.
+        num_layers: Number of decoder blocks.
+        width: Width of the hidden states; a multiple of 32 times ``num_heads`` suits quantization.
+        num_heads: Number of attention heads.
+        num_key_value_heads: Number of heads of keys and values, a divisor of ``num_heads``.
+        mlp_width: Width of the MLP's inner layer.
+        num_positions: Most tokens per row.
 
     Raises:
         ValueError: The sizes do not divide each other.
@@ -58,14 +58,14 @@ def random_llama(
     """A Llama of the given sizes; the same seed gives the same weights.
 
     Args:
-        shape: Its sizes.
-        vocab_size: Rows of embedding and head.
-        eos_token_id: Its end of text.
-        dtype: Of weights and products.
-        device: Where it goes.
+        shape: Sizes of the network.
+        vocab_size: Number of rows of embedding and head.
+        eos_token_id: Token that ends a text.
+        dtype: Dtype of weights and products.
+        device: Device of the network.
         quantize: ``nf4``, ``int8`` or None.
-        seed: Of the weights.
-        keep_part: Takes out of it what other processes hold.
+        seed: Seed of the weights.
+        keep_part: Function that takes out of the network what other processes hold.
     """
     config = LlamaConfig(
         vocab_size=vocab_size,

@@ -47,7 +47,7 @@ A power of two; it keeps float16 gradients of a sum over many tokens from overfl
 
 @runtime_checkable
 class TextSource(Protocol):
-    """What a module asks of the datamodule it is trained with."""
+    """The interface that a module needs of the datamodule it is trained with."""
 
     vocabulary_size: int
     block_length: int
@@ -65,8 +65,8 @@ class PartialNetwork(Protocol):
         """Takes out of a network laid out on the meta device what other processes hold.
 
         Args:
-            network: To be trained, all of it, unless ``base`` says what becomes of it.
-            base: Where it is to be frozen.
+            network: Network to train, all of it unless ``base`` freezes it.
+            base: Description of the frozen base; None where nothing is frozen.
         """
 
     def state_names(self) -> list[str]:
@@ -94,13 +94,13 @@ class LanguageModelingModule(LightningModule):
     for strategies that run the step themselves is `network`, `loss_sum_and_tokens`, `log_step` with
     `backward_start`, `log_evaluation` and `likeliest_tokens`.
 
-    Keys: ``train/loss`` (nats a token over the window and all ranks), ``train/learning_rate``,
+    Keys: ``train/loss`` (nats per token over the window and all ranks), ``train/learning_rate``,
     ``train/gradient_norm`` (before clipping), ``train/tokens`` (supervised so far, all ranks);
     ``val/loss``, ``val/perplexity``, ``test/loss``, ``test/perplexity``.
 
     Raises:
-        FloatingPointError: At a step whose loss or gradient norm is not finite, before weights
-            change; the last checkpoint on disk stays the last good one. Outside of fit, where the
+        FloatingPointError: A step's loss or gradient norm is not finite, raised before weights
+            change; the last checkpoint on disk stays the last good one. Outside of fit, the
             loss of a split is not finite.
     """
 
@@ -170,11 +170,11 @@ class LanguageModelingModule(LightningModule):
             self.partial_network.keep_own_part(network, base)
 
     def backward_start(self, loss_sum: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """What the backward pass begins from: the optimiser's hooks undo the scale."""
+        """The loss from which the backward pass begins: the optimizer's hooks undo the scale."""
         return loss_sum / _LOSS_SCALE
 
     def log_step(self, sums: LossSums) -> None:
-        """Adds one microbatch to the accumulation window; logged when the optimiser steps."""
+        """Adds one microbatch to the accumulation window; logged when the optimizer steps."""
         self._window = _added(self._window, sums)
 
     def log_evaluation(self, sums: LossSums) -> None:
@@ -188,7 +188,7 @@ class LanguageModelingModule(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        # Lightning 2.6 leaves the loader at the start of its epoch where the schedule has asked for
+        # Lightning 2.6 leaves the loader at the start of its epoch where the schedule has requested
         # `estimated_stepping_batches` before (issue 20550): then its loader is already made when
         # the positions are loaded. Where it did load them, this does the same again.
         states, self._loader_states = self._loader_states, []
@@ -213,8 +213,8 @@ class LanguageModelingModule(LightningModule):
     def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
         self._batch_idx = batch_idx
         if self.hparams.get("dropout"):
-            # By the place in the run and the process: a resumed run drops what one that was never
-            # stopped does, and replicas do not all drop the same.
+            # The seed follows from step and process: a resumed run drops what an uninterrupted run
+            # drops, and replicas do not all drop the same.
             trainer = self.trainer
             base = os.environ.get("PL_GLOBAL_SEED", "0")
             place = f"{base} {trainer.current_epoch} {batch_idx} {trainer.global_rank}"
@@ -323,11 +323,11 @@ class LanguageModelingModule(LightningModule):
                 )
 
     def check_optimizer(self, checkpoint: dict[str, Any], plain: Mapping[str, Any]) -> None:
-        """Raises where the state of a checkpoint's optimiser is of no use to ours.
+        """Raises where the state of a checkpoint's optimizer is of no use to ours.
 
         Args:
-            checkpoint: To go on with.
-            plain: The hyper-parameters that the optimiser's state depends on, with what a
+            checkpoint: Checkpoint to resume from.
+            plain: The hyper-parameters that the optimizer's state depends on, with what a
                 checkpoint that does not name them was trained with.
 
         Raises:
@@ -348,7 +348,7 @@ class LanguageModelingModule(LightningModule):
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
     def with_cosine_schedule(self, optimizer: Optimizer) -> OptimizerLRScheduler:
-        """An optimiser and its schedule, by the hyper-parameters of warm-up and last rate.
+        """An optimizer and its schedule, by the hyper-parameters of warm-up and last rate.
 
         Raises:
             ValueError: The trainer's settings give the run no end.

@@ -51,12 +51,12 @@ from fingpt_lightning.terminal.messages import nearest
 _PRESET = "gpt2-small"
 _RANK_RATIO = 0.25
 _DRAWN_STD = 0.02
-# What the optimiser's state depends on, and what checkpoints that lack it were trained with.
+# What the optimizer's state depends on, and the values of checkpoints that lack it.
 _STATE_SETTINGS = {"optimizer": "adamw", "factor_decay": "factors", "spectron_dense": False}
 
 
 class _Start(NamedTuple):
-    """What ``init_from`` says of itself before its weights are read."""
+    """The description of ``init_from``, known before its weights are read."""
 
     config: PreTrainedConfig
     shapes: Mapping[str, tuple[int, ...]]
@@ -67,14 +67,14 @@ class _Start(NamedTuple):
 class LowRankPretraining(LanguageModelingModule):
     """A GPT-2 trained with low-rank layers in place of its linear layers, from scratch or on.
 
-    What is trained on is a GPT-2 or a Llama, such as a folder of ``fingpt decompose``.
+    The model to train on is a GPT-2 or a Llama, such as a folder of ``fingpt decompose``.
 
     Args:
         preset: gpt2-nano, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl; null is gpt2-small.
         rank: An int is the rank of every linear layer of the blocks, a float in (0, 1] the share
-            r / min(in, out); null is the dense baseline. A layer whose pair would not be smaller
+            r / min(in, out); null is the dense baseline. A layer whose factors would not be smaller
             stays dense. Query, key and value are one layer with one ``down``. ``auto`` is what
-            ``compression`` or ``init_from`` ask for, and 0.25 without them.
+            ``compression`` or ``init_from`` request, and 0.25 without them.
         rank_overrides: Other ranks by name pattern, such as ``{"*.mlp.*": 0.5}``.
         embedding_rank: The rank of the tied embedding and head; null keeps the full table.
         compression: All parameters of the dense baseline over all of this network, embedding
@@ -82,42 +82,43 @@ class LowRankPretraining(LanguageModelingModule):
         init_from: Folder, hub name, GGUF file, checkpoint or run folder of the model to train on,
             which decides the architecture, in place of all settings above and those of sizes; and
             the tokenizer, where the data name none.
-        num_layers: In place of the preset's.
-        width: In place of the preset's.
-        num_heads: In place of the preset's.
-        num_positions: In place of the preset's.
-        vocab_size: Tokens; null takes the tokenizer's of the data.
+        num_layers: Number of decoder blocks, in place of the preset's.
+        width: Width of the hidden states, in place of the preset's.
+        num_heads: Number of attention heads, in place of the preset's.
+        num_positions: Most tokens per row, in place of the preset's.
+        vocab_size: Size of the vocabulary; null takes the tokenizer's of the data.
         dropout: Probability after embedding, attention and MLP.
-        recompute: What each block computes again in the backward pass: ``none``; ``block``, all
-            but its input; ``low_rank``, all but its input, the thin activations of its pairs and
-            attention's result.
+        recompute: Results that each block computes again in the backward pass: ``none``; ``block``,
+            all but its input; ``low_rank``, all but its input, the thin activations of its factors
+            and attention's result.
         compile: Whether torch.compile fuses the blocks: some percent faster after a minute.
         loss_chunk_size: Tokens whose logits over the vocabulary are held at a time.
-        learning_rate: The highest of the schedule.
-        final_learning_rate_ratio: Last over highest learning rate.
-        warmup: An int is steps, a float the share of all steps.
-        weight_decay: Of matrices; biases and norms do not decay.
+        learning_rate: Highest learning rate of the schedule.
+        final_learning_rate_ratio: Ratio of the last to the highest learning rate.
+        warmup: Length of the warm-up: an int is steps, a float the share of all steps.
+        weight_decay: Weight decay of matrices; biases and norms do not decay.
         beta1: AdamW's decay of the gradient's mean.
         beta2: AdamW's decay of the gradient's square.
-        initialization: How pairs start: ``svd``, the truncated singular value decomposition of the
-            dense draw; ``cola``, both factors normal; ``orthogonal``, both with orthogonal
-            directions of one length, the product's variance that of the dense draw.
-        factor_activation: ``silu`` between the two factors of each pair. No dense layer is the
-            same then: export to ``hf`` and ``gguf``, quantisation and merging refuse it.
-        factor_expansion: The alpha of a fixed way past ``up`` during training, which is folded into
-            ``up`` when a checkpoint is read as a network; 0 for none.
-        self_guided: Share of the steps, in [0, 1], in which each pair is trained beside a dense
-            matrix W that starts as ``up down``: a W x + (1 - a) up down x, a from 1 to 0 by half a
-            cosine. Then W is dropped. Validations, and whatever reads a checkpoint as a network,
-            take the pairs alone.
-        factor_decay: ``factors`` decays each factor by ``weight_decay``; ``product`` decays what
-            they make, up down.
+        initialization: Initialization of the factors: ``svd``, the truncated singular value
+            decomposition of the dense draw; ``cola``, both factors normal; ``orthogonal``, both
+            with orthogonal directions of one length, the product's variance that of the dense draw.
+        factor_activation: ``silu`` between the two factors of each low-rank layer. No dense layer
+            computes the same then: export to ``hf`` and ``gguf``, quantization and merging refuse
+            it.
+        factor_expansion: The alpha of a fixed path past ``up`` during training, which is folded
+            into ``up`` when a checkpoint is read as a network; 0 for none.
+        self_guided: Share of the steps, in [0, 1], in which each low-rank layer is trained beside a
+            dense matrix W that starts as ``up down``: a W x + (1 - a) up down x, a from 1 to 0 by
+            half a cosine. Then W is dropped. Validations, and whatever reads a checkpoint as a
+            network, take the factors alone.
+        factor_decay: ``factors`` decays each factor by ``weight_decay``; ``product`` decays their
+            product up down.
         optimizer: ``adamw``; ``adamw_8bit``, its state in 8 bits; ``spectron``, which moves factor
-            pairs along orthogonalised momentum by a bounded step, and all else by AdamW.
-        spectron_learning_rate: With ``spectron``, the highest for the factor pairs: about the
+            matrices along orthogonalized momentum by a bounded step, and all else by AdamW.
+        spectron_learning_rate: Highest learning rate of the factors with ``spectron``: about the
             spectral norm by which a step changes a product.
-        spectron_momentum: With ``spectron``.
-        spectron_dense: With ``spectron``, whether layers of the blocks that stay dense are moved
+        spectron_momentum: Momentum of ``spectron``.
+        spectron_dense: Whether, with ``spectron``, layers of the blocks that stay dense are moved
             alike, by ``spectron_learning_rate`` in the spectral norm: a dense baseline on equal
             terms.
         quantization_aware: ``int8`` or ``nf4`` trains the end of the run with weights rounded as
@@ -248,7 +249,7 @@ class LowRankPretraining(LanguageModelingModule):
         """The rank of each linear layer of a network from scratch.
 
         Raises:
-            ValueError: With ``compression``, that is out of reach or the vocabulary not known yet.
+            ValueError: ``compression`` is out of reach, or the vocabulary is not known yet.
         """
         hparams = self.hparams
         rank, overrides = hparams["rank"], hparams["rank_overrides"] or {}
@@ -431,7 +432,7 @@ class LowRankPretraining(LanguageModelingModule):
         return bool(self.hparams["factor_decay"] == "product")
 
     def _check_recipe_fits(self) -> None:
-        """Raises where a setting cannot do what it says in this run."""
+        """Raises where a setting has no effect or is not possible in this run."""
         hparams = self.hparams
         of_pairs = low_rank_changes(hparams)
         if of_pairs and not low_rank_factors(self.laid_out()):
@@ -547,7 +548,7 @@ class LowRankPretraining(LanguageModelingModule):
         """Parameters, bytes and operations of the network and its dense baseline.
 
         Args:
-            sequence_length: Tokens a sequence; None takes the data's, else all positions.
+            sequence_length: Tokens per sequence; None takes the data's, else all positions.
         """
         if sequence_length is None:
             source = self.text_source
@@ -570,7 +571,7 @@ class LowRankPretraining(LanguageModelingModule):
 
 
 def _set_dropout(network: PreTrainedModel, dropout: float) -> None:
-    """Sets what a stored config says otherwise.
+    """Sets the dropout of a network whose stored config has another.
 
     Raises:
         ValueError: The network has no place for dropout.

@@ -1,4 +1,4 @@
-"""Parameter groups, optimisers in 8 bits and learning-rate schedules."""
+"""Parameter groups, optimizers in 8 bits and learning-rate schedules."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +18,8 @@ def decay_groups(
     """Two groups for AdamW: matrices decay, biases and norms do not.
 
     Args:
-        named_parameters: As of ``module.named_parameters()``; frozen ones are left out.
+        named_parameters: Parameters as given by ``module.named_parameters()``; frozen ones are left
+            out.
         weight_decay: Decay of every trained parameter of two or more axes.
     """
     trained = [(name, p) for name, p in named_parameters if p.requires_grad]
@@ -35,8 +36,8 @@ def cosine_with_warmup(
     """The factor on the learning rate: a line up, then half a cosine down to ``final_ratio``.
 
     Args:
-        num_steps: Optimiser steps of the whole run; later steps stay at ``final_ratio``.
-        warmup_steps: Steps of the line; step 0 already has a rate above zero.
+        num_steps: Number of optimizer steps of the whole run; later steps stay at ``final_ratio``.
+        warmup_steps: Number of steps of the linear warm-up; step 0 already has a rate above zero.
         final_ratio: The last factor, in [0, 1].
 
     >>> factor = cosine_with_warmup(num_steps=10, warmup_steps=2, final_ratio=0.1)
@@ -65,7 +66,7 @@ def factor_groups(
     the parameters, have the same groups.
 
     Args:
-        network: Its trained parameters are grouped, factors in the order of their names.
+        network: Network whose trained parameters are grouped, factors in the order of their names.
         weight_decay: Decay of the matrices that are not factors.
         factor_settings: Settings of the group of factors: down, up, down, up, ...
         dense_settings: Settings of the group of matrices in blocks that are not factors; None
@@ -108,10 +109,10 @@ def adamw_8bit(
     Parameters of less than 4096 numbers keep theirs in 32 bits.
 
     Args:
-        groups: Of parameters, whole on each process.
-        betas: Decay of the averages.
+        groups: Parameter groups, whole on each process.
+        betas: Decay rates of the averages.
         lr: Learning rate, where a group has none.
-        is_paged: Move the averages to the host when a GPU is full.
+        is_paged: Whether to move the averages to the host when a GPU is full.
 
     Source: https://arxiv.org/abs/2110.02861, through bitsandbytes.
     """

@@ -14,13 +14,13 @@ DEFAULT_START = 0.8
 class RoundingSchedule:
     """Rounds weights for the passes of the last steps of a run.
 
-    They are rounded once an optimiser step, whatever number of microbatches it has, and for
-    validations among these steps, whose loss is then that of the quantised network. Whoever asks
-    for the module's state gets the weights themselves.
+    They are rounded once per optimizer step, whatever number of microbatches it has, and for
+    validations among these steps, whose loss is then that of the quantized network. Any caller that
+    asks for the module's state gets the weights themselves.
 
     Args:
-        method: ``nf4`` or ``int8``; None rounds nothing.
-        start: Share of the steps from which on.
+        method: Method, ``nf4`` or ``int8``; None rounds nothing.
+        start: Share of the steps before the first rounded one.
     """
 
     def __init__(self, method: str | None, start: float) -> None:
@@ -46,7 +46,7 @@ class RoundingSchedule:
         """Takes hold of a module's network.
 
         Args:
-            module: With its ``network``.
+            module: Module with its ``network``.
 
         Raises:
             ValueError: The network is to be sharded, which leaves no rank whole rows.

@@ -1,4 +1,4 @@
-"""Finetuning adapters on a frozen, quantised Llama or GPT-2.
+"""Finetuning adapters on a frozen, quantized Llama or GPT-2.
 
 Axes: B batch, T tokens, N supervised tokens, D width, V vocabulary.
 """
@@ -56,7 +56,7 @@ _RECOMPUTE = ("none", "block", "offload")
 class QuantizedFinetuning(LanguageModelingModule):
     """Low-rank adapters trained on a base that stays as it is, in 4, 8 or more bits.
 
-    Checkpoints hold the adapters and the optimiser, not the base. When training ends, the run
+    Checkpoints hold the adapters and the optimizer, not the base. When training ends, the run
     folder holds the adapters as they are then, as ``adapter/`` in PEFT's format.
 
     Args:
@@ -64,30 +64,31 @@ class QuantizedFinetuning(LanguageModelingModule):
             null for ``random_base``.
         revision: Branch, tag or commit of a hub name.
         quantize: ``nf4``, ``int8``, or null for a base in ``dtype``.
-        dtype: Of the base's other weights and of all products; adapters are kept in float32.
-        rank: Of every adapter.
-        alpha: Adapters are weighed by ``alpha / rank``; null is twice the rank.
+        dtype: Dtype of the base's other weights and of all products; adapters are kept in float32.
+        rank: Rank of every adapter.
+        alpha: Numerator of the weight of the adapters, ``alpha / rank``; null is twice the rank.
         dropout: Probability with which an adapter's input features are dropped. What rows of a
             batch share is dropped alike for all of them.
-        rslora: Weigh adapters by ``alpha / sqrt(rank)``.
-        dora: Learn the lengths of the weights' rows too.
+        rslora: Whether to weigh adapters by ``alpha / sqrt(rank)``.
+        dora: Whether to learn the lengths of the weights' rows too.
         target_modules: ``all-linear``, or the layers to adapt by the ends of their names.
-        learning_rate: The highest of the schedule.
-        lora_plus_ratio: Learning rate of the adapters' second matrices over that of the first.
-        final_learning_rate_ratio: Last over highest learning rate.
-        warmup: An int is steps, a float the share of all steps.
-        weight_decay: Of the adapters' matrices.
+        learning_rate: Highest learning rate of the schedule.
+        lora_plus_ratio: Ratio of the learning rate of the adapters' second matrices to that of the
+            first.
+        final_learning_rate_ratio: Ratio of the last to the highest learning rate.
+        warmup: Length of the warm-up: an int is steps, a float the share of all steps.
+        weight_decay: Weight decay of the adapters' matrices.
         beta1: AdamW's decay of the gradient's mean.
         beta2: AdamW's decay of the gradient's square.
         optimizer: ``adamw``, fused; ``adamw_8bit``, with its state in 8 bits; or
             ``paged_adamw_8bit``, whose state moves to the host when a GPU is full.
-        recompute: What the backward pass computes again: ``none``; ``block``, all of a block but
-            its input; ``offload``, the same with the inputs kept in the host's memory.
-        supervised_logits_only: Whether logits are made only where there are labels; the loss is
+        recompute: Results that the backward pass computes again: ``none``; ``block``, all of a
+            block but its input; ``offload``, the same with the inputs kept in the host's memory.
+        supervised_logits_only: Whether logits are computed only where there are labels; the loss is
             the same.
-        kl_weight: Weight of the divergence from the base's predictions, in nats a token, at
+        kl_weight: Weight of the divergence from the base's predictions, in nats per token, at
             positions without labels, such as those of the prompts: it guards what the base knew.
-        kl_positions: Positions of a microbatch at most at which that is taken.
+        kl_positions: Most positions of a microbatch at which the divergence is taken.
         loss_chunk_size: Tokens whose logits over the vocabulary are held at a time.
         random_base: Sizes of a random Llama in place of ``base``, to try a config out.
 
@@ -243,12 +244,12 @@ class QuantizedFinetuning(LanguageModelingModule):
     def divergence_from_base(
         self, batch: TokenBatch, hidden: Float[Tensor, "B T D"]
     ) -> Float[Tensor, ""]:
-        """KL(base || network) in nats a token, mean over positions without labels, evenly spread.
+        """KL(base || network) in nats per token, mean over positions without labels, evenly spread.
 
         Positions behind the last label of a row of the batch are left out: they may be padding.
 
         Raises:
-            ValueError: The batch has no such positions.
+            ValueError: The batch does not have such positions.
 
         Cost: one more forward pass, without gradients.
         """
@@ -275,7 +276,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         return self.with_cosine_schedule(self._optimizer())
 
     def trained_share(self) -> float:
-        """Trained parameters over all, those of the base counted unquantised."""
+        """Trained parameters over all, those of the base counted unquantized."""
         trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
         frozen = 0
         for parameter in self.network.parameters():
@@ -369,7 +370,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         groups = []
         for kind, settings in kinds.items():
             found = [p for name, p in self.named_parameters() if name.endswith(f".{kind}")]
-            # A process may have no adapters, but the groups of all.
+            # A process without adapters still has the groups of all.
             is_elsewhere = self.partial_network is not None and (
                 kind != "lora_magnitude_vector" or self.options.dora
             )
@@ -394,7 +395,7 @@ class QuantizedFinetuning(LanguageModelingModule):
             )
 
     def _keep_part(self, network: PreTrainedModel) -> None:
-        """Notes what is to be adapted in a network just laid out, and leaves our part of it."""
+        """Records the layers to adapt in a network just laid out, and keeps our part of it."""
         hparams = self.hparams
         self._linear = linear_names(network)
         self._adapted = matching_names(self._linear, hparams["target_modules"])
@@ -407,7 +408,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         self.keep_own_part(network, FrozenBase(plain, in_matrix, adapters))
 
     def _whole_adapters(self) -> WholeAdapters | None:
-        """Those of all processes, where each has a part; they call it together."""
+        """Adapters of all processes, where each has a part; they call it together."""
         if self.partial_network is None:
             return None
         return self._all_adapters(self.partial_network.lightning_module_state_dict())
@@ -442,7 +443,7 @@ class QuantizedFinetuning(LanguageModelingModule):
 
 
 def _miss_no_base(module: nn.Module, found: _IncompatibleKeys) -> None:
-    """Has a strict reader of a state dict, such as an average's, not ask for the frozen base."""
+    """Lets a strict reader of a state dict, such as an average's, do without the frozen base."""
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     frozen |= {name for name, _ in module.named_buffers()}
     # A module around this one has its own names in front.

@@ -1,4 +1,4 @@
-"""Which settings of how pairs are trained exist, and which fit each other."""
+"""The settings for training low-rank layers, and which of them fit each other."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ PLAIN: Mapping[str, Any] = {
     "initialization": "svd", "factor_activation": "none", "factor_expansion": 0.0,
     "self_guided": 0.0, "factor_decay": "factors", "optimizer": "adamw",
 }  # fmt: skip
-"""The settings of pairs that are trained as dense layers would be."""
+"""The settings of low-rank layers that are trained as dense layers would be."""
 FACTOR_DECAYS = ("factors", "product")
 OPTIMIZERS = ("adamw", "adamw_8bit", "spectron")
 
@@ -77,7 +77,7 @@ def check_recipe(
 
 
 def low_rank_changes(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of ``settings`` differs from `PLAIN` and has no effect without pairs."""
+    """The ``settings`` that differ from `PLAIN` and have no effect without low-rank layers."""
     found = {
         key: settings[key]
         for key, plain in PLAIN.items()

@@ -13,32 +13,32 @@ from fingpt_lightning.modules.language_modeling import PartialNetwork
 
 
 class GuideSchedule:
-    """Guides the pairs of a network in the first S = round(share x steps) steps of a run.
+    """Guides the low-rank layers of a network in the first S = round(share x steps) steps of a run.
 
-    In step s of these a pair with the factors U, D and the bias b is
+    In step s of these a low-rank layer with the factors U, D and the bias b is
 
         x -> a x W' + (1 - a) x D' U' + b,      a = (1 + cos(pi s / S)) / 2
 
     where W starts as U D, so that guided and unguided networks start as the same function. After
-    the last of these steps nothing of W is left: not in the module, not in the optimiser.
+    the last of these steps W is gone, from the module and from the optimizer.
 
     Args:
-        share: Of the steps; 0 guides nothing.
+        share: Share of the steps; 0 guides nothing.
 
     Source: https://arxiv.org/abs/2406.16450, self-guided training (their share is 0.5).
     """
 
     def __init__(self, share: float) -> None:
         self._share = share
-        # A rank of a pipeline may guide without a pair of its own.
+        # A rank of a pipeline may guide without a low-rank layer of its own.
         self._is_guiding = False
         self._layers: list[LowRankLinear] = []
 
     def attach(self, network: nn.Module) -> None:
-        """Gives a network's pairs their guides, those that it has not yet.
+        """Gives a network's low-rank layers their guides, those that it has not yet.
 
         Raises:
-            ValueError: A pair has an activation between its factors.
+            ValueError: A low-rank layer has an activation between its factors.
         """
         if not self._share:
             return
@@ -65,7 +65,7 @@ class GuideSchedule:
             self.drop(trainer)
 
     def drop(self, trainer: Trainer) -> None:
-        """Leaves the pairs alone, as in a run that never guided them; all ranks call this."""
+        """Drops the guides and leaves the factors alone; all ranks call this together."""
         if not self._is_guiding:
             return
         guides = {layer.guide for layer in self._layers if layer.guide is not None}

@@ -31,9 +31,9 @@ def shard(module: LightningModule, network: PreTrainedModel) -> None:
     All ranks of the mesh call this together, with equal weights.
 
     Args:
-        module: As a trainer has it, weights on any device; split over the axis ``data_parallel``
-            of its ``device_mesh``. Its class becomes a subclass.
-        network: The part of ``module`` with the decoder blocks.
+        module: Module as a trainer holds it, weights on any device; split over the axis
+            ``data_parallel`` of its ``device_mesh``. Its class becomes a subclass.
+        network: Part of ``module`` with the decoder blocks.
     """
     if module.device_mesh is None:
         return

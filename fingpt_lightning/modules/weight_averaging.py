@@ -14,7 +14,7 @@ def prepare_averaging(module: LightningModule) -> None:
     """Fits callbacks of the attached trainer that average weights to a module; else does nothing.
 
     To be called at each ``configure_model``, which `WeightAveraging` calls before it copies the
-    module: numbers that are equal then stay equal to the bit. Averaging would round what is frozen,
+    module: numbers that are equal then stay equal to the bit. Averaging would round frozen weights,
     and take codes of 4 and 8 bits for numbers.
 
     Raises:
@@ -47,8 +47,8 @@ def prepare_averaging(module: LightningModule) -> None:
 
 
 def _keep_equal_numbers(callback: WeightAveraging) -> None:
-    # Lightning 2.6 hands these on to torch's AveragedModel, and has no other place to say which
-    # weights take part.
+    # Lightning 2.6 hands these on to torch's AveragedModel, and there is no other place to set
+    # which weights take part.
     settings = callback._kwargs
     multiple = settings.get("multi_avg_fn")
     if multiple is not None and not isinstance(multiple, _MultipleUnlessEqual):
