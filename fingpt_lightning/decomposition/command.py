@@ -63,7 +63,7 @@ def decompose(
 
     Args:
         model: Hugging Face folder or hub name, GGUF, checkpoint or run folder; GPT-2 or Llama.
-        output: Folder that is made.
+        output: Folder to make.
         rank_ratio: Share r / min(in, out) of each layer, to 1; give one of these three.
         compression: Parameters of the dense model over those stored, from 1 on.
         energy: Share of the squared singular values that each layer keeps.
@@ -74,7 +74,7 @@ def decompose(
         calibration_task: Name of a task to take prompts and answers of, in place of files.
         calibration_tokens: Most tokens that are read; None is 32768.
         data_dir: Folder that holds ``TASK/train.jsonl``; None reads from the Hugging Face hub.
-        damping: How much the weights' own error counts beside that of the outputs; None is 0, or
+        damping: Weight of the weights' own error beside that of the outputs; None is 0, or
             0.01 with ``sequential``.
         sequential: Whether each layer is fitted to what reaches it through those before it.
         method: ``exact`` or ``randomized``.
@@ -130,7 +130,7 @@ def decompose(
 
 
 def run(options: argparse.Namespace) -> None:
-    """Decomposes a model as the options say, and prints ranks, sizes and errors.
+    """Decomposes a model as the options request, and prints ranks, sizes and errors.
 
     Args:
         options: Result of `parse_options`.
@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
     """
     logging.disable_progress_bar()
     made = decompose(**vars(options))
-    # A log is wider than the 80 columns that rich gives what is no terminal.
+    # A log is wider than the 80 columns that rich gives an output that is not a terminal.
     width = None if sys.stdout.isatty() else _LOG_COLUMNS
     console = Console(soft_wrap=True, highlight=False, width=width)
     for table in (layer_table(made.layers), kind_table(made.layers)):
@@ -178,7 +178,7 @@ def find_devices(name: str | None) -> list[str]:
 
 
 def layer_table(layers: Sequence[DecomposedLayer]) -> Table:
-    """A row a block, a column a kind of layer: its rank, and its error in percent."""
+    """One row per block, one column per kind of layer: its rank, and its error in percent."""
     has_outputs = any(layer.output_error is not None for layer in layers)
     what = "outputs on the calibration text" if has_outputs else "weights"
     table = Table(box=None, pad_edge=False, title=f"rank, and relative error of the {what} (%)")
@@ -195,7 +195,7 @@ def layer_table(layers: Sequence[DecomposedLayer]) -> Table:
 
 
 def kind_table(layers: Sequence[DecomposedLayer]) -> Table:
-    """A row a kind of layer: size, ranks, parameters and median errors over all blocks."""
+    """One row per kind of layer: size, ranks, parameters and median errors over all blocks."""
     table = Table(box=None, pad_edge=False)
     table.add_column("layers")
     for title in ("number", "in x out", "rank", "r / min", "parameters", "dense / stored",

@@ -43,7 +43,7 @@ from fingpt_lightning.low_rank.rank_allocation import (
 
 _PR_SET_PDEATHSIG = 1
 MAX_BATCH_BYTES = 2**27
-"""Of the weights that are taken apart at a time, in float64; at least one is."""
+"""Bytes of the weights that are taken apart at a time, in float64; at least one is."""
 
 
 @runtime_checkable
@@ -73,13 +73,13 @@ class SafetensorsReader:
 
 @dataclass(frozen=True)
 class LayerWeight:
-    """A weight that may become a pair.
+    """A weight that may become factors.
 
     Args:
-        name: Of the layer in its network.
-        stored: Of the weight in the files.
-        in_features: Of the layer.
-        out_features: Of the layer.
+        name: Name of the layer in its network.
+        stored: Name of the weight in the files.
+        in_features: Input features of the layer.
+        out_features: Output features of the layer.
         is_transposed: Whether it is stored with a row for each input.
         moments: The name of the second moments of its inputs; None where there are none.
     """
@@ -93,7 +93,7 @@ class LayerWeight:
 
     @property
     def size(self) -> Size:
-        """In and out."""
+        """Input and output features."""
         return self.in_features, self.out_features
 
     def cost(self) -> float:
@@ -111,16 +111,16 @@ class Work:
     """How weights are taken apart, and from where to where.
 
     Args:
-        reader: Of the weights.
-        folder: The results; second moments lie in it too.
-        ranks: Of the layers; None, with ``energy``, where the spectrum decides. A layer whose
+        reader: Reader of the weights.
+        folder: Folder of the results; second moments lie in it too.
+        ranks: Ranks of the layers; None, with ``energy``, where the spectrum decides. A layer whose
             rank is None stays dense.
         energy: The share of the squared singular values to keep.
-        method: Exact or randomised.
-        dtype: Of the stored factors.
-        damping: Of the moments, as in `damped`.
-        seed: Of the randomised method; a layer's stream depends on it and its name alone.
-        device: Where it is computed.
+        method: Method, exact or randomized.
+        dtype: Dtype of the stored factors.
+        damping: Damping of the moments, as in `damped`.
+        seed: Seed of the randomized method; a layer's stream depends on it and its name alone.
+        device: Device of the computation.
     """
 
     reader: TensorReader
@@ -148,14 +148,14 @@ class Batch:
     """Weights of one shape that are taken apart together.
 
     Args:
-        layers: At least one.
+        layers: Layers, at least one.
     """
 
     layers: tuple[LayerWeight, ...]
 
     @property
     def cost(self) -> float:
-        """Of all layers."""
+        """Cost of all layers."""
         return sum(layer.cost() for layer in self.layers)
 
 
@@ -168,9 +168,9 @@ def batches_of(
     quarter of a worker's share, unless it is one layer.
 
     Args:
-        layers: In any order.
-        num_workers: That share the batches.
-        max_bytes: Of a batch's weights in float64.
+        layers: Layers in any order.
+        num_workers: Number of workers that share the batches.
+        max_bytes: Most bytes of a batch's weights in float64.
     """
     by_size: dict[Size, list[LayerWeight]] = {}
     for layer in layers:
@@ -208,8 +208,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], told: str = "") -> 
     """Writes a file aside and then renames it: it is whole or not there.
 
     Args:
-        file: Of safetensors.
-        tensors: By name.
+        file: File of safetensors.
+        tensors: Tensors by name.
         told: Text that is kept with them.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -249,11 +249,11 @@ def begin_worker(parent: int) -> None:
 
 
 def decompose_batch(work: Work, batch: Batch) -> list[LayerResult]:
-    """Takes a batch of weights apart and writes each pair; for a dense layer, that it is dense.
+    """Takes a batch of weights apart and writes the factors of each, or a note that it is dense.
 
     Args:
-        work: How.
-        batch: Of layers whose results are not there yet.
+        work: Settings of the decomposition.
+        batch: Batch of layers whose results are not there yet.
     """
     weights = _weights(work, batch)
     moments = _moments(work, batch)
@@ -286,12 +286,12 @@ def decompose_batch(work: Work, batch: Batch) -> list[LayerResult]:
 
 
 def decompose_reached(work: Work, layer: LayerWeight, moments: ShiftedMoments) -> LayerResult:
-    """Takes one weight apart, for what reaches it through pairs, and writes the pair.
+    """Takes one weight apart, for the inputs that low-rank layers give it, and writes its factors.
 
     Args:
-        work: How; the layer has a rank in it.
-        layer: Whose result is not there yet.
-        moments: Of its inputs before and now.
+        work: Settings of the decomposition, with a rank for the layer.
+        layer: Layer whose result is not there yet.
+        moments: Moments of its inputs before and now.
     """
     assert work.ranks is not None
     rank = work.ranks[layer.name]
@@ -313,7 +313,7 @@ def keep_dense(work: Work, layer: LayerWeight) -> LayerResult:
 
 
 def read_factors(folder: Path, name: str) -> Factors:
-    """The pair that a layer has become."""
+    """The factors that a layer has become."""
     tensors = read_tensors(result_file(folder, name))
     return Factors(tensors["up"], tensors["down"])
 

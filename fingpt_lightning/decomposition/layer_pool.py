@@ -24,7 +24,7 @@ class LayerPool:
 
     Args:
         workers: Processes, where the only device is the CPU.
-        devices: A thread each, where there are several.
+        devices: Devices, with a thread each where there are several.
     """
 
     def __init__(self, workers: int, devices: Sequence[str]) -> None:

@@ -86,9 +86,9 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         words: Part of the command line after the command.
 
     Raises:
-        WrongOptions: An option is unknown, missing, has no such value, or has no effect beside
+        WrongOptions: An option is unknown, missing, has an invalid value, or has no effect beside
             another.
-        SystemExit: With status 0, after ``--help`` has been answered.
+        SystemExit: ``--help`` was given; the status is 0.
     """
     options = build_parser().read(words)
     check_options(options)

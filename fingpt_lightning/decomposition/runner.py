@@ -73,7 +73,7 @@ _SEQUENTIAL_DAMPING = 0.01
 
 @dataclass(frozen=True)
 class Request:
-    """What is requested; of the first three exactly one.
+    """The request; exactly one of the first three is set.
 
     Args:
         rank_ratio: Share r / min(in, out) of each layer, in (0, 1].
@@ -81,12 +81,12 @@ class Request:
         energy: Share of the squared singular values that each layer keeps, in (0, 1].
         allocation: ``spectrum`` or ``uniform``, for ``compression``.
         embedding_rank: Rank of an embedding tied to the head; None keeps it dense.
-        method: Exact or randomized.
+        method: Method, exact or randomized.
         seed: Seed of the randomized method, from 0 on.
         dtype: Type of the stored weights.
-        damping: How much of the weights' own error counts beside that of the outputs on the
+        damping: Weight of the weights' own error beside that of the outputs on the
             calibration text, as in `low_rank.decomposition.damped`; None without calibration, and
-            for what is usual: 0.01 with ``sequential``, else 0.
+            for the default: 0.01 with ``sequential``, else 0.
         sequential: Whether layers are taken apart one after the other, each for what reaches it
             through the low-rank layers before it; with calibration and without ``energy`` alone.
 
@@ -146,13 +146,13 @@ class Decomposition:
     Args:
         source: The model, for people.
         revision: The digest of its weights.
-        settings: What was asked for.
-        calibration: Text and tokens; None without.
-        parameters: Stored.
-        dense_parameters: Of the model.
-        layer_parameters: Stored, of the layers alone that could become pairs.
-        dense_layer_parameters: Of the same in the model.
-        layers: In the order of the network.
+        settings: Settings of the request.
+        calibration: Calibration text and tokens; None without calibration.
+        parameters: Stored parameters.
+        dense_parameters: Parameters of the model.
+        layer_parameters: Stored parameters of only those layers that could become low-rank.
+        dense_layer_parameters: Parameters of the same layers in the model.
+        layers: Layers in the order of the network.
     """
 
     source: str
@@ -189,7 +189,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raises where a decomposition could not be written.
 
     Raises:
-        FileExistsError: ``output`` is there and not to be replaced, or is no decomposition.
+        FileExistsError: ``output`` is there and not to be replaced, or is not a decomposition.
     """
     check_replaceable(output, overwrite, (output / RECORD).is_file(), "decomposition")
 
@@ -204,24 +204,24 @@ def decompose_model(
     devices: Sequence[str] = ("cpu",),
     overwrite: bool = False,
 ) -> Decomposition:
-    """Writes a model whose linear layers are pairs; the folder appears whole or not at all.
+    """Writes a model whose linear layers are low-rank; the folder appears whole or not at all.
 
     Finished layers lie in ``OUTPUT.partial``, and a run that was killed goes on with them. In
-    memory are the weights that are being taken apart, and at the end at most two GiB of what is
-    written. Calibrating takes the network once, in float32.
+    memory are the weights that are being taken apart, and at the end at most two GiB of the files
+    being written. Calibrating takes the network once, in float32.
 
     Args:
-        source: Opened; its weights are read once.
-        request: What is asked for.
-        output: The folder that is made.
+        source: Opened model, whose weights are read once.
+        request: Settings of the decomposition.
+        output: Folder to make.
         calibration: Text to keep the outputs on; None keeps the weights.
         workers: Processes of one thread that share the layers, where the device is the CPU; with
             one there is none but this.
         devices: ``cpu``, or CUDA devices that share the layers.
-        overwrite: Replaces a decomposition that is there, and begins anew.
+        overwrite: Whether to replace a decomposition that is there, and begin anew.
 
     Raises:
-        FileExistsError: As in `check_output`.
+        FileExistsError: The output is refused by `check_output`.
         InUseError: Another process makes this output.
         ValueError: The request cannot be met, or the folder of an unfinished run is of another.
     """
@@ -452,7 +452,7 @@ def _whole_tensors(
     source: Source, folder: Path, pairs: set[str], embedding: str | None, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """All weights of the new network, one layer after the other."""
-    own = {name for name, _ in source.network.named_parameters()}  # what is tied, once
+    own = {name for name, _ in source.network.named_parameters()}  # tied parameters once
     for stored, tensor in source.weights.tensors:
         name = full_name(source.network, stored)
         layer, _, part = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Layers taken apart one after the other, each for what reaches it through the pairs before it."""
+"""Layers taken apart one after the other, each for the outputs of the low-rank layers before it."""
 
 from collections.abc import Sequence
 
@@ -31,7 +31,7 @@ def decompose_in_sequence(
         source: The network, which is loaded once, in float32.
         calibration: Text to keep the outputs on.
         layers: All linear layers of the blocks.
-        work: How, with a rank or None for each layer.
+        work: Settings of the decomposition, with a rank or None for each layer.
     """
     assert work.ranks is not None
     known = {layer.name: layer for layer in layers}

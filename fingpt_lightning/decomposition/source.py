@@ -1,4 +1,4 @@
-"""Which stored weights of a network may become pairs, and how they are read one by one."""
+"""Which stored weights of a network may become factors, and how they are read one by one."""
 
 import functools
 from collections.abc import Mapping
@@ -27,15 +27,15 @@ class Source:
     """A dense network, still on disk.
 
     Args:
-        network: Laid out without memory.
-        weights: All of them, to be read in turn.
-        tokenizer: Of the network, where there is one that it has rows for: of a GGUF file
+        network: Network laid out without memory.
+        weights: All weights, to be read in turn.
+        tokenizer: Tokenizer of the network, where there is one that it has rows for: of a GGUF file
             transformers may add a token.
         layers: The linear ones of the blocks.
-        embedding: That which is tied to the head; None where the head is its own.
-        reader: Of the weights of both.
-        model: Where it was found.
-        name: For people.
+        embedding: Embedding that is tied to the head; None where the head is its own.
+        reader: Reader of the weights of both.
+        model: Path or name under which the model was found.
+        name: Name for people.
     """
 
     network: PreTrainedModel
@@ -65,7 +65,7 @@ class CheckpointReader:
 
 @dataclass(frozen=True)
 class GgufReader:
-    """Tensors of a GGUF file, dequantised as they are read.
+    """Tensors of a GGUF file, dequantized as they are read.
 
     Args:
         file: The file.
@@ -99,7 +99,7 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
 
     Raises:
         FileNotFoundError: There is nothing by that name.
-        ValueError: It is an adapter, is quantised, has pairs already, or cannot be read.
+        ValueError: It is an adapter, is quantized, has low-rank layers already, or cannot be read.
     """
     stored = open_stored(path, tokenizer)
     weights = stored.weights
