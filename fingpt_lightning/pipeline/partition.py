@@ -28,11 +28,11 @@ class Cost:
     """What a part of a network takes.
 
     Args:
-        parameters: All numbers of its weights.
-        flops_per_token: Of the forward pass, 2 for a multiply-add.
+        parameters: Count of all numbers of its weights.
+        flops_per_token: Floating-point operations of the forward pass, 2 for a multiply-add.
         activations_per_token: Numbers kept for the backward pass.
-        frozen_parameters: Those that are not trained.
-        frozen_bytes: What they are stored in.
+        frozen_parameters: Count of those that are not trained.
+        frozen_bytes: Bytes in which the frozen numbers are stored.
     """
 
     parameters: int = 0
@@ -65,10 +65,10 @@ class NetworkCosts:
     """The costs of a network's parts, in their order.
 
     Args:
-        front: What comes before the blocks and stays on the first stage: the embedding.
-        blocks: The decoder blocks, which may be parted anywhere.
-        back: What comes after them and stays on the last stage: norm and head, with a copy of
-            its own where the head is tied to the embedding.
+        front: Cost of the part before the blocks, which stays on the first stage: the embedding.
+        blocks: Costs of the decoder blocks, which may be parted anywhere.
+        back: Cost of the part after them, which stays on the last stage: norm and head, with a copy
+            of its own where the head is tied to the embedding.
     """
 
     front: Cost
@@ -86,7 +86,7 @@ class NetworkCosts:
 
     @cached_property
     def _sums(self) -> list[Cost]:
-        """Of the first blocks, none to all: a stage is the difference of two."""
+        """Costs of the first blocks, none to all: a stage is the difference of two."""
         return list(itertools.accumulate(self.blocks, initial=Cost()))
 
 
@@ -121,9 +121,9 @@ def minimax(
     Exact, by dynamic programming over (stage, end): ``num_stages num_blocks^2`` evaluations.
 
     Args:
-        num_blocks: To be parted, in order, at least one a stage.
-        num_stages: The number of parts.
-        cost_of: ``(stage, first, end) -> cost``.
+        num_blocks: Number of blocks to part, in order, at least one per stage.
+        num_stages: Number of parts.
+        cost_of: Function ``(stage, first, end) -> cost``.
 
     Raises:
         ValueError: There are more stages than blocks.
@@ -155,10 +155,10 @@ class Workload:
     """What memory depends on beside the network.
 
     Args:
-        tokens_per_microbatch: Of each pass.
-        bytes_per_number: Of trained weights, their gradients and AdamW's state.
-        bytes_per_activation: Of what is kept for the backward pass.
-        num_shards: Ranks among which FSDP2 splits what is held for a trained parameter. While a
+        tokens_per_microbatch: Tokens of each pass.
+        bytes_per_number: Bytes per number of trained weights, their gradients and AdamW's state.
+        bytes_per_activation: Bytes per number kept for the backward pass.
+        num_shards: Ranks among which FSDP2 splits all that is held for a trained parameter. While a
             batch runs, its weight and its gradient are there whole beside the shares.
     """
 
@@ -186,10 +186,10 @@ def partition(
     """The stages of a network.
 
     Args:
-        costs: Of its parts.
-        layout: How many stages there are and how many passes each holds.
-        workload: How large a pass is.
-        balance: What to make as equal as can be over the stages.
+        costs: Costs of its parts.
+        layout: Number of stages and of the passes that each holds.
+        workload: Size of a pass.
+        balance: Quantity to make as equal as can be over the stages.
 
     Raises:
         ValueError: There are more stages than blocks.
@@ -225,7 +225,7 @@ def given_partition(
 def to_table(
     costs: NetworkCosts, spans: Sequence[Span], layout: PipelineLayout, workload: Workload
 ) -> Table:
-    """A row a stage: its blocks, parameters, share of the work and memory in training."""
+    """One row per stage: its blocks, parameters, share of the work and memory in training."""
     table = Table(
         title=f"{layout.schedule.value}, {layout.num_stages} stages on {layout.num_ranks} ranks,"
         f" {layout.num_microbatches} microbatches"

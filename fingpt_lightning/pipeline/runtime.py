@@ -45,13 +45,13 @@ class PipelineRuntime:
     All ranks of the pipeline make it and call its methods together, with the same batches.
 
     Args:
-        layout: The schedule and its sizes.
-        stages: This rank's, by their index, in order.
-        group: The processes of the pipeline, in the order of their ranks.
-        device: Where the stages are.
+        layout: Schedule and its sizes.
+        stages: Stages of this rank by index, in order.
+        group: Processes of the pipeline, in the order of their ranks.
+        device: Device of the stages.
         width: Features of the hidden states between stages.
-        loss: Called on the rank of the last stage.
-        batch_rows: Of a full batch, where that is known before the first one.
+        loss: Loss, called on the rank of the last stage.
+        batch_rows: Rows of a full batch, where that is known before the first one.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class PipelineRuntime:
         A batch smaller than the largest so far is filled up with unsupervised rows.
 
         Args:
-            input_ids: Of the whole batch; rows are dealt out in order to the microbatches.
-            labels: -100 where nothing is supervised.
-            position_ids: Where they do not count from 0.
-            scale: Of the gradients.
-            record: Whether `passes` are noted; device and ranks then wait for each other.
+            input_ids: Tokens of the whole batch; rows are dealt out in order to the microbatches.
+            labels: Labels; -100 where nothing is supervised.
+            position_ids: Positions where they do not count from 0.
+            scale: Scale of the gradients.
+            record: Whether `passes` are recorded; device and ranks then wait for each other.
 
         Raises:
             ValueError: The rows of a full batch cannot be dealt out evenly.
@@ -180,7 +180,7 @@ class PipelineRuntime:
         return self._schedule
 
     def _connected(self, index: int, shape: tuple[int, int]) -> "_ObservedStage":
-        # Told beforehand, or torch runs every stage once to find out.
+        # Shapes are given beforehand, or torch runs every stage once to find out.
         hidden = torch.empty(*shape, self._width, dtype=self._dtype, device="meta")
         hidden.requires_grad_()
         tokens = torch.empty(shape, dtype=torch.int64, device="meta")

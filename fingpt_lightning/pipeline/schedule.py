@@ -7,7 +7,7 @@ from fingpt_lightning.terminal.messages import nearest_of
 
 
 class Schedule(StrEnum):
-    """In which order a rank runs the forward and backward passes of its microbatches.
+    """The order in which a rank runs the forward and backward passes of its microbatches.
 
     Values are the names of ``torch.distributed.pipelining``, which runs them.
     """
@@ -17,11 +17,11 @@ class Schedule(StrEnum):
     ONE_F_ONE_B = "1F1B"
     """The same idle time, fewer activations. Source: https://arxiv.org/abs/1806.03377."""
     INTERLEAVED_1F1B = "Interleaved1F1B"
-    """Several stages a rank. Source: https://arxiv.org/abs/2104.04473, section 2.2."""
+    """Several stages per rank. Source: https://arxiv.org/abs/2104.04473, section 2.2."""
     INTERLEAVED_ZERO_BUBBLE = "InterleavedZeroBubble"
     """Gradients of weights fill idle time (ZB1P). Source: https://arxiv.org/abs/2401.10241."""
     ZBV_ZERO_BUBBLE = "ZBVZeroBubble"
-    """Two stages a rank, in a V. Source: https://arxiv.org/abs/2401.10241, section 6."""
+    """Two stages per rank, in a V. Source: https://arxiv.org/abs/2401.10241, section 6."""
     DUAL_PIPE_V = "DualPipeV"
     """A V fed from both ends. Source: https://arxiv.org/abs/2412.19437, section 3.2.1."""
 
@@ -50,7 +50,7 @@ def schedule_named(name: str) -> Schedule:
     """The schedule of a name, whatever its case.
 
     Raises:
-        ValueError: There is none; the nearest name is told.
+        ValueError: No schedule has that name; the message gives the nearest one.
 
     >>> schedule_named("gpipe").value
     'GPipe'
@@ -64,7 +64,7 @@ def schedule_named(name: str) -> Schedule:
 
 
 _MICROBATCHES_A_RANK = 4
-"""Of `largest_layout`: with more, less time is idle, but products become small."""
+"""Most per rank in `largest_layout`: with more, less time is idle, but products become small."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class PipelineLayout:
     """A schedule over so many ranks, stages and microbatches.
 
     Args:
-        schedule: The order of the passes.
-        num_ranks: Processes of one pipeline.
-        num_microbatches: Parts of a batch that follow each other through the stages.
-        stages_per_rank: Stages of each rank.
+        schedule: Order of the passes.
+        num_ranks: Number of processes of one pipeline.
+        num_microbatches: Number of parts of a batch that follow each other through the stages.
+        stages_per_rank: Number of stages of each rank.
 
     Raises:
         ValueError: The schedule cannot run so.
@@ -117,7 +117,7 @@ class PipelineLayout:
 
     @property
     def num_stages(self) -> int:
-        """Of all ranks."""
+        """Number of stages of all ranks."""
         return self.num_ranks * self.stages_per_rank
 
     def rank_of(self, stage: int) -> int:
@@ -180,7 +180,7 @@ class PipelineLayout:
 def largest_layout(
     schedule: Schedule, num_ranks: int, stages_per_rank: int, batch_size: int
 ) -> PipelineLayout:
-    """The layout that cuts a batch into the most equal parts, up to four a rank.
+    """The layout that cuts a batch into the most equal parts, up to four per rank.
 
     Raises:
         ValueError: The schedule can run with none of the numbers that divide the batch.

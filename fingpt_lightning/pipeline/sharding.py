@@ -1,4 +1,4 @@
-"""FSDP2 inside a pipeline: weights are gathered once a batch, whatever its microbatches."""
+"""FSDP2 inside a pipeline: weights are gathered once per batch, whatever its microbatches."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ def gathered(module: nn.Module, trains: bool = False) -> Iterator[None]:
     All ranks of a stage enter it together. Forward and backward passes within move no weights.
 
     Args:
-        module: The root of what FSDP2 shards.
-        trains: Whether gradients are made within: at the end they are averaged over the ranks and
-            added to those of each one's share.
+        module: Root of the modules that FSDP2 shards.
+        trains: Whether gradients are computed within: at the end they are averaged over the ranks
+            and added to those of each one's share.
     """
     if not isinstance(module, FSDPModule):
         yield
@@ -29,7 +29,7 @@ def gathered(module: nn.Module, trains: bool = False) -> Iterator[None]:
     module.set_reshard_after_forward(False)
     _set_is_last(module, False)
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    with torch.inference_mode(False):  # what is first gathered in it cannot be trained with
+    with torch.inference_mode(False):  # weights first gathered in it cannot be trained
         for part in parts:
             part.unshard()
     try:

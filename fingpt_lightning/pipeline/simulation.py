@@ -54,8 +54,8 @@ def simulate(layout: PipelineLayout, times: Sequence[StageTimes]) -> list[Pass]:
     """When each pass of a step begins and ends, where only passes take time.
 
     Args:
-        layout: The schedule and its sizes.
-        times: Of each stage, in the order of the network.
+        layout: Schedule and its sizes.
+        times: Times of each stage, in the order of the network.
 
     Raises:
         ValueError: There are not as many times as stages.
@@ -85,8 +85,8 @@ def peak_held(
     """The most that forward passes hold at a time for their backward passes, by rank.
 
     Args:
-        passes: Of one step, recorded or simulated.
-        size_of: What a pass of a stage holds; 1 counts passes.
+        passes: Passes of one step, recorded or simulated.
+        size_of: Amount that a pass of a stage holds; 1 counts passes.
     """
     splits = {p.stage for p in passes if p.work is Work.WEIGHT}
     held: Counter[int] = Counter()

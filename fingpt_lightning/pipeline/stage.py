@@ -35,7 +35,7 @@ class NoPositions(nn.Module):
     """Stands for the embedding of positions, which the first stage has added already."""
 
     def forward(self, position_ids: Int[Tensor, "*batch"]) -> Float[Tensor, ""]:
-        """A zero that takes the dtype of what it is added to."""
+        """A zero that takes the dtype of the other summand."""
         return torch.zeros((), device=position_ids.device)
 
 
@@ -47,16 +47,17 @@ def network_costs(
 ) -> NetworkCosts:
     """What each part of a network takes, from its weights; it may be on the meta device.
 
-    A matrix of a block or of the head counts two operations a weight and token, and its result is
+    A matrix of a block or of the head counts two operations per weight and token, and its result is
     an activation, twice where an elementwise function follows it; attention reads the whole
     sequence.
 
     Args:
-        network: Its family is in `FAMILIES`. What of it is frozen counts the bytes it is stored in,
-            packed where it is quantised.
-        sequence_length: Tokens a sequence.
-        base: What becomes of a network that is laid out.
-        keeps_inputs_alone: Whether the backward pass computes all of a block but its input again.
+        network: Network of a family in `FAMILIES`. Its frozen parts count the bytes they are stored
+            in, packed where they are quantized.
+        sequence_length: Tokens per sequence.
+        base: Description of the frozen base of a network that is laid out.
+        keeps_inputs_alone: Whether the backward pass computes all of a block again except its
+            input.
 
     Raises:
         ValueError: The network's family is not supported.
@@ -105,7 +106,7 @@ def keep_stages(network: PreTrainedModel, spans: Iterable[Span]) -> None:
     """Takes out of a network what none of some stages owns, in place.
 
     Where head and embedding are tied, either end keeps both names of its copy. Do it on the meta
-    device, and a process never holds what is not its own.
+    device, and a process never holds more than its own part.
     """
     family = family_of(network)
     kept = list(spans)
@@ -135,9 +136,9 @@ class Stage(nn.Module):
     """One stage of a network, with the network's own parameters.
 
     Args:
-        network: It may lack what other processes own.
-        span: What of it is this stage.
-        forward_context: Entered around each pass, for autocast.
+        network: Network, which may lack what other processes own.
+        span: Part of the network that is this stage.
+        forward_context: Context entered around each pass, for autocast.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class Stage(nn.Module):
         if self.span.is_last:
             return hidden
         # What travels between stages has one dtype, whatever autocast made of the last operation,
-        # and is no view: torch 2.13 detaches it in place where it takes the backward pass apart.
+        # and is not a view: torch 2.13 detaches it in place where it takes the backward pass apart.
         hidden = hidden.to(self.dtype)
         return hidden.clone() if hidden._is_view() else hidden
 

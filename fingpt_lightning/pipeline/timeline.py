@@ -48,7 +48,7 @@ def bubble_share(passes: Sequence[Pass]) -> float:
 
 
 def chrome_trace(passes: Sequence[Pass]) -> dict[str, Any]:
-    """The step for ``chrome://tracing`` or https://ui.perfetto.dev: a row a rank."""
+    """The step for ``chrome://tracing`` or https://ui.perfetto.dev: one row per rank."""
     return {
         "displayTimeUnit": "ms",
         "traceEvents": [
@@ -68,12 +68,12 @@ def chrome_trace(passes: Sequence[Pass]) -> dict[str, Any]:
 
 
 def draw(passes: Sequence[Pass], path: Path, title: str) -> None:
-    """A row a rank over time; numbers are microbatches, later stages of a rank are darker.
+    """One row per rank over time; numbers are microbatches, later stages of a rank are darker.
 
     Args:
-        passes: Of one step.
-        path: The picture to write; its suffix says the format.
-        title: Above it.
+        passes: Passes of one step.
+        path: File of the picture; its suffix sets the format.
+        title: Title above the picture.
     """
     import matplotlib as mpl
 
