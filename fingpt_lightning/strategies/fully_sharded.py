@@ -21,7 +21,7 @@ _FROM_ONE_FILE = StateDictOptions(full_state_dict=True, broadcast_from_rank0=Tru
 
 
 class FullySharded(WatchedRanks, ModelParallelStrategy):
-    """Each rank keeps its share of weights, gradients and optimiser state, and reads its own data.
+    """Each rank keeps its share of weights, gradients and optimizer state, and reads its own data.
 
     The module splits itself in ``configure_model``, over the axis ``data_parallel`` of its
     ``device_mesh``. A checkpoint is the one file of a run on one device, put together in the host
@@ -29,14 +29,14 @@ class FullySharded(WatchedRanks, ModelParallelStrategy):
 
     What differs from Lightning 2.6.6's ``ModelParallelStrategy``, of whose two axes this is one:
     there ``data_parallel_size: auto`` is the number of nodes, not of ranks; and a checkpoint of
-    one device is read as if its optimiser had a single group of parameters in the module's order,
+    one device is read as if its optimizer had a single group of parameters in the module's order,
     which gives the state of one parameter to another.
 
     Evaluation needs ``Trainer(inference_mode=False)``: weights that were first gathered in
     inference mode cannot be trained with.
 
     Args:
-        process_group_backend: Such as ``nccl`` or ``gloo``; null goes by the device.
+        process_group_backend: Backend such as ``nccl`` or ``gloo``; null goes by the device.
         timeout_s: Seconds that a rank waits for another before it ends the run, once all are set
             up. One that dies, stops, hangs or is cut off is named, and all others end.
         start_timeout_s: Seconds that ranks may be apart until then.
@@ -112,7 +112,7 @@ class FullySharded(WatchedRanks, ModelParallelStrategy):
 
 
 def _by_name(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """A saved state with parameters named, in place of counted over the optimiser's groups."""
+    """A saved state with parameters named, in place of counted over the optimizer's groups."""
     name_of = {parameter: name for name, parameter in model.named_parameters()}
     saved_ids = [i for group in state["param_groups"] for i in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

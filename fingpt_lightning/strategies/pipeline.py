@@ -59,7 +59,7 @@ class PipelinedModule(Protocol):
     network: PreTrainedModel
 
     def loss_sum_and_tokens(self, hidden: Tensor, labels: Tensor) -> LossSums:
-        """Of one microbatch, from the last stage's hidden states."""
+        """Loss and tokens of one microbatch, from the last stage's hidden states."""
 
     def backward_start(self, loss_sum: Tensor) -> Tensor:
         """What the backward pass begins from."""
@@ -71,7 +71,7 @@ class PipelinedModule(Protocol):
         """Takes the sums of a batch of validation or test."""
 
     def likeliest_tokens(self, hidden: Tensor) -> Tensor:
-        """For prediction."""
+        """The likeliest tokens, for prediction."""
 
 
 class PipelineStrategy(PipelineProcesses):
@@ -84,20 +84,22 @@ class PipelineStrategy(PipelineProcesses):
     has them; nothing of DDP's wrapper is left.
 
     Args:
-        pipeline_size: Ranks of one pipeline; ``auto`` takes all that ``data_parallel_size`` leaves.
-        data_parallel_size: Pipelines that each read their own data; ``auto`` takes all ranks that
-            ``pipeline_size`` leaves: 1 where both are ``auto``.
-        data_parallel: What the ranks that have a stage in common hold of it: ``replicate``, all;
-            ``shard``, a share of its weights, gradients and optimiser state each (FSDP2). Weights
-            are gathered once a batch, and gradients are summed where they belong at its end.
+        pipeline_size: Number of ranks of one pipeline; ``auto`` takes all that
+            ``data_parallel_size`` leaves.
+        data_parallel_size: Number of pipelines that each read their own data; ``auto`` takes all
+            ranks that ``pipeline_size`` leaves: 1 where both are ``auto``.
+        data_parallel: Share of a stage that each of its ranks holds: ``replicate``, all;
+            ``shard``, a share of its weights, gradients and optimizer state each (FSDP2). Weights
+            are gathered once per batch, and gradients are summed where they belong at its end.
         schedule: GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV.
-        num_microbatches: Parts of a batch; they divide ``data.batch_size``. ``auto`` takes the most
-            that do, up to four a rank.
-        num_virtual_stages: Stages of each rank; ``auto`` is 1 for GPipe and 1F1B, else 2.
-        balance: Whether stages are to take the same time or the same memory.
-        blocks_per_stage: The cut by hand; null cuts by ``balance``.
-        activation_checkpointing: In place of the module's own ``recompute``; null leaves that.
-        process_group_backend: Such as ``nccl`` or ``gloo``; null goes by the device.
+        num_microbatches: Number of parts of a batch, a divisor of ``data.batch_size``. ``auto``
+            takes the largest, up to four per rank.
+        num_virtual_stages: Number of stages of each rank; ``auto`` is 1 for GPipe and 1F1B, else 2.
+        balance: Quantity to balance over the stages: time or memory.
+        blocks_per_stage: Number of blocks of each stage, to cut by hand; null cuts by ``balance``.
+        activation_checkpointing: Recomputation in place of the module's own ``recompute``; null
+            leaves that.
+        process_group_backend: Backend such as ``nccl`` or ``gloo``; null goes by the device.
         timeout_s: Seconds that a rank waits for another before it ends the run, once all are set
             up. One that dies, stops, hangs or is cut off is named, and all others end.
         start_timeout_s: Seconds that ranks may be apart until then: they start, meet, read data and
@@ -140,11 +142,12 @@ class PipelineStrategy(PipelineProcesses):
         self._record_next = False
 
     def keep_own_part(self, network: PreTrainedModel, base: FrozenBase | None = None) -> None:
-        """Takes out of a network what other ranks hold, and says who holds what.
+        """Takes out of a network what other ranks hold, and records which rank holds which part.
 
         Args:
-            network: Best on the meta device: then this rank never holds more than its part.
-            base: What becomes of a network that is laid out to be frozen.
+            network: Network, best on the meta device: then this rank never holds more than its
+                part.
+            base: Description of the frozen base of a network that is laid out.
         """
         assert self.lightning_module is not None
         length = getattr(self._datamodule, "block_length", None) or 1024
@@ -344,7 +347,7 @@ class PipelineStrategy(PipelineProcesses):
         self._record_next = True
 
     def recorded_passes(self) -> list[Pass]:
-        """Of this pipeline's ranks in the step that was recorded; they call it together."""
+        """Passes of this pipeline's ranks in the step that was recorded; they call it together."""
         _, runtime = self._running()
         return runtime.passes()
 

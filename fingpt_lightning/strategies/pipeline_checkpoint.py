@@ -17,9 +17,9 @@ class WholeNames:
     """The names of a whole module, of which each rank holds a part.
 
     Args:
-        parameters: In the order of ``named_parameters``.
+        parameters: Names of parameters in the order of ``named_parameters``.
         state: Keys of the state dict, in order.
-        first_name: The parameter a key of the state dict means, where it is another's alias.
+        first_name: Parameter that a key of the state dict means, where it is another's alias.
     """
 
     parameters: tuple[str, ...]
@@ -30,12 +30,12 @@ class WholeNames:
     def gather(
         cls, module: nn.Module, part_index: Callable[[str], int], group: dist.ProcessGroup
     ) -> "WholeNames":
-        """Those of all ranks of the group, which call this together.
+        """The names of all ranks of the group, which call this together.
 
         Args:
-            module: This rank's part of the whole.
-            part_index: Of a name, in the order of the network.
-            group: Whose parts make the whole.
+            module: Part of the whole on this rank.
+            part_index: Function from a name to the index of its part, in the order of the network.
+            group: Group whose parts make the whole.
         """
         names = {id(p): name for name, p in module.named_parameters()}
         first_name = {
@@ -64,9 +64,9 @@ def gather_tensors(
     All ranks of all pipelines call it together; the others get an empty dict.
 
     Args:
-        own: No name is another rank's too.
-        group: Whose tensors are wanted: the ranks of a pipeline.
-        device: From which the group's backend sends.
+        own: Tensors of this rank, none of whose names is another rank's too.
+        group: Group whose tensors are wanted: the ranks of a pipeline.
+        device: Device from which the group's backend sends.
         saves: Whether this pipeline is the one to gather; the others give it their shares.
     """
     if not saves:
@@ -102,14 +102,14 @@ def gather_optimizer_state(
     device: torch.device,
     saves: bool = True,
 ) -> dict[str, Any]:
-    """The optimiser's state as on one device, on the group's first rank; elsewhere empty.
+    """The optimizer's state as held on one device, on the group's first rank; elsewhere empty.
 
     Args:
-        optimizer: Of this rank's parameters.
-        own_names: Of the parameters whose state this rank answers for.
-        names: Of the whole module.
+        optimizer: Optimizer of this rank's parameters.
+        own_names: Names of the parameters whose state this rank answers for.
+        names: Names of the whole module.
         group: All ranks of the pipeline; those of all pipelines call it together.
-        device: From which the group's backend sends.
+        device: Device from which the group's backend sends.
         saves: Whether this pipeline is the one to gather; the others give it their shares.
     """
     tensors: dict[str, Tensor] = {}
@@ -153,10 +153,10 @@ def own_optimizer_state(
     """This rank's part of a saved state of one device, ready to be loaded.
 
     Args:
-        saved: All of it.
-        optimizer: Of this rank's parameters.
-        own_names: Of all of them.
-        names: Of the whole module.
+        saved: State of the whole optimizer.
+        optimizer: Optimizer of this rank's parameters.
+        own_names: Names of all these parameters.
+        names: Names of the whole module.
         group: All ranks of the pipeline, which call it together.
 
     Raises:

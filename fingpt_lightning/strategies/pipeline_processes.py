@@ -102,7 +102,7 @@ class PipelineProcesses(WatchedRanks, DDPStrategy):
 
     @property
     def layout(self) -> PipelineLayout:
-        """The schedule and its sizes, once a run begins; before, of a batch that suits them."""
+        """The schedule and its sizes, once a run begins; before, for a batch that suits them."""
         assert self._layout is not None, "a Trainer lays the pipeline out"
         return self._layout
 

@@ -1,9 +1,9 @@
-"""Notices a rank that is lost, says so on all others, and ends them.
+"""Notices a rank that is lost, reports it on all others, and ends them.
 
-All ranks but the first hold a connection to the first one, over which each says that it lives and
-what its main thread does. A rank whose connection closes is lost at once, one that is silent after
-`RankWatch.timeout_s`; one that lives and keeps others waiting is found when their wait has ended.
-The first rank names the lost one to all, so that each ends with the same reason.
+All ranks but the first hold a connection to the first one, over which each reports that it lives
+and the state of its main thread. A rank whose connection closes is lost at once, one that is silent
+after `RankWatch.timeout_s`; one that lives and keeps others waiting is found when their wait has
+ended. The first rank names the lost one to all, so that each ends with the same reason.
 """
 
 import contextlib
@@ -63,11 +63,11 @@ class Identity(NamedTuple):
     """Which process a rank is.
 
     Attributes:
-        rank: Number among all.
+        rank: Number of the process among all.
         host: Name of the host.
         process: Process id.
-        birth: When the process began, by its host's clock.
-        machine: What processes that can signal each other have in common.
+        birth: Time at which the process began, by its host's clock.
+        machine: Identity of the machine, which processes share that can signal each other.
     """
 
     rank: int
@@ -78,7 +78,7 @@ class Identity(NamedTuple):
 
     @classmethod
     def own(cls, rank: int) -> "Identity":
-        """That of this process."""
+        """Identity of this process."""
         boot = Path("/proc/sys/kernel/random/boot_id")
         space = Path("/proc/self/ns/pid")
         machine = boot.read_text().strip() if boot.exists() else socket.gethostname()
@@ -94,9 +94,9 @@ class _Verdict(NamedTuple):
     """Why the run ends.
 
     Attributes:
-        reason: One line.
+        reason: Reason in one line.
         lost: Processes to kill where they can be reached: else they would stay for ever.
-        is_silent: Whether those cannot end by themselves and say why.
+        is_silent: Whether those cannot end by themselves and give a reason.
     """
 
     reason: str
@@ -117,7 +117,7 @@ class _Peer:
         self._received = b""
 
     def send(self, **message: Any) -> None:
-        with contextlib.suppress(OSError):  # full or closed: the other side's silence will tell
+        with contextlib.suppress(OSError):  # full or closed: the other side's silence will show it
             self.connection.send(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
@@ -150,12 +150,13 @@ class RankWatch:
         rank: Number of this process.
         world_size: Number of processes.
         address: Name or address of the host of the first rank.
-        store: One that all ranks share.
+        store: Store that all ranks share.
         timeout_s: Seconds of silence after which a rank is lost.
-        before_exit: Called before this process is ended, for processes that it has started.
+        before_exit: Function called before this process is ended, for processes that it has
+            started.
 
     Attributes:
-        timeout_s: As above; may be changed while the watch runs.
+        timeout_s: Timeout as above, which may be changed while the watch runs.
     """
 
     def __init__(
@@ -227,7 +228,7 @@ class RankWatch:
         """Ends the watch of this rank.
 
         Args:
-            reason: What it failed of, for the others; None where it ends well.
+            reason: Reason of its failure, for the others; None where it ends well.
         """
         if self._verdict is not None and self._gave_up_s is not None:
             return  # the thread sees to it that this process ends

@@ -1,4 +1,4 @@
-"""How the ranks of a run meet: bounded in time, and with a line that says who is awaited where."""
+"""How the ranks of a run meet: bounded in time, and with a line that names who is awaited where."""
 
 import os
 import socket
@@ -46,8 +46,9 @@ def meet(
         port: Port of the store.
         rank: Number of this process.
         world_size: Number of processes, which all ranks must agree on.
-        timeout_s: Longest wait.
-        is_hopeless: Reason to stop waiting at once, such as the end of a process that was awaited.
+        timeout_s: Seconds of the longest wait.
+        is_hopeless: Function that gives a reason to stop waiting at once, such as the end of a
+            process that was awaited.
 
     Raises:
         MeetingError: The port is taken, the address is wrong, a rank is missing or came twice, or
@@ -80,7 +81,7 @@ class _Meeting:
         # Ranks that torchrun starts again meet at the same store.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own = PrefixStore(f"{_PREFIX}/{attempt}", store)
-        # A connection that was cut has no limit of its own.
+        # A connection that was cut does not have a limit of its own.
         self._bounded(lambda: self._come(own), self._who_is_missing)
         return store
 

@@ -25,7 +25,7 @@ _SIGNS_OF_A_LOST_RANK = (
     "timeout", "timed out",
 )  # fmt: skip
 _LAST_WORDS_S = 2.0
-"""How long the ranks that this process started have to end by themselves and say why."""
+"""How long the ranks that this process started have to end by themselves and give a reason."""
 _NO_WORDS_S = 0.5
 """How long they have where this process has waited for its own end already."""
 
@@ -34,12 +34,12 @@ class WatchedRanks(ParallelStrategy):
     """A mixin before a strategy of Lightning: every wait for another rank ends.
 
     Ranks meet within ``start_timeout_s``; afterwards one that dies, stops, hangs or cannot be
-    reached is given up after ``timeout_s`` by all others, which say which one it was and end.
+    reached is given up after ``timeout_s`` by all others, which name it and end.
 
     Args:
         timeout_s: Seconds that a rank may keep others waiting, once all are set up.
         start_timeout_s: Seconds that ranks may be apart until then.
-        settings: Of the strategy behind.
+        settings: Settings of the underlying strategy.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class DataParallel(WatchedRanks, DDPStrategy):
     Args:
         gradient_as_bucket_view: Whether gradients are views into the buffers of communication,
             which takes less memory.
-        process_group_backend: Such as ``nccl`` or ``gloo``; null goes by the device.
+        process_group_backend: Backend such as ``nccl`` or ``gloo``; null goes by the device.
         timeout_s: Seconds that a rank waits for another before it ends the run, once all are set
             up. One that dies, stops, hangs or is cut off is named, and all others end.
         start_timeout_s: Seconds that ranks may be apart until then.
