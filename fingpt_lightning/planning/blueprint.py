@@ -29,7 +29,7 @@ from fingpt_lightning.planning.fake_step import fake_parameters
 from fingpt_lightning.profiling.memory import storage_bytes
 
 # Width, MLP, blocks, heads, heads of keys and values. Source: the config.json of each in
-# https://huggingface.co/meta-llama, which is not there without a network and a licence.
+# https://huggingface.co/meta-llama, which is not there without a network and a license.
 _LLAMA_2 = {
     "7b": (4096, 11008, 32, 32, 32),
     "13b": (5120, 13824, 40, 40, 40),
@@ -41,15 +41,15 @@ class Blueprint(NamedTuple):
     """A network on fake tensors, in the module that would train it.
 
     Attributes:
-        mode: Of its tensors.
-        network: Parameters and buffers have shapes only.
-        costs: Of its parts, for a cut into stages.
-        parameters: All numbers, quantised ones counted as what they stand for, without the guides
-            of a self-guided run, which bytes and trained parameters have.
-        trained: Those of them that are trained.
-        dense_parameters: Of the dense baseline; None where there is none.
+        mode: Fake mode of its tensors.
+        network: Network whose parameters and buffers have shapes only.
+        costs: Costs of its parts, for a cut into stages.
+        parameters: Count of all numbers, quantized ones counted as what they stand for, without the
+            guides of a self-guided run, which bytes and trained parameters have.
+        trained: Count of the trained ones among them.
+        dense_parameters: Parameters of the dense baseline; None where there is none.
         weights: Bytes of parameters and buffers as they are stored.
-        trained_parameters: Numbers and bytes a number of each trained one.
+        trained_parameters: Numbers and bytes per number of each trained parameter.
     """
 
     mode: FakeTensorMode
@@ -68,10 +68,10 @@ def blueprint(
     """Lays out the network of a module that was made and not yet configured.
 
     Args:
-        module: Gets the network.
-        vocabulary_size: Of the data's tokenizer.
-        block_length: Tokens a sequence at most.
-        precision: The trainer's.
+        module: Module that gets the network.
+        vocabulary_size: Size of the vocabulary of the data's tokenizer.
+        block_length: Most tokens per sequence.
+        precision: Precision of the trainer.
 
     Raises:
         TypeError: The module is none of ours.

@@ -57,7 +57,7 @@ _LOOKED_AT = 200
 """Batches of which the largest is planned: rows of instructions differ in length."""
 _WARMUP_STEPS = 2
 _FREE_SHARE = 0.8
-"""Of the free memory that a calibration may take by account: the account leaves libraries out."""
+"""Share of free memory that a calibration may take by account, which leaves libraries out."""
 _LABELS_A_ROW = 4
 _GPT2_VOCABULARY = 50257
 _MAX_COUNTED_BLOCKS = 4
@@ -66,7 +66,7 @@ _COMPUTE = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class _Data(NamedTuple):
-    """The largest batch, and how many there are; ``note`` says why they are assumed."""
+    """The largest batch, and how many there are; ``note`` explains assumed values."""
 
     batch: Any
     tokens_a_batch: float
@@ -98,7 +98,8 @@ def run(options: argparse.Namespace, build: Build) -> None:
 
     Args:
         options: Result of `planning.options.parse_options`.
-        build: Parses and builds what the words of a Trainer command name, and runs nothing.
+        build: Function that parses and builds what the words of a Trainer command name, and runs
+            nothing.
 
     Raises:
         ConfigError: The command line or a config is wrong, as with ``fingpt fit``.
@@ -244,7 +245,7 @@ def _largest(batches: Iterable[Any]) -> tuple[Any, float]:
 def _take_tokenizer(cli: LightningCLI) -> str | None:
     """Gives data without a tokenizer that of the module's base; a sentence where it is not here.
 
-    In a run they ask the trainer for their module, which a plan has not attached.
+    In a run the data find the base through the trainer's module, which a plan has not attached.
     """
     datamodule, base = cli.datamodule, getattr(cli.model, "base", None)
     if not isinstance(datamodule, FinancialInstructions) or base is None:
@@ -332,7 +333,7 @@ def _no_calibration(cli: LightningCLI, data: _Data, memory: MemoryPlan, free: in
 
 
 def _calibrated(cli: LightningCLI) -> tuple[dict[str, int], float]:
-    """A few real steps: bytes as `MemoryMonitor` measures them, and seconds a step."""
+    """A few real steps: bytes as `MemoryMonitor` measures them, and seconds per step."""
     notes = _Notes()
     trainer, module = cli.trainer, cli.model
     del module._modules["network"]  # the one without numbers
@@ -347,7 +348,7 @@ def _calibrated(cli: LightningCLI) -> tuple[dict[str, int], float]:
 def _time_by_flops(
     made: Blueprint, module: LightningModule, batch: Any, trainer: Trainer
 ) -> tuple[float, str]:
-    """Seconds of a batch at the peak of the device, and a sentence that says which peak."""
+    """Seconds of a batch at the peak of the device, and a sentence that names the peak."""
     device, precision = trainer.strategy.root_device, str(trainer.precision)
     # Forward pass and gradients of the inputs; those of weights, and a second forward pass.
     passes = 2 + isinstance(module, LowRankPretraining)

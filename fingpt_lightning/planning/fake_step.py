@@ -16,10 +16,10 @@ class StepBytes(NamedTuple):
     """Bytes that a step holds beside weights and optimizer state.
 
     Attributes:
-        activations: Alive when the backward pass starts and not when the step began.
-        loss: The most that the loss over the vocabulary holds while it is computed, beyond what
+        activations: Bytes alive when the backward pass starts and not when the step began.
+        loss: Most bytes that the loss over the vocabulary holds while it is computed, beyond what
             was alive when it began.
-        peak: The most at any time, gradients included.
+        peak: Most bytes at any time, gradients included.
     """
 
     activations: int
@@ -40,9 +40,9 @@ def fake_parameters(network: nn.Module, mode: FakeTensorMode, dtype: torch.dtype
     """Gives a network fake parameters and buffers on the CPU in place of its own, ties kept.
 
     Args:
-        network: On any device, the meta device too; changed in place.
-        mode: Whose tensors they are.
-        dtype: Of parameters of floating-point numbers; None keeps theirs.
+        network: Network on any device, the meta device too; changed in place.
+        mode: Fake mode of its tensors.
+        dtype: Dtype of parameters of floating-point numbers; None keeps theirs.
     """
     made: dict[int, Tensor] = {}
 
@@ -78,10 +78,10 @@ def count_step(
     """Runs forward and backward pass on fake tensors; kernels of the CPU, no memory, no numbers.
 
     Args:
-        hidden_states: The body's forward pass.
-        loss: From its result to what the backward pass starts from.
-        mode: Of all tensors.
-        context: Of the forward pass, such as autocast.
+        hidden_states: Forward pass of the body.
+        loss: Function from its result to the loss of the backward pass.
+        mode: Fake mode of all tensors.
+        context: Context of the forward pass, such as autocast.
     """
     with mode, LiveTensorBytes() as count:
         peaks = [0]

@@ -10,11 +10,11 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     """The options that follow ``fingpt plan``; ``words`` holds those of ``fingpt fit`` among them.
 
     Args:
-        words: Of the command line.
+        words: Words of the command line.
 
     Raises:
-        WrongOptions: An option has no such value.
-        SystemExit: With status 0, after ``--help`` has been answered.
+        WrongOptions: An option has an invalid value.
+        SystemExit: ``--help`` was given; the status is 0.
     """
     parser = OptionParser(
         "fingpt plan",

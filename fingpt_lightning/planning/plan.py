@@ -17,7 +17,7 @@ from fingpt_lightning.pipeline import (
 )
 
 _BLOCK = 256
-"""Numbers that share a scale in the 8-bit optimisers of bitsandbytes."""
+"""Numbers that share a scale in the 8-bit optimizers of bitsandbytes."""
 _MIN_8BIT = 4096
 """Smaller parameters keep their state in 32 bits there."""
 _MAP_BYTES = 256 * 4
@@ -34,12 +34,12 @@ class MemoryPlan(NamedTuple):
     """Bytes by part on one device.
 
     Attributes:
-        weights: Parameters and buffers.
-        gradients: Of the trained ones.
-        optimizer: Its state.
-        activations: Kept for the backward pass.
-        loss: What the loss over the vocabulary takes for a while.
-        peak: The most at one time.
+        weights: Bytes of parameters and buffers.
+        gradients: Bytes of the gradients of trained parameters.
+        optimizer: Bytes of the optimizer's state.
+        activations: Bytes kept for the backward pass.
+        loss: Bytes that the loss over the vocabulary takes for a while.
+        peak: Most bytes at one time.
     """
 
     weights: int
@@ -64,7 +64,7 @@ def optimizer_bytes(parameters: Iterable[tuple[int, int]], optimizer: str = "ada
     """The state of AdamW: two means a number, and what goes with them.
 
     Args:
-        parameters: Numbers and bytes a number of each trained parameter.
+        parameters: Numbers and bytes per number of each trained parameter.
         optimizer: ``adamw``; ``spectron``, without what `factor_saving` counts; or one in 8 bits:
             ``adamw_8bit``, ``paged_adamw_8bit``.
 
@@ -92,7 +92,7 @@ def factor_saving(factors: Iterable[tuple[int, int, int]]) -> int:
     """What the state of ``spectron`` lacks beside AdamW's: one mean a number, and the step count.
 
     Args:
-        factors: Rank, numbers and bytes a number of each; a dense matrix that is moved alike has
+        factors: Rank, numbers and bytes per number of each; a dense matrix that is moved alike has
             no vector, so 0 for the rank.
 
     >>> factor_saving([(10, 1000, 4)])  # a vector of the rank is kept instead
@@ -104,13 +104,14 @@ def factor_saving(factors: Iterable[tuple[int, int, int]]) -> int:
 def run_length(
     max_steps: int, max_epochs: int | None, batches_per_epoch: int | None, accumulate: int
 ) -> RunLength:
-    """When a run ends: at its steps or its epochs, whichever comes first; -1 is no limit.
+    """When a run ends: at its steps or its epochs, whichever comes first; -1 sets no limit.
 
     Args:
-        max_steps: Optimizer steps.
-        max_epochs: Passes over the data; None is Lightning's default, 1000 without ``max_steps``.
-        batches_per_epoch: Of one replica; None where the data were not read.
-        accumulate: Batches of an optimizer step.
+        max_steps: Number of optimizer steps.
+        max_epochs: Number of passes over the data; None is Lightning's default, 1000 without
+            ``max_steps``.
+        batches_per_epoch: Batches of one replica; None where the data were not read.
+        accumulate: Number of batches per optimizer step.
 
     >>> run_length(max_steps=-1, max_epochs=3, batches_per_epoch=10, accumulate=4)
     RunLength(steps=9, epochs=3.0)
@@ -153,11 +154,11 @@ def rank_plans(
     """What each rank of a pipeline holds, by the cut that the strategy makes.
 
     Args:
-        costs: Of the network's parts.
-        layout: Of the ranks and their stages.
-        workload: How large a pass is.
-        balance: What the cut makes equal.
-        blocks_per_stage: The cut by hand.
+        costs: Costs of the network's parts.
+        layout: Layout of the ranks and their stages.
+        workload: Size of a pass.
+        balance: Quantity that the cut makes equal.
+        blocks_per_stage: Number of blocks of each stage, to cut by hand.
 
     Raises:
         ValueError: The blocks cannot be cut so.

@@ -19,7 +19,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     """Parameters, memory, length and time, beside what a calibration measured.
 
     Args:
-        plan: As ``fingpt plan --json`` writes it.
+        plan: Plan as ``fingpt plan --json`` writes it.
     """
     title = f"Plan of {plan['config']}"
     table = Table(title=title, min_width=len(title))
@@ -58,7 +58,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
 
 
 def stages_table(stages: list[Mapping[str, Any]]) -> Table:
-    """A row a rank of the pipeline."""
+    """One row per rank of the pipeline."""
     table = Table(title="Pipeline, by rank")
     for column in ("rank", "blocks", "parameters", "weights and state", "activations", "together"):
         table.add_column(column, justify="right")
