@@ -19,7 +19,8 @@ def run(kind: str, folder: Path, rank: int, world_size: int) -> None:
     """Meets the others, loses rank `LOST` as ``kind`` says, and waits for it as training would.
 
     Args:
-        kind: ``raises``, ``all raise``, ``hangs``, ``leaves``, or what is done to the rank from outside.
+        kind: ``raises``, ``all raise``, ``hangs``, ``leaves``, or what is done to the rank from
+            outside.
         folder: Takes ``rankN``, what each says, and ``ready``.
         rank: Number of this process.
         world_size: Number of processes.
