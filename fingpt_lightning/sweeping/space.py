@@ -19,6 +19,14 @@ _Storable: TypeAlias = bool | int | float | str | None
 SUPPORTED = (
     "constant", "categorical", "int_uniform", "uniform", "q_uniform", "log_uniform_values",
 )  # fmt: skip
+_KEYS_OF_KIND = {
+    "constant": ("value",),
+    "categorical": ("values",),
+    "int_uniform": ("min", "max"),
+    "uniform": ("min", "max"),
+    "q_uniform": ("min", "max", "q"),
+    "log_uniform_values": ("min", "max"),
+}
 _LEAF_KEYS = ("value", "values", "min", "max", "q", "distribution")
 _DECIMALS = 12
 """Digits to which a multiple of a step is rounded: 3 x 0.1 is 0.3."""
@@ -163,6 +171,8 @@ def read_parameters(content: Any, prefix: str = "") -> dict[str, Distribution]:
         if not isinstance(leaf, Mapping):
             raise ValueError(f"parameter {name}: {leaf!r} has neither value nor values nor min")
         if "parameters" in leaf:
+            if beside := [key for key in leaf if key != "parameters"]:
+                raise ValueError(f"parameter {name}: {beside[0]} beside parameters has no effect")
             found |= read_parameters(leaf["parameters"], f"{name}.")
         else:
             found[name] = _read_leaf(name, leaf)
@@ -259,6 +269,12 @@ def _read_leaf(name: str, leaf: Mapping[str, Any]) -> Distribution:
         )
     if kind is None:
         raise ValueError(f"parameter {name} has neither value nor values nor min and max")
+    known = _KEYS_OF_KIND[kind]
+    if beside := [key for key in leaf if key not in (*known, "distribution")]:
+        instead = "; did you mean distribution: q_uniform?" if beside[0] == "q" else ""
+        raise ValueError(
+            f"parameter {name}: {kind} takes {' and '.join(known)}, not {beside[0]}{instead}"
+        )
     if kind == "constant":
         return Choices((_given(name, leaf, "value"),))
     if kind == "categorical":

@@ -63,6 +63,17 @@ def test_a_range_is_checked_at_both_ends_and_in_the_middle(leaf: Any, samples: l
         ({"distribution": "int_uniform", "min": 0.5, "max": 2}, "must be whole numbers"),
         ({"distribution": "categorical"}, "parameter p has no values"),
         ({"values": [1, 2], "probabilities": [0.1, 0.9]}, "probabilities is not supported"),
+        (
+            {"distribution": "uniform", "min": 0.0, "max": 0.4, "q": 0.1},
+            "parameter p: uniform takes min and max, not q; did you mean distribution: q_uniform?",
+        ),
+        ({"min": 1, "max": 4, "q": 2}, "int_uniform takes min and max, not q; did you mean"),
+        ({"value": 1, "values": [2]}, "parameter p: constant takes value, not values"),
+        ({"values": [1], "max": 2}, "parameter p: categorical takes values, not max"),
+        (
+            {"parameters": {"a": {"value": 1}}, "values": [1]},
+            "parameter p: values beside parameters has no effect",
+        ),
     ],
 )
 def test_a_wrong_parameter_is_named(leaf: Any, message: str) -> None:
