@@ -1,4 +1,4 @@
-"""``fingpt fit|validate|test|predict``: LightningCLI with one folder a run and clear errors.
+"""``fingpt fit|validate|test``: LightningCLI with one folder a run and clear errors.
 
 A setting comes from, weakest first: defaults, checkpoint, config files, command line.
 """
@@ -268,7 +268,23 @@ class FinGPTCLI(LightningCLI):
             if self.runs:
                 remove_run_leftovers(path)
             _fill_from_checkpoint(settings, given, path)
+        elif self.command != "fit":
+            self._check_start(settings)
         _take_tokenizer_of_model(settings)
+
+    def _check_start(self, settings: Namespace) -> None:
+        """Refuses to evaluate random weights; tells which weights are evaluated untrained."""
+        model = settings.model.get("init_args") or Namespace()
+        keys = [key for key in ("init_from", "base") if key in model]
+        if not keys:  # a class of the user's, which loads what it likes
+            return
+        start = next((key for key in keys if model[key] is not None), None)
+        if start is None:
+            raise ConfigError(
+                f"{self.command} has no trained weights: give --ckpt_path (a file, last or best),"
+                f" or model.{keys[0]}"
+            )
+        _tell(f"{self.command} of model.{start} {model[start]} as it is, without a checkpoint")
 
     @override
     def _parse_ckpt_path(self) -> None:

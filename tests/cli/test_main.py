@@ -64,6 +64,28 @@ def _only_error(stderr: str) -> str:
     return errors[0]
 
 
+def test_predict_names_the_commands_that_write_something(run: Run) -> None:
+    status, stderr = run("predict", "--config", str(DEBUG))
+    assert status == 2
+    assert "there is no command 'predict': fingpt generate writes text, fingpt label" in stderr
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_random_weights_are_not_evaluated(command: str, run: Run, tmp_path: Path) -> None:
+    status, stderr = run(command, "--config", str(DEBUG), "--trainer.logger", "false")
+    assert status == 2
+    assert f"{command} has no trained weights: give --ckpt_path (a file" in _only_error(stderr)
+    assert not list(tmp_path.iterdir()), "no run folder is made"
+
+
+def test_the_untrained_base_is_evaluated_and_named(run: Run) -> None:
+    words = ("--config", str(DEBUG), "--trainer.logger", "false", "--model.init_from", "./nowhere")
+    status, stderr = run("validate", *words)
+    assert status != 0
+    assert "fingpt: validate of model.init_from ./nowhere as it is, without a ch" in stderr
+    assert "has no trained weights" not in stderr
+
+
 @pytest.mark.parametrize(
     "program",
     [["-m", "fingpt_lightning"], ["-c", "from fingpt_lightning.cli.main import main; main()"]],
