@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.progress import TrainingProgress
-from fingpt_lightning.cli.config_errors import explain, undecodable
+from fingpt_lightning.cli.config_errors import check_configs, explain, undecodable
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.cli.metrics_file import RunMetrics
 from fingpt_lightning.cli.run_folders import (
@@ -247,6 +247,10 @@ class FinGPTCLI(LightningCLI):
         # still remembers it, and jsonargparse 4.53 would make a rank of 8 the share 8.0.
         for forget in typing._cleanups:  # type: ignore[attr-defined]
             forget()
+        try:
+            check_configs(args)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         try:
             given = parser.parse_args(args, defaults=False)[self.command]
             # Where another class is chosen, the default one must not leave its settings of the

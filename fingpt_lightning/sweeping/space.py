@@ -28,6 +28,8 @@ _KEYS_OF_KIND = {
     "log_uniform_values": ("min", "max"),
 }
 _LEAF_KEYS = ("value", "values", "min", "max", "q", "distribution")
+MAX_TRIALS = 100_000
+"""Trials of a grid at most."""
 _DECIMALS = 12
 """Digits to which a multiple of a step is rounded: 3 x 0.1 is 0.3."""
 
@@ -50,6 +52,11 @@ class Choices:
     def samples(self) -> list[Any]:
         """What is checked before a sweep starts: every value."""
         return list(self.values)
+
+    @property
+    def length(self) -> int:
+        """Number of values."""
+        return len(self.values)
 
     def grid(self) -> list[Any]:
         """Every value."""
@@ -111,6 +118,11 @@ class Range:
         else:
             found = [self.low, (self.low + self.high) / 2, self.high]
         return list(dict.fromkeys(found))
+
+    @property
+    def length(self) -> int | None:
+        """Number of numbers; None where there is no end of them."""
+        return None if self.step is None else self._num_steps() + 1
 
     def grid(self) -> list[int | float] | None:
         """Every number, or None where there is no end of them."""
@@ -183,16 +195,21 @@ def grid_points(parameters: Mapping[str, Distribution]) -> list[Point]:
     """Every trial of a grid; the last parameter changes first.
 
     Raises:
-        ValueError: A parameter has no end of values.
+        ValueError: A parameter has no end of values, or there are more than `MAX_TRIALS` points.
     """
-    axes = []
+    num_trials = 1
     for name, distribution in parameters.items():
-        values = distribution.grid()
-        if values is None:
+        length = distribution.length
+        if length is None:
             raise ValueError(
                 f"parameter {name}: a grid needs value, values or steps, not {distribution}"
             )
-        axes.append(values)
+        num_trials *= length
+    if num_trials > MAX_TRIALS:
+        raise ValueError(
+            f"a grid of {num_trials:,} trials is beyond {MAX_TRIALS:,}; method random draws some"
+        )
+    axes = [distribution.grid() or [] for distribution in parameters.values()]
     return [dict(zip(parameters, values, strict=True)) for values in itertools.product(*axes)]
 
 

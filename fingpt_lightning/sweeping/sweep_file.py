@@ -16,6 +16,7 @@ from fingpt_lightning.sweeping.space import (
     read_parameters,
 )
 from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.yaml_text import parse_yaml
 
 ARGUMENTS = "${args_json_file}"
 """What stands in ``command`` for the file of a trial's arguments."""
@@ -156,12 +157,14 @@ def read_sweep(path: Path) -> Sweep:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such sweep file")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = parse_yaml(path.read_text(), path)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise WrongSweep(f"{path} line {line} is no YAML: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise WrongSweep(f"{path} is no text") from error
+    except ValueError as error:
+        raise WrongSweep(str(error)) from error
     try:
         return _read(path, content)
     except ValueError as error:
