@@ -9,6 +9,7 @@ runs over the limit, and failures that do not end with the program's one line.
 
 import argparse
 import copy
+import faulthandler
 import io
 import json
 import os
@@ -52,6 +53,7 @@ QUESTION = (
 LIMIT_S = 30.0
 _MAX_DATA_BYTES = 6 * 2**30
 _POLL_S = 0.01
+_SHOWN_LINES = 12
 _CANARY = "canary"
 _ROOT = Path(__file__).parents[1]
 _VOCABULARY = 300
@@ -141,7 +143,7 @@ def main() -> None:
         for case, outcome in run_cases(cases, base, Path(folder), options.seed, options.at_once):
             found.append((case, outcome))
             if options.show or is_wrong(outcome):
-                last = (outcome.output.strip().splitlines() or [""])[-1][:300]
+                last = " | ".join(outcome.output.strip().splitlines()[-_SHOWN_LINES:])[-1500:]
                 told = f"{case.kind} ({case.mutation}): {outcome.status} in {outcome.seconds:.1f} s"
                 print(f"{told}, {outcome.peak_mib:.0f} MiB: {last}", file=sys.stderr)
     record["rows"] = [
@@ -269,6 +271,7 @@ def _run_child(words: Words, folder: Path, log: Path) -> None:
             os.dup2(nothing.fileno(), 0)
         resource.setrlimit(resource.RLIMIT_DATA, (_MAX_DATA_BYTES, _MAX_DATA_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        faulthandler.dump_traceback_later(LIMIT_S - 2, file=sys.__stderr__)
         try:
             run_program(words)
             status = 0
