@@ -33,7 +33,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fingpt_lightning.cli.trainer
-import fingpt_lightning.decompose.command
+import fingpt_lightning.decomposition.command
 import fingpt_lightning.deploy.export_command
 import fingpt_lightning.deploy.generate_command
 import fingpt_lightning.deploy.label_command

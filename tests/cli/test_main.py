@@ -240,6 +240,25 @@ def test_last_without_a_run_says_where_it_looked(fit: Run) -> None:
     assert "no runs/debug_quickstart-*/checkpoints/last.ckpt" in _only_error(stderr)
 
 
+def test_pipes_and_alias_bombs_are_refused_at_once(fit: Run, run: Run, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    for words in (("fit", "--config", str(pipe)), ("validate", "--ckpt_path", str(pipe))):
+        status, stderr = run(*words)
+        assert status != 0
+        assert f"{pipe} is neither a file nor a folder" in _only_error(stderr)
+    _, stderr = fit("--data.train_files", str(pipe))
+    assert f"train_files: {pipe} is neither a file nor a folder" in _only_error(stderr)
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, 9):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]")
+    bomb = tmp_path / "bomb.yaml"
+    bomb.write_text("\n".join(lines))
+    status, stderr = run("fit", "--config", str(bomb))
+    assert status == 2
+    assert f"{bomb}: with its aliases it has" in _only_error(stderr)
+
+
 def test_debug_shows_the_traceback(fit: Run) -> None:
     status, stderr = fit("--data.train_files", "no.jsonl", "--debug")
     assert status == 1

@@ -1,6 +1,6 @@
 import json
-import os
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path

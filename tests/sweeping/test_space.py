@@ -110,6 +110,12 @@ def test_a_grid_has_the_steps_of_a_range_but_no_continuum() -> None:
         grid_points(read_parameters({"c": {"min": 0.5, "max": 1.0}}))
 
 
+def test_a_grid_without_end_is_refused_before_it_is_made() -> None:
+    content = {"a": {"min": 0, "max": 10**9}, "b": {"values": [1, 2]}}
+    with pytest.raises(ValueError, match="a grid of 2,000,000,002 trials is beyond 100,000"):
+        grid_points(read_parameters(content))
+
+
 @given(low=st.integers(-5, 5), span=st.integers(1, 9), size=st.integers(1, 5))
 def test_samples_show_every_value_and_both_ends(low: int, span: int, size: int) -> None:
     values = [f"v{index}" for index in range(size)]
