@@ -380,6 +380,7 @@ def _of_config(draw: random.Random, base: Path, folder: Path) -> tuple[str, Word
     words = [verb, "--config", str(folder / "config.yaml")]
     if verb == "fit":  # what is right trains, and would go on for as long as it is told to
         words += ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "1"]
+        words += ["--model.preset", "gpt2-nano"]  # a cut config may have left the sizes out
     return f"{verb}, {mutation}", words
 
 
