@@ -7,6 +7,7 @@ process left goes with the next one that writes the same name.
 
 import ctypes
 import errno
+import gzip
 import hashlib
 import itertools
 import json
@@ -19,10 +20,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from fingpt_lightning.units import format_bytes
 
+MAX_LINE_BYTES = 2**26
+"""Of a line that is read as one value."""
+_MAX_GZIP_RATIO, _MIN_BOMB_BYTES = 500, 2**26
 PARTIAL = ".partial"
 """The ending of what is not whole yet."""
 OWNER = "owner.lock"
@@ -434,6 +438,54 @@ def new_folder(parent: Path, name: str, is_ours: Callable[[Path], bool] = make_o
     while not is_ours(folder):
         folder, number = first.with_name(f"{first.name}-{number}"), number + 1
     return folder
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
+    """The contents of a file, those of ``.gz`` unpacked, and how far the file itself is read."""
+    with path.open("rb") as raw:
+        if path.suffix.lower() != ".gz":
+            yield raw, raw.tell
+        else:
+            with gzip.GzipFile(fileobj=raw) as opened:
+                yield cast(IO[bytes], opened), raw.tell
+
+
+def check_unpacked(place: str, num_bytes: int, packed_bytes: int) -> None:
+    """Checks that a packed file is not one that would never end.
+
+    Args:
+        place: File, for the message.
+        num_bytes: Bytes that were unpacked so far.
+        packed_bytes: Bytes that were read of the file itself.
+
+    Raises:
+        ValueError: It unpacks to hundreds of times its size, as no text does.
+    """
+    if num_bytes > max(_MIN_BOMB_BYTES, _MAX_GZIP_RATIO * packed_bytes):
+        raise ValueError(f"{place} unpacks to more than {_MAX_GZIP_RATIO} times its size")
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, bytes, int]]:
+    """The lines of a file by number, those of ``.gz`` unpacked, each with the bytes read so far.
+
+    Raises:
+        ValueError: A line is longer than `MAX_LINE_BYTES`, or the file is a gzip bomb.
+        OSError, EOFError, zlib.error: The gzip data is damaged.
+    """
+    num_bytes = 0
+    with unpacked(path) as (file, position):
+        for number in itertools.count(1):
+            line = file.readline(MAX_LINE_BYTES + 1)
+            num_bytes += len(line)
+            check_unpacked(str(path), num_bytes, position())
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(
+                    f"{path}:{number}: the line is longer than {format_bytes(MAX_LINE_BYTES)}"
+                )
+            if not line:
+                return
+            yield number, line, position()
 
 
 def not_utf8(path: Path) -> str:

@@ -1,6 +1,7 @@
 import ast
 import errno
 import fcntl
+import gzip
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from fingpt_lightning.files import (
     append_whole,
     exchange,
     is_unused,
+    lines_of,
     new_folder,
     owned,
     scratch_folder,
@@ -260,3 +262,25 @@ def test_no_file_is_written_by_a_writer_of_json_that_lets_nan_pass() -> None:
 def _name(call: ast.Call) -> str:
     function = call.func
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def test_a_line_is_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fingpt_lightning.files.MAX_LINE_BYTES", 10)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"123456789\nab")
+    assert list(lines_of(path)) == [(1, b"123456789\n", 10), (2, b"ab", 12)]
+    path.write_bytes(b"ab\n1234567890\n")
+    with pytest.raises(ValueError, match=r"a.jsonl:2: the line is longer than 10 B"):
+        list(lines_of(path))
+
+
+def test_a_gzip_bomb_is_refused_and_its_lines_are_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fingpt_lightning.files._MIN_BOMB_BYTES", 2**20)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress((b"a" * 99_999 + b"\n") * 90))
+    with pytest.raises(ValueError, match=r"a.jsonl.gz unpacks to more than 500 times its size"):
+        list(lines_of(path))
+    path.write_bytes(gzip.compress(b"ab\nc\n"))
+    assert [line for _, line, _ in lines_of(path)] == [b"ab\n", b"c\n"]

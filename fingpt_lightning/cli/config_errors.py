@@ -8,12 +8,14 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
 
 from fingpt_lightning.files import not_utf8
 from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.yaml_text import parse_yaml
 
 _LONGEST_QUOTE = 200
 
@@ -99,17 +101,51 @@ def _where(name: str, words: Sequence[str]) -> str:
     return ""
 
 
-def _configs(words: Sequence[str]) -> list[Path]:
-    given = [
+def check_configs(words: Sequence[str]) -> None:
+    """Checks configs before they are parsed: what parsing them would never come back from.
+
+    Args:
+        words: The command line, which names the configs.
+
+    Raises:
+        ValueError: A config is a pipe or a device, or its aliases stand for too many values.
+    """
+    for path in _given(words):
+        if _is_special(path):
+            raise ValueError(f"config {path} is neither a file nor a folder")
+    for path in _configs(words):
+        with suppress(yaml.YAMLError, UnicodeDecodeError):  # the parser has its own message
+            parse_yaml(path.read_text(encoding="utf-8"), path)
+
+
+def _given(words: Sequence[str]) -> list[Path]:
+    return [
         Path(word.partition("=")[2] or following)
         for word, following in zip(words, [*words[1:], ""], strict=False)
         if word.partition("=")[0] in ("--config", "-c")
     ]
-    found = [path for path in given if path.is_file()]
+
+
+def _configs(words: Sequence[str]) -> list[Path]:
+    found = [path for path in _given(words) if _is_file(path)]
     for path in list(found):
         blocks = re.findall(r"^\w+:\s*(\S+\.yaml)\s*$", path.read_text(errors="replace"), re.M)
         found += [path.parent / block for block in blocks if (path.parent / block).is_file()]
     return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a config may stand on the command line itself
+        return False
+
+
+def _is_special(path: Path) -> bool:
+    try:
+        return path.exists() and not (path.is_file() or path.is_dir())
+    except (OSError, ValueError):
+        return False
 
 
 def _first_broken(words: Sequence[str]) -> str | None:

@@ -35,7 +35,6 @@ COMMANDS = {
     "fit": Command("train; continues with --ckpt_path last or a checkpoint file"),
     "validate": Command("loss and perplexity on the validation text"),
     "test": Command("loss and perplexity on the test text"),
-    "predict": Command("the likeliest next tokens, for a prediction writer among the callbacks"),
     "evaluate": Command(
         "accuracy and F1 of a model on financial and general tasks",
         "fingpt_lightning.evaluation.options",
@@ -82,6 +81,9 @@ COMMANDS = {
         "fingpt_lightning.cli.plan",
     ),
 }
+
+_INSTEAD = {"predict": "fingpt generate writes text, fingpt label writes labels with probabilities"}
+"""What to run in place of commands that Lightning users expect."""
 
 _LONGEST_MESSAGE = 2000
 _HELP = """usage: fingpt COMMAND [--config NAME_OR_FILE ...] [--KEY VALUE ...]
@@ -142,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(words: list[str]) -> None:
     command = words[0]
     if command not in COMMANDS:
+        if command in _INSTEAD:
+            raise ConfigError(f"there is no command {command!r}: {_INSTEAD[command]}")
         known = ", ".join(COMMANDS)
         raise ConfigError(f"command {command!r} is none of {known}{nearest(command, COMMANDS)}")
     _, options, entry = COMMANDS[command]

@@ -100,6 +100,8 @@ def find_checkpoint(
         path = Path(ckpt_path)
         if not path.exists():
             raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file")
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError(f"ckpt_path {ckpt_path} is neither a file nor a folder")
         return path
     found = _newest_first(run_name, runs_dir, [ckpt_path])
     if not found:

@@ -78,6 +78,7 @@ def _run_locally(options: argparse.Namespace, console: Console, report: Report) 
         extra = _check(local.sweep, build_fit, local.count, local.project, console)
     else:
         sweep = read_sweep(_sweep_file(options))
+        sweep.check_local()
         count = num_trials(sweep, options.count)
         project = options.project or sweep.content.get("project")
         extra = _check(sweep, build_fit, count, project, console)
@@ -116,6 +117,9 @@ def _check(
     goal = "highest" if sweep.is_maximized else "lowest"
     line = f"{count} trials by {sweep.method} for the {goal} {sweep.metric}: checked"
     console.print(line, markup=False, highlight=False)
+    if sweep.compared_by.is_default:
+        line = f"{sweep.path} names no metric: trials are compared by {sweep.metric}"
+        console.print(line, markup=False, highlight=False)
     return extra
 
 

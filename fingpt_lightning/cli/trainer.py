@@ -1,4 +1,4 @@
-"""``fingpt fit|validate|test|predict``: LightningCLI with one folder a run and clear errors.
+"""``fingpt fit|validate|test``: LightningCLI with one folder a run and clear errors.
 
 A setting comes from, weakest first: defaults, checkpoint, config files, command line.
 """
@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.progress import TrainingProgress
-from fingpt_lightning.cli.config_errors import explain, undecodable
+from fingpt_lightning.cli.config_errors import check_configs, explain, undecodable
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.cli.metrics_file import RunMetrics
 from fingpt_lightning.cli.run_folders import (
@@ -248,6 +248,10 @@ class FinGPTCLI(LightningCLI):
         for forget in typing._cleanups:  # type: ignore[attr-defined]
             forget()
         try:
+            check_configs(args)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        try:
             given = parser.parse_args(args, defaults=False)[self.command]
             # Where another class is chosen, the default one must not leave its settings of the
             # same names behind (jsonargparse 4.53).
@@ -268,7 +272,23 @@ class FinGPTCLI(LightningCLI):
             if self.runs:
                 remove_run_leftovers(path)
             _fill_from_checkpoint(settings, given, path)
+        elif self.command != "fit":
+            self._check_start(settings)
         _take_tokenizer_of_model(settings)
+
+    def _check_start(self, settings: Namespace) -> None:
+        """Refuses to evaluate random weights; tells which weights are evaluated untrained."""
+        model = settings.model.get("init_args") or Namespace()
+        keys = [key for key in ("init_from", "base") if key in model]
+        if not keys:  # a class of the user's, which loads what it likes
+            return
+        start = next((key for key in keys if model[key] is not None), None)
+        if start is None:
+            raise ConfigError(
+                f"{self.command} has no trained weights: give --ckpt_path (a file, last or best),"
+                f" or model.{keys[0]}"
+            )
+        _tell(f"{self.command} of model.{start} {model[start]} as it is, without a checkpoint")
 
     @override
     def _parse_ckpt_path(self) -> None:

@@ -5,12 +5,11 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from fingpt_lightning.data.corpus import Piece
+from fingpt_lightning.files import check_unpacked, lines_of, unpacked
 from fingpt_lightning.terminal.messages import first_line, no_field
 
 _PIECE_BYTES = 2**20
@@ -33,11 +32,10 @@ def jsonl_documents(path: Path, text_field: str) -> Iterator[Piece]:
     """
     number = 0
     try:
-        with _opened(path) as (lines, position):
-            for number, line in enumerate(lines, start=1):
-                if not line.isspace():
-                    row = _json_object(line, f"{path}:{number}")
-                    yield document_of_row(row, text_field, f"{path}:{number}", position())
+        for number, line, bytes_read in lines_of(path):
+            if not line.isspace():
+                row = _json_object(line, f"{path}:{number}")
+                yield document_of_row(row, text_field, f"{path}:{number}", bytes_read)
     except _DAMAGED_GZIP as error:
         raise ValueError(_damage(f"{path}:{number + 1}", error)) from None
 
@@ -55,15 +53,33 @@ def txt_pieces(path: Path, _: str) -> Iterator[Piece]:
         if len(buffer) < _PIECE_BYTES:
             continue
         cut = _cut_after_line(buffer, num_searched)
-        if not cut and len(buffer) >= _LONG_LINE_CHARACTERS:
+        if not cut and len(buffer) >= _LONG_LINE_CHARACTERS and not buffer.isspace():
             found = _WORD_START.match(buffer, num_searched)
-            cut = found.end() if found else 0
+            cut = found.end() if found else len(buffer)
         num_searched = 0 if cut else max(0, len(buffer) - _LOOK_BACK)
         if cut:
             yield Piece(buffer[:cut], False, bytes_read)
             num_pieces += 1
             buffer = buffer[cut:]
     yield Piece(buffer if num_pieces or not buffer.isspace() else "", True, bytes_read)
+
+
+def short_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same documents in pieces of about a million characters at most.
+
+    What is longer is cut as a text file is: at line ends, else where one blank begins a word, and
+    where there is neither after a million characters. A tokenizer takes 50 bytes a character.
+    """
+    for piece in pieces:
+        text = piece.text
+        start = 0
+        while len(text) - start > _PIECE_BYTES:
+            window = text[start : start + _PIECE_BYTES]
+            found = _CLEAN_LINE_END.match(window) or _WORD_START.match(window)
+            length = found.end() if found else len(window)
+            yield Piece(window[:length], False, piece.bytes_read)
+            start += length
+        yield piece._replace(text=text[start:]) if start else piece
 
 
 def parquet_documents(path: Path, text_field: str) -> Iterator[Piece]:
@@ -132,17 +148,6 @@ def document_of_row(
     return Piece("" if text.isspace() else text, True, bytes_read)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO | gzip.GzipFile, Callable[[], int]]]:
-    """The contents of a file, unpacked, and how far the file itself has been read."""
-    with path.open("rb") as raw:
-        if path.suffix.lower() != ".gz":
-            yield raw, raw.tell
-        else:
-            with gzip.GzipFile(fileobj=raw) as unpacked:
-                yield unpacked, raw.tell
-
-
 def _damage(place: str, error: Exception) -> str:
     return f"{place}: the gzip data is damaged or cut off here ({first_line(error)})"
 
@@ -174,7 +179,7 @@ def _decoded(path: Path) -> Iterator[tuple[str, int]]:
     """The text in parts, each with how far the file itself has been read."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     position = 0
-    with _opened(path) as (file, bytes_read):
+    with unpacked(path) as (file, bytes_read):
         while True:
             try:
                 data = file.read(_PIECE_BYTES)
@@ -192,3 +197,4 @@ def _decoded(path: Path) -> Iterator[tuple[str, int]]:
             if not data:
                 return
             position += len(data)
+            check_unpacked(str(path), position, bytes_read())

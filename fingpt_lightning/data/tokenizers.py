@@ -10,8 +10,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fingpt_lightning.data.corpus import Corpus
+from fingpt_lightning.data.documents import short_pieces
 from fingpt_lightning.files import scratch_folder, sync_files, sync_folder
-from fingpt_lightning.models.formats.tokenizer import read_tokenizer, try_out
+from fingpt_lightning.models.formats.tokenizer import (
+    check_added_tokens,
+    read_tokenizer,
+    try_out,
+)
 from fingpt_lightning.terminal.messages import first_line, nearest_name
 
 END_OF_TEXT = "<|endoftext|>"
@@ -99,7 +104,7 @@ def train_cached_tokenizer(
     folder = cached_tokenizer_folder(corpus, vocab_size, cache_dir)
     if not folder.is_dir():
         _log.info("training a tokenizer of %d entries on %s", vocab_size, corpus)
-        texts = (piece.text for piece in corpus.pieces())
+        texts = (piece.text for piece in short_pieces(corpus.pieces()))
         tokenizer = train_tokenizer(texts, vocab_size)
         with scratch_folder(folder) as made:
             tokenizer.save_pretrained(made)
@@ -119,6 +124,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def _load_from_folder(folder: Path) -> object:
+    check_added_tokens(folder)
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from fingpt_lightning.data.corpus import Corpus, Piece
+from fingpt_lightning.data.documents import short_pieces
 
 _BATCH_CHARACTERS = 2**19
 _BATCH_PIECES = 2**10
@@ -59,7 +60,7 @@ def encoded_batches(
 
     with _without_the_tokenizers_pool():
         yield from _map_in_order(
-            encode, _batches(corpus.pieces()), num_workers or num_available_cores()
+            encode, _batches(short_pieces(corpus.pieces())), num_workers or num_available_cores()
         )
 
 

@@ -40,6 +40,7 @@ from fingpt_lightning.low_rank.rank_allocation import (
     energy_rank,
     largest_rank,
 )
+from fingpt_lightning.models.finite import check_finite
 
 _PR_SET_PDEATHSIG = 1
 MAX_BATCH_BYTES = 2**27
@@ -331,6 +332,7 @@ def _weights(work: Work, batch: Batch) -> Tensor:
     read = []
     for layer in batch.layers:
         weight = work.reader.read(layer.stored)
+        check_finite(layer.stored, weight)
         read.append(weight.T if layer.is_transposed else weight)
     wide = torch.promote_types(read[0].dtype, torch.float32)
     return torch.stack([weight.to(work.device, wide) for weight in read])
@@ -356,5 +358,10 @@ def _generator(work: Work, name: str) -> torch.Generator:
 def _written(work: Work, name: str, pair: Factors, errors: Errors) -> LayerResult:
     result = LayerResult(name, pair.up.shape[1], errors.weight, errors.output)
     tensors = {"up": pair.up.cpu(), "down": pair.down.cpu()}
+    if not all(factor.isfinite().all() for factor in tensors.values()):
+        kind = str(work.dtype).removeprefix("torch.")
+        raise FloatingPointError(
+            f"layer {name}: its factors are beyond {kind}; take bfloat16 or float32"
+        )
     write_tensors(result_file(work.folder, name), tensors, to_json(result._asdict()))
     return result

@@ -51,6 +51,7 @@ from fingpt_lightning.low_rank.rank_allocation import (
     ratio_for_parameters,
 )
 from fingpt_lightning.models.families import family_of
+from fingpt_lightning.models.finite import check_finite, check_network, to_finite
 from fingpt_lightning.models.formats.hf_folder import (
     GENERATION_CONFIG,
     SAFETENSORS,
@@ -346,6 +347,7 @@ def _calibrated(
         groups: dict[str, str] = json.loads(done.read_text(encoding="utf-8"))
         return groups
     network = build_model(source.model, device=device).network
+    check_network(network)
     groups = {}
     num_blocks = network.config.num_hidden_layers
     ids = calibration.ids.to(device)
@@ -465,7 +467,8 @@ def _whole_tensors(
                 yield f"{layer}.down", factors["down"]
                 yield f"{layer}.up", factors["up"]
         elif name in own:
-            yield name, tensor.to(dtype)
+            check_finite(stored, tensor)
+            yield name, to_finite(stored, tensor, dtype)
 
 
 def _written_shards(

@@ -17,6 +17,7 @@ from fingpt_lightning.decomposition.layer_files import (
 from fingpt_lightning.decomposition.source import Source
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.low_rank.factorize import Factors
+from fingpt_lightning.models.finite import check_network
 from fingpt_lightning.models.input_moments import shifted_moments
 from fingpt_lightning.models.loading import build_model
 from fingpt_lightning.terminal.progress import shown_progress
@@ -43,6 +44,7 @@ def decompose_in_sequence(
         )
 
     network = build_model(source.model, device=work.device).network
+    check_network(network)
     ids = calibration.ids.to(work.device)
     what = f"taking layers apart in sequence, on {ids.numel():,} tokens"
     num_done = 0

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.low_rank.adapters import AdaptedLinear, AdapterOptions, SharedDown
 from fingpt_lightning.models.families import family_of
+from fingpt_lightning.models.finite import check_finite
 from fingpt_lightning.models.formats.peft_adapter import (
     ADAPTER_WEIGHTS,
     MAGNITUDE,
@@ -259,7 +260,9 @@ def fill_adapters(
         source: Origin of the weights, for messages.
 
     Raises:
-        ValueError: A weight is missing, left over, or of another size.
+        ValueError: A weight is missing, left over, of another size, or not stored as
+            floating-point numbers.
+        FloatingPointError: A weight is NaN or infinite.
     """
     wanted = {
         f"{name}.{part}": tensor
@@ -274,6 +277,10 @@ def fill_adapters(
         if tensor.shape != found[key].shape:
             sizes = (" x ".join(map(str, t.shape)) for t in (found[key], tensor))
             raise ValueError("{}: {} is {}, the network's {}".format(source, key, *sizes))
+        try:
+            check_finite(key, found[key])
+        except (ValueError, FloatingPointError) as error:
+            raise type(error)(f"{source}: {error}") from None
         tensor.copy_(found[key])
 
 

@@ -19,6 +19,59 @@ def first_not_finite(module: nn.Module) -> str | None:
     return None
 
 
+def check_stored(name: str, tensor: Tensor) -> None:
+    """Checks that a stored tensor is one of floating-point numbers.
+
+    Raises:
+        ValueError: It holds integers, truth values or complex numbers, which a copy into a weight
+            would convert without a word.
+    """
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} is stored as {kind}, a weight has floating-point numbers")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Checks the numbers of a stored tensor; costs one pass over them.
+
+    Raises:
+        ValueError: It does not hold floating-point numbers.
+        FloatingPointError: One of them is NaN or infinite.
+    """
+    check_stored(name, tensor)
+    if not tensor.isfinite().all():
+        raise FloatingPointError(
+            f"the tensor {name} holds a NaN or an infinity: its file is damaged, or the training"
+            " that wrote it diverged"
+        )
+
+
+def check_network(network: nn.Module) -> None:
+    """Checks all weights of a network; costs one pass over them.
+
+    Raises:
+        FloatingPointError: One is NaN or infinite; names the tensor.
+    """
+    if (name := first_not_finite(network)) is not None:
+        check_finite(name, torch.tensor(float("nan")))
+
+
+def to_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A finite tensor in another dtype.
+
+    Raises:
+        FloatingPointError: A number is beyond the dtype's range.
+    """
+    converted = tensor.to(dtype)
+    if not converted.isfinite().all():
+        kind = str(dtype).removeprefix("torch.")
+        largest = f"{float(tensor.abs().max()):.3g}"
+        raise FloatingPointError(
+            f"{name} has a number of {largest}, beyond {kind}; take bfloat16 or float32"
+        )
+    return converted
+
+
 def not_finite(network: nn.Module, what: str) -> FloatingPointError:
     """The error to raise for numbers of a network that are NaN or infinite, with its likely cause.
 

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
 from fingpt_lightning.models.families import family_named, family_of, head_of
+from fingpt_lightning.models.finite import check_stored
 from fingpt_lightning.models.low_rank_config import noted_activation
 from fingpt_lightning.models.quantization.layers import is_linear, quantized_layer
 from fingpt_lightning.models.tied_head import tie_head
@@ -118,7 +119,8 @@ def fill(
         elsewhere: Names of parameters that `cut` took out; their tensors are not read.
 
     Raises:
-        ValueError: A weight is missing, unknown, or of another size than the network's.
+        ValueError: A weight is missing, unknown, of another size than the network's, or not
+            stored as floating-point numbers.
     """
     family, head = family_of(network), head_of(network)
     head_is_tied = isinstance(head, LowRankHead) or network.config.tie_word_embeddings
@@ -130,6 +132,7 @@ def fill(
         if name in elsewhere:
             continue
         if head_is_tied and family.is_head(name):
+            check_stored(stored, tensor)
             stored_head.append((name, tensor))
             continue
         if name not in parameters:
@@ -139,6 +142,7 @@ def fill(
         if tensor.shape != parameters[name].shape:
             sizes = (" x ".join(map(str, t.shape)) for t in (tensor, parameters[name]))
             raise ValueError("{} is {}, the config asks for {}".format(stored, *sizes))
+        check_stored(stored, tensor)
         layer_name, _, part = name.rpartition(".")
         layer = network.get_submodule(layer_name)
         method = quantize if is_linear(layer) and not family.is_head(layer_name) else None

@@ -98,8 +98,10 @@ class LocalSweep:
             project: W&B's; None leaves it to the trials' config.
 
         Raises:
-            ValueError: The folder is in use, or there is no number of trials.
+            ValueError: The folder is in use, there is no number of trials, or the file has a
+                setting that a local search does not honor.
         """
+        sweep.check_local()
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"output {folder} is not empty; --resume goes on with a sweep")
         count = num_trials(sweep, count)
@@ -161,9 +163,18 @@ class LocalSweep:
                 point = self._point(trial)
                 self._run_trial(trial, point, console, [*extra], lock)
             best = best_number(self.study)
+            if self.has_reached_target():
+                line = f"{self.sweep.metric} has reached {self.sweep.compared_by.target:g}"
+                console.print(f"{line}: no further trial", markup=False, highlight=False)
             if best is not None:
                 write_best_config(self.folder, best)
         return best
+
+    def has_reached_target(self) -> bool:
+        """Whether a trial has finished with a value at the metric's target or beyond it."""
+        trials = self.study.get_trials(deepcopy=False, states=(StudyState.COMPLETE,))
+        is_reached = self.sweep.compared_by.is_reached
+        return any(trial.value is not None and is_reached(trial.value) for trial in trials)
 
     def trial_folder(self, number: int) -> Path:
         """The run folder of a trial."""
@@ -175,7 +186,7 @@ class LocalSweep:
             if frozen.state == StudyState.RUNNING:
                 return Trial(self.study, frozen._trial_id)
         started = [frozen for frozen in trials if frozen.state != StudyState.WAITING]
-        if len(started) >= self.count:
+        if len(started) >= self.count or self.has_reached_target():
             return None
         # A sampler of its own for each trial: a sweep that was stopped chooses what it would have.
         self.study.sampler = _sampler(self.sweep.method, seed=len(started))

@@ -49,7 +49,8 @@ def write_record(folder: Path, sweep: Sweep, study: Study) -> None:
         "metric": {
             "name": sweep.metric,
             "goal": "maximize" if sweep.is_maximized else "minimize",
-        },
+        }
+        | ({} if (target := sweep.compared_by.target) is None else {"target": target}),
         "method": sweep.method,
         "started_at": study.user_attrs["started_at"],
         "trials": [_entry(folder, sweep, trial) for trial in _begun(study)],

@@ -19,7 +19,17 @@ _Storable: TypeAlias = bool | int | float | str | None
 SUPPORTED = (
     "constant", "categorical", "int_uniform", "uniform", "q_uniform", "log_uniform_values",
 )  # fmt: skip
+_KEYS_OF_KIND = {
+    "constant": ("value",),
+    "categorical": ("values",),
+    "int_uniform": ("min", "max"),
+    "uniform": ("min", "max"),
+    "q_uniform": ("min", "max", "q"),
+    "log_uniform_values": ("min", "max"),
+}
 _LEAF_KEYS = ("value", "values", "min", "max", "q", "distribution")
+MAX_TRIALS = 100_000
+"""Trials of a grid at most."""
 _DECIMALS = 12
 """Digits to which a multiple of a step is rounded: 3 x 0.1 is 0.3."""
 
@@ -42,6 +52,11 @@ class Choices:
     def samples(self) -> list[Any]:
         """What is checked before a sweep starts: every value."""
         return list(self.values)
+
+    @property
+    def length(self) -> int:
+        """Number of values."""
+        return len(self.values)
 
     def grid(self) -> list[Any]:
         """Every value."""
@@ -104,6 +119,11 @@ class Range:
             found = [self.low, (self.low + self.high) / 2, self.high]
         return list(dict.fromkeys(found))
 
+    @property
+    def length(self) -> int | None:
+        """Number of numbers; None where there is no end of them."""
+        return None if self.step is None else self._num_steps() + 1
+
     def grid(self) -> list[int | float] | None:
         """Every number, or None where there is no end of them."""
         if self.step is None:
@@ -163,6 +183,8 @@ def read_parameters(content: Any, prefix: str = "") -> dict[str, Distribution]:
         if not isinstance(leaf, Mapping):
             raise ValueError(f"parameter {name}: {leaf!r} has neither value nor values nor min")
         if "parameters" in leaf:
+            if beside := [key for key in leaf if key != "parameters"]:
+                raise ValueError(f"parameter {name}: {beside[0]} beside parameters has no effect")
             found |= read_parameters(leaf["parameters"], f"{name}.")
         else:
             found[name] = _read_leaf(name, leaf)
@@ -173,16 +195,21 @@ def grid_points(parameters: Mapping[str, Distribution]) -> list[Point]:
     """Every trial of a grid; the last parameter changes first.
 
     Raises:
-        ValueError: A parameter has no end of values.
+        ValueError: A parameter has no end of values, or there are more than `MAX_TRIALS` points.
     """
-    axes = []
+    num_trials = 1
     for name, distribution in parameters.items():
-        values = distribution.grid()
-        if values is None:
+        length = distribution.length
+        if length is None:
             raise ValueError(
                 f"parameter {name}: a grid needs value, values or steps, not {distribution}"
             )
-        axes.append(values)
+        num_trials *= length
+    if num_trials > MAX_TRIALS:
+        raise ValueError(
+            f"a grid of {num_trials:,} trials is beyond {MAX_TRIALS:,}; method random draws some"
+        )
+    axes = [distribution.grid() or [] for distribution in parameters.values()]
     return [dict(zip(parameters, values, strict=True)) for values in itertools.product(*axes)]
 
 
@@ -259,6 +286,12 @@ def _read_leaf(name: str, leaf: Mapping[str, Any]) -> Distribution:
         )
     if kind is None:
         raise ValueError(f"parameter {name} has neither value nor values nor min and max")
+    known = _KEYS_OF_KIND[kind]
+    if beside := [key for key in leaf if key not in (*known, "distribution")]:
+        instead = "; did you mean distribution: q_uniform?" if beside[0] == "q" else ""
+        raise ValueError(
+            f"parameter {name}: {kind} takes {' and '.join(known)}, not {beside[0]}{instead}"
+        )
     if kind == "constant":
         return Choices((_given(name, leaf, "value"),))
     if kind == "categorical":

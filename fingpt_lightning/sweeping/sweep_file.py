@@ -1,6 +1,7 @@
 """Reads a W&B sweep file for what our commands make of it."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from fingpt_lightning.sweeping.space import (
     read_parameters,
 )
 from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.yaml_text import parse_yaml
 
 ARGUMENTS = "${args_json_file}"
 """What stands in ``command`` for the file of a trial's arguments."""
@@ -25,7 +27,10 @@ _KEYS = (
     "name", "description", "project", "entity", "program", "method", "metric", "parameters",
     "command", "early_terminate", "run_cap",
 )  # fmt: skip
+_METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
 _STOPPING_KEYS = ("type", "min_iter", "max_iter", "s", "eta", "strict")
+_DEFAULT_METHODS = ("grid", "random")
+"""Those that W&B runs without a metric."""
 
 
 class WrongSweep(ValueError):
@@ -46,6 +51,28 @@ class Stopping(NamedTuple):
     last: int | None
 
 
+class Metric(NamedTuple):
+    """What trials are compared by.
+
+    Attributes:
+        name: The logged key.
+        is_maximized: Whether more of it is better.
+        target: The value at which no further trial is started; None where there is none.
+        is_default: Whether the file names no metric.
+    """
+
+    name: str
+    is_maximized: bool = False
+    target: float | None = None
+    is_default: bool = False
+
+    def is_reached(self, value: float) -> bool:
+        """Whether a value is at the target or beyond it."""
+        if self.target is None:
+            return False
+        return value >= self.target if self.is_maximized else value <= self.target
+
+
 class Sweep(NamedTuple):
     """A sweep file, read.
 
@@ -53,28 +80,50 @@ class Sweep(NamedTuple):
         path: The file.
         content: All of it, for a W&B server.
         method: ``grid``, ``random`` or ``bayes``.
-        metric: The logged key.
-        is_maximized: Whether more of it is better.
+        compared_by: The metric.
         parameters: By name with dots.
         command: Words, with `ARGUMENTS` in them.
         num_trials: Of a grid, or ``run_cap``; None where neither says it.
         stopping: None where no trial is stopped early.
+        server_only: Keys that W&B's server honors and a local search does not.
     """
 
     path: Path
     content: dict[str, Any]
     method: str
-    metric: str
-    is_maximized: bool
+    compared_by: Metric
     parameters: dict[str, Distribution]
     command: tuple[str, ...]
     num_trials: int | None
     stopping: Stopping | None
+    server_only: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """That of the file."""
         return self.path.stem
+
+    @property
+    def metric(self) -> str:
+        """The logged key that trials are compared by."""
+        return self.compared_by.name
+
+    @property
+    def is_maximized(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.compared_by.is_maximized
+
+    def check_local(self) -> None:
+        """Checks that a local search does all that the file says.
+
+        Raises:
+            WrongSweep: It has a setting that only W&B's server honors.
+        """
+        if self.server_only:
+            raise WrongSweep(
+                f"{self.path}: {self.server_only[0]} is honored by W&B's server alone; remove it"
+                " or run with --server"
+            )
 
     @property
     def searched(self) -> list[str]:
@@ -108,12 +157,14 @@ def read_sweep(path: Path) -> Sweep:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such sweep file")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = parse_yaml(path.read_text(), path)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise WrongSweep(f"{path} line {line} is no YAML: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise WrongSweep(f"{path} is no text") from error
+    except ValueError as error:
+        raise WrongSweep(str(error)) from error
     try:
         return _read(path, content)
     except ValueError as error:
@@ -129,10 +180,11 @@ def _read(path: Path, content: Any) -> Sweep:
     if method not in METHODS:
         given = nearest(str(method), METHODS)
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}{given}")
-    metric, is_maximized = _metric(content.get("metric"))
+    stopping = _stopping(content.get("early_terminate"))
+    metric = _metric(content.get("metric"), method in _DEFAULT_METHODS and stopping is None)
     parameters = read_parameters(content["parameters"])
     num_trials = content.get("run_cap")
-    if num_trials is not None and (not isinstance(num_trials, int) or num_trials < 1):
+    if num_trials is not None and not _is_whole(num_trials, 1):
         raise ValueError(f"run_cap {num_trials!r} is no whole number from 1 on")
     if method == "grid":
         size = len(grid_points(parameters))
@@ -141,22 +193,47 @@ def _read(path: Path, content: Any) -> Sweep:
         path=path,
         content=content,
         method=method,
-        metric=metric,
-        is_maximized=is_maximized,
+        compared_by=metric,
         parameters=parameters,
         command=_command(content.get("command")),
         num_trials=num_trials,
-        stopping=_stopping(content.get("early_terminate")),
+        stopping=stopping,
+        server_only=tuple(_server_only(content)),
     )
 
 
-def _metric(given: Any) -> tuple[str, bool]:
+def _metric(given: Any, may_be_left_out: bool) -> Metric:
+    if given is None and may_be_left_out:
+        return Metric(VAL_LOSS, is_default=True)
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
         raise ValueError(f"metric needs a name, such as {{name: {VAL_LOSS}, goal: minimize}}")
+    _check_keys("metric", given, _METRIC_KEYS)
     goal = given.get("goal", "minimize")
     if goal not in ("minimize", "maximize"):
         raise ValueError(f"metric.goal {goal!r} is neither minimize nor maximize")
-    return given["name"], goal == "maximize"
+    target = given.get("target")
+    is_number = isinstance(target, int | float) and not isinstance(target, bool)
+    if target is not None and not (is_number and math.isfinite(target)):
+        raise ValueError(f"metric.target {target!r} is not a finite number; write it as 0.001")
+    return Metric(given["name"], goal == "maximize", target)
+
+
+def _server_only(content: Mapping[str, Any]) -> Iterator[str]:
+    """The keys that are set, and that only W&B's server honors."""
+    places = (("metric", ("impute", "impute_while_running")), ("early_terminate", ("strict",)))
+    for place, keys in places:
+        given = content.get(place) or {}
+        yield from (f"{place}.{key}" for key in keys if given.get(key) not in (None, False))
+
+
+def _check_keys(place: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    if unknown := [key for key in given if key not in known]:
+        key = str(unknown[0])
+        raise ValueError(f"{place} has no setting {key!r}{nearest(key, known)}")
+
+
+def _is_whole(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def _command(given: Any) -> tuple[str, ...]:
@@ -177,16 +254,18 @@ def _stopping(given: Any) -> Stopping | None:
         return None
     if not isinstance(given, Mapping) or given.get("type") != "hyperband":
         raise ValueError("early_terminate.type is not hyperband, the one that there is")
-    if unknown := [key for key in given if key not in _STOPPING_KEYS]:
-        key = str(unknown[0])
-        raise ValueError(f"early_terminate has no setting {key!r}{nearest(key, _STOPPING_KEYS)}")
+    _check_keys("early_terminate", given, _STOPPING_KEYS)
     factor = given.get("eta", 3)
     least = {"min_iter": 1, "max_iter": 1, "s": 1, "eta": 2}
     for key, minimum in least.items():
         value = given.get(key, minimum)
-        if not isinstance(value, int) or value < minimum:
+        if not _is_whole(value, minimum):
             raise ValueError(f"early_terminate.{key} {value!r} is no whole number from {minimum}")
     if "min_iter" in given:
+        if beside := [key for key in ("max_iter", "s") if key in given]:
+            raise ValueError(
+                f"early_terminate has {beside[0]} beside min_iter: give min_iter, or max_iter and s"
+            )
         return Stopping(given["min_iter"], factor, None)
     if "max_iter" not in given or "s" not in given:
         raise ValueError("early_terminate needs min_iter, or max_iter and s")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fingpt_lightning.files import not_utf8
+from fingpt_lightning.files import lines_of, not_utf8
 from fingpt_lightning.tasks.task import Cut, Hub, LineFile, Task
 from fingpt_lightning.terminal.messages import first_line, nearest
 
@@ -91,14 +91,12 @@ def open_rows(path: Path) -> Iterator[NumberedRow]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[NumberedRow]:
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    with opener(path, "rb") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if not line.isspace():
-                    yield number, _json_object(line, path, number)
-        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"{path} is no whole gzip file ({first_line(error)})") from None
+    try:
+        for number, line, _ in lines_of(path):
+            if not line.isspace():
+                yield number, _json_object(line, path, number)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is no whole gzip file ({first_line(error)})") from None
 
 
 def _json_object(line: bytes, path: Path, number: int) -> Mapping[str, object]:

@@ -9,6 +9,7 @@ import yaml
 
 from fingpt_lightning.files import not_utf8
 from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.yaml_text import parse_yaml
 
 T = TypeVar("T")
 Word = TypeVar("Word", bound=str)
@@ -155,7 +156,7 @@ def read_yaml(path: Path, known: Sequence[str], required: Sequence[str]) -> Yaml
         ValueError: It is no YAML, or not such a mapping.
     """
     try:
-        contents = yaml.safe_load(path.read_text(encoding="utf-8"))
+        contents = parse_yaml(path.read_text(encoding="utf-8"), path)
     except UnicodeDecodeError:
         raise ValueError(not_utf8(path)) from None
     except yaml.YAMLError as error:

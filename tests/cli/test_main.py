@@ -64,6 +64,28 @@ def _only_error(stderr: str) -> str:
     return errors[0]
 
 
+def test_predict_names_the_commands_that_write_something(run: Run) -> None:
+    status, stderr = run("predict", "--config", str(DEBUG))
+    assert status == 2
+    assert "there is no command 'predict': fingpt generate writes text, fingpt label" in stderr
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_random_weights_are_not_evaluated(command: str, run: Run, tmp_path: Path) -> None:
+    status, stderr = run(command, "--config", str(DEBUG), "--trainer.logger", "false")
+    assert status == 2
+    assert f"{command} has no trained weights: give --ckpt_path (a file" in _only_error(stderr)
+    assert not list(tmp_path.iterdir()), "no run folder is made"
+
+
+def test_the_untrained_base_is_evaluated_and_named(run: Run) -> None:
+    words = ("--config", str(DEBUG), "--trainer.logger", "false", "--model.init_from", "./nowhere")
+    status, stderr = run("validate", *words)
+    assert status != 0
+    assert "fingpt: validate of model.init_from ./nowhere as it is, without a ch" in stderr
+    assert "has no trained weights" not in stderr
+
+
 @pytest.mark.parametrize(
     "program",
     [["-m", "fingpt_lightning"], ["-c", "from fingpt_lightning.cli.main import main; main()"]],
@@ -216,6 +238,25 @@ def test_last_without_a_run_says_where_it_looked(fit: Run) -> None:
     status, stderr = fit("--ckpt_path", "last")
     assert status == 1
     assert "no runs/debug_quickstart-*/checkpoints/last.ckpt" in _only_error(stderr)
+
+
+def test_pipes_and_alias_bombs_are_refused_at_once(fit: Run, run: Run, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    for words in (("fit", "--config", str(pipe)), ("validate", "--ckpt_path", str(pipe))):
+        status, stderr = run(*words)
+        assert status != 0
+        assert f"{pipe} is neither a file nor a folder" in _only_error(stderr)
+    _, stderr = fit("--data.train_files", str(pipe))
+    assert f"train_files: {pipe} is neither a file nor a folder" in _only_error(stderr)
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, 9):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]")
+    bomb = tmp_path / "bomb.yaml"
+    bomb.write_text("\n".join(lines))
+    status, stderr = run("fit", "--config", str(bomb))
+    assert status == 2
+    assert f"{bomb}: with its aliases it has" in _only_error(stderr)
 
 
 def test_debug_shows_the_traceback(fit: Run) -> None:

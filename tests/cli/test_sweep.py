@@ -33,8 +33,12 @@ def _sweep(settings: dict[str, Any], metric: str = "val/loss") -> str:
         (_sweep({"rank": {"values": []}}), "parameter model.init_args.rank: values is empty"),
         (_sweep({}), "parameters is empty"),
         ("a: [1,", "mine.yaml line 1 is no YAML"),
+        (
+            _sweep({"rank": {"values": [4]}}).replace("goal:", "impute: worst\n  goal:"),
+            "mine.yaml: metric.impute is honored by W&B's server alone; remove it or run with",
+        ),
     ],
-    ids=["name", "value", "metric", "empty_values", "empty_grid", "no_yaml"],
+    ids=["name", "value", "metric", "empty_values", "empty_grid", "no_yaml", "server_alone"],
 )
 def test_a_wrong_sweep_ends_before_anything_runs(
     text: str,

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fingpt_lightning
@@ -513,3 +515,78 @@ def test_a_wrong_argument_is_refused_by_its_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         fingpt_lightning.decompose(tmp_path / "no_model", tmp_path / "out", **given, device="cpu")
+
+
+def _with_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> Path:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    assert name in tensors
+    tensors[name] = change(tensors[name].clone())
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def _put(value: float) -> Callable[[Tensor], Tensor]:
+    def change(tensor: Tensor) -> Tensor:
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--rank_ratio", "0.4"),
+        ("--energy", "0.9"),
+        ("--compression", "1.5"),
+        ("--compression", "1.5", "--workers", "2"),
+        ("--rank_ratio", "0.4", "--calibration", "TEXT"),
+        ("--rank_ratio", "0.4", "--calibration", "TEXT", "--sequential"),
+    ],
+    ids=["ratio", "energy", "spectrum", "workers", "calibration", "sequential"],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_named(
+    words: tuple[str, ...], value: float, decompose: Decompose, text: Path, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    model = _with_tensor(_save("llama", tmp_path / "llama"), name, _put(value))
+    status, _, error = decompose(model, *(str(text) if w == "TEXT" else w for w in words))
+    assert status == 1
+    assert f"error: the tensor {name} holds a NaN or an infinity" in error.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_norm_that_is_not_finite_and_integers_are_named(
+    decompose: Decompose, tmp_path: Path
+) -> None:
+    model = _save("llama", tmp_path / "llama")
+    _with_tensor(model, "model.norm.weight", _put(math.nan))
+    _, _, error = decompose(model, "--rank_ratio", "0.4")
+    assert "the tensor model.norm.weight holds a NaN" in error
+    _with_tensor(model, "model.norm.weight", lambda x: torch.ones_like(x))
+    _with_tensor(model, "model.layers.0.mlp.up_proj.weight", lambda x: x.to(torch.int32))
+    status, _, error = decompose(model, "--rank_ratio", "0.4", "--overwrite")
+    assert status == 1
+    assert "model.layers.0.mlp.up_proj.weight is stored as int32, a weight has floating" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.norm.weight", "model.norm.weight has a number of 1e+06, beyond float16"),
+        ("model.layers.1.mlp.up_proj.weight", "layer model.layers.1.mlp.up_proj: its factors are"),
+    ],
+)
+def test_what_is_beyond_the_stored_dtype_is_named(
+    name: str, message: str, decompose: Decompose, tmp_path: Path
+) -> None:
+    scale = 1e6 if "norm" in name else 1e12
+    model = _with_tensor(
+        _save("llama", tmp_path / "llama"), name, lambda x: torch.ones_like(x) * scale
+    )
+    status, _, error = decompose(model, "--rank_ratio", "0.4", "--dtype", "float16")
+    assert status == 1
+    assert message in error
+    assert "take bfloat16 or float32" in error

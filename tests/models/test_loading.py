@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear, RankRule
 from fingpt_lightning.models import GPT2Shape, build_gpt2
+from fingpt_lightning.models.formats import safetensors_files
 from fingpt_lightning.models.loading import load_model
 from tests.models.tiny_models import (
     VOCABULARY,
@@ -260,3 +262,43 @@ def test_a_lone_file_of_weights_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match=r"is pickled|of other models give the folder"):
         load_model(tmp_path / name)
+
+
+def test_more_layers_than_weights_are_refused_before_they_are_laid_out(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**7}))
+    with pytest.raises(ValueError, match=r"config.json: 10,000,000 layers, and \d+ weights"):
+        load_model(str(tmp_path))
+
+
+def test_many_tensors_are_read_in_linear_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"extra.{index}": torch.full((1,), float(index)) for index in range(300)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    num_opened = 0
+
+    def count(*words: object) -> object:
+        nonlocal num_opened
+        num_opened += 1
+        return safe_open(*words)
+
+    monkeypatch.setattr(safetensors_files, "safe_open", count)
+    found = dict(safetensors_files.stored_tensors((tmp_path / "a.safetensors",)))
+    assert {name: float(tensor) for name, tensor in found.items()} == {
+        name: float(tensor) for name, tensor in tensors.items()
+    }
+    assert num_opened == 2  # for the names, and for the tensors
+    monkeypatch.setattr(safetensors_files, "_BYTES_OF_A_MAP", 400)
+    assert len(dict(safetensors_files.stored_tensors((tmp_path / "a.safetensors",)))) == 300
+    assert num_opened == 2 + 4
+
+
+def test_stored_integers_are_refused_by_name(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.bool)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.norm.weight is stored as bool, a weight has"):
+        load_model(str(tmp_path))

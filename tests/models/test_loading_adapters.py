@@ -1,12 +1,13 @@
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from fingpt_lightning.models.adapting import adapted_layers
+from fingpt_lightning.models.adapting import adapted_layers, load_adapter
 from fingpt_lightning.models.loading import load_model, open_stored
 from tests.models.tiny_models import ids, save, tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -121,3 +122,26 @@ def test_an_adapter_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (pickled / "adapter_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"but no adapter_model.safetensors"):
         load_model(pickled)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (math.nan, torch.float32, "holds a NaN or an infinity"),
+        (math.inf, torch.float16, "holds a NaN or an infinity"),
+        (1, torch.int32, "is stored as int32, a weight has floating-point numbers"),
+    ],
+)
+def test_damaged_adapter_weights_are_refused_by_name(
+    value: float, dtype: torch.dtype, message: str, tmp_path: Path
+) -> None:
+    save(tiny_llama(), tmp_path / "base")
+    adapter = _adapter(tmp_path / "adapter", "of-no-matter")
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+    tensors[name] = torch.full_like(tensors[name], value, dtype=dtype)
+    save_file(tensors, file)
+    network = load_model(tmp_path / "base").network
+    with pytest.raises((ValueError, FloatingPointError), match=rf"{re.escape(name)} {message}"):
+        load_adapter(adapter, network)

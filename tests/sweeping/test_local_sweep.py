@@ -96,6 +96,26 @@ def test_a_grid_runs_in_order_and_leaves_what_a_report_reads(tmp_path: Path) -> 
     assert (tmp_path / "out" / "sweep.yaml").read_text() == (tmp_path / "tiny.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    ("target", "goal", "ranks"),
+    [(2, "minimize", [4, 2]), (4, "maximize", [4]), (0, "minimize", [4, 2, 1])],
+)
+def test_no_trial_is_started_once_the_target_is_reached(
+    target: int, goal: str, ranks: list[int], tmp_path: Path
+) -> None:
+    metric = {"name": "val/loss", "goal": goal, "target": target}
+    sweep = _sweep(tmp_path, {"rank": {"values": [4, 2, 1]}}, metric=metric)
+    local = LocalSweep.begin(sweep, tmp_path / "out", None, None)
+    best, record = _run(local)
+    assert [trial["value"] for trial in record["trials"]] == ranks
+    assert record["metric"] == metric
+    assert best == len(ranks) - 1
+    # Resumed, it starts none either.
+    before = _starts(tmp_path / "out")
+    _run(LocalSweep(tmp_path / "out"))
+    assert _starts(tmp_path / "out") == before
+
+
 def test_a_failed_trial_keeps_its_line_and_the_sweep_goes_on(tmp_path: Path) -> None:
     model = {"rank": {"values": [1, 2]}, "fails_at": {"value": 1}}
     sweep = _sweep(tmp_path, model, metric={"name": "val/loss", "goal": "maximize"})

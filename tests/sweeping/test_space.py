@@ -63,6 +63,17 @@ def test_a_range_is_checked_at_both_ends_and_in_the_middle(leaf: Any, samples: l
         ({"distribution": "int_uniform", "min": 0.5, "max": 2}, "must be whole numbers"),
         ({"distribution": "categorical"}, "parameter p has no values"),
         ({"values": [1, 2], "probabilities": [0.1, 0.9]}, "probabilities is not supported"),
+        (
+            {"distribution": "uniform", "min": 0.0, "max": 0.4, "q": 0.1},
+            "parameter p: uniform takes min and max, not q; did you mean distribution: q_uniform?",
+        ),
+        ({"min": 1, "max": 4, "q": 2}, "int_uniform takes min and max, not q; did you mean"),
+        ({"value": 1, "values": [2]}, "parameter p: constant takes value, not values"),
+        ({"values": [1], "max": 2}, "parameter p: categorical takes values, not max"),
+        (
+            {"parameters": {"a": {"value": 1}}, "values": [1]},
+            "parameter p: values beside parameters has no effect",
+        ),
     ],
 )
 def test_a_wrong_parameter_is_named(leaf: Any, message: str) -> None:
@@ -97,6 +108,12 @@ def test_a_grid_has_the_steps_of_a_range_but_no_continuum() -> None:
     assert len(points) == 12
     with pytest.raises(ValueError, match="parameter c: a grid needs value, values or steps"):
         grid_points(read_parameters({"c": {"min": 0.5, "max": 1.0}}))
+
+
+def test_a_grid_without_end_is_refused_before_it_is_made() -> None:
+    content = {"a": {"min": 0, "max": 10**9}, "b": {"values": [1, 2]}}
+    with pytest.raises(ValueError, match="a grid of 2,000,000,002 trials is beyond 100,000"):
+        grid_points(read_parameters(content))
 
 
 @given(low=st.integers(-5, 5), span=st.integers(1, 9), size=st.integers(1, 5))

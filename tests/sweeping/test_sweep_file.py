@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from fingpt_lightning.sweeping.options import parse_options
-from fingpt_lightning.sweeping.sweep_file import Stopping, WrongSweep, read_sweep
+from fingpt_lightning.sweeping.sweep_file import Metric, Stopping, WrongSweep, read_sweep
 from fingpt_lightning.terminal.command_line import WrongOptions
 
 COMMAND = ["${env}", "${interpreter}", "-m", "fingpt_lightning", "fit", "--config",
@@ -66,7 +66,15 @@ def test_hyperband_begins_where_wandb_begins(
         ({"parameters": {"a": {"min": 0.1, "max": 0.2}}}, "parameter a: a grid needs"),
         ({"method": "gird"}, "method 'gird' is none of grid, random, bayes; did you mean grid"),
         ({"metrik": 1}, "no setting 'metrik'; did you mean metric"),
-        ({"metric": "left out"}, "metric needs a name"),
+        ({"metric": "left out", "method": "bayes"}, "metric needs a name"),
+        (
+            {"metric": "left out", "early_terminate": {"type": "hyperband", "min_iter": 1}},
+            "metric needs a name",
+        ),
+        ({"metric": {"name": "a", "targt": 1}}, "has no setting 'targt'; did you mean target?"),
+        ({"metric": {"name": "a", "target": "1e-3"}}, "metric.target '1e-3' is not a finite"),
+        ({"metric": {"name": "a", "target": float("nan")}}, "metric.target nan is not a finite"),
+        ({"run_cap": True}, "run_cap True is no whole number"),
         ({"metric": {"name": "a", "goal": "min"}}, "metric.goal 'min' is neither"),
         ({"run_cap": 0}, "run_cap 0 is no whole number from 1 on"),
         ({"command": "left out"}, "command runs no fingpt fit"),
@@ -77,6 +85,10 @@ def test_hyperband_begins_where_wandb_begins(
         ({"early_terminate": {"type": "hyperband"}}, "needs min_iter, or max_iter and s"),
         ({"early_terminate": {"type": "hyperband", "min_itr": 1}}, "did you mean min_iter"),
         ({"early_terminate": {"type": "hyperband", "min_iter": 0}}, "min_iter 0 is no whole"),
+        (
+            {"early_terminate": {"type": "hyperband", "min_iter": 1, "s": 2}},
+            "early_terminate has s beside min_iter: give min_iter, or max_iter and s",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line_with_the_file(
@@ -87,6 +99,51 @@ def test_what_is_wrong_is_one_line_with_the_file(
         read_sweep(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["grid", "random"])
+def test_without_a_metric_trials_are_compared_by_the_validation_loss(
+    method: str, tmp_path: Path
+) -> None:
+    sweep = read_sweep(_file(tmp_path, metric="left out", method=method))
+    assert sweep.compared_by == Metric("val/loss", is_default=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"metric": {"name": "a", "impute": "worst"}}, "metric.impute"),
+        ({"metric": {"name": "a", "impute_while_running": "best"}}, "metric.impute_while_running"),
+        (
+            {"early_terminate": {"type": "hyperband", "min_iter": 1, "strict": True}},
+            "early_terminate.strict",
+        ),
+    ],
+)
+def test_what_the_server_alone_honors_is_refused_locally(
+    changes: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    sweep = read_sweep(_file(tmp_path, **changes))  # as with --server
+    with pytest.raises(WrongSweep, match=rf"my_sweep.yaml: {key} is .* or run with --server"):
+        sweep.check_local()
+
+
+@pytest.mark.parametrize(
+    ("goal", "value", "is_reached"),
+    [
+        ("minimize", 2.5, True),
+        ("minimize", 2.6, False),
+        ("maximize", 2.6, True),
+        ("maximize", 2.4, False),
+    ],
+)
+def test_a_target_is_reached_from_the_side_of_the_goal(
+    goal: str, value: float, is_reached: bool, tmp_path: Path
+) -> None:
+    metric = {"name": "val/loss", "goal": goal, "target": 2.5}
+    sweep = read_sweep(_file(tmp_path, metric=metric))
+    sweep.check_local()
+    assert sweep.compared_by.is_reached(value) is is_reached
 
 
 @pytest.mark.parametrize(

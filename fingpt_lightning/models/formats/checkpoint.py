@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from fingpt_lightning.models.formats.network_config import network_config
-from fingpt_lightning.models.formats.weights import Weights
+from fingpt_lightning.models.formats.weights import Weights, check_num_layers
 from fingpt_lightning.models.low_rank_config import drop_guides, folded_tensors
 
 _NETWORK = "network."  # where our modules keep the network
@@ -76,6 +76,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
         if name.startswith(_NETWORK)
     }
     config = network_config(contents[_CONFIG], file)
+    check_num_layers(config, len(state), str(file))
     drop_guides(state, str(file))
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     weights = Weights(config, (file,), shapes, folded_tensors(config, state))

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.models.families import GgufFacts, family_named, family_of, family_of_gguf
 from fingpt_lightning.models.formats.tokenizer import begin_tokens
-from fingpt_lightning.models.formats.weights import Weights
+from fingpt_lightning.models.formats.weights import Weights, check_num_layers
 from fingpt_lightning.models.layout import lay_out
 from fingpt_lightning.terminal.messages import shortened
 
@@ -92,6 +92,7 @@ class GgufTensors:
         )
 
         processors: dict[str, Any] = TENSOR_PROCESSORS
+        check_num_layers(self.config, len(self._reader.tensors), str(file))
         self._processor = processors[self.config.model_type](config=self.config.to_dict())
         self._names: dict[str, str] = get_gguf_hf_weights_map(
             lay_out(self.config, {}), self._processor

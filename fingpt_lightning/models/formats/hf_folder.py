@@ -22,7 +22,7 @@ from fingpt_lightning.models.formats.safetensors_files import (
     stored_shapes,
     stored_tensors,
 )
-from fingpt_lightning.models.formats.weights import Weights
+from fingpt_lightning.models.formats.weights import Weights, check_num_layers
 from fingpt_lightning.models.input_moments import InputMoments
 from fingpt_lightning.models.quantization.quantized_embedding import QuantizedHead
 
@@ -58,6 +58,8 @@ def folder_weights(folder: Path) -> Weights:
         folder / CONFIG,
     )
     config = network_config(contents, folder / CONFIG)
+    num_tensors = sum(map(len, shapes_by_file.values()))
+    check_num_layers(config, num_tensors, str(folder / CONFIG))
     tensors = (
         pair for pair in stored_tensors(files) if not (quantized and quantized.holds(pair[0]))
     )

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+_BYTES_OF_A_MAP = 2**24
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
 _CONVERTING = (
     "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) of transformers"
@@ -46,10 +47,18 @@ def _opened(file: Path) -> Iterator[Any]:
 def stored_tensors(files: tuple[Path, ...]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of some files by name, each read when it is wanted."""
     for file in files:
-        for name in stored_shapes(file):
-            # Opened anew each time: the pages of a map count as memory until it is closed.
+        names = iter(stored_shapes(file))
+        name = next(names, None)
+        # Opened anew at times: the pages of a map count as memory until it is closed. Not for
+        # each tensor: opening reads the names of all.
+        while name is not None:
+            num_bytes = 0
             with safe_open(file, "pt") as opened:
-                yield name, opened.get_tensor(name)
+                while name is not None and num_bytes < _BYTES_OF_A_MAP:
+                    tensor = opened.get_tensor(name)
+                    num_bytes += tensor.nbytes
+                    yield name, tensor
+                    name = next(names, None)
 
 
 def refuse_pickled(files: list[Path], converting: str = _CONVERTING) -> None:

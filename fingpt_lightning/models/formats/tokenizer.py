@@ -12,6 +12,8 @@ from fingpt_lightning.terminal.messages import is_panic
 _PROBE = (
     "Profit rose 5 % to \N{EURO SIGN}1.5 m: \N{LATIN SMALL LIGATURE FI}ne \N{CIRCLED DIGIT ONE}"
 )
+MAX_ADDED_TOKENS = 50_000
+"""With as many loading takes some seconds; models have some hundreds."""
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -27,6 +29,8 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
         ValueError: There is none that loads, or no fast implementation of it.
     """
     where = folder / gguf_file if gguf_file else folder
+    if not gguf_file:
+        check_added_tokens(folder)
     more = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **more)
@@ -41,6 +45,21 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
     tokenizer.backend_tokenizer.no_padding()
     try_out(tokenizer, where)
     return tokenizer
+
+
+def check_added_tokens(folder: Path) -> None:
+    """Checks that a tokenizer loads within seconds: that takes the square of its added tokens.
+
+    Raises:
+        ValueError: It has more than `MAX_ADDED_TOKENS`.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            number = (folder / name).read_bytes().count(b'"content"')
+            if number > MAX_ADDED_TOKENS:
+                raise ValueError(
+                    f"{folder / name}: {number:,} added tokens, more than {MAX_ADDED_TOKENS:,}"
+                )
 
 
 def try_out(tokenizer: PreTrainedTokenizerFast, where: Path) -> None:

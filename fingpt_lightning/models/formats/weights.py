@@ -23,3 +23,20 @@ class Weights(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]
     tensors: Iterator[tuple[str, Tensor]]
     quantized: QuantizedLayers | None = None
+
+
+def check_num_layers(config: PreTrainedConfig, num_tensors: int, where: str) -> None:
+    """Checks before a network is laid out, which takes time and memory for each layer.
+
+    Args:
+        config: Config of the network.
+        num_tensors: Number of stored weights, of which each layer has one or more.
+        where: File of the config, for the message.
+
+    Raises:
+        ValueError: There are more layers than weights.
+    """
+    if config.num_hidden_layers > num_tensors:
+        raise ValueError(
+            f"{where}: {config.num_hidden_layers:,} layers, and {num_tensors:,} weights in all"
+        )

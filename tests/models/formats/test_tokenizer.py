@@ -16,7 +16,11 @@ from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.deploy.generation import Prompt, complete
 from fingpt_lightning.evaluation.generation import generate
 from fingpt_lightning.evaluation.scoring import score
-from fingpt_lightning.models.formats.tokenizer import check_vocabulary, num_rows_reached
+from fingpt_lightning.models.formats.tokenizer import (
+    check_vocabulary,
+    num_rows_reached,
+    read_tokenizer,
+)
 from fingpt_lightning.models.loading import LoadedModel, load_model
 from tests.evaluation.tiny_language import examples_of, tiny_network, tiny_tokenizer
 
@@ -131,3 +135,17 @@ def test_only_entries_that_must_be_spelled_are_left_out() -> None:
         with pytest.raises(ValueError, match=rf"the tokenizer has \d+ tokens, the network {rows}"):
             check_vocabulary(tokenizer, rows)
     check_vocabulary(_padded(), size)
+
+
+def test_a_hub_name_is_that_of_its_tokenizer() -> None:
+    assert tokenizer_of_model("owner/model") == "owner/model"
+
+
+def test_too_many_added_tokens_are_refused_before_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert read_tokenizer(tmp_path) is not None
+    monkeypatch.setattr("fingpt_lightning.models.formats.tokenizer.MAX_ADDED_TOKENS", 0)
+    with pytest.raises(ValueError, match=r"tokenizer.json: \d+ added tokens, more than 0"):
+        read_tokenizer(tmp_path)
