@@ -1,4 +1,4 @@
-"""Reads a W&B sweep file for what our commands make of it."""
+"""Reads a W&B sweep file for our commands."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from fingpt_lightning.sweeping.space import (
 from fingpt_lightning.terminal.messages import nearest
 
 ARGUMENTS = "${args_json_file}"
-"""What stands in ``command`` for the file of a trial's arguments."""
+"""Placeholder in ``command`` for the file of a trial's arguments."""
 
 _PROGRAM = "fingpt"
 METHODS = ("grid", "random", "bayes")
@@ -33,12 +33,12 @@ class WrongSweep(ValueError):
 
 
 class Stopping(NamedTuple):
-    """When hyperband looks at a trial, in loggings of the metric.
+    """When hyperband checks a trial, in number of logged values of the metric.
 
     Attributes:
-        first: The first time.
-        factor: The next is so many times later.
-        last: Loggings of a whole trial; None takes those of the first that ends.
+        first: Number of logged values at the first check.
+        factor: Factor from one check to the next.
+        last: Number of logged values of a whole trial; None takes that of the first that ends.
     """
 
     first: int
@@ -47,18 +47,18 @@ class Stopping(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """A sweep file, read.
+    """The contents of a sweep file.
 
     Attributes:
-        path: The file.
-        content: All of it, for a W&B server.
-        method: ``grid``, ``random`` or ``bayes``.
-        metric: The logged key.
+        path: Path of the file.
+        content: Whole content, for a W&B server.
+        method: Search method: ``grid``, ``random`` or ``bayes``.
+        metric: Logged key.
         is_maximized: Whether more of it is better.
-        parameters: By name with dots.
-        command: Words, with `ARGUMENTS` in them.
-        num_trials: Of a grid, or ``run_cap``; None where neither says it.
-        stopping: None where no trial is stopped early.
+        parameters: Parameters by name with dots.
+        command: Words of the command, with `ARGUMENTS` among them.
+        num_trials: Number of trials of a grid, or ``run_cap``; None where neither gives it.
+        stopping: Early stopping; None where no trial is stopped early.
     """
 
     path: Path
@@ -73,7 +73,7 @@ class Sweep(NamedTuple):
 
     @property
     def name(self) -> str:
-        """That of the file."""
+        """The name in the file."""
         return self.path.stem
 
     @property
@@ -99,7 +99,7 @@ def read_sweep(path: Path) -> Sweep:
     """Reads a sweep file.
 
     Args:
-        path: YAML in W&B's format.
+        path: YAML file in W&B's format.
 
     Raises:
         WrongSweep: Something in it is wrong, or not supported; the message names file and key.
