@@ -140,8 +140,9 @@ def test_damaged_adapter_weights_are_refused_by_name(
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+    own = r"layers\.1\.mlp\.down_proj\.lora_B"
     tensors[name] = torch.full_like(tensors[name], value, dtype=dtype)
     save_file(tensors, file)
     network = load_model(tmp_path / "base").network
-    with pytest.raises((ValueError, FloatingPointError), match=rf"{re.escape(name)} {message}"):
+    with pytest.raises((ValueError, FloatingPointError), match=f"{own} {message}"):
         load_adapter(adapter, network)
