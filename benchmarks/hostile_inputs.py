@@ -271,7 +271,7 @@ def _run_child(words: Words, folder: Path, log: Path) -> None:
             os.dup2(nothing.fileno(), 0)
         resource.setrlimit(resource.RLIMIT_DATA, (_MAX_DATA_BYTES, _MAX_DATA_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        faulthandler.dump_traceback_later(LIMIT_S - 2, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(LIMIT_S - 2, file=2)
         try:
             run_program(words)
             status = 0

@@ -22,6 +22,7 @@ from fingpt_lightning.models.formats.tokenizer import (
     read_tokenizer,
 )
 from fingpt_lightning.models.loading import LoadedModel, load_model
+from fingpt_lightning.models.sources import tokenizer_of_model
 from tests.evaluation.tiny_language import examples_of, tiny_network, tiny_tokenizer
 
 
