@@ -1,6 +1,6 @@
 """Turns the parser's messages into one line that a person can act on.
 
-jsonargparse tells of every type it tried; what helps is the key, the value, what is allowed, the
+jsonargparse lists every type that it tried; what helps is the key, the value, what is allowed, the
 nearest right name, and the line of the config that is wrong.
 """
 
@@ -29,10 +29,10 @@ def explain(
     r"""One line for a message of jsonargparse; a message it does not know only loses its breaks.
 
     Args:
-        message: The parser's.
-        options: All options of the command, for the nearest one.
-        default_classes: The class path that a key has when a config names none.
-        words: The command line, whose configs are searched for the wrong key.
+        message: Message of the parser.
+        options: All options of the command, among which the nearest is searched.
+        default_classes: Class path that a key has when a config names none.
+        words: Command line, whose configs are searched for the wrong key.
 
     >>> explain('Parser key "trainer.max_steps": Expected a <class \'int\'>. Got value: x')
     "trainer.max_steps: expected int, got 'x'"
@@ -149,7 +149,7 @@ def _is_special(path: Path) -> bool:
 
 
 def _first_broken(words: Sequence[str]) -> str | None:
-    """The place of the first config that is no YAML."""
+    """The place of the first config that is not YAML."""
     for path in _configs(words):
         try:
             yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -167,13 +167,13 @@ def undecodable(words: Sequence[str]) -> str:
     """The message where a config is not text.
 
     Args:
-        words: The command line, which names the configs.
+        words: Command line, which names the configs.
     """
     return _first_broken(words) or "a config is no UTF-8 text"
 
 
 def _no_settings(words: Sequence[str]) -> str | None:
-    """What the first config is that holds no settings: its file is not echoed."""
+    """What the first config without settings contains instead; its file is not echoed."""
     if broken := _first_broken(words):
         return broken
     for path in _configs(words):

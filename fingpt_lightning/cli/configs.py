@@ -43,14 +43,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def copy(file: ShippedFile, folder: Path) -> list[Path]:
-    """Copies a shipped file and the blocks that it names; they keep their places to each other.
+    """Copies a shipped file and the blocks that it names; their relative places are kept.
 
     Args:
         file: Config, overlay or sweep.
-        folder: Folder to copy to; made where it is not there.
+        folder: Folder to copy to; made where it does not exist.
 
     Returns:
-        The copies, that of ``file`` first.
+        Paths of the copies, that of ``file`` first.
 
     Raises:
         FileExistsError: A file there differs; nothing is copied then.

@@ -1,4 +1,4 @@
-"""What ends the program with a status of its own."""
+"""Exceptions that end the program with an exit status of their own."""
 
 
 class ConfigError(ValueError):
@@ -6,7 +6,8 @@ class ConfigError(ValueError):
 
 
 class TerminatedError(BaseException):
-    """A command that SIGTERM ended: exit status 143, as the shell has it.
+    """A command that SIGTERM ended: exit status 143, as in a shell.
 
-    No ``Exception``, as KeyboardInterrupt is none: what goes on after a failure must not after it.
+    Like KeyboardInterrupt it is not an ``Exception``: code that continues after a failure must not
+    continue after it.
     """

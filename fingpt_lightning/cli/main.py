@@ -17,13 +17,13 @@ from fingpt_lightning.terminal.messages import error_line, is_panic, nearest
 
 
 class Command(NamedTuple):
-    """What ``fingpt --help`` says of a command, and where it is.
+    """A line of ``fingpt --help`` about a command, and the modules that implement it.
 
     Attributes:
-        purpose: For people.
-        options: The module whose ``parse_options`` reads its words, which imports nothing heavy;
+        purpose: Description for people.
+        options: Module whose ``parse_options`` reads the command's words and imports nothing heavy;
             None for a command of the Trainer.
-        entry: The module whose ``run`` takes the options.
+        entry: Module whose ``run`` takes the options.
     """
 
     purpose: str
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command.
 
     Args:
-        argv: The words after the program's name; None takes those of the process.
+        argv: Words after the program's name; None takes those of the process.
 
     Raises:
         SystemExit: With status 1 when the command fails, 2 when the command line or a config is
@@ -189,7 +189,7 @@ def _one_line(error: BaseException) -> str:
 def _fail(message: str, status: int) -> NoReturn:
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
     process_rank = next((os.environ[name] for name in names if name in os.environ), "0")
-    # Where a node has a process of its own, only Lightning has counted them.
+    # Where each node starts its own process, only Lightning knows the number of the process.
     lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
     process_rank = getattr(getattr(lightning, "rank_zero_only", None), "rank", process_rank)
     print(error_line(message, process_rank), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""``metrics.csv`` of a run: whole at any moment, and no earlier run's is lost for it."""
+"""``metrics.csv`` of a run: whole at any moment, and it never costs an earlier run its own."""
 
 import csv
 import io
@@ -15,13 +15,13 @@ from fingpt_lightning.files import append_whole, write_whole
 
 
 class _WholeRows(ExperimentWriter):
-    """Begins with the first row; only then the file of an earlier run moves aside."""
+    """Starts with the first row; only then is the file of an earlier run moved aside."""
 
     _has_begun = False
 
     @override
     def _check_log_dir_exists(self) -> None:
-        """Lightning's removes the file of an earlier run before anything came of this one."""
+        """Lightning's method removes an earlier run's file before this run has written anything."""
 
     @override
     def save(self) -> None:
@@ -37,7 +37,7 @@ class _WholeRows(ExperimentWriter):
         else:
             header = _as_text(keys, [dict(zip(keys, keys, strict=True)), *_rows(path)])
             write_whole(path, header + _as_text(keys, self.metrics))
-        # Only now: what was interrupted is done again, with the columns that the file then has.
+        # Only now: an interrupted attempt is repeated, with the columns that the file then has.
         self.metrics_keys, self.metrics = keys, []
 
 
@@ -55,7 +55,7 @@ def _as_text(keys: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
 
 
 class RunMetrics(CSVLogger):
-    """Writes ``metrics.csv`` into a run's folder, each row at once: a kill loses none.
+    """Writes ``metrics.csv`` into a run's folder, each row at once: a kill loses no row.
 
     Args:
         folder: Folder of the run.

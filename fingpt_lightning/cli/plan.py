@@ -1,4 +1,4 @@
-"""``fingpt plan``: hands the Trainer's parser to the planner, which lies below it."""
+"""``fingpt plan``: passes the Trainer's parser to the planner, which lies below this package."""
 
 import argparse
 
@@ -14,6 +14,6 @@ def run(options: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: The command line or a config is wrong, as with ``fingpt fit``.
-        ValueError: The model's shapes are not known, or ``--json`` leads nowhere.
+        ValueError: The model's shapes are not known, or the folder of ``--json`` does not exist.
     """
     command.run(options, build_trainer_command)

@@ -20,17 +20,17 @@ from fingpt_lightning.files import make_owned, new_folder, remove_leftovers
 from fingpt_lightning.strategies.rendezvous import START_S, meet
 
 RUN_FOLDER_VARIABLE = "FINGPT_RUN_FOLDER"
-"""Tells the processes that Lightning starts for other ranks the folder of rank 0."""
+"""Passes the folder of rank 0 to the processes that Lightning starts for other ranks."""
 
 
 def claim_run_folder(runs_dir: Path, name: str, on_failure: ExitStack | None) -> str:
-    """Makes ``RUNS_DIR/NAME-DATE-TIME``, with a number behind it when that is taken.
+    """Makes ``RUNS_DIR/NAME-DATE-TIME``, with a number appended when that name is taken.
 
     Args:
         runs_dir: Parent of all run folders.
         name: Beginning of the folder's name.
-        on_failure: Takes the removal of what is made and still empty; None makes no folder and
-            only looks for a free name.
+        on_failure: Stack of the removal of what is made, if still empty; None makes no folder
+            and only looks for a free name.
     """
     if known := os.environ.get(RUN_FOLDER_VARIABLE):
         return known
@@ -55,8 +55,8 @@ class AgreedFolder:
     stands: rank 0 serves the store until the group takes over the same address.
 
     Args:
-        choose: Claims the folder; called on rank 0 only.
-        timeout_s: Seconds that ranks may be apart.
+        choose: Function that claims the folder; called on rank 0 only.
+        timeout_s: Seconds by which the ranks may be apart.
 
     Raises:
         MeetingError: The ranks did not come together.
@@ -81,20 +81,20 @@ class AgreedFolder:
 def find_checkpoint(
     ckpt_path: str, run_name: str, runs_dir: Path, tell: Callable[[str], None] | None = None
 ) -> Path:
-    """The file that ``--ckpt_path`` means.
+    """The file that ``--ckpt_path`` refers to.
 
-    Where the newest ``last`` cannot be read, as after a crash of the machine, the newest one that
-    can be is taken in its place, be it ``last`` or ``best``.
+    Where the newest ``last`` cannot be read, as after a crash of the machine, the newest readable
+    checkpoint takes its place, whether ``last`` or ``best``.
 
     Args:
-        ckpt_path: A file, or ``last`` or ``best`` for that of the newest run of this name.
+        ckpt_path: Path of a file, or ``last`` or ``best`` for that of the newest run of this name.
         run_name: Beginning of the run folders' names.
         runs_dir: Parent of all run folders.
-        tell: Takes the line about a checkpoint that was passed over.
+        tell: Function that takes the line about a checkpoint that was skipped.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: There are some, and none can be read.
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: There are such checkpoints, but none can be read.
     """
     if ckpt_path not in ("last", "best"):
         path = Path(ckpt_path)
@@ -124,7 +124,7 @@ def find_checkpoint(
 
 
 def read_checkpoint_lazily(path: Path) -> dict[str, Any]:
-    """All of a checkpoint but its weights, which are read where they are used.
+    """All of a checkpoint but its weights, which are only read when they are used.
 
     Raises:
         ValueError: The file is not a checkpoint.
@@ -139,7 +139,7 @@ def read_checkpoint_lazily(path: Path) -> dict[str, Any]:
 
 
 def _newest_first(run_name: str, runs_dir: Path, kinds: Sequence[str]) -> list[Path]:
-    """Checkpoints of these kinds of all runs of a name; of one moment, the first kind first."""
+    """Checkpoints of these kinds of all runs of a name; of equal age, the first kind first."""
     folders = runs_dir.iterdir() if runs_dir.is_dir() else ()
     stamped = [folder for folder in folders if _is_stamped(folder.name, run_name)]
     paths = [folder / "checkpoints" / f"{kind}.ckpt" for kind in kinds for folder in stamped]
@@ -148,10 +148,10 @@ def _newest_first(run_name: str, runs_dir: Path, kinds: Sequence[str]) -> list[P
 
 
 def remove_run_leftovers(checkpoint: Path) -> None:
-    """Removes what a killed run was writing: who goes on from it has a folder of its own.
+    """Removes what a killed run was writing: the run that resumes from it has its own folder.
 
     Args:
-        checkpoint: A checkpoint of the run; what a living run is writing stays.
+        checkpoint: Checkpoint of the run; files that a living run is writing stay.
     """
     for name in ("last.ckpt", "best.ckpt"):
         remove_leftovers(checkpoint.with_name(name))

@@ -1,6 +1,6 @@
 """The configs and sweeps that come with the package, found by name.
 
-They stand in ``configs/`` and ``sweeps/`` at the top of the repository, and inside the package in
+They are in ``configs/`` and ``sweeps/`` at the top of the repository, and inside the package in
 a wheel.
 """
 
@@ -21,7 +21,7 @@ class ShippedFile(NamedTuple):
     """A runnable config, an overlay or a sweep.
 
     Attributes:
-        kind: ``configs`` or ``sweeps``.
+        kind: Folder of the file, ``configs`` or ``sweeps``.
         name: Path below that folder, without ``.yaml``.
         path: Absolute path of the file.
     """
@@ -31,7 +31,7 @@ class ShippedFile(NamedTuple):
     path: Path
 
     def question(self) -> str:
-        """The question that the head of the file says it answers."""
+        """The question that the head of the file claims to answer."""
         head = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             if not line.startswith("#"):
@@ -42,10 +42,10 @@ class ShippedFile(NamedTuple):
 
 
 def shipped_folder(kind: str) -> Path:
-    """Where ``configs`` or ``sweeps`` stand: in the package of a wheel, beside it in a checkout.
+    """Folder of ``configs`` or ``sweeps``: inside the package of a wheel, beside it in a checkout.
 
     Raises:
-        FileNotFoundError: In neither place.
+        FileNotFoundError: It is in neither place.
     """
     package = Path(__file__).resolve().parents[1]
     places = (package / kind, package.parent / kind)
@@ -68,21 +68,21 @@ def shipped_files(kind: str) -> list[ShippedFile]:
 
 
 def find_shipped(name: str, kind: str) -> ShippedFile | None:
-    """The shipped file of that name, or None.
+    """The shipped file with that name, or None.
 
     Args:
-        name: With or without ``.yaml``, with or without ``configs/`` or ``sweeps/`` before it.
-        kind: ``configs`` or ``sweeps``.
+        name: Name with or without ``.yaml``, with or without ``configs/`` or ``sweeps/`` before it.
+        kind: Folder of the file, ``configs`` or ``sweeps``.
     """
     return next((file for file in shipped_files(kind) if file.name == _bare(name, kind)), None)
 
 
 def nearest_shipped(name: str, *kinds: str) -> str:
-    """``; did you mean X?`` for the shipped file of the likest name, or the command that lists all.
+    """``; did you mean X?`` for the most similar name, or the command that lists all names.
 
     Args:
-        name: As given.
-        kinds: ``configs``, ``sweeps`` or both.
+        name: Name as given.
+        kinds: Folders to search: ``configs``, ``sweeps`` or both.
     """
     names = [file.name for kind in kinds for file in shipped_files(kind)]
     known = {full.rpartition("/")[2]: full for full in names} | {full: full for full in names}
@@ -93,17 +93,17 @@ def nearest_shipped(name: str, *kinds: str) -> str:
 
 
 def find_file(given: str, kind: str, option: str) -> Path:
-    """The file that a word of the command line means.
+    """The file that a word of the command line refers to.
 
-    A file of that name, then one with ``.yaml`` behind it, then the shipped file of that name.
+    A file of that name, else one with ``.yaml`` appended, else the shipped file of that name.
 
     Args:
         given: Path or name.
-        kind: ``configs`` or ``sweeps``.
+        kind: Folder of the file, ``configs`` or ``sweeps``.
         option: Name of the option, for the message.
 
     Raises:
-        ConfigError: There is none of these.
+        ConfigError: There is no such file.
     """
     for path in (Path(given), Path(f"{given}{_SUFFIX}")):
         if path.is_file():
@@ -117,7 +117,7 @@ def find_file(given: str, kind: str, option: str) -> Path:
 
 
 def with_config_files(words: Sequence[str]) -> list[str]:
-    """The words of a command line, the value of each ``--config`` as the file that it means.
+    """The words of a command line, with the value of each ``--config`` replaced by its file.
 
     A value that is YAML itself stays as it is.
 

@@ -15,7 +15,7 @@ _is_left_to: list[Callable[[], bool]] = []
 def raised_sigterm() -> Iterator[None]:
     """Within it SIGTERM raises `TerminatedError` in the main thread, once.
 
-    A handler that is there already stays: then another program decides.
+    An existing handler stays: then another program decides.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -30,10 +30,10 @@ def raised_sigterm() -> Iterator[None]:
 
 @contextmanager
 def sigterm_left_to(is_handled: Callable[[], bool]) -> Iterator[None]:
-    """Within it SIGTERM raises only where somebody else does not see to it.
+    """Within it SIGTERM raises only where no other code handles it.
 
     Args:
-        is_handled: Whether somebody else does, at this moment.
+        is_handled: Function that returns whether other code handles it at this moment.
     """
     _is_left_to.append(is_handled)
     try:
@@ -45,6 +45,6 @@ def sigterm_left_to(is_handled: Callable[[], bool]) -> Iterator[None]:
 def _raise(signum: int, frame: FrameType | None) -> None:
     if any(is_handled() for is_handled in _is_left_to):
         return
-    # A second one would end the cleaning up in the middle.
+    # A second signal would interrupt the cleanup.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise TerminatedError("ended by SIGTERM")

@@ -34,12 +34,12 @@ def run(options: argparse.Namespace, report: Report | None = None) -> None:
     """Checks a sweep and runs it as the options say.
 
     Args:
-        options: Of `parse_options`.
-        report: Writes the report of folders to a file; None takes ours.
+        options: Result of `parse_options`.
+        report: Function that writes the report of folders to a file; None takes the package's own.
 
     Raises:
         ConfigError: The sweep file is wrong.
-        ValueError: A folder is not as it must be.
+        ValueError: A folder is not a valid one for this sweep.
         RuntimeError: No trial finished, or there is no server.
     """
     console = Console(width=max(Console().width, _TABLE_WIDTH), soft_wrap=True)
@@ -53,13 +53,13 @@ def run(options: argparse.Namespace, report: Report | None = None) -> None:
 
 
 def build_fit(words: list[str]) -> Built:
-    """What ``fingpt`` and these words would run.
+    """What ``fingpt`` would run for these words.
 
     Args:
         words: ``fit`` and its options.
 
     Raises:
-        ConfigError: They are wrong.
+        ConfigError: The words are wrong.
     """
     cli = build_trainer_command(words)
     settings = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))[cli.command]
@@ -110,7 +110,7 @@ def _sweep_file(options: argparse.Namespace) -> Path:
 def _check(
     sweep: Sweep, build: Build, count: int, project: str | None, console: Console
 ) -> list[str]:
-    """Checks and shows a sweep; gives the options that its trials need besides."""
+    """Checks and shows a sweep; returns the options that its trials need in addition."""
     extra = [] if project is None else ["--trainer.logger.project", project]
     check_sweep(sweep, build, count, extra)
     console.print(described(sweep, count), soft_wrap=False)
@@ -134,7 +134,7 @@ def _run_on_server(options: argparse.Namespace, console: Console) -> None:
             f" fingpt sweep {options.sweep} --local"
         )
     project = options.project or sweep.content.get("project") or "fingpt"
-    # An agent starts the first `python` that it finds: let it be this one.
+    # An agent starts the first `python` on its path: let it be this one.
     folders = (str(Path(sys.executable).parent), os.environ.get("PATH", ""))
     os.environ["PATH"] = os.pathsep.join(folders)
     entity = sweep.content.get("entity")

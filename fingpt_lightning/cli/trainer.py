@@ -1,4 +1,4 @@
-"""``fingpt fit|validate|test``: LightningCLI with one folder a run and clear errors.
+"""``fingpt fit|validate|test``: LightningCLI with one folder per run and clear errors.
 
 A setting comes from, weakest first: defaults, checkpoint, config files, command line.
 """
@@ -77,11 +77,11 @@ def run_trainer_command(words: list[str]) -> None:
     """Parses, builds and runs one Trainer command.
 
     Args:
-        words: The command and its options.
+        words: Command and its options.
 
     Raises:
         ConfigError: The command line or a config is wrong.
-        KeyboardInterrupt: Lightning has ended the run after one.
+        KeyboardInterrupt: Lightning has ended the run after an interrupt.
         TerminatedError: Lightning has ended the run after SIGTERM.
     """
     with _quiet():
@@ -101,7 +101,7 @@ def build_trainer_command(words: list[str]) -> "FinGPTCLI":
     """Parses and builds what a Trainer command would run, and runs nothing: no folder is made.
 
     Args:
-        words: The command and its options.
+        words: Command and its options.
 
     Raises:
         ConfigError: The command line or a config is wrong.
@@ -112,8 +112,8 @@ def build_trainer_command(words: list[str]) -> "FinGPTCLI":
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leaves out what libraries say beside the matter, and leaves the environment as it was."""
-    # Blocks are read from memory-mapped files: workers would cost more than they bring.
+    """Hides library messages that do not concern the run, and leaves the environment as it was."""
+    # Blocks are read from memory-mapped files: workers would cost more than they gain.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # The run folder already holds the config.
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
@@ -131,7 +131,7 @@ def _quiet() -> Iterator[None]:
 
 
 class RaisingParser(LightningArgumentParser):
-    """A parser that raises its errors in place of printing usage and ending the process.
+    """A parser that raises its errors instead of printing usage and ending the process.
 
     The parsers of nested classes are of this class too: their messages become part of another.
     """
@@ -188,7 +188,7 @@ class FinGPTCLI(LightningCLI):
     """LightningCLI with our defaults; parses, builds and runs when made.
 
     Args:
-        words: The command and its options.
+        words: Command and its options.
     """
 
     runs: ClassVar[bool] = True
@@ -292,7 +292,7 @@ class FinGPTCLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Lightning's would let the checkpoint win over config and command line."""
+        """Lightning's method would let the checkpoint win over config and command line."""
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -355,13 +355,13 @@ class FinGPTCLI(LightningCLI):
                 logger._wandb_init.pop("anonymous", None)
         own = as_list(settings.callbacks)
         if settings.enable_progress_bar and not any(isinstance(x, ProgressBar) for x in own):
-            # First, so that it is gone from the screen when others print what came of the run.
+            # First, so that it is gone from the screen when others print the results of the run.
             own = [TrainingProgress(), *own]
         plugins = as_list(settings.plugins)
         strategy_writes = getattr(settings.strategy, "_checkpoint_io", None) is not None
         if not strategy_writes and not any(isinstance(x, CheckpointIO) for x in plugins):
             plugins = [*plugins, WholeCheckpoints()]
-        # What is written down, for another run too, does not say where this one lies.
+        # What is saved, also for other runs, does not contain the folder of this one.
         self.config[self.command] = self._as_given
         trainer = super().instantiate_trainer(
             logger=loggers or False, callbacks=own or None, plugins=plugins, **kwargs
@@ -385,7 +385,7 @@ class _Built(FinGPTCLI):
 
 
 def read_hyper_parameters(path: Path) -> dict[str, dict[str, Any]]:
-    """What a checkpoint says of its model and data, without reading its weights.
+    """The settings of model and data in a checkpoint, read without its weights.
 
     Raises:
         ValueError: The file is not a checkpoint.
@@ -397,7 +397,7 @@ def read_hyper_parameters(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> None:
-    """Puts the checkpoint's values where neither a config nor the command line gave one."""
+    """Uses the checkpoint's values where neither a config nor the command line gives one."""
     for part, saved in read_hyper_parameters(path).items():
         class_path = saved.pop("_class_path", None)
         saved.pop("_instantiator", None)
@@ -406,7 +406,7 @@ def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> 
         if chosen is not None:
             given_args = chosen.get("init_args") or Namespace()
             if class_path and chosen.get("class_path") not in (None, class_path):
-                continue  # another class: the checkpoint's values are not its own
+                continue  # another class: the checkpoint's values do not apply to it
         elif class_path and settings[part].class_path != class_path:
             settings[part] = Namespace(class_path=class_path, init_args=Namespace())
         for key, value in saved.items():
@@ -420,7 +420,7 @@ def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> 
 
 
 def _take_tokenizer_of_model(settings: Namespace) -> None:
-    """Data without a tokenizer get that of the model that is trained on."""
+    """Data without a tokenizer get that of the model that is trained."""
     start = (settings.model.get("init_args") or Namespace()).get("init_from")
     data = settings.data.get("init_args") or Namespace()
     if start is None or "tokenizer" not in data or data.tokenizer is not None:

@@ -1,4 +1,4 @@
-"""What a run says to W&B beside its figures, and what happens where W&B cannot be reached."""
+"""What a run sends to W&B beside its figures, and what happens where W&B cannot be reached."""
 
 import base64
 import http.client
@@ -28,22 +28,22 @@ from fingpt_lightning.metric_keys import TRAIN_LOSS, TRAIN_TOKENS, VAL_LOSS, VAL
 from fingpt_lightning.terminal.messages import first_line
 
 PROBE_TIMEOUT_S = 10.0
-"""How long a server may take to answer at all; wandb itself would wait 90 s and then raise."""
+"""Seconds that a server may take to answer at all; wandb itself would wait 90 s and then raise."""
 
 FINISH_TIMEOUT_S = 45.0
-"""How long the end of a run waits for what the server has not taken yet."""
+"""Seconds that the end of a run waits for data that the server has not taken yet."""
 _INIT_TIMEOUT_S = 30.0
 _END_S = 10.0
-"""How long wandb's own processes have to end beyond that."""
+"""Seconds that wandb's own processes have to end beyond that."""
 _LOST_AFTER_S = 60.0
-"""How long an agent goes on without an answer of its server."""
+"""Seconds for which an agent continues without an answer of its server."""
 _MAX_ANSWER_BYTES = 2**20
 _LIMITS = {
     "WANDB_FINISH_TIMEOUT": f"{FINISH_TIMEOUT_S:g}",
     "WANDB_INIT_TIMEOUT": f"{_INIT_TIMEOUT_S:g}",
 }
 LIMIT_VARIABLES = tuple(_LIMITS)
-"""Variables by which a run's processes, an agent's too, learn how long W&B may keep them."""
+"""Variables that limit how long W&B may delay a run's processes, those of an agent included."""
 
 _WITHOUT_SERVER = ("offline", "dryrun", "disabled")
 _BY_TOKENS = (TRAIN_LOSS, VAL_LOSS, VAL_PERPLEXITY)
@@ -53,8 +53,8 @@ class Unreachable(NamedTuple):
     """A server that did not answer as W&B's API does.
 
     Attributes:
-        url: Its address.
-        reason: In a few words.
+        url: Address of the server.
+        reason: Reason in a few words.
     """
 
     url: str
@@ -62,31 +62,31 @@ class Unreachable(NamedTuple):
 
 
 def place_wandb_run(logger: Namespace, run_folder: Path) -> None:
-    """Puts a W&B run into the run's folder.
+    """Places a W&B run in the run's folder.
 
     Args:
-        logger: The settings of a ``WandbLogger``, which are changed.
-        run_folder: Of the run.
+        logger: Settings of a ``WandbLogger``, which are changed.
+        run_folder: Folder of the run.
     """
     if logger.save_dir in (None, "."):
         logger.save_dir = str(run_folder)
     if logger.name is None:
         logger.name = run_folder.name
     if logger.offline:
-        # What it would say, where the run is and how to sync it, stands in the run's summary.
+        # wandb's messages, where the run is and how to sync it, are in the run's summary.
         os.environ.setdefault("WANDB_SILENT", "true")
 
 
 def keep_offline_if_unreachable(logger: Namespace) -> None:
-    """Has a W&B run kept offline where its server does not work, and says so in one line.
+    """Keeps a W&B run offline where its server does not work, and reports that in one line.
 
-    A run that is not kept offline does not wait for ever for its server at its end.
+    A run that is not kept offline does not wait forever for its server at its end.
 
     Args:
-        logger: The settings of a ``WandbLogger``, which are changed.
+        logger: Settings of a ``WandbLogger``, which are changed.
     """
     mode = logger.get("mode") or os.environ.get("WANDB_MODE")
-    # Only the first process talks to W&B; Lightning has its number from the environment.
+    # Only the first process talks to W&B; Lightning reads its number from the environment.
     is_first = getattr(rank_zero_only, "rank", 0) == 0
     if logger.offline or mode in _WITHOUT_SERVER or not is_first:
         return
@@ -94,22 +94,22 @@ def keep_offline_if_unreachable(logger: Namespace) -> None:
     if (found := find_unreachable()) is None:
         return
     _say_offline(found, logger.save_dir)
-    # Not `offline`, with which Lightning refuses `log_model`.
+    # Not `offline`, which Lightning refuses together with `log_model`.
     logger.mode = "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
 
 
 def limit_waits() -> None:
-    """Bounds how long runs wait for their server, in this process and those that it starts."""
+    """Limits how long runs wait for their server, in this process and those that it starts."""
     for name, value in _LIMITS.items():
         os.environ.setdefault(name, value)
 
 
 def begin_run(logger: WandbLogger) -> None:
-    """Begins a W&B run; where the server refuses it, offline, which is said in one line.
+    """Begins a W&B run; where the server refuses it, offline, which one line reports.
 
     Args:
-        logger: One that has not begun its run.
+        logger: Logger that has not begun its run.
     """
     settings = logger._wandb_init
     is_first = getattr(rank_zero_only, "rank", 0) == 0
@@ -128,7 +128,7 @@ def begin_run(logger: WandbLogger) -> None:
 def runs_that_end() -> Iterator[None]:
     """Within it W&B runs may begin; at its end they are finished, in bounded time.
 
-    A server that takes nothing any more costs `FINISH_TIMEOUT_S` and some seconds, and leaves no
+    A server that accepts no more data costs `FINISH_TIMEOUT_S` and some seconds, and leaves no
     process of wandb behind.
     """
     exit_code = 1
@@ -147,7 +147,7 @@ def _finish(run: Any, exit_code: int) -> None:
     began = _children()
 
     def finish() -> None:
-        with suppress(Exception):  # what is not uploaded stays on the disk, and is said
+        with suppress(Exception):  # what is not uploaded stays on the disk, and is reported
             run.finish(exit_code=exit_code)
         with suppress(Exception):
             wandb.teardown(exit_code)
@@ -178,14 +178,14 @@ def _children() -> list[psutil.Process]:
 
 
 class ServerGuard:
-    """Notices from a thread that a server has not answered for long.
+    """Detects in a thread that a server has not answered for long.
 
     Args:
-        on_loss: Called once, when it is noticed.
+        on_loss: Function that is called once, when the loss is detected.
         lost_after_s: Seconds without an answer.
 
     Attributes:
-        found: The server that was lost, or None.
+        found: Server that was lost, or None.
     """
 
     def __init__(self, on_loss: Callable[[], None], lost_after_s: float = _LOST_AFTER_S) -> None:
@@ -223,10 +223,10 @@ def _say_offline(found: Unreachable, folder: str) -> None:
 
 
 def find_unreachable(timeout_s: float = PROBE_TIMEOUT_S) -> Unreachable | None:
-    """Asks the W&B server that is configured who we are; None where it answers as W&B does.
+    """Queries the user from the configured W&B server; None where it answers as W&B does.
 
     Args:
-        timeout_s: The longest that this takes, the search for the address included.
+        timeout_s: Longest duration in seconds, address lookup included.
     """
     url = _base_url()
     reasons: list[str | None] = []
@@ -234,7 +234,7 @@ def find_unreachable(timeout_s: float = PROBE_TIMEOUT_S) -> Unreachable | None:
     def ask() -> None:
         reasons.append(_why_unreachable(url, timeout_s))
 
-    # For a name that cannot be resolved, no library has a limit of time.
+    # No library has a time limit for a name that cannot be resolved.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(timeout_s)
@@ -245,11 +245,11 @@ def find_unreachable(timeout_s: float = PROBE_TIMEOUT_S) -> Unreachable | None:
 def record_config(logger: WandbLogger, config: str) -> None:
     """Gives a W&B run the resolved config, and charts of loss by tokens.
 
-    Every row has the optimizer step too, so that a chart can go by either.
+    Every row has the optimizer step too, so that a chart can use either axis.
 
     Args:
-        logger: Of rank 0.
-        config: YAML.
+        logger: Logger of rank 0.
+        config: Resolved config as YAML.
     """
     run = logger.experiment
     run.config.update({"cli": yaml.safe_load(config)}, allow_val_change=True)
@@ -272,7 +272,7 @@ def log_adapter(trainer: Trainer) -> None:
 
 
 def _base_url() -> str:
-    """As wandb finds it, whose own settings could not be changed any more once they are read."""
+    """As wandb finds it; its own settings could not be changed any more once they are read."""
     settings = wandb.Settings()
     folder = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
     settings.settings_system = str(folder / "settings")
@@ -296,7 +296,7 @@ def _why_unreachable(url: str, timeout_s: float) -> str | None:
             return f"it refuses the API key, status {error.code}: see wandb login"
         return f"it answers with status {error.code}"
     except urllib.error.URLError as error:
-        # Certificates are for wandb to judge: it may know of others.
+        # Certificates are for wandb to judge: it may know others.
         is_answer = isinstance(error.reason, ssl.SSLError)
         return None if is_answer else str(error.reason)
     except (OSError, http.client.HTTPException) as error:
@@ -318,4 +318,4 @@ def _api_key(url: str) -> str | None:
     try:
         return wbauth.read_netrc_auth(host=url)
     except (wandb.Error, OSError, ValueError):
-        return None  # wandb says what is wrong with it
+        return None  # wandb reports what is wrong with it
