@@ -18,8 +18,8 @@ class TokenBatch(TypedDict):
     """Tokens and what each of them has to predict.
 
     ``labels[b, t]`` is the token after ``input_ids[b, t]``, or ``IGNORED_LABEL``: labels are
-    aligned here, once, and nothing shifts them again. With ``packing`` B is 1, and rows lie one
-    behind the other, behind what they share.
+    aligned here, once, and never shifted again. With ``packing`` B is 1, and rows follow one
+    another, after the prefix that they share.
     """
 
     input_ids: Int64[Tensor, "B T"]

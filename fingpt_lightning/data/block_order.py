@@ -1,6 +1,6 @@
 """The order in which training reads the blocks of an epoch: shuffled, from one corpus or several.
 
-Cost: 8 bytes a block and epoch, and 2 more in a mixture: 0.5 % of the tokens of blocks of 1024.
+Cost: 8 bytes per block and epoch, and 2 more in a mixture: 0.5 % of the tokens of blocks of 1024.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ class BlockOrder(Protocol):
         ...
 
     def identity(self) -> dict[str, int | str]:
-        """What a checkpoint has to agree with, beside the seed."""
+        """What a checkpoint has to agree with, besides the seed."""
         ...
 
 
 class ShuffledOrder:
-    """Each block of a corpus once an epoch."""
+    """Each block of a corpus once per epoch."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -62,12 +62,12 @@ class WeightedPart(NamedTuple):
 class WeightedOrder:
     """Blocks of several corpora, in every prefix of an epoch by their weights to within one block.
 
-    Each corpus is read in shuffled passes that go on from epoch to epoch. An epoch ends with the
-    last block of the corpus that is largest for its weight: that one is read once an epoch, and
+    Each corpus is read in shuffled passes that continue from epoch to epoch. An epoch ends with the
+    last block of the corpus that is largest for its weight: that one is read once per epoch, and
     the others again and again until then. Weights count as they are written: 0.7 is exactly 7/10.
 
     Args:
-        parts: In the order in which the data set joins their blocks.
+        parts: Corpora in the order in which the data set joins their blocks.
 
     Raises:
         ValueError: A weight is so small for its corpus that no epoch would end.
@@ -114,7 +114,7 @@ class WeightedOrder:
         return order
 
     def identity(self) -> dict[str, int | str]:
-        """Names, sizes and shares, and how many blocks an epoch has."""
+        """Names, sizes and shares, and the number of blocks per epoch."""
         whole = sum(self.shares)
         told = [
             f"{share}/{whole} from {part.num_blocks} of {part.name}"
@@ -137,7 +137,7 @@ def whole_shares(weights: Sequence[float]) -> list[int]:
 
 
 def interleaved(shares: Sequence[int], num_slots: int) -> npt.NDArray[np.int16]:
-    """Which corpus each draw comes from: after t draws each has had its share of t, to below one.
+    """The corpus of each draw: after t draws each has had its share of t, to below one.
 
     Cost: a microsecond for each corpus and slot of one period, which has ``sum(shares)`` slots.
 

@@ -1,4 +1,4 @@
-"""Token blocks, the order they are read in, and a loader that goes on where it stopped.
+"""Token blocks, the order they are read in, and a loader that resumes where it stopped.
 
 Axes: B batch, T tokens of a block.
 """
@@ -27,9 +27,9 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
     up with ``eos_token_id`` as inputs and ``IGNORED_LABEL`` as labels.
 
     Args:
-        tokens: The ids, usually memory-mapped: worker processes share the map.
+        tokens: Token ids, usually memory-mapped: worker processes share the map.
         block_length: T.
-        eos_token_id: The filling.
+        eos_token_id: Token id that fills up the last block.
 
     Raises:
         ValueError: There are fewer than two tokens, or ``block_length`` is below 1.
@@ -91,11 +91,11 @@ class BlockSampler(DistributedSampler[int]):
     It is a ``DistributedSampler`` so that Lightning leaves it in place.
 
     Args:
-        dataset: Only its length counts.
-        batch_size: B, blocks a rank and batch.
-        training: Shuffle and drop, else neither.
-        seed: Of the order.
-        order: Of training; null for a permutation of all blocks.
+        dataset: Data set, of which only the length counts.
+        batch_size: B, blocks per rank and batch.
+        training: Whether to shuffle and drop blocks; else neither is done.
+        seed: Seed of the order.
+        order: Order of the training blocks; null for a permutation of all blocks.
         num_replicas: W, the ranks that read different data.
         rank: r, in [0, W).
 
@@ -159,11 +159,11 @@ class BlockSampler(DistributedSampler[int]):
 class ResumableDataLoader(DataLoader[dict[str, Tensor]]):
     """A loader over a ``BlockSampler`` whose position can be saved and restored.
 
-    The position counts the batches that were handed out, so that worker processes may read ahead,
-    and counts them in samples of all ranks, so that another world or batch size can go on from it.
+    The position counts the batches that were returned, so that worker processes may read ahead,
+    and counts them in samples of all ranks, so that another world or batch size can resume from it.
     Lightning finds ``state_dict`` and stores it in its checkpoints.
 
-    The next iteration after ``load_state_dict`` goes on within the saved epoch, unless the
+    The next iteration after ``load_state_dict`` continues the saved epoch, unless the
     sampler's epoch has been set to another one by then; all others are whole epochs. ``len`` is
     always that of a whole epoch. Lightning 2.6.6 counts the batches of an epoch by itself: resumed
     within an epoch with larger global batches, it ends that epoch early, by its own count.
@@ -180,7 +180,7 @@ class ResumableDataLoader(DataLoader[dict[str, Tensor]]):
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator, so that all below runs when the first batch is asked for: Lightning
+        # A generator, so that all below runs when the first batch is requested: Lightning
         # calls iter() before it loads the state's epoch into the sampler.
         sampler = self.block_sampler
         goes_on = self._is_restored and self._epoch == sampler.epoch
@@ -192,7 +192,7 @@ class ResumableDataLoader(DataLoader[dict[str, Tensor]]):
             yield batch
 
     def state_dict(self) -> dict[str, int | str]:
-        """The position after the last batch that was handed out."""
+        """The position after the last batch that was returned."""
         sampler = self.block_sampler
         return {
             "epoch": self._epoch if self._num_samples else sampler.epoch,
@@ -205,7 +205,7 @@ class ResumableDataLoader(DataLoader[dict[str, Tensor]]):
         """Goes back to a position.
 
         Raises:
-            ValueError: The position is one in other data or in another order.
+            ValueError: The position belongs to other data or another order.
         """
         sampler = self.block_sampler
         here = {"mixture": None, **sampler.order.identity(), "seed": sampler.seed}

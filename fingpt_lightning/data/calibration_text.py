@@ -1,4 +1,4 @@
-"""Tokens on which the outputs of compressed layers are kept: of text, or of a task's rows."""
+"""Tokens of text or of a task's rows, on which the outputs of compressed layers are kept."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,13 +21,13 @@ BLOCK_LENGTH = 512
 
 
 class Calibration(NamedTuple):
-    """Tokens in rows, and what names them in a record."""
+    """Tokens in rows, and their name in a record."""
 
     ids: Int[Tensor, "N T"]
     name: str
 
     def described(self) -> str:
-        """For people."""
+        """The name for people."""
         return f"{self.ids.numel():,} tokens of {self.name}"
 
 
@@ -40,19 +40,19 @@ def read_calibration(
     calibration_tokens: int | None,
     data_dir: str | Path | None,
 ) -> Calibration | None:
-    """The tokens that the options of a command name; None where they name no source.
+    """The tokens that the options of a command select; None where they name no source.
 
     Args:
         tokenizer: Tokenizer of the network.
         config: Config of the network.
-        calibration: Text files.
+        calibration: Paths of text files.
         calibration_task: Name of a task, in place of files.
-        calibration_tokens: Most tokens that are read; None is `CALIBRATION_TOKENS`.
+        calibration_tokens: Largest number of tokens that are read; None is `CALIBRATION_TOKENS`.
         data_dir: Folder of the task's rows; None reads them from the hub.
 
     Raises:
         ValueError: As in `text_calibration` and `task_calibration`.
-        OSError: A path leads nowhere.
+        OSError: A path does not exist.
     """
     number = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
     if number < 1:
@@ -69,8 +69,8 @@ def calibration_files(calibration: str | Path | Sequence[str | Path]) -> tuple[P
     """The text files of a calibration.
 
     Raises:
-        ValueError: There is none, or one is of another kind.
-        FileNotFoundError: A path leads nowhere.
+        ValueError: There is no file, or one is of another kind.
+        FileNotFoundError: A path does not exist.
     """
     given = [calibration] if isinstance(calibration, str | Path) else calibration
     return find_text_files([str(path) for path in given], "calibration")
@@ -83,13 +83,13 @@ def text_calibration(
     num_tokens: int = CALIBRATION_TOKENS,
     block_length: int = BLOCK_LENGTH,
 ) -> Calibration:
-    """The first tokens of some text, in rows; documents follow each other, each with its end.
+    """The first tokens of some text, in rows; documents follow each other, each with its end token.
 
     Args:
-        files: The text.
-        tokenizer: Of the network.
-        config: Of the network.
-        num_tokens: At most.
+        files: Text files.
+        tokenizer: Tokenizer of the network.
+        config: Config of the network.
+        num_tokens: Largest number of tokens.
         block_length: Tokens of a row, or fewer where the network reads fewer.
 
     Raises:
@@ -121,12 +121,12 @@ def task_calibration(
     """Prompts of a task's ``train`` split with their answers, drawn evenly from all of it.
 
     Args:
-        name: Of the task.
+        name: Name of the task.
         data_dir: Folder of all sets; None reads from the hub.
-        tokenizer: Of the network.
-        config: Of the network.
-        num_tokens: At most.
-        block_length: As in `text_calibration`; rows of tokens take no notice of rows of the task.
+        tokenizer: Tokenizer of the network.
+        config: Config of the network.
+        num_tokens: Largest number of tokens.
+        block_length: As in `text_calibration`; rows of tokens are independent of rows of the task.
 
     Raises:
         ValueError: There is no such task, no row, or no tokenizer.
@@ -139,7 +139,7 @@ def task_calibration(
     if not known:
         raise ValueError(f"calibration_task {name}: {rows.path} has no row with a right answer")
     longest = int(config.max_position_embeddings)
-    # Few rows tell how many are needed; neighbours in a file are often alike.
+    # A few rows show how many are needed; neighbors in a file are often alike.
     sample = encode_rows(tokenizer, known[:64], longest).kept
     if not sample:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the data room asks of a source of text, and how a share of it is held out."""
+"""What the data package requires of a source of text, and how a share of it is held out."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ class Piece(NamedTuple):
     A blank document is one piece with an empty text.
 
     Attributes:
-        bytes_read: How far the corpus has been read, of its ``num_bytes``.
+        bytes_read: Bytes of the corpus read so far, of its ``num_bytes``.
     """
 
     text: str
@@ -32,7 +32,7 @@ class Corpus(Protocol):
         ...
 
     def num_bytes(self) -> int | None:
-        """Where ``bytes_read`` ends, or None where nobody knows."""
+        """The final value of ``bytes_read``, or None where it is unknown."""
         ...
 
     def fingerprint(self) -> str:
@@ -79,7 +79,7 @@ class CorpusShare:
         """Streams the documents of this part.
 
         Raises:
-            ValueError: There are none.
+            ValueError: There are no documents in this part.
         """
         num_documents = num_taken = 0
         for piece in self.corpus.pieces():
@@ -126,7 +126,7 @@ class JoinedCorpus:
         return sum(known) if len(known) == len(sizes) else None
 
     def fingerprint(self) -> str:
-        """Those of the corpora, in their order."""
+        """Fingerprints of the corpora, in their order."""
         return f"joined {[corpus.fingerprint() for corpus in self.corpora]}"
 
     def __str__(self) -> str:

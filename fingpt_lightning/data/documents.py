@@ -25,10 +25,10 @@ _LONG_LINE_CHARACTERS = 8 * 2**20
 
 
 def jsonl_documents(path: Path, text_field: str) -> Iterator[Piece]:
-    """Each line is a document; empty lines are passed over.
+    """Each line is a document; empty lines are skipped.
 
     Raises:
-        ValueError: A line is no JSON object, or its ``text_field`` is missing or no text.
+        ValueError: A line is not a JSON object, or its ``text_field`` is missing or not a text.
     """
     number = 0
     try:
@@ -44,7 +44,7 @@ def txt_pieces(path: Path, _: str) -> Iterator[Piece]:
     """The file is one document, cut at line ends about every MiB, or within very long lines.
 
     Raises:
-        ValueError: It is no UTF-8 text.
+        ValueError: It is not UTF-8 text.
     """
     buffer = ""
     num_pieces = num_searched = bytes_read = 0
@@ -86,7 +86,7 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[Piece]:
     """Each row is a document; only the column of that name is read.
 
     Raises:
-        ValueError: This is no parquet file, has no such column, or a row holds no text there.
+        ValueError: The file is not Parquet, has no such column, or a row holds no text there.
     """
     import pyarrow as pa  # type: ignore[import-untyped]  # it takes 0.1 s that few runs need
     from pyarrow import parquet
@@ -167,7 +167,7 @@ def _json_object(line: bytes, place: str) -> dict[str, object]:
 def _cut_after_line(text: str, start: int) -> int:
     """Where to cut, or 0 to read on: only the last line may still be open, so it is never cut.
 
-    Before ``start`` there is no such place.
+    There is no such place before ``start``.
     """
     if text.isspace():
         return 0
@@ -176,7 +176,7 @@ def _cut_after_line(text: str, start: int) -> int:
 
 
 def _decoded(path: Path) -> Iterator[tuple[str, int]]:
-    """The text in parts, each with how far the file itself has been read."""
+    """The text in parts, each with the bytes of the file itself read so far."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     position = 0
     with unpacked(path) as (file, bytes_read):

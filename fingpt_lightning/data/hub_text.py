@@ -14,7 +14,7 @@ from fingpt_lightning.data.documents import document_of_row
 from fingpt_lightning.terminal.messages import first_line, no_field
 
 HUB_PREFIX = "hf://"
-"""What tells the name of a data set from a path."""
+"""Prefix that distinguishes the name of a data set from a path."""
 
 _SPELLING = "hf://OWNER/NAME[/CONFIG][@REVISION][:SPLIT]"
 _NAME = re.compile(
@@ -31,12 +31,12 @@ _ANSWERED = (HfHubHTTPError, FileNotFoundError, ValueError)
 class HubText:
     """One split of a data set of the hub; each row is a document.
 
-    Streaming needs no disk, and keeps a few batches of rows in memory. Code that a data set brings
-    along is never run.
+    Streaming needs no disk, and keeps a few batches of rows in memory. Code that comes with a data
+    set is never run.
 
     Attributes:
-        config: Of the data set, where it has several.
-        revision: Branch, tag or commit; a full commit is read without asking the hub for it.
+        config: Config of the data set, where it has several.
+        revision: Branch, tag or commit; a full commit is read without resolving it at the hub.
     """
 
     repository: str
@@ -72,7 +72,7 @@ class HubText:
         """Follows the commit, which stands for the contents.
 
         Raises:
-            ValueError: The hub does not say which commit the revision is.
+            ValueError: The hub does not report the commit of the revision.
         """
         place = f"{self.repository} {self.config} {self.split} at {self._commit()}"
         return f"hub field {self.text_field!r} of {place}"
@@ -122,13 +122,13 @@ def parse_hub_name(name: str, text_field: str, default_split: str, key: str) -> 
     """Reads ``hf://OWNER/NAME[/CONFIG][@REVISION][:SPLIT]``.
 
     Args:
-        name: As above.
-        text_field: The column that holds the text.
-        default_split: Taken where the name has none.
-        key: The setting that the name comes from, for the message.
+        name: Name in the form above.
+        text_field: Name of the column that holds the text.
+        default_split: Split that is taken where the name has none.
+        key: Setting that the name comes from, for the message.
 
     Raises:
-        ValueError: The name is spelled otherwise.
+        ValueError: The name has another form.
 
     >>> str(parse_hub_name("hf://a/b@main", "text", "train", "train_files"))
     'hf://a/b@main:train'

@@ -1,4 +1,4 @@
-"""Rows into batches: padded, packed without padding, or packed behind their shared beginnings.
+"""Rows into batches: padded, packed without padding, or packed after their shared beginnings.
 
 Axes: B rows, T tokens of the longest row, N tokens of all.
 """
@@ -15,22 +15,22 @@ from fingpt_lightning.models.packed_attention import packed_group
 
 
 class Batching(StrEnum):
-    """How the rows of a batch lie; losses and gradients are equal, time and memory are not."""
+    """Layout of the rows of a batch; losses and gradients are equal, time and memory are not."""
 
     PADDED = "padded"
-    """One below the other, B x T, filled up on the right: the plain way."""
+    """One below the other, B x T, padded on the right: the plain way."""
     PACKED = "packed"
-    """One behind the other, 1 x N, without padding."""
+    """One after the other, 1 x N, without padding."""
     SHARED_PREFIX = "shared_prefix"
-    """Packed, and the beginning that the rows of a task share stands there once."""
+    """Packed, and the beginning that the rows of a task share appears once."""
 
 
 class Collate:
     """Makes a batch of rows.
 
     Args:
-        batching: How they lie.
-        eos_token_id: What fills up padded rows.
+        batching: Layout of the rows.
+        eos_token_id: Token id that pads rows.
     """
 
     def __init__(self, batching: Batching, eos_token_id: int) -> None:
@@ -56,7 +56,7 @@ def _packed(rows: Sequence[dict[str, Tensor]], shares_prefix: bool) -> TokenBatc
     packing = []
     first = 0
     for group in groups.values():
-        # So that attention pads little; sums over a batch do not know an order.
+        # So that attention pads little; sums over a batch do not depend on the order.
         group.sort(key=lambda row: len(row["input_ids"]))
         num_shared = _num_shared(group) if shares_prefix else 0
         ids += [
@@ -87,6 +87,6 @@ def _num_shared(rows: Sequence[dict[str, Tensor]]) -> int:
 
 
 def _num_unlabelled(labels: Tensor) -> int:
-    """Tokens before the first label, but for the last token."""
+    """Tokens before the first label, except the last token."""
     labelled = (labels != IGNORED_LABEL).nonzero()
     return int(labelled[0]) if len(labelled) else len(labels) - 1

@@ -19,10 +19,10 @@ class InstructionRow(NamedTuple):
     """One example as tokens.
 
     Args:
-        tokens: The prompt, the right answer and the end of text.
-        num_context: How many of them are the prompt's.
-        task: The number of its task.
-        answer: The index of the right answer, where the task has the same answers in every row.
+        tokens: Tokens of the prompt, the right answer and the end of text.
+        num_context: Number of tokens of the prompt.
+        task: Number of the task.
+        answer: Index of the right answer, where the task has the same answers in every row.
     """
 
     tokens: tuple[int, ...]
@@ -83,9 +83,9 @@ def encode_rows(
         tokenizer: Tokenizer of the network.
         examples: Examples of one task.
         max_length: Tokens of a row that the network reads at most.
-        task: The task's number.
+        task: Number of the task.
         answers_are_labels: Whether an answer's index means the same in every row.
-        too_long: What happens to longer rows.
+        too_long: Treatment of longer rows.
 
     Raises:
         ValueError: A row has no known answer or one without a token, or it is too long and

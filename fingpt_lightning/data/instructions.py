@@ -55,20 +55,21 @@ class FinancialInstructions(TokenizedData):
         data_dir: Folder of ``<task>/<split>.jsonl``; null reads from the Hugging Face hub.
         tokenizer: Folder or hub name; null takes that of the model's base, or trains one on the
             rows where there is no base.
-        batching: ``shared_prefix``, ``packed`` or ``padded``: equal gradients, other cost.
+        batching: Layout of the rows, ``shared_prefix``, ``packed`` or ``padded``: equal gradients,
+            different cost.
         batch_size: Rows of a batch on one device.
         max_length: Tokens of a row at most.
-        too_long: What happens to longer rows: ``cut``, they lose tokens of their own text, never of
+        too_long: Treatment of longer rows: ``cut``, they lose tokens of their own text, never of
             instruction or answer (one with too little text is left out); ``drop``, they are left
             out; ``error``, they end the run. How many were cut or left out is printed.
         balance_labels: Whether the labels of a task are drawn equally often; rows of rare labels
             then repeat within an epoch.
         val_share: Share of each task's training rows that is held out to validate on, in (0, 1).
-        test_split: The split that ``test`` reads.
+        test_split: Name of the split that ``test`` reads.
         num_workers: Processes that read ahead; rows are in memory, so 0 is fast.
-        seed: Of the held-out rows, of the order, and of the synthetic news.
-        num_synthetic_items: Rows of synthetic news.
-        vocab_size: Entries at most of a tokenizer that is trained here.
+        seed: Seed of the held-out rows, of the order, and of the synthetic news.
+        num_synthetic_items: Number of rows of synthetic news.
+        vocab_size: Largest number of entries of a tokenizer that is trained here.
 
     Attributes:
         tokenizer: The tokenizer, after ``setup``.
@@ -136,18 +137,18 @@ class FinancialInstructions(TokenizedData):
 
     @property
     def task_names(self) -> list[str]:
-        """The tasks it reads, synthetic news aside."""
+        """The tasks that it reads, except synthetic news."""
         return list(self._tasks)
 
     @override
     def prepare_data(self) -> None:
-        """Reads the rows, so that what is wrong with them shows before a run begins."""
+        """Reads the rows, so that errors in them show before a run begins."""
         for split in self._splits():
             self._read(split)
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Reads and tokenises the rows, each split once."""
+        """Reads and tokenizes the rows, each split once."""
         # Lightning's advice for loaders that compute; a row is a list in memory.
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         splits = self._splits()
@@ -248,7 +249,7 @@ class FinancialInstructions(TokenizedData):
         for number, (examples, rows) in enumerate(zip(tasks, self._encode(tasks), strict=True)):
             seed = (self.seed * 1_000_003 + number) % 2**32  # of which torch reads 32 bits
             generator = torch.Generator().manual_seed(seed)
-            # What was asked of one row of the file stays together: its text must not be in both.
+            # The examples of one row of the file stay together: its text must not be in both.
             kept = [
                 (example.row, row)
                 for example, row in zip(examples, rows, strict=True)
@@ -318,7 +319,7 @@ def _print(line: str) -> None:
 
 
 def tokenizer_of_base(base: str) -> str:
-    """`tokenizer_of_model` of a module's base, or the base itself, where to look for one."""
+    """`tokenizer_of_model` of a module's base, or the base itself, where one may be found."""
     return tokenizer_of_model(base) or base
 
 
@@ -343,7 +344,7 @@ def _weights(
 
 
 def _synthetic_examples(num_items: int, seed: int) -> list[Example]:
-    """The sentiment of synthetic news, asked in the words of Financial PhraseBank."""
+    """The sentiment of synthetic news, with the prompt of Financial PhraseBank."""
     task = find_task("fpb")
     (template,) = task.templates
     choices = tuple(f" {label}" for label in SENTIMENTS)

@@ -55,7 +55,7 @@ class _Company(NamedTuple):
 
 
 class _Change(NamedTuple):
-    """Two amounts as printed, the change between them and the later one as a number."""
+    """Two amounts as printed, the relative change between them and the later one as a number."""
 
     before: str
     after: str
@@ -287,7 +287,7 @@ def _set_scene(rng: random.Random, label: Sentiment) -> _Scene:
 
 
 def _pick_company(rng: random.Random) -> _Company:
-    """A company is the pair (name, sector); all that is known of it follows from the pair."""
+    """A company is the tuple (name, sector), from which all its facts follow."""
     name, sector = rng.choice(_NAMES), rng.choice(_SECTORS)
     facts = random.Random(f"company {name} {sector.products}")
     suffix = facts.choice(sector.suffixes)
@@ -602,7 +602,7 @@ def _background(scene: _Scene) -> str:
 _Sentence = Callable[[_Scene], str]
 _Story = Callable[[_Scene], list[str]]
 _CLOSINGS: tuple[_Sentence, ...] = (_quote, _share_price, _outlook, _background)
-# Who is being bought has a price that is settled and an outlook that no longer matters.
+# The price of a company that is being bought is fixed, and its outlook no longer matters.
 _TAKEOVER_CLOSINGS: tuple[_Sentence, ...] = (_quote, _background)
 _STORIES: tuple[tuple[_Story, tuple[_Sentence, ...]], ...] = (
     *((_earnings, _CLOSINGS),) * 3,

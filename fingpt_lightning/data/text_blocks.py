@@ -29,15 +29,15 @@ from fingpt_lightning.data.tokenizers import (
 
 
 class TextBlocks(TokenizedData):
-    """Blocks of text for next-token prediction, tokenised once and cached.
+    """Blocks of text for next-token prediction, tokenized once and cached.
 
     Args:
         train_files: ``.jsonl``, ``.txt``, both with ``.gz``, and ``.parquet`` files, folders or
             globs, or data sets of the hub as ``hf://OWNER/NAME[/CONFIG][@REVISION][:SPLIT]``;
             null for the embedded synthetic news.
-        val_files: The same for validation; null to hold out ``val_share`` of the training
-            documents.
-        test_files: The same for testing; null to test on the validation text.
+        val_files: Files for validation, given likewise; null to hold out ``val_share`` of the
+            training documents.
+        test_files: Files for testing, given likewise; null to test on the validation text.
         mixture: Several corpora to train on, each with its share of the blocks, in place of
             ``train_files``.
         val_share: Share of the training documents that is held out, in (0, 1); unused with
@@ -45,14 +45,14 @@ class TextBlocks(TokenizedData):
         text_field: Field of a JSON line, or column, that holds the text.
         tokenizer: Folder or hub name of a tokenizer; null to train a byte-level BPE of
             ``vocab_size`` entries on the training text.
-        vocab_size: Entries of a trained tokenizer at most; unused with ``tokenizer``.
+        vocab_size: Largest number of entries of a trained tokenizer; unused with ``tokenizer``.
         block_length: Tokens of a block.
         batch_size: Blocks of a batch on one device.
         num_workers: Processes that read ahead; blocks are slices of a memory map, so 0 is fast.
-        num_tokenizing_workers: Threads that tokenise; null for one on each available core.
+        num_tokenizing_workers: Threads that tokenize; null for one on each available core.
         cache_dir: Folder of tokens and trained tokenizers.
-        seed: Of the order of training blocks, and of the synthetic news.
-        num_synthetic_items: Documents of synthetic news.
+        seed: Seed of the order of training blocks, and of the synthetic news.
+        num_synthetic_items: Number of documents of synthetic news.
 
     Attributes:
         tokenizer: The tokenizer, after ``setup``.
@@ -119,7 +119,7 @@ class TextBlocks(TokenizedData):
 
     @override
     def prepare_data(self) -> None:
-        """Trains the tokenizer and tokenises the text, where that has not been done before."""
+        """Trains the tokenizer and tokenizes the text, unless that has been done before."""
         if self.tokenizer_name is None:
             training = joined(self.sources.corpora("train"))
             train_cached_tokenizer(training, self.max_vocab_size, self.cache_dir)

@@ -29,8 +29,9 @@ class TextFiles:
         """Streams all files.
 
         Raises:
-            ValueError: A line is no JSON object, lacks ``text_field`` or holds no string there, or
-                a file is no UTF-8 text or damaged. The message names file and line, row or byte.
+            ValueError: A line is not a JSON object, lacks ``text_field`` or holds no string there,
+                or a file is not UTF-8 text or damaged. The message names file and line, row or
+                byte.
         """
         first_byte = 0
         for path in self.paths:
@@ -56,12 +57,12 @@ class TextFiles:
 def find_text_files(paths: str | Sequence[str], key: str = "files") -> tuple[Path, ...]:
     """Finds the files that paths, globs (with ``**``) and folders (recursive, sorted) stand for.
 
-    Hidden files in folders are passed over; a file that is found twice is taken once. Endings may
+    Hidden files in folders are skipped; a file that is found twice is taken once. Endings may
     be in capitals. A warning counts the other files of a folder.
 
     Args:
         paths: One or more files, folders or globs; ``~`` is the home folder.
-        key: The setting that the paths come from, for the messages.
+        key: Setting that the paths come from, for the messages.
 
     Raises:
         FileNotFoundError: A file is missing, or a folder or glob has no supported file.

@@ -20,10 +20,10 @@ class MixturePart(TypedDict):
     """One of several corpora that a run trains on.
 
     Attributes:
-        name: Tells the parts apart, in messages and in checkpoints.
-        files: As ``train_files``; null for synthetic news that no other part has.
-        weight: The share of blocks is weight / sum of weights.
-        text_field: In place of that of the data module.
+        name: Name that distinguishes the parts, in messages and in checkpoints.
+        files: Files as in ``train_files``; null for synthetic news that no other part has.
+        weight: Weight of the part; its share of blocks is weight / sum of weights.
+        text_field: Name of the text field, in place of that of the data module.
     """
 
     name: str
@@ -37,12 +37,12 @@ class TextSources:
     """The corpora of all splits.
 
     Args:
-        files: Of each split, as given.
-        mixture: In place of the training files.
-        val_share: Held out of the training text where there are no files for validation.
-        text_field: Where a row holds its text.
-        num_synthetic_items: Documents of synthetic news.
-        seed: Of the synthetic news.
+        files: Files of each split, as given.
+        mixture: Parts of a mixture, in place of the training files.
+        val_share: Share held out of the training text where there are no files for validation.
+        text_field: Name of the field that holds the text.
+        num_synthetic_items: Number of documents of synthetic news.
+        seed: Seed of the synthetic news.
 
     Raises:
         ValueError: The training text is given twice, a part of the mixture is wrong, or
@@ -66,7 +66,7 @@ class TextSources:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the parts by name; empty without a mixture."""
+        """Weights of the parts by name; empty without a mixture."""
         return {part["name"]: float(part["weight"]) for part in self.mixture or ()}
 
     def corpora(self, split: Split) -> tuple[Corpus, ...]:

@@ -1,4 +1,4 @@
-"""A corpus, tokenised once, as one memory-mapped file of ids in which each document ends with EOS.
+"""A corpus, tokenized once, as one memory-mapped file of ids in which each document ends with EOS.
 
 ``<key>.bin`` holds the ids and ``<key>.json`` says how many; the key is a digest of all that
 decides the ids. Both are renamed into place when they are whole, and any two processes that build
@@ -33,7 +33,7 @@ class TokenFile:
     """A whole token cache.
 
     Attributes:
-        num_skipped: Blank documents, which are not among ``num_documents``.
+        num_skipped: Number of blank documents, which are not among ``num_documents``.
     """
 
     path: Path
@@ -53,18 +53,18 @@ def build_token_file(
     cache_dir: Path,
     num_workers: int | None = None,
 ) -> TokenFile:
-    """Tokenises a corpus, unless that has been done before, in memory that it does not grow.
+    """Tokenizes a corpus, unless that has been done before, in memory that does not grow with it.
 
     A damaged cache is logged and built again.
 
     Args:
-        corpus: What is read.
-        tokenizer: What makes the ids.
-        cache_dir: Where caches lie.
-        num_workers: Threads that tokenise; None for one a core. The file does not depend on it.
+        corpus: Corpus to read.
+        tokenizer: Tokenizer that makes the ids.
+        cache_dir: Folder of the caches.
+        num_workers: Threads that tokenize; None for one per core. The file does not depend on it.
 
     Raises:
-        ValueError: The corpus has no text, or what it reads is no text (see ``TextFiles``).
+        ValueError: The corpus has no text, or what it reads is not text (see ``TextFiles``).
     """
     key = _cache_key(corpus, tokenizer)
     if (whole := _find(cache_dir, key)) is not None:
@@ -81,7 +81,7 @@ def build_token_file(
         shown_tokenizing(str(corpus), corpus.num_bytes()) as show,
     ):
         for batch in batches:
-            file.write(batch.ids.data)  # tofile does not tell of a full disk
+            file.write(batch.ids.data)  # tofile does not report a full disk
             num_skipped += batch.num_skipped
             so_far = SoFar(
                 so_far.num_documents + batch.num_documents,
@@ -109,7 +109,7 @@ def build_token_file(
 def find_token_file(
     corpus: Corpus, tokenizer: PreTrainedTokenizerFast, cache_dir: Path
 ) -> TokenFile:
-    """Finds what ``build_token_file`` built.
+    """Finds the file that ``build_token_file`` built.
 
     Raises:
         RuntimeError: It has not been built on this machine.

@@ -1,4 +1,4 @@
-"""What our datamodules share: a tokenizer that a module can ask, ranks, loaders."""
+"""What our datamodules share: a tokenizer that modules can query, ranks, loaders."""
 
 from abc import abstractmethod
 from typing import Any
@@ -18,7 +18,7 @@ from fingpt_lightning.models.formats.tokenizer import check_tokens, tokenizer_sh
 class TokenizedData(LightningDataModule):
     """Tokens in batches that ranks share out.
 
-    A subclass sets the attributes and says what each split holds.
+    A subclass sets the attributes and defines what each split holds.
 
     Attributes:
         tokenizer: The tokenizer, after ``setup``.
@@ -41,7 +41,7 @@ class TokenizedData(LightningDataModule):
         return int(self.tokenizer.eos_token_id)
 
     def tokenizer_reference(self) -> dict[str, str | int]:
-        """What a checkpoint has to keep to know its tokenizer again."""
+        """What a checkpoint has to keep to find its tokenizer again."""
         return {
             "name_or_path": str(self.tokenizer.name_or_path),
             "sha256": tokenizer_sha256(self.tokenizer),
@@ -55,7 +55,7 @@ class TokenizedData(LightningDataModule):
         Only a tokenizer with more entries than the network has rows can give such a token.
 
         Raises:
-            ValueError: A text has; the message names the token.
+            ValueError: There is such a token; the message names it.
         """
         network = getattr(getattr(self.trainer, "lightning_module", None), "network", None)
         num_rows = getattr(getattr(network, "config", None), "vocab_size", None)
@@ -81,7 +81,7 @@ class TokenizedData(LightningDataModule):
 
     @abstractmethod
     def _evaluated(self, split: Any) -> TokenBlocks | ConcatDataset[dict[str, Tensor]]:
-        """What evaluating a split reads, in its order."""
+        """The loader for evaluating a split, in its order."""
 
     def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Tensor]]:
         data = self._evaluated(split)

@@ -29,10 +29,10 @@ _log = logging.getLogger(__name__)
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     """Loads a fast tokenizer from a local folder or GGUF file, or by name from the hub.
 
-    Truncation and padding that its file asks for are switched off: documents stay whole.
+    Truncation and padding that its file requests are switched off: documents stay whole.
 
     Raises:
-        FileNotFoundError: A path leads to no folder.
+        FileNotFoundError: A path is not a folder.
         ValueError: The folder holds no tokenizer, the hub cannot be reached or does not know the
             name, or the tokenizer has no end-of-text token or no fast implementation.
     """
@@ -67,7 +67,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     ``vocab_size`` where the texts have too few pairs to merge.
 
     Raises:
-        ValueError: ``vocab_size`` leaves no room for the 256 bytes and the end of text.
+        ValueError: ``vocab_size`` is too small for the 256 bytes and the end of text.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(

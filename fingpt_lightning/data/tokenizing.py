@@ -1,4 +1,4 @@
-"""Text to ids on several threads, in order and in memory that no corpus grows.
+"""Text to ids on several threads, in order and in memory that does not grow with the corpus.
 
 The tokenizer works outside Python's lock, so that threads suffice. Each encodes batches of its own
 in place of the tokenizer's pool, which cannot be resized, works only while its caller waits, and
@@ -31,8 +31,8 @@ class EncodedBatch(NamedTuple):
     """The ids of some documents.
 
     Attributes:
-        num_skipped: Blank documents, which are not among ``num_documents``.
-        bytes_read: How far the corpus has been read.
+        num_skipped: Number of blank documents, which are not among ``num_documents``.
+        bytes_read: Bytes of the corpus read so far.
     """
 
     ids: npt.NDArray[np.unsignedinteger]
@@ -46,12 +46,12 @@ def encoded_batches(
 ) -> Generator[EncodedBatch]:
     """The ids of a corpus, each document followed by EOS; the same for every ``num_workers``.
 
-    Up to two batches a worker are read ahead. When the iterator is closed, its threads have ended.
+    Up to two batches per worker are read ahead. Closing the iterator ends its threads.
 
     Args:
-        corpus: What is read, in the thread of the caller.
-        tokenizer: Used by several threads at once.
-        dtype: Of the ids.
+        corpus: Corpus to read, in the thread of the caller.
+        tokenizer: Tokenizer that several threads use at once.
+        dtype: Type of the ids.
         num_workers: Threads; None for one on each core that this process may use.
     """
 
