@@ -26,9 +26,9 @@ from fingpt_lightning.terminal.messages import nearest
 
 
 class LayerAdapter(NamedTuple):
-    """One client's pair beside one layer: y = factor (W x + scale B A x) + (1 - factor) b.
+    """One client's factors A and B at one layer: y = factor (W x + scale B A x) + (1 - factor) b.
 
-    ``factor`` is None but with DoRA, whose row lengths are divided out once, when it is loaded.
+    ``factor`` is None except with DoRA, whose row lengths are divided out once, when it is loaded.
     """
 
     down: Float[Tensor, "R I"]
@@ -37,15 +37,15 @@ class LayerAdapter(NamedTuple):
     factor: Float[Tensor, "O"] | None
 
     def num_bytes(self) -> int:
-        """Of its tensors."""
+        """Bytes of its tensors."""
         factor = 0 if self.factor is None else self.factor.nbytes
         return self.down.nbytes + self.up.nbytes + factor
 
 
 class _Active(NamedTuple):
-    """What a layer adds in the batch at hand, in the network's dtype, the scale in ``up``.
+    """What a layer adds in the current batch, in the network's dtype, with the scale in ``up``.
 
-    With an axis of rows where rows differ, without one where all are the same client's.
+    With an axis of rows where rows differ, without one where all rows have the same client.
     """
 
     down: Tensor
@@ -54,10 +54,10 @@ class _Active(NamedTuple):
 
 
 class RoutedLinear(nn.Module):
-    """A linear layer that adds to each row what the adapter of that row says.
+    """A linear layer that adds to each row the output of that row's adapter.
 
     Args:
-        base_layer: Dense, a low-rank pair, or quantised.
+        base_layer: Layer of the base: dense, low-rank or quantized.
         in_features: I.
         out_features: O.
     """
@@ -75,7 +75,7 @@ class RoutedLinear(nn.Module):
         return cast("Tensor | None", getattr(last or self.base_layer, "bias", None))
 
     def forward(self, x: Float[Tensor, "B T I"]) -> Float[Tensor, "B T O"]:
-        """Cost: 2 R (I + O) floating-point operations a token beside those of the base."""
+        """Cost: 2 R (I + O) floating-point operations per token beside those of the base."""
         y: Tensor = self.base_layer(x)
         if self.active is None:
             return y
@@ -93,7 +93,7 @@ class RoutedLinear(nn.Module):
         return y
 
     def activate(self, names: Sequence[str | None], dtype: torch.dtype) -> None:
-        """Makes ready for a batch: a name a row, or one for all."""
+        """Prepares for a batch: one name per row, or one for all."""
         there = [self.adapters.get(name) if name is not None else None for name in names]
         if not any(there):
             self.active = None
@@ -123,12 +123,12 @@ class RoutedLinear(nn.Module):
 class AdapterBank:
     """The adapters of one base, by the names of their clients.
 
-    A further client costs the bytes of its adapter. A batch with several clients also holds, while
-    it runs, a copy of the adapter for each row.
+    A further client costs the bytes of its adapter. While a batch with several clients runs, it
+    also holds a copy of the adapter for each row.
 
     Args:
-        network: The base, quantised or not, in evaluation mode and without adapters. Its layers
-            are wrapped in place when the first adapter for them comes.
+        network: Base network, quantized or not, in evaluation mode and without adapters. Its layers
+            are wrapped in place when the first adapter for them is loaded.
 
     Raises:
         ValueError: It has adapters of its own.
@@ -144,11 +144,11 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """The clients that are loaded, in the order in which they came."""
+        """The clients that are loaded, in the order of loading."""
         return list(self._names)
 
     def num_bytes(self, name: str) -> int:
-        """Of a client's adapter in memory."""
+        """Bytes of a client's adapter in memory."""
         self.check(name)
         return self._names[name]
 
@@ -156,7 +156,7 @@ class AdapterBank:
         """Raises unless a client is loaded.
 
         Raises:
-            ValueError: It is not; the message has the nearest name.
+            ValueError: It is not loaded; the message has the nearest name.
         """
         if name not in self._names:
             there = ", ".join(self._names) or "none"
@@ -165,11 +165,11 @@ class AdapterBank:
 
     @torch.no_grad()
     def load(self, name: str, folder: str | Path) -> None:
-        """Takes in a client's adapter.
+        """Loads a client's adapter.
 
         Args:
-            name: New to the bank.
-            folder: In PEFT's format.
+            name: Name that is new to the bank.
+            folder: Folder of an adapter in PEFT's format.
 
         Raises:
             FileNotFoundError: The folder has no adapter.
@@ -201,7 +201,7 @@ class AdapterBank:
         self._names[name] = sum(adapter.num_bytes() for _, adapter in made.values())
 
     def unload(self, name: str) -> None:
-        """Forgets a client's adapter and frees its memory.
+        """Removes a client's adapter and frees its memory.
 
         Raises:
             ValueError: It is not loaded.
@@ -216,7 +216,7 @@ class AdapterBank:
         """Within it each row of a batch is answered by its own client's adapter.
 
         Args:
-            names: One a row, None for the base; or one for all rows of any batch.
+            names: One name per row, None for the base; or one for all rows of any batch.
 
         Raises:
             ValueError: A name is not loaded.

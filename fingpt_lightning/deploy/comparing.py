@@ -23,26 +23,26 @@ TEXTS = (
     "Shares of the company fell 4.2 % after it cut its outlook for the year; analysts had expected"
     " revenue of $1.3 billion and a dividend of",
 )
-"""Real prompts, where nobody gives others."""
+"""Real prompts, where none are given."""
 
 
 class Probe(NamedTuple):
-    """What a model is asked: the tokens of a prompt, and of which set it is."""
+    """The tokens of a prompt, and the set that it belongs to."""
 
     kind: str
     tokens: tuple[int, ...]
 
 
 class Difference(NamedTuple):
-    """Of one set of prompts, over all positions.
+    """Differences on one set of prompts, over all positions.
 
     Args:
-        kind: ``random`` or ``real``.
-        num_positions: Tokens at which logits are compared.
-        max_logit_difference: The largest absolute difference of two logits.
+        kind: Kind of the prompts, ``random`` or ``real``.
+        num_positions: Number of tokens at which logits are compared.
+        max_logit_difference: Largest absolute difference of two logits.
         relative_error: |difference| / |source|, after the mean over the vocabulary, which
             changes no probability, has been taken out at each position.
-        equal_predictions: Share of positions with the same likeliest token.
+        equal_predictions: Share of positions with the same most likely token.
     """
 
     kind: str
@@ -59,7 +59,7 @@ def probes(
 ) -> list[Probe]:
     """Random prompts, the same at each call, and real ones where there is a tokenizer.
 
-    A prompt beyond the network's positions loses its end.
+    A prompt that is longer than the network's positions loses its end.
     """
     num_positions = network.config.max_position_embeddings
     stream = torch.Generator().manual_seed(1)
@@ -87,15 +87,15 @@ def logits_of(network: PreTrainedModel, asked: Sequence[Probe]) -> list[Float[Te
 def differences(
     asked: Sequence[Probe], source: Sequence[Tensor], found: Sequence[Tensor]
 ) -> list[Difference]:
-    """How far logits are from those of the source, by set of prompts.
+    """Differences between the logits of an export and its source, by set of prompts.
 
     Args:
-        asked: The prompts.
+        asked: Prompts that were run.
         source: Logits of the model that was exported.
         found: Logits of the export.
 
     Raises:
-        ValueError: They are of another vocabulary, or no finite numbers.
+        ValueError: They have different vocabularies, or are not finite numbers.
     """
     made = []
     for kind in dict.fromkeys(probe.kind for probe in asked):

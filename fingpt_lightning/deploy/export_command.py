@@ -1,4 +1,4 @@
-"""``fingpt export`` and the function `export`: a model in, a folder out that others read."""
+"""``fingpt export`` and the function `export`: a model as a folder that other programs read."""
 
 import argparse
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def export(
 ) -> Exported:
     """Writes a model in another format, as ``fingpt export`` does.
 
-    The export is loaded again and compared with its source before the folder is there. Output
+    The export is loaded again and compared with its source before the folder appears. Output
     folder and prompts are checked before the model is loaded.
 
     Args:
@@ -63,16 +63,16 @@ def export(
         prompts: File of real prompts to compare on: ``.txt``, one per line, or ``.jsonl``.
         tolerance: Largest relative error of the logits; None takes that of the format.
         calibration: Text files; rounding to int8 or nf4 keeps the layers' outputs on them.
-        calibration_task: Name of a task to take prompts and answers of, in place of files.
-        calibration_tokens: Most tokens that are read; None is 32768.
+        calibration_task: Name of a task whose prompts and answers replace the files.
+        calibration_tokens: Largest number of tokens that are read; None is 32768.
         data_dir: Folder that holds ``TASK/train.jsonl``; None reads from the Hugging Face hub.
 
     Returns:
         Sizes, and the differences between the logits of source and export.
 
     Raises:
-        ValueError: The model or a setting is not as it must be, or the export differs too much.
-        OSError: A path leads nowhere, or the output is there.
+        ValueError: The model or a setting is not valid, or the export differs too much.
+        OSError: A path does not exist, or the output exists already.
     """
     with options_as_arguments():
         check_options(argparse.Namespace(**locals()))
@@ -114,14 +114,14 @@ def export(
 
 
 def run(options: argparse.Namespace) -> None:
-    """Exports a model as the options say, and prints how far the export differs.
+    """Exports a model as the options request, and prints how far the export differs.
 
     Args:
         options: Result of `parse_options`.
 
     Raises:
-        ValueError: The model or a setting is not as it must be, or the export differs too much.
-        OSError: A path leads nowhere, or the output is there.
+        ValueError: The model or a setting is not valid, or the export differs too much.
+        OSError: A path does not exist, or the output exists already.
     """
     logging.disable_progress_bar()
     exported = export(**vars(options))

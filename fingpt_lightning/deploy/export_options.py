@@ -59,7 +59,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         words: Part of the command line after the command.
 
     Raises:
-        WrongOptions: An option is unknown or missing, has no such value, or has no effect.
+        WrongOptions: An option is unknown or missing, has an invalid value, or has no effect.
         SystemExit: With status 0, after ``--help`` has been answered.
     """
     options = build_parser().read(words)
@@ -68,10 +68,10 @@ def parse_options(words: list[str]) -> argparse.Namespace:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuses options that have no effect beside each other.
+    """Refuses options that have no effect together.
 
     Raises:
-        WrongOptions: There is one.
+        WrongOptions: There is such an option.
     """
     check_calibration_options(options)
     if asks_for_calibration(options) and options.format not in ("int8", "nf4"):

@@ -1,4 +1,4 @@
-"""One export: written aside, loaded again, compared, and only then put in its place."""
+"""One export: written to a temporary folder, loaded again, compared, and only then renamed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,12 +34,12 @@ TOLERANCES = {
     "int8": 0.3,
     "nf4": 0.7,
 }
-"""The largest relative error of the logits, by format where it quantises, else by stored dtype."""
+"""Largest relative error of the logits, by format where it quantizes, else by stored dtype."""
 GGUF = "model.gguf"
 
 
 def working_dtype(stored: str) -> torch.dtype:
-    """In which source and export are compared: float32 unless float64 is stored."""
+    """Type in which source and export are compared: float32 unless float64 is stored."""
     return torch.float64 if stored == "float64" else torch.float32
 
 
@@ -47,7 +47,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raises where an export could not be written.
 
     Raises:
-        FileExistsError: ``output`` is there and not to be replaced, or is no export.
+        FileExistsError: ``output`` exists and is not to be replaced, or is not an export.
     """
     check_replaceable(output, overwrite, made_by_us(output), "export")
 
@@ -66,21 +66,21 @@ def export(
 ) -> Exported:
     """Writes a model in another form; the folder appears whole and compared, or not at all.
 
-    An adapter is merged in, but for the form ``peft``, and for a base that is quantised as the
-    form says: that keeps its codes and the adapter beside them, unless there is a calibration.
+    An adapter is merged in, except in the form ``peft``, and except for a base that is quantized
+    in that form: that keeps its codes and the adapter beside them, unless there is a calibration.
 
     Args:
-        source: On the CPU in `working_dtype`; its network is changed.
+        source: Model on the CPU in `working_dtype`; its network is changed.
         form: One of ``FORMATS`` of the options.
-        output: The folder that is made.
-        dtype: Of the stored weights that are not quantised.
+        output: Folder that is made.
+        dtype: Type of the stored weights that are not quantized.
         texts: Real prompts to compare on.
-        tolerance: The largest relative error of the logits; None is that of `TOLERANCES`.
-        overwrite: Replaces an export that is there.
-        embeddings: ``quantized`` or ``kept``, for the forms int8 and nf4; None quantises those of
+        tolerance: Largest relative error of the logits; None is that of `TOLERANCES`.
+        overwrite: Whether an existing export is replaced.
+        embeddings: ``quantized`` or ``kept``, for the forms int8 and nf4; None quantizes those of
             low-rank networks, which plain transformers cannot read anyhow.
-        calibration: For the forms int8 and nf4: the tokens on which rounding keeps the layers'
-            outputs; None rounds each number to its nearest.
+        calibration: Tokens on which rounding keeps the layers' outputs, for the forms int8 and nf4;
+            None rounds each number to its nearest.
 
     Raises:
         FileExistsError: As in `check_output`.
@@ -133,7 +133,7 @@ def _write(
     embeddings: str | None,
     calibration: Calibration | None,
 ) -> int:
-    """Writes the files; gives the number of the export's parameters."""
+    """Writes the files; returns the number of the export's parameters."""
     network = source.network
     if form == "peft":
         save_adapter(network, folder, *source.source.base.absolute())

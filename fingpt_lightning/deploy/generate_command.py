@@ -18,14 +18,14 @@ from fingpt_lightning.terminal.progress import shown_progress
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes on from each prompt; the prompts are checked before the model is loaded.
+    """Continues each prompt; the prompts are checked before the model is loaded.
 
     Args:
-        options: Of `parse_options`.
+        options: Result of `parse_options`.
 
     Raises:
-        ValueError: A prompt, a setting or the model is not as it must be.
-        OSError: A path leads nowhere, or the output is there.
+        ValueError: A prompt, a setting or the model is not valid.
+        OSError: A path does not exist, or the output exists already.
     """
     sampling = _sampling(options)
     prompts = [Prompt(options.prompt)] if options.prompts is None else read_prompts(options.prompts)
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """The prompts of a text file, one a line, or of a ``.jsonl`` file.
+    """The prompts of a text file, one per line, or of a ``.jsonl`` file.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -97,7 +97,7 @@ def read_prompts(file: Path) -> list[Prompt]:
 
 
 def write_completions(file: Path, completions: list[Completion]) -> None:
-    """Writes one JSON object a text, aside and then renamed."""
+    """Writes one JSON object per text to a temporary file, which is then renamed."""
     lines = [
         to_json(
             {

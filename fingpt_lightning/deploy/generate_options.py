@@ -16,10 +16,10 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     """The options that follow ``fingpt generate``.
 
     Args:
-        words: Of the command line.
+        words: Part of the command line after the command.
 
     Raises:
-        WrongOptions: An option is unknown, missing, has no such value, or has no effect beside
+        WrongOptions: An option is unknown, missing, has an invalid value, or has no effect with
             another.
         SystemExit: With status 0, after ``--help`` has been answered.
     """

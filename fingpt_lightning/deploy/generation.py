@@ -1,4 +1,4 @@
-"""Texts that go on from prompts."""
+"""Texts that continue prompts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -13,16 +13,16 @@ from fingpt_lightning.models.formats.tokenizer import check_tokens
 
 
 class Prompt(NamedTuple):
-    """What a text begins with, and the name of the adapter that goes on; None is the base."""
+    """The beginning of a text, and the name of the adapter that continues it; None is the base."""
 
     text: str
     adapter: str | None = None
 
 
 class Completion(NamedTuple):
-    """What a network wrote after a prompt.
+    """The text that a network wrote after a prompt.
 
-    ``has_ended`` says whether it came to an end by itself, before the most tokens were written.
+    ``has_ended`` is whether it ended by itself, before the maximum number of tokens was written.
     """
 
     prompt: Prompt
@@ -41,22 +41,22 @@ def complete(
     batch_size: int = 8,
     bank: AdapterBank | None = None,
 ) -> Iterator[tuple[int, Completion]]:
-    """Goes on with each prompt; gives the number of the prompt and its text, batch by batch.
+    """Continues each prompt; yields the number of the prompt and its text, batch by batch.
 
     Prompts of like length share a batch, whatever their adapters. All are checked first.
 
     Args:
-        network: In evaluation mode.
-        tokenizer: Of the network.
-        prompts: The texts.
-        num_new: The most tokens that are written to each.
-        sampling: None takes the likeliest token.
-        batch_size: Prompts that are run together.
-        bank: The network's, with the adapters that prompts name.
+        network: Network in evaluation mode.
+        tokenizer: Tokenizer of the network.
+        prompts: Prompts to continue.
+        num_new: Largest number of tokens that are written to each.
+        sampling: Settings of the draws; None takes the most likely token.
+        batch_size: Number of prompts that are run together.
+        bank: Bank of the network, with the adapters that prompts name.
 
     Raises:
         ValueError: A prompt has no token, does not fit the network's positions with ``num_new``
-            more, or names an adapter that is not there.
+            more, or names an adapter that is not loaded.
         FloatingPointError: While writing, a logit is NaN or infinite.
     """
     tokens = _prompt_tokens(network, tokenizer, prompts, num_new)

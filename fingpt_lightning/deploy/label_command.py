@@ -29,11 +29,11 @@ def run(options: argparse.Namespace) -> None:
     """Labels a file; its rows and the output are checked before the model is loaded.
 
     Args:
-        options: Of `parse_options`.
+        options: Result of `parse_options`.
 
     Raises:
-        ValueError: A row, the task, the model or the output is not as it must be.
-        OSError: A path leads nowhere, or the output is there.
+        ValueError: A row, the task, the model or the output is not valid.
+        OSError: A path does not exist, or the output exists already.
     """
     task = find_task(options.task)
     columns = Columns(options.text_column, options.adapter_column)
@@ -108,10 +108,10 @@ def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> di
 
 
 def _schema(file: Path, task: Task) -> Any:
-    """Of the output: the types of the input, or those that all its rows fit.
+    """Schema of the output: the types of the input, or those that fit all its rows.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are no such types.
     """
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet

@@ -1,7 +1,8 @@
-"""An output file that grows in parts, so that a run that was killed goes on where it was.
+"""An output file that grows in parts, so that a run that was killed resumes where it was.
 
-The parts lie in a folder beside the file that one process owns, each written aside and then
-renamed: how many there are is the position. At the end they become the file, and the folder goes.
+The parts lie in a folder beside the file that one process owns; each is written to a temporary
+file and renamed: their number is the position. In the end they become the file and their folder
+is removed.
 """
 
 import csv
@@ -33,13 +34,13 @@ class LabelledFile:
     """The rows of one output.
 
     Args:
-        path: ``.csv``, ``.jsonl`` or ``.parquet``.
-        settings: What decides the rows, as JSON has it; parts of other settings are not gone on
-            with.
-        schema: Of the rows, for Parquet; None takes that of the first part.
+        path: Path that ends in ``.csv``, ``.jsonl`` or ``.parquet``.
+        settings: Settings that determine the rows, as JSON; parts of other settings are not
+            continued.
+        schema: Schema of the rows, for Parquet; None takes that of the first part.
 
     Raises:
-        ValueError: The ending is none of the three.
+        ValueError: The ending is not one of the three.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, object], schema: Any = None) -> None:
@@ -51,20 +52,20 @@ class LabelledFile:
 
     @contextmanager
     def begun(self, overwrite: bool) -> Iterator[int]:
-        """Makes the folder of parts, or finds those of an earlier run; it is ours until the end.
+        """Makes the folder of parts, or finds that of an earlier run, and owns it until the end.
 
-        A folder without a part counts as none: whatever its settings, nothing is lost with it.
+        A folder without a part counts as empty: whatever its settings, nothing is lost with it.
 
         Args:
-            overwrite: Whether an output or parts that are there are thrown away.
+            overwrite: Whether an existing output or existing parts are deleted.
 
         Yields:
-            The number of parts that are whole.
+            Number of parts that are whole.
 
         Raises:
-            FileExistsError: The output is there.
+            FileExistsError: The output exists already.
             InUseError: Another process writes this output.
-            ValueError: The parts that are there are of other settings.
+            ValueError: The existing parts are of other settings.
         """
         if self.path.exists() and not overwrite:
             raise FileExistsError(f"output {self.path} is there already; --overwrite replaces it")
@@ -95,15 +96,15 @@ class LabelledFile:
         """Writes a part.
 
         Args:
-            number: Of the part, from 0.
-            rows: At least one.
-            names: All columns, in order.
+            number: Number of the part, from 0.
+            rows: Rows of the part, at least one.
+            names: Names of all columns, in order.
         """
         with written_whole(self._part(number)) as aside:
             _FORMS[self.path.suffix](aside, rows, names, number == 0, self._schema)
 
     def finish(self) -> None:
-        """Makes the output of the parts."""
+        """Makes the output from the parts."""
         with written_whole(self.folder / "whole") as aside:
             if self.path.suffix == ".parquet":
                 _join_parquet(self._parts(), aside)
@@ -135,7 +136,7 @@ def check_writable(row: Row, ending: str) -> None:
 
 
 def _csv_value(name: str, value: object) -> object:
-    """What stands in a cell: nothing where a value is missing, truth values as JSON has them."""
+    """The content of a cell: nothing where a value is missing, truth values as in JSON."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple | dict):

@@ -1,4 +1,4 @@
-"""Labels for rows as they come, a chunk at a time."""
+"""Labels for rows as they arrive, a chunk at a time."""
 
 import json
 import math
@@ -23,11 +23,11 @@ Row = Mapping[str, object]
 
 
 class Columns(NamedTuple):
-    """Where rows have what a task asks for.
+    """The columns that hold what a task needs.
 
     Args:
-        text: The column of the field ``text``; other fields are columns of their own names.
-        adapter: The column with the name of each row's adapter, or None.
+        text: Name of the column of the field ``text``; other fields are columns of their own names.
+        adapter: Name of the column with each row's adapter, or None.
     """
 
     text: str
@@ -42,13 +42,13 @@ class Labeller:
     """A model that labels rows of a task.
 
     Args:
-        network: In evaluation mode.
-        tokenizer: Of the network.
-        task: Of kind ``labels``.
-        columns: Of the rows.
+        network: Network in evaluation mode.
+        tokenizer: Tokenizer of the network.
+        task: Task of kind ``labels``.
+        columns: Columns of the rows.
         calibrate: Whether the bias for labels without content is taken out.
-        batch_tokens: As in `fingpt_lightning.evaluation.scoring.score`.
-        bank: The network's adapters, where rows name theirs.
+        batch_tokens: Tokens of a batch, as in `fingpt_lightning.evaluation.scoring.score`.
+        bank: Bank of the network's adapters, where rows name theirs.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Labeller:
 
         They are None where the text is empty or the row does not fit the context without it.
 
-        Rows of one adapter are run together: what their prompts begin with is run once for each.
+        Rows of one adapter are run together: what their prompts begin with is run once per adapter.
 
         Args:
-            rows: In the order of the file.
-            first: The number of the first, for messages.
+            rows: Rows in the order of the file.
+            first: Number of the first row, for messages.
         """
         by_adapter: dict[str | None, list[tuple[int, Example]]] = {}
         for place, row in enumerate(rows):
@@ -111,7 +111,7 @@ class Labeller:
 
 
 def label_columns(task: Task) -> list[str]:
-    """The columns that labelling adds: the label, and the probability of each."""
+    """The columns that labeling adds: the label, and the probability of each."""
     return [f"{task.name}_label", *(f"{task.name}_{'_'.join(x.split())}" for x in task.labels)]
 
 
@@ -155,17 +155,17 @@ def checked_rows(
     adapters: Sequence[str] = (),
     output_ending: str = ".jsonl",
 ) -> tuple[int, list[str]]:
-    """Reads a whole file, so that hours of labelling do not end at a wrong row.
+    """Reads a whole file, so that hours of labeling do not end at a wrong row.
 
     Args:
-        task: Of kind ``labels``.
-        file: The input.
-        columns: Of its rows.
-        adapters: The names that rows may have.
-        output_ending: Form of the file that all columns are to be written to.
+        task: Task of kind ``labels``.
+        file: Input file.
+        columns: Columns of its rows.
+        adapters: Names of the adapters that rows may have.
+        output_ending: Ending of the file that all columns are to be written to.
 
     Returns:
-        The number of rows, and the names of all columns.
+        Number of rows, and the names of all columns.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -15,7 +15,7 @@ from fingpt_lightning.models.sources import resolve_source
 
 
 class ReadyModel(NamedTuple):
-    """A network that answers; its bank is None where it has no ``--adapters``."""
+    """A network ready for use; its bank is None where there is no ``--adapters``."""
 
     loaded: LoadedModel
     network: PreTrainedModel
@@ -27,8 +27,8 @@ def load_with_adapters(options: argparse.Namespace) -> ReadyModel:
     """Loads what ``--model``, ``--adapter`` and ``--adapters`` name.
 
     Raises:
-        FileNotFoundError: A path leads nowhere.
-        ValueError: A model or adapter is not as it must be.
+        FileNotFoundError: A path does not exist.
+        ValueError: A model or adapter is not valid.
     """
     quantize = options.quantize
     if options.adapters and quantize == AUTO:
@@ -47,14 +47,14 @@ def load_with_adapters(options: argparse.Namespace) -> ReadyModel:
 
 
 def common_quantization(adapters: Mapping[str, Path]) -> str:
-    """In what the bases of some adapters were quantised when they were trained.
+    """The format to which the bases of some adapters were quantized when they were trained.
 
     Args:
-        adapters: Their folders, by name.
+        adapters: Folders of the adapters, by name.
 
     Raises:
         FileNotFoundError: A folder has no adapter.
-        ValueError: They were trained on bases that differ in it.
+        ValueError: They were trained on bases with different formats.
     """
     found = {}
     for name, path in adapters.items():

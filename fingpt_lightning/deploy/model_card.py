@@ -32,7 +32,7 @@ llama = Llama("{name}/model.gguf")""",
 
 
 class Exported(NamedTuple):
-    """What an export weighs, how far it is from its source, and what it was rounded on."""
+    """Sizes of an export, its differences from its source, and its calibration text."""
 
     format: str
     dtype: str
@@ -53,9 +53,9 @@ def model_card(source: LoadedModel, exported: Exported, name: str) -> str:
     """The text of the card.
 
     Args:
-        source: What was exported.
-        exported: Its figures.
-        name: The folder's.
+        source: Description of what was exported.
+        exported: Figures of the export.
+        name: Name of the folder.
     """
     found = source.source.adapter
     adapter = f"\nAdapter: `{found}`  " if found is not None else ""

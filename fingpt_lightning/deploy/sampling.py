@@ -17,10 +17,11 @@ class Sampling:
     """How a token is drawn from the network's probabilities.
 
     Args:
-        temperature: Logits are divided by it; above 0.
-        top_k: Only so many of the likeliest tokens can be drawn; None is all.
-        top_p: Only the likeliest tokens that reach this probability together; None is all.
-        seed: Of all draws.
+        temperature: Divisor of the logits, above 0.
+        top_k: Number of the most likely tokens that can be drawn; None is all.
+        top_p: Joint probability of the most likely tokens, to which the draws are limited; None is
+            all.
+        seed: Seed of all draws.
 
     Raises:
         ValueError: A value outside its range.
@@ -46,8 +47,8 @@ class Sampler:
     So a text depends on the seed and on its place among the prompts, not on its batch.
 
     Args:
-        sampling: The same for all rows.
-        rows: The number of each row's prompt.
+        sampling: Settings of the draws, the same for all rows.
+        rows: Number of each row's prompt.
     """
 
     def __init__(self, sampling: Sampling, rows: Sequence[int]) -> None:
@@ -68,6 +69,6 @@ class Sampler:
         draws = [stream.random() for stream in self._streams]
         drawn_B1 = sums_BV[:, -1:] * sums_BV.new_tensor(draws)[:, None]
         place_B1 = torch.searchsorted(sums_BV, drawn_B1, right=True)
-        # Rounding may put a draw at the very end, behind the last token that can be drawn.
+        # Rounding may put a draw at the very end, after the last token that can be drawn.
         last_B1 = (kept_BV > 0).sum(1, keepdim=True) - 1
         return order_BV.gather(1, place_B1.minimum(last_B1)).squeeze(1)
