@@ -1,4 +1,4 @@
-"""Log-probabilities of answers from hidden states, without logits that nobody asks for.
+"""Log-probabilities of answers from hidden states, without computing logits that are not needed.
 
 Axes: B rows, T nodes, D width, N nodes that are read, K features of the head's last product,
 S steps, V vocabulary.
@@ -16,11 +16,11 @@ from fingpt_lightning.evaluation.token_tree import Step, TokenTree
 from fingpt_lightning.low_rank.embedding import head_factors
 
 _LOGIT_BYTES = 2**26
-"""Of logits over the vocabulary that are held at a time."""
+"""Bytes of logits over the vocabulary that are held at a time."""
 
 
 class AnswerScores(NamedTuple):
-    """Of each row: the score of each answer, and whether greedy decoding would write it."""
+    """Per row: the score of each answer, and whether greedy decoding would write it."""
 
     scores: list[list[float]]
     are_greedy: list[list[bool]]
@@ -40,10 +40,10 @@ def answer_scores(
     Args:
         head: A `LowRankHead` or a ``torch.nn.Linear`` without bias.
         hidden: Final hidden states of the trees' nodes.
-        trees: One a row.
-        relative: Leave out what all answers of a row have in common: scores are then known up to
-            a constant of the row, ``are_greedy`` is empty, and answers of one token need only
-            their own rows of the head.
+        trees: Token trees, one per row.
+        relative: Whether to leave out what all answers of a row have in common: scores are then
+            known up to a constant of the row, ``are_greedy`` is empty, and answers of one token
+            need only their own rows of the head.
 
     Raises:
         TypeError: The head is of another class or has a bias.
@@ -74,7 +74,7 @@ def answer_scores(
 
 
 def _common_nodes(steps: Sequence[Sequence[Step]]) -> frozenset[int]:
-    """The nodes on all answers' paths: their normalisers change no comparison."""
+    """The nodes on all answers' paths: their normalizers change no comparison."""
     return frozenset.intersection(*(frozenset(step.node for step in answer) for answer in steps))
 
 

@@ -1,13 +1,13 @@
-"""Rows of like length together, so that little of a batch is padding."""
+"""Rows of similar length together, so that little of a batch is padding."""
 
 from collections.abc import Sequence
 
 _CPU_TOKENS, _GPU_TOKENS = 512, 16384
-"""On a CPU the activations of a batch stay in its caches; a GPU wants many rows to be busy."""
+"""On a CPU the activations of a batch stay in its caches; a GPU needs many rows to be busy."""
 
 
 def default_batch_tokens(device_type: str) -> int:
-    """Tokens of a batch where nobody has said how many."""
+    """Tokens of a batch where no number is given."""
     return _CPU_TOKENS if device_type == "cpu" else _GPU_TOKENS
 
 
@@ -18,8 +18,8 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     ``batch_tokens`` is a batch of its own.
 
     Args:
-        lengths: Of the rows, in tokens.
-        batch_tokens: At least 1.
+        lengths: Lengths of the rows, in tokens.
+        batch_tokens: Tokens of a batch, at least 1.
 
     Raises:
         ValueError: ``batch_tokens`` is below 1.

@@ -1,4 +1,4 @@
-"""Contextual calibration: what a model answers to no content at all is taken out of its answers.
+"""Contextual calibration: what a model answers without any content is removed from its answers.
 
 Source: https://arxiv.org/abs/2102.09690, section 5 (their W is the inverse of ``content_free``,
 their b is 0).
@@ -28,16 +28,16 @@ def calibrate(
 ) -> list[Prediction]:
     """Divides each label's probability by its probability for content-free inputs.
 
-    That is the mean over `CONTENT_FREE` in place of the row's texts. What a row has of a small
-    set of values stays: the question asked of a headline, whether a text is news or a tweet.
+    That is the mean over `CONTENT_FREE` in place of the row's texts. Fields with a small set of
+    values stay: the question about a headline, whether a text is news or a tweet.
 
     Args:
-        network: In evaluation mode.
-        tokenizer: Of the network.
-        task: Of kind ``labels``.
-        examples: Of the task.
-        predictions: Of the examples, with relative scores.
-        batch_tokens: As in `score`.
+        network: Network in evaluation mode.
+        tokenizer: Tokenizer of the network.
+        task: Task of kind ``labels``.
+        examples: Examples of the task.
+        predictions: Predictions for the examples, with relative scores.
+        batch_tokens: Tokens of a batch, as in `score`.
 
     Raises:
         ValueError: The task is of another kind.
@@ -99,7 +99,7 @@ def _is_closed(task: Task, name: str) -> bool:
 
 
 def _pattern(template: Template) -> re.Pattern[str]:
-    """What the template's prompts look like: a group for the first place of each field."""
+    """The pattern of the template's prompts: a group for the first place of each field."""
     pattern = re.escape(template.pattern)
     for name in template.names:
         place = re.compile(r"\\\{" + name + r"(\\\|capitalize)?\\\}")

@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
         model: Path or name of the model, with its kind.
         results: Answers and metrics by name of the task.
         head: Model, settings, time and versions, as ``results.json`` has them.
-        num_positions: Tokens that the model reads at most.
+        num_positions: Largest number of tokens that the model reads.
     """
 
     model: str
@@ -87,18 +87,18 @@ def evaluate(
         split: Part of each task's rows.
         output: Folder for the results; None writes none.
         overwrite: Whether results in that folder are replaced.
-        scoring: ``choices`` takes the likeliest of the possible answers, ``generate`` reads the
+        scoring: ``choices`` takes the most likely of the possible answers, ``generate`` reads the
             label in a written one.
         calibrate: Whether the bias for labels without content is taken out.
         strict: Whether an empty text is an error; else its row is left out.
         too_long: ``cut`` takes tokens of their text from rows of more tokens than the model reads,
             ``drop`` leaves them out, ``error`` ends with one line.
         batch_tokens: Tokens of a batch, padding included; None fits the device.
-        limit: Rows of each task; None takes all.
+        limit: Number of rows of each task; None takes all.
 
     Raises:
-        ValueError: A model, task, row, setting or the output folder is not as it must be.
-        FileNotFoundError: A path leads nowhere.
+        ValueError: A model, task, row, setting or the output folder is not valid.
+        FileNotFoundError: A path does not exist.
     """
     with options_as_arguments():
         check_options(argparse.Namespace(overwrite=overwrite, output=output))
@@ -168,22 +168,22 @@ def evaluate(
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluates a model as the options say, prints a table, and then writes the files.
+    """Evaluates a model as the options request, prints a table, and then writes the files.
 
     Args:
         options: Result of `parse_options`.
 
     Raises:
-        ValueError: A model, a task, a row or the output folder is not as it must be.
-        FileNotFoundError: A path leads nowhere.
+        ValueError: A model, a task, a row or the output folder is not valid.
+        FileNotFoundError: A path does not exist.
     """
     output = options.output
     if output is not None:
         check_output(output, options.overwrite)
-    # The table is printed before files are written: a full disk does not take the figures away.
+    # The table is printed before files are written: a full disk does not cost the figures.
     evaluation = evaluate(**vars(options) | {"output": None, "overwrite": False})
     results = list(evaluation.results.values())
-    # A file has 80 columns for rich, which would cut the figures.
+    # Rich takes 80 columns for a file, which would cut the figures.
     console = Console(width=max(Console().width, _TABLE_WIDTH), soft_wrap=True)
     console.print(evaluation.model, highlight=False, markup=False)
     console.print(table(results), soft_wrap=False)

@@ -1,4 +1,4 @@
-"""Running token trees through a network, after a beginning that is run once.
+"""Running token trees through a network, after a common beginning that is run once.
 
 Axes: B rows, T tokens or nodes, S tokens before and in the rows, D width.
 """
@@ -19,8 +19,8 @@ class SharedPrefix:
     """The keys and values of the tokens that all rows begin with, computed at batch size 1.
 
     Args:
-        network: In evaluation mode.
-        tokens: What rows begin with; may be empty.
+        network: Network in evaluation mode.
+        tokens: Tokens that all rows begin with; may be empty.
     """
 
     def __init__(self, network: PreTrainedModel, tokens: Sequence[int]) -> None:
@@ -51,8 +51,8 @@ def tree_mask(ends: Int[Tensor, "B T"], num_before: int) -> Bool[Tensor, "B 1 T 
     """Which keys each node attends to: all before the tree, itself and the nodes on its path.
 
     Args:
-        ends: `TokenTree.ends` of each row; a padding node ends behind itself.
-        num_before: Keys before the tree.
+        ends: Values of `TokenTree.ends` of each row; a padding node ends behind itself.
+        num_before: Number of keys before the tree.
     """
     node_T = torch.arange(ends.shape[1], device=ends.device)
     mask_BTT = (node_T[:, None] >= node_T) & (node_T[:, None] < ends[:, None, :])
@@ -68,10 +68,10 @@ def run_trees(
     """The final hidden states of the nodes, right-padded.
 
     Args:
-        network: In evaluation mode.
-        trees: Built with ``num_before`` of the prefix.
-        prefix: What has been run before.
-        cache: Of the prefix, for who wants to go on after the trees; None makes one.
+        network: Network in evaluation mode.
+        trees: Token trees, built with ``num_before`` of the prefix.
+        prefix: Prefix that has been run before.
+        cache: Cache of the prefix, for callers that continue after the trees; None makes one.
     """
     length = max(len(tree.tokens) for tree in trees)
     ids, positions, ends = [], [], []

@@ -21,7 +21,7 @@ from fingpt_lightning.tasks import Example
 from fingpt_lightning.tasks.encoding import Text, TooLong, encode_examples, encode_prompts
 
 _EXTRA_TOKENS = 6
-"""Of an answer beyond its longest label: room for "The answer is"."""
+"""Tokens of an answer beyond its longest label, for words such as "The answer is"."""
 
 
 @torch.no_grad()
@@ -40,12 +40,12 @@ def generate(
     the length of the longest label and some tokens. One that names no label has ``choice`` None.
 
     Args:
-        network: In evaluation mode.
-        tokenizer: Of the network.
-        examples: Of one task of kind ``labels``.
-        batch_tokens: Tokens of the prompts of a batch, padding included; None leaves it to the
+        network: Network in evaluation mode.
+        tokenizer: Tokenizer of the network.
+        examples: Examples of one task of kind ``labels``.
+        batch_tokens: Tokens of the prompts of a batch, padding included; None derives it from the
             device.
-        too_long: As in `score`.
+        too_long: Treatment of rows that do not fit, as in `score`.
         on_answered: Callback, called after each batch with the number of examples answered.
 
     Raises:
@@ -110,7 +110,7 @@ def _continue(
 ) -> list[str]:
     device = network.device
     cache = prefix.cache(len(prompts))
-    # A tree of one text does not run the text's last token: here it is one that stands for more.
+    # A tree of one text does not run the text's last token: here one is appended that is not run.
     trees = [build_tree([Text((*prompt, 0), len(prompt))], prefix.num_tokens) for prompt in prompts]
     hidden_BTD = run_trees(network, trees, prefix, cache)
     lengths_B = torch.tensor([len(tree.tokens) for tree in trees], device=device)

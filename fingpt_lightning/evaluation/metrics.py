@@ -21,10 +21,10 @@ _PERCENTILES = (2.5, 97.5)
 
 
 class LabelMetrics(NamedTuple):
-    """Of a task of labels; a missing answer counts as wrong.
+    """Figures of a task of labels; a missing answer counts as wrong.
 
     ``macro_f1`` is the mean over the labels that occur, in gold or answers, as in scikit-learn;
-    ``confusion`` has a row a gold label, and a last column for missing answers. Intervals hold
+    ``confusion`` has a row per gold label, and a last column for missing answers. Intervals hold
     95 % of bootstrap resamples.
     """
 
@@ -48,7 +48,7 @@ def label_metrics(
         gold: Index of each row's label, at least one row.
         predicted: Index of each answer's label; None where it names none.
         num_labels: L.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
 
     Raises:
         ValueError: There are no rows.
@@ -74,11 +74,11 @@ def label_metrics(
 
 
 class ChoiceMetrics(NamedTuple):
-    """Of a task whose rows have choices of their own.
+    """Figures of a task whose rows have choices of their own.
 
-    ``accuracy_norm`` compares log-probabilities a character, as lm-evaluation-harness's
-    ``acc_norm``; ``perplexity`` is of the right answers as words. None where a task does not have
-    it, or where it is too large for a float.
+    ``accuracy_norm`` compares log-probabilities per character, as lm-evaluation-harness's
+    ``acc_norm``; ``perplexity`` is that of the right answers as words. A figure is None where a
+    task does not have it, or where it is too large for a float.
     """
 
     accuracy: float
@@ -95,14 +95,14 @@ def choice_metrics(
     choices: Sequence[Sequence[str]],
     seed: int = 0,
 ) -> ChoiceMetrics:
-    """Accuracy, plain and by length; where there is one choice a row, accuracy and perplexity.
+    """Accuracy, plain and by length; where there is one choice per row, accuracy and perplexity.
 
     Args:
         gold: Index of each row's right choice, at least one row.
-        predicted: Index of each likeliest choice.
+        predicted: Index of each row's most likely choice.
         scores: Log-probability of each choice.
-        choices: Their texts.
-        seed: Of the resamples.
+        choices: Texts of the choices.
+        seed: Seed of the resamples.
 
     Raises:
         ValueError: There are no rows.
@@ -116,7 +116,7 @@ def choice_metrics(
     accuracy, interval = sum(right) / len(right), _interval(num_right / len(right))
     if all(len(own) == 1 for own in choices):
         mean = sum(own[0] for own in scores) / len(scores)
-        # Beyond that the exponential is no float.
+        # Beyond that the exponential is not a finite float.
         perplexity = math.exp(-mean) if -mean < math.log(sys.float_info.max) else None
         return ChoiceMetrics(accuracy, interval, len(right), perplexity=perplexity)
     by_length = [

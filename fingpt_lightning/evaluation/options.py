@@ -56,7 +56,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         words: Part of the command line after the command.
 
     Raises:
-        WrongOptions: An option is unknown or missing, has no such value, or has no effect.
+        WrongOptions: An option is unknown or missing, has an invalid value, or has no effect.
         SystemExit: With status 0, after ``--help`` has been answered.
     """
     options = build_parser().read(words)
@@ -65,10 +65,10 @@ def parse_options(words: list[str]) -> argparse.Namespace:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuses options that have no effect beside each other.
+    """Refuses options that have no effect together.
 
     Raises:
-        WrongOptions: There is one.
+        WrongOptions: There is such an option.
     """
     if options.overwrite and options.output is None:
         raise WrongOptions("--overwrite has an effect with --output alone")

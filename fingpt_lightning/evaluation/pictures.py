@@ -11,11 +11,11 @@ from fingpt_lightning.tasks import Task
 
 
 def confusion_png(confusion: Sequence[Sequence[int]], task: Task) -> bytes:
-    """A PNG: a row a gold label, a column an answer, shades by share of the row, counts inside.
+    """A PNG: a row per gold label, a column per answer, shades by share of the row, counts inside.
 
     Args:
-        confusion: As in `LabelMetrics`.
-        task: Whose labels they are.
+        confusion: Confusion as in `LabelMetrics`.
+        task: Task of the labels.
     """
     counts = np.asarray(confusion)
     answers = [*task.labels, "missing"]

@@ -42,7 +42,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def table(results: Sequence[TaskResult]) -> Table:
-    """One line a task; the accuracy with its interval."""
+    """One line per task; the accuracy with its interval."""
     shown = {
         key: title
         for key, title in _COLUMNS.items()
@@ -63,7 +63,7 @@ def remarks(results: Sequence[TaskResult], max_length: int) -> list[str]:
 
     Args:
         results: Results of all tasks.
-        max_length: Tokens that the network reads at most.
+        max_length: Largest number of tokens that the network reads.
     """
     found = []
     for result in results:
@@ -102,11 +102,11 @@ def write_results(
 ) -> None:
     """Writes all files, each aside and then renamed, ``results.json`` last.
 
-    So a folder with a ``results.json`` is whole, and one without it is none.
+    So a folder with a ``results.json`` is whole, and one without it does not count as results.
 
     Args:
         folder: Output folder; made where it is not there.
-        head: What stands in ``results.json`` beside ``tasks``.
+        head: Object that ``results.json`` holds beside ``tasks``.
         results: One result per task.
         has_pictures: Whether the confusions are drawn too.
 
@@ -148,7 +148,7 @@ class RunEvaluations:
 
         Args:
             step: Optimizer steps before it.
-            head: What stands in ``results.json`` beside ``tasks`` and ``step``.
+            head: Object that ``results.json`` holds beside ``tasks`` and ``step``.
             results: One result per task.
 
         Raises:
@@ -177,7 +177,7 @@ def _pictures(results: Sequence[TaskResult]) -> dict[str, bytes]:
 
 
 def prediction_rows(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
-    """One object a row: task, row of its file, text, gold, prediction, and how it came about."""
+    """One object per row: task, row of its file, text, gold, prediction, and how it came about."""
     rows = []
     for result in results:
         for example, prediction in zip(result.run.examples, result.predictions, strict=True):

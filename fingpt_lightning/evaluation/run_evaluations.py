@@ -1,6 +1,6 @@
 """The evaluations of one run, in its folder: ``eval/STEP/`` of each optimizer step that had one.
 
-Each holds what `fingpt evaluate` leaves, without pictures. ``results.json`` stays for every step:
+Each holds what `fingpt evaluate` writes, without pictures. ``results.json`` stays for every step:
 it takes a kB per task. ``predictions.jsonl`` holds every row, so it stays only for the first, the
 best and the last step: a run with thousands of evaluations keeps three.
 """
@@ -17,9 +17,9 @@ class RunEvaluation(NamedTuple):
     """One evaluation of a run.
 
     Attributes:
-        step: Optimizer steps before it.
-        folder: Its files.
-        results: The object in ``results.json``.
+        step: Number of optimizer steps before it.
+        folder: Folder of its files.
+        results: Object in ``results.json``.
     """
 
     step: int
@@ -28,10 +28,10 @@ class RunEvaluation(NamedTuple):
 
 
 def read_run_evaluations(run_folder: Path) -> list[RunEvaluation]:
-    """The evaluations of a run, the first step first.
+    """The evaluations of a run, in the order of the steps.
 
-    Those of an attempt that was given up are left out: a resumed run goes back to a checkpoint, and
-    what the first attempt found after it is older than what the second one found before.
+    Those of an abandoned attempt are left out: a resumed run goes back to a checkpoint, and
+    evaluations of the first attempt after it are older than those of the second one before.
 
     Args:
         run_folder: Folder of the run.
@@ -44,7 +44,7 @@ def read_run_evaluations(run_folder: Path) -> list[RunEvaluation]:
     for step, folder in sorted(step_folders(run_folder / FOLDER)):
         path = folder / RESULTS
         if not path.is_file():
-            continue  # the writer was killed: without it the folder is none
+            continue  # the writer was killed: a folder without it does not count
         try:
             results = json.loads(path.read_bytes())
             written_at = str(results["started_at"])
@@ -58,13 +58,13 @@ def read_run_evaluations(run_folder: Path) -> list[RunEvaluation]:
 
 
 def step_folders(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Each step that has a folder in ``eval/``, in no order."""
+    """Each step that has a folder in ``eval/``, in no particular order."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.isdecimal() and path.is_dir():
             yield int(path.name), path
 
 
 def score_of(results: Mapping[str, Any]) -> float:
-    """The mean over tasks of each one's main metric, all of which are better when they are more."""
+    """The mean over tasks of each one's main metric; for all of these more is better."""
     found = [float(figures[figures["main_metric"]]) for figures in results["tasks"].values()]
     return sum(found) / len(found) if found else 0.0

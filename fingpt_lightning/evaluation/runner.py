@@ -1,4 +1,4 @@
-"""One evaluation: tasks read and checked first, then asked one after the other."""
+"""One evaluation: tasks are read and checked first, then answered one after the other."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ class Scoring(StrEnum):
     """How an answer comes about."""
 
     CHOICES = "choices"
-    """The likeliest of the possible answers."""
+    """The most likely of the possible answers."""
     GENERATE = "generate"
     """Text is written and the label in it is read; unreadable answers count as missing."""
 
 
 class TaskRun(NamedTuple):
-    """A task and its rows, ready to be asked.
+    """A task and its rows, ready to be answered.
 
     ``sha256`` is of the whole split; ``examples`` are the first of it where there is a limit.
     """
@@ -39,7 +39,7 @@ class TaskRun(NamedTuple):
 
 
 class TaskResult(NamedTuple):
-    """The answers to a task; ``metrics`` are those of the rows asked whose answer is known."""
+    """The answers to a task; ``metrics`` are those of answered rows with a known gold answer."""
 
     run: TaskRun
     predictions: list[Prediction]
@@ -72,15 +72,15 @@ def read_tasks(
     scoring: Scoring = Scoring.CHOICES,
     calibrate: bool = False,
 ) -> list[TaskRun]:
-    """Reads the rows of all tasks and checks that they can be evaluated as asked.
+    """Reads the rows of all tasks and checks that they can be evaluated as requested.
 
     Args:
-        names: Shipped tasks or YAML files.
+        names: Names of shipped tasks, or YAML files.
         data_dir: Folder of all sets; None reads from the hub.
-        split: ``validation`` or another that the sets have.
+        split: Name of the split, ``validation`` or another that the sets have.
         strict: Whether an empty text is an error.
-        limit: Rows of each task, from its first; None takes all.
-        scoring: As they will be asked.
+        limit: Number of rows of each task, from its first; None takes all.
+        scoring: Scoring that will be used.
         calibrate: Whether label tasks will be calibrated.
 
     Raises:
@@ -127,15 +127,15 @@ def predict(
     """Answers examples of a task.
 
     Args:
-        network: In evaluation mode.
-        tokenizer: Of the network.
-        task: Theirs.
-        examples: Some or all of it.
+        network: Network in evaluation mode.
+        tokenizer: Tokenizer of the network.
+        task: Task of the examples.
+        examples: Some or all examples of the task.
         scoring: How answers come about.
         calibrate: Whether labels are calibrated; other kinds never are.
-        batch_tokens: As in `score`.
-        too_long: As in `score`.
-        on_answered: As in `score`.
+        batch_tokens: Tokens of a batch, as in `score`.
+        too_long: Treatment of rows that do not fit, as in `score`.
+        on_answered: Callback, as in `score`.
 
     Raises:
         FloatingPointError: A score or logit is NaN or infinite: task, row and likely cause are
@@ -203,7 +203,7 @@ def evaluate(
     too_long: TooLong = TooLong.CUT,
     on_answered: Callable[[int], None] | None = None,
 ) -> TaskResult:
-    """`predict` on all rows of a task, its time, and what `metrics_of` makes of the answers.
+    """`predict` on all rows of a task, its duration, and the figures of `metrics_of`.
 
     Raises:
         ValueError: As `predict`, or no row with a known answer fits the context.
@@ -228,9 +228,9 @@ def evaluate(
 
 
 def metrics_of(run: TaskRun, predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """The figures of a task's answers, by name; those that its kind has not are left out.
+    """The figures of a task's answers, by name; those that its kind does not have are left out.
 
-    Rows that were left out count nowhere.
+    Rows that were left out are not counted anywhere.
 
     Raises:
         ValueError: No row with a known answer fits the context.

@@ -1,4 +1,4 @@
-"""The scoring engine: which of the possible answers a model finds likeliest."""
+"""The scoring engine: which of the possible answers a model finds most likely."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,14 +19,14 @@ from fingpt_lightning.tasks.encoding import EncodedExample, TooLong, encode_exam
 
 
 class Prediction(NamedTuple):
-    """What a model answers to one example.
+    """The answer of a model to one example.
 
     Args:
-        choice: Index of the answer; None where it cannot be read or nothing was asked.
-        scores: The log-probability of each choice; none where text was generated.
+        choice: Index of the answer; None where it cannot be read or the row was left out.
+        scores: Log-probability of each choice; none where text was generated.
         is_cut: Whether the prompt was cut to fit the context.
-        answer: The generated text; empty where choices were scored.
-        is_dropped: Whether nothing was asked, because the row does not fit the context.
+        answer: Generated text; empty where choices were scored.
+        is_dropped: Whether the row was left out because it does not fit the context.
     """
 
     choice: int | None
@@ -51,20 +51,20 @@ def score(
     too_long: TooLong = TooLong.CUT,
     on_answered: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
-    """Scores every choice of every example; the likeliest is the prediction.
+    """Scores every choice of every example; the most likely is the prediction.
 
     Equal to running each joined text alone, to rounding. What all texts begin with is run once;
     of each example every token that its texts share is run once; logits are made only where an
     answer is read. A single choice counts as the prediction if greedy decoding would write it.
 
     Args:
-        network: In evaluation mode, with a head that `head_factors` knows.
-        tokenizer: Of the network.
-        examples: Of one task, in any order.
-        relative: Whether scores are log-probabilities among the choices, which add up to 1: the
-            cheaper way for labels. Else they are those of the texts.
-        batch_tokens: Tokens of a batch, padding included; None leaves it to the device.
-        too_long: What happens to rows that do not fit the context; one that is left out is
+        network: Network in evaluation mode, with a head that `head_factors` knows.
+        tokenizer: Tokenizer of the network.
+        examples: Examples of one task, in any order.
+        relative: Whether scores are log-probabilities among the choices, whose probabilities add up
+            to 1: the cheaper way for labels. Else they are those of the texts.
+        batch_tokens: Tokens of a batch, padding included; None derives it from the device.
+        too_long: Treatment of rows that do not fit the context; one that is left out is
             `DROPPED`.
         on_answered: Callback, called after each batch with the number of examples scored.
 

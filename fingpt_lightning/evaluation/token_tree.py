@@ -2,7 +2,7 @@
 
 A prompt is the trunk, its possible answers are the branches. Nodes are numbered in preorder, so
 that node ``j`` is ``i`` or before it on its path exactly if ``j <= i < ends[j]``: the whole
-attention mask in one number a node.
+attention mask in one number per node.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from fingpt_lightning.tasks.encoding import Text
 
 
 class Step(NamedTuple):
-    """One token of an answer, foretold at the node before it."""
+    """One token of an answer, predicted at the node before it."""
 
     node: int
     token: int
@@ -22,8 +22,8 @@ class Step(NamedTuple):
 class TokenTree(NamedTuple):
     """What a network runs to score several texts.
 
-    ``tokens``, ``positions`` (in the text) and ``ends`` have one entry a node; ``steps`` has the
-    answer of each text. The last token of a text is a node only where another text goes on.
+    ``tokens``, ``positions`` (in the text) and ``ends`` have one entry per node; ``steps`` has the
+    answer of each text. The last token of a text is only a node where another text continues it.
     """
 
     tokens: list[int]
@@ -36,9 +36,9 @@ def build_tree(texts: Sequence[Text], num_before: int = 0) -> TokenTree:
     """Joins texts from their beginnings.
 
     Args:
-        texts: Each with at least one token before the answer and one in it.
-        num_before: Tokens that all texts share and that have been run already, fewer than stand
-            before any answer; they are no nodes.
+        texts: Texts, each with at least one token before the answer and one in it.
+        num_before: Number of tokens that all texts share and that have been run already, fewer than
+            there are before any answer; they are not nodes.
 
     >>> build_tree([Text((5, 6, 7, 8), 2), Text((5, 6, 9), 2)])
     TokenTree(tokens=[5, 6, 7], positions=[0, 1, 2], ends=[3, 3, 3], \
