@@ -1,4 +1,4 @@
-"""What a run, a sweep or an evaluation came to, as one page; and what a run will need.
+"""The results of a run, a sweep or an evaluation on one page.
 
 Importing this package imports nothing heavy.
 """
@@ -17,10 +17,10 @@ def write_report(paths: Sequence[Path], output: Path) -> None:
 
     Args:
         paths: Folders that ``fingpt fit``, ``fingpt sweep`` or ``fingpt evaluate`` left.
-        output: The page, in a folder that exists.
+        output: File of the page, in a folder that exists.
 
     Raises:
-        ValueError: There are no paths, one is no such folder, a file in it is broken (file and
+        ValueError: There are no paths, one is not such a folder, a file in it is broken (file and
             line are named), or ``output`` is a folder.
         FileNotFoundError: A folder does not exist.
     """

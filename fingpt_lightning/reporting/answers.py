@@ -29,10 +29,10 @@ class Exam(NamedTuple):
     """A task's figures and answers at one moment.
 
     Attributes:
-        task: Its name.
-        moment: Before training, after a step, or empty outside of training.
-        figures: By key of `EVAL_FIGURES`.
-        interval: Of the accuracy, where known.
+        task: Name of the task.
+        moment: Moment of the evaluation: before training, after a step, or empty without training.
+        figures: Figures by key of `EVAL_FIGURES`.
+        interval: Interval of the accuracy, where known.
         answers: All rows, or the first ones; none where only the figures were kept.
     """
 
@@ -44,7 +44,7 @@ class Exam(NamedTuple):
 
 
 class Confusion(NamedTuple):
-    """Counts, a row a gold label and a column an answer."""
+    """Counts, a row per gold label and a column per answer."""
 
     labels: tuple[str, ...]
     answers: tuple[str, ...]
@@ -72,8 +72,8 @@ def exams_of_evaluation(folder: Path, results: dict[str, Any]) -> list[Exam]:
     """What ``fingpt evaluate`` wrote.
 
     Args:
-        folder: Its output.
-        results: The object in ``results.json``.
+        folder: Output folder of the evaluation.
+        results: Object in ``results.json``.
 
     Raises:
         ValueError: A file is broken.
@@ -91,7 +91,7 @@ def exams_of_evaluation(folder: Path, results: dict[str, Any]) -> list[Exam]:
 
 
 def confusion_of(exam: Exam) -> Confusion | None:
-    """The confusion of an exam's answers; None for tasks whose answers are no labels."""
+    """The confusion of a task result; None for tasks whose answers are not labels."""
     known = [answer for answer in exam.answers if answer.gold is not None]
     seen = {answer.gold: None for answer in known}
     labels = [label for label in seen if label is not None]
@@ -118,7 +118,7 @@ def confusion_of(exam: Exam) -> Confusion | None:
 
 
 def worst(exam: Exam, count: int) -> list[Answer]:
-    """The wrong answers that the model was surest of, the surest first.
+    """The wrong answers of which the model was most certain, the most certain first.
 
     >>> sure = Answer(1, "a", "yes", "no", 0.9)
     >>> [a.row for a in worst(Exam("t", "", {}, (sure._replace(row=2, confidence=0.6), sure)), 5)]
@@ -133,7 +133,7 @@ _MAX_LABELS = 12
 
 def _answer(row: dict[str, Any]) -> Answer:
     scores = row.get("scores") or []
-    # Scores of several choices are normalised: their exponentials add up to 1.
+    # Scores of several choices are normalized: their exponentials add up to 1.
     confidence = math.exp(max(scores)) if len(scores) > 1 else None
     gold, prediction = row.get("gold"), row.get("prediction")
     return Answer(int(row["row"]), str(row["text"]), gold, prediction, confidence)

@@ -1,6 +1,6 @@
-"""Charts as SVG that stands in a page and takes its colours from it.
+"""Charts as SVG that is embedded in a page and takes its colors from it.
 
-Matplotlib draws with stand-in colours, which become CSS variables: ``--ink``, ``--muted``,
+Matplotlib draws with stand-in colors, which become CSS variables: ``--ink``, ``--muted``,
 ``--grid`` and ``--surface`` of the page, ``--run-0`` to ``--run-7`` of runs, ``--part-0`` to
 ``--part-4`` of parts. So one drawing is right on dark and on light pages.
 """
@@ -35,8 +35,8 @@ class Line(NamedTuple):
     """One curve.
 
     Attributes:
-        run: Which run it belongs to: its colour, and the shape of its marks.
-        points: x and y.
+        run: Number of the run that it belongs to: its color, and the shape of its marks.
+        points: Values of x and y.
         has_marks: Whether points are marked and joined, or only joined by a thin line.
     """
 
@@ -46,13 +46,13 @@ class Line(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A row of pieces behind each other.
+    """A row of consecutive segments.
 
     Attributes:
-        label: What stands before it.
-        pieces: Lengths, each in the colour of its part.
-        run: Gives the whole row the colour of a run.
-        is_reference: Makes the whole row grey: something to compare with.
+        label: Text before the row.
+        pieces: Lengths, each in the color of its part.
+        run: Number of the run whose color the whole row has.
+        is_reference: Whether the whole row is gray, as something to compare with.
     """
 
     label: str
@@ -62,7 +62,7 @@ class Bar(NamedTuple):
 
 
 class Dot(NamedTuple):
-    """A labelled point of a scatter; ``is_on`` marks those that are joined."""
+    """A labeled point of a scatter; ``is_on`` marks those that are joined."""
 
     x: float
     y: float
@@ -71,7 +71,7 @@ class Dot(NamedTuple):
 
 
 def line_chart(lines: Sequence[Line], x_label: str, y_label: str) -> str:
-    """Curves over a common axis; the page's legend names the colours."""
+    """Curves over a common axis; the page's legend names the colors."""
 
     def draw(axis: Any) -> None:
         for line in lines:
@@ -94,9 +94,9 @@ def bar_chart(bars: Sequence[Bar], x_label: str, limit: float | None = None) -> 
     """Rows from left to right.
 
     Args:
-        bars: From the top.
-        x_label: With the unit.
-        limit: The end of the axis, for charts that are compared.
+        bars: Rows from the top.
+        x_label: Label of the axis, with the unit.
+        limit: End of the axis, for charts that are compared.
     """
 
     def draw(axis: Any) -> None:
@@ -137,7 +137,7 @@ def scatter_chart(dots: Sequence[Dot], x_label: str, y_label: str) -> str:
 
 
 def timeline_chart(passes: Sequence[Pass]) -> str:
-    """A row a rank over time; numbers are microbatches."""
+    """A row per rank over time; numbers are microbatches."""
     start_s = min(p.start_s for p in passes)
     whole_ms = 1e3 * (max(p.end_s for p in passes) - start_s)
     ranks = sorted({p.rank for p in passes})
@@ -237,7 +237,7 @@ def _svg(draw: Callable[[Any], None], width: int = _WIDTH, height: int = _HEIGHT
 
 
 def _for_page(svg: str, number: int) -> str:
-    """Only the drawing, as wide as its place, with names of its own and the page's colours."""
+    """Only the drawing, as wide as its place, with names of its own and the page's colors."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)

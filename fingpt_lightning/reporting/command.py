@@ -9,14 +9,14 @@ from fingpt_lightning.units import format_bytes
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes the page and says where it is.
+    """Writes the page and prints where it is.
 
     Args:
-        options: Of `parse_options`.
+        options: Result of `parse_options`.
 
     Raises:
-        ValueError: A folder or a file is not as it must be.
-        FileNotFoundError: A path leads nowhere.
+        ValueError: A folder or a file is not valid.
+        FileNotFoundError: A path does not exist.
     """
     write_report(options.paths, options.output)
     size = format_bytes(options.output.stat().st_size)

@@ -25,7 +25,7 @@ def environment(words: Sequence[str] | None = None) -> dict[str, Any]:
     """Command, start, git state of the code, machine and versions, for `ENVIRONMENT`.
 
     Args:
-        words: The command; None takes that of the process.
+        words: Words of the command; None takes those of the process.
     """
     program, *rest = sys.argv if words is None else words
     return {
@@ -51,7 +51,7 @@ def write_environment(folder: Path) -> None:
 def git_state(file: Path) -> dict[str, str | bool] | None:
     """Commit and whether tracked files differ from it; None where git does not track ``file``.
 
-    A package in an environment inside of another project's checkout has no state of its own.
+    A package in an environment inside another project's checkout has no state of its own.
     """
     if _git(file, "ls-files", "--error-unmatch", file.name) is None:
         return None

@@ -1,4 +1,4 @@
-"""The section about accuracy: before and after, confusions, confident mistakes."""
+"""The section about accuracy: before and after, confusions, mistakes with high confidence."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,7 +23,7 @@ _SURE = 0.8
 
 
 class _Source(NamedTuple):
-    """Who sat an exam: a run, with its colour, or an evaluation."""
+    """What answered a task: a run, with its color, or an evaluation."""
 
     name: str
     run: int | None

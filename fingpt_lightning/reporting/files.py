@@ -16,7 +16,7 @@ Row = dict[str, float]
 def read_metrics(path: Path) -> list[Row]:
     """The lines of a ``metrics.csv``; none where there is no such file.
 
-    A last line without its end is half of one, of a run that was killed, and is left out.
+    A last line without a line end is incomplete, from a run that was killed, and is left out.
 
     Raises:
         ValueError: A line is broken: the file and the line are named.

@@ -24,7 +24,7 @@ _MAX_PARAMETERS_IN_CARD = 3
 class Figure(NamedTuple):
     """One row of the comparison: how to find it and how to write it.
 
-    ``better`` is 1 where more is better, -1 where less is, 0 where it is no merit.
+    ``better`` is 1 where more is better, -1 where less is, 0 where neither is.
     """
 
     title: str
@@ -34,12 +34,12 @@ class Figure(NamedTuple):
 
 
 def last_val_loss(run: Run) -> float | None:
-    """The last validation's, of the summary or, where the run ended early, of the log."""
+    """The last validation's loss, of the summary or, where the run ended early, of the log."""
     return _last(run.values(VAL_LOSS)) or _number(run.summary.get("last_val_loss"))
 
 
 def peak_bytes(run: Run) -> float | None:
-    """The most memory it held: allocated on CUDA, of the process elsewhere."""
+    """The peak memory: allocated on CUDA, of the process elsewhere."""
     for figure, key in (
         ("peak_allocated_mib", MEMORY_PEAK_ALLOCATED),
         ("peak_rss_mib", MEMORY_PEAK_RSS),
@@ -93,7 +93,7 @@ _FIGURES = (
 
 
 def glance_section(runs: Sequence[Run]) -> Section | None:
-    """Several runs in a table, a column each; the best of a row is marked."""
+    """Several runs in a table, a column per run; the best of a row is marked."""
     if len(runs) < 2:
         return None
     rows = []
@@ -119,7 +119,7 @@ def glance_section(runs: Sequence[Run]) -> Section | None:
 def cards(
     runs: Sequence[Run], sweeps: Sequence[Sweep], evaluations: Sequence[Evaluation]
 ) -> list[Card]:
-    """What a reader wants first."""
+    """The most important figures."""
     found = [card for sweep in sweeps for card in _sweep_cards(sweep)]
     if len(runs) == 1 and not sweeps:
         found += _run_cards(runs[0])

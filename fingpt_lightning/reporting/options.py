@@ -10,10 +10,10 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     """The options that follow ``fingpt report``.
 
     Args:
-        words: Of the command line.
+        words: Part of the command line after the command.
 
     Raises:
-        WrongOptions: An option is unknown, missing or has no such value.
+        WrongOptions: An option is unknown, missing or has an invalid value.
         SystemExit: With status 0, after ``--help`` has been answered.
     """
     parser = OptionParser(

@@ -1,4 +1,4 @@
-"""The pieces that a page is put together from, and how they become HTML."""
+"""The pieces of a page, and how they become HTML."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,10 +10,10 @@ class Cell(NamedTuple):
     """A cell of a table.
 
     Attributes:
-        text: What it says.
-        is_number: Whether it stands to the right, its digits below each other.
+        text: Text of the cell.
+        is_number: Whether it is aligned to the right, its digits below each other.
         is_best: Whether it is the best of its row or column.
-        run: Whose colour stands before it.
+        run: Number of the run whose color stands before it.
     """
 
     text: str
@@ -41,11 +41,11 @@ class Chart(NamedTuple):
 
 
 class Charts(NamedTuple):
-    """Drawings beside each other, as many as the screen has place for.
+    """Drawings beside each other, as many as fit on the screen.
 
     Attributes:
-        charts: Of one subject.
-        parts: Names of the parts, by colour; empty where colours are of runs.
+        charts: Charts of one subject.
+        parts: Names of the parts, by color; empty where colors are of runs.
     """
 
     charts: Sequence[Chart]
@@ -81,7 +81,7 @@ class Note(NamedTuple):
 
 
 class Details(NamedTuple):
-    """Text as it is, shown when asked for."""
+    """Text as it is, shown on request."""
 
     title: str
     text: str
@@ -118,7 +118,7 @@ class Label(NamedTuple):
 
 
 class Page(NamedTuple):
-    """All of it."""
+    """The whole page."""
 
     title: str
     subtitle: str

@@ -20,11 +20,11 @@ from fingpt_lightning.reporting.runs import Evaluation, Run, Sweep, read_folder
 from fingpt_lightning.reporting.sweep_sections import sweep_section
 
 _NUM_TRIALS_SHOWN = 5
-"""How many of a sweep's trials stand beside each other as runs: the best ones."""
+"""How many of a sweep's trials, the best ones, are shown beside each other as runs."""
 
 
 def write_page(paths: Sequence[Path], output: Path) -> None:
-    """What `fingpt_lightning.reporting.write_report` does, and says."""
+    """The implementation of `fingpt_lightning.reporting.write_report`, with its messages."""
     if not paths:
         raise ValueError("no run, sweep or evaluation is given")
     if not output.resolve().parent.is_dir():
@@ -87,7 +87,7 @@ def _state(run: Run) -> str:
 
 
 def _with_own_names(runs: Sequence[Run]) -> list[Run]:
-    """Runs of the same name take their parent folder's into theirs."""
+    """Adds the parent folder's name to the names of runs that are equal otherwise."""
     names = [run.name for run in runs]
     return [
         run._replace(name=f"{run.folder.resolve().parent.name}/{run.name}")

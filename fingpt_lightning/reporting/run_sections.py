@@ -1,4 +1,4 @@
-"""Sections about runs. Each is a section, or the sentence that says what is missing, or None."""
+"""Sections about runs. Each is a section, or a sentence about what is missing, or None."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -130,7 +130,7 @@ def memory_section(runs: Sequence[Run]) -> Section | str | None:
 
 
 def speed_section(runs: Sequence[Run]) -> Section | str | None:
-    """Tokens a second over the run, and beside the dense baseline."""
+    """Tokens per second over the run, and beside the dense baseline."""
     if not runs:
         return None
     charts = []
@@ -175,7 +175,7 @@ def compression_section(runs: Sequence[Run]) -> Section | str | None:
             continue
         label = _short(run.name) if len(runs) > 1 else "this run"
         twin = Bar("dense baseline", [dense / 1e6], is_reference=True)
-        bars = [bar for bar in bars if bar != twin]  # of runs with the same one it stands once
+        bars = [bar for bar in bars if bar != twin]  # one bar for equal baselines
         bars += [Bar(label, [ours / 1e6], place), twin]
         block_ratio = compression(run, "block_parameter_ratio")
         rows.append(

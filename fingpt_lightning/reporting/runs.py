@@ -26,7 +26,7 @@ class RecordedStep(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What ``fingpt fit`` left; a part that is not there is empty."""
+    """What ``fingpt fit`` left; a part that is missing is empty."""
 
     name: str
     folder: Path
@@ -40,26 +40,26 @@ class Run(NamedTuple):
 
     @property
     def is_finished(self) -> bool:
-        """Whether it came to its end and wrote its summary."""
+        """Whether it finished and wrote its summary."""
         return bool(self.summary)
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps: of a run that came to its end all, else those that were logged."""
+        """Optimizer steps: of a finished run all, else those that were logged."""
         if isinstance(of_all := self.summary.get("steps"), int):
             return of_all
         trained = [row["step"] for row in self.rows if TRAIN_LOSS in row]
         return int(max(trained)) + 1 if trained else 0
 
     def values(self, key: str) -> list[float]:
-        """The logged values of a key, in order, without those that are no finite number."""
+        """The logged values of a key, in order, without those that are not finite numbers."""
         found = [row[key] for row in self.rows if key in row]
         return [value for value in found if math.isfinite(value)]
 
     def curve(self, key: str, axis: str) -> list[tuple[float, float]]:
         """A key's values over another's, which keeps its value until it is logged again.
 
-        Values that are no finite number are left out, and those before the axis is known.
+        Values that are not finite numbers are left out, and those before the axis is known.
         """
         points, place = [], None
         for row in self.rows:
@@ -70,7 +70,7 @@ class Run(NamedTuple):
         return points
 
     def diverged_at(self) -> int | None:
-        """The first step whose loss is no finite number; None where all are."""
+        """The first step whose loss is not a finite number; None where all are."""
         losses = (row for row in self.rows if not math.isfinite(row.get(TRAIN_LOSS, 0.0)))
         return next((int(row["step"]) for row in losses), None)
 
@@ -98,7 +98,7 @@ class Sweep(NamedTuple):
     trials: tuple[Trial, ...]
 
     def ranked(self) -> list[Trial]:
-        """The trials that came to their end with a value, the best first."""
+        """The trials that finished with a value, the best first."""
         sign = -1 if self.goal == "maximize" else 1
         known = [
             (sign * t.value, t)
@@ -118,7 +118,7 @@ class Evaluation(NamedTuple):
 
 
 def read_folder(folder: Path) -> Run | Sweep | Evaluation:
-    """Reads what lies in a folder.
+    """Reads the contents of a folder.
 
     Raises:
         ValueError: It is none of the three, or a file in it is broken.
@@ -147,9 +147,9 @@ def read_run(folder: Path, name: str | None = None, error: str | None = None) ->
     """Reads a run folder, of which any file may be missing.
 
     Args:
-        folder: What ``fingpt fit`` left.
-        name: What to call the run; None takes the folder's name.
-        error: Why it ended, where that is known.
+        folder: Folder that ``fingpt fit`` left.
+        name: Name of the run; None takes the folder's name.
+        error: Reason why it ended, where that is known.
 
     Raises:
         ValueError: A file is broken.
@@ -169,9 +169,9 @@ def read_run(folder: Path, name: str | None = None, error: str | None = None) ->
 
 
 def _rows(folder: Path) -> list[Row]:
-    """The rows of a run that was stopped and resumed in its folder, those made twice once.
+    """The rows of a run that was stopped and resumed in its folder; repeated steps count once.
 
-    What each start wrote lies in ``metrics-1.csv`` and so on, and of the last in ``metrics.csv``.
+    Rows of earlier starts are in ``metrics-1.csv`` and so on, of the last in ``metrics.csv``.
     """
     earlier = sorted(folder.glob("metrics-*.csv"), key=lambda path: (len(path.name), path.name))
     rows: list[Row] = []
@@ -181,7 +181,7 @@ def _rows(folder: Path) -> list[Row]:
             continue
         begin = min(row["step"] for row in new)
         rows = [row for row in rows if row["step"] < begin]
-        # It counts from each start.
+        # The time counts from each start.
         key = THROUGHPUT_TRAINING_TIME_S
         before_s = max((row[key] for row in rows if key in row), default=0.0)
         rows += [row | {key: row[key] + before_s} if key in row else row for row in new]
@@ -202,7 +202,7 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """The settings in which runs differ, without those that say where they lie."""
+    """The settings in which runs differ, without those of paths."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     places = ("default_root_dir", "dirpath", "save_dir", "name", "ckpt_path", "runs_dir", "group")
     return [

@@ -1,4 +1,4 @@
-"""What a sweep found: its frontier, and which parameters mattered."""
+"""The results of a sweep: its frontier, and which parameters mattered."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ _NUM_BINS = 3
 
 
 class Point(NamedTuple):
-    """A trial between two goals; compression above 1 is smaller than the dense baseline."""
+    """A trial with two objectives; compression above 1 is smaller than the dense baseline."""
 
     number: int
     compression_ratio: float
@@ -19,7 +19,7 @@ class Point(NamedTuple):
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one beats in loss without being larger, the largest model first.
+    """The points for which no other has less loss without being larger, the largest model first.
 
     >>> points = [Point(0, 2.0, 4.0), Point(1, 3.0, 3.9), Point(2, 4.0, 4.5)]
     >>> [point.number for point in frontier(points)]
@@ -44,7 +44,7 @@ def importances(trials: Sequence[tuple[Mapping[str, Any], float]]) -> dict[str, 
         trials: Parameters and value of each trial that has one.
 
     Returns:
-        Nothing for fewer than 4 trials.
+        Share of each parameter; nothing for fewer than 4 trials.
 
     Source: Kelley, An unbiased correlation ratio measure, PNAS 21 (1935).
     """

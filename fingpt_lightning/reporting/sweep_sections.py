@@ -1,4 +1,4 @@
-"""The section about a sweep: how it went, its frontier, importances, trials."""
+"""The section about a sweep: its course, its frontier, importances, trials."""
 
 from fingpt_lightning.reporting.charts import Bar, Dot, bar_chart, scatter_chart
 from fingpt_lightning.reporting.headline import compression, last_val_loss
