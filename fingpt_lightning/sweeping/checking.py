@@ -23,8 +23,8 @@ class Built(NamedTuple):
     """A run as the command line would build it.
 
     Attributes:
-        settings: Its resolved config, in plain types.
-        observers: The classes of its module and its callbacks, whose names tell their keys.
+        settings: Resolved config, in plain types.
+        observers: Classes of its module and its callbacks, whose names determine their keys.
     """
 
     settings: Mapping[str, Any]
@@ -32,7 +32,7 @@ class Built(NamedTuple):
 
 
 Build: TypeAlias = Callable[[list[str]], Built]
-"""Parses and builds ``fit`` and its options without running it; a ValueError says what is wrong."""
+"""Parses and builds ``fit`` and its options without running it; a ValueError names a mistake."""
 
 
 def check_sweep(
@@ -41,16 +41,16 @@ def check_sweep(
     """Builds each trial of a grid; of a space each value, both ends and the middle.
 
     Args:
-        sweep: What is checked.
-        build: The command line.
-        count: Trials of the grid that will run; None is all.
+        sweep: Sweep to check.
+        build: Function that builds a run from the words of a command line.
+        count: Number of trials of the grid that will run; None is all.
         extra: Words that follow those of the sweep's command.
 
     Returns:
         The first trial.
 
     Raises:
-        WrongSweep: A name or a value is wrong, or nobody logs the metric.
+        WrongSweep: A name or a value is wrong, or no class logs the metric.
     """
     points = sweep.grid()[:count] if sweep.method == "grid" else sample_points(sweep.parameters)
     first: Built | None = None
@@ -70,11 +70,11 @@ def check_sweep(
 
 
 def described(sweep: Sweep, count: int | None = None) -> Table:
-    """The trials of a grid, or the space of the others.
+    """The trials of a grid, or the space of other methods.
 
     Args:
-        sweep: What is described.
-        count: Trials of the grid that will run; None is all.
+        sweep: Sweep to describe.
+        count: Number of trials of the grid that will run; None is all.
     """
     table = Table(box=None, pad_edge=False)
     names = short_names(sweep.searched)
@@ -96,10 +96,10 @@ def described(sweep: Sweep, count: int | None = None) -> Table:
 
 
 def documented_keys(built: Built) -> set[str] | None:
-    """The keys that the module and the callbacks of a run log; None where one is a stranger.
+    """The keys that the module and the callbacks of a run log; None where one is not known.
 
     Args:
-        built: The run.
+        built: Run as the command line builds it.
     """
     found: set[str] = set()
     for observer in built.observers:
@@ -138,6 +138,6 @@ def _told(sweep: Sweep, point: Point, message: str, arguments: Path) -> str:
     names = short_names(sweep.searched)
     trial = ", ".join(f"{names[name]} {shown(point[name])}" for name in sweep.searched)
     where = f" (with {trial})" if trial else ""
-    # A line of a config that the sweep only goes on from is not where the mistake is.
+    # A line of a config that the sweep only builds on is not where the mistake is.
     told = re.sub(r" \(\S+ line \d+\)", "", message).replace(str(arguments), "parameters")
     return f"{sweep.path}: {told}{where}"

@@ -1,4 +1,4 @@
-"""Runs a sweep without a server: Optuna chooses, one process a trial, all in one folder."""
+"""Runs a sweep without a server: Optuna chooses, one process per trial, all in one folder."""
 
 import os
 import shutil
@@ -55,15 +55,15 @@ _STUDY_STATES = {
 class LocalSweep:
     """A sweep in a folder, of which every trial is an offline W&B run in one group.
 
-    What is known is in the folder at any moment, so that a sweep may be killed and resumed: trials
-    that ended are never run again, one that was running is.
+    All that is known is in the folder at any moment, so that a sweep may be killed and resumed:
+    finished trials are never run again, one that was running is.
 
     Args:
-        folder: Its folder, made by `begin`.
+        folder: Folder of the sweep, made by `begin`.
 
     Attributes:
-        sweep: The sweep file.
-        study: Optuna's, in the folder.
+        sweep: Sweep file.
+        study: Optuna's study, in the folder.
 
     Raises:
         ValueError: The folder holds no sweep.
@@ -92,10 +92,10 @@ class LocalSweep:
         """Makes the folder of a sweep.
 
         Args:
-            sweep: What is to be run.
-            folder: A new one.
-            count: Trials in all; None takes those of the file.
-            project: W&B's; None leaves it to the trials' config.
+            sweep: Sweep to run.
+            folder: New folder.
+            count: Number of trials in all; None takes that of the file.
+            project: Project of W&B; None leaves it to the trials' config.
 
         Raises:
             ValueError: The folder is in use, there is no number of trials, or the file has a
@@ -106,7 +106,7 @@ class LocalSweep:
             raise ValueError(f"output {folder} is not empty; --resume goes on with a sweep")
         count = num_trials(sweep, count)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # Aside: a folder with half a study could neither be resumed nor begun anew.
+        # In a temporary folder: one with half a study could neither be resumed nor begun anew.
         with scratch_folder(folder) as made:
             shutil.copyfile(sweep.path, made / SWEEP_FILE)
             cls._create(sweep, made, folder.name, count, project)
@@ -117,7 +117,7 @@ class LocalSweep:
 
     @staticmethod
     def _create(sweep: Sweep, made: Path, name: str, count: int, project: str | None) -> None:
-        """Writes the study of a sweep into a folder that is to be called otherwise."""
+        """Writes the study of a sweep into a folder that is renamed later."""
         storage = RDBStorage(_storage(made))
         study = optuna.create_study(
             storage=storage,
@@ -137,7 +137,7 @@ class LocalSweep:
         storage.engine.dispose()
 
     def extend(self, count: int) -> None:
-        """Sets the number of trials in all."""
+        """Sets the total number of trials."""
         self.count = num_trials(self.sweep, count)
         self.study.set_user_attr("count", self.count)
 
@@ -145,16 +145,16 @@ class LocalSweep:
         """Runs the trials that are left, and the one that was running when the sweep was stopped.
 
         Args:
-            console: Is told of each trial.
-            extra: Options of every trial, behind the sweep's command.
+            console: Console that prints a line for each trial.
+            extra: Options of every trial, after the sweep's command.
 
         Returns:
-            The best trial; None where none has finished.
+            Best trial; None where none has finished.
 
         Raises:
             InUseError: Another process runs this sweep.
             NoSpaceError: The disk is full.
-            KeyboardInterrupt: It was interrupted; `LocalSweep` of the folder goes on.
+            KeyboardInterrupt: It was interrupted; `LocalSweep` of the folder resumes it.
         """
         with named_when_full(self.folder), _locked(self.folder, console) as lock:
             remove_leftovers(self.folder)
@@ -188,7 +188,7 @@ class LocalSweep:
         started = [frozen for frozen in trials if frozen.state != StudyState.WAITING]
         if len(started) >= self.count or self.has_reached_target():
             return None
-        # A sampler of its own for each trial: a sweep that was stopped chooses what it would have.
+        # A sampler of its own for each trial: a resumed sweep chooses as an uninterrupted one.
         self.study.sampler = _sampler(self.sweep.method, seed=len(started))
         return self.study.ask()
 
@@ -231,9 +231,9 @@ class LocalSweep:
         trial.set_user_attr("seconds", round(outcome.seconds, 1))
         trial.set_user_attr("error", outcome.error)
         if self.sweep.stopping is not None:
-            # Hyperband takes the length of a trial from them.
+            # Hyperband derives the length of a trial from them.
             _report(trial, metric_history(self.trial_folder(trial.number), self.sweep.metric))
-        # Of a pruned one, which cannot be told a value, Optuna knows the last that was reported.
+        # For a pruned trial, which accepts no value, Optuna knows the last that was reported.
         value = outcome.value if outcome.state == TrialState.FINISHED else None
         self.study.tell(trial, value, state=_STUDY_STATES[outcome.state])
         write_record(self.folder, self.sweep, self.study)
@@ -254,14 +254,14 @@ class LocalSweep:
 
 
 def num_trials(sweep: Sweep, count: int | None) -> int:
-    """How many trials a sweep has in all.
+    """The total number of trials of a sweep.
 
     Args:
         sweep: The sweep.
-        count: Of the command line.
+        count: Number from the command line.
 
     Raises:
-        ValueError: Neither the command line nor the file says it.
+        ValueError: Neither the command line nor the file gives it.
     """
     if sweep.num_trials is None:
         if count is None:
@@ -299,7 +299,7 @@ def _is_hopeless(trial: Trial, values: Sequence[float]) -> bool:
 
 
 def _report(trial: Trial, values: Sequence[float]) -> None:
-    """Tells Optuna of the values that it has not seen."""
+    """Reports to Optuna the values that it has not seen."""
     known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
     for number, value in enumerate(values, 1):
         if number not in known:
@@ -310,7 +310,7 @@ def _report(trial: Trial, values: Sequence[float]) -> None:
 def _locked(folder: Path, console: Console) -> Iterator[int]:
     """Keeps other processes from running the same sweep.
 
-    Its trial has the lock too: after a kill it may take some seconds to end.
+    Its trial holds the lock too: after a kill it may take some seconds to end.
     """
     file = folder / _LOCK
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT)

@@ -10,10 +10,10 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     """The options that follow ``fingpt sweep``.
 
     Args:
-        words: Of the command line.
+        words: Part of the command line after the command.
 
     Raises:
-        WrongOptions: An option is unknown, has no such value, or does not go with another.
+        WrongOptions: An option is unknown, has an invalid value, or does not go with another.
         SystemExit: With status 0, after ``--help`` has been answered.
     """
     parser = OptionParser(

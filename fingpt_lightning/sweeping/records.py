@@ -25,7 +25,7 @@ _STATES = {
     StudyState.FAIL: TrialState.FAILED,
     StudyState.PRUNED: TrialState.PRUNED,
 }
-# Where a run is and what it is called, which a new run finds for itself.
+# Path and name of a run, which a new run determines for itself.
 _OF_ONE_LOGGER = ("name", "save_dir", "id", "version", "group", "mode")
 
 
@@ -39,9 +39,9 @@ def write_record(folder: Path, sweep: Sweep, study: Study) -> None:
     """Writes ``sweep.json``, aside and then renamed.
 
     Args:
-        folder: Of the sweep.
-        sweep: Its file.
-        study: Its trials; those that wait are left out.
+        folder: Folder of the sweep.
+        sweep: Sweep file.
+        study: Study with the trials; those that wait are left out.
     """
     record = {
         "name": study.user_attrs["name"],
@@ -63,8 +63,8 @@ def write_best_config(folder: Path, number: int) -> None:
     """Writes ``best.yaml``: the resolved config of a trial, for a new run of its own.
 
     Args:
-        folder: Of the sweep.
-        number: Of the trial.
+        folder: Folder of the sweep.
+        number: Number of the trial.
     """
     settings = yaml.safe_load((folder / "trials" / f"{number:03d}" / "config.yaml").read_text())
     trainer = settings["trainer"]
@@ -133,7 +133,7 @@ def _begun(study: Study) -> list[FrozenTrial]:
 
 
 def _value(trial: FrozenTrial) -> float | None:
-    """The value it ended with; of one that was stopped early, the last that it reported.
+    """The final value of a trial; of one that was stopped early, the last that it reported.
 
     None where that is NaN or infinite: such a trial has no value to compare.
     """

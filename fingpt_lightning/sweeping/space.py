@@ -1,4 +1,4 @@
-"""The parameters of a sweep: what each may be, as W&B's file format says it."""
+"""The parameters of a sweep and their possible values, as in W&B's file format."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ class Choices:
     """One of some values, of any kind that JSON has.
 
     Attributes:
-        values: At least one, all different.
+        values: Possible values, at least one, all different.
     """
 
     values: tuple[Any, ...]
@@ -63,7 +63,7 @@ class Choices:
         return list(self.values)
 
     def suggest(self, trial: Trial, name: str) -> Any:
-        """A value of Optuna's choice."""
+        """A value that Optuna chooses."""
         return self.restored(trial.suggest_categorical(name, self._stored_values()))
 
     def stored(self, value: Any) -> _Storable:
@@ -72,14 +72,14 @@ class Choices:
         return self._stored_values()[indices[0]]
 
     def restored(self, stored: _Storable) -> Any:
-        """The value of which the storage holds this."""
+        """The value that this stored value represents."""
         return self.values[self._stored_values().index(stored)]
 
     def _stored_values(self) -> list[_Storable]:
         found: list[_Storable] = []
         for value in self.values:
             plain = isinstance(value, bool | int | float | str | None)
-            # 1 and 1.0 are one to Optuna, but a rank of 1 is not a share of 1.0.
+            # 1 and 1.0 are equal to Optuna, but a rank of 1 is not a share of 1.0.
             found.append(value if plain and value not in found else json.dumps(value))
         return found
 
@@ -92,10 +92,10 @@ class Range:
     """A number between two others.
 
     Attributes:
-        low: The least.
-        high: The greatest.
-        step: Numbers are ``low`` and so many steps; None for all numbers.
-        is_int: Whether they are whole.
+        low: Smallest number.
+        high: Largest number.
+        step: Distance of the numbers, from ``low`` on; None for all numbers.
+        is_int: Whether they are integers.
         is_log: Whether their logarithms are spread evenly.
     """
 
@@ -110,7 +110,7 @@ class Range:
     def samples(self) -> list[int | float]:
         """What is checked before a sweep starts: both ends and the middle."""
         if self.step is not None:
-            # Not of the list of all: it may be longer than memory.
+            # Not of the list of all: it may not fit into memory.
             last = self._num_steps()
             found = [self._step(index) for index in (0, (last + 1) // 2, last)]
         elif self.is_log:
@@ -125,13 +125,13 @@ class Range:
         return None if self.step is None else self._num_steps() + 1
 
     def grid(self) -> list[int | float] | None:
-        """Every number, or None where there is no end of them."""
+        """Every number, or None where there are infinitely many."""
         if self.step is None:
             return None
         return [self._step(index) for index in range(self._num_steps() + 1)]
 
     def suggest(self, trial: Trial, name: str) -> int | float:
-        """A number of Optuna's choice."""
+        """A number that Optuna chooses."""
         if self.is_int:
             assert self.step is not None
             return trial.suggest_int(name, int(self.low), int(self.high), step=int(self.step))
@@ -140,7 +140,7 @@ class Range:
         )
 
     def restored(self, stored: int | float) -> int | float:
-        """The number of which the storage holds this."""
+        """The number that this stored value represents."""
         return stored if self.step is None or self.is_int else round(stored, _DECIMALS)
 
     def stored(self, value: int | float) -> int | float:
@@ -169,11 +169,11 @@ def read_parameters(content: Any, prefix: str = "") -> dict[str, Distribution]:
     """The leaves of ``parameters`` of a sweep file, by name with dots, in the file's order.
 
     Args:
-        content: A mapping; one with ``parameters`` in place of a distribution goes on below.
-        prefix: The name above, with its dot.
+        content: Mapping; one with ``parameters`` in place of a distribution is read recursively.
+        prefix: Name of the level above, with its dot.
 
     Raises:
-        ValueError: A parameter is none; the message names it.
+        ValueError: A parameter is not valid; the message names it.
     """
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{prefix}parameters is empty")
@@ -231,7 +231,7 @@ def nested(point: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
     Args:
         point: Values by name with dots.
-        names: Those to take.
+        names: Names to include.
 
     >>> nested({"model.init_args.rank": 4, "seed": 1}, ["model.init_args.rank", "seed"])
     {'model': {'init_args': {'rank': 4}}, 'seed': 1}
@@ -247,14 +247,14 @@ def nested(point: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value as the sweep file would have it."""
+    """A value as it is written in the sweep file."""
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """The last part of each name, with as many parts before it as tell them apart.
+    """The last part of each name, with as many parts before it as distinguish them.
 
     >>> short_names(["model.init_args.rank", "data.seed", "model.seed"])
     {'model.init_args.rank': 'rank', 'data.seed': 'data.seed', 'model.seed': 'model.seed'}

@@ -1,4 +1,4 @@
-"""Reads a W&B sweep file for what our commands make of it."""
+"""Reads a W&B sweep file for our commands."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from fingpt_lightning.terminal.messages import nearest
 from fingpt_lightning.terminal.yaml_text import parse_yaml
 
 ARGUMENTS = "${args_json_file}"
-"""What stands in ``command`` for the file of a trial's arguments."""
+"""Placeholder in ``command`` for the file of a trial's arguments."""
 
 _PROGRAM = "fingpt"
 METHODS = ("grid", "random", "bayes")
@@ -38,12 +38,12 @@ class WrongSweep(ValueError):
 
 
 class Stopping(NamedTuple):
-    """When hyperband looks at a trial, in loggings of the metric.
+    """When hyperband checks a trial, in number of logged values of the metric.
 
     Attributes:
-        first: The first time.
-        factor: The next is so many times later.
-        last: Loggings of a whole trial; None takes those of the first that ends.
+        first: Number of logged values at the first check.
+        factor: Factor from one check to the next.
+        last: Number of logged values of a whole trial; None takes that of the first that ends.
     """
 
     first: int
@@ -74,7 +74,7 @@ class Metric(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """A sweep file, read.
+    """The contents of a sweep file.
 
     Attributes:
         path: The file.
@@ -100,7 +100,7 @@ class Sweep(NamedTuple):
 
     @property
     def name(self) -> str:
-        """That of the file."""
+        """The name in the file."""
         return self.path.stem
 
     @property
@@ -148,7 +148,7 @@ def read_sweep(path: Path) -> Sweep:
     """Reads a sweep file.
 
     Args:
-        path: YAML in W&B's format.
+        path: YAML file in W&B's format.
 
     Raises:
         WrongSweep: Something in it is wrong, or not supported; the message names file and key.

@@ -20,16 +20,16 @@ OUTPUT = "output.txt"
 ARGUMENTS_FILE = "arguments.json"
 _POLL_S = 0.5
 _GRACE_S = 60.0
-"""How long a trial that was told to end may take: a step, and W&B's last records."""
+"""Seconds that a trial may take to end when requested: a step, and W&B's last records."""
 
-# Ends with the process that started it, even one that was killed.
+# Ends with the process that started it, even if that one was killed.
 _GUARD = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
 )
 
 
 class TrialState(StrEnum):
-    """What became of a trial."""
+    """The outcome of a trial."""
 
     RUNNING = "running"
     FINISHED = "finished"
@@ -41,10 +41,10 @@ class Outcome(NamedTuple):
     """How a trial ended.
 
     Attributes:
-        state: Never ``running``.
-        value: Of the metric, the last one; None where the trial failed.
-        error: One line, of one that failed.
-        seconds: From start to end.
+        state: Outcome; never ``running``.
+        value: Last value of the metric; None where the trial failed.
+        error: One line, for a trial that failed.
+        seconds: Seconds from start to end.
     """
 
     state: TrialState
@@ -64,12 +64,12 @@ def run_trial(
     """Runs a trial to its end; an interruption ends it too.
 
     Args:
-        command: Its words.
-        folder: Its run folder, which is there.
-        environment: Its whole environment.
-        metric: The key of its value.
-        should_stop: Is given all values so far whenever there is a new one, and says whether the
-            trial is not worth going on with.
+        command: Words of its command.
+        folder: Run folder, which exists.
+        environment: Whole environment of the process.
+        metric: Logged key of its value.
+        should_stop: Function that gets all values so far whenever there is a new one, and returns
+            whether the trial is not worth continuing.
         inherited: Open files that it keeps open.
 
     Raises:
@@ -109,9 +109,9 @@ def trial_command(words: Sequence[str], arguments: Path, extra: Sequence[str]) -
     """A sweep file's ``command`` with its names replaced.
 
     Args:
-        words: Of the file.
-        arguments: The trial's file.
-        extra: Options behind the command.
+        words: Words of ``command`` in the file.
+        arguments: File of the trial's arguments.
+        extra: Options after the command.
     """
     values = {"${interpreter}": sys.executable, ARGUMENTS: str(arguments)}
     return [*(values.get(word, word) for word in words if word != "${env}"), *extra]
@@ -121,8 +121,8 @@ def metric_history(folder: Path, metric: str) -> list[float]:
     """All values of a key in ``metrics.csv`` of a run, or the one in ``summary.json``.
 
     Args:
-        folder: The run's; its files may be being written.
-        metric: The key.
+        folder: Folder of the run; its files may still be written.
+        metric: Logged key.
     """
     path = folder / "metrics.csv"
     found = []
@@ -146,7 +146,7 @@ def _wait(
     metric: str,
     should_stop: Callable[[list[float]], bool] | None,
 ) -> bool:
-    """Whether the trial was not worth waiting for its end."""
+    """Whether the trial was stopped because it was not worth finishing."""
     num_seen = 0
     while True:
         try:
@@ -163,7 +163,7 @@ def _wait(
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends a process that still runs, and all that it started."""
     if process.poll() is None:
-        process.terminate()  # Lightning hands it on to its other ranks
+        process.terminate()  # Lightning passes it on to its other ranks
         try:
             process.wait(_GRACE_S)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
@@ -180,7 +180,7 @@ def _error(status: int, folder: Path, metric: str, value: float | None) -> str |
 
 
 def _last_words(output: Path) -> str | None:
-    """The first line in which our program says what went wrong, else the last line of all."""
+    """The first line with an error of our program, else the last line of all."""
     lines = [line.strip() for line in output.read_text(errors="replace").splitlines()]
     for line in lines:
         if line.startswith("fingpt: error"):
