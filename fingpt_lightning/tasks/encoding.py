@@ -23,7 +23,7 @@ Span = tuple[int, int]
 
 
 class TooLong(StrEnum):
-    """What happens to a row with more tokens than a network reads."""
+    """Treatment of a row with more tokens than a network reads."""
 
     CUT = "cut"
     """It loses tokens of its own text; a row that has too few of them is left out."""
@@ -63,10 +63,10 @@ def encode_examples(
     Args:
         tokenizer: Tokenizer of the network.
         examples: Examples of one task.
-        max_length: Tokens that the network reads at most; the last token of a text is only
-            predicted.
+        max_length: Largest number of tokens that the network reads; the last token of a text is
+            only predicted.
         end: Tokens after each answer.
-        too_long: What happens to longer rows.
+        too_long: Treatment of longer rows.
 
     Raises:
         ValueError: An answer has no token, or a row is too long and ``too_long`` is ``error``.
@@ -103,12 +103,12 @@ def encode_prompts(
     Args:
         tokenizer: Tokenizer of the network.
         examples: Examples with one prompt each.
-        max_length: Tokens that the network reads at most.
-        num_new: Tokens of the answer at most.
-        too_long: As in `encode_examples`.
+        max_length: Largest number of tokens that the network reads.
+        num_new: Largest number of tokens of the answer.
+        too_long: Treatment of longer rows, as in `encode_examples`.
 
     Returns:
-        As `encode_examples`, with the prompt as the one text, of which nothing is scored.
+        Tokens as in `encode_examples`, with the prompt as the one text, of which nothing is scored.
 
     Raises:
         ValueError: A row is too long and ``too_long`` is ``error``.
@@ -167,7 +167,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[
 
 
 def _split(example: Example, prompts: list[Tokens], joined: Sequence[Tokens]) -> list[Tokens]:
-    """The answers of joined texts; ``prompts`` lose the tokens that are other ones there."""
+    """The answers of joined texts; ``prompts`` lose the tokens that differ there."""
     for number, prompt in enumerate(prompts):
         with_it = joined if len(prompts) == 1 else [joined[number]]
         prompts[number] = prompt[: _num_common([prompt, *with_it])]
@@ -209,7 +209,7 @@ def _fitted_contexts(
     max_length: int,
     too_long: TooLong,
 ) -> list[_Fitted | None]:
-    """What stands before the answers, cut to leave ``rooms`` for them; None is left out."""
+    """The tokens before the answers, cut to leave ``rooms`` tokens for them; None is left out."""
     begin, eos = begin_tokens(tokenizer), tokenizer.eos_token_id
     found: list[_Fitted | None] = []
     to_cut = []
@@ -238,7 +238,7 @@ def _fitted_contexts(
             num_excess = len(begin) + len(prompt) - allowed
             kept = _cut(prompt, places, span, len(example.prefix), num_excess)
             cut.append(None if kept is None else begin + kept)
-        kept_contexts = [context for context in cut if context]  # an answer follows something
+        kept_contexts = [context for context in cut if context]  # an answer needs a context
         if len(kept_contexts) == len(cut):
             found[index] = _Fitted(kept_contexts, is_cut=True)
     return found
@@ -249,7 +249,7 @@ def _offsets(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[l
     if not texts:
         return []
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    # A post-processor may trim the blanks of tokens, which hides to which part they belong.
+    # A post-processor may trim the blanks of tokens, which hides the part that they belong to.
     copy.post_processor = processors.ByteLevel(trim_offsets=False)
     encoded = copy.encode_batch(list(texts), add_special_tokens=False)
     return [encoding.offsets for encoding in encoded]
@@ -260,18 +260,18 @@ def _cut(
 ) -> Tokens | None:
     """The prompt without ``num_excess`` tokens of the row's own text, or a few more.
 
-    They are the end of the text where the prompt goes on after it, else its beginning. A
-    character is not cut in two.
+    They are taken from the end of the text where the prompt continues after it, else from its
+    beginning. A character is not cut in two.
 
     Args:
         prompt: Tokens of the context.
         places: First and last character of each token.
         span: First and last character of the row's own text.
-        first: Characters before those that ``span`` counts.
-        num_excess: Tokens that are too many; not above 0 for a shorter one of several prompts.
+        first: Number of characters before those that ``span`` counts.
+        num_excess: Number of excess tokens; not above 0 for a shorter one of several prompts.
 
     Returns:
-        None where the text has fewer tokens than that.
+        Tokens that are left; None where the text has fewer tokens than that.
     """
     if num_excess <= 0:
         return prompt
@@ -290,7 +290,7 @@ def _cut(
 
 
 def _tokens_within(places: Iterable[Span], span: Span | None, first: int) -> range:
-    """The tokens that hold no character outside the span."""
+    """The tokens without characters outside the span."""
     if span is None:
         return range(0)
     begin, end = span[0] + first, span[1] + first

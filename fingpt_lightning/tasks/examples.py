@@ -21,12 +21,12 @@ class Example(NamedTuple):
     """One question and its possible answers: ``prefix + prompt + choice`` is a whole text.
 
     Args:
-        prefix: The same for all examples of a task.
-        prompts: What follows it: one, or one per choice.
-        choices: The answers, each with the blank before it.
-        gold: The index of the right choice; None where it is not known.
-        row: The line of the file, from 1; in a Parquet file and on the hub, the row.
-        text: The row's own text.
+        prefix: Text that is the same for all examples of a task.
+        prompts: Texts after the prefix: one, or one per choice.
+        choices: Answers, each with the blank before it.
+        gold: Index of the right choice; None where it is not known.
+        row: Number of the line of the file, from 1; in a Parquet file and on the hub, of the row.
+        text: Text of the row itself.
         spans: First and last character of what may be cut of each prompt where the row is too
             long, None where nothing may; empty for a row of which nothing may be cut.
     """
@@ -43,7 +43,7 @@ class Example(NamedTuple):
 def examples_of_row(task: Task, row: Row, number: int) -> Iterator[Example | None]:
     """Makes a row's examples; None stands for one with an empty text.
 
-    Fields lose the blanks around them, so that no prompt depends on those in a file.
+    Blanks around fields are removed, so that no prompt depends on those in a file.
 
     Raises:
         ValueError: The row lacks a column, or a label, an index or another value is not allowed.
@@ -70,9 +70,9 @@ def example_of_fields(task: Task, values: Row, number: int) -> Example | None:
     """Makes the example of a text that has no label yet; None where a field is empty.
 
     Args:
-        task: Of kind ``labels``.
-        values: Each of `field_names`; values are translated as those of the task's files are.
-        number: Of the row, for messages.
+        task: Task of kind ``labels``.
+        values: Value of each of `field_names`, translated as in the task's files.
+        number: Number of the row, for messages.
 
     Raises:
         ValueError: A value is not allowed.
@@ -91,7 +91,7 @@ def example_of_fields(task: Task, values: Row, number: int) -> Example | None:
 def tagged_spans(tokens: Sequence[str], tags: Sequence[str]) -> list[tuple[str, str]]:
     """The runs of tokens that share a tag other than ``O``, and that tag.
 
-    A tag with ``B-`` begins a run, which its twin with ``I-`` goes on with.
+    A tag with ``B-`` begins a run, which the same tag with ``I-`` continues.
 
     >>> tagged_spans(["Silicon", "Valley", "Bank", "lends"], ["B-ORG", "I-ORG", "I-ORG", "O"])
     [('Silicon Valley Bank', 'I-ORG')]
@@ -149,8 +149,8 @@ def _text(name: str, value: object, known: Collection[str] = ()) -> str:
 
     Args:
         name: Name of the column, for messages.
-        value: What the row has there.
-        known: Values that the task translates, in lower case: truth values are of them or wrong.
+        value: Value of the row there.
+        known: Values that the task translates, in lower case; other truth values are wrong.
 
     Raises:
         ValueError: It is none of these.
@@ -231,7 +231,7 @@ def _tidy_text(task: Task, text: str) -> str:
 
 
 def _translate(shape: Shape, fields: dict[str, Field]) -> bool:
-    """Puts the task's own values in place of the file's; False where the row is to be dropped."""
+    """Replaces the file's values by the task's own; False where the row is to be dropped."""
     if shape.bins and fields["label"]:
         fields["label"] = _label_of_number(shape.bins, str(fields["label"]))
     for name, values in shape.values.items():
@@ -296,7 +296,7 @@ def _example(task: Task, fields: dict[str, Field], number: int) -> Example | Non
 def _own_text_span(
     task: Task, template: Template, fields: Mapping[str, Field]
 ) -> tuple[int, int] | None:
-    """Where the text stands that a prompt may lose tokens of."""
+    """The place of the text that a prompt may lose tokens of."""
     if task.shorten is not None:
         names = [task.shorten]
     elif "input" in template.names:

@@ -45,8 +45,8 @@ def find_task(name: str | Path) -> Task:
         name: One of ``task_names()``, or the path of a YAML file.
 
     Raises:
-        ValueError: No such task is shipped, or its file says something that is not allowed.
-        FileNotFoundError: A path leads to no file.
+        ValueError: No such task is shipped, or its file contains something that is not allowed.
+        FileNotFoundError: A path does not exist.
     """
     path = Path(name).expanduser()
     if path.suffix in (".yaml", ".yml"):

@@ -1,4 +1,4 @@
-"""The examples of one split of a task, and a digest that says which data they were."""
+"""The examples of one split of a task, and a digest that identifies the data."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ class TaskRows(NamedTuple):
     """What a split holds.
 
     Args:
-        examples: In the order of the file.
-        path: The file; for the hub, its name, config and split.
-        sha256: Of all examples' texts, choices and gold, whatever the form of the file.
-        num_skipped: The examples left out because their text is empty.
+        examples: Examples in the order of the file.
+        path: Path of the file; for the hub, its name, config and split.
+        sha256: Digest of all examples' texts, choices and gold, whatever the form of the file.
+        num_skipped: Number of examples left out because their text is empty.
     """
 
     examples: list[Example]
@@ -33,9 +33,9 @@ def read_rows(
     """Reads a split from ``<data_dir>/<task.folder>/<split>.*``, or from the hub.
 
     Args:
-        task: What ``find_task`` gave.
-        data_dir: The folder of all sets; None reads from the Hugging Face hub.
-        split: ``train``, ``validation`` or another that the set has.
+        task: Task that ``find_task`` returned.
+        data_dir: Folder of all sets; None reads from the Hugging Face hub.
+        split: Name of the split, ``train``, ``validation`` or another that the set has.
         strict: Whether an empty text is an error rather than left out.
 
     Raises:

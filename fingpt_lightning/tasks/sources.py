@@ -1,4 +1,4 @@
-"""Rows as a task's files or the hub hold them, before anything is made of them."""
+"""Rows as a task's files or the hub hold them, before they are interpreted."""
 
 import csv
 import gzip
@@ -30,7 +30,7 @@ def open_split(task: Task, data_dir: str | Path | None, split: str) -> Source:
     """Finds a split; its file is read while the rows are taken.
 
     Raises:
-        ValueError: The task is not on the hub, or the split is there in two forms.
+        ValueError: The task is not on the hub, or the split exists in two forms.
         FileNotFoundError: The folder or the split is missing.
         RuntimeError: The hub cannot be reached, or its set does not load (at the first row).
     """
@@ -69,17 +69,17 @@ def _ending_of(path: Path) -> str | None:
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a file's name says; None for a file of no known form."""
+    """The split in a file's name; None for a file of no known form."""
     ending = _ending_of(path)
     return None if ending is None else path.name[: -len(ending)]
 
 
 def open_rows(path: Path) -> Iterator[NumberedRow]:
-    """The rows of a file of any size, in the form that its ending says, read as they are taken.
+    """The rows of a file of any size, in the form of its ending, read as they are taken.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The ending is of none of the forms, or (when it is reached) a row is wrong.
+        ValueError: The ending belongs to none of the forms, or (when it is reached) a row is wrong.
     """
     ending = _ending_of(path)
     if ending is None:
@@ -127,7 +127,7 @@ def _json_rows(path: Path) -> Iterator[NumberedRow]:
 
 
 def _csv_rows(path: Path) -> Iterator[NumberedRow]:
-    # Of the process; 128 kB are fewer than a report has.
+    # Limit of the process; the default of 128 kB is less than a report has.
     csv.field_size_limit(_LONGEST_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, strict=True)
@@ -205,7 +205,7 @@ def _line_rows(path: Path, line_file: LineFile) -> Iterator[NumberedRow]:
 
 
 def _part(rows: Sequence[NumberedRow], cut: Cut, split: str, path: Path) -> Iterator[NumberedRow]:
-    # It takes two seconds, which the other forms of file do not need.
+    # Its import takes two seconds, which the other forms of file do not need.
     from datasets import Dataset  # type: ignore[import-untyped]
 
     if math.ceil(len(rows) * cut.test_size) >= len(rows):

@@ -84,7 +84,7 @@ class Template:
 
     @cached_property
     def _last_places(self) -> "dict[str, tuple[Template, re.Match[str]]]":
-        """Of each field the template before its last place, and that place."""
+        """For each field, the template before its last place, and that place."""
         return {
             found[1]: (Template(self.pattern[: found.start()]), found)
             for found in _FIELD.finditer(self.pattern)
@@ -98,14 +98,15 @@ class Shape:
     A row has the first shape whose columns it has.
 
     Args:
-        fields: Field to where it comes from: a column (a dot leads into nested ones), a
+        fields: Sources of the fields: a column (a dot leads into nested ones), a
             ``Template`` over columns and ``parse`` groups, or templates that make up a list.
-        parse: Column to the pattern that takes it apart; the pattern's named groups are fields.
-        values: Field to {value in the file, lower case: the task's own}; None drops the row.
-        bins: Label to the upper bound, exclusive, of the numbers in ``label`` that mean it.
-        questions: Column to question: a row becomes one example for each, with the fields
+        parse: Patterns that take columns apart, by column; their named groups are fields.
+        values: Mapping from field to {value in the file, lower case: the task's own}; None drops
+            the row.
+        bins: Upper bounds, exclusive, of the numbers in ``label`` that mean a label, by label.
+        questions: Questions by column: a row becomes one example for each, with the fields
             ``question`` and, from that column, ``label``.
-        spans: ``tokens`` and ``tags`` to columns: a row becomes one example for each tagged span,
+        spans: Columns of ``tokens`` and ``tags``: a row becomes one example for each tagged span,
             with the fields ``text``, ``entity`` and, from the tag, ``label``.
     """
 
@@ -129,7 +130,7 @@ class Shape:
 
     @cached_property
     def translated_columns(self) -> dict[str, tuple[str, ...]]:
-        """Columns to the values, in lower case, that the task translates of them."""
+        """Columns mapped to the values, in lower case, that the task translates."""
         found: dict[str, tuple[str, ...]] = {}
         for field, values in self.values.items():
             source = self.fields.get(field)
@@ -165,7 +166,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class LineFile:
-    """A text file with a row a line: columns between separators, the first may hold some too.
+    """A text file with one row per line: columns between separators, the first may hold some too.
 
     ``names`` are tried in order, so that of several files in a folder the first counts.
     """
@@ -191,32 +192,32 @@ class Task:
     r"""One task, as its YAML file says.
 
     Args:
-        name: The file's stem; part of logged keys.
-        kind: What is scored: one of the same ``labels`` in every row, each row's own ``choices``,
-            one ``continuation`` after several contexts (``partial``), the ``last_word``, or
-            nothing (``instructions``: the output is there to train on).
-        version: Rises when numbers are no longer comparable with those from before.
-        source: Where the set comes from.
-        licence: The set's, not this project's.
-        folder: The folder in the data directory.
-        labels: The answer words in canonical order; only kind ``labels`` has them.
-        instruction: The text before every prompt. It ends where tokenizers split anyway, so that
+        name: Stem of the file; part of logged keys.
+        kind: Kind of what is scored: one of the same ``labels`` in every row, each row's own
+            ``choices``, one ``continuation`` after several contexts (``partial``), the
+            ``last_word``, or nothing (``instructions``: the output is there to train on).
+        version: Number that rises when results are no longer comparable with earlier ones.
+        source: Place where the set comes from.
+        licence: License of the set, not of this project.
+        folder: Folder in the data directory.
+        labels: Answer words in canonical order; only kind ``labels`` has them.
+        instruction: Text before every prompt. It ends where tokenizers split anyway, so that
             its keys and values are computed once for all rows: after the line end, not before it,
             because GPT-2's splits ``.\nInput`` into ``.``, ``\n``, ``Input``, but those of Llama 3
             and Qwen into ``.\n``, ``Input``; or before a blank that a word follows.
-        templates: The prompt after the instruction. The first whose fields are all there and not
-            empty is taken; a row that fits none counts as empty.
-        text: The row's own text, for tables and for the digest.
-        shorten: The field that loses tokens where a row is too long. None is ``input`` where the
+        templates: Templates of the prompt after the instruction. The first whose fields all exist
+            and are not empty is taken; a row that fits none counts as empty.
+        text: Template of the row's own text, for tables and for the digest.
+        shorten: Field that loses tokens where a row is too long. None is ``input`` where the
             prompt has it, else the longest field of ``text`` in it, but never ``instruction``.
-        delimiter: What stands between prompt and answer. It belongs to the answer: its first token
+        delimiter: Text between prompt and answer. It belongs to the answer: its first token
             has the blank.
         distinct: Whether a prompt that a split repeats is taken once.
-        substitute: Pattern to replacement, applied in order to every field.
-        shapes: The forms of its rows.
-        hub: Where rows come from without a data directory.
-        line_file: Its text file form.
-        cut: How a set without splits is cut.
+        substitute: Replacements by pattern, applied in order to every field.
+        shapes: Forms of its rows.
+        hub: Data set on the hub, for rows without a data directory.
+        line_file: Form of its text file.
+        cut: Way in which a set without splits is divided.
     """
 
     name: str

@@ -16,16 +16,16 @@ Word = TypeVar("Word", bound=str)
 
 
 class YamlBlock:
-    """Keys and values, and where they stand; every message begins with that.
+    """Keys and values with their place, with which every message begins.
 
     Args:
-        contents: What the YAML parser made.
-        place: The file, and the keys that lead here.
-        known: The keys that are allowed; None allows all.
-        required: Those that must be there.
+        contents: Result of the YAML parser.
+        place: File, and the keys that lead here.
+        known: Keys that are allowed; None allows all.
+        required: Keys that must exist.
 
     Raises:
-        ValueError: ``contents`` is no mapping, has an unknown key or lacks a required one.
+        ValueError: ``contents`` is not a mapping, has an unknown key or lacks a required one.
     """
 
     def __init__(
@@ -59,21 +59,21 @@ class YamlBlock:
         return ValueError(f"{self._place}: {key}: {reason}")
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A text."""
+        """Returns a text."""
         value = self._contents.get(key, default)
         if not isinstance(value, str):
             raise self.error(key, f"a text is needed, not {value!r}")
         return value
 
     def value(self, key: str) -> str | None:
-        """A text, or a whole number or a truth value as text, or null."""
+        """Returns a text, or a whole number or a truth value as text, or null."""
         value = self._contents[key]
         if value is not None and not isinstance(value, str | int):
             raise self.error(key, f"a text, a whole number or null is needed, not {value!r}")
         return None if value is None else str(value)
 
     def word(self, key: str, allowed: Sequence[Word]) -> Word:
-        """One of some words."""
+        """Returns one of some words."""
         value = self.text(key)
         for word in allowed:
             if value == word:
@@ -81,7 +81,7 @@ class YamlBlock:
         raise self.error(key, f"{value!r} is none of {', '.join(allowed)}{nearest(value, allowed)}")
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """One text, or a list of them."""
+        """Returns one text, or a list of them."""
         value = self._contents[key]
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list) or not items:
@@ -92,43 +92,43 @@ class YamlBlock:
         return tuple(items)
 
     def integer(self, key: str, least: int) -> int:
-        """A whole number."""
+        """Returns a whole number."""
         value = self._contents[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise self.error(key, f"a whole number, {least} or above, is needed, not {value!r}")
         return value
 
     def number(self, key: str) -> float:
-        """A number."""
+        """Returns a number."""
         value = self._contents[key]
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.error(key, f"a number is needed, not {value!r}")
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """True or false; false where it is not said."""
+        """Returns true or false; false where the key is missing."""
         value = self._contents.get(key, False)
         if not isinstance(value, bool):
             raise self.error(key, f"true or false is needed, not {value!r}")
         return value
 
     def pattern(self, key: str) -> re.Pattern[str]:
-        """A regular expression whose dot matches line ends too."""
+        """Returns a regular expression whose dot matches line ends too."""
         return self._compiled(key, self.text(key))
 
     def replacements(self, key: str) -> dict[re.Pattern[str], str]:
-        """Regular expressions and what replaces their matches."""
+        """Returns regular expressions and what replaces their matches."""
         texts = self.mapping(key, lambda block, name: block.text(name))
         return {self._compiled(key, pattern): text for pattern, text in texts.items()}
 
     def block(
         self, key: str, known: Sequence[str] | None = None, required: Sequence[str] = ()
     ) -> "YamlBlock":
-        """Keys and values; none where ``key`` is not there and nothing is required."""
+        """Returns keys and values; none where ``key`` is missing and nothing is required."""
         return YamlBlock(self._contents.get(key, {}), f"{self._place}: {key}", known, required)
 
     def blocks(self, key: str, known: Sequence[str]) -> list["YamlBlock"]:
-        """A list of keys and values."""
+        """Returns a list of keys and values."""
         value = self._contents[key]
         if not isinstance(value, list) or not value:
             raise self.error(key, f"a list is needed, not {value!r}")
@@ -138,7 +138,7 @@ class YamlBlock:
         ]
 
     def mapping(self, key: str, read: "Callable[[YamlBlock, str], T]") -> dict[str, T]:
-        """A mapping with any keys, its values read by one of the methods above."""
+        """Returns a mapping with any keys, its values read by one of the methods above."""
         inner = self.block(key)
         return {name: read(inner, name) for name in inner._contents}
 
@@ -153,7 +153,7 @@ def read_yaml(path: Path, known: Sequence[str], required: Sequence[str]) -> Yaml
     """Reads a file that is a mapping.
 
     Raises:
-        ValueError: It is no YAML, or not such a mapping.
+        ValueError: It is not YAML, or not such a mapping.
     """
     try:
         contents = parse_yaml(path.read_text(encoding="utf-8"), path)
