@@ -1,1 +1,1 @@
-"""What a person at a terminal meets: options, messages, progress."""
+"""What a person at a terminal sees: options, messages, progress."""

@@ -17,10 +17,10 @@ class WrongOptions(ValueError):
 
 @contextmanager
 def options_as_arguments() -> Iterator[None]:
-    """Within it, what is wrong with options is said of a function's arguments, without dashes.
+    """Within it, messages about wrong options are about a function's arguments, without dashes.
 
     Raises:
-        ValueError: In place of `WrongOptions`.
+        ValueError: Raised in place of `WrongOptions`.
     """
     try:
         yield
@@ -29,11 +29,11 @@ def options_as_arguments() -> Iterator[None]:
 
 
 class OptionParser(argparse.ArgumentParser):
-    """A parser that raises its errors in place of printing usage and ending the process.
+    """A parser that raises its errors instead of printing usage and ending the process.
 
     Args:
-        command: The words before the options, as ``fingpt evaluate``.
-        description: One sentence for ``--help``.
+        command: Words before the options, as ``fingpt evaluate``.
+        description: Sentence for ``--help``.
     """
 
     def __init__(self, command: str, description: str) -> None:
@@ -43,7 +43,7 @@ class OptionParser(argparse.ArgumentParser):
         """The options in ``words``.
 
         Raises:
-            WrongOptions: An option is unknown (the nearest is named), missing, or has no such
+            WrongOptions: An option is unknown (the nearest is named), missing, or has an invalid
                 value.
             SystemExit: With status 0, after ``--help`` has been answered.
         """
@@ -63,7 +63,7 @@ def names(text: str) -> list[str]:
     """The names in a list with commas.
 
     Raises:
-        argparse.ArgumentTypeError: There is none.
+        argparse.ArgumentTypeError: There is no name.
     """
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
@@ -72,10 +72,10 @@ def names(text: str) -> list[str]:
 
 
 def positive_int(text: str) -> int:
-    """A whole number from 1 on.
+    """A whole number of at least 1.
 
     Raises:
-        argparse.ArgumentTypeError: It is none.
+        argparse.ArgumentTypeError: It is not such a number.
     """
     try:
         number = int(text)
@@ -90,7 +90,7 @@ def named_paths(text: str) -> dict[str, Path]:
     """The paths in a list such as ``alice=a/adapter,bob=b/adapter``, by name.
 
     Raises:
-        argparse.ArgumentTypeError: A part is not of that form, or a name is there twice.
+        argparse.ArgumentTypeError: A part is not of that form, or a name occurs twice.
     """
     found: dict[str, Path] = {}
     for part in names(text):
@@ -104,7 +104,7 @@ def named_paths(text: str) -> dict[str, Path]:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model is loaded and how."""
+    """The options that select which model is loaded and how."""
     add = parser.add_argument
     add(
         "--model",
@@ -129,7 +129,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_calibration_options(parser: OptionParser) -> None:
-    """The options that say on which tokens the outputs of compressed layers are kept."""
+    """The options that select the tokens on which the outputs of compressed layers are kept."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--calibration",
@@ -158,7 +158,7 @@ def check_calibration_options(options: argparse.Namespace) -> None:
     """Refuses options of calibration that have no effect.
 
     Raises:
-        WrongOptions: There is one.
+        WrongOptions: There is such an option.
     """
     if options.calibration is not None and options.calibration_task is not None:
         raise WrongOptions("--calibration and --calibration_task: give one of them")
@@ -171,7 +171,7 @@ def check_calibration_options(options: argparse.Namespace) -> None:
 
 
 def as_list(given: Any) -> list[Any]:
-    """A setting that may be written as one thing, as a list of several, or be left out."""
+    """A setting that may be given as one item, as a list of several, or be left out."""
     if given is None:
         return []
     return given if isinstance(given, list) else [given]

@@ -1,4 +1,4 @@
-"""Parts of messages: the nearest right name, missing fields, what a foreign error says first."""
+"""Parts of messages: the nearest right name, missing fields, the first line of a foreign error."""
 
 import difflib
 import reprlib
@@ -13,9 +13,9 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """``; did you mean X?`` for the known name most like ``name``, or nothing.
 
     Args:
-        name: What was given.
-        known: What it could have been.
-        cutoff: How alike they must be, between 0 and 1.
+        name: Name that was given.
+        known: Names that it could have been.
+        cutoff: Least similarity, between 0 and 1.
 
     >>> nearest("fpd", ["fpb", "tfns"])
     '; did you mean fpb?'
@@ -25,10 +25,10 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def check_choice(setting: str, value: str, known: Iterable[str]) -> None:
-    """Refuses a value that is none of ``known``, and names the nearest.
+    """Refuses a value that is not one of ``known``, and names the nearest.
 
     Raises:
-        ValueError: It is none of them.
+        ValueError: It is not one of them.
 
     >>> check_choice("method", "exakt", ["exact", "randomized"])
     Traceback (most recent call last):
@@ -79,15 +79,15 @@ def no_field(place: str, field: str, fields: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What a foreign library's error says first."""
+    """The first line of a foreign library's error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
 
 
 def error_line(message: str, process_rank: int | str = 0) -> str:
-    """How the program says why it ends.
+    """The line with which the program reports why it ends.
 
     Args:
-        message: One line.
+        message: Message of one line.
         process_rank: Number of this process among those of the run.
 
     >>> error_line("the device is on fire", 1)

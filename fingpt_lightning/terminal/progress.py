@@ -1,4 +1,4 @@
-"""What a terminal or a log sees of long work."""
+"""What a terminal or a log shows of long work."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ _QUIET_S = 2.0
 
 
 class SoFar(NamedTuple):
-    """How much has been tokenised."""
+    """How much has been tokenized."""
 
     num_documents: int = 0
     num_tokens: int = 0
@@ -44,9 +44,9 @@ class _Display:
 
     Args:
         what: Description of the line.
-        columns: Columns after it.
+        columns: Columns after the description.
         total: Units of work, where they are known.
-        first: Line for a log when the work is found to be long; None writes none.
+        first: Line for a log when the work turns out to be long; None writes none.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ def shown_progress(
     A terminal sees a line that moves; anything else one line at the start and one at the end.
 
     Args:
-        what: Name of the work, as in "labelling news.csv".
-        total: Units of work; None where they are not known before.
+        what: Name of the work, as in "labeling news.csv".
+        total: Units of work; None where they are not known in advance.
         unit: Name of what is counted.
         in_log: Whether there are lines at the start and at the end too.
 
     Yields:
-        A function to be called with the units that are done.
+        Function to be called with the number of units that are done.
     """
     count = MofNCompleteColumn() if total is not None else TextColumn("{task.completed:,.0f}")
     columns: list[ProgressColumn] = [count, TextColumn(unit)]
@@ -118,13 +118,13 @@ def shown_progress(
 
 @contextmanager
 def shown_tokenizing(what: str, num_bytes: int | None) -> Iterator[Callable[[SoFar], None]]:
-    """Shows tokenising that takes longer than two seconds on stderr.
+    """Shows tokenizing that takes longer than two seconds on stderr.
 
     A terminal sees a line that moves, with the time that is left where ``num_bytes`` is known;
     anything else one line at the start. Both see one at the end.
 
     Yields:
-        A function to be called with the state of the work.
+        Function to be called with the state of the work.
     """
     columns: list[ProgressColumn] = [BarColumn(20), TimeRemainingColumn()] if num_bytes else []
     columns.append(TextColumn("{task.fields[told]}", markup=False))
