@@ -1,4 +1,4 @@
-"""How the C library treats memory that a training step on the CPU frees and asks for again."""
+"""How the C library treats memory that a training step on the CPU frees and requests again."""
 
 import ctypes
 import platform
@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
     The peak stays about the same; what is held between the peaks does not shrink.
 
     Returns:
-        Whether it was done: only glibc can.
+        Whether it was done: only glibc can do it.
 
     Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
     """

@@ -25,7 +25,7 @@ class LiveTensorBytes(TorchDispatchMode):
     nothing. Memory that a kernel takes and frees inside one operation is not seen. Code under
     ``torch.compile`` runs uncompiled below a dispatch mode, and stays so: do not mix them.
 
-    Cost: some microseconds of Python an operation; results are those of the same kernels.
+    Cost: some microseconds of Python per operation; results are those of the same kernels.
 
     >>> with LiveTensorBytes() as count:
     ...     x = torch.zeros(7, 11)
@@ -82,7 +82,7 @@ def module_memory(module: nn.Module, optimizer: Optimizer | None = None) -> Modu
     """Bytes of parameters with buffers, of gradients, and of the optimizer's state.
 
     Each storage counts once, so tied weights and views do; of a sharded tensor the local shard.
-    The scales of weights that bitsandbytes quantised count as weights.
+    The scales of weights that bitsandbytes quantized count as weights.
     """
     parameters = list(module.parameters())
     scales = [scale for parameter in parameters for scale in _scales(parameter)]
@@ -115,7 +115,7 @@ def peak_rss_bytes() -> int:
                 return int(line.split()[1]) * 1024
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
-    import resource  # Unix alone has it
+    import resource  # only on Unix
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -125,7 +125,7 @@ def reset_peak_rss() -> bool:
     """Lets the peak of `peak_rss_bytes` begin anew from what the process holds now.
 
     Returns:
-        Whether it did: only Linux can, and some containers forbid it.
+        Whether it was done: only Linux can do it, and some containers forbid it.
 
     Source: https://man7.org/linux/man-pages/man5/proc_pid_clear_refs.5.html
     """

@@ -14,9 +14,9 @@ def measured_peak_flops_per_s(
     The global random state is left as it is.
 
     Args:
-        device: Where to multiply.
-        dtype: What to multiply.
-        seconds: How long to try, above 0; three products are made in any case.
+        device: Device that multiplies.
+        dtype: Type of the matrices.
+        seconds: Duration of the trials, above 0; three products are made in any case.
 
     Raises:
         ValueError: ``seconds`` is not positive.
