@@ -1,6 +1,6 @@
 """Lightning callbacks that observe a run and keep its checkpoints.
 
-``DISTRIBUTION`` tells this package from any other one named ``callbacks``.
+``DISTRIBUTION`` distinguishes this package from any other one named ``callbacks``.
 """
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint

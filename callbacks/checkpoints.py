@@ -20,16 +20,16 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps ``best.ckpt``, of the validation with the best value of one metric.
 
     A resumed run starts a new folder and knows the best of its whole history: as long as it has
-    none that is better, its ``best.ckpt`` is that of the run before (a hard link where the file
+    no better one, its ``best.ckpt`` is that of the run before (a hard link where the file
     system has them). Where that file is gone or cannot be read, its best is the best since.
 
     Keys: none.
     Cost: a write whenever a validation is better than all before.
 
     Args:
-        monitor: The logged key.
-        mode: Whether ``min`` or ``max`` is better.
-        dirpath: Folder; null is ``checkpoints/`` in the run folder.
+        monitor: Logged key to compare.
+        mode: Direction of the comparison: whether ``min`` or ``max`` is better.
+        dirpath: Folder of the file; null is ``checkpoints/`` in the run folder.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class BestCheckpoint(ModelCheckpoint):
         if state_dict.get("dirpath") == self.dirpath:
             super().load_state_dict(state_dict)
         elif state_dict["best_model_path"]:
-            # Lightning 2.6.6 would forget the score and go on to name the file of the other folder.
+            # Lightning 2.6.6 would forget the score and then name the file of the other folder.
             self._best_before = Path(state_dict["best_model_path"])
 
     @override
@@ -75,12 +75,12 @@ class BestCheckpoint(ModelCheckpoint):
             self.best_k_models = {str(path): score}
 
     def _take_over(self, trainer: Trainer, before: Path, path: Path) -> Tensor | None:
-        """Puts the best checkpoint of the run before into this one's folder; gives its score."""
-        if not before.is_file():  # the folder was moved, with what is gone on from
+        """Puts the best checkpoint of the run before into this one's folder; returns its score."""
+        if not before.is_file():  # the folder was moved, with the checkpoint that is resumed
             before = Path(str(trainer.ckpt_path)).with_name(before.name)
         try:
             saved = torch.load(before, map_location="cpu", weights_only=True, mmap=True)
-            # Not of the state that is gone on from: the file may be of a later step.
+            # Not from the resumed state: the file may be of a later step.
             score: Tensor = saved["callbacks"][self.state_key]["best_model_score"]
         except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError):
             return None
@@ -104,8 +104,8 @@ class LastCheckpoint(ModelCheckpoint):
     that a resumed run does not miss it.
 
     Args:
-        every_n_train_steps: Optimiser steps from write to write.
-        dirpath: Folder; null is ``checkpoints/`` in the run folder.
+        every_n_train_steps: Optimizer steps from write to write.
+        dirpath: Folder of the file; null is ``checkpoints/`` in the run folder.
 
     Raises:
         ValueError: ``every_n_train_steps`` is below 1.
@@ -139,7 +139,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         # A resumed run has been saved at its first step. Within a window of accumulation it would
-        # be again, with the next batch counted as seen and its gradient lost.
+        # be saved again, with the next batch counted as seen and its gradient lost.
         self._last_global_step_saved = trainer.global_step
         self._saved_batch = None
 
@@ -155,8 +155,8 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
         is_same_batch = self._saved_batch == trainer.fit_loop.total_batch_idx
         if trainer.state.fn == TrainerFn.FITTING and is_same_batch:
-            # Lightning 2.6 holds a validation to be done that comes right after what it goes on
-            # from, so that early stopping and the best checkpoint would not hear of it.
+            # Lightning 2.6 considers a validation done that comes right after the checkpoint that
+            # it resumes from: early stopping and the best checkpoint would not learn of it.
             trainer.save_checkpoint(self.best_model_path)
 
     @override

@@ -30,7 +30,7 @@ class CompressionMonitor(Callback):
       baseline.
     - ``compression/total_mib_at_32_bits``, ``compression/total_mib_at_16_bits``,
       ``compression/total_mib_at_8_bits``, ``compression/total_mib_at_4_bits``: MiB of the stored
-      parameters at so many bits each, without quantisation constants.
+      parameters at so many bits each, without quantization constants.
     - ``compression/dense_mib_at_32_bits``, ``compression/dense_mib_at_16_bits``,
       ``compression/dense_mib_at_8_bits``, ``compression/dense_mib_at_4_bits``: of the dense
       baseline.

@@ -1,4 +1,4 @@
-"""What training does to a model's answers on tasks."""
+"""How training changes a model's answers on tasks."""
 
 import io
 import time
@@ -43,7 +43,7 @@ class TrainsOnTasks(Protocol):
 
     @property
     def task_names(self) -> list[str]:
-        """Those of files; made-up rows have none."""
+        """The tasks that are read from files; synthetic rows have none."""
 
 
 class FinancialEvaluation(Callback):
@@ -56,7 +56,7 @@ class FinancialEvaluation(Callback):
 
     - ``eval/TASK/accuracy``, ``eval/TASK/macro_f1``, ``eval/TASK/weighted_f1``, ``eval/TASK/mcc``.
     - ``eval/TASK/missing``: the share of answers that cannot be read; they count as wrong.
-    - ``eval/TASK/accuracy_norm``: of choices, compared by log-probability a character.
+    - ``eval/TASK/accuracy_norm``: of choices, compared by log-probability per character.
     - ``eval/TASK/perplexity``: of last words.
 
     Into ``eval/STEP/`` of the trainer's ``default_root_dir`` go ``results.json`` and
@@ -70,21 +70,21 @@ class FinancialEvaluation(Callback):
     Args:
         tasks: Names of shipped tasks, or YAML files; null takes those that the datamodule trains
             on, without those that have no right answers.
-        data_dir: Holds ``TASK/SPLIT.jsonl``; null takes the datamodule's.
-        split: Which split.
+        data_dir: Folder that holds ``TASK/SPLIT.jsonl``; null takes the datamodule's.
+        split: Name of the split.
         every_n_steps: Optimizer steps from evaluation to evaluation; null for none during training.
         before: Whether to evaluate before the first step.
         after: Whether to evaluate after the last step.
-        limit: Rows of each task; null takes all.
+        limit: Number of rows of each task; null takes all.
         calibrate: Whether to calibrate the labels.
-        batch_tokens: Tokens of a batch, padding included; null leaves it to the device.
+        batch_tokens: Tokens of a batch, padding included; null derives it from the device.
 
     Attributes:
-        history: The figures of each task and the ``step`` after which it answered, oldest first, of
+        history: Figures of each task and the ``step`` after which it answered, oldest first, of
             this fit; on the first rank.
 
     Raises:
-        ValueError: A setting, a task or a row is wrong, or a ``results.json`` that is there.
+        ValueError: A setting, a task or a row is wrong, or an existing ``results.json`` is.
         FloatingPointError: A score is NaN or infinite: task, row and likely cause are named.
         TypeError: The module has no network, or the datamodule no tokenizer.
         RuntimeError: The parameters are sharded.
@@ -293,7 +293,7 @@ def _log(trainer: Trainer, result: TaskResult) -> dict[str, float]:
     name = result.run.task.name
     figures = {key: result.metrics[key] for key in EVAL_FIGURES if key in result.metrics}
     logged = {eval_key(name, key): value for key, value in figures.items()}
-    # In the same row, so that a chart of them can go by tokens.
+    # In the same row, so that a chart of them can use tokens as its axis.
     num_tokens = getattr(trainer.lightning_module, "tokens_seen", None)
     if num_tokens is not None:
         logged[TRAIN_TOKENS] = float(num_tokens)
@@ -312,7 +312,7 @@ def _log_answers(logger: WandbLogger, result: TaskResult, step: int) -> None:
     cells = [[row[column] for column in _TABLE_COLUMNS] for row in rows]
     logger.log_table(eval_key(name, "predictions"), list(_TABLE_COLUMNS), cells, step=step)
     if "confusion" in result.metrics:
-        from PIL import Image  # comes with matplotlib, which takes a second
+        from PIL import Image  # comes with matplotlib, whose import takes a second
 
         from fingpt_lightning.evaluation.pictures import confusion_png
 

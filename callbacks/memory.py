@@ -50,7 +50,7 @@ class MemoryMonitor(Callback):
     Cost: at a log a walk over parameters and optimizer state, the counters' reads, two small
     all-reduces and one sync; at other steps nothing. A counted step on the CPU takes some
     microseconds more for each operation of its forward pass. The peak counters are reset at each
-    log: ask `run_peak_bytes` for the run's.
+    log: `run_peak_bytes` has the run's.
 
     Args:
         every_n_steps: Optimizer steps from log to log; null takes the trainer's

@@ -42,12 +42,12 @@ class PipelineTrace(Callback):
     cost nothing.
 
     Args:
-        first_step: The first optimizer step to record, from 0.
+        first_step: First optimizer step to record, from 0.
         every_n_steps: Optimizer steps from record to record; null records one.
 
     Raises:
         ValueError: ``first_step`` is below 0 or ``every_n_steps`` below 1.
-        TypeError: The trainer's strategy is no ``PipelineStrategy``.
+        TypeError: The trainer's strategy is not a ``PipelineStrategy``.
     """
 
     def __init__(self, first_step: int = 3, every_n_steps: int | None = None) -> None:

@@ -21,11 +21,11 @@ from fingpt_lightning.units import format_bytes, format_duration
 
 _REFRESH_S = 0.5
 _WINDOW = 20
-"""Refreshes over which tokens a second are taken."""
+"""Refreshes over which tokens per second are measured."""
 
 
 class TrainingProgress(ProgressBar):
-    """Shows how far a run is: steps, time left, loss, tokens a second, memory.
+    """Shows how far a run is: steps, time left, loss, tokens per second, memory.
 
     Logs nothing. Cost: twice a second, on the first rank, a read of the last logged loss, which
     waits for the device. Memory is the peak of CUDA's allocator, elsewhere what the process holds.
@@ -63,11 +63,11 @@ class TrainingProgress(ProgressBar):
         """Shows other work of the run, such as an evaluation, below the training.
 
         Args:
-            what: Is done.
+            what: Description of the work.
             total: Units of work.
 
         Yields:
-            What is to be called with the units that are done.
+            Function to be called with the number of units that are done.
         """
         if not self._is_enabled:
             yield _unseen
@@ -84,7 +84,7 @@ class TrainingProgress(ProgressBar):
             yield show
         finally:
             display.remove_task(task)
-            # It is no part of the training's pace.
+            # It does not count as part of the training's pace.
             self._started_s += time.monotonic() - began_s
             self._past.clear()
             if is_alone:
@@ -229,7 +229,7 @@ class TrainingProgress(ProgressBar):
         if self._display is not None and self._evaluating is not None:
             self._display.remove_task(self._evaluating)
         self._evaluating = None
-        # The time of a validation is none of training's.
+        # The time of a validation does not count as training.
         self._past.clear()
         if trainer.state.fn != TrainerFn.FITTING:
             self._stop()
@@ -243,7 +243,7 @@ def told(
     tokens_per_s: float | None,
     num_bytes: int,
 ) -> str:
-    """What stands behind the bar; what is not known is left out.
+    """The text behind the bar; what is not known is left out.
 
     >>> told(1200, 20000, 7384.0, {"train": 3.2141, "val": 3.4}, 8123.4, 3 * 2**29)
     '1,200/20,000, 2 h 03 min left, loss 3.214, val 3.400, 8,123 tokens/s, 1.5 GiB'
@@ -267,4 +267,4 @@ def _memory_bytes(device: torch.device) -> int:
 
 
 def _unseen(done: int) -> None:
-    """Of a bar that is not shown."""
+    """Callback of a bar that is not shown."""

@@ -23,7 +23,7 @@ class Budgeted(Protocol):
 
 @runtime_checkable
 class CountsTokens(Protocol):
-    """A module that says how many tokens of its batches it trains on."""
+    """A module that reports how many tokens of its batches it trains on."""
 
     def num_tokens(self, batch: Any) -> int | Tensor:
         """Supervised tokens of one batch on this rank."""
@@ -49,7 +49,7 @@ def num_tokens(pl_module: LightningModule, batch: Any) -> int | Tensor:
 
 
 class Cadence:
-    """Tells, once after each optimizer step, whether it is one to log.
+    """Reports, once after each optimizer step, whether that step is to be logged.
 
     Args:
         every_n_steps: Optimizer steps from log to log; None takes the trainer's
@@ -66,7 +66,7 @@ class Cadence:
         self._last_step = 0
 
     def start(self, trainer: Trainer) -> None:
-        """Begins at the step the trainer is at, which is not 0 where it resumes."""
+        """Begins at the trainer's current step, which is not 0 where it resumes."""
         self._last_step = trainer.global_step
 
     def next_is_due(self, trainer: Trainer) -> bool:
@@ -87,7 +87,7 @@ class Cadence:
     def log(
         self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
     ) -> None:
-        """Logs figures of the step that just ended, which all ranks know alike.
+        """Logs figures of the step that just ended, which are equal on all ranks.
 
         In the trainer's rhythm they join the row of the module's own metrics. In another one they
         get rows of their own: Lightning would repeat them in its rows until they change.
@@ -108,9 +108,9 @@ def over_ranks(
     """Each value reduced over all ranks, which must call this together.
 
     Args:
-        trainer: Its strategy does the reducing.
-        values: None where this rank has none: the result is then None on every rank.
-        reduce_op: ``max``, ``sum`` or ``mean``.
+        trainer: Trainer whose strategy does the reducing.
+        values: Values of this rank; None where it has none: the result is then None on every rank.
+        reduce_op: Operation, ``max``, ``sum`` or ``mean``.
     """
     numbers = [math.nan if value is None else float(value) for value in values]
     tensor = torch.tensor(numbers, dtype=torch.float64, device=trainer.strategy.root_device)
@@ -127,7 +127,7 @@ def over_ranks(
 def record_in_wandb_summary(trainer: Trainer, figures: Mapping[str, float | int | str]) -> None:
     """Puts figures that a run has once into the columns of the W&B runs table.
 
-    They are no history: each would become a chart of one point.
+    They have no history: each would become a chart of one point.
     """
     if not trainer.is_global_zero:
         return

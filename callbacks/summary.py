@@ -1,4 +1,4 @@
-"""What a run was and came to, in one table and one file."""
+"""What a run was and achieved, in one table and one file."""
 
 import copy
 import math
@@ -35,10 +35,10 @@ _CallbackT = TypeVar("_CallbackT", bound=Callback)
 
 @runtime_checkable
 class HasDenseBaseline(Protocol):
-    """A module that can make itself anew with every layer dense."""
+    """A module that can build itself anew with every layer dense."""
 
     def dense_baseline(self) -> LightningModule:
-        """The twin, whose ``configure_model`` was not called yet."""
+        """The dense baseline, whose ``configure_model`` has not been called yet."""
 
 
 @runtime_checkable
@@ -64,13 +64,13 @@ class RunSummary(Callback):
     - ``summary/block_parameter_ratio``, ``summary/total_parameter_ratio``: dense over stored.
     - ``summary/trained_share``: trained parameters over all, of a module that freezes some.
     - ``summary/TASK/accuracy_before``, ``summary/TASK/accuracy_after``: of each task that a
-      `FinancialEvaluation` beside it asked first and last.
+      `FinancialEvaluation` beside it evaluated first and last.
     - ``summary/first_val_loss``, ``summary/best_val_loss``, ``summary/last_val_loss``:
       ``val/loss`` of this fit's first and last validation, in nats per token, and of the best one,
       those of the runs that it goes on from included.
     - ``summary/tokens_per_s``: of the training, as `ThroughputMonitor` beside it measured.
     - ``summary/timed_tokens_per_s``, ``summary/dense_baseline_tokens_per_s``: of the timed steps.
-    - ``summary/speed_ratio``: this network's timed tokens a second over the dense baseline's.
+    - ``summary/speed_ratio``: this network's timed tokens per second over the dense baseline's.
     - ``summary/peak_allocated_mib`` on CUDA, ``summary/peak_rss_mib`` elsewhere: largest over
       ranks, of this fit with a `MemoryMonitor` beside it, else of the process.
     - ``summary/best_checkpoint``, ``summary/last_checkpoint``: paths.
@@ -171,7 +171,7 @@ class RunSummary(Callback):
         self._last_batch = None
 
     def _best_of_history(self, trainer: Trainer) -> float | None:
-        """The lowest loss of this fit and of those that it goes on from, which checkpoints know."""
+        """The lowest loss of this fit and of those that it resumes from, which checkpoints know."""
         known = [] if self._best_val_loss is None else [self._best_val_loss]
         for checkpoint in trainer.checkpoint_callbacks:
             if isinstance(checkpoint, ModelCheckpoint) and checkpoint.monitor == VAL_LOSS:
@@ -275,13 +275,13 @@ def _copy(module: LightningModule) -> LightningModule:
 
 
 class _Contender:
-    """A module that is nobody's but ours, with an optimizer, ready to be timed."""
+    """A module that nothing else uses, with an optimizer, ready to be timed."""
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._device = trainer.strategy.root_device
         self._precision = trainer.precision_plugin
         module.trainer = trainer
-        for name in ("log", "log_dict"):  # the run is over: there is nobody to log to
+        for name in ("log", "log_dict"):  # the run is over: there is no logger any more
             setattr(module, name, lambda *_, **__: None)
         self._precision.convert_module(module)  # in place
         self._module = module.to(self._device).train()

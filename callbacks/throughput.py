@@ -1,4 +1,4 @@
-"""How fast training goes, and how near to what the device can do."""
+"""How fast training is, and how near to the limit of the device."""
 
 import time
 from collections.abc import Iterator
@@ -38,19 +38,19 @@ class ThroughputMonitor(Callback):
     """Logs the speed of training since the previous log.
 
     The clock runs over everything that a step needs, waiting for data included; it stands still
-    while validating, while `FinancialEvaluation` asks, and while writing a checkpoint.
+    while validating, while `FinancialEvaluation` runs, and while writing a checkpoint.
 
     Keys:
 
     - ``throughput/tokens_per_s``: supervised positions (label not -100), all ranks together.
-    - ``throughput/step_time_s``: seconds an optimizer step, of the slowest rank.
+    - ``throughput/step_time_s``: seconds per optimizer step, of the slowest rank.
     - ``throughput/training_time_s``: seconds this fit has trained so far, of the slowest rank; the
       first steps, which the other figures leave out, are in it.
-    - ``throughput/mfu``: the share of the devices' peak that went into useful work: tokens a second
-      times training FLOP a token, over devices times peak. Not logged for a module without
+    - ``throughput/mfu``: the share of the devices' peak that went into useful work: tokens per
+      second times training FLOP per token, over devices times peak. Not logged for a module without
       ``budget()``.
     - ``throughput/gpu_utilization_percent``: share of the last second with a kernel running, as
-      NVML says it, mean over ranks. Logged on CUDA with ``pynvml`` installed.
+      NVML reports it, mean over ranks. Logged on CUDA with ``pynvml`` installed.
 
     In a module of your own the tokens of a batch are what its ``num_tokens(batch)`` says, else
     the positions of ``batch["labels"]`` that are not -100.
@@ -61,8 +61,8 @@ class ThroughputMonitor(Callback):
     Args:
         every_n_steps: Optimizer steps from log to log; null takes the trainer's
             ``log_every_n_steps``.
-        peak_tflops: What one device can do, in TFLOP/s, above 0. Null looks the device up, and
-            where it is unknown (CPUs) measures it when training starts, and says so.
+        peak_tflops: Peak of one device, in TFLOP/s, above 0. Null looks the device up, and
+            where it is unknown (CPUs) measures it when training starts, and reports it.
         warmup_steps: Optimizer steps at the start that are not counted.
 
     Raises:
@@ -126,7 +126,7 @@ class ThroughputMonitor(Callback):
                 f" {type(pl_module).__name__} has no budget()"
             )
 
-        # Each checkpoint asks for the state first; the callbacks' own hook comes later, and not
+        # Each checkpoint requests the state first; the callbacks' own hook comes later, and not
         # at all where only weights are saved. A closure, because copies of the module share it.
         def pause(*_: Any) -> None:
             self._pause()

@@ -1,4 +1,4 @@
-"""Another way to the package ``callbacks``: the same names, the same classes.
+"""An alias of the package ``callbacks``: the same names, the same classes.
 
 Write new callbacks there, and name them here.
 """
