@@ -1,7 +1,7 @@
 """Does a low-rank GPT-2 learn as its dense baseline does, by tokens and by time?
 
-Runs ``fingpt fit`` on the same tokens dense, in pairs as the config says, and in pairs under plain
-AdamW, and records and draws the three.
+Runs ``fingpt fit`` on the same tokens dense, low-rank as the config requests, and low-rank under
+plain AdamW, and records and draws the three.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The figures and curves of a finished run.
 
     Args:
-        folder: Of the run, with ``metrics.csv`` and ``summary.json``.
+        folder: Folder of the run, with ``metrics.csv`` and ``summary.json``.
 
     Raises:
         FileNotFoundError: The run did not finish.
@@ -154,7 +154,7 @@ def _gaps(dense: dict[str, Any], run: dict[str, Any]) -> dict[str, float]:
 
 
 def _loss_at(curve: list[Row], time_s: float) -> float:
-    """The loss at a time, on the line between the validations around it."""
+    """The loss at a time, interpolated between the validations around it."""
     for before, after in itertools.pairwise(curve):
         if time_s <= after["time_s"]:
             share = (time_s - before["time_s"]) / (after["time_s"] - before["time_s"])
@@ -218,7 +218,7 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     for axis, (key, unit, label) in zip(axes, units, strict=True):
         for twin, run in rows.items():
             color, name = styles[twin]
-            # Dots and dashes are of validations, the faint line of training.
+            # Dots and dashes are validations, the faint line is training.
             looks: dict[str, dict[str, Any]] = {
                 "train_curve": {"alpha": 0.4},
                 "val_curve": {"ls": "--", "marker": "o", "label": name},

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs both precisions and writes record and table.
 
     Args:
-        arguments: The options; None takes those of the process.
+        arguments: Options; None takes those of the process.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="record to write; .md beside")
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def product_kernel() -> str | None:
-    """What oneDNN names the kernel of a product in bfloat16; None where torch does not ask it."""
+    """The kernel of a product in bfloat16, as oneDNN names it; None where torch does not use it."""
     done = subprocess.run(
         [sys.executable, "-c", _ONE_PRODUCT],
         env=os.environ | {"ONEDNN_VERBOSE": "1"},
@@ -76,7 +76,7 @@ def read_curves(path: Path) -> dict[str, Curve]:
     """The losses of training and validation in a ``metrics.csv``.
 
     Raises:
-        ValueError: It has none of one of them.
+        ValueError: One of the two has no losses.
     """
     keys = {"train": TRAIN_LOSS, "val": VAL_LOSS}
     curves: dict[str, Curve] = {split: {} for split in keys}
@@ -103,7 +103,7 @@ def largest_difference(float32: Curve, bfloat16: Curve) -> float:
     """The largest difference at a step, over the loss in float32 there.
 
     Raises:
-        ValueError: The curves have other steps.
+        ValueError: The curves have different steps.
 
     >>> largest_difference({1: 4.0, 2: 2.0}, {1: 4.0, 2: 2.1})
     0.05
@@ -114,7 +114,7 @@ def largest_difference(float32: Curve, bfloat16: Curve) -> float:
 
 
 def rows(curves: Mapping[str, Mapping[str, Curve]]) -> list[dict[str, Any]]:
-    """For the record, a contender each."""
+    """The contenders for the record, one per precision."""
     return [
         {
             "contender": contender,

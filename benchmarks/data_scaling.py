@@ -1,7 +1,7 @@
 """Do speed and memory of reading text stay as they are when the corpus grows tenfold?
 
 Writes synthetic news as ``.jsonl`` of one, three and ten sizes, and for each, in a process of its
-own, tokenises it and reads its blocks.
+own, tokenizes it and reads its blocks.
 """
 
 import argparse
@@ -32,7 +32,7 @@ QUESTION = (
     " grows tenfold, and what does a second tokenising thread bring?"
 )
 BASELINE = "1x"
-# Contender: size of the corpus, threads that tokenise.
+# Contender: size of the corpus, threads that tokenize.
 CONTENDERS: dict[str, tuple[int, int]] = {
     BASELINE: (1, 2),
     "3x": (3, 2),
@@ -88,7 +88,7 @@ def _run_all(folder: Path, options: argparse.Namespace) -> dict[str, list[dict[s
     corpus = SyntheticCorpus(_TRAINING_ITEMS, _SEED)
     tokenizer = train_cached_tokenizer(corpus, _VOCAB_SIZE, folder).name_or_path
     runs: dict[str, list[dict[str, float]]] = {contender: [] for contender in CONTENDERS}
-    # A server that has imported everything forks one fresh process a measurement.
+    # A server that has imported everything forks one fresh process per measurement.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fingpt_lightning.data"])
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
@@ -102,11 +102,11 @@ def _run_all(folder: Path, options: argparse.Namespace) -> dict[str, list[dict[s
 
 
 def write_news(paths: dict[int, Path], size_bytes: float) -> None:
-    """Writes ``size`` times ``size_bytes`` of text to each path; the smaller begin the larger.
+    """Writes ``size`` times ``size_bytes`` of text to each path; each text begins the larger ones.
 
     Args:
-        paths: By size.
-        size_bytes: Of the corpus of size 1.
+        paths: Paths by size.
+        size_bytes: Bytes of the corpus of size 1.
     """
     files = {size: path.open("w") for size, path in paths.items()}
     num_bytes = 0
@@ -124,13 +124,13 @@ def write_news(paths: dict[int, Path], size_bytes: float) -> None:
 def measure(
     text: Path, tokenizer_path: str, num_threads: int, num_batches: int
 ) -> dict[str, float]:
-    """Tokenises a file and reads its blocks, in this process.
+    """Tokenizes a file and reads its blocks, in this process.
 
     Args:
-        text: A ``.jsonl``.
+        text: Path of a ``.jsonl`` file.
         tokenizer_path: Folder of the tokenizer.
-        num_threads: That tokenise.
-        num_batches: At least so many are read, and at least one epoch.
+        num_threads: Number of threads that tokenize.
+        num_batches: Least number of batches that are read, and at least one epoch.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     for _ in encoded_batches(SyntheticCorpus(_TRAINING_ITEMS, _SEED), tokenizer, "uint16"):
@@ -171,7 +171,7 @@ def _private_bytes() -> int:
 
 
 def rows(runs: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """One row a contender: the spread of each quantity and its ratio to the baseline."""
+    """One row per contender: the spread of each quantity and its ratio to the baseline."""
     spreads = {
         contender: {name: spread([run[name] for run in measured]) for name in _QUANTITIES}
         for contender, measured in runs.items()

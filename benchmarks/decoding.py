@@ -1,6 +1,6 @@
 """How fast does GPT-2 small write: with a cache beside without, low-rank beside dense?
 
-Each contender goes on with prompts of random tokens, in turn with the others. Without a cache
+Each contender continues prompts of random tokens, in turn with the others. Without a cache
 the whole text is run again for each token; of these steps every STRIDE-th is run and counts for
 all of its stride, since the cost grows evenly with the text.
 """
@@ -31,7 +31,7 @@ QUESTION = (
 NO_CACHE, DENSE, LOW_RANK = "dense, no cache", "dense", "low rank"
 GROWING, TRANSFORMERS = "dense, growing cache", "dense, transformers' generate"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}
-"""Of products; int8 has its blocks' weights in int8."""
+"""Types of the products; int8 has its blocks' weights in int8."""
 _TOY = GPT2Shape(num_layers=2, width=64, num_heads=2, num_positions=64)
 
 
@@ -93,12 +93,12 @@ def main() -> None:
 
 
 def networks(dtype: str, sizes: Sizes, device: str = "cpu") -> dict[str, PreTrainedModel]:
-    """The dense baseline and the low-rank network, freshly initialised, ready to write.
+    """The dense baseline and the low-rank network, freshly initialized, ready to write.
 
     Args:
-        dtype: Of `DTYPES`.
-        sizes: Of both.
-        device: Where they go.
+        dtype: Type, one of `DTYPES`.
+        sizes: Sizes of both.
+        device: Device of both.
     """
     found: dict[str, PreTrainedModel] = {}
     for name, rank, embedding_rank in (
@@ -122,7 +122,7 @@ def contenders(
     device: str,
     with_transformers: bool,
 ) -> dict[str, Callable[[Tensor], float]]:
-    """Of each contender what writes on from prompts and gives the seconds that it took."""
+    """By contender, the function that continues prompts and returns the seconds that it took."""
     dense, low_rank = built[DENSE], built[LOW_RANK]
 
     def timed(write: Callable[[Tensor], object]) -> Callable[[Tensor], float]:
@@ -233,7 +233,7 @@ def _rows(
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The ratios of the question, as far as they were measured.
+    """The ratios that answer the question, where they were measured.
 
     Those of the cache are of the dense network; that of low rank is the better of bf16 and int8,
     each beside the dense baseline in the same dtype, at batch size 1.

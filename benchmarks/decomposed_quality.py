@@ -1,4 +1,4 @@
-"""What does decomposing a pretrained model cost in perplexity, and what wins it back?
+"""What does decomposing a pretrained model cost in perplexity, and what recovers it?
 
 Each model is decomposed to a share of its parameters: plain, on calibration text, in sequence, and
 with brief training after it. The record is written after every row, and a row in it is not made
@@ -50,7 +50,7 @@ TRAINED = f"{BOTH}, trained on"
 
 
 class Way(NamedTuple):
-    """How ranks are found, the texts whose outputs count, in equal parts, and the rest."""
+    """How ranks are found, the texts whose outputs count, in equal parts, and other settings."""
 
     allocation: str
     texts: tuple[str, ...] = ()
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def contenders(shares: str) -> Iterator[tuple[float, str]]:
-    """Share of the parameters and what is done, in the order of the record."""
+    """Share of the parameters and treatment of each row, in the order of the record."""
     yield 1.0, ORIGINAL
     for text in shares.split(","):
         for name in (*WAYS, TRAINED):
@@ -116,7 +116,7 @@ def contenders(shares: str) -> Iterator[tuple[float, str]]:
 
 
 def measure(share: float, contender: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One row: the model is made, where it is not there, and its perplexity measured."""
+    """One row: the model is made, unless it exists, and its perplexity measured."""
     row: dict[str, Any] = {"contender": contender, "share": share}
     if contender == ORIGINAL:
         network = load_model(options.model, dtype=options.dtype).network
@@ -144,7 +144,7 @@ def measure(share: float, contender: str, options: argparse.Namespace) -> dict[s
 
 
 def decomposed(share: float, contender: str, options: argparse.Namespace) -> Path:
-    """The folder of a decomposed model, made where it is not there."""
+    """The folder of a decomposed model, made where it does not exist."""
     way = WAYS[contender]
     name = f"{contender.replace(', ', '_').replace(' ', '_')}-{share:g}"
     folder: Path = options.work_dir / name
@@ -179,7 +179,7 @@ def decomposed(share: float, contender: str, options: argparse.Namespace) -> Pat
 def trained(
     folder: Path, options: argparse.Namespace
 ) -> tuple[PreTrainedModel, dict[str, float | int]]:
-    """The network after brief training on text, and what that took."""
+    """The network after brief training on text, and the cost of that."""
     seed_everything(1, verbose=False)
     module = LowRankPretraining(
         init_from=str(folder), learning_rate=options.learning_rate, warmup=0.1, weight_decay=0.01

@@ -1,7 +1,7 @@
-"""How fast are a network's layers taken apart: in processes, in batches, by a random subspace?
+"""How fast are a network's layers decomposed: in processes, in batches, by a random subspace?
 
 Random weights of GPT-2's shapes, whose singular values fall, lie in files as a model's do. All
-contenders read them and write pairs; processes that are started are in their time.
+contenders read them and write factors; processes that are started are in their time.
 """
 
 import argparse
@@ -39,14 +39,14 @@ _RATIOS = (0.25, 0.125)
 
 
 class Contender(NamedTuple):
-    """One way to take all layers apart.
+    """One way to decompose all layers.
 
     Args:
-        group: Of contenders on the same weights; the first of a group is its baseline.
-        name: Within the group.
-        workers: Processes.
+        group: Name of a group on the same weights, whose first contender is its baseline.
+        name: Name within the group.
+        workers: Number of processes.
         is_batched: Whether layers of one shape go together.
-        method: Exact or randomised.
+        method: Method, exact or randomized.
         ratio: r / min(in, out).
     """
 
@@ -72,7 +72,7 @@ CONTENDERS = (
 
 
 def main() -> None:
-    """Times all contenders in turn, each with one thread a process."""
+    """Times all contenders in turn, each with one thread per process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="record to write; .md beside")
     parser.add_argument("--processes_preset", default="gpt2-medium")
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def layer_sizes(preset: str) -> dict[str, tuple[int, int]]:
-    """In and out features of a GPT-2's linear layers, by name; ``toy`` is one of its own."""
+    """In and out features of a GPT-2's linear layers, by name; ``toy`` is a size of its own."""
     # Here: the processes that are started import this file too, and need no transformers.
     from fingpt_lightning.models.gpt2 import PRESETS, GPT2Shape, block_layers
 
@@ -104,12 +104,12 @@ def layer_sizes(preset: str) -> dict[str, tuple[int, int]]:
 def write_weights(
     sizes: Mapping[str, tuple[int, int]], folder: Path, seed: int
 ) -> tuple[list[LayerWeight], SafetensorsReader]:
-    """A file a block, each weight with a row an input as GPT-2 has it.
+    """Writes a file per block, each weight with a row per input as in GPT-2.
 
     Args:
-        sizes: Of the layers, by name.
-        folder: There already.
-        seed: Of the weights.
+        sizes: Sizes of the layers, by name.
+        folder: Folder, which exists already.
+        seed: Seed of the weights.
     """
     generator = torch.Generator().manual_seed(seed)
     layers: list[LayerWeight] = []
@@ -176,7 +176,7 @@ def race(
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The ratios of the question."""
+    """The ratios that answer the question."""
     by_name = {(row["group"], row["contender"]): row for row in rows}
     found = {
         "workers_speedup_ratio": by_name["processes", "2 processes"]["speedup_ratio"],

@@ -1,7 +1,7 @@
 """What is lost when a command is killed or its disk is full?
 
-A section of this benchmark is one kind of fault. Further kinds join as a `Section` of `SECTIONS`;
-each gives rows for the record and the counts that its summary needs.
+A section of this benchmark is one kind of fault. Further kinds are added as a `Section` of
+`SECTIONS`; each gives rows for the record and the counts that its summary needs.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the sections and writes record and table.
 
     Args:
-        arguments: The options; None takes those of the process.
+        arguments: Options; None takes those of the process.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="record to write; .md beside")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     names = [_known(parser, name, SECTIONS) for name in options.sections.split(",")]
     programs = [_known(parser, name, PROGRAMS) for name in options.programs.split(",")]
-    # No pool of threads in the process that forks: a child would wait for it in vain.
+    # No thread pool in the process that forks: a child would wait for it in vain.
     torch.set_num_threads(1)
     config = {"kills": options.kills, "seed": options.seed, "jobs": options.jobs}
     record = new_record(QUESTION, config)
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _in_jobs(sizes: Sizes, names: Sequence[str], num_jobs: int) -> dict[str, Found]:
-    """Runs sections in forked processes that each have some of the programs; joins the findings."""
+    """Runs sections in forked processes, each with some of the programs; joins the findings."""
     processes = {}
     for job in range(num_jobs):
         own = sizes.names[job::num_jobs]

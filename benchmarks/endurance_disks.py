@@ -1,4 +1,4 @@
-"""Commands whose disk is full, or whose files reach a limit, and run again with room."""
+"""Commands whose disk is full, or whose files reach a limit, and run again with enough space."""
 
 import itertools
 import os
@@ -14,16 +14,17 @@ from benchmarks.endurance_trials import Child, Found, Program, Sizes, leftovers,
 from fingpt_lightning.units import MIB
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Of the room that a run left alone takes."""
+"""Shares of the space that an undisturbed run takes."""
 _ROOM_BYTES = 512 * MIB
 _SAID = " cannot be written ("
 _SHOWN = 300
 
 
 def full_disks(sizes: Sizes) -> Found:
-    """Runs each program where there is too little room, in a tmpfs of its own if that is allowed.
+    """Runs each program with too little space, in a tmpfs of its own if that is allowed.
 
-    Else, and besides, no file may grow above a share of the largest one that the program makes.
+    Otherwise, and in addition, no file may grow above a share of the largest one that the program
+    makes.
     """
     rows, notes = [], []
     totals = Counter[str]()
@@ -96,7 +97,7 @@ def _judged(
     outcome: object,
     mount: Path | None = None,
 ) -> tuple[Counter[str], list[str]]:
-    """What a command left that had too little room, and whether it ends well when it has room."""
+    """What a command left that had too little space, and whether it succeeds with enough space."""
     counts, faults = Counter[str](), list[str]()
     status, log = child.wait(), child.log.read_text(errors="replace")
     if status == 0:
@@ -144,7 +145,7 @@ def _needed(program: Program, folder: Path, temporary: Path) -> tuple[tuple[int,
 
 def _stamped_sizes(folder: Path) -> dict[Path, tuple[int, int]]:
     states = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
-    page = os.sysconf("SC_PAGESIZE")  # in which a tmpfs counts
+    page = os.sysconf("SC_PAGESIZE")  # unit in which a tmpfs counts
     return {
         path: (-(-state.st_size // page) * page, state.st_mtime_ns)
         for path, state in states.items()

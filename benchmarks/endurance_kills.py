@@ -31,12 +31,12 @@ _SHOWN = 300
 
 
 class Whole(NamedTuple):
-    """A run that was left alone.
+    """An undisturbed run.
 
     Attributes:
-        outcome: What it made.
-        seconds: How long it took.
-        num_events: How often it changed its files.
+        outcome: Result of the run.
+        seconds: Duration of the run.
+        num_events: Number of changes to its files.
     """
 
     outcome: Any
@@ -94,10 +94,10 @@ def kills(sizes: Sizes) -> Found:
 
 
 def left_alone(name: str, program: Program, folders: Iterator[Path], temporary: Path) -> Whole:
-    """Runs a program to its end, twice: its outcome must be one to compare with.
+    """Runs a program to its end, twice: its outcome must be reproducible.
 
     Raises:
-        RuntimeError: It failed, or two runs differ.
+        RuntimeError: It failed, or the two runs differ.
     """
     found = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The commands of the endurance benchmark, at the smallest size at which each does all it does."""
+"""The commands of the endurance benchmark, at the smallest size that exercises each completely."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ _CONFIG = {
     },
     "last_checkpoint": {"every_n_train_steps": 1},
 }  # fmt: skip
-_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC")  # at which a page was made
+_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC")  # time at which a page was made
 _TRIAL = """
 import json, sys
 from pathlib import Path
@@ -71,10 +71,10 @@ def make_materials(folder: Path) -> dict[str, Program]:
     """Makes models, texts and runs that the commands read, and the commands.
 
     Args:
-        folder: Is made; it stays while the commands run.
+        folder: Folder that is made; it stays while the commands run.
     """
     folder.mkdir(parents=True)
-    # Several parts of few rows: the children have it from here.
+    # Several parts of few rows: the child processes inherit it.
     for module in (labelling, label_command):
         setattr(module, "CHUNK_ROWS", _CHUNK_ROWS)  # noqa: B010  # a constant, to type checkers
     (folder / f"{_RUN}.yaml").write_text(yaml.safe_dump(_CONFIG))
@@ -119,7 +119,7 @@ def _fit_words(folder: Path, cache: Path) -> list[str]:
 
 
 def _fit(materials: Path) -> Program:
-    """Goes on with the newest run of the config, of which one is there before."""
+    """Resumes the newest run of the config, one of which exists before."""
 
     def words(folder: Path) -> list[str]:
         return [*_fit_words(materials, materials / "cache"), "--ckpt_path", "last"]
@@ -157,7 +157,7 @@ def _last_state(folder: Path) -> Any:
 
 
 def _cache(materials: Path) -> Program:
-    """Trains a tokenizer and tokenises, then takes one step."""
+    """Trains a tokenizer and tokenizes, then takes one step."""
 
     def words(folder: Path) -> list[str]:
         options = ["--trainer.fast_dev_run", "1", "--data.num_synthetic_items", "600"]

@@ -1,4 +1,4 @@
-"""One trial of the endurance benchmark: a command in a forked process, and what came of it.
+"""One trial of the endurance benchmark: a command in a forked process, and its outcome.
 
 The parent has imported everything once, so that a trial starts in milliseconds.
 """
@@ -25,16 +25,16 @@ _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
 class Program(NamedTuple):
-    """A command, and how to see what it left.
+    """A command, and how to inspect what it left.
 
     Attributes:
-        prepare: Puts into a new folder what is there before the command.
-        words: Its command line in a folder as it is, of a run that goes on where one was killed;
-            None where the command has nothing left to do.
-        lost: What of what was there before, or has been finished, is lost; None where nothing. It
-            is given the folder, and the outcome of a run that was left alone.
-        outcome: What it made, to compare.
-        keeps_parts: Whether it leaves parts to go on with when it is told to end.
+        prepare: Function that puts into a new folder what exists before the command.
+        words: Function of a folder that returns the command line, of a run that resumes a killed
+            one; None where the command has nothing left to do.
+        lost: Function that returns what existed before or was finished and is lost, or None. It
+            gets the folder, and the outcome of an undisturbed run.
+        outcome: Function that returns the result of the command, to compare.
+        keeps_parts: Whether it leaves parts to resume from when it is requested to end.
     """
 
     prepare: Callable[[Path], None]
@@ -45,14 +45,14 @@ class Program(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a section runs.
+    """The settings of a section.
 
     Attributes:
-        folder: Where trials get their folders.
-        programs: By name.
-        names: Of the programs that run.
-        num_kills: In all, about.
-        seed: Of random moments.
+        folder: Folder in which trials get their folders.
+        programs: Programs by name.
+        names: Names of the programs that run.
+        num_kills: Approximate number of kills in all.
+        seed: Seed of random moments.
     """
 
     folder: Path
@@ -63,12 +63,12 @@ class Sizes(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a section found.
+    """The findings of a section.
 
     Attributes:
-        rows: For the record.
+        rows: Rows for the record.
         counts: Values of the section's keys of the summary.
-        notes: Lines about what was left out, and of each loss.
+        notes: Lines about what was left out, and about each loss.
     """
 
     rows: list[dict[str, Any]]
@@ -77,10 +77,10 @@ class Found(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A kind of faults.
+    """A kind of fault.
 
     Attributes:
-        run: Lets them happen.
+        run: Function that lets the faults happen.
         summary: Keys of the record's summary, in the order of `Found.counts`.
     """
 
@@ -89,11 +89,11 @@ class Section(NamedTuple):
 
 
 class Aim(NamedTuple):
-    """A moment: right before a command changes its files for the so-many-th time.
+    """A moment: right before a command changes its files for a given time.
 
     Attributes:
-        event: Number from 1; 0 only counts them.
-        signum: What the process then sends itself.
+        event: Number of the change, from 1; 0 only counts them.
+        signum: Signal that the process then sends itself.
     """
 
     event: int = 0
@@ -104,11 +104,11 @@ class Child:
     """A running command.
 
     Args:
-        words: Its command line.
-        folder: Its working folder; what it says goes into ``FOLDER.log``.
-        temporary: ``TMPDIR``.
-        aim: A moment at which it ends itself.
-        max_file_bytes: The size at which files cannot grow any more.
+        words: Words of its command line.
+        folder: Working folder; its output goes into ``FOLDER.log``.
+        temporary: Folder for ``TMPDIR``.
+        aim: Moment at which it ends itself.
+        max_file_bytes: Size at which files cannot grow any more.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Child:
             self.was_signalled = reached >= self._aim.event
 
     def kill_after(self, seconds: float, signum: signal.Signals) -> int:
-        """Sends a signal at a time since the start, once it runs; gives the exit status."""
+        """Sends a signal at a time since the start, once it runs; returns the exit status."""
         deadline_s = self.started_s + seconds
         while time.monotonic() < deadline_s or not self.log.exists():
             done, status = os.waitpid(self.pid, os.WNOHANG)
@@ -203,15 +203,15 @@ class Child:
 
 
 def run(words: Sequence[str] | None, folder: Path, temporary: Path) -> int:
-    """Runs a command to its end; one with nothing to do has done it."""
+    """Runs a command to its end; one with nothing to do succeeds."""
     return 0 if words is None else Child(words, folder, temporary).wait()
 
 
 def leftovers(folder: Path, keeps_parts: bool) -> list[str]:
-    """What is not whole in a folder and has no business there.
+    """The files in a folder that are not whole and should not be there.
 
     Args:
-        folder: Of a trial.
+        folder: Folder of a trial.
         keeps_parts: Whether a folder of whole parts may be there.
     """
     found = []

@@ -1,7 +1,7 @@
-"""How many prompts a second does `score` answer beside lm-evaluation-harness, with equal answers?
+"""How many prompts per second does `score` answer beside lm-evaluation-harness, with equal answers?
 
 Both get the same model, prompts and choices, in float32, in turn. The harness is called as its
-own tasks call it, one request a choice, at the fastest of some batch sizes.
+own tasks call it, one request per choice, at the fastest of some batch sizes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ QUESTION = (
     " the answers the same?"
 )
 OURS, THEIRS = "fingpt", "lm-evaluation-harness"
-# Summary key of the ratio to the task that it is of.
+# Task of each ratio, by its key in the summary.
 RATIOS = {
     "prompts_per_s_ratio_one_token_labels": "fpb",
     "prompts_per_s_ratio_nwgi7": "nwgi7",
@@ -124,8 +124,8 @@ class Harness:
     """lm-evaluation-harness's own backend for Hugging Face models.
 
     Args:
-        network: Shared with the other contender.
-        tokenizer: Of the network.
+        network: Network that is shared with the other contender.
+        tokenizer: Tokenizer of the network.
     """
 
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -135,7 +135,7 @@ class Harness:
         self._backend = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=1)
 
     def choose_batch_size(self, examples: Sequence[Example]) -> int:
-        """Sets the fastest of some batch sizes on a few rows, and tells which."""
+        """Sets the fastest of some batch sizes on a few rows, and returns it."""
         seconds = {}
         for size in _BATCH_SIZES:
             self._backend.batch_size_per_gpu = size
@@ -147,7 +147,7 @@ class Harness:
         return fastest
 
     def answer(self, examples: Sequence[Example]) -> Answers:
-        """The likeliest choice of each row, by one request a choice as its tasks make them."""
+        """The most likely choice of each row, by one request per choice as its tasks make them."""
         from lm_eval.api.instance import Instance
 
         requests = [
@@ -164,7 +164,7 @@ class Harness:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """The ratios of the question; None where the harness is not installed."""
+    """The ratios that answer the question; None where the harness is not installed."""
     ours = {row["task"]: row for row in rows if row["contender"] == OURS}
     ratios = {key: ours[task]["ratio_to_harness"] for key, task in RATIOS.items()}
     if None in ratios.values():

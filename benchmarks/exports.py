@@ -1,4 +1,4 @@
-"""Do the forms in which a finetuned model is exported give the answers that it gives?
+"""Do the forms in which a finetuned model is exported give the same answers as the model?
 
 The model, a base with its adapter, answers a validation set; so does each export of it, loaded
 again. Then many adapters on one base answer in mixed batches, and each of them alone.
@@ -39,7 +39,7 @@ _SPLIT = "validation"
 
 
 def main() -> None:
-    """Exports in all forms, asks all of them, and writes record and table."""
+    """Exports in all forms, evaluates all of them, and writes record and table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="record to write; .md beside")
     parser.add_argument("--adapter", type=Path, required=True, help="folder in PEFT's format")
@@ -92,12 +92,12 @@ def compare_forms(
     """The answers of each export beside those of its source, in float32, as it was trained.
 
     Args:
-        adapter: The finetuned model's.
-        forms: Of `FORMS`.
-        run: The questions.
-        folder: For the exports, which stay there.
-        data_dir: With the task's ``train`` split, on which calibrated forms keep outputs.
-        calibration_tokens: Of it that are read.
+        adapter: Adapter of the finetuned model.
+        forms: Forms, of `FORMS`.
+        run: Run with the questions.
+        folder: Folder for the exports, which stay there.
+        data_dir: Folder with the task's ``train`` split, on which calibrated forms keep outputs.
+        calibration_tokens: Number of its tokens that are read.
     """
     source = load_model(adapter, quantize=AUTO)
     network, tokenizer = source.network, source.require_tokenizer()
@@ -146,7 +146,7 @@ def _row(
 def _by_llama_cpp(
     file: Path, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, run: TaskRun
 ) -> dict[str, float | int]:
-    """The token after each of the first prompts, as llama.cpp sees it and as the source does."""
+    """The token after each of the first prompts, by llama.cpp and by the source."""
     prompts = [one.prefix + one.prompts[0] for one in run.examples[:_LLAMA_CPP_PROMPTS]]
     theirs = next_token_logprobs(file, prompts, network.config.vocab_size)
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
@@ -170,12 +170,12 @@ def compare_adapters(
     """Mixed batches, each row its own client's adapter, beside one row at a time.
 
     Args:
-        adapter: What the clients' adapters vary, each with noise of its own.
-        run: Whose first rows are asked.
-        num_adapters: Clients, each with one row.
+        adapter: Adapter that the clients' adapters vary, each with noise of its own.
+        run: Run whose first rows are answered.
+        num_adapters: Number of clients, each with one row.
         batch_size: Rows of a mixed batch.
-        seed: Of the noise.
-        folder: For the clients' adapters.
+        seed: Seed of the noise.
+        folder: Folder for the clients' adapters.
     """
     source = resolve_source(adapter)
     whole = build_model(source, quantize=NONE)
@@ -222,7 +222,7 @@ def _next_token_logits(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[list[int]]
 ) -> list[Tensor]:
     longest = max(map(len, rows))
-    # On the right no row sees its padding.
+    # With padding on the right no row sees it.
     ids = torch.tensor([row + [tokenizer.eos_token_id] * (longest - len(row)) for row in rows])
     hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
@@ -230,7 +230,7 @@ def _next_token_logits(
 
 
 def summary(rows: Sequence[dict[str, Any]], adapters: dict[str, Any]) -> dict[str, float]:
-    """The shares of the question."""
+    """The shares that answer the question."""
     found = {
         f"share_equal_predictions_{row['contender']}": row["share_equal_predictions"]
         for row in rows

@@ -35,7 +35,7 @@ _LEARNING_RATE, _MAX_NORM = 5e-5, 1.0  # the Trainer's defaults
 
 
 class Outcome(NamedTuple):
-    """What the steps of both contenders took, and their losses."""
+    """The cost of the steps of both contenders, and their losses."""
 
     seconds: dict[str, list[float]]
     losses: dict[str, list[float]]
@@ -43,12 +43,12 @@ class Outcome(NamedTuple):
 
 
 class OurStep:
-    """Our adapters on packed rows behind their shared instruction.
+    """Our adapters on packed rows after their shared instruction.
 
     Args:
-        network: The base.
-        options: Of the adapters.
-        num_steps: Of the run: the rate falls to zero along them, as the Trainer's does.
+        network: Network of the base.
+        options: Settings of the adapters.
+        num_steps: Number of steps of the run, over which the rate falls to zero, as the Trainer's.
     """
 
     def __init__(self, network: PreTrainedModel, options: AdapterOptions, num_steps: int) -> None:
@@ -60,7 +60,7 @@ class OurStep:
         self.schedule = LambdaLR(self.optimizer, lambda step: max(0.0, 1 - step / num_steps))
 
     def __call__(self, batch: TokenBatch) -> Tensor:
-        """Forward, backward, clipping and update; returns the loss a token."""
+        """Forward, backward, clipping and update; returns the loss per token."""
         loss = self.backward(batch)
         clip_grad_norm_(self.trained, _MAX_NORM, foreach=True)
         self.optimizer.step()
@@ -87,9 +87,9 @@ def compare(
 
     Args:
         model: Folder of the base.
-        precision: ``fp32``, or ``bf16`` for a base in bfloat16 and the Trainer's ``bf16``.
+        precision: Either ``fp32``, or ``bf16`` for a base in bfloat16 and the Trainer's ``bf16``.
         batches: Rows of each step.
-        rank: Of the adapters; their alpha is twice that.
+        rank: Rank of the adapters; their alpha is twice that.
     """
     import transformers
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -172,7 +172,7 @@ def _for_trainer(batch: TokenBatch, eos_token_id: int) -> dict[str, Tensor]:
     """Labels as transformers expects them: it shifts them itself."""
     ids, labels = batch["input_ids"], batch["labels"]
     num_rows = len(ids)
-    # The last target is no input: it stands behind, so that both foretell the same tokens.
+    # The last target is not an input: it is appended, so that both predict the same tokens.
     whole = torch.cat([ids, ids.new_full((num_rows, 1), eos_token_id)], 1)
     shifted = torch.cat([labels.new_full((num_rows, 1), IGNORED_LABEL), labels], 1)
     whole = torch.where(shifted == IGNORED_LABEL, whole, shifted)
@@ -180,7 +180,7 @@ def _for_trainer(batch: TokenBatch, eos_token_id: int) -> dict[str, Tensor]:
 
 
 def _peak(network: Any, optimizer: Any, backward: Any, autocast: bool = False) -> int:
-    """Weights, optimiser and the most that tensors held beside them in a step."""
+    """Weights, optimizer and the most that tensors held beside them in a step."""
     network.zero_grad()
     held = module_memory(network, getattr(optimizer, "optimizer", optimizer))
     with LiveTensorBytes() as count, torch.autocast("cpu", torch.bfloat16, enabled=autocast):

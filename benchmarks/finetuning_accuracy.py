@@ -3,7 +3,7 @@
 Each run trains adapters on one task or a mixture and answers the validation sets before, with
 calibration, and after. The record is written after every run, and a run in it is not repeated;
 several processes with other ``--runs`` may share it. Where ``--adapters`` keeps what was trained,
-the same command goes on within a run, and asks a trained one more tasks without training it again.
+the same command resumes within a run, and evaluates further tasks without training again.
 """
 
 import argparse
@@ -60,13 +60,13 @@ class Run:
     """One training.
 
     Args:
-        tasks: Trained on.
-        asked: Answered afterwards.
-        quantize: The base.
-        seed: Of adapters and order; held-out rows differ with it too.
-        epochs: At most.
-        kl_weight: Of the guard against forgetting.
-        learning_rate: Where it is another than that of the record.
+        tasks: Tasks that are trained on.
+        asked: Tasks that are answered afterwards.
+        quantize: Quantization of the base.
+        seed: Seed of adapters and order; held-out rows differ with it too.
+        epochs: Largest number of epochs.
+        kl_weight: Weight of the guard against forgetting.
+        learning_rate: Learning rate, where it differs from that of the record.
     """
 
     tasks: tuple[str, ...]
@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def _names(text: str) -> list[str]:
-    # "fpb, seed 2" has a comma of its own.
+    # "fpb, seed 2" contains a comma itself.
     found = [name for name in RUNS if text == name]
     if found:
         return found
@@ -182,7 +182,7 @@ def _ask_untrained(
 def _kept(
     folder: Path, run: Run, options: argparse.Namespace, row: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]:
-    """A trained network as its adapter keeps it, and what its rows share."""
+    """A trained network restored from its adapter, and what its rows share."""
     loaded = load_model(folder, dtype=options.dtype, quantize=run.quantize)
     return (
         loaded.network,
@@ -196,7 +196,7 @@ def _train(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]:
     """A trained network, and what its rows share; ``kept`` is where its adapter goes.
 
-    Beside it lies, until the training is over, a folder with what it takes to go on.
+    Beside it lies, until the training is over, a folder from which a run can resume.
     """
     seed_everything(run.seed, verbose=False)
     module = QuantizedFinetuning(
@@ -238,7 +238,7 @@ def _train(
         last = folder / "last.ckpt"
         resumed = last if last.exists() else None
         with warnings.catch_warnings():
-            # That is what a run goes on from.
+            # That is what a run resumes from.
             warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
             trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
         # Of all processes that took part.
@@ -267,7 +267,7 @@ def _train(
 
 @contextmanager
 def _checkpoints(kept: Path | None) -> Iterator[Path]:
-    """A folder that outlives what ends too early, where ``kept`` says where."""
+    """A folder that survives an early end, where ``kept`` gives its place."""
     if kept is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -294,7 +294,7 @@ def _ask(
 def summary(
     rows: Sequence[Mapping[str, Any]], untrained: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, float]:
-    """The figures of the question, as far as there are runs for them."""
+    """The figures that answer the question, where there are runs for them."""
 
     def of(run: str, task: str) -> float | None:
         return next((r["accuracy"] for r in rows if (r["run"], r["task"]) == (run, task)), None)

@@ -1,7 +1,7 @@
 """What does a finetuning step of Llama-2-7B hold, full, with adapters, and on a base in 4 bits?
 
 Built from measured parts: two and three blocks of the real sizes take a step on the CPU, in which
-every tensor is counted, and what the third block added counts for each of the others. (One block
+every tensor is counted; what the third block added counts for each of the others. (One block
 alone is both the first and the last: its step peaks elsewhere.) What is offloaded to the host is
 copied there and not counted.
 """
@@ -126,13 +126,13 @@ def _row(way: Way, shape: RandomLlama, options: argparse.Namespace) -> dict[str,
 def measure(
     way: Way, shape: RandomLlama, num_blocks: int, options: argparse.Namespace
 ) -> dict[str, int]:
-    """Bytes of weights, of optimiser state, and of the most that a step has beside them.
+    """Bytes of weights, of optimizer state, and of the most that a step has beside them.
 
     Args:
-        way: To finetune.
-        shape: Of the network, but for its number of blocks.
-        num_blocks: In its place.
-        options: Of the command line.
+        way: Way to finetune.
+        shape: Shape of the network, except its number of blocks.
+        num_blocks: Number of blocks in its place.
+        options: Options of the command line.
     """
     sizes = RandomLlama(**(vars(shape) | {"num_layers": num_blocks}))
     network = random_llama(

@@ -1,4 +1,4 @@
-"""What llama.cpp answers from a GGUF file, asked in a process of its own.
+"""The answers of llama.cpp from a GGUF file, computed in a process of its own.
 
 Axes: N prompts, V vocabulary.
 """
@@ -25,8 +25,8 @@ def next_token_logprobs(
     """The log-probabilities of the token after each prompt, by llama.cpp's tokenizer and network.
 
     Args:
-        file: The GGUF file.
-        prompts: Texts.
+        file: Path of the GGUF file.
+        prompts: Texts of the prompts.
         vocab_size: V.
 
     Raises:
@@ -59,7 +59,7 @@ def main() -> None:
     parameters.n_parallel = 1
     parameters.warmup = False
     parameters.cpuparams.n_threads = torch.get_num_threads()
-    # It rounds cache and attention to 16 bits otherwise, which is not the file's doing.
+    # By default it rounds cache and attention to 16 bits, which does not come from the file.
     off = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     parameters.flash_attn_type = off
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

@@ -1,4 +1,4 @@
-"""How long does a sweep without a server take, and does a killed one repeat what was done?
+"""How long does a sweep without a server take, and does a killed one repeat finished trials?
 
 Runs ``fingpt sweep`` twice: undisturbed, and killed in its third trial by each signal in turn and
 resumed each time.
@@ -32,12 +32,12 @@ _ENDS_WITH = ("best.yaml", "report.html")
 
 
 class Ended(NamedTuple):
-    """A sweep that came to its end.
+    """A sweep that has finished.
 
     Attributes:
-        seconds: From its first start to its last end; of a killed one with its waits.
-        trials: As ``sweep.json`` has them.
-        stamps: When the first file of each trial was written, by its number.
+        seconds: Seconds from its first start to its last end; of a killed one with its waits.
+        trials: Trials as in ``sweep.json``.
+        stamps: Time when the first file of each trial was written, by its number.
     """
 
     seconds: float
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs both sweeps and writes record and table.
 
     Args:
-        arguments: The options; None takes those of the process.
+        arguments: Options; None takes those of the process.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="record to write; .md beside")
@@ -100,8 +100,8 @@ def undisturbed(begin: Sequence[str], folder: Path) -> Ended:
     """Runs a sweep to its end.
 
     Args:
-        begin: The command, up to where the folder is named.
-        folder: Is made.
+        begin: Command, up to where the folder is named.
+        folder: Folder that is made.
 
     Raises:
         RuntimeError: It failed, or left no best config or report.
@@ -115,11 +115,11 @@ def killed_and_resumed(begin: Sequence[str], folder: Path) -> tuple[Ended, int]:
     """Kills a sweep in its third trial by each signal, and resumes it after each.
 
     Args:
-        begin: The command, up to where the folder is named.
-        folder: Is made.
+        begin: Command, up to where the folder is named.
+        folder: Folder that is made.
 
     Returns:
-        The sweep, and how often a trial that had ended was started again.
+        Sweep, and how often a trial that had ended was started again.
 
     Raises:
         RuntimeError: It failed, or left no best config or report.
@@ -141,7 +141,7 @@ def killed_and_resumed(begin: Sequence[str], folder: Path) -> tuple[Ended, int]:
 
 
 def table(ended: dict[str, Ended]) -> str:
-    """A row a sweep."""
+    """A row per sweep."""
     longest = max(len(sweep.trials) for sweep in ended.values())
     header = ["", "s in all", *(f"trial {number + 1} (s)" for number in range(longest))]
     rows = [
@@ -166,10 +166,10 @@ def _kill_in_trial(
     """Starts a sweep and ends it when its third trial has logged something.
 
     Args:
-        command: That starts it.
-        folder: Of the sweep.
-        signum: The signal.
-        stamp: Of that trial's last start, which is over; None for none.
+        command: Command that starts it.
+        folder: Folder of the sweep.
+        signum: Number of the signal.
+        stamp: Time of that trial's last start, which is over; None for none.
     """
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline_s = time.monotonic() + _TIMEOUT_S
@@ -200,7 +200,7 @@ def _stamps(folder: Path) -> dict[int, int]:
 
 
 def _num_repeated(before: dict[int, int], after: dict[int, int]) -> int:
-    """Of the trials that had ended, those before the one that was killed."""
+    """How many of the trials that had ended, those before the killed one, ran again."""
     return sum(before[number] != after.get(number) for number in before if number < KILLED_TRIAL)
 
 

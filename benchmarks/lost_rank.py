@@ -1,4 +1,4 @@
-"""A rank that is lost: one host's process, and the callback that brings it to its moment."""
+"""A rank that is lost: one host's process, and the callback that stops it at a given moment."""
 
 import ctypes
 import os
@@ -15,18 +15,18 @@ from fingpt_lightning.strategies import rank_watch
 
 MOMENTS = ("warm-up", "mid-step", "validation", "checkpoint")
 MARKER, GO_ON = "at_the_moment", "go_on"
-"""Files by which a rank says that it is there, and learns that it has happened."""
+"""Files by which a rank signals that it is at its moment, and learns of the fault."""
 POLL_S = 0.01
 _CLONE_NEWNET = 0x40000000
 
 
 class Incident(Callback):
-    """Brings the rank that is to be lost to its moment and keeps it there until it has happened.
+    """Brings the rank that is to be lost to its moment and keeps it there until the fault.
 
     Args:
-        folder: Where it leaves its mark.
+        folder: Folder where it leaves its mark.
         rank: Number of the rank that is lost.
-        moment: One of `MOMENTS`.
+        moment: Moment, one of `MOMENTS`.
     """
 
     def __init__(self, folder: str, rank: int, moment: str) -> None:
@@ -51,7 +51,7 @@ class Incident(Callback):
         layer.register_forward_hook(forward)
 
     def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
-        """The state of the module is gathered by now, that of the optimizer is not."""
+        """The state of the module has been gathered by now, that of the optimizer has not."""
         if self._moment == "checkpoint":
             self._happen(trainer)
 
@@ -65,14 +65,14 @@ class Incident(Callback):
 def run_rank(
     own: Path, rank: int, words: list[str], variables: dict[str, str], namespace: str | None
 ) -> None:
-    """Is one host, with one rank.
+    """Runs one host, with one rank.
 
     Args:
         own: Folder of the case.
         rank: Number of the rank, and of its host.
         words: Command line of ``fingpt``.
-        variables: Of the environment.
-        namespace: Network namespace to live in.
+        variables: Variables of the environment.
+        namespace: Network namespace to run in.
     """
     os.environ |= variables
     os.chdir(own)

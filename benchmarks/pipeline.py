@@ -1,7 +1,7 @@
 """What does a pipeline of two processes gain over one, and over plain model parallelism?
 
-All contenders train the same network on the same batches, one thread a process, in turns within
-one run of two processes. What two cores can give at all is measured beside it: two processes that
+All contenders train the same network on the same batches, one thread per process, in turns within
+one run of two processes. The limit of two cores is measured beside it: two processes that
 train on their own.
 """
 
@@ -51,7 +51,7 @@ ONE, TWO, PLAIN = "one process", "two independent processes", "plain model paral
 
 
 class Settings(NamedTuple):
-    """What decides the figures."""
+    """The settings that determine the figures."""
 
     num_layers: int
     width: int
@@ -67,7 +67,7 @@ class Settings(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """A way to train: its name, and the pipeline it is, if it is one."""
+    """A way to train: its name, and its pipeline, if it has one."""
 
     name: str
     num_microbatches: int
@@ -164,11 +164,11 @@ def _measure(rank: int, settings: Settings, folder: str) -> None:
 
 
 class _Training:
-    """A contender in this process: network or part of it, optimiser, and one batch after another.
+    """A contender in this process: network or part of it, optimizer, and one batch after another.
 
     Args:
-        settings: Of the run.
-        contender: Which way it trains.
+        settings: Settings of the run.
+        contender: Way in which it trains.
     """
 
     def __init__(self, settings: Settings, contender: Contender) -> None:
@@ -202,7 +202,7 @@ class _Training:
         self._batches = torch.Generator().manual_seed(settings.seed)
 
     def step(self, record: bool = False) -> float:
-        """The mean loss of one optimiser step."""
+        """The mean loss of one optimizer step."""
         settings = self._settings
         shape = (settings.batch_size, settings.block_length + 1)
         tokens = torch.randint(settings.vocab_size, shape, generator=self._batches)
@@ -235,8 +235,8 @@ class _Training:
         return self.runtime.passes()
 
     def peak_bytes(self) -> int:
-        """Weights, optimiser state and the most that a step had alive beside them."""
-        self.step()  # makes the optimiser's state
+        """Weights, optimizer state and the peak that a step had alive beside them."""
+        self.step()  # makes the optimizer's state
         self._optimizer.zero_grad()
         held = module_memory(self.network, self._optimizer)
         with LiveTensorBytes() as count:
@@ -248,7 +248,7 @@ class _Training:
 
 
 def _step_times_s(measured: list[dict[str, Any]], name: str) -> list[float]:
-    """Of each turn but the first, the slowest process's."""
+    """For each turn but the first, the time of the slowest process."""
     of_ranks = [of_rank["times_s"][name] for of_rank in measured]
     return [max(times) for times in zip(*of_ranks, strict=True)][1:]
 
@@ -309,7 +309,7 @@ def _summary(settings: Settings, measured: list[dict[str, Any]]) -> dict[str, fl
 
 
 def _key(contender: Contender, first: Contender, figure: str) -> str:
-    """The first pipeline has the plain names; the others say which they are."""
+    """The first pipeline has the plain names; the names of the others include theirs."""
     if contender == first:
         return figure
     return f"{figure}_{contender.name.replace(' ', '_').lower()}"

@@ -1,8 +1,8 @@
-"""What would each schedule waste and hold on 8 to 64 ranks? Played with times that were measured.
+"""What would each schedule waste and hold on 8 to 64 ranks? Simulated with measured times.
 
 One decoder block, the embedding and the head are timed here, alone, forward, for gradients of
 inputs and for gradients of weights; `fingpt_lightning.pipeline.simulation` puts them together.
-Communication takes no time in it.
+Communication is free in it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _DRAWN_RANKS, _DRAWN_MICROBATCHES = 4, 8
 
 
 class Settings(NamedTuple):
-    """What decides the figures."""
+    """The settings that determine the figures."""
 
     width: int
     vocab_size: int
@@ -53,7 +53,7 @@ class Measured(NamedTuple):
     block_bytes: int
 
     def stage(self, num_blocks: int, is_first: bool, is_last: bool) -> StageTimes:
-        """A stage of so many blocks and perhaps an end."""
+        """A stage of some blocks and perhaps an end."""
         parts = [self.block] * num_blocks
         parts += [self.embedding] * is_first + [self.head] * is_last
         return StageTimes(*(sum(times) for times in zip(*parts, strict=True)))
@@ -126,7 +126,7 @@ def measure(settings: Settings) -> Measured:
 
     def embed(x: Tensor) -> Tensor:
         looked_up: Tensor = network.transformer.wte(ids)
-        return looked_up + x * 0  # with a way for gradients of inputs, which costs nothing
+        return looked_up + x * 0  # with a path for gradients of inputs, which costs nothing
 
     with LiveTensorBytes() as count:
         held = through_block(hidden.detach().requires_grad_())
@@ -166,12 +166,12 @@ def _times(
             torch.autograd.grad(out, wanted, up, retain_graph=True)
             taken[slot].append(time.thread_time() - started_s)
     forward_s, input_s, weight_s = (statistics.median(each[2:]) for each in taken)
-    # Gradients of weights alone walk the way of the inputs too.
+    # Gradients of weights alone traverse the path of the inputs too.
     return StageTimes(forward_s, input_s, max(weight_s - input_s, 0.1 * input_s))
 
 
 def _stages(measured: Measured, layout: PipelineLayout, num_blocks: int) -> list[StageTimes]:
-    """Of the parting whose slowest stage is fastest."""
+    """The partition whose slowest stage is fastest."""
     last = layout.num_stages - 1
 
     def cost_of(stage: int, first: int, end: int) -> float:
@@ -208,7 +208,7 @@ def _row(
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of the most ranks and microbatches: each schedule's step beside that of 1F1B."""
+    """For the most ranks and microbatches: each schedule's step beside that of 1F1B."""
     largest = [row for row in rows if row["microbatches"] == max(r["microbatches"] for r in rows)]
     by_name = {row["schedule"]: row for row in largest}
     base = by_name[Schedule.ONE_F_ONE_B.value]

@@ -1,4 +1,4 @@
-"""Does a run hold in memory what ``fingpt plan`` said before it started?
+"""Does a run hold in memory what ``fingpt plan`` predicted before it started?
 
 Plans each config without a step of training, then trains it for some steps and takes the largest
 bytes of each part that `MemoryMonitor` logged.
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Plans and trains each config, and writes record and table.
 
     Args:
-        arguments: The options; None takes those of the process.
+        arguments: Options; None takes those of the process.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="record to write; .md beside")
@@ -61,9 +61,9 @@ def compare(config: str, words: Sequence[str], max_steps: int) -> dict[str, Any]
     """Bytes of each part, planned and measured.
 
     Args:
-        config: Its file, for the row.
+        config: Path of the config, for the row.
         words: Options of ``fingpt fit``.
-        max_steps: Of the run.
+        max_steps: Number of steps of the run.
     """
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "plan.json"
@@ -91,10 +91,10 @@ def compare(config: str, words: Sequence[str], max_steps: int) -> dict[str, Any]
 
 
 def largest_mib(metrics: Path) -> dict[str, float]:
-    """Of each part the largest that a run logged.
+    """For each part the largest number of bytes that a run logged.
 
     Args:
-        metrics: Its ``metrics.csv``.
+        metrics: Path of its ``metrics.csv``.
     """
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -105,7 +105,7 @@ def largest_mib(metrics: Path) -> dict[str, float]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A row a config and part."""
+    """A row per config and part."""
     header = ["", "planned (MiB)", "measured (MiB)", "planned / measured"]
     cells = [
         [

@@ -131,7 +131,7 @@ def best(seconds: Seconds, precision: str, contender: str) -> list[float]:
 
 
 def _ratio(slower: list[float], faster: list[float]) -> float:
-    """The median over the turns of a ratio within the turn, which drift hits less."""
+    """The median over the turns of the ratio within a turn, which drift affects less."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 

@@ -1,9 +1,9 @@
 """Which way of training a low-rank GPT-2 keeps the quality of its dense baseline?
 
 Tunes the learning rate of every variant of a grid, the dense baseline's too, on a short budget,
-beyond the rates that are given while the best is at their end; then trains the dense baseline, the
+beyond the given rates while the best is at their end; then trains the dense baseline, the
 naive way and the best of the others on the same tokens, several seeds each, and the best of the
-others once more for as long as the dense baseline took. What is there for comparison alone,
+others once more for as long as the dense baseline took. What is only there for comparison,
 variants that are not small enough and the naive way in equal time, has the first seed only. The
 record is written after every run, and a run in it is not repeated; processes that take turns share
 it.
@@ -47,7 +47,7 @@ def main() -> None:
     deadline_s = time.monotonic() + 60 * options.max_minutes
     grid = read_grid(options.grid)
     keep_freed_memory()
-    # One line a run is enough.
+    # One line per run is enough.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     text = options.data_dir / "fed_text"
     workshop = Workshop(
@@ -71,15 +71,15 @@ def main() -> None:
 
 
 class Comparison:
-    """A grid's runs, those that are done and those that are to come.
+    """The runs of a grid, those that are done and those that are to come.
 
     Args:
-        grid: What is compared.
-        workshop: Trains.
-        path: Of the record.
-        repeats: Turns of timed steps.
-        tokenizer: In place of one that is trained on the text.
-        turn: Of the processes that share the record, the number of this one, and how many.
+        grid: Grid that is compared.
+        workshop: Workshop that trains.
+        path: Path of the record.
+        repeats: Number of turns of timed steps.
+        tokenizer: Tokenizer in place of one that is trained on the text.
+        turn: Number of this process among those that share the record, and how many these are.
 
     Raises:
         ValueError: ``path`` holds the record of another grid.
@@ -109,7 +109,7 @@ class Comparison:
             self._take_in()
 
     def _take_in(self) -> None:
-        """What the record on disk has, of this process and others."""
+        """The runs that the record on disk has, of this process and others."""
         if not self.path.is_file():
             return
         written = json.loads(self.path.read_text())
@@ -125,7 +125,7 @@ class Comparison:
         self.record["rates"] |= json.loads(path.read_text())["rates"]
 
     def steps(self, only: Sequence[str] = ()) -> Iterable[Callable[[], None]]:
-        """What is left to do, one thing after the other; each decides by what came before.
+        """The remaining work, one item after the other; each depends on what came before.
 
         Args:
             only: Names of variants; the first two are always among them.
@@ -148,7 +148,7 @@ class Comparison:
                 yield from self._training(variant, run)
 
     def _counting_runs(self, final: Sequence[Variant], seed: int) -> Iterable[tuple[Variant, Run]]:
-        """Those of one seed; what is there for comparison alone has the first only."""
+        """The runs of one seed; variants for comparison only have the first seed."""
         rates, grid = self.record["rates"], self.grid
         best = list(filter(self._is_small_enough, final[2:]))
         is_first = seed == grid.seeds[0]
@@ -199,7 +199,7 @@ class Comparison:
             return all(variant.name in self.record["step_times_s"] for variant in final)
 
         if self._turn[0] == 1 and not are_timed():
-            # All of them, so that their ratios are of one time of day.
+            # All of them, so that their ratios are from one time of day.
             yield lambda: self._time(final)
         yield from self._awaited(are_timed)
 
@@ -212,7 +212,7 @@ class Comparison:
             print(json.dumps({"run": done.key(), "val_loss_nats": done.val_loss_nats}), flush=True)
             self.write()
 
-        # All processes number the same runs in the same order, those that are done too.
+        # All processes number the same runs in the same order, finished ones included.
         planned = self._numbers.setdefault(run.key(), len(self._numbers) + 1)
         number, processes = self._turn
         is_ours = planned % processes == number % processes
@@ -254,7 +254,7 @@ class Comparison:
     def _finalists(self, chosen: Sequence[Variant]) -> list[Variant]:
         first, others = list(chosen[:2]), list(chosen[2:])
         small = sorted(filter(self._is_small_enough, others), key=self._tuned_loss)
-        # The frontier: what is larger is there to say what its size buys.
+        # The frontier: larger variants are there to show what their size gains.
         larger = [v for v in others if v not in small]
         return first + small[: self.grid.num_finalists] + larger
 
@@ -321,7 +321,7 @@ class Comparison:
         return None
 
     def _losses(self, name: str, stage: str) -> dict[str, float]:
-        """By seed."""
+        """The runs by seed."""
         return {
             str(run.seed): run.val_loss_nats
             for run in self.runs.values()
@@ -332,14 +332,14 @@ class Comparison:
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The best variant that is small enough beside the dense baseline, and the naive way too.
 
-    Of the dense baseline's size there may be another, such as one with the Spectron: the
-    best of these is told too, as not all that is gained is the pairs' own.
+    Of the dense baseline's size there may be another, such as one with Spectron: the best of
+    these is reported too, as not all of the gain comes from the low-rank layers.
 
     A gap is the mean, over the seeds that both have, of a variant's loss minus the dense baseline's
     after `equal tokens`: at equal tokens, or after as much time as that took.
 
     Args:
-        rows: Of the record; the first is the dense baseline, the second the naive way.
+        rows: Rows of the record; the first is the dense baseline, the second the naive way.
     """
     if len(rows) < 2 or "equal_tokens_loss_nats" not in rows[0]:
         return {}

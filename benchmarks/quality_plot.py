@@ -25,11 +25,11 @@ def draw(
     """Writes an SVG; of runs with several seeds the first is drawn.
 
     Args:
-        runs: With their curves.
-        rows: Of the record.
-        step_times_s: Spread by variant: time is steps times the median.
-        tokens_per_step: Tokens are steps times this.
-        path: Of the picture.
+        runs: Runs with their curves.
+        rows: Rows of the record.
+        step_times_s: Spread of step times by variant: time is steps times the median.
+        tokens_per_step: Tokens per step: tokens are steps times this.
+        path: Path of the picture.
     """
     import matplotlib as mpl
 
@@ -76,7 +76,7 @@ def draw(
     if highest := [
         max(run.curve_loss_nats) for run in runs if run.curve_steps and _is_falling(run)
     ]:
-        # While a dense layer guides, the pairs alone are far above all others.
+        # While a dense layer guides, the factors alone are far above all others.
         for axis in axes[:2]:
             axis.set_ylim(top=1.03 * max(highest))
     for axis in axes:

@@ -28,10 +28,10 @@ class Variant:
     """One way to train.
 
     Args:
-        name: Of its row.
+        name: Name of its row.
         model: Settings of `LowRankPretraining` beside those of the grid.
         rates: Learning rates to try.
-        tuned: The setting that takes them.
+        tuned: Setting that takes them.
     """
 
     name: str
@@ -46,18 +46,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is compared, on what, for how long.
+    """The variants, data and durations of a comparison.
 
     Args:
         model: Settings of `LowRankPretraining` that all share.
         data: Settings of `TextBlocks`.
-        variants: The first is the dense baseline, the second the naive way.
+        variants: Variants; the first is the dense baseline, the second the naive way.
         trainer: Settings of the trainer.
-        num_tuning_steps: Of a run that tries a learning rate.
-        num_steps: Of a run that counts.
-        seeds: Of weights and order of the data, a run for each; the first also for tuning.
-        num_finalists: Variants beside the first two that get the runs that count: the best of the
-            tuning of those that are small enough.
+        num_tuning_steps: Number of steps of a run that tries a learning rate.
+        num_steps: Number of steps of a run that counts.
+        seeds: Seeds of weights and order of the data, a run for each; the first also for tuning.
+        num_finalists: Number of variants beside the first two that get the runs that count: the
+            best of the tuning of those that are small enough.
     """
 
     model: Mapping[str, Any]
@@ -80,7 +80,7 @@ class Grid:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all variants alike."""
+        """The settings that all variants share."""
         return int(self.data["batch_size"] * self.data["block_length"])
 
 
@@ -100,7 +100,7 @@ def read_grid(path: Path) -> Grid:
 
 @dataclass
 class Run:
-    """What came of one training run: without a loss where it diverged or is still to come."""
+    """The result of one training run: without a loss where it diverged or is still to come."""
 
     variant: str
     stage: str
@@ -113,11 +113,11 @@ class Run:
     curve_loss_nats: Sequence[float] = ()
 
     def key(self) -> tuple[Any, ...]:
-        """What makes it this run."""
+        """The fields that identify this run."""
         return self.variant, self.stage, self.rate, self.seed, self.num_steps
 
     def as_row(self) -> dict[str, Any]:
-        """For the record."""
+        """The run for the record."""
         return asdict(self)
 
 
@@ -154,11 +154,11 @@ class Workshop:
     """Trains variants of one grid on one text.
 
     Args:
-        grid: What is compared.
-        train_files: Of the text.
-        val_files: Of the text.
-        cache_dir: Of tokens and tokenizer.
-        tokenizer: In place of one that is trained on the text.
+        grid: Grid that is compared.
+        train_files: Files of the text for training.
+        val_files: Files of the text for validation.
+        cache_dir: Folder of tokens and tokenizer.
+        tokenizer: Tokenizer in place of one that is trained on the text.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Workshop:
         return LowRankPretraining(**{**self.grid.model, **variant.model, variant.tuned: rate})
 
     def sizes(self, variant: Variant) -> dict[str, int | float]:
-        """Numbers that a variant stores, and what its dense baseline does over that."""
+        """Parameters that a variant stores, and the ratio of its dense baseline's to them."""
         module, data = self.module(variant), TextBlocks(**self._data)
         data.prepare_data()
         data.setup()
@@ -198,7 +198,7 @@ class Workshop:
         }
 
     def train(self, variant: Variant, run: Run) -> Run:
-        """Fills a run in; one that diverges has no loss, one that tries a rate has no curve."""
+        """Fills in a run; one that diverges has no loss, one that tries a rate has no curve."""
         data, module, watch = self._made(variant, run.rate, run.seed)
         trainer = self._trainer(
             watch,
@@ -224,9 +224,9 @@ class Workshop:
         """Seconds of steps of each variant, taken in turns; the first turn is dropped.
 
         Args:
-            variants: To time.
-            rates: Of each, by name.
-            repeats: Timed turns, of two steps each.
+            variants: Variants to time.
+            rates: Learning rate of each, by name.
+            repeats: Number of timed turns, of two steps each.
         """
         taken: dict[str, list[float]] = {variant.name: [] for variant in variants}
         for turn in range(repeats + 1):
@@ -237,7 +237,7 @@ class Workshop:
         return taken
 
     def _two_step_times_s(self, variant: Variant, rate: float) -> list[float]:
-        """Of a run's steps on average, where it is guided in a share of them."""
+        """The average of a run's steps, where a share of them is guided."""
         share = variant.model.get("self_guided", 0.0)
         mean_s = [0.0, 0.0]
         for guided, weight in ((1.0, share), (0.0, 1 - share)):
@@ -245,7 +245,7 @@ class Workshop:
                 settings = {**variant.model, "self_guided": guided}
                 data, module, watch = self._made(replace(variant, model=settings), rate, seed=1)
                 self._trainer(watch, 4, limit_val_batches=0).fit(module, datamodule=data)
-                # The first makes the optimiser's state.
+                # The first makes the optimizer's state.
                 timed = watch.step_times_s[2:]
                 mean_s = [mean + weight * s for mean, s in zip(mean_s, timed, strict=True)]
         return mean_s

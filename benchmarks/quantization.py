@@ -55,22 +55,22 @@ QUESTION = (
 )
 FORMS = ("int8", "nf4")
 AWARE_SHARE = 0.8
-"""Of the steps, after which one of two runs goes on with rounded weights."""
+"""Share of the steps after which one of two runs continues with rounded weights."""
 STORED_DTYPE = "float16"
-"""Of what is not quantised, in the files of 8 and 4 bits."""
+"""Type of what is not quantized, in the files of 8 and 4 bits."""
 
 
 class Sizes(NamedTuple):
-    """What is trained and written.
+    """The settings of what is trained and written.
 
     Args:
         training: Settings of the trained network.
         data: Settings of its text.
-        num_steps: Of each run.
-        num_val_batches: That losses are taken on.
+        num_steps: Number of steps of each run.
+        num_val_batches: Number of batches for the validation losses.
         files: Shape, vocabulary, rank and embedding rank of each network that is written.
-        speed: The same of the network that is timed.
-        speed_tokens: Of a timed forward pass.
+        speed: Shape, vocabulary and ranks of the network that is timed.
+        speed_tokens: Tokens of a timed forward pass.
     """
 
     training: dict[str, Any]
@@ -162,11 +162,11 @@ def file_rows(
     """The sizes of one network's files in float32, int8 and NF4, from files that are written.
 
     Args:
-        name: Of the network.
-        shape: Its sizes.
-        vocab_size: Tokens.
-        rank: Of its pairs.
-        embedding_rank: Of its embedding; None is a full table.
+        name: Name of the network.
+        shape: Sizes of the network.
+        vocab_size: Number of tokens.
+        rank: Rank of its low-rank layers.
+        embedding_rank: Rank of its embedding; None is a full table.
     """
     rows: list[dict[str, Any]] = []
     for form in ("float32", *FORMS):
@@ -209,9 +209,9 @@ def loss_rows(work_dir: Path, data_dir: Path | None, sizes: Sizes) -> list[dict[
     """Validation losses of a trained network and of its exports.
 
     Args:
-        work_dir: Of checkpoints and exports; a run in it that was stopped goes on.
-        data_dir: With the text.
-        sizes: Of network, text and runs.
+        work_dir: Folder of checkpoints and exports; a stopped run in it is resumed.
+        data_dir: Folder with the text.
+        sizes: Settings of network, text and runs.
     """
     text: dict[str, Any] = {}
     if data_dir is not None:
@@ -254,7 +254,7 @@ def _trained(
     aware: Literal["nf4"] | None,
     start: Path | None = None,
 ) -> Path:
-    """The last checkpoint of a run, which is begun, gone on with, or there already."""
+    """The last checkpoint of a run, which is begun, resumed, or finished already."""
     last = folder / "last.ckpt"
     done = folder / "done"
     if done.exists():
@@ -289,12 +289,12 @@ def _trained(
 def validation_loss(
     network: PreTrainedModel, data: TextBlocks, num_batches: int
 ) -> tuple[float, int]:
-    """Nats a token, and over how many tokens.
+    """Nats per token, and over how many tokens.
 
     Args:
-        network: In evaluation mode.
-        data: After its ``setup``.
-        num_batches: Of the validation text, from its start.
+        network: Network in evaluation mode.
+        data: Data module after its ``setup``.
+        num_batches: Number of batches of the validation text, from its start.
     """
     data.prepare_data()
     data.setup()
@@ -303,11 +303,11 @@ def validation_loss(
 
 
 def speed_rows(sizes: Sizes, repeats: int) -> list[dict[str, Any]]:
-    """Tokens a second of forward passes, all contenders in turn.
+    """Tokens per second of forward passes, all contenders in turn.
 
     Args:
-        sizes: With the network and the length of a text.
-        repeats: Timed passes of each, after one that is not.
+        sizes: Settings with the network and the length of a text.
+        repeats: Number of timed passes of each, after one that is not.
     """
     shape, vocab_size, rank, embedding_rank = sizes.speed
     networks: dict[str, PreTrainedModel] = {}
@@ -351,7 +351,7 @@ def speed_rows(sizes: Sizes, repeats: int) -> list[dict[str, Any]]:
 
 
 def _rounding_time_s(network: PreTrainedModel, form: str, repeats: int) -> dict[str, float]:
-    """What training with rounded weights takes beside each step."""
+    """The cost of training with rounded weights, beside each step."""
     weights = RoundedWeights(network, form)
     times_s = []
     for repeat in range(repeats + 1):
@@ -364,7 +364,7 @@ def _rounding_time_s(network: PreTrainedModel, form: str, repeats: int) -> dict[
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The few figures that answer the question, of the parts that are there.
+    """The few figures that answer the question, for the finished parts.
 
     NF4's loss is that of the run whose end was trained in rounded weights, against the float32 of
     the run that was not.
@@ -390,7 +390,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The Markdown tables of the parts that are there."""
+    """The Markdown tables of the finished parts."""
     parts = [
         markdown_table(
             ["files", "parameters (M)", "MB", "float32 / this"],

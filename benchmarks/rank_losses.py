@@ -1,8 +1,8 @@
-"""How long do the other ranks of a pipeline live when one is lost?
+"""How long do the other ranks of a pipeline run on when one is lost?
 
 Two ranks train a small network as two hosts would: ``fingpt fit`` in a process for each, over gloo.
 At a chosen moment one is killed, stopped, or cut off: the ranks live in network namespaces that a
-third one joins, and that one drops all packets between them while both links stay up. Taken is
+third one joins, and that one drops all packets between them while both links stay up. Measured is
 the time until every rank has ended. Cutting off needs root on Linux, and ``ip``.
 """
 
@@ -50,10 +50,10 @@ class Case(NamedTuple):
     """One loss of a rank.
 
     Attributes:
-        kind: What happens.
-        schedule: Order of the passes.
+        kind: Kind of the loss.
+        schedule: Schedule of the passes.
         rank: Number of the rank that is lost, of two.
-        moment: What it does just then.
+        moment: What the rank does at the moment of the loss.
     """
 
     kind: str
@@ -63,13 +63,13 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of a loss.
+    """The outcome of a loss.
 
     Attributes:
         ended_s: Seconds from the loss until the last rank had ended.
         statuses: Exit status of each rank; negative for a signal.
         said: Last line of each rank, or what else it wrote after the loss.
-        is_named: Whether each rank that could speak named the lost one, in one line.
+        is_named: Whether each rank that could report named the lost one, in one line.
     """
 
     ended_s: float
@@ -143,10 +143,10 @@ def lose(case: Case, folder: Path, timeout_s: float, context: Any) -> Outcome:
     """Starts the ranks, loses one and waits for the end of all.
 
     Args:
-        case: What is to happen.
-        folder: Keeps the data that all cases share.
+        case: Case that is to happen.
+        folder: Folder of the data that all cases share.
         timeout_s: ``timeout_s`` of the strategy.
-        context: Of `multiprocessing`, by which ranks are started.
+        context: Context of `multiprocessing`, by which ranks are started.
     """
     own = Path(tempfile.mkdtemp(dir=folder))
     words = _words(case, own, folder / "data", timeout_s)
@@ -271,7 +271,7 @@ class _Hosts(NamedTuple):
     wire: str
 
     def cut(self) -> None:
-        """No packet goes from one to the other any more; both links stay up."""
+        """Drops all packets from one to the other from now on; both links stay up."""
         _ip("-n", self.wire, "link", "set", "port1", "nomaster")
 
 
@@ -305,7 +305,7 @@ def _ip(*words: str) -> None:
 
 
 def _free_port() -> int:
-    """One below those that the system gives to connections before the rank can take it."""
+    """A port below those that the system gives to connections before the rank can take it."""
     while True:
         port = random.randrange(15_000, 30_000)
         with socket.socket() as one, contextlib.suppress(OSError):
@@ -328,7 +328,7 @@ def _reap(process: Any) -> None:
 
 
 def _said(path: Path) -> str:
-    """What a rank wrote to the end, from where it speaks of an error."""
+    """The last output of a rank, from where it mentions an error."""
     text = path.read_text(errors="replace")
     start = text.find("fingpt: error")
     return text[start:].strip() if start >= 0 else text[-500:].strip()

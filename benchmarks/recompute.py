@@ -1,4 +1,4 @@
-"""When does it pay to compute activations again in place of keeping them?
+"""When does it pay to recompute activations instead of keeping them?
 
 Steps of dense and low-rank GPT-2 of several sizes, each way of recomputing in turns; memory in
 processes of their own.
@@ -62,7 +62,7 @@ def _workload(preset: str, options: argparse.Namespace) -> Workload:
         preset, *RANKS[preset], options.batch_size, options.block_length, options.device,
         options.seed,
     )  # fmt: skip
-    # The same tokens a step for every size, in blocks that fit.
+    # The same tokens per step for every size, in blocks that fit.
     length = min(work.block_length, work.shape.num_positions)
     return replace(work, block_length=length, batch_size=work.tokens_per_step // length)
 
@@ -115,7 +115,7 @@ def _timed(step: TrainingStep, way: Recompute, precision: str) -> float:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """For each size what the low-rank-aware way gives beside recomputing whole blocks."""
+    """For each size the gain of the low-rank-aware way beside recomputing whole blocks."""
     figures = {}
     for row in rows:
         if row["contender"] == "low_rank" and row["recompute"] != Recompute.NONE:

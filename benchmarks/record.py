@@ -24,11 +24,11 @@ _MAX_BYTES = 50_000
 
 
 def new_record(question: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The head of a record: what is asked, with which command, code, machine and versions.
+    """The head of a record: question, command, code, machine and versions.
 
     Args:
-        question: One sentence.
-        config: The settings that decide the figures, seeds included.
+        question: Question in one sentence.
+        config: Settings that determine the figures, seeds included.
     """
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {module.name}" if module is not None else Path(sys.argv[0]).name
@@ -47,16 +47,16 @@ def new_record(question: str, config: Mapping[str, Any]) -> dict[str, Any]:
 def started_record(
     path: Path, question: str, config: Mapping[str, Any], **parts: Any
 ) -> dict[str, Any]:
-    """The record that is there, to go on with, or the head of a new one.
+    """The existing record, to continue, or the head of a new one.
 
     Args:
-        path: Of the record.
-        question: As in `new_record`.
-        config: As in `new_record`.
-        parts: What a new one holds beside its head.
+        path: Path of the record.
+        question: Question, as in `new_record`.
+        config: Settings, as in `new_record`.
+        parts: Parts of a new record beside its head.
 
     Raises:
-        ValueError: The record that is there was made with another ``config``.
+        ValueError: The existing record was made with another ``config``.
     """
     if not path.exists():
         return new_record(question, config) | parts
@@ -78,7 +78,7 @@ def machine() -> dict[str, str | int | float | None]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide speed and results, where installed."""
+    """Versions of Python and of the packages that affect speed and results, where installed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -102,7 +102,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 @contextmanager
 def record_lock(path: Path) -> Iterator[None]:
-    """Within it no other process that asks for it reads or writes the record ``path``."""
+    """Within it no other process that uses this lock reads or writes the record ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -113,7 +113,7 @@ def record_lock(path: Path) -> Iterator[None]:
 
 
 def write_record(path: Path, record: Mapping[str, Any], table: str) -> None:
-    """Writes ``path`` and the Markdown table beside it, each aside first and then renamed.
+    """Writes ``path`` and the Markdown table beside it, each to a temporary file that is renamed.
 
     Raises:
         ValueError: The record is larger than 50 kB.

@@ -134,7 +134,7 @@ def bounds_s(
     """The least seconds that a part can take on this machine.
 
     Products and attention (over the full square) by their operations; the softmax by one read and
-    one write of all logits in the precision; the optimiser by seven float32 a parameter (weight,
+    one write of all logits in the precision; the optimizer by seven float32 per parameter (weight,
     gradient and two moments in, all but the gradient out).
     """
     budget = work.budget()
@@ -154,7 +154,7 @@ def bounds_s(
 
 
 def memory_bytes_per_s(device: str, num_bytes: int = 2**28) -> float:
-    """Bytes read and written a second by scaling a buffer larger than any cache in place."""
+    """Bytes read and written per second by scaling a buffer larger than any cache in place."""
     buffer = torch.ones(num_bytes // 4, device=device)
     best_s = _best_s(lambda: buffer.mul_(1.0), device)
     return 2 * num_bytes / best_s

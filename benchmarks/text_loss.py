@@ -1,4 +1,4 @@
-"""How well a network foretells text."""
+"""How well a network predicts text."""
 
 from collections.abc import Iterable
 
@@ -13,11 +13,11 @@ from fingpt_lightning.models import vocabulary_loss
 def text_loss(
     network: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[float, int]:
-    """Nats a token, and over how many tokens.
+    """Nats per token, and over how many tokens.
 
     Args:
-        network: In evaluation mode.
-        batches: Pairs of token ids and labels, aligned.
+        network: Network in evaluation mode.
+        batches: Token ids and labels, aligned.
     """
     loss_sum, num_tokens = 0.0, 0
     head = network.get_submodule("lm_head")

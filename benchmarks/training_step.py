@@ -43,16 +43,16 @@ GPT2_VOCABULARY = 50257
 
 @dataclass(frozen=True)
 class Workload:
-    """What every contender of a benchmark does.
+    """The settings that every contender of a benchmark shares.
 
     Args:
-        preset: A preset of `fingpt_lightning.models.PRESETS`, or ``toy``.
-        rank: Of the low-rank contender's linear layers.
-        embedding_rank: Of its embedding and head.
+        preset: Name of a preset of `fingpt_lightning.models.PRESETS`, or ``toy``.
+        rank: Rank of the low-rank contender's linear layers.
+        embedding_rank: Rank of its embedding and head.
         batch_size: B.
         block_length: T.
-        device: ``cpu`` or ``cuda``.
-        seed: Of weights and tokens.
+        device: Device, ``cpu`` or ``cuda``.
+        seed: Seed of weights and tokens.
     """
 
     preset: str
@@ -90,9 +90,9 @@ class TrainingStep:
     """A network, its fused AdamW and a step: forward, loss, backward, clipping, update.
 
     Args:
-        contender: ``transformers``, its own network and loss; ``dense`` or ``low_rank``, ours.
+        contender: One of ``transformers``, its own network and loss, ``dense`` and ``low_rank``.
         workload: Sizes and data.
-        recompute: What blocks compute again in the backward pass.
+        recompute: Parts that blocks compute again in the backward pass.
     """
 
     def __init__(
@@ -129,10 +129,10 @@ class TrainingStep:
             block._compiled_call_impl = compiled
 
     def __call__(self, precision: str) -> float:
-        """Runs a step and returns its seconds, by the wall clock, device synchronised around it.
+        """Runs a step and returns its seconds, by the wall clock, device synchronized around it.
 
         Args:
-            precision: ``fp32``, or ``bf16`` for autocast over float32 weights.
+            precision: Precision: ``fp32``, or ``bf16`` for autocast over float32 weights.
         """
         device_type = self.tokens.device.type
         _synchronize(device_type)
@@ -194,9 +194,9 @@ def step_memory(
     """Peak memory of a step, in bytes, measured in a process of its own.
 
     Returns:
-        ``state`` (weights, gradients, optimiser) and ``peak_accounted`` (that and the most that
-        tensors held beside it: the allocator's count on CUDA, the sum of live storages on the
-        CPU); on the CPU also ``peak_rss``, the process' highest, imports included.
+        Bytes ``state`` (weights, gradients, optimizer) and ``peak_accounted`` (that and the peak of
+        other tensors beside it: the allocator's count on CUDA, the sum of live storages on the
+        CPU); on the CPU also ``peak_rss``, the process's highest, imports included.
     """
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
@@ -211,7 +211,7 @@ def _measure_memory(
     if work.device == "cpu":
         keep_freed_memory()  # as in the timed process
     step = TrainingStep(contender, work, Recompute(recompute))
-    step(precision)  # makes the optimiser's state
+    step(precision)  # makes the optimizer's state
     held = module_memory(step.network, step.optimizer)
     # Gradients have the weights' dtype and shapes.
     state = 2 * held.weights + held.optimizer
@@ -232,8 +232,8 @@ def interleaved(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str
     """Seconds of each contender, taken in turns so that drift hits all; the first turn is dropped.
 
     Args:
-        steps: What to time, by contender.
-        repeats: Timed turns.
+        steps: Functions to time, by contender.
+        repeats: Number of timed turns.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):

@@ -101,7 +101,7 @@ def _classify(training: Sequence[Example], examples: Sequence[Example]) -> list[
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
         LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced"),
     )
-    # The row's own text has all that differs: of headlines the question, of entities their name.
+    # The row's own text has all that differs: the question about a headline, the name of an entity.
     classifier.fit([e.text for e in training], [_known(e) for e in training])
     return [int(label) for label in classifier.predict([e.text for e in examples])]
 
