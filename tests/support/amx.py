@@ -9,14 +9,14 @@ import pytest
 
 _SOURCE = Path(__file__).with_name("amx_emulation.c")
 _EMULATED_ON = {"cpuid_fault", "avx512f", "avx512_bf16", "avx512_fp16"}
-"""What the emulation needs: to answer CPUID, and what oneDNN takes for granted beside AMX."""
+"""Features that the emulation needs: to answer CPUID, and those that oneDNN assumes beside AMX."""
 
 
 def with_amx(folder: Path) -> dict[str, str]:
-    """Variables with which a process has AMX; the test is skipped where that cannot be.
+    """Variables with which a process has AMX; the test is skipped where that is not possible.
 
     Args:
-        folder: For what is compiled.
+        folder: Folder for what is compiled.
     """
     features = _features()
     if "amx_bf16" in features:
@@ -30,10 +30,10 @@ def with_amx(folder: Path) -> dict[str, str]:
 
 
 def without_amx(folder: Path) -> dict[str, str]:
-    """Variables with which oneDNN uses no AMX.
+    """Variables with which oneDNN does not use AMX.
 
     Args:
-        folder: For what is compiled.
+        folder: Folder for what is compiled.
     """
     return poisoned(folder) | {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 
@@ -42,7 +42,7 @@ def poisoned(folder: Path) -> dict[str, str]:
     """Variables with which new memory holds NaN; none where that cannot be compiled.
 
     Args:
-        folder: For what is compiled.
+        folder: Folder for what is compiled.
     """
     compiler = shutil.which("cc")
     if compiler is None or platform.system() != "Linux" or platform.machine() != "x86_64":

@@ -1,7 +1,7 @@
 """Reads the imports of the source tree and finds those that point the wrong way.
 
 A package is a folder of ``fingpt_lightning``, a file at its top, or ``callbacks`` or
-``benchmarks``; ``fingpt_lightning.callbacks``, another way to ``callbacks``, counts as it. Files of
+``benchmarks``; ``fingpt_lightning.callbacks``, an alias of ``callbacks``, counts as it. Files of
 a package import each other in one direction too.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 PACKAGES = ("fingpt_lightning", "callbacks", "benchmarks")
 
-# From top to bottom; a package imports those below it only, so that there is no circle.
+# From top to bottom; a package imports only those below it, so that there is no circle.
 ORDER = (
     "benchmarks",
     "__main__",
@@ -41,7 +41,7 @@ ORDER = (
 
 _LIGHTNING_AND_WANDB = ("lightning", "lightning_fabric", "pytorch_lightning", "wandb")
 _HEAVY = (*_LIGHTNING_AND_WANDB, "torch")
-# What the files below a path never import.
+# What the files below a path must never import.
 FOREIGN = {
     "fingpt_lightning/low_rank": _LIGHTNING_AND_WANDB,
     "fingpt_lightning/models": _LIGHTNING_AND_WANDB,
@@ -63,7 +63,7 @@ _MAP_ROW = re.compile(r"^\| `([\w./]+)`", re.MULTILINE)
 class Import(NamedTuple):
     """One imported module, or name of a module, and where.
 
-    ``is_for_types`` tells an import below ``if TYPE_CHECKING:``, which never runs.
+    ``is_for_types`` marks an import below ``if TYPE_CHECKING:``, which never runs.
     """
 
     file: Path
@@ -135,7 +135,7 @@ def mapped_packages(document: str) -> list[str]:
 
 
 def packages_in(root: Path) -> set[str]:
-    """The packages that a tree has; the first lines of ``fingpt_lightning`` are none."""
+    """The packages of a tree; the ``__init__`` of ``fingpt_lightning`` does not count."""
     packages = (_package_of_module(_module_name(file)) for file in _files(root))
     return {package for package in packages if package is not None}
 

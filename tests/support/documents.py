@@ -13,16 +13,16 @@ _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ +(.*)$", re.MULTILINE)
 _SHELL = ("", "bash")
 PLACEHOLDER = "..."
-"""What a guide writes in place of words that it has said before."""
+"""Placeholder in a guide for words that appeared before."""
 
 
 class Block(NamedTuple):
     """A fenced block of a guide.
 
     Attributes:
-        language: As written behind the fence; empty for none.
-        text: Its lines.
-        line: The number of its first line in the file.
+        language: Language as written after the fence; empty for none.
+        text: Lines of the block.
+        line: Number of its first line in the file.
     """
 
     language: str
@@ -34,9 +34,9 @@ class ShellCommand(NamedTuple):
     """A command of a guide.
 
     Attributes:
-        text: On one line, without its comment.
-        document: The name of the file.
-        line: Where the block begins that it is in.
+        text: Command on one line, without its comment.
+        document: Name of the file.
+        line: Number of the line where its block begins.
     """
 
     text: str
@@ -45,7 +45,7 @@ class ShellCommand(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """What a shell makes of it; placeholders are left out."""
+        """The words as a shell splits them; placeholders are left out."""
         return [word for word in shlex.split(self.text) if word != PLACEHOLDER]
 
 
@@ -72,7 +72,7 @@ def shell_commands(document: Path) -> list[ShellCommand]:
 
 
 def inline_code(document: Path) -> list[str]:
-    """What stands between single backquotes, tables included."""
+    """The texts between single backquotes, tables included."""
     without_blocks = _FENCED.sub("", document.read_text())
     return [text.replace("\\|", "|") for text in _INLINE.findall(without_blocks)]
 
@@ -83,7 +83,7 @@ def links(document: Path) -> list[str]:
 
 
 def anchors(document: Path) -> set[str]:
-    """What a link to a heading of the file may say after ``#``, as GitHub makes it."""
+    """The anchors of a file's headings, that may follow ``#`` in a link, as GitHub makes them."""
     return {_anchor(heading) for heading in _HEADING.findall(_FENCED.sub("", document.read_text()))}
 
 

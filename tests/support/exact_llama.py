@@ -5,10 +5,10 @@ from transformers import PreTrainedModel
 
 
 def exact_norms(network: PreTrainedModel) -> PreTrainedModel:
-    """Replaces transformers' RMS norms, which compute in float32 whatever comes, by torch's.
+    """Replaces transformers' RMS norms, which always compute in float32, by torch's.
 
     Args:
-        network: Changed in place; names and weights stay.
+        network: Network that is changed in place; names and weights stay.
     """
     for name, part in list(network.named_modules()):
         if type(part).__name__ == "LlamaRMSNorm":

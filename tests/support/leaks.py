@@ -1,4 +1,4 @@
-"""What one test could hand on to the next: variables, threads, process groups, torch's defaults."""
+"""State that one test could leave to the next: variables, threads, groups, torch's defaults."""
 
 import os
 import threading
@@ -10,13 +10,13 @@ import torch
 import torch.distributed
 
 _THREAD_GRACE_S = 2.0
-# Threads that live on by their library's design, by the start of their name or type.
+# Threads that stay alive by their library's design, by the start of their name or type.
 _LASTING_THREADS = {
     "Dummy-": "native threads, such as autograd's on a GPU, that once called into Python",
     "TMonitor": "tqdm: one monitor of all progress bars",
     "wandb-": "wandb: the connection to its service process",
 }
-# Variables that a library sets for its child processes; they are taken back all the same.
+# Variables that a library sets for its child processes; they are restored all the same.
 _LIBRARY_VARIABLES = {
     "CRC32C_SW_MODE": "the checksums of tensorboard's event files",
     "KMP_DUPLICATE_LIB_OK": "the OpenMP runtime",
@@ -53,7 +53,7 @@ class ProcessState(NamedTuple):
         )
 
     def leaks(self) -> list[str]:
-        """Says what is otherwise now; a thread that is about to end gets the time to."""
+        """Reports what has changed; a thread that is about to end gets the time to."""
         now = ProcessState.now()
         found = [
             f"environment variable {name}: {self.environment.get(name)} -> {os.environ.get(name)}"
@@ -72,7 +72,7 @@ class ProcessState(NamedTuple):
         return found + [f"thread {thread.name}" for thread in self._new_threads()]
 
     def restore(self) -> None:
-        """Takes back all but threads, so that only one test fails of a leak."""
+        """Restores everything except threads, so that only one test fails because of a leak."""
         for name in os.environ.keys() - self.environment.keys():
             del os.environ[name]
         os.environ.update(self.environment)

@@ -6,7 +6,7 @@ from typing_extensions import override
 
 
 class RanksEnvironment(LightningEnvironment):
-    """Rank and world size of the process group that is already there."""
+    """Rank and world size of the existing process group."""
 
     @property
     @override

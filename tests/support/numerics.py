@@ -1,4 +1,4 @@
-"""The comparison of three parties: ours, plain torch and the truth."""
+"""The comparison of three results: ours, plain torch and the truth."""
 
 import torch
 from torch import Tensor
@@ -12,14 +12,14 @@ def assert_no_worse(ours: Tensor, plain: Tensor, truth: Tensor, slack: float = 1
     place of each true element is granted in any case, which no result of that dtype can avoid.
 
     Args:
-        ours: The result under test.
-        plain: The obvious torch expression on the same inputs.
-        truth: The value in float64.
-        slack: How many times the error of ``plain`` ours may have.
+        ours: Result under test.
+        plain: Result of the obvious torch expression on the same inputs.
+        truth: Value in float64.
+        slack: Factor on the error of ``plain`` that ours may have.
 
     Raises:
         AssertionError: Ours has another shape or dtype than ``plain``, or a larger error.
-        ValueError: The truth is not finite float64, so that it judges nothing.
+        ValueError: The truth is not finite float64, so that nothing can be compared with it.
     """
     if truth.dtype != torch.float64 or not truth.isfinite().all():
         raise ValueError(f"truth must be finite float64, not {truth.dtype}")

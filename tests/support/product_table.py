@@ -1,6 +1,6 @@
 """Products and kernels in bfloat16 over a table of sizes, against float64, in poisoned memory.
 
-A program, for what it measures depends on how a process is started: it takes the file to write.
+A program, for its results depend on how a process is started; its argument is the file to write.
 
 Axes: N rows, I in_features, O out_features, R rank, B batch, H heads, T tokens, D features.
 """
@@ -62,9 +62,9 @@ def drawn(*shape: int, gap: float | None = None, transposed: bool = False) -> Te
     """Random numbers in bfloat16.
 
     Args:
-        shape: Of the tensor.
-        gap: What lies between, before and behind the rows; None for rows without a gap.
-        transposed: Whether columns lie as rows do otherwise.
+        shape: Shape of the tensor.
+        gap: Value between, before and behind the rows; None for rows without a gap.
+        transposed: Whether columns lie in memory as rows do otherwise.
     """
     if transposed:
         return drawn(*shape[:-2], shape[-1], shape[-2], gap=gap).mT
@@ -98,10 +98,10 @@ def with_gradients(case: str, function: Any, *inputs: Tensor, truth: Any = None)
     """A function's result and its gradients, of the inputs and of parameters if it is a module.
 
     Args:
-        case: Its name.
-        function: In bfloat16.
-        inputs: In bfloat16.
-        truth: The same in float64; None for ``function`` itself, converted if it is a module.
+        case: Name of the case.
+        function: Function in bfloat16.
+        inputs: Inputs in bfloat16.
+        truth: Function in float64; None for ``function`` itself, converted if it is a module.
     """
     if truth is None:
         is_module = isinstance(function, nn.Module)

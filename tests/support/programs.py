@@ -15,12 +15,12 @@ TIMEOUT_S = 200
 
 
 def torchrun_command(*words: str) -> list[str]:
-    """Up to where the words of ``fingpt`` begin."""
+    """The command up to where the words of ``fingpt`` begin."""
     return [sys.executable, "-m", "torch.distributed.run", *words, "-m", "fingpt_lightning"]
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
+    """A port on which nothing listens."""
     with socket.socket() as one:
         one.bind(("localhost", 0))
         return int(one.getsockname()[1])
@@ -34,9 +34,9 @@ def run_together(
     """Exit codes and joint output of processes that wait for each other; none is left.
 
     Args:
-        folder: Where they run; gets ``log.txt``.
-        commands: One a process.
-        variables: Of each one's environment, beside ours.
+        folder: Folder where they run; ``log.txt`` is written there.
+        commands: Commands, one per process.
+        variables: Variables of each one's environment, beside ours.
     """
     log = folder / "log.txt"
     processes = []

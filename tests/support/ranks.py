@@ -1,4 +1,4 @@
-"""Runs a function on several processes that talk over gloo, as a distributed test needs it."""
+"""Runs a function on several processes that communicate over gloo, for distributed tests."""
 
 import faulthandler
 import multiprocessing
@@ -29,14 +29,14 @@ def run_ranks(
     seconds (the import of torch): put many cases in one body.
 
     Args:
-        body: A module-level function. Its result is made of tensors, numbers, strings, lists and
+        body: Module-level function. Its result is made of tensors, numbers, strings, lists and
             dicts.
-        world_size: The number of processes.
-        args: Go to ``body``.
-        timeout_s: The time for everything, the start of the processes included.
+        world_size: Number of processes.
+        args: Arguments of ``body``.
+        timeout_s: Seconds for everything, the start of the processes included.
 
     Raises:
-        AssertionError: A rank raised or died, or ``timeout_s`` went by. The message holds the
+        AssertionError: A rank raised or died, or ``timeout_s`` passed. The message holds the
             traceback of each failed rank, or where each rank hung. No process is left.
     """
     context = multiprocessing.get_context("spawn")

@@ -15,9 +15,9 @@ class TokenData(LightningDataModule):
     """Rows in order, dealt out to ranks in turn; row i has i + 1 unsupervised positions.
 
     Args:
-        batch_size: Rows a batch.
+        batch_size: Rows per batch.
         num_rows: Rows in all.
-        block_length: Tokens a row, above ``num_rows``.
+        block_length: Tokens per row, above ``num_rows``.
     """
 
     def __init__(self, batch_size: int, num_rows: int = 8, block_length: int = 11) -> None:
@@ -33,7 +33,7 @@ class TokenData(LightningDataModule):
         self.rows = list(zip(tokens[:, :-1], labels, strict=True))
 
     def tokenizer_reference(self) -> dict[str, str | int]:
-        """One that is always the same."""
+        """A reference that is always the same."""
         return {"name_or_path": "random", "sha256": "0", "vocabulary_size": 23}
 
     @override

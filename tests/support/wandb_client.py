@@ -12,13 +12,13 @@ _TIMEOUT_S = 250
 
 
 def run_client(server: WandbServer, folder: Path, *arguments: str, **variables: str) -> str:
-    """Runs Python to its end; gives what it wrote, once it has ended well.
+    """Runs Python to its end; returns its output, if it succeeded.
 
     Args:
-        server: The only one that it reaches.
-        folder: Where it runs.
-        arguments: Of Python.
-        variables: Of the environment, beside those of the server.
+        server: Only server that it reaches.
+        folder: Folder where it runs.
+        arguments: Arguments of Python.
+        variables: Variables of the environment, beside those of the server.
     """
     done = subprocess.run(
         [sys.executable, *arguments],

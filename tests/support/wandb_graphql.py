@@ -1,6 +1,6 @@
 """The GraphQL operations that wandb 0.31 sends, answered by the root fields of each query.
 
-Every answer is a superset of what may be asked: a client reads the fields it knows.
+Every answer is a superset of what may be requested: a client reads the fields it knows.
 """
 
 import json

@@ -32,7 +32,7 @@ _FILE_STREAM = re.compile(r"/files/(?P<entity>[^/]+)/(?P<project>[^/]+)/(?P<run>
 
 
 class Fault(StrEnum):
-    """How a server answers badly."""
+    """Faulty ways in which a server answers."""
 
     ERROR = "status 500"
     REFUSED = "status 401"
@@ -45,10 +45,10 @@ class WandbServer:
     """A server that lives as long as its ``with`` block.
 
     Leaving the block closes every connection, joins every thread and raises what went wrong inside
-    the server, so that no defect of it is taken for one of the client.
+    the server, so that no defect of it is mistaken for one of the client.
 
     Args:
-        entity: The user and team that every run belongs to.
+        entity: User and team that every run belongs to.
 
     Raises:
         RuntimeError: A request made the server fail; raised at the end of the block.
@@ -82,11 +82,11 @@ class WandbServer:
         return self._http.url
 
     def fail(self, fault: Fault | None, after_uploads: int = 0) -> None:
-        """Answers badly from now on.
+        """Makes the server answer faultily from now on.
 
         Args:
-            fault: In which way; None answers well again.
-            after_uploads: Number of pieces of runs' logs that are taken before.
+            fault: Kind of fault; None answers correctly again.
+            after_uploads: Number of pieces of runs' logs that are accepted before.
         """
         self._http.fault, self._http.uploads_left = fault, after_uploads
 
@@ -114,7 +114,7 @@ class WandbServer:
         """Makes the environment of a client process that reaches this server and no other.
 
         Args:
-            folder: Takes the client's home, run folders and caches.
+            folder: Folder for the client's home, run folders and caches.
         """
         kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
         places = dict.fromkeys(
@@ -217,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(content, "application/octet-stream", HTTPStatus.OK)
 
     def _answer_badly(self) -> bool:
-        """Answers as the fault of the server wants, if it has one by now."""
+        """Answers according to the fault of the server, if one is active."""
         if self.server.fault is None:
             return False
         if self.server.uploads_left:

@@ -19,7 +19,7 @@ def plan_trials(config: Json) -> list[Json]:
     random from a fixed seed: it stands for ``random`` and ``bayes`` alike.
 
     Args:
-        config: A sweep file's content.
+        config: Content of a sweep file.
 
     Raises:
         ValueError: A grid parameter has neither ``value`` nor ``values``.
