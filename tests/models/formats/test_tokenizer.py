@@ -22,7 +22,6 @@ from fingpt_lightning.models.formats.tokenizer import (
     read_tokenizer,
 )
 from fingpt_lightning.models.loading import LoadedModel, load_model
-from fingpt_lightning.models.sources import tokenizer_of_model
 from tests.evaluation.tiny_language import examples_of, tiny_network, tiny_tokenizer
 
 
@@ -136,10 +135,6 @@ def test_only_entries_that_must_be_spelled_are_left_out() -> None:
         with pytest.raises(ValueError, match=rf"the tokenizer has \d+ tokens, the network {rows}"):
             check_vocabulary(tokenizer, rows)
     check_vocabulary(_padded(), size)
-
-
-def test_a_hub_name_is_that_of_its_tokenizer() -> None:
-    assert tokenizer_of_model("owner/model") == "owner/model"
 
 
 def test_too_many_added_tokens_are_refused_before_they_are_loaded(
