@@ -89,7 +89,7 @@ class Section(NamedTuple):
 
 
 class Aim(NamedTuple):
-    """A moment: right before a command changes its files for a given time.
+    """A moment: right before change number ``event`` that a command makes to its files.
 
     Attributes:
         event: Number of the change, from 1; 0 only counts them.

@@ -63,12 +63,12 @@ Words = list[str]
 
 
 class Case(NamedTuple):
-    """One input.
+    """One mutated input.
 
     Attributes:
-        kind: What was mutated.
-        mutation: How.
-        words: The command line, with paths in the case's folder.
+        kind: Kind of the input that was mutated.
+        mutation: Description of the mutation.
+        words: Command line, with paths in the case's folder.
     """
 
     kind: str
@@ -77,14 +77,14 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of an input.
+    """The outcome of one input.
 
     Attributes:
         status: Exit status; negative for a signal.
-        output: All that it wrote.
+        output: Whole output of the program.
         seconds: From fork to end.
-        peak_mib: Resident memory at most.
-        has_run_code: Whether the canary's file is there.
+        peak_mib: Largest resident memory.
+        has_run_code: Whether the canary's file exists.
     """
 
     status: int
@@ -95,7 +95,7 @@ class Outcome(NamedTuple):
 
     @property
     def has_traceback(self) -> bool:
-        """Whether an exception got out."""
+        """Whether an exception was not caught."""
         return "Traceback (most recent call last)" in self.output
 
     @property
@@ -108,7 +108,7 @@ class Payload:
     """Leaves a file where it is unpickled.
 
     Args:
-        file: The file.
+        file: Path of the file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def is_wrong(outcome: Outcome) -> bool:
-    """Whether anything of what is counted happened."""
+    """Whether any of the counted events happened."""
     return (
         outcome.has_run_code
         or outcome.has_traceback
@@ -165,7 +165,7 @@ def is_wrong(outcome: Outcome) -> bool:
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, int]:
-    """The counts that the question asks for."""
+    """The counts that answer the question."""
     return {
         "inputs": len(outcomes),
         "code_run": sum(outcome.has_run_code for outcome in outcomes),
@@ -209,7 +209,7 @@ def run_cases(
         base: Materials of `make_materials`.
         parent: Folder for the folders of the cases.
         seed: Seed of all mutations.
-        at_once: Forks at a time.
+        at_once: Largest number of forks at a time.
     """
     waiting = list(cases)
     running: list[_Fork] = []
@@ -378,7 +378,7 @@ def _of_config(draw: random.Random, base: Path, folder: Path) -> tuple[str, Word
     mutation = _mutate_yaml(draw, base / "config.yaml", folder / "config.yaml")
     verb = draw.choice(("fit", "fit", "plan"))
     words = [verb, "--config", str(folder / "config.yaml")]
-    if verb == "fit":  # what is right trains, and would go on for as long as it is told to
+    if verb == "fit":  # a valid config trains, and would run for as long as it requests
         words += ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "1"]
         words += ["--model.preset", "gpt2-nano"]  # a cut config may have left the sizes out
     return f"{verb}, {mutation}", words
@@ -393,7 +393,7 @@ def _of_task(draw: random.Random, base: Path, folder: Path) -> tuple[str, Words]
 
 def _of_sweep(draw: random.Random, base: Path, folder: Path) -> tuple[str, Words]:
     mutation = _mutate_yaml(draw, base / "sweep.yaml", folder / "sweep.yaml")
-    # What passes all checks is refused by the folder, and runs no trial.
+    # An input that passes all checks is refused by the folder, and runs no trial.
     used = _made(folder / "used")
     (used / "file").touch()
     return mutation, ["sweep", str(folder / "sweep.yaml"), "--local", "--output", str(used)]
@@ -533,7 +533,7 @@ _WORDS = (
 
 
 class _Hostile(NamedTuple):
-    """A value that is put as it is: trees hold it where it can be written."""
+    """A value that is inserted as it is: trees hold it where it can be written."""
 
     value: object
 
@@ -570,7 +570,7 @@ def _places(tree: object, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def _mutate_tree(draw: random.Random, tree: Any, hostile: Sequence[_Hostile]) -> str:
-    """Changes one place of nested mappings and lists, in place; says how."""
+    """Changes one place of nested mappings and lists, in place; returns a description."""
     place = draw.choice(list(_places(tree)))
     inner = tree
     for key in place[:-1]:
@@ -600,13 +600,13 @@ def _misspelled(draw: random.Random, word: str) -> str:
 def _mutate_bytes(
     draw: random.Random, content: bytes, folder: Path, within: int | None = None
 ) -> tuple[str, bytes]:
-    """Changes bytes; says how.
+    """Changes bytes; returns a description.
 
     Args:
-        draw: Of all choices.
-        content: What is changed.
-        folder: Where a pickle that is run leaves its file.
-        within: The first so many bytes alone are changed.
+        draw: Generator of all random choices.
+        content: Bytes to change.
+        folder: Folder where a pickle that is run leaves its file.
+        within: Number of the first bytes, to which changes are limited.
     """
     within = min(within or len(content), len(content))
     how = draw.choice(

@@ -102,13 +102,13 @@ def _where(name: str, words: Sequence[str]) -> str:
 
 
 def check_configs(words: Sequence[str]) -> None:
-    """Checks configs before they are parsed: what parsing them would never come back from.
+    """Checks configs before they are parsed, for contents that parsing would never return from.
 
     Args:
         words: The command line, which names the configs.
 
     Raises:
-        ValueError: A config is a pipe or a device, or its aliases stand for too many values.
+        ValueError: A config is a pipe or a device, or its aliases expand to too many values.
     """
     for path in _given(words):
         if _is_special(path):

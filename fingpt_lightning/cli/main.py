@@ -83,7 +83,7 @@ COMMANDS = {
 }
 
 _INSTEAD = {"predict": "fingpt generate writes text, fingpt label writes labels with probabilities"}
-"""What to run in place of commands that Lightning users expect."""
+"""The commands to run in place of those that Lightning users expect."""
 
 _LONGEST_MESSAGE = 2000
 _HELP = """usage: fingpt COMMAND [--config NAME_OR_FILE ...] [--KEY VALUE ...]

@@ -277,10 +277,10 @@ class FinGPTCLI(LightningCLI):
         _take_tokenizer_of_model(settings)
 
     def _check_start(self, settings: Namespace) -> None:
-        """Refuses to evaluate random weights; tells which weights are evaluated untrained."""
+        """Refuses to evaluate random weights; reports which weights are evaluated untrained."""
         model = settings.model.get("init_args") or Namespace()
         keys = [key for key in ("init_from", "base") if key in model]
-        if not keys:  # a class of the user's, which loads what it likes
+        if not keys:  # a user's own class, which loads its weights itself
             return
         start = next((key for key in keys if model[key] is not None), None)
         if start is None:

@@ -65,10 +65,10 @@ def txt_pieces(path: Path, _: str) -> Iterator[Piece]:
 
 
 def short_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The same documents in pieces of about a million characters at most.
+    """The same documents in pieces of at most about a million characters.
 
-    What is longer is cut as a text file is: at line ends, else where one blank begins a word, and
-    where there is neither after a million characters. A tokenizer takes 50 bytes a character.
+    Longer documents are cut as text files are: at line ends, else where one blank begins a word,
+    and where there is neither after a million characters. A tokenizer takes 50 bytes per character.
     """
     for piece in pieces:
         text = piece.text

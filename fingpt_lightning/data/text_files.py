@@ -77,7 +77,7 @@ def find_text_files(paths: str | Sequence[str], key: str = "files") -> tuple[Pat
             found += _files_in_folder(path, key)
         elif path.is_file():
             found.append(path)
-        elif path.exists():  # reading it could wait for ever, or never end
+        elif path.exists():  # reading it could wait forever, or never end
             raise ValueError(f"{key}: {path} is neither a file nor a folder")
         elif glob.has_magic(text):
             found += _files_of_glob(path, key)

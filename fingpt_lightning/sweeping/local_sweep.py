@@ -98,7 +98,7 @@ class LocalSweep:
             project: Project of W&B; None leaves it to the trials' config.
 
         Raises:
-            ValueError: The folder is in use, there is no number of trials, or the file has a
+            ValueError: The folder is in use, the number of trials is not known, or the file has a
                 setting that a local search does not honor.
         """
         sweep.check_local()

@@ -29,7 +29,7 @@ _KEYS_OF_KIND = {
 }
 _LEAF_KEYS = ("value", "values", "min", "max", "q", "distribution")
 MAX_TRIALS = 100_000
-"""Trials of a grid at most."""
+"""Largest number of trials of a grid."""
 _DECIMALS = 12
 """Digits to which a multiple of a step is rounded: 3 x 0.1 is 0.3."""
 
@@ -121,7 +121,7 @@ class Range:
 
     @property
     def length(self) -> int | None:
-        """Number of numbers; None where there is no end of them."""
+        """Number of numbers; None where there are infinitely many."""
         return None if self.step is None else self._num_steps() + 1
 
     def grid(self) -> list[int | float] | None:
@@ -195,7 +195,8 @@ def grid_points(parameters: Mapping[str, Distribution]) -> list[Point]:
     """Every trial of a grid; the last parameter changes first.
 
     Raises:
-        ValueError: A parameter has no end of values, or there are more than `MAX_TRIALS` points.
+        ValueError: A parameter has infinitely many values, or there are more than `MAX_TRIALS`
+            points.
     """
     num_trials = 1
     for name, distribution in parameters.items():

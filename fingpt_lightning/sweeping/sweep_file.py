@@ -30,7 +30,7 @@ _KEYS = (
 _METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
 _STOPPING_KEYS = ("type", "min_iter", "max_iter", "s", "eta", "strict")
 _DEFAULT_METHODS = ("grid", "random")
-"""Those that W&B runs without a metric."""
+"""Search methods that W&B runs without a metric."""
 
 
 class WrongSweep(ValueError):
@@ -52,12 +52,12 @@ class Stopping(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """What trials are compared by.
+    """The metric by which trials are compared.
 
     Attributes:
-        name: The logged key.
+        name: Logged key.
         is_maximized: Whether more of it is better.
-        target: The value at which no further trial is started; None where there is none.
+        target: Value at which no further trial is started; None where there is none.
         is_default: Whether the file names no metric.
     """
 
@@ -77,14 +77,14 @@ class Sweep(NamedTuple):
     """The contents of a sweep file.
 
     Attributes:
-        path: The file.
-        content: All of it, for a W&B server.
-        method: ``grid``, ``random`` or ``bayes``.
-        compared_by: The metric.
-        parameters: By name with dots.
-        command: Words, with `ARGUMENTS` in them.
-        num_trials: Of a grid, or ``run_cap``; None where neither says it.
-        stopping: None where no trial is stopped early.
+        path: Path of the file.
+        content: Whole content, for a W&B server.
+        method: Search method: ``grid``, ``random`` or ``bayes``.
+        compared_by: Metric by which trials are compared.
+        parameters: Parameters by name with dots.
+        command: Words of the command, with `ARGUMENTS` among them.
+        num_trials: Number of trials of a grid, or ``run_cap``; None where neither gives it.
+        stopping: Early stopping; None where no trial is stopped early.
         server_only: Keys that W&B's server honors and a local search does not.
     """
 
@@ -114,7 +114,7 @@ class Sweep(NamedTuple):
         return self.compared_by.is_maximized
 
     def check_local(self) -> None:
-        """Checks that a local search does all that the file says.
+        """Checks that a local search supports all settings of the file.
 
         Raises:
             WrongSweep: It has a setting that only W&B's server honors.

@@ -1,4 +1,4 @@
-"""YAML that people write, read within bounds: aliases can stand for more than any memory holds."""
+"""YAML that people write, read within bounds: aliases can expand to more than any memory holds."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def parse_yaml(text: str, path: Path) -> Any:
 
     Raises:
         yaml.YAMLError: It is not YAML.
-        ValueError: It is nested too deeply, refers to itself, or its aliases stand for too many
+        ValueError: It is nested too deeply, refers to itself, or its aliases expand to too many
             values.
     """
     try:
