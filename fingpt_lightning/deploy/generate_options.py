@@ -12,17 +12,8 @@ from fingpt_lightning.terminal.command_line import (
 )
 
 
-def parse_options(words: list[str]) -> argparse.Namespace:
-    """The options that follow ``fingpt generate``.
-
-    Args:
-        words: Part of the command line after the command.
-
-    Raises:
-        WrongOptions: An option is unknown, missing, has an invalid value, or has no effect with
-            another.
-        SystemExit: With status 0, after ``--help`` has been answered.
-    """
+def build_parser() -> OptionParser:
+    """The parser of ``fingpt generate``."""
     parser = OptionParser("fingpt generate", "Text that goes on from prompts.")
     add_model_options(parser)
     add = parser.add_argument
@@ -42,7 +33,21 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     add("--seed", type=int, help="of the draws; default: 1")
     add("--output", type=Path, help="JSONL file for the texts, in place of printing them")
     add("--overwrite", action="store_true", help="replace the output")
-    options = parser.read(words)
+    return parser
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt generate``.
+
+    Args:
+        words: Part of the command line after the command.
+
+    Raises:
+        WrongOptions: An option is unknown, missing, has an invalid value, or has no effect with
+            another.
+        SystemExit: With status 0, after ``--help`` has been answered.
+    """
+    options = build_parser().read(words)
     if options.overwrite and options.output is None:
         raise WrongOptions("--overwrite has no effect without --output")
     if options.adapter and options.adapters:

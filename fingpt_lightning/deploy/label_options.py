@@ -12,17 +12,8 @@ from fingpt_lightning.terminal.command_line import (
 )
 
 
-def parse_options(words: list[str]) -> argparse.Namespace:
-    """The options that follow ``fingpt label``.
-
-    Args:
-        words: Part of the command line after the command.
-
-    Raises:
-        WrongOptions: An option is unknown, missing, has an invalid value, or has no effect with
-            another.
-        SystemExit: With status 0, after ``--help`` has been answered.
-    """
+def build_parser() -> OptionParser:
+    """The parser of ``fingpt label``."""
     parser = OptionParser("fingpt label", "Labels with probabilities for the texts of a file.")
     add_model_options(parser)
     add = parser.add_argument
@@ -35,7 +26,21 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     add("--no_calibrate", action="store_true", help="keep the bias for labels without content")
     add("--batch_tokens", type=positive_int, help="tokens of a batch, padding included")
     add("--overwrite", action="store_true", help="replace the output; begin anew")
-    options = parser.read(words)
+    return parser
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt label``.
+
+    Args:
+        words: Part of the command line after the command.
+
+    Raises:
+        WrongOptions: An option is unknown, missing, has an invalid value, or has no effect with
+            another.
+        SystemExit: With status 0, after ``--help`` has been answered.
+    """
+    options = build_parser().read(words)
     if options.adapter and options.adapters:
         raise WrongOptions("--adapter and --adapters: give one of them")
     if bool(options.adapters) != bool(options.adapter_column):

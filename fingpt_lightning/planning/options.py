@@ -6,16 +6,8 @@ from pathlib import Path
 from fingpt_lightning.terminal.command_line import OptionParser
 
 
-def parse_options(words: list[str]) -> argparse.Namespace:
-    """The options that follow ``fingpt plan``; ``words`` holds those of ``fingpt fit`` among them.
-
-    Args:
-        words: Words of the command line.
-
-    Raises:
-        WrongOptions: An option has an invalid value.
-        SystemExit: ``--help`` was given; the status is 0.
-    """
+def build_parser() -> OptionParser:
+    """The parser of ``fingpt plan``."""
     parser = OptionParser(
         "fingpt plan",
         "What a run would need, before it starts: parameters, memory, steps, time. Takes every"
@@ -37,7 +29,20 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         action="store_false",
         help="count only: no weights are made",
     )
-    options, rest = parser.parse_known_args(words)
+    return parser
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt plan``; ``words`` holds those of ``fingpt fit`` among them.
+
+    Args:
+        words: Words of the command line.
+
+    Raises:
+        WrongOptions: An option has an invalid value.
+        SystemExit: ``--help`` was given; the status is 0.
+    """
+    options, rest = build_parser().parse_known_args(words)
     if options.devices is not None:
         rest += ["--trainer.devices", options.devices]
     options.words = rest

@@ -6,16 +6,8 @@ from pathlib import Path
 from fingpt_lightning.terminal.command_line import OptionParser
 
 
-def parse_options(words: list[str]) -> argparse.Namespace:
-    """The options that follow ``fingpt report``.
-
-    Args:
-        words: Part of the command line after the command.
-
-    Raises:
-        WrongOptions: An option is unknown, missing or has an invalid value.
-        SystemExit: With status 0, after ``--help`` has been answered.
-    """
+def build_parser() -> OptionParser:
+    """The parser of ``fingpt report``."""
     parser = OptionParser(
         "fingpt report", "One self-contained page about runs, sweeps and evaluations."
     )
@@ -28,4 +20,17 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         help="folder of a run, a sweep or an evaluation; several stand side by side",
     )
     add("--output", type=Path, default=Path("report.html"), help="the page; default: %(default)s")
-    return parser.read(words)
+    return parser
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt report``.
+
+    Args:
+        words: Part of the command line after the command.
+
+    Raises:
+        WrongOptions: An option is unknown, missing or has an invalid value.
+        SystemExit: With status 0, after ``--help`` has been answered.
+    """
+    return build_parser().read(words)

@@ -6,16 +6,8 @@ from pathlib import Path
 from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions, positive_int
 
 
-def parse_options(words: list[str]) -> argparse.Namespace:
-    """The options that follow ``fingpt sweep``.
-
-    Args:
-        words: Part of the command line after the command.
-
-    Raises:
-        WrongOptions: An option is unknown, has an invalid value, or does not go with another.
-        SystemExit: With status 0, after ``--help`` has been answered.
-    """
+def build_parser() -> OptionParser:
+    """The parser of ``fingpt sweep``."""
     parser = OptionParser(
         "fingpt sweep", "Checks a W&B sweep file and runs its trials, with a server or without one."
     )
@@ -37,7 +29,20 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     add("--project", help="W&B project; default: that of the sweep file or of its config")
     add("--output", type=Path, help="folder of a local sweep; default: runs/sweeps/NAME-DATE-TIME")
     add("--resume", type=Path, help="folder of a local sweep to go on with, in place of a file")
-    options = parser.read(words)
+    return parser
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt sweep``.
+
+    Args:
+        words: Part of the command line after the command.
+
+    Raises:
+        WrongOptions: An option is unknown, has an invalid value, or does not go with another.
+        SystemExit: With status 0, after ``--help`` has been answered.
+    """
+    options = build_parser().read(words)
     if (options.sweep is None) == (options.resume is None):
         raise WrongOptions("give either a sweep file, or --resume and the folder of a local sweep")
     for name in ("output", "resume"):
