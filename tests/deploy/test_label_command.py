@@ -5,7 +5,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -422,3 +422,24 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
     status, _, error = label(*words)
     assert status == 2
     assert message in error
+
+
+def test_a_part_that_fails_while_it_is_written_is_not_there(tmp_path: Path) -> None:
+    file = LabelledFile(tmp_path / "out.csv", {})
+    with file.begun(overwrite=False):
+        file.add(0, [{"text": "a"}], ["text"])
+
+    with file.begun(overwrite=False) as num_parts:
+        assert num_parts == 1
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            file.add(1, _Failing(), ["text"])
+    with file.begun(overwrite=False) as num_parts:
+        assert num_parts == 1
+
+
+class _Failing(list[dict[str, object]]):
+    """Rows of which the second cannot be read."""
+
+    def __iter__(self) -> Iterator[dict[str, object]]:
+        yield {"text": "b"}
+        raise RuntimeError("the disk is gone")

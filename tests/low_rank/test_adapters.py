@@ -89,26 +89,48 @@ def test_layers_that_read_the_same_input_share_one_product() -> None:
         torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
 
 
-def test_a_shared_product_is_made_anew_when_input_weights_or_mode_have_changed() -> None:
-    first, second = layers = [_layer(AdapterOptions(2)) for _ in range(2)]
+def _three_that_share() -> list[AdaptedLinear]:
+    layers = [_layer(AdapterOptions(2, dropout=0.5)).eval() for _ in range(3)]
     SharedDown(layers)
+    return layers
+
+
+def test_a_shared_product_is_made_anew_when_input_weights_or_mode_have_changed() -> None:
     x = torch.randn(4, 7, dtype=torch.float64)
+    first, second, _ = _three_that_share()
     with torch.no_grad():
         first(x)
-    assert second(x).requires_grad
-    first(x)
-    with torch.no_grad():
-        second.lora_A.add_(1)
-        second.lora_B.add_(1)
+    second(x).sum().backward()
+    assert second.lora_A.grad is not None, "the product made without gradients was taken"
+
+    first, second, third = _three_that_share()
+    first.train()(x)
     torch.testing.assert_close(second(x), _truth(second, x))
+    torch.testing.assert_close(third(x), _truth(third, x))
+
+    first, second, third = _three_that_share()
+    with torch.no_grad():
+        first(x)
+        for changed in (second, third):
+            changed.lora_A.add_(1)
+            changed.lora_B.add_(1)
+            torch.testing.assert_close(changed(x), _truth(changed, x))
+
+    first, second, third = _three_that_share()
+    first(x)
+    another = torch.randn(4, 7, dtype=torch.float64)
+    torch.testing.assert_close(second(another), _truth(second, another))
+
+    first, second, third = _three_that_share()
     first(x)
     x += 1
     torch.testing.assert_close(second(x), _truth(second, x))
+    torch.testing.assert_close(third(x * 2), _truth(third, x * 2))
     with torch.inference_mode():
         torch.testing.assert_close(first(x * 2), _truth(first, x * 2))
     first(x)
-    twin = copy.deepcopy(first)
-    torch.testing.assert_close(twin(x), first(x))
+    copied = copy.deepcopy(first)
+    torch.testing.assert_close(copied(x), first(x))
 
 
 def test_dropout_is_shared_by_the_layers_and_off_in_evaluation() -> None:

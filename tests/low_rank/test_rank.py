@@ -22,6 +22,11 @@ def test_no_rank_is_dense(in_features: int, out_features: int) -> None:
     assert resolve_rank(None, in_features, out_features) is None
 
 
+def test_factors_of_the_size_of_the_layer_are_not_taken() -> None:
+    assert resolve_rank(1, 6, 3) == 1
+    assert resolve_rank(2, 6, 3) is None, "2 (6 + 3) numbers are those of 6 x 3"
+
+
 @pytest.mark.parametrize(
     ("rank", "message"),
     [

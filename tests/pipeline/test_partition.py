@@ -57,6 +57,13 @@ def test_no_other_cut_has_a_smaller_largest_stage(
     assert largest(found) == min(map(largest, every_cut))
 
 
+def test_of_cuts_with_equal_largest_stages_an_even_one_is_taken() -> None:
+    def cost_of(stage: int, first: int, end: int) -> int:
+        return end - first + (5 if stage == 0 else 0)  # an embedding that costs 5 blocks
+
+    assert minimax(6, 3, cost_of) == [1, 2, 3]
+
+
 def test_the_head_of_gpt2_small_gets_the_stage_with_fewer_blocks() -> None:
     spans = partition(SMALL, _layout(2), WORK)
     assert [(span.first, span.end) for span in spans] == [(0, 9), (9, 12)]
