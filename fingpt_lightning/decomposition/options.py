@@ -56,7 +56,7 @@ def build_parser() -> OptionParser:
     add(
         "--sequential",
         action="store_true",
-        help="of the calibration: layer after layer, each for what reaches it through the pairs"
+        help="of the calibration: layer after layer, each for what reaches it through the factors"
         " before it; slower, and nearer to the model",
     )
     add("--method", choices=METHODS, default="exact", help="default: %(default)s")

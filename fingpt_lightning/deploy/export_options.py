@@ -14,7 +14,7 @@ from fingpt_lightning.terminal.command_line import (
 
 FORMATS = {
     "hf": "dense, for plain transformers",
-    "low_rank": "pairs as they are, for this package",
+    "low_rank": "low-rank layers as they are, for this package",
     "peft": "the adapter alone",
     "merged": "base and adapter as one model",
     "int8": "quantised",

@@ -122,7 +122,7 @@ def _check_form(network: PreTrainedModel, form: str, dtype: str) -> None:
     if form == "peft" and dtype != "float32":
         raise ValueError(f"dtype {dtype} has no effect: an adapter is kept as it is, in float32")
     if form == "low_rank" and not is_low_rank(network):
-        raise ValueError("format low_rank: the model has no low-rank pair; hf writes a dense one")
+        raise ValueError("format low_rank: the model has no low-rank layer; hf writes a dense one")
 
 
 def _write(

@@ -59,8 +59,8 @@ def run(options: argparse.Namespace) -> None:
         write_completions(options.output, in_order)
         console.print(f"{options.output}: {len(done)} texts")
     num_tokens = sum(completion.num_tokens for completion in in_order)
-    speed = f"{num_tokens} tokens, {num_tokens / seconds:.1f} a second"
-    cache = f"{cache_bytes_per_token(model.network):,} bytes of cache a token"
+    speed = f"{num_tokens} tokens, {num_tokens / seconds:.1f} per second"
+    cache = f"{cache_bytes_per_token(model.network):,} bytes of cache per token"
     Console(stderr=True, soft_wrap=True, highlight=False).print(
         f"{model.loaded.description}: {speed}; {cache}",
         markup=False,

@@ -163,7 +163,7 @@ class ModelBudget:
             ("parameters, blocks (M)", self.block_parameters, self.dense_block_parameters, 1e6),
             ("parameters, total (M)", self.total_parameters, self.dense_total_parameters, 1e6),
             (
-                "forward MFLOP a token",
+                "forward MFLOP per token",
                 self.forward_flops_per_token,
                 self.dense_forward_flops_per_token,
                 1e6,

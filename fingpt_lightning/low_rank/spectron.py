@@ -251,11 +251,11 @@ class Spectron(Optimizer):
 
 def _check_factors(params: Sequence[Tensor]) -> None:
     if len(params) % 2:
-        raise ValueError(f"a group of pairs has {len(params)} parameters, which is odd")
+        raise ValueError(f"a group of factors has {len(params)} parameters, which is odd")
     for index, (down, up) in enumerate(zip(params[::2], params[1::2], strict=True)):
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
             raise ValueError(
-                f"parameters {2 * index} and {2 * index + 1} of a group of pairs are"
+                f"parameters {2 * index} and {2 * index + 1} of a group of factors are"
                 f" {tuple(down.shape)} and {tuple(up.shape)}: not down (R, in) and up (out, R)"
             )
 

@@ -102,7 +102,8 @@ def _widened(layer: AdaptedLinear) -> LowRankLinear | None:
     assert isinstance(base, LowRankLinear)
     if base.activation != "none":
         raise ValueError(
-            f"an adapter beside a pair with {base.activation} between its factors cannot be merged"
+            f"an adapter beside a low-rank layer with {base.activation} between its factors cannot"
+            " be merged"
         )
     in_features, out_features = ends_features(base)
     rank = base.rank + layer.options.rank

@@ -439,8 +439,8 @@ class LowRankPretraining(LanguageModelingModule):
             key, value = next(iter(of_pairs.items()))
             of_none = ", as model.rank is null" if hparams["rank"] is None else ""
             raise ValueError(
-                f"model.{key} {value} is about pairs, and the network has none{of_none}: set"
-                f" {PLAIN[key]}"
+                f"model.{key} {value} is about low-rank layers, and the network has none{of_none}:"
+                f" set {PLAIN[key]}"
             )
         if self.device_mesh is None:
             return

@@ -44,7 +44,7 @@ def check_recipe(
             raise ValueError(f"{name} {value!r} is none of {', '.join(known)}{hint}")
     check_above_0(spectron_learning_rate=spectron_learning_rate)
     if spectron_dense and optimizer != "spectron":
-        raise ValueError(f"spectron_dense has no effect with optimizer {optimizer}: set pairs")
+        raise ValueError(f"spectron_dense has no effect with optimizer {optimizer}: set spectron")
     check_from_0(factor_expansion=factor_expansion)
     if factor_expansion and factor_activation != "none":
         raise ValueError(
@@ -71,8 +71,8 @@ def check_recipe(
         raise ValueError(f"self_guided {self_guided} is outside [0, 1]")
     if self_guided and factor_activation != "none":
         raise ValueError(
-            f"self_guided {self_guided} sets a matrix beside each pair, and none does what one with"
-            f" factor_activation {factor_activation} does: set one of them"
+            f"self_guided {self_guided} sets a dense weight beside each low-rank layer, and none"
+            f" does what one with factor_activation {factor_activation} does: set one of them"
         )
 
 

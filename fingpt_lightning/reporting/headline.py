@@ -162,7 +162,7 @@ def _run_cards(run: Run) -> list[Card]:
     if (rate := tokens_per_s(run)) is not None:
         ratio = _number(run.summary.get("speed_ratio"))
         note = f"{ratio:.2f}x the dense baseline, timed in turn" if ratio else "training, mean"
-        found.append(Card("tokens a second", f"{rate:,.0f}", note))
+        found.append(Card("tokens per second", f"{rate:,.0f}", note))
     if (peak := peak_bytes(run)) is not None:
         found.append(Card("peak memory", format_bytes(peak), "highest of the run"))
     tokens, time_s = _last(run.values(TRAIN_TOKENS)), _last(run.values(THROUGHPUT_TRAINING_TIME_S))
@@ -178,7 +178,7 @@ def _best_cards(runs: Sequence[Run]) -> list[Card]:
     named = {
         "last validation loss": "lowest validation loss",
         "dense over stored": "smallest beside dense",
-        "tokens/s": "most tokens a second",
+        "tokens/s": "most tokens per second",
         "peak memory": "least peak memory",
     }
     for figure in _FIGURES:

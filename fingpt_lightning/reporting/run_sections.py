@@ -79,7 +79,7 @@ def learning_section(runs: Sequence[Run]) -> Section | str | None:
                 if len(points) > (not has_marks):
                     lines.append(Line(place, points, has_marks))
         if lines:
-            charts.append(Chart(title, line_chart(lines, label, "nats a token")))
+            charts.append(Chart(title, line_chart(lines, label, "nats per token")))
     if not charts:
         return "Learning curves: no loss was logged before the run ended."
     blocks.append(Charts(charts))
@@ -141,7 +141,7 @@ def speed_section(runs: Sequence[Run]) -> Section | str | None:
     ]
     if lines:
         svg = line_chart(lines, "step", "tokens/s")
-        charts.append(Chart("Tokens a second", svg, "Since the log before, validation left out."))
+        charts.append(Chart("Tokens per second", svg, "Since the log before, validation left out."))
     bars = []
     for place, run in enumerate(runs):
         ours = run.summary.get("timed_tokens_per_s")

@@ -314,7 +314,7 @@ def test_only_an_export_is_replaced_and_only_when_asked(llama: Path, tmp_path: P
     [
         ("peft", "float32", "format peft needs an adapter"),
         ("merged", "float32", "format merged needs an adapter"),
-        ("low_rank", "float32", "the model has no low-rank pair"),
+        ("low_rank", "float32", "the model has no low-rank layer"),
         ("gguf", "float64", "takes the dtypes float32, float16 and bfloat16"),
     ],
 )

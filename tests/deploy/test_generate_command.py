@@ -47,7 +47,7 @@ def test_a_prompt_and_its_text_are_printed(generate: Generate) -> None:
     assert status == 0, error
     assert output.startswith("Shares of Foo")
     # Keys and values of 2 layers, 2 heads of 6 numbers of 4 bytes.
-    assert re.search(r"model \(llama\): \d tokens, [\d.]+ a second; 192 bytes of cache", error)
+    assert re.search(r"model \(llama\): \d tokens, [\d.]+ per second; 192 bytes of cache", error)
 
 
 def test_texts_are_those_of_transformers_own_greedy_generation(

@@ -220,7 +220,7 @@ def test_bfloat16_products_move_float32_factors_nearly_alike() -> None:
 @pytest.mark.parametrize(
     ("choose", "message"),
     [
-        (lambda pairs: pairs[:3], "a group of pairs has 3 parameters, which is odd"),
+        (lambda pairs: pairs[:3], "a group of factors has 3 parameters, which is odd"),
         (lambda pairs: pairs[:1] + pairs[2:3], r"parameters 0 and 1 .* \(5, 11\) and \(5, 11\)"),
     ],
 )

@@ -154,7 +154,7 @@ def test_a_network_with_activations_between_factors_becomes_no_dense_one(tmp_pat
     module = fit_recipe(tmp_path, RECIPES["silu"])
     module.trainer.save_checkpoint(tmp_path / "end.ckpt")
     source = load_model(tmp_path / "end.ckpt")
-    told = "a pair with silu between its factors is no linear map"
+    told = "a low-rank layer with silu between its factors is no linear map"
     for form in ("hf", "gguf"):
         with pytest.raises(ValueError, match=told):
             export(source, form, tmp_path / "out")
@@ -163,7 +163,7 @@ def test_a_network_with_activations_between_factors_becomes_no_dense_one(tmp_pat
         expand(source.network)
     pair = source.network.get_submodule("transformer.h.0.mlp.c_fc")
     for quantize in ("nf4", "int8"):
-        with pytest.raises(ValueError, match=r"a pair with silu .* cannot be quantised"):
+        with pytest.raises(ValueError, match=r"a low-rank layer with silu .* cannot be quantised"):
             quantized_layer(pair, quantize, torch.device("cpu"))
     merge_into_base(source.network)  # no adapter, nothing to merge
 
@@ -269,7 +269,9 @@ def test_a_recipe_for_pairs_needs_pairs(settings: dict[str, str]) -> None:
     ((key, value),) = settings.items()
     with pytest.raises(
         ValueError,
-        match=f"model.{key} {value} is about pairs, .* model.rank is null: set {PLAIN[key]}",
+        match=(
+            f"model.{key} {value} is about low-rank layers, .* model.rank is null: set {PLAIN[key]}"
+        ),
     ):
         module.configure_model()
 

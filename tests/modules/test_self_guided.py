@@ -182,7 +182,10 @@ def test_a_checkpoint_of_a_guided_step_is_read_as_its_pairs_alone(tmp_path: Path
     loss = module.trainer.callback_metrics["val/loss"]
     path = checkpoint_of(tmp_path)
     assert len([key for key in torch.load(path, weights_only=True)["state_dict"] if "guide" in key])
-    told = r"from the guided steps of a run \(model.self_guided\): its pairs are taken without"
+    told = (
+        r"from the guided steps of a run \(model.self_guided\): its low-rank layers are taken"
+        " without"
+    )
     with pytest.warns(UserWarning, match=told):
         again = LowRankPretraining.load_from_checkpoint(path, weights_only=True)
     with pytest.warns(UserWarning, match=f"step=4.ckpt is {told}"):
@@ -213,10 +216,14 @@ def test_guiding_without_pairs_is_refused(tmp_path: Path) -> None:
     module = fit_recipe(tmp_path, {"rank": None, "embedding_rank": None})
     module.trainer.save_checkpoint(tmp_path / "dense.ckpt")
     for settings in ({"rank": None}, {"rank": 12}):
-        with pytest.raises(ValueError, match=r"model.self_guided 0.5 is about pairs, and "):
+        with pytest.raises(
+            ValueError, match=r"model.self_guided 0.5 is about low-rank layers, and "
+        ):
             fit_recipe(tmp_path, GUIDED | settings)
     on = LowRankPretraining(init_from=str(tmp_path / "dense.ckpt"), **GUIDED)
-    with pytest.raises(ValueError, match=r"self_guided 0.5 is about pairs, and the network has no"):
+    with pytest.raises(
+        ValueError, match=r"self_guided 0.5 is about low-rank layers, and the network has no"
+    ):
         on.configure_model()
 
 

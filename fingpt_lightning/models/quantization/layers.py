@@ -51,8 +51,8 @@ def quantized_layer(
         case LowRankLinear():
             if layer.activation != "none":
                 raise ValueError(
-                    f"a pair with {layer.activation} between its factors cannot be quantised:"
-                    " the two quantised layers would follow each other without it"
+                    f"a low-rank layer with {layer.activation} between its factors cannot be"
+                    " quantised: the two quantised layers would follow each other without it"
                 )
             down = _quantized(layer.down, None, quantize, device, moments)
             if moments is not None:  # of what the quantized first factor gives to the second
