@@ -44,6 +44,7 @@ from fingpt_lightning.cli.main import main as run_program
 from fingpt_lightning.data.synthetic_news import synthetic_news
 from fingpt_lightning.data.tokenizers import train_tokenizer
 from fingpt_lightning.low_rank.adapters import AdapterOptions
+from fingpt_lightning.metric_keys import VAL_LOSS
 from fingpt_lightning.models.adapting import adapt, save_adapter
 
 QUESTION = (
@@ -324,7 +325,7 @@ def make_materials(base: Path) -> None:
     (base / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     sweep = {
         "method": "random",
-        "metric": {"name": "val/loss", "goal": "minimize", "target": 0.1},
+        "metric": {"name": VAL_LOSS, "goal": "minimize", "target": 0.1},
         "run_cap": 2,
         "early_terminate": {"type": "hyperband", "min_iter": 1},
         "parameters": {

@@ -320,9 +320,10 @@ def _parse_fingpt(words: list[str]) -> None:
         if name != "plan":
             return
         name, rest = "fit", read.words
-    if "--ckpt_path" in rest:  # a file that is not there
+    if "--ckpt_path" in rest:  # a file that is not there, without which validate and test refuse
         at = rest.index("--ckpt_path")
         del rest[at : at + 2]
+        name = "fit"
     try:
         _OnlyParsed([name, *rest])
     except _Parsed:
@@ -345,6 +346,8 @@ def _all_options() -> set[str]:
         key, _, name = line.partition(":")[0].rpartition(".")
         found.add(f"--{key.partition('.')[0]}.{name}")
         found.add(f"--{key}.{name}")
+        if key.startswith("strategies."):
+            found.add(f"--trainer.strategy.init_args.{name}")
     found |= {f"--trainer.{name}" for name in Trainer.__init__.__annotations__}
     found |= {f"--trainer.logger.{name}" for name in ("notes", "tags", "group", "log_model")}
     return found | {"--trainer.logger.offline", "--trainer.logger.project", "--signal"}

@@ -108,6 +108,8 @@ def find_file(given: str, kind: str, option: str) -> Path:
     for path in (Path(given), Path(f"{given}{_SUFFIX}")):
         if path.is_file():
             return path
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{option} {given}: {path} is neither a file nor a folder")
     if (shipped := find_shipped(given, kind)) is not None:
         return shipped.path
     sibling = nearest_sibling(Path(given))

@@ -3,6 +3,7 @@
 A setting comes from, weakest first: defaults, checkpoint, config files, command line.
 """
 
+import importlib
 import logging
 import os
 import sys
@@ -257,7 +258,7 @@ class FinGPTCLI(LightningCLI):
             # same names behind (jsonargparse 4.53).
             for key, default in _DEFAULT_CLASSES.items():
                 chosen = given.get(f"{key}.class_path")
-                if chosen not in (None, default):
+                if chosen is not None and not _is_same_class(chosen, default):
                     self._parser(self.command).set_defaults({key: {"class_path": chosen}})
             self.config = parser.parse_args(args)
         except UnicodeDecodeError as error:
@@ -405,9 +406,10 @@ def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> 
         given_args = Namespace()
         if chosen is not None:
             given_args = chosen.get("init_args") or Namespace()
-            if class_path and chosen.get("class_path") not in (None, class_path):
+            own = chosen.get("class_path")
+            if class_path and own is not None and not _is_same_class(own, class_path):
                 continue  # another class: the checkpoint's values do not apply to it
-        elif class_path and settings[part].class_path != class_path:
+        elif class_path and not _is_same_class(settings[part].class_path, class_path):
             settings[part] = Namespace(class_path=class_path, init_args=Namespace())
         for key, value in saved.items():
             if key not in given_args:
@@ -417,6 +419,19 @@ def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> 
                     f"{part}.{key}: {_plain(given_args[key])} as given, in place of {value} in"
                     f" {path}"
                 )
+
+
+def _is_same_class(one: str, other: str) -> bool:
+    """Whether two paths lead to one class: jsonargparse shortens a path where it can."""
+    return one == other or (_class_at(one) is not None and _class_at(one) is _class_at(other))
+
+
+def _class_at(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError):
+        return None
 
 
 def _take_tokenizer_of_model(settings: Namespace) -> None:

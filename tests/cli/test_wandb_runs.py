@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import Namespace
 
 from fingpt_lightning.cli.wandb_runs import (
+    LIMIT_VARIABLES,
     ServerGuard,
     find_unreachable,
     keep_offline_if_unreachable,
@@ -273,6 +274,8 @@ def test_a_run_is_kept_offline_only_where_it_would_not_have_been(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", closed_port)
     monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in LIMIT_VARIABLES:
+        monkeypatch.setenv(name, "5")
     for mode in ("offline", "disabled"):
         monkeypatch.setenv("WANDB_MODE", mode)
         keep_offline_if_unreachable(_logger(offline=False))

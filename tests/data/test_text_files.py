@@ -224,14 +224,15 @@ def test_a_line_that_is_too_long_is_cut_before_a_word(
     (tmp_path / "a.txt").write_text(text)
     pieces = [piece.text for piece in TextFiles((tmp_path / "a.txt",)).pieces()]
     assert "".join(pieces) == text
-    # A word without a blank is not cut.
-    assert max(map(len, pieces)) < 2300
+    assert max(map(len, pieces)) < 500
     in_the_line = [piece for piece in pieces[1:] if piece.startswith(" ")]
     assert len(in_the_line) > 6
     tokenizer = train_tokenizer([text], 300).backend_tokenizer
-    assert [i for piece in pieces for i in tokenizer.encode(piece).ids] == tokenizer.encode(
-        text
-    ).ids
+    # A word that is as long is cut itself, which is another encoding; before it there is none.
+    words = [piece for piece in pieces if "x" not in piece]
+    assert len(words) > 8
+    found = [i for piece in words[:-1] for i in tokenizer.encode(piece).ids]
+    assert found == tokenizer.encode("".join(words[:-1])).ids
 
 
 def test_the_fingerprint_follows_contents_order_and_field_but_not_names(tmp_path: Path) -> None:
