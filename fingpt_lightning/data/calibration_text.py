@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from fingpt_lightning.data.instruction_rows import encode_rows
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
+from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.tokenizer import check_tokens
 from fingpt_lightning.models.input_moments import InputMoments, input_moments
 from fingpt_lightning.tasks import find_task, read_rows
@@ -138,7 +139,7 @@ def task_calibration(
     known = [example for example in rows.examples if example.gold is not None]
     if not known:
         raise ValueError(f"calibration_task {name}: {rows.path} has no row with a right answer")
-    longest = int(config.max_position_embeddings)
+    longest = max_positions(config)
     # A few rows show how many are needed; neighbors in a file are often alike.
     sample = encode_rows(tokenizer, known[:64], longest).kept
     if not sample:
@@ -171,6 +172,6 @@ def _needed(tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedTokenizerFas
 
 
 def _rows(tokens: list[int], config: PretrainedConfig, length: int, name: str) -> Calibration:
-    length = min(length, int(config.max_position_embeddings), len(tokens))
+    length = min(length, max_positions(config), len(tokens))
     num_rows = len(tokens) // length
     return Calibration(torch.tensor(tokens[: num_rows * length]).view(num_rows, length), name)

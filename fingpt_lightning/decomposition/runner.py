@@ -50,7 +50,7 @@ from fingpt_lightning.low_rank.rank_allocation import (
     ranks_at_ratio,
     ratio_for_parameters,
 )
-from fingpt_lightning.models.families import family_of
+from fingpt_lightning.models.families import check_plain_embedding, family_of
 from fingpt_lightning.models.finite import check_finite, check_network, to_finite
 from fingpt_lightning.models.formats.hf_folder import (
     GENERATION_CONFIG,
@@ -227,6 +227,8 @@ def decompose_model(
         ValueError: The request cannot be met, or the folder of an unfinished run is of another.
     """
     check_output(output, overwrite)
+    if request.embedding_rank is not None:
+        check_plain_embedding(family_of(source.network))
     if request.embedding_rank is not None and source.embedding is None:
         raise ValueError("embedding_rank: the embedding is not tied to the head, and stays dense")
     revision = files_sha256(source.weights.files)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.tokenizer import check_tokens
 
 _NUM_RANDOM, _RANDOM_TOKENS = 4, 32
@@ -61,7 +62,7 @@ def probes(
 
     A prompt that is longer than the network's positions loses its end.
     """
-    num_positions = network.config.max_position_embeddings
+    num_positions = max_positions(network.config)
     stream = torch.Generator().manual_seed(1)
     shape = (_NUM_RANDOM, min(_RANDOM_TOKENS, num_positions))
     drawn = torch.randint(network.config.vocab_size, shape, generator=stream)

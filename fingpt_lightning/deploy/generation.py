@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.deploy.sampling import Sampler, Sampling
 from fingpt_lightning.models.decoding import decode, end_tokens_of, greedy
+from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.tokenizer import check_tokens
 
 
@@ -103,7 +104,7 @@ def _prompt_tokens(
     prompts: Sequence[Prompt],
     num_new: int,
 ) -> list[list[int]]:
-    num_positions = network.config.max_position_embeddings
+    num_positions = max_positions(network.config)
     found = []
     for number, prompt in enumerate(prompts, start=1):
         tokens = tokenizer.encode(prompt.text, verbose=False)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fingpt_lightning.evaluation.token_tree import Step, TokenTree
 from fingpt_lightning.low_rank.embedding import head_factors
+from fingpt_lightning.models.families import capped
 
 _LOGIT_BYTES = 2**26
 """Bytes of logits over the vocabulary that are held at a time."""
@@ -32,6 +33,7 @@ def answer_scores(
     trees: Sequence[TokenTree],
     *,
     relative: bool,
+    softcap: float | None = None,
 ) -> AnswerScores:
     """The log-probability of each answer.
 
@@ -44,6 +46,7 @@ def answer_scores(
         relative: Whether to leave out what all answers of a row have in common: scores are then
             known up to a constant of the row, ``are_greedy`` is empty, and answers of one token
             need only their own rows of the head.
+        softcap: Bound of the logits, as in `logit_cap`.
 
     Raises:
         TypeError: The head is of another class or has a bias.
@@ -64,10 +67,11 @@ def answer_scores(
     kept_S = torch.tensor(kept, device=device)
     wide = torch.promote_types(features_NK.dtype, torch.float32)
     score_S = (features_NK[place_S].to(wide) * weight_VK[token_S].to(wide)).sum(1)
+    score_S = capped(score_S, softcap)
     greedy_S = torch.zeros_like(kept_S)
     if any(kept):
         needed_N, place_of_kept = place_S[kept_S].unique(return_inverse=True)
-        normaliser_N, likeliest_N = _over_vocabulary(features_NK[needed_N], weight_VK)
+        normaliser_N, likeliest_N = _over_vocabulary(features_NK[needed_N], weight_VK, softcap)
         score_S[kept_S] -= normaliser_N[place_of_kept]
         greedy_S[kept_S] = likeliest_N[place_of_kept] == token_S[kept_S]
     return _by_answer(trees, score_S, greedy_S, relative)
@@ -79,14 +83,14 @@ def _common_nodes(steps: Sequence[Sequence[Step]]) -> frozenset[int]:
 
 
 def _over_vocabulary(
-    features_NK: Tensor, weight_VK: Tensor
+    features_NK: Tensor, weight_VK: Tensor, softcap: float | None
 ) -> tuple[Float[Tensor, "N"], Int[Tensor, "N"]]:
     wide = torch.promote_types(features_NK.dtype, torch.float32)
     num_rows = max(1, _LOGIT_BYTES // (len(weight_VK) * wide.itemsize))
     weight_VK = weight_VK.to(features_NK.dtype)
     normalisers, likeliest = [], []
     for features_CK in features_NK.split(num_rows):
-        logits_CV = (features_CK @ weight_VK.T).to(wide)
+        logits_CV = capped((features_CK @ weight_VK.T).to(wide), softcap)
         normalisers.append(logits_CV.logsumexp(1))
         likeliest.append(logits_CV.argmax(1))
     return torch.cat(normalisers), torch.cat(likeliest)

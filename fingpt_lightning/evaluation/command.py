@@ -18,6 +18,7 @@ from fingpt_lightning.evaluation.options import check_options
 from fingpt_lightning.evaluation.results import check_output, remarks, table, write_results
 from fingpt_lightning.evaluation.runner import Scoring, TaskResult, read_tasks
 from fingpt_lightning.models.device import find_device
+from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.tasks.encoding import TooLong
 from fingpt_lightning.terminal.command_line import options_as_arguments
@@ -160,7 +161,7 @@ def evaluate(
         "seconds": time.perf_counter() - started_s,
         "versions": _versions(),
     }
-    num_positions = network.config.max_position_embeddings
+    num_positions = max_positions(network.config)
     evaluation = Evaluation(loaded.description, results, head, num_positions)
     if output is not None:
         evaluation.write(Path(output))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 from fingpt_lightning.evaluation.token_tree import TokenTree
 from fingpt_lightning.models.attention import attention_mask
@@ -28,14 +29,14 @@ class SharedPrefix:
         self._config = network.config
         self._layers: list[tuple[Tensor, Tensor]] = []
         if tokens:
-            cache = DynamicCache(config=network.config)
+            cache = _growing_cache(network.config)
             ids = torch.tensor([tokens], device=network.device)
             network.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
             self._layers = [(layer.keys, layer.values) for layer in _layers(cache)]
 
-    def cache(self, num_rows: int) -> DynamicCache:
+    def cache(self, num_rows: int) -> Cache:
         """A cache for a batch; it grows without a change to the prefix."""
-        cache = DynamicCache(config=self._config)
+        cache = _growing_cache(self._config)
         for layer, (keys, values) in zip(_layers(cache), self._layers, strict=False):
             layer.lazy_initialization(keys, values)
             layer.keys = keys.expand(num_rows, -1, -1, -1)
@@ -43,7 +44,12 @@ class SharedPrefix:
         return cache
 
 
-def _layers(cache: DynamicCache) -> list[Any]:
+def _growing_cache(config: PreTrainedConfig) -> Cache:
+    """A cache that keeps all tokens in every layer: masks, not the cache, cut windows."""
+    return Cache([DynamicLayer() for _ in range(config.num_hidden_layers)])
+
+
+def _layers(cache: Cache) -> list[Any]:
     return cache.layers  # annotated as of any kind of network; ours keep keys and values
 
 
@@ -63,7 +69,7 @@ def run_trees(
     network: PreTrainedModel,
     trees: Sequence[TokenTree],
     prefix: SharedPrefix,
-    cache: DynamicCache | None = None,
+    cache: Cache | None = None,
 ) -> Float[Tensor, "B T D"]:
     """The final hidden states of the nodes, right-padded.
 

@@ -16,6 +16,7 @@ from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
 from fingpt_lightning.evaluation.scoring import DROPPED, Prediction, kept_rows
 from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
 from fingpt_lightning.models.decoding import write_on
+from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.tokenizer import check_tokens
 from fingpt_lightning.tasks import Example
 from fingpt_lightning.tasks.encoding import Text, TooLong, encode_examples, encode_prompts
@@ -57,7 +58,7 @@ def generate(
     if not examples:
         return []
     labels = examples[0].choices
-    num_positions = network.config.max_position_embeddings
+    num_positions = max_positions(network.config)
     (first,) = encode_examples(tokenizer, examples[:1], sys.maxsize)
     assert first is not None  # nothing is longer than that
     num_new = _EXTRA_TOKENS + max(len(text.tokens) - text.first_scored for text in first.texts)

@@ -11,7 +11,7 @@ from fingpt_lightning.evaluation.answer_scores import answer_scores
 from fingpt_lightning.evaluation.batches import default_batch_tokens, plan_batches
 from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
 from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
-from fingpt_lightning.models.families import head_of
+from fingpt_lightning.models.families import head_of, logit_cap, max_positions
 from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.models.formats.tokenizer import check_tokens
 from fingpt_lightning.tasks import Example
@@ -75,7 +75,7 @@ def score(
     """
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(network.device.type)
-    num_positions = network.config.max_position_embeddings
+    num_positions = max_positions(network.config)
     encoded = encode_examples(tokenizer, examples, num_positions, too_long=too_long)
     places, rows = kept_rows(encoded)
     predictions = [DROPPED] * len(encoded)
@@ -92,7 +92,9 @@ def score(
     for batch in plan_batches([len(tree.tokens) for tree in trees], batch_tokens):
         of_batch = [trees[index] for index in batch]
         hidden_BTD = run_trees(network, of_batch, prefix)
-        found = answer_scores(head, hidden_BTD, of_batch, relative=relative)
+        found = answer_scores(
+            head, hidden_BTD, of_batch, relative=relative, softcap=logit_cap(network)
+        )
         for place, index in enumerate(batch):
             if not all(map(math.isfinite, found.scores[place])):
                 raise not_finite(network, f"row {examples[places[index]].row}: the scores")

@@ -1,7 +1,10 @@
-"""Causal self-attention in bfloat16 on the CPU, faster than torch's own and with less to keep.
+"""Causal self-attention as torch's kernels have not got it, and masks in the form networks take.
 
-Axes: B batch, H heads, T tokens, D features of a head; G = B H; Q tokens of one block of queries,
-K = tokens up to the end of that block.
+In bfloat16 on the CPU it is faster than torch's own and keeps less; with a cap on the scores, which
+no kernel of torch knows, it is written out.
+
+Axes: B batch, H heads, T tokens, S keys, D features of a head; G = B H; Q tokens of one block of
+queries, K = tokens up to the end of that block.
 """
 
 from typing import Any, cast
@@ -9,12 +12,22 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fingpt_lightning.models.families import family_of
+
 IMPLEMENTATION = "fingpt_blocked"
 """The name under which transformers finds `blocked_or_sdpa_attention` (``attn_implementation``)."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers in a config of transformers, and the keys of masks by kind."""
 
 _BLOCK = 128
 
@@ -127,13 +140,19 @@ def blocked_or_sdpa_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B T H D"], None]:
     """An attention function for transformers: `causal_attention` where it is faster, else torch's.
 
     That is in bfloat16 on the CPU, for whole causal sequences without mask, dropout, cache or
-    grouped heads. In float32 torch's kernel is as fast.
+    grouped heads. In float32 torch's kernel is as fast. With a cap on the scores it is
+    `capped_attention`.
     """
+    if softcap is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = capped_attention(query, key, value, attention_mask, scale, softcap, dropout)
+        return out.transpose(1, 2), None
     applies = (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
@@ -151,12 +170,84 @@ def blocked_or_sdpa_attention(
     return causal_attention(query, key, value, scale).transpose(1, 2), None
 
 
-def attention_mask(network: PreTrainedModel, allowed: Bool[Tensor, "B 1 T S"]) -> Tensor:
-    """The mask in the form that the network's attention takes.
+def capped_attention(
+    query: Float[Tensor, "B H T D"],
+    key: Float[Tensor, "B H_kv S D"],
+    value: Float[Tensor, "B H_kv S D"],
+    mask: Tensor | None,
+    scale: float,
+    cap: float,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B H T D"]:
+    """softmax(cap tanh(scale query key' / cap) + mask) value.
+
+    Args:
+        query: Queries; ``H / H_kv`` heads in turn share keys and values.
+        key: Keys.
+        value: Values.
+        mask: Truth values (True is seen) or summands of the scores, to broadcast over ``B H T S``;
+            None is causal, the last query with the last key.
+        scale: Factor of the scores.
+        cap: Bound that the scores approach and never reach.
+        dropout: Probability with which a weight is dropped.
+
+    Memory: all scores, ``B H T S``. Softmax is in float32 or wider.
+    Source: https://arxiv.org/abs/2408.00118, section 2.
+    """
+    num_tokens, num_keys = query.shape[2], key.shape[2]
+    query = query.unflatten(1, (key.shape[1], -1))
+    scores = query @ (key * scale).unsqueeze(2).mT
+    scores = (cap * torch.tanh(scores / cap)).flatten(1, 2)
+    if mask is None:
+        mask = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril(num_keys - num_tokens)
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, -1, dtype=wide).to(value.dtype)
+    weights = nn.functional.dropout(weights, dropout)
+    return (weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)).flatten(1, 2)
+
+
+def layer_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """How many tokens each layer attends to, the token itself included; None is all before it.
+
+    >>> from transformers import LlamaConfig
+    >>> layer_windows(LlamaConfig(num_hidden_layers=2))
+    (None, None)
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or [SLIDING] * config.num_hidden_layers
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def attention_mask(
+    network: PreTrainedModel, allowed: Bool[Tensor, "B 1 T S"]
+) -> Tensor | dict[str, Tensor]:
+    """The mask in the form that the network's attention takes, windows of layers included.
+
+    Args:
+        network: Network that the mask is for.
+        allowed: Keys of each token's own text: all tokens before it in their order, and itself as
+            the last one.
 
     Raises:
         ValueError: Its attention takes no mask of one's own.
     """
+    config = network.config
+    window = getattr(config, "sliding_window", None)
+    full = _in_form(network, allowed)
+    if window is None or set(layer_windows(config)) == {None}:
+        return {FULL: full} if family_of(network).masks_by_kind else full
+    # Of a text's n tokens the last is the query's own; a key's distance counts those behind it.
+    behind = allowed.sum(-1, keepdim=True) - allowed.cumsum(-1)
+    sliding = _in_form(network, allowed & (behind < window))
+    return {FULL: full, SLIDING: sliding} if family_of(network).masks_by_kind else sliding
+
+
+def _in_form(network: PreTrainedModel, allowed: Tensor) -> Tensor:
     kind = network.config._attn_implementation
     if kind == "eager":  # it adds the mask to the scores
         scores = torch.zeros(allowed.shape, dtype=network.dtype, device=allowed.device)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from fingpt_lightning.models.decode_step import decode_step
-from fingpt_lightning.models.families import head_of
+from fingpt_lightning.models.families import logits_of
 from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.models.key_value_cache import preallocated_cache
 
@@ -117,13 +117,12 @@ def write_on(
     Raises:
         FloatingPointError: A logit is NaN or infinite, as in `decode`.
     """
-    head = head_of(network)
     num_before = int(cache.get_seq_length())
     ends = torch.tensor(list(end_tokens), device=hidden.device, dtype=torch.long)
     has_ended_B = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     written: list[Tensor] = []
     for step in range(num_new):
-        logits_BV = head(hidden)
+        logits_BV = logits_of(network, hidden)
         is_finite_B = logits_BV.isfinite().all(1)
         if not is_finite_B.all():
             row = int(is_finite_B.int().argmin())

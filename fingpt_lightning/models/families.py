@@ -6,45 +6,42 @@ network of transformers.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import (
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    MistralForCausalLM,
+    Phi3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
 )
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
+from fingpt_lightning.models.family_gguf import (
+    GEMMA2_GGUF,
+    GEMMA3_GGUF,
+    GPT2_GGUF,
+    LLAMA_GGUF,
+    MISTRAL_GGUF,
+    PHI3_GGUF,
+    QWEN2_GGUF,
+    QWEN3_GGUF,
+    GgufFacts,
+)
 from fingpt_lightning.models.family_steps import gpt2_step, llama_step
 from fingpt_lightning.terminal.messages import nearest
 
 DecodeStep: TypeAlias = Callable[[Any, Tensor, Tensor, Cache, Tensor | None], Tensor]
 """Map of body, token, position, cache and allowed tokens to each row's final hidden state."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GgufFacts:
-    """How a family is kept in GGUF files.
-
-    Args:
-        architecture: Name in llama.cpp.
-        metadata: The values beside the common ones, by the name of the writer's ``add_`` method,
-            from a config; raises ValueError where the format cannot express it.
-        rotated: Layers whose rows are rotated features, which GGUF has in pairs of neighbors and
-            transformers half a head apart; by the config's number of their heads.
-        repair: Corrects the config that transformers makes of a file.
-
-    Source: llama.cpp's convert_hf_to_gguf.py.
-    """
-
-    architecture: str
-    metadata: Callable[[PreTrainedConfig], Mapping[str, int | float]]
-    rotated: Mapping[str, str] = field(default_factory=dict)
-    repair: Callable[[PreTrainedConfig], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +68,11 @@ class Family:
         attention_dropout: Name of the config's setting.
         dropouts: Names of the config's settings of the dropouts that are modules.
         computed: Ends of the names of buffers that old files store and today's networks compute.
+        masks_by_kind: Whether the body takes masks by the kind of layer, where windows alternate.
+        scaled_embedding: Whether what the embedding gives is scaled by a constant, which the head
+            tied to it is not.
+        partial_rotation: Whether the rotary embedding may leave some features as they are.
+        fixed: Values of settings that alone are computed here, beside those of every family.
         decode_step: The family's layers alone, for one token; None takes transformers' own pass.
         is_plain: Whether ``decode_step`` computes what a network of this config does.
         gguf: Form of the family in GGUF files; None where that is not supported.
@@ -93,6 +95,10 @@ class Family:
     attention_dropout: str = "attention_dropout"
     dropouts: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
+    masks_by_kind: bool = False
+    scaled_embedding: bool = False
+    partial_rotation: bool = False
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     decode_step: DecodeStep | None = None
     is_plain: Callable[[PreTrainedConfig], bool] = lambda _: True
     gguf: GgufFacts | None = None
@@ -140,38 +146,6 @@ class Family:
         return name == self.head or name.startswith(f"{self.head}.")
 
 
-def _gpt2_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
-    if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise ValueError(f"format gguf has no activation {config.activation_function}")
-    return {
-        "feed_forward_length": config.n_inner or 4 * config.hidden_size,
-        "layer_norm_eps": config.layer_norm_epsilon,
-    }
-
-
-def _take_sizes(config: PreTrainedConfig) -> None:
-    config.n_positions = config.n_ctx  # transformers leaves it at 1024
-    config.n_inner = getattr(config, "feed_forward_length", None)  # and this at 4 widths
-
-
-def _llama_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type {rope['rope_type']} is not written as gguf; default is")
-    if config.hidden_act != "silu":
-        raise ValueError(f"format gguf has no activation {config.hidden_act}")
-    return {
-        "vocab_size": config.vocab_size,
-        "feed_forward_length": config.intermediate_size,
-        "layer_norm_rms_eps": config.rms_norm_eps,
-        "head_count_kv": config.num_key_value_heads,
-        "rope_dimension_count": config.head_dim,
-        "rope_freq_base": float(rope["rope_theta"]),
-        "key_length": config.head_dim,
-        "value_length": config.head_dim,
-    }
-
-
 GPT2 = Family(
     title="GPT-2",
     network_class=GPT2LMHeadModel,
@@ -190,7 +164,7 @@ GPT2 = Family(
     computed=(".attn.bias", ".attn.masked_bias"),
     decode_step=gpt2_step,
     is_plain=lambda config: not (config.reorder_and_upcast_attn or config.add_cross_attention),
-    gguf=GgufFacts(architecture="gpt2", metadata=_gpt2_metadata, repair=_take_sizes),
+    gguf=GPT2_GGUF,
 )
 LLAMA = Family(
     title="Llama",
@@ -208,16 +182,58 @@ LLAMA = Family(
     into_residual=("self_attn.o_proj", "mlp.down_proj"),
     computed=(".rotary_emb.inv_freq",),
     decode_step=llama_step,
-    gguf=GgufFacts(
-        architecture="llama",
-        metadata=_llama_metadata,
-        rotated={
-            "self_attn.q_proj": "num_attention_heads",
-            "self_attn.k_proj": "num_key_value_heads",
-        },
-    ),
+    gguf=LLAMA_GGUF,
 )
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (GPT2, LLAMA)}
+MISTRAL = replace(
+    LLAMA,
+    title="Mistral",
+    network_class=MistralForCausalLM,
+    is_plain=lambda config: config.sliding_window is None,
+    gguf=MISTRAL_GGUF,
+)
+QWEN2 = replace(
+    LLAMA,
+    title="Qwen 2",
+    network_class=Qwen2ForCausalLM,
+    masks_by_kind=True,
+    is_plain=lambda config: config.sliding_window is None,
+    gguf=QWEN2_GGUF,
+)
+QWEN3 = replace(QWEN2, title="Qwen 3", network_class=Qwen3ForCausalLM, gguf=QWEN3_GGUF)
+GEMMA2 = replace(
+    LLAMA,
+    title="Gemma 2",
+    network_class=Gemma2ForCausalLM,
+    masks_by_kind=True,
+    scaled_embedding=True,
+    fixed={"use_bidirectional_attention": (False, None)},
+    decode_step=None,
+    gguf=GEMMA2_GGUF,
+)
+GEMMA3 = replace(
+    GEMMA2,
+    title="Gemma 3",
+    network_class=Gemma3ForCausalLM,
+    fixed={"use_bidirectional_attention": (False, None), "attn_logit_softcapping": (None,)},
+    computed=("_inv_freq",),
+    gguf=GEMMA3_GGUF,
+)
+PHI3 = replace(
+    LLAMA,
+    title="Phi-3",
+    network_class=Phi3ForCausalLM,
+    attention=("self_attn.qkv_proj", "self_attn.o_proj"),
+    mlp=("mlp.gate_up_proj", "mlp.down_proj"),
+    shared_inputs=(),
+    dropouts=("resid_pdrop",),
+    partial_rotation=True,
+    decode_step=None,
+    gguf=PHI3_GGUF,
+)
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3)
+}
 """The families that are supported, by the ``model_type`` of their config."""
 
 
@@ -253,7 +269,10 @@ def family_of_gguf(architecture: str, where: object) -> Family:
     Raises:
         ValueError: There is none; the message lists those there are.
     """
-    known = {f.gguf.architecture: f for f in FAMILIES.values() if f.gguf is not None}
+    known: dict[str, Family] = {}
+    for family in FAMILIES.values():
+        if family.gguf is not None:  # several are written as one architecture, the first is it
+            known.setdefault(family.gguf.architecture, family)
     if architecture in known:
         return known[architecture]
     raise ValueError(
@@ -274,3 +293,49 @@ def family_of(network: PreTrainedModel) -> Family:
 def head_of(network: PreTrainedModel) -> nn.Module:
     """The network's head; what stands for it where another process has it."""
     return network.get_submodule(family_of(network).head)
+
+
+def logit_cap(network: PreTrainedModel) -> float | None:
+    """Bound of the network's logits, which `capped` keeps; None where there is none."""
+    found = getattr(network.config, "final_logit_softcapping", None)
+    return None if found is None else float(found)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """``cap tanh(logits / cap)``; the logits themselves where ``cap`` is None.
+
+    Source: https://arxiv.org/abs/2408.00118, section 2.
+    """
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def logits_of(network: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The logits of final hidden states, one row each."""
+    return capped(cast("Tensor", head_of(network)(hidden)), logit_cap(network))
+
+
+def max_positions(config: PreTrainedConfig) -> int:
+    """The longest text that a network takes, in tokens.
+
+    Where the rotation depends on the longest text of a batch beyond some length, it is that length:
+    the rows beside a text must not change it.
+    """
+    longest = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if "rope_type" not in rope else [rope]
+    for kind in kinds:
+        if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
+            longest = min(longest, int(kind.get("original_max_position_embeddings", longest)))
+    return longest
+
+
+def check_plain_embedding(family: Family) -> None:
+    """Raises where the token embedding is not a table alone.
+
+    Raises:
+        ValueError: What it gives is scaled, which neither factors nor codes of it are.
+    """
+    if family.scaled_embedding:
+        raise ValueError(
+            f"the embedding of a {family.title} is scaled; it is neither factorized nor quantized"
+        )

@@ -40,7 +40,10 @@ def gpt2_step(
 def llama_step(
     body: Any, token_B: Tensor, position_B: Tensor, cache: Cache, allowed_BS: Tensor | None
 ) -> Tensor:
-    """The final hidden states of a Llama; see `decode_step` for the arguments."""
+    """The final hidden states of a Llama, or of a family that adds norms of queries and keys.
+
+    See `decode_step` for the arguments.
+    """
     mask = None if allowed_BS is None else allowed_BS[:, None, None]
     x_B1D = body.embed_tokens(token_B[:, None])
     rows = len(token_B)
@@ -55,6 +58,8 @@ def llama_step(
             projection(h_B1D).view(rows, -1, attention.head_dim)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
         query, key = (part * cos_B1F + part.roll(half, -1) * sin_B1F for part in (query, key))
         keys_BHSF, values_BHSF = cache.update(key[:, :, None], value[:, :, None], index)
         # The heads that share keys and values are so many queries of one head.

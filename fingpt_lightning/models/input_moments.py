@@ -48,6 +48,22 @@ _Call: TypeAlias = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 """Hidden states, and what else a block is called with."""
 
 
+class _Batch(NamedTuple):
+    """Rows on their way through the blocks.
+
+    Args:
+        hidden: What the next block reads.
+        beside: What else each block is called with: masks and rotations may differ by its kind.
+    """
+
+    hidden: Tensor
+    beside: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def call(self, index: int) -> _Call:
+        """The call of a block."""
+        return self.hidden, *self.beside[index]
+
+
 class _Reached(Exception):
     pass
 
@@ -75,21 +91,21 @@ def input_moments(
     Cost: one forward pass without the head, and 2 I^2 operations per token for each distinct input.
     """
     name, blocks = _blocks(network)
-    captured = [_first_input(network, blocks[0], part) for part in ids.split(batch_rows)]
+    batches = [_first_batch(network, part) for part in ids.split(batch_rows)]
     for index, block in enumerate(blocks):
         sums = _Sums(f"{name}.{index}")
         with sums.watching(block):
-            outputs = _outputs(block, captured)
+            outputs = _outputs(block, index, batches)
         yield sums.means(ids.numel())
         if refresh:
-            outputs = _outputs(block, captured)
-        captured = _next_calls(outputs, captured)
+            outputs = _outputs(block, index, batches)
+        batches = _next_batches(outputs, batches)
     family = family_of(network)
     norm = network.get_submodule(family.norm)
     sums = _Sums("")
     with torch.no_grad():
-        for hidden, _, _ in captured:
-            sums.add(family.head, norm(hidden))
+        for batch in batches:
+            sums.add(family.head, norm(batch.hidden))
     yield sums.means(ids.numel())
 
 
@@ -115,22 +131,25 @@ def shifted_moments(
     Cost: for each block two passes, and a part of two for each group of layers, about seven in all.
     """
     name, blocks = _blocks(network)
-    whole = [_first_input(network, blocks[0], part) for part in ids.split(batch_rows)]
+    whole = [_first_batch(network, part) for part in ids.split(batch_rows)]
     changed = whole
     for index, block in enumerate(blocks):
         own = copy.deepcopy(block)
-        for group in _groups(block, whole[0]):
+        for group in _groups(block, whole[0].call(index)):
             layers = {f"{name}.{index}.{local}": local for local in group}
             moments = None
             if is_wanted(list(layers)):
                 reads = (
-                    (_input(block, group[0], before), _input(own, group[0], now))
+                    (
+                        _input(block, group[0], before.call(index)),
+                        _input(own, group[0], now.call(index)),
+                    )
                     for before, now in zip(whole, changed, strict=True)
                 )
                 moments = _shifted(reads, ids.numel())
             yield ReachedLayers(own, layers, moments)
-        changed = _next_calls(_outputs(own, changed), changed)
-        whole = _next_calls(_outputs(block, whole), whole)
+        changed = _next_batches(_outputs(own, index, changed), changed)
+        whole = _next_batches(_outputs(block, index, whole), whole)
 
 
 def _groups(block: nn.Module, call: _Call) -> list[list[str]]:
@@ -145,8 +164,9 @@ def _groups(block: nn.Module, call: _Call) -> list[list[str]]:
             groups.append([name])
         last.append(x)
 
-    with _watching(block, reached):
-        _outputs(block, [call])
+    hidden, args, kwargs = call
+    with _watching(block, reached), torch.no_grad():
+        block(hidden, *args, **kwargs)
     return groups
 
 
@@ -178,15 +198,14 @@ def _shifted(reads: Iterator[tuple[Tensor, Tensor]], num_tokens: int) -> Shifted
     return ShiftedMoments(*(total / num_tokens for total in sums))
 
 
-def _next_calls(outputs: Sequence[Tensor], calls: Sequence[_Call]) -> list[_Call]:
-    return [
-        (hidden, args, kwargs) for hidden, (_, args, kwargs) in zip(outputs, calls, strict=True)
-    ]
+def _next_batches(outputs: Sequence[Tensor], batches: Sequence[_Batch]) -> list[_Batch]:
+    return [_Batch(hidden, b.beside) for hidden, b in zip(outputs, batches, strict=True)]
 
 
 @torch.no_grad()
-def _outputs(block: nn.Module, captured: Sequence[_Call]) -> list[Tensor]:
-    outputs = (block(hidden, *args, **kwargs) for hidden, args, kwargs in captured)
+def _outputs(block: nn.Module, index: int, batches: Sequence[_Batch]) -> list[Tensor]:
+    calls = (batch.call(index) for batch in batches)
+    outputs = (block(hidden, *args, **kwargs) for hidden, args, kwargs in calls)
     return [out[0] if isinstance(out, tuple) else out for out in outputs]
 
 
@@ -230,9 +249,22 @@ def _blocks(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
-def _first_input(network: PreTrainedModel, block: nn.Module, ids: Int[Tensor, "N T"]) -> _Call:
-    """What the first block is called with."""
-    return _call_of(block, lambda: network.base_model(input_ids=ids, use_cache=False))
+@torch.no_grad()
+def _first_batch(network: PreTrainedModel, ids: Int[Tensor, "N T"]) -> _Batch:
+    """What the first block reads, and what each block is called with beside it."""
+    _, blocks = _blocks(network)
+    calls: list[_Call] = []
+
+    def pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append((hidden, args, kwargs))
+        return hidden
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(delattr, block, "forward")
+            block.forward = pass_on
+        network.base_model(input_ids=ids, use_cache=False)
+    return _Batch(calls[0][0], [(args, kwargs) for _, args, kwargs in calls])
 
 
 @torch.no_grad()

@@ -10,7 +10,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
-from fingpt_lightning.models.families import family_named, family_of, head_of
+from fingpt_lightning.models.families import (
+    check_plain_embedding,
+    family_named,
+    family_of,
+    head_of,
+)
 from fingpt_lightning.models.finite import check_stored
 from fingpt_lightning.models.low_rank_config import noted_activation
 from fingpt_lightning.models.quantization.layers import is_linear, quantized_layer
@@ -48,6 +53,7 @@ def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
                 table = _stored_layer(network, layer_name)
                 if not isinstance(table, nn.Embedding):
                     raise ValueError(f"{name}: {layer_name} is not an embedding")
+                check_plain_embedding(family)
                 embedding = LowRankEmbedding(table.num_embeddings, table.embedding_dim, shape[1])
                 network.set_submodule(layer_name, embedding)
                 config.tie_word_embeddings = False  # transformers' own tying is for full tables
@@ -174,9 +180,16 @@ def _return_freed_memory() -> None:
 
 
 def _compute_buffers(network: PreTrainedModel, device: torch.device) -> None:
-    """Makes the modules anew that hold buffers: rotary frequencies, which the config decides."""
+    """Makes what buffers hold, which the config decides: rotary frequencies, an embedding's scale."""
     for name, module in list(network.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            continue
+        if isinstance(module, nn.Embedding):
+            scale = torch.tensor(
+                module.scalar_embed_scale, dtype=module.weight.dtype, device=device
+            )
+            module.register_buffer("embed_scale", scale, persistent=False)
+        else:
             network.set_submodule(name, type(module)(network.config).to(device))
 
 

@@ -20,6 +20,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fingpt_lightning.models.attention import (
+    blocked_or_sdpa_attention,
+    capped_attention,
+    layer_windows,
+)
+
 IMPLEMENTATION = "fingpt_packed"
 """The name under which transformers finds `packed_or_sdpa_attention`."""
 
@@ -145,24 +151,40 @@ def run_packed(
 
 
 class _Masked(NamedTuple):
-    """A group and what its attention adds to the scores, made once for all layers."""
+    """A group and what its attention adds to the scores, made once for all layers of a kind."""
 
     group: PackedGroup
     of_shared: Tensor | None
     of_buckets: list[Tensor | None]
 
 
-def _with_masks(packing: Sequence[PackedGroup], network: PreTrainedModel) -> tuple[_Masked, ...]:
+def _with_masks(
+    packing: Sequence[PackedGroup], network: PreTrainedModel
+) -> dict[int | None, tuple[_Masked, ...]]:
+    """The groups with their masks, by the window of a layer's attention."""
+    return {
+        window: _masked(packing, network, window) for window in set(layer_windows(network.config))
+    }
+
+
+def _masked(
+    packing: Sequence[PackedGroup], network: PreTrainedModel, window: int | None
+) -> tuple[_Masked, ...]:
     config = network.config
     num_keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     per_key = config.num_attention_heads // num_keys
     dtype = _working_dtype(network.dtype, network.device)
 
     def mask(num_tokens: int, num_shared: int) -> Tensor | None:
-        if not num_shared and per_key == 1:
+        num_seen = num_shared + num_tokens
+        is_cut = window is not None and num_seen > window
+        if not (num_shared or is_cut) and per_key == 1:
             return None  # causal, which kernels know
-        hidden = torch.full((num_tokens, num_shared + num_tokens), -torch.inf, dtype=dtype)
-        return hidden.triu(num_shared + 1).repeat(per_key, 1).to(network.device)
+        hidden = torch.full((num_tokens, num_seen), -torch.inf, dtype=dtype)
+        future = hidden.triu(num_shared + 1)
+        if window is not None:
+            future += hidden.tril(num_shared - window)
+        return future.repeat(per_key, 1).to(network.device)
 
     return tuple(
         _Masked(
@@ -182,7 +204,9 @@ def packed_or_sdpa_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packing: tuple[_Masked, ...] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packing: dict[int | None, tuple[_Masked, ...]] | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B N H D"], None]:
     """An attention function for transformers: that of a packed sequence where ``packing`` is given.
@@ -191,7 +215,10 @@ def packed_or_sdpa_attention(
         ValueError: Attention has dropout, which would differ between the rows of a beginning.
     """
     if packing is None:
-        return sdpa_attention_forward(
+        if softcap is not None:
+            kwargs["softcap"] = softcap
+        attend = sdpa_attention_forward if softcap is None else blocked_or_sdpa_attention
+        return attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if dropout:
@@ -199,24 +226,24 @@ def packed_or_sdpa_attention(
     # Cut all at once: the backward pass of a slice is as long as the whole.
     sizes = [
         size
-        for group, _, _ in packing
+        for group, _, _ in packing[sliding_window]
         for size in (group.num_shared, *(len(bucket.slots) for bucket in group.buckets))
     ]
     of_query, of_key, of_value = (x[0].transpose(0, 1).split(sizes) for x in (query, key, value))
     pieces = zip(of_query, of_key, of_value, strict=True)
     results = []
-    for group, mask_of_shared, masks in packing:
+    for group, mask_of_shared, masks in packing[sliding_window]:
         shared = next(pieces)
         if group.num_shared:
             alone = [x[None] for x in shared]
-            results.append(_attend(alone[0], alone[1], alone[2], mask_of_shared, scaling)[0])
+            results.append(_attend(alone, mask_of_shared, scaling, softcap)[0])
         for bucket, mask in zip(group.buckets, masks, strict=True):
             rows = [_padded(x_nHD, bucket) for x_nHD in next(pieces)]
             if group.num_shared:
                 for i in (1, 2):
                     before = shared[i].expand(bucket.num_rows, *shared[i].shape)
                     rows[i] = torch.cat([before, rows[i]], 1)
-            out_RTHD = _attend(rows[0], rows[1], rows[2], mask, scaling)
+            out_RTHD = _attend(rows, mask, scaling, softcap)
             results.append(_unpadded(out_RTHD, bucket))
     return torch.cat(results)[None], None
 
@@ -241,11 +268,10 @@ def _unpadded(out_RTHD: Tensor, bucket: PackedBucket) -> Tensor:
 
 
 def _attend(
-    query_RTHD: Tensor,
-    key_RSKD: Tensor,
-    value_RSKD: Tensor,
+    inputs: Sequence[Tensor],
     mask_TS: Tensor | None,
     scaling: float | None,
+    softcap: float | None,
 ) -> Tensor:
     """Each token to all of the beginning and its row up to itself, so to no padding before it.
 
@@ -253,20 +279,21 @@ def _attend(
     further tokens: torch's fast kernels take a mask or grouped heads, but not both, and repeated
     keys would be copies.
     """
+    query_RTHD, key_RSKD, value_RSKD = inputs
     num_rows, num_tokens, num_heads, size = query_RTHD.shape
     num_keys = key_RSKD.shape[2]
     per_key = num_heads // num_keys
     query = query_RTHD.unflatten(2, (num_keys, per_key)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     key, value = key_RSKD.transpose(1, 2), value_RSKD.transpose(1, 2)
     dtype = _working_dtype(query.dtype, query.device)
-    out = nn.functional.scaled_dot_product_attention(
-        query.to(dtype),
-        key.to(dtype),
-        value.to(dtype),
-        attn_mask=mask_TS,
-        is_causal=mask_TS is None,
-        scale=scaling,
-    ).to(query.dtype)
+    wide = [x.to(dtype) for x in (query, key, value)]
+    if softcap is None:
+        out = nn.functional.scaled_dot_product_attention(
+            *wide, attn_mask=mask_TS, is_causal=mask_TS is None, scale=scaling
+        ).to(query.dtype)
+    else:
+        scale = size**-0.5 if scaling is None else scaling
+        out = capped_attention(wide[0], wide[1], wide[2], mask_TS, scale, softcap).to(query.dtype)
     out_RTKGD: Tensor = out.unflatten(2, (per_key, num_tokens)).permute(0, 3, 1, 2, 4)
     return out_RTKGD.reshape(num_rows, num_tokens, num_heads, size)
 

@@ -50,6 +50,7 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
         labels: Tensor,
         chunk_size: int,
         compute_dtype: torch.dtype,
+        softcap: float | None,
     ) -> Tensor:
         with_features, with_weight = ctx.needs_input_grad[:2]
         wide_dtype = torch.promote_types(compute_dtype, torch.float32)
@@ -64,7 +65,7 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
             logits_CV = logits[: len(features_CK)]
             torch.matmul(features_CK, weight_VK.T, out=logits_CV)
             labels_C = labels[first : first + chunk_size]
-            loss_sum += _loss_and_gradient_(logits_CV, labels_C, wide_dtype)
+            loss_sum += _loss_and_gradient_(logits_CV, labels_C, wide_dtype, softcap)
             grad_CV = logits_CV
             if grad_features is not None:
                 torch.matmul(grad_CV, weight_VK, out=grad_features[first : first + chunk_size])
@@ -86,7 +87,7 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
             None if grad is None else grad.mul_(grad_output).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return grad_features, grad_weight, None, None, None
+        return grad_features, grad_weight, None, None, None, None
 
 
 def _aligned_rows(num_rows: int, num_columns: int, like: Tensor) -> Tensor:
@@ -100,7 +101,9 @@ def _aligned_rows(num_rows: int, num_columns: int, like: Tensor) -> Tensor:
     return rows[:, :num_columns]
 
 
-def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, wide_dtype: torch.dtype) -> Tensor:
+def _loss_and_gradient_(
+    logits_CV: Tensor, labels_C: Tensor, wide_dtype: torch.dtype, softcap: float | None
+) -> Tensor:
     """The summed loss; the logits become its gradient with respect to them, in place."""
     # A few rows at a time, so that on the CPU every pass but the first finds them in cache.
     num_rows = len(logits_CV)
@@ -110,10 +113,15 @@ def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, wide_dtype: torch.d
     for rows_RV, labels_R in zip(logits_CV.split(num_rows), labels_C.split(num_rows), strict=True):
         kept_R = labels_R != IGNORED_LABEL
         target_R1 = labels_R.where(kept_R, 0).unsqueeze(1)
+        if softcap is not None:
+            capped_RV = torch.tanh(rows_RV.to(wide_dtype) / softcap)
+            rows_RV.copy_(softcap * capped_RV)
         log_p_RV = torch.log_softmax(rows_RV, 1, dtype=wide_dtype)
         loss_sum -= log_p_RV.gather(1, target_R1).squeeze(1).where(kept_R, 0).sum()
         grad_RV = log_p_RV.exp_()
         grad_RV.scatter_add_(1, target_R1, grad_RV.new_full(target_R1.shape, -1.0))
+        if softcap is not None:
+            grad_RV *= 1 - capped_RV**2
         torch.mul(grad_RV, kept_R.unsqueeze(1), out=rows_RV)
     return loss_sum
 
@@ -123,6 +131,7 @@ def vocabulary_loss(
     hidden: Float[Tensor, "*batch D"],
     labels: Int[Tensor, "*batch"],
     chunk_size: int = 512,
+    softcap: float | None = None,
 ) -> LossSums:
     """Sum of the cross-entropies of ``labels`` under ``head(hidden)``, and how many there are.
 
@@ -135,6 +144,7 @@ def vocabulary_loss(
         hidden: Final hidden states.
         labels: Next tokens, aligned with ``hidden``; -100 where nothing is supervised.
         chunk_size: Tokens whose logits are held at a time, at least 1.
+        softcap: Bound c of the logits, which are ``c tanh(logits / c)``; None leaves them.
 
     Raises:
         ValueError: ``chunk_size`` is below 1.
@@ -148,6 +158,11 @@ def vocabulary_loss(
     labels_N = labels.reshape(-1)
     with torch.autocast(device_type, enabled=False):
         loss_sum = _ChunkedCrossEntropySum.apply(  # type: ignore[no-untyped-call]
-            features.reshape(-1, features.shape[-1]), weight, labels_N, chunk_size, compute_dtype
+            features.reshape(-1, features.shape[-1]),
+            weight,
+            labels_N,
+            chunk_size,
+            compute_dtype,
+            softcap,
         )
     return LossSums(loss_sum, (labels_N != IGNORED_LABEL).sum())

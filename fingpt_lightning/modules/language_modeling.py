@@ -31,7 +31,7 @@ from fingpt_lightning.metric_keys import (
     TRAIN_TOKENS,
     split_keys,
 )
-from fingpt_lightning.models.families import head_of
+from fingpt_lightning.models.families import head_of, logit_cap
 from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.models.formats.checkpoint import describe_network
 from fingpt_lightning.models.formats.tokenizer import num_rows_reached
@@ -155,8 +155,8 @@ class LanguageModelingModule(LightningModule):
         self, hidden: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]
     ) -> LossSums:
         """The summed loss of one microbatch and the number of its supervised tokens."""
-        head = head_of(self.network)
-        return vocabulary_loss(head, hidden, labels, self.loss_chunk_size)
+        head, cap = head_of(self.network), logit_cap(self.network)
+        return vocabulary_loss(head, hidden, labels, self.loss_chunk_size, cap)
 
     @property
     def partial_network(self) -> PartialNetwork | None:

@@ -31,7 +31,7 @@ from fingpt_lightning.models import (
     recompute_blocks,
 )
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
-from fingpt_lightning.models.families import family_of
+from fingpt_lightning.models.families import family_of, max_positions
 from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.models.gpt2 import check_ranks, materialize, preset_shape, rank_ratio_of
 from fingpt_lightning.models.layout import fill, lay_out
@@ -542,7 +542,7 @@ class LowRankPretraining(LanguageModelingModule):
     def _num_positions(self) -> int:
         if self.init_from is None:
             return self.shape.num_positions
-        return int(self._stored_start().config.max_position_embeddings)
+        return max_positions(self._stored_start().config)
 
     def budget(self, sequence_length: int | None = None) -> ModelBudget:
         """Parameters, bytes and operations of the network and its dense baseline.

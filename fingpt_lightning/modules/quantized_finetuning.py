@@ -30,7 +30,7 @@ from fingpt_lightning.models.adapting import (
     save_adapter,
     without_adapters,
 )
-from fingpt_lightning.models.families import head_of
+from fingpt_lightning.models.families import logits_of, max_positions
 from fingpt_lightning.models.formats.checkpoint import describe_adapters
 from fingpt_lightning.models.formats.peft_adapter import (
     ADAPTER_FOLDER,
@@ -264,9 +264,10 @@ class QuantizedFinetuning(LanguageModelingModule):
         with torch.no_grad(), without_adapters(self.network):
             base_hidden = self.hidden_states(batch)
         stride = max(1, -(-len(positions) // self.hparams["kl_positions"]))
-        head = head_of(self.network)
         log_p, base_log_p = (
-            F.log_softmax(head(states.flatten(0, 1)[positions[::stride]]).float(), -1)
+            F.log_softmax(
+                logits_of(self.network, states.flatten(0, 1)[positions[::stride]]).float(), -1
+            )
             for states in (hidden, base_hidden)
         )
         return F.kl_div(log_p, base_log_p, reduction="batchmean", log_target=True)
@@ -429,7 +430,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         if source is None:
             return
         config = self.network.config
-        num_positions = int(config.max_position_embeddings)
+        num_positions = max_positions(config)
         if source.block_length > num_positions:
             raise ValueError(
                 f"data.max_length {source.block_length} is longer than the {num_positions}"

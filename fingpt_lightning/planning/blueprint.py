@@ -14,6 +14,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 from fingpt_lightning.low_rank.adapters import FrozenBase
 from fingpt_lightning.models import Recompute, recompute_blocks
 from fingpt_lightning.models.adapting import adapt, linear_names, matching_names
+from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.hf_folder import CONFIG
 from fingpt_lightning.models.formats.peft_adapter import ADAPTER_CONFIG
 from fingpt_lightning.models.layout import features_of, lay_out
@@ -161,9 +162,9 @@ def _pretraining(
 def _finetuning(module: QuantizedFinetuning, vocabulary_size: int, block_length: int) -> Blueprint:
     hparams: Any = module.hparams
     config = base_config(module.base, module.random_base, vocabulary_size)
-    if block_length > config.max_position_embeddings:
+    if block_length > max_positions(config):
         raise ValueError(
-            f"data.max_length {block_length} is longer than the {config.max_position_embeddings}"
+            f"data.max_length {block_length} is longer than the {max_positions(config)}"
             f" positions of {module.base or 'random_base'}"
         )
     dtype, quantize = DTYPES[hparams["dtype"]], hparams["quantize"]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,20 +18,17 @@ from fingpt_lightning.models.families import (
     head_of,
 )
 from fingpt_lightning.models.quantization.layers import is_linear
-from tests.models.tiny_models import ids, tiny_gpt2, tiny_llama
-
-# The row of a family: a tiny network of it, of two blocks.
-NETWORKS: dict[str, Callable[[], PreTrainedModel]] = {"gpt2": tiny_gpt2, "llama": tiny_llama}
+from tests.models.tiny_models import TINY, ids
 
 
 def test_every_family_has_its_row() -> None:
-    assert NETWORKS.keys() == FAMILIES.keys()
+    assert TINY.keys() == FAMILIES.keys()
     assert all(name == family.model_type for name, family in FAMILIES.items())
 
 
 @pytest.fixture(params=sorted(FAMILIES))
 def network(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return NETWORKS[request.param]().double()
+    return TINY[request.param]().double()
 
 
 @pytest.fixture
@@ -114,10 +110,13 @@ def test_the_budget_counts_blocks_embedding_and_head(
 
 
 def test_a_family_that_is_not_there_is_refused_with_those_that_are() -> None:
-    told = "architecture 'gpt' is not supported; gpt2, llama are; did you mean gpt2?"
+    told = f"architecture 'gpt' is not supported; {', '.join(FAMILIES)} are; did you mean gpt2?"
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
         family_named("gpt")
-    told = "a.gguf: architecture 'lama' is not supported; gpt2, llama are; did you mean llama?"
+    told = (
+        "a.gguf: architecture 'lama' is not supported; gpt2, llama, qwen2, qwen3, gemma2, gemma3"
+        " are; did you mean llama?"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
         family_of_gguf("lama", "a.gguf")
     with pytest.raises(ValueError, match=r"config.json: architecture None is not supported; gpt2"):

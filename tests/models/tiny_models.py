@@ -1,16 +1,29 @@
 """Networks small enough to be made in each test, and their files."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 VOCABULARY = 23
@@ -35,6 +48,78 @@ def tiny_llama(mlp_width: int = 96) -> PreTrainedModel:
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return _spread(LlamaForCausalLM(config))
+
+
+_SIZES = {
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32, "vocab_size": VOCABULARY,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
+}  # fmt: skip
+_WINDOW = 4
+"""Tokens of a window; every text of the tests is longer."""
+
+
+def tiny_mistral() -> PreTrainedModel:
+    """Windows in both blocks."""
+    torch.manual_seed(1)
+    return _spread(MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=_WINDOW)))
+
+
+def tiny_qwen2() -> PreTrainedModel:
+    """Biases of queries, keys and values; a window in the second block; a tied head."""
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        **_SIZES, use_sliding_window=True, sliding_window=_WINDOW, max_window_layers=1,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return _spread(Qwen2ForCausalLM(config))
+
+
+def tiny_qwen3() -> PreTrainedModel:
+    """Norms of queries and keys, heads wider than their share."""
+    torch.manual_seed(1)
+    return _spread(Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=24)))
+
+
+def tiny_gemma2() -> PreTrainedModel:
+    """Caps that scores and logits reach, windows in every other block, norms around both halves."""
+    torch.manual_seed(1)
+    config = Gemma2Config(
+        **_SIZES, head_dim=24, query_pre_attn_scalar=24, sliding_window=_WINDOW,
+        attn_logit_softcapping=1.5, final_logit_softcapping=2.0,
+    )  # fmt: skip
+    return _spread(Gemma2ForCausalLM(config))
+
+
+def tiny_gemma3() -> PreTrainedModel:
+    """Windows and their own rotation in the first of two blocks, norms of queries and keys."""
+    torch.manual_seed(1)
+    config = Gemma3TextConfig(
+        **_SIZES, head_dim=24, query_pre_attn_scalar=24, sliding_window=_WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    return _spread(Gemma3ForCausalLM(config))
+
+
+def tiny_phi3() -> PreTrainedModel:
+    """Fused layers, a rotation of three quarters of the features, a window."""
+    torch.manual_seed(1)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+    config = Phi3Config(**_SIZES, sliding_window=_WINDOW, rope_parameters=rope)
+    return _spread(Phi3ForCausalLM(config))
+
+
+TINY: dict[str, Callable[[], PreTrainedModel]] = {
+    "gpt2": tiny_gpt2,
+    "llama": tiny_llama,
+    "mistral": tiny_mistral,
+    "qwen2": tiny_qwen2,
+    "qwen3": tiny_qwen3,
+    "gemma2": tiny_gemma2,
+    "gemma3_text": tiny_gemma3,
+    "phi3": tiny_phi3,
+}
+"""A tiny network of each family, by its ``model_type``."""
 
 
 def _spread(network: PreTrainedModel) -> PreTrainedModel:

@@ -4,7 +4,7 @@ Source: llama.cpp's convert_hf_to_gguf.py for keys and the order of the rotary f
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,24 +76,28 @@ class GgufTensors:
             metadata = {key: field.contents() for key, field in self._reader.fields.items()}
         except (ValueError, KeyError, IndexError, OverflowError) as error:
             raise ValueError(f"{file} is no whole GGUF file ({error})") from error
-        family_of_gguf(architecture, file)
-        check_metadata(metadata, file)
+        facts = family_of_gguf(architecture, file).gguf
+        assert facts is not None
+        check_metadata(metadata, file, facts.read)
         try:
             self.config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         except Exception as error:  # of many kinds, and all mean that a value is wrong
             reason = " ".join(str(error).split())
             raise ValueError(f"{file}: the metadata is wrong ({reason})") from error
         family = family_named(self.config.model_type, file)  # transformers may name it more exactly
-        if family.gguf is not None and family.gguf.repair is not None:
-            family.gguf.repair(self.config)
+        if family.gguf is not None:
+            own = {k.removeprefix(f"{architecture}."): v for k, v in metadata.items()}
+            family.gguf.repair(self.config, own)
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
+            TensorProcessor,
             get_gguf_hf_weights_map,
         )
 
         processors: dict[str, Any] = TENSOR_PROCESSORS
         check_num_layers(self.config, len(self._reader.tensors), str(file))
-        self._processor = processors[self.config.model_type](config=self.config.to_dict())
+        make_processor = processors.get(architecture, TensorProcessor)
+        self._processor = make_processor(config=self.config.to_dict())
         self._names: dict[str, str] = get_gguf_hf_weights_map(
             lay_out(self.config, {}), self._processor
         )
@@ -129,12 +133,13 @@ class GgufTensors:
         yield from aside.items()
 
 
-def check_metadata(metadata: Mapping[str, Any], file: Path) -> None:
+def check_metadata(metadata: Mapping[str, Any], file: Path, read: Collection[str] = ()) -> None:
     """Raises where the metadata of a GGUF file request what the network would not compute.
 
     Args:
         metadata: Keys and values, ``general.architecture`` among them.
         file: File that holds them, for messages.
+        read: Keys of the architecture that are read beside those that transformers reads.
 
     Raises:
         ValueError: A key is neither read nor at its neutral value; the message names both.
@@ -150,7 +155,7 @@ def check_metadata(metadata: Mapping[str, Any], file: Path) -> None:
             head_dim = width // num_heads
     for key in metadata:
         prefix, _, own = key.partition(".")
-        if prefix != family or own in _READ_METADATA:
+        if prefix != family or own in _READ_METADATA or own in read:
             continue
         sizes = (head_dim,) if own in ("attention.key_length", "attention.value_length") else ()
         _check_value(metadata, key, _NEUTRAL_METADATA.get(own, ()) + sizes + _SWITCHED_OFF, file)
@@ -288,6 +293,8 @@ def _tensors(network: PreTrainedModel, facts: GgufFacts) -> Iterator[tuple[str, 
         for rotated, num_heads in facts.rotated.items():
             if layer_name.endswith(f".{rotated}"):
                 weight = _interleaved(weight, getattr(config, num_heads))
+        if facts.shifted_norms and name.endswith("norm.weight"):
+            weight = weight + 1
         yield name, weight
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from fingpt_lightning.models.attention import FULL, SLIDING
 from fingpt_lightning.models.families import Family, family_named
 from fingpt_lightning.models.low_rank_config import NOTED
 from fingpt_lightning.terminal.messages import shortened
@@ -39,11 +40,11 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "per_layer_config": (None, {}),
 }
 """Keys of transformers' classes, and the values that the whole of our code computes."""
-_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "longrope", "yarn")
 _ROPE_KEYS = {
-    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "low_freq_factor",
-    "mscale", "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor",
-    "rope_theta", "rope_type", "truncate", "type",
+    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor",
+    "low_freq_factor", "mscale", "mscale_all_dim", "original_max_position_embeddings",
+    "partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "truncate", "type",
 }  # fmt: skip
 
 
@@ -64,15 +65,22 @@ def network_config(contents: Mapping[str, Any], where: Path) -> PreTrainedConfig
     own = {*config_class().to_dict(), *config_class.attribute_map}
     if "rope_parameters" in own:
         own |= {"rope_scaling", "rope_theta"}  # as written by earlier versions of transformers
+    fixed = {**_FIXED, **family.fixed}
+    if family.partial_rotation:
+        del fixed["partial_rotary_factor"]
+        own.add("partial_rotary_factor")
     known = {*own, *_METADATA, *NOTED, *GenerationConfig().to_dict()}
     for key, value in contents.items():
-        is_known = key in _FIXED or key in known or key in _HOW_TO_RUN
-        if value not in _FIXED.get(key, (value,) if is_known else _NEUTRAL):
+        is_known = key in fixed or key in known or key in _HOW_TO_RUN
+        if value not in fixed.get(key, (value,) if is_known else _NEUTRAL):
             if key == "auto_map":
                 raise ValueError(f"{where}: auto_map names code of its own, which is never run")
             raise ValueError(f"{where}: {key} {shortened(value)} is not supported")
     for key in ("rope_scaling", "rope_parameters"):
-        _check_rope(contents.get(key), f"{where}: {key}")
+        described = contents.get(key)
+        by_kind = isinstance(described, dict) and {*described} <= {FULL, SLIDING}
+        for part in described.values() if by_kind else [described]:
+            _check_rope(part, f"{where}: {key}", family)
     try:
         return config_class.from_dict({k: v for k, v in contents.items() if k not in _HOW_TO_RUN})
     except Exception as error:  # of many kinds, and all mean that a value is wrong
@@ -83,15 +91,16 @@ def network_config(contents: Mapping[str, Any], where: Path) -> PreTrainedConfig
 def _check_architectures(family: Family, named: Any, where: Path) -> None:
     """Raises where the weights are those of a class that computes something else."""
     whole = family.network_class.__name__
-    bare = f"{whole.removesuffix('LMHeadModel').removesuffix('ForCausalLM')}Model"
-    allowed = {name.lower() for name in (whole, bare)}
+    stem = whole.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
+    bare = f"{stem}Model"
+    allowed = {name.lower() for name in (whole, bare, f"{stem}TextModel")}
     if named and not (isinstance(named, list) and {str(n).lower() for n in named} <= allowed):
         raise ValueError(
             f"{where}: architectures {shortened(named)} is not supported; {whole} is, and {bare}"
         )
 
 
-def _check_rope(described: Any, where: str) -> None:
+def _check_rope(described: Any, where: str, family: Family) -> None:
     if described is None:
         return
     if not isinstance(described, dict):
@@ -104,5 +113,6 @@ def _check_rope(described: Any, where: str) -> None:
     for key, value in described.items():
         if key not in _ROPE_KEYS and value not in _NEUTRAL:
             raise ValueError(f"{where}: {key} {shortened(value)} is not supported")
-    if (factor := described.get("partial_rotary_factor")) not in (1, None):
+    factor = described.get("partial_rotary_factor")
+    if factor not in (1, None) and not family.partial_rotation:
         raise ValueError(f"{where}: partial_rotary_factor {shortened(factor)} is not supported")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
-from fingpt_lightning.models.families import family_of, head_of
+from fingpt_lightning.models.families import check_plain_embedding, family_of, head_of
 from fingpt_lightning.models.input_moments import InputMoments
 from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix
 from fingpt_lightning.models.quantization.layers import bare_layer, is_linear, quantized_layer
@@ -141,6 +141,7 @@ def _place_embedding(network: PreTrainedModel, name: str, embedding: QuantizedEm
 
 
 def _set_embedding(network: PreTrainedModel, name: str, embedding: QuantizedEmbedding) -> None:
+    check_plain_embedding(family_of(network))
     is_tied = network.config.tie_word_embeddings or isinstance(head_of(network), LowRankHead)
     network.set_submodule(name, embedding)
     if is_tied:

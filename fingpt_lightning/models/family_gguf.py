@@ -1,0 +1,239 @@
+"""How each network family is kept in GGUF files.
+
+Source: llama.cpp's convert_hf_to_gguf.py and the defaults of its networks.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+def _nothing(config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufFacts:
+    """How a family is kept in GGUF files.
+
+    Args:
+        architecture: Name in llama.cpp.
+        metadata: The values beside the common ones, by the name of the writer's ``add_`` method,
+            from a config; raises ValueError where the format cannot express it.
+        rotated: Layers whose rows are rotated features, which GGUF has in pairs of neighbors and
+            transformers half a head apart; by the config's number of their heads.
+        read: Keys of the architecture that ``repair`` reads, beside those that transformers does.
+        repair: Corrects the config that transformers makes of a file, from the file's metadata
+            without their prefix.
+        shifted_norms: Whether the weights of norms are stored with 1 added.
+    """
+
+    architecture: str
+    metadata: Callable[[PreTrainedConfig], Mapping[str, int | float | bool]]
+    rotated: Mapping[str, str] = field(default_factory=dict)
+    read: frozenset[str] = frozenset()
+    repair: Callable[[PreTrainedConfig, Mapping[str, Any]], None] = _nothing
+    shifted_norms: bool = False
+
+
+def _gpt2_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
+    if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise ValueError(f"format gguf has no activation {config.activation_function}")
+    return {
+        "feed_forward_length": config.n_inner or 4 * config.hidden_size,
+        "layer_norm_eps": config.layer_norm_epsilon,
+    }
+
+
+def _take_sizes(config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:
+    config.n_positions = config.n_ctx  # transformers leaves it at 1024
+    config.n_inner = getattr(config, "feed_forward_length", None)  # and this at 4 widths
+
+
+def _rotary_metadata(
+    config: PreTrainedConfig, activations: tuple[str, ...] = ("silu",)
+) -> dict[str, int | float]:
+    """What all families with rotary embeddings have."""
+    rope = config.rope_parameters
+    if (kind := rope.get("rope_type", "default")) != "default":
+        raise ValueError(f"rope_type {kind} is not written as gguf; default is")
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in activations:
+        raise ValueError(f"format gguf has no activation {activation}")
+    return {
+        "feed_forward_length": config.intermediate_size,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "head_count_kv": config.num_key_value_heads,
+        "rope_freq_base": float(rope["rope_theta"]),
+    }
+
+
+def _head_size(config: PreTrainedConfig) -> int:
+    own = getattr(config, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
+
+
+def _head_metadata(config: PreTrainedConfig) -> dict[str, int | float]:
+    return {"key_length": _head_size(config), "value_length": _head_size(config)}
+
+
+def _take_head_size(config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:
+    default = config.hidden_size // config.num_attention_heads
+    config.head_dim = metadata.get("attention.key_length", default)
+
+
+def _llama_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        raise ValueError("format gguf has no place for a Llama's biases")
+    return _rotary_metadata(config) | {
+        "vocab_size": config.vocab_size,
+        "rope_dimension_count": _head_size(config),
+        **_head_metadata(config),
+    }
+
+
+def _mistral_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
+    _check_unwindowed(config)
+    return _llama_metadata(config)
+
+
+def _check_unwindowed(config: PreTrainedConfig) -> None:
+    """Raises where a layer does not attend to all tokens, which llama.cpp would have it do."""
+    window = config.sliding_window
+    if window is not None and window < config.max_position_embeddings:
+        raise ValueError(
+            f"format gguf: sliding_window {window} below the {config.max_position_embeddings}"
+            " positions has no place in this architecture"
+        )
+
+
+def _drop_window(config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:
+    if hasattr(config, "sliding_window"):  # its default in transformers, not in the file
+        config.sliding_window = None
+
+
+def _qwen2_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
+    _check_unwindowed(config)
+    return _rotary_metadata(config)
+
+
+def _qwen3_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
+    if config.attention_bias:
+        raise ValueError("format gguf has no place for a Qwen 3's biases")
+    return {**_qwen2_metadata(config), **_head_metadata(config)}
+
+
+_GELU = ("gelu_pytorch_tanh", "gelu_new")
+_NUM_LAYERS_27B = {"gemma2": 46, "gemma3": 62}
+
+
+def _gemma_scale(config: PreTrainedConfig, architecture: str) -> int:
+    """The ``query_pre_attn_scalar`` that llama.cpp takes, which no key of the file names."""
+    if config.num_hidden_layers == _NUM_LAYERS_27B[architecture]:
+        return int(config.hidden_size // config.num_attention_heads)
+    return _head_size(config)
+
+
+def _check_gemma(config: PreTrainedConfig, architecture: str, pattern: int) -> None:
+    scale = _gemma_scale(config, architecture)
+    if config.query_pre_attn_scalar != scale:
+        raise ValueError(
+            f"format gguf: query_pre_attn_scalar {config.query_pre_attn_scalar} has no place;"
+            f" llama.cpp takes {scale} at these sizes"
+        )
+    kinds = [
+        "full" if (i + 1) % pattern == 0 else "sliding" for i in range(len(config.layer_types))
+    ]
+    if config.layer_types != [f"{kind}_attention" for kind in kinds]:
+        raise ValueError(
+            f"format gguf: layer_types are not the family's own, full attention in every layer"
+            f" {pattern}"
+        )
+
+
+def _gemma2_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
+    _check_gemma(config, "gemma2", 2)
+    if None in (config.attn_logit_softcapping, config.final_logit_softcapping):
+        raise ValueError("format gguf: a Gemma 2 without caps on scores and logits has no place")
+    return {
+        **_rotary_metadata(config, _GELU),
+        **_head_metadata(config),
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "sliding_window": config.sliding_window,
+    }
+
+
+def _take_gemma2(config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:
+    config.attn_logit_softcapping = metadata.get("attn_logit_softcapping", 50.0)
+    config.final_logit_softcapping = metadata.get("final_logit_softcapping", 30.0)
+    config.query_pre_attn_scalar = _gemma_scale(config, "gemma2")
+
+
+def _gemma3_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
+    _check_gemma(config, "gemma3", 6)
+    if config.final_logit_softcapping is not None:
+        raise ValueError("format gguf: a Gemma 3 with a cap on its logits has no place")
+    local, whole = (config.rope_parameters[f"{k}_attention"] for k in ("sliding", "full"))
+    if (local["rope_type"], local["rope_theta"]) != ("default", 10000.0):
+        raise ValueError("format gguf: layers with windows rotate with base 10000 in llama.cpp")
+    flat = _Flat(config, whole)
+    return {
+        **_rotary_metadata(flat, _GELU),  # type: ignore[arg-type]
+        **_head_metadata(config),
+        "sliding_window": config.sliding_window,
+    }
+
+
+class _Flat:
+    """A config whose rotation is that of one kind of layer."""
+
+    def __init__(self, config: PreTrainedConfig, rope: Mapping[str, Any]) -> None:
+        self._config, self.rope_parameters = config, rope
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def _take_gemma3(config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:
+    config.query_pre_attn_scalar = _gemma_scale(config, "gemma3")
+    if (base := metadata.get("rope.freq_base")) is not None:
+        config.rope_parameters["full_attention"]["rope_theta"] = base
+
+
+GPT2_GGUF = GgufFacts(architecture="gpt2", metadata=_gpt2_metadata, repair=_take_sizes)
+LLAMA_GGUF = GgufFacts(
+    architecture="llama",
+    metadata=_llama_metadata,
+    rotated={
+        "self_attn.q_proj": "num_attention_heads",
+        "self_attn.k_proj": "num_key_value_heads",
+    },
+)
+MISTRAL_GGUF = replace(LLAMA_GGUF, metadata=_mistral_metadata, repair=_drop_window)
+_HEAD_KEYS = frozenset({"attention.key_length", "attention.value_length"})
+QWEN2_GGUF = GgufFacts(architecture="qwen2", metadata=_qwen2_metadata, repair=_drop_window)
+QWEN3_GGUF = GgufFacts(
+    architecture="qwen3",
+    metadata=_qwen3_metadata,
+    read=_HEAD_KEYS,
+    repair=_take_head_size,
+)
+GEMMA2_GGUF = GgufFacts(
+    architecture="gemma2",
+    metadata=_gemma2_metadata,
+    read=_HEAD_KEYS
+    | {"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"},
+    repair=_take_gemma2,
+    shifted_norms=True,
+)
+GEMMA3_GGUF = GgufFacts(
+    architecture="gemma3",
+    metadata=_gemma3_metadata,
+    read=_HEAD_KEYS | {"attention.sliding_window"},
+    repair=_take_gemma3,
+    shifted_norms=True,
+)
+PHI3_GGUF = None
