@@ -208,7 +208,8 @@ def capped_attention(
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = torch.softmax(scores, -1, dtype=wide).to(value.dtype)
     weights = nn.functional.dropout(weights, dropout)
-    return (weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)).flatten(1, 2)
+    mixed: Tensor = weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)
+    return mixed.flatten(1, 2)
 
 
 def layer_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:

@@ -71,6 +71,7 @@ class Family:
         masks_by_kind: Whether the body takes masks by the kind of layer, where windows alternate.
         scaled_embedding: Whether what the embedding gives is scaled by a constant, which the head
             tied to it is not.
+        rope_types: Kinds of scaled rotary embeddings that the network computes.
         partial_rotation: Whether the rotary embedding may leave some features as they are.
         fixed: Values of settings that alone are computed here, beside those of every family.
         decode_step: The family's layers alone, for one token; None takes transformers' own pass.
@@ -97,6 +98,7 @@ class Family:
     computed: tuple[str, ...] = ()
     masks_by_kind: bool = False
     scaled_embedding: bool = False
+    rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
     partial_rotation: bool = False
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     decode_step: DecodeStep | None = None
@@ -226,6 +228,7 @@ PHI3 = replace(
     mlp=("mlp.gate_up_proj", "mlp.down_proj"),
     shared_inputs=(),
     dropouts=("resid_pdrop",),
+    rope_types=("default", "longrope", "su", "yarn"),  # the last two are its old names of it
     partial_rotation=True,
     decode_step=None,
     gguf=PHI3_GGUF,

@@ -4,14 +4,24 @@ Source: llama.cpp's convert_hf_to_gguf.py and the defaults of its networks.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+ROPE_TABLE = "rope_freqs.weight"
+"""Tensor of a file: what each rotary frequency is divided by."""
 
 
 def _nothing(config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:
     pass
+
+
+def _no_table(config: PreTrainedConfig) -> None:
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +36,8 @@ class GgufFacts:
             transformers half a head apart; by the config's number of their heads.
         read: Keys of the architecture that ``repair`` reads, beside those that transformers does.
         repair: Corrects the config that transformers makes of a file, from the file's metadata
-            without their prefix.
+            without their prefix and `ROPE_TABLE` among them.
+        rope_table: Map of a config to its `ROPE_TABLE`; None where it has none.
         shifted_norms: Whether the weights of norms are stored with 1 added.
     """
 
@@ -35,6 +46,7 @@ class GgufFacts:
     rotated: Mapping[str, str] = field(default_factory=dict)
     read: frozenset[str] = frozenset()
     repair: Callable[[PreTrainedConfig, Mapping[str, Any]], None] = _nothing
+    rope_table: Callable[[PreTrainedConfig], Tensor | None] = _no_table
     shifted_norms: bool = False
 
 
@@ -53,12 +65,16 @@ def _take_sizes(config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:
 
 
 def _rotary_metadata(
-    config: PreTrainedConfig, activations: tuple[str, ...] = ("silu",)
+    config: PreTrainedConfig,
+    activations: tuple[str, ...] = ("silu",),
+    rope_types: tuple[str, ...] = ("default",),
+    rope: Mapping[str, Any] | None = None,
 ) -> dict[str, int | float]:
     """What all families with rotary embeddings have."""
-    rope = config.rope_parameters
-    if (kind := rope.get("rope_type", "default")) != "default":
-        raise ValueError(f"rope_type {kind} is not written as gguf; default is")
+    rope = config.rope_parameters if rope is None else rope
+    if (kind := rope.get("rope_type", "default")) not in rope_types:
+        known = f"{', '.join(rope_types)} {'is' if len(rope_types) == 1 else 'are'}"
+        raise ValueError(f"rope_type {kind} is not written as gguf; {known}")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in activations:
         raise ValueError(f"format gguf has no activation {activation}")
@@ -87,16 +103,62 @@ def _take_head_size(config: PreTrainedConfig, metadata: Mapping[str, Any]) -> No
 def _llama_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         raise ValueError("format gguf has no place for a Llama's biases")
-    return _rotary_metadata(config) | {
+    rope = config.rope_parameters
+    scaled: dict[str, int | float] = {}
+    if rope.get("rope_type") == "llama3":
+        # llama.cpp reads the table alone; this lets a reader know what it was made of.
+        scaled["rope_scaling_orig_ctx_len"] = rope["original_max_position_embeddings"]
+    return _rotary_metadata(config, rope_types=("default", "llama3")) | {
+        **scaled,
         "vocab_size": config.vocab_size,
         "rope_dimension_count": _head_size(config),
         **_head_metadata(config),
     }
 
 
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+"""Bounds of the scaled frequencies in all of Meta's models."""
+_LLAMA3_CONTEXT = 8192
+
+
+def _llama_rope_table(config: PreTrainedConfig) -> Tensor | None:
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return None
+    if any(rope[name] != value for name, value in _LLAMA3.items()):
+        raise ValueError("format gguf: low_freq_factor and high_freq_factor are not 1 and 4")
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    size = _head_size(config)
+    plain = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float) / size)
+    table: Tensor = plain / scaled
+    return table
+
+
+def _take_llama_rope(config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:
+    if (stored := metadata.get(ROPE_TABLE)) is None:
+        return
+    table = torch.tensor(stored)
+    context = metadata.get("rope.scaling.original_context_length", _LLAMA3_CONTEXT)
+    rope = {
+        **config.rope_parameters,
+        **_LLAMA3,
+        "rope_type": "llama3",
+        "factor": float(table.max()),
+        "original_max_position_embeddings": context,
+    }
+    config.rope_parameters = rope
+    made = _llama_rope_table(config)
+    if made is None or made.shape != table.shape or not torch.allclose(made, table, rtol=1e-4):
+        raise ValueError(f"{ROPE_TABLE} is not that of a Llama 3, which alone is supported")
+
+
 def _mistral_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
     _check_unwindowed(config)
-    return _llama_metadata(config)
+    return _rotary_metadata(config) | {
+        "vocab_size": config.vocab_size,
+        "rope_dimension_count": _head_size(config),
+        **_head_metadata(config),
+    }
 
 
 def _check_unwindowed(config: PreTrainedConfig) -> None:
@@ -123,6 +185,25 @@ def _qwen3_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
     if config.attention_bias:
         raise ValueError("format gguf has no place for a Qwen 3's biases")
     return {**_qwen2_metadata(config), **_head_metadata(config)}
+
+
+def _phi3_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
+    _check_unwindowed(config)
+    share = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    return _rotary_metadata(config) | {
+        "rope_dimension_count": int(_head_size(config) * share),
+        "rope_scaling_orig_ctx_len": config.original_max_position_embeddings,
+    }
+
+
+def _take_phi3(config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:
+    _drop_window(config, metadata)  # llama.cpp has it switched off
+    config.original_max_position_embeddings = metadata.get(
+        "rope.scaling.original_context_length", config.max_position_embeddings
+    )
+    size = _head_size(config)
+    share = metadata.get("rope.dimension_count", size) / size
+    config.rope_parameters = config.rope_parameters | {"partial_rotary_factor": share}
 
 
 _GELU = ("gelu_pytorch_tanh", "gelu_new")
@@ -179,22 +260,11 @@ def _gemma3_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
     local, whole = (config.rope_parameters[f"{k}_attention"] for k in ("sliding", "full"))
     if (local["rope_type"], local["rope_theta"]) != ("default", 10000.0):
         raise ValueError("format gguf: layers with windows rotate with base 10000 in llama.cpp")
-    flat = _Flat(config, whole)
     return {
-        **_rotary_metadata(flat, _GELU),  # type: ignore[arg-type]
+        **_rotary_metadata(config, _GELU, rope=whole),
         **_head_metadata(config),
         "sliding_window": config.sliding_window,
     }
-
-
-class _Flat:
-    """A config whose rotation is that of one kind of layer."""
-
-    def __init__(self, config: PreTrainedConfig, rope: Mapping[str, Any]) -> None:
-        self._config, self.rope_parameters = config, rope
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
 
 
 def _take_gemma3(config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:
@@ -211,8 +281,16 @@ LLAMA_GGUF = GgufFacts(
         "self_attn.q_proj": "num_attention_heads",
         "self_attn.k_proj": "num_key_value_heads",
     },
+    read=frozenset({"rope.scaling.original_context_length"}),
+    repair=_take_llama_rope,
+    rope_table=_llama_rope_table,
 )
-MISTRAL_GGUF = replace(LLAMA_GGUF, metadata=_mistral_metadata, repair=_drop_window)
+MISTRAL_GGUF = GgufFacts(
+    architecture="llama",
+    metadata=_mistral_metadata,
+    rotated=LLAMA_GGUF.rotated,
+    repair=_drop_window,
+)
 _HEAD_KEYS = frozenset({"attention.key_length", "attention.value_length"})
 QWEN2_GGUF = GgufFacts(architecture="qwen2", metadata=_qwen2_metadata, repair=_drop_window)
 QWEN3_GGUF = GgufFacts(
@@ -236,4 +314,9 @@ GEMMA3_GGUF = GgufFacts(
     repair=_take_gemma3,
     shifted_norms=True,
 )
-PHI3_GGUF = None
+PHI3_GGUF = GgufFacts(
+    architecture="phi3",
+    metadata=_phi3_metadata,
+    read=frozenset({"attention.sliding_window", "rope.scaling.original_context_length"}),
+    repair=_take_phi3,
+)

@@ -180,7 +180,7 @@ def _return_freed_memory() -> None:
 
 
 def _compute_buffers(network: PreTrainedModel, device: torch.device) -> None:
-    """Makes what buffers hold, which the config decides: rotary frequencies, an embedding's scale."""
+    """Makes what buffers hold, as the config decides: rotary frequencies, an embedding's scale."""
     for name, module in list(network.named_modules()):
         if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             continue

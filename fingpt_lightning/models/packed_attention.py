@@ -286,14 +286,19 @@ def _attend(
     query = query_RTHD.unflatten(2, (num_keys, per_key)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     key, value = key_RSKD.transpose(1, 2), value_RSKD.transpose(1, 2)
     dtype = _working_dtype(query.dtype, query.device)
-    wide = [x.to(dtype) for x in (query, key, value)]
+    query_w, key_w, value_w = (x.to(dtype) for x in (query, key, value))
     if softcap is None:
         out = nn.functional.scaled_dot_product_attention(
-            *wide, attn_mask=mask_TS, is_causal=mask_TS is None, scale=scaling
+            query_w,
+            key_w,
+            value_w,
+            attn_mask=mask_TS,
+            is_causal=mask_TS is None,
+            scale=scaling,
         ).to(query.dtype)
     else:
         scale = size**-0.5 if scaling is None else scaling
-        out = capped_attention(wide[0], wide[1], wide[2], mask_TS, scale, softcap).to(query.dtype)
+        out = capped_attention(query_w, key_w, value_w, mask_TS, scale, softcap).to(query.dtype)
     out_RTKGD: Tensor = out.unflatten(2, (per_key, num_tokens)).permute(0, 3, 1, 2, 4)
     return out_RTKGD.reshape(num_rows, num_tokens, num_heads, size)
 

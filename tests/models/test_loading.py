@@ -204,7 +204,7 @@ def _add_pair(folder: Path) -> None:
         (_change_config(n_embd=15), ValueError, "c_attn.bias is 36, the config asks for 45"),
         (_change_config(n_layer="2x"), ValueError, "config.json: the config is wrong"),
         (_change_config(model_type="gpt3"), ValueError,
-         "config.json: architecture 'gpt3' is not supported; gpt2, llama are"),
+         "config.json: architecture 'gpt3' is not supported; gpt2, llama, "),
         (_change_config(quantization_config={"quant_method": "gptq"}), ValueError,
          "weights stored as gptq are not read"),
         (_pickle, ValueError, "pytorch_model.bin is pickled and could run code"),

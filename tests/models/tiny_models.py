@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -50,7 +51,7 @@ def tiny_llama(mlp_width: int = 96) -> PreTrainedModel:
     return _spread(LlamaForCausalLM(config))
 
 
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 32, "vocab_size": VOCABULARY,
     "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,

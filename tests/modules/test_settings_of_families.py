@@ -18,7 +18,7 @@ from fingpt_lightning.models.families import FAMILIES, Family
 from fingpt_lightning.models.formats.hf_folder import write_network
 from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
-from tests.models.test_families import NETWORKS
+from tests.models.tiny_models import TINY
 from tests.support.exact_llama import exact_norms
 from tests.support.token_data import TokenData
 
@@ -113,7 +113,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 @pytest.fixture
 def mixed(family: Family, tmp_path: Path) -> Path:
     """A folder whose MLPs are low-rank and whose attention is dense."""
-    network = NETWORKS[family.model_type]().double()
+    network = TINY[family.model_type]().double()
     assert len(make_low_rank(network, 3, family.mlp).ranks) == 2 * len(family.mlp)
     (tmp_path / "mixed").mkdir()
     write_network(network, tmp_path / "mixed", torch.float64)
@@ -331,7 +331,7 @@ def test_a_setting_of_pretraining_acts_on_every_family_or_is_refused(
 def test_a_setting_of_finetuning_acts_on_every_family_or_is_refused(
     name: str, family: Family, tmp_path: Path
 ) -> None:
-    NETWORKS[family.model_type]().save_pretrained(tmp_path / "base")
+    TINY[family.model_type]().save_pretrained(tmp_path / "base")
     plain: dict[str, Any] = {"quantize": None, "dtype": "float32", "rank": 3}
 
     def run(settings: dict[str, Any]) -> Seen:

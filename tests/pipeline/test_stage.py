@@ -156,5 +156,5 @@ def test_where_only_inputs_are_kept_a_block_holds_its_width() -> None:
 def test_a_family_that_cannot_be_cut_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     network = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=12, n_head=3, vocab_size=7))
     monkeypatch.setattr(network.config, "model_type", "mamba")
-    with pytest.raises(ValueError, match="architecture 'mamba' is not supported; gpt2, llama are"):
+    with pytest.raises(ValueError, match="architecture 'mamba' is not supported; gpt2, llama, "):
         network_costs(network, 16)

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from fingpt_lightning.models.families import GgufFacts, family_named, family_of, family_of_gguf
+from fingpt_lightning.models.families import family_named, family_of, family_of_gguf
+from fingpt_lightning.models.family_gguf import ROPE_TABLE, GgufFacts
 from fingpt_lightning.models.formats.tokenizer import begin_tokens
 from fingpt_lightning.models.formats.weights import Weights, check_num_layers
 from fingpt_lightning.models.layout import lay_out
@@ -39,6 +40,18 @@ _FIXED_METADATA: dict[str, tuple[Any, ...]] = {
     "general.type": ("model",),
     "split.count": (0, 1),
 }
+
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {_WORDS % "{1,3}": "llama-bpe", _WORDS % "": "qwen2"}
+"""llama.cpp's names of the patterns by which a text is split before the merges."""
+_CUTS = {("Isolated", False), ("Removed", True)}
+"""How a pattern's matches become the parts, and what is between them too."""
+_NORMALIZERS = {"qwen2": {"type": "NFC"}}
+"""Normalization that llama.cpp leaves out, as its own converter does."""
 
 
 def gguf_weights(file: Path) -> Weights:
@@ -85,9 +98,18 @@ class GgufTensors:
             reason = " ".join(str(error).split())
             raise ValueError(f"{file}: the metadata is wrong ({reason})") from error
         family = family_named(self.config.model_type, file)  # transformers may name it more exactly
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):  # defaults, not the file's
+            if isinstance(token := getattr(self.config, key), int):
+                setattr(self.config, key, token if token < self.config.vocab_size else None)
         if family.gguf is not None:
             own = {k.removeprefix(f"{architecture}."): v for k, v in metadata.items()}
-            family.gguf.repair(self.config, own)
+            for stored in self._reader.tensors:
+                if stored.name == ROPE_TABLE:
+                    own[ROPE_TABLE] = gguf.dequantize(stored.data, stored.tensor_type)
+            try:
+                family.gguf.repair(self.config, own)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from None
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
             TensorProcessor,
@@ -99,9 +121,10 @@ class GgufTensors:
         make_processor = processors.get(architecture, TensorProcessor)
         self._processor = make_processor(config=self.config.to_dict())
         self._names: dict[str, str] = get_gguf_hf_weights_map(
-            lay_out(self.config, {}), self._processor
+            lay_out(self.config, {}), self._processor, architecture
         )
-        self._stored = {self._names.get(x.name, x.name): x for x in self._reader.tensors}
+        self._weights = [x for x in self._reader.tensors if x.name != ROPE_TABLE]
+        self._stored = {self._names.get(x.name, x.name): x for x in self._weights}
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name.
@@ -113,7 +136,7 @@ class GgufTensors:
         return tensor
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for stored in self._reader.tensors:
+        for stored in self._weights:
             yield from self._dequantized(stored)
 
     def _dequantized(self, stored: Any) -> Iterator[tuple[str, Tensor]]:
@@ -196,7 +219,8 @@ def write_gguf(
     if (facts := family.gguf) is None:
         raise ValueError(f"format gguf: a {family.title} is not written")
     writer = gguf.GGUFWriter(file, facts.architecture)
-    writer.add_name(config.name_or_path or family.model_type)
+    # By some names, those of families among them, readers apply what they know of a model.
+    writer.add_name(config.name_or_path or "fingpt_lightning model")
     writer.add_file_type(int(getattr(gguf.LlamaFileType, _FILE_TYPES[dtype])))
     _add_shape(writer, config, facts)
     _add_tokenizer(writer, gguf, tokenizer, config.vocab_size)
@@ -212,6 +236,8 @@ def write_gguf(
         kind = matrix_type if tensor.ndim > 1 else types["F32"]
         data = tensor.contiguous().float().numpy()
         writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+    if (table := facts.rope_table(config)) is not None:
+        writer.add_tensor(ROPE_TABLE, table.numpy(), raw_dtype=types["F32"])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -235,8 +261,8 @@ def _add_tokenizer(
     split = _split_of(described)
     if model["type"] != "BPE" or model.get("byte_fallback") or split is None:
         raise ValueError(
-            "format gguf: the tokenizer is no byte-level BPE that splits as GPT-2 or SmolLM do, the"
-            " only ones that are written"
+            "format gguf: the tokenizer is no byte-level BPE that splits as GPT-2, SmolLM, Llama 3"
+            " or Qwen 2 do, the only ones that are written"
         )
     special = {added["id"]: added["special"] for added in described["added_tokens"]}
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
@@ -272,7 +298,15 @@ def _split_of(described: dict[str, Any]) -> str | None:
     parts = splitter.get("pretokenizers", [splitter])
     kinds = [part.get("type") for part in parts]
     *before, last = parts
-    if kinds[-1:] != ["ByteLevel"] or last["add_prefix_space"] or described["normalizer"]:
+    if kinds[-1:] != ["ByteLevel"] or last["add_prefix_space"]:
+        return None
+    if kinds == ["Split", "ByteLevel"] and not last["use_regex"]:
+        (splitter,) = before
+        is_cut = (splitter["behavior"], splitter["invert"]) in _CUTS
+        name = _SPLITS.get(splitter["pattern"].get("Regex")) if is_cut else None
+        is_known = described["normalizer"] in (None, _NORMALIZERS.get(name or ""))
+        return name if is_known else None
+    if described["normalizer"]:
         return None
     if kinds == ["ByteLevel"]:
         return "gpt-2" if last["use_regex"] else None

@@ -40,7 +40,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "per_layer_config": (None, {}),
 }
 """Keys of transformers' classes, and the values that the whole of our code computes."""
-_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "longrope", "yarn")
 _ROPE_KEYS = {
     "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor",
     "low_freq_factor", "mscale", "mscale_all_dim", "original_max_position_embeddings",
@@ -78,8 +77,10 @@ def network_config(contents: Mapping[str, Any], where: Path) -> PreTrainedConfig
             raise ValueError(f"{where}: {key} {shortened(value)} is not supported")
     for key in ("rope_scaling", "rope_parameters"):
         described = contents.get(key)
-        by_kind = isinstance(described, dict) and {*described} <= {FULL, SLIDING}
-        for part in described.values() if by_kind else [described]:
+        parts = [described]
+        if isinstance(described, dict) and {*described} <= {FULL, SLIDING}:  # by kind of layer
+            parts = list(described.values())
+        for part in parts:
             _check_rope(part, f"{where}: {key}", family)
     try:
         return config_class.from_dict({k: v for k, v in contents.items() if k not in _HOW_TO_RUN})
@@ -106,9 +107,10 @@ def _check_rope(described: Any, where: str, family: Family) -> None:
     if not isinstance(described, dict):
         raise ValueError(f"{where} {shortened(described)} is not an object")
     kind = described.get("rope_type", described.get("type", "default"))
-    if kind not in _ROPE_TYPES:
+    if kind not in family.rope_types:
         raise ValueError(
-            f"{where}: rope_type {shortened(kind)} is not supported; {', '.join(_ROPE_TYPES)} are"
+            f"{where}: rope_type {shortened(kind)} is not supported;"
+            f" {', '.join(family.rope_types)} are"
         )
     for key, value in described.items():
         if key not in _ROPE_KEYS and value not in _NEUTRAL:

@@ -4,11 +4,15 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fingpt_lightning.files import read_json
 from fingpt_lightning.terminal.messages import is_panic
 
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Names of the class that computes what ``tokenizer.json`` describes, and nothing else."""
 _PROBE = (
     "Profit rose 5 % to \N{EURO SIGN}1.5 m: \N{LATIN SMALL LIGATURE FI}ne \N{CIRCLED DIGIT ONE}"
 )
@@ -31,9 +35,11 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
     where = folder / gguf_file if gguf_file else folder
     if not gguf_file:
         check_added_tokens(folder)
-    more = {"gguf_file": gguf_file} if gguf_file else {}
+    more: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    # By a network's family transformers may build another tokenizer than the file describes.
+    kind = PreTrainedTokenizerFast if not gguf_file and _is_plain(folder) else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **more)
+        tokenizer = kind.from_pretrained(str(folder), trust_remote_code=False, **more)
     except BaseException as error:  # of many kinds, and all mean that the files are wrong
         if not isinstance(error, Exception) and not is_panic(error):
             raise
@@ -45,6 +51,14 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
     tokenizer.backend_tokenizer.no_padding()
     try_out(tokenizer, where)
     return tokenizer
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether a folder describes its tokenizer whole, in a file of the library tokenizers."""
+    config = folder / "tokenizer_config.json"
+    if not (config.is_file() and (folder / "tokenizer.json").is_file()):
+        return False
+    return read_json(config).get("tokenizer_class") in _PLAIN_CLASSES
 
 
 def check_added_tokens(folder: Path) -> None:
