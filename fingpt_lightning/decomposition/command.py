@@ -62,7 +62,7 @@ def decompose(
     folder appears whole or not at all, and a run that was killed goes on where it was.
 
     Args:
-        model: Hugging Face folder or hub name, GGUF, checkpoint or run folder; GPT-2 or Llama.
+        model: Hugging Face folder or hub name, GGUF, checkpoint or run folder.
         output: Folder to make.
         rank_ratio: Share r / min(in, out) of each layer, to 1; give one of these three.
         compression: Parameters of the dense model over those stored, from 1 on.

@@ -25,7 +25,7 @@ def build_parser() -> OptionParser:
     add(
         "--model",
         required=True,
-        help="Hugging Face folder or hub name, GGUF, checkpoint or run folder; GPT-2 or Llama",
+        help="Hugging Face folder or hub name, GGUF, checkpoint or run folder",
     )
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--rank_ratio", type=_share, help="r / min(in, out) of each layer, to 1")

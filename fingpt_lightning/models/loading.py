@@ -96,7 +96,7 @@ def load_model(
     revision: str | None = None,
     keep_part: Callable[[PreTrainedModel], None] | None = None,
 ) -> LoadedModel:
-    """Loads a GPT-2 or Llama, low-rank or dense, its adapter applied.
+    """Loads a network of a family in `FAMILIES`, low-rank or dense, its adapter applied.
 
     No code of a model runs and nothing is unpickled. No weight is initialized first, and with
     ``quantize`` each layer is quantized as soon as it has been read: memory stays within one

@@ -67,7 +67,7 @@ class _Start(NamedTuple):
 class LowRankPretraining(LanguageModelingModule):
     """A GPT-2 trained with low-rank layers in place of its linear layers, from scratch or on.
 
-    The model to train on is a GPT-2 or a Llama, such as a folder of ``fingpt decompose``.
+    The model to train on is of any family in `FAMILIES`, such as a folder of ``fingpt decompose``.
 
     Args:
         preset: gpt2-nano, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl; null is gpt2-small.

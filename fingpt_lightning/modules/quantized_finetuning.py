@@ -1,4 +1,4 @@
-"""Finetuning adapters on a frozen, quantized Llama or GPT-2.
+"""Finetuning adapters on a frozen, quantized base.
 
 Axes: B batch, T tokens, N supervised tokens, D width, V vocabulary.
 """
