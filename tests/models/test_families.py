@@ -114,8 +114,8 @@ def test_a_family_that_is_not_there_is_refused_with_those_that_are() -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
         family_named("gpt")
     told = (
-        "a.gguf: architecture 'lama' is not supported; gpt2, llama, qwen2, qwen3, gemma2, gemma3"
-        " are; did you mean llama?"
+        "a.gguf: architecture 'lama' is not supported; gpt2, llama, qwen2, qwen3, gemma2, gemma3,"
+        " phi3 are; did you mean llama?"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
         family_of_gguf("lama", "a.gguf")

@@ -95,8 +95,9 @@ def _llama_file(
     network: PreTrainedModel,
     stored: str = "F32",
     more: Mapping[str, Any] | None = None,
+    rope_table: Tensor | None = None,
 ) -> Path:
-    tensors = {}
+    tensors = {} if rope_table is None else {"rope_freqs.weight": rope_table}
     for name, tensor in network.state_dict().items():
         if "q_proj" in name or "k_proj" in name:  # llama.cpp rotates neighbours, not halves
             heads = network.config.num_attention_heads
@@ -177,10 +178,30 @@ def test_weights_are_read_by_name_and_taken_apart(tmp_path: Path, family: str) -
 def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
     network = tiny_llama()
     tensors = {_named(name, _LLAMA_NAMES): tensor for name, tensor in network.state_dict().items()}
-    tensors["rope_freqs.weight"] = torch.ones(8)
+    tensors["rope_more.weight"] = torch.ones(8)
     file = _write(tmp_path / "tiny.gguf", network, tensors, "F32")
-    with pytest.raises(ValueError, match=r"tiny.gguf: 1 weights have no place .*: rope_freqs"):
+    with pytest.raises(ValueError, match=r"tiny.gguf: 1 weights have no place .*: rope_more"):
         load_model(file)
+
+
+def test_the_table_of_a_llama_3_is_its_scaled_rotation(tmp_path: Path) -> None:
+    network = tiny_llama()
+    # Frequencies of wavelengths below 8192 / 4 tokens stay, above 8192 they are divided by 8.
+    frequencies = 10000.0 ** -(torch.arange(8) / 8)
+    wavelengths = 2 * torch.pi / frequencies
+    smooth = (8192 / wavelengths - 1) / 3
+    between = 1 / ((1 - smooth) / 8 + smooth)
+    table = torch.where(wavelengths < 2048, 1.0, torch.where(wavelengths > 8192, 8.0, between))
+    assert table.unique().numel() > 2
+    file = _llama_file(tmp_path / "tiny.gguf", network, rope_table=table)
+    rope = load_model(file).network.config.rope_parameters
+    assert (rope["rope_type"], rope["factor"]) == ("llama3", 8.0)
+    network.model.rotary_emb.inv_freq.div_(table)
+    torch.testing.assert_close(load_model(file).network(ids()).logits, network(ids()).logits)
+    _llama_file(tmp_path / "other.gguf", network, rope_table=torch.linspace(1, 8, 8))
+    told = r"other.gguf: rope_freqs.weight is not that of a Llama 3, which alone is supported"
+    with pytest.raises(ValueError, match=told):
+        load_model(tmp_path / "other.gguf")
 
 
 @pytest.mark.parametrize(

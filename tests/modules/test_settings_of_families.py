@@ -186,7 +186,11 @@ PRETRAINING: dict[str, Row] = {
         {"dropout": 0.3},
         lambda seen: {m.p for b in seen.blocks for m in b.modules() if isinstance(m, nn.Dropout)}
         == {0.3},
-        {"llama": r"dropout 0\.3: a Llama has no dropout"},
+        {
+            name: rf"dropout 0\.3: a {family.title} has no dropout"
+            for name, family in FAMILIES.items()
+            if not family.dropouts
+        },
     ),
     "recompute": Row({"recompute": "block"}, _recomputes),
     "recompute, low_rank": Row({"recompute": "low_rank"}, _recomputes),
