@@ -312,8 +312,8 @@ def test_only_an_export_is_replaced_and_only_when_asked(llama: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("form", "dtype", "message"),
     [
-        ("peft", "float32", "format peft needs an adapter"),
-        ("merged", "float32", "format merged needs an adapter"),
+        ("peft", "float32", "format peft: it needs an adapter"),
+        ("merged", "float32", "format merged: it needs an adapter"),
         ("low_rank", "float32", "the model has no low-rank layer"),
         ("gguf", "float64", "takes the dtypes float32, float16 and bfloat16"),
     ],
