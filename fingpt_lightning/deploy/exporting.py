@@ -9,14 +9,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fingpt_lightning.data.calibration_text import Calibration, shown_moments
 from fingpt_lightning.deploy.comparing import TEXTS, differences, logits_of, probes
 from fingpt_lightning.deploy.export_options import FORMATS
-from fingpt_lightning.deploy.model_card import CARD, Exported, made_by_us, model_card
+from fingpt_lightning.deploy.model_card import CARD, Exported, Reading, made_by_us, model_card
 from fingpt_lightning.files import check_replaceable, put_in_place, scratch_folder
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.models.adapting import adapted_layers, remove_adapters, save_adapter
 from fingpt_lightning.models.expansion import expand, merge_into_base
 from fingpt_lightning.models.families import family_of
 from fingpt_lightning.models.formats.gguf import tokenizer_misfit, write_gguf
-from fingpt_lightning.models.formats.hf_folder import write_network, write_quantized
+from fingpt_lightning.models.formats.hf_folder import (
+    transformers_reads,
+    write_network,
+    write_quantized,
+)
 from fingpt_lightning.models.formats.peft_adapter import ADAPTER_FOLDER, trained_quantization
 from fingpt_lightning.models.formats.quantized_folder import is_low_rank
 from fingpt_lightning.models.formats.tokenizer import write_tokenizer
@@ -113,7 +117,13 @@ def export(
         num_bytes = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
         text = None if calibration is None else calibration.described()
         exported = Exported(form, dtype, num_bytes, num_parameters, tolerance, found, text)
-        (made / CARD).write_text(model_card(source, exported, output.name), encoding="utf-8")
+        reading = Reading(
+            needs_us=not transformers_reads(source.network),  # as it was written
+            adapter_beside=(made / ADAPTER_FOLDER).is_dir(),
+            trained_on=_trained_on(source),
+        )
+        card = model_card(source, exported, output.name, reading)
+        (made / CARD).write_text(card, encoding="utf-8")
         check_output(output, overwrite)  # another process may have been quicker
         put_in_place(made, output)
     return exported

@@ -4,6 +4,7 @@ A cell works, and what is read back answers as its source within the format's ro
 refused in one line that names the formats which fit.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fingpt_lightning.deploy.export_options import FORMATS
 from fingpt_lightning.deploy.exporting import export
@@ -54,6 +55,11 @@ class Stored(NamedTuple):
     @property
     def has_activation(self) -> bool:
         return self.base == "silu"
+
+    @property
+    def needs_us(self) -> bool:
+        """Whether transformers alone does not read it."""
+        return self.is_low_rank or self.embeddings == "quantized"
 
     @property
     def has_codes_for_embedding(self) -> bool:
@@ -198,6 +204,16 @@ def _described(form: str, source: Stored) -> str:
     return f"({'low-rank ' * is_low_rank}{family}{f', {method}' if method else ''})"
 
 
+def _check_claim(out: Path, form: str, source: Stored) -> None:
+    """An export is of a family's model type where transformers alone reads it, else of ours."""
+    family = "llama" if source.base.endswith("llama") else "gpt2"
+    has_other_layers = form in _ROUNDED and source.needs_us
+    is_ours = has_other_layers or (source.is_low_rank and form in ("low_rank", "merged"))
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == ("fingpt_lightning" if is_ours else family)
+    assert ("import fingpt_lightning" in (out / "README.md").read_text()) == is_ours
+
+
 @pytest.mark.parametrize("adapted", [False, True], ids=["bare", "adapted"])
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("form", FORMATS)
@@ -224,6 +240,8 @@ def test_each_format_of_each_stored_format_works_or_is_refused(
     assert again.description.endswith(_described(form, source))
     keeps_codes = form == source.method
     assert (again.source.adapter is not None) == (adapted and (keeps_codes or form == "peft"))
+    if form not in ("gguf", "peft"):
+        _check_claim(out, form, source)
     tokens = again.require_tokenizer().encode(_TEXTS[0], add_special_tokens=False)
     assert tokens == loaded.require_tokenizer().encode(_TEXTS[0], add_special_tokens=False)
 
@@ -282,3 +300,25 @@ def test_embeddings_with_codes_keep_them_and_others_get_them_as_requested(
     assert has_codes == (source.has_codes_for_embedding or embeddings == "quantized")
     if has_codes == source.has_codes_for_embedding:
         assert torch.equal(_logits(again), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "adapted"),
+    [
+        (name, form, adapted)
+        for name in ("low-rank llama", "low-rank gpt2 in nf4", "silu")
+        for form in ("low_rank", "merged", "int8", "nf4", "peft")
+        for adapted in (False, True)
+        if _refusal(form, SOURCES[name], adapted) is None
+    ],
+)
+def test_auto_model_of_transformers_loads_what_only_this_package_reads(
+    name: str, form: str, adapted: bool, models: dict[str, Model], tmp_path: Path
+) -> None:
+    export(models[name].load(adapted), form, tmp_path / "out", texts=_TEXTS)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(network, PreTrainedModel)
+    assert not network.training
+    expected = load_model(tmp_path / "out").network
+    assert type(network) is type(expected)
+    assert torch.equal(_logits(network), _logits(expected))
