@@ -13,6 +13,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
     PreTrainedModel,
+    pipeline,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -60,6 +61,11 @@ def test_a_low_rank_folder_is_loaded_and_generates_by_transformers_own_means(fol
     assert whole[0, IDS.shape[1] :].tolist() == decode(network, IDS.tolist(), 9)[0]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    write = pipeline("text-generation", str(folder), dtype="float32")
+    (text,) = write("Shares fell", max_new_tokens=5, do_sample=False)
+    ids = tokenizer.encode("Shares fell")
+    own = tokenizer.decode(ids + decode(network, [ids], 5)[0])
+    assert text["generated_text"] == own
 
 
 def test_the_config_is_that_of_its_family_around_which_another_type_stands(
