@@ -53,8 +53,8 @@ def _logits(network: PreTrainedModel) -> torch.Tensor:
 
 
 def test_a_low_rank_folder_is_loaded_and_generates_by_transformers_own_means(folder: Path) -> None:
-    network = _load(folder, dtype="float32")
-    assert type(network) is GPT2LMHeadModel
+    network: Any = _load(folder, dtype="float32")
+    assert type(network).__name__ == "GPT2LMHeadModel"
     assert sum(isinstance(layer, LowRankLinear) for layer in network.modules()) == 8
     assert torch.equal(_logits(network), _logits(load_model(folder).network))
     whole = network.generate(IDS, max_new_tokens=9, do_sample=False, eos_token_id=None)

@@ -29,7 +29,7 @@ from fingpt_lightning.models.formats.peft_adapter import (
 )
 from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.quantization.frozen_matrix import Int8Linear, quantization_of
-from fingpt_lightning.models.quantization.layers import is_linear, is_quantized_pair
+from fingpt_lightning.models.quantization.layers import is_linear, is_quantized_low_rank
 from fingpt_lightning.models.quantization.rounding import NF4Matrix, nf4_values
 
 ALL_LINEAR = "all-linear"
@@ -44,7 +44,7 @@ def linear_names(network: PreTrainedModel) -> list[str]:
         is_inside = bool(names) and name.startswith(f"{names[-1]}.")
         if family.is_head(name) or is_inside or module in in_embedding:
             continue
-        if is_linear(module) or is_quantized_pair(module) or isinstance(module, AdaptedLinear):
+        if is_linear(module) or is_quantized_low_rank(module) or isinstance(module, AdaptedLinear):
             names.append(name)
     return names
 

@@ -17,7 +17,7 @@ from fingpt_lightning.models.adapting import (
 )
 from fingpt_lightning.models.families import family_of, head_of
 from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix
-from fingpt_lightning.models.quantization.layers import is_quantized_pair
+from fingpt_lightning.models.quantization.layers import is_quantized_low_rank
 from fingpt_lightning.models.quantization.quantized_embedding import (
     QuantizedEmbedding,
     QuantizedHead,
@@ -37,7 +37,7 @@ def dequantize(network: PreTrainedModel) -> None:
         layer = network.get_submodule(name)
         if isinstance(layer, AdaptedLinear):
             name, layer = f"{name}.base_layer", layer.base_layer
-        if is_quantized_pair(layer):
+        if is_quantized_low_rank(layer):
             down, up = network.get_submodule(f"{name}.down"), network.get_submodule(f"{name}.up")
             factors = Factors(_values(up, dtype), _values(down, dtype))
             bias = getattr(up, "bias", None)

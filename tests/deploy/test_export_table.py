@@ -130,7 +130,8 @@ def _network(base: str) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return network.eval()
+    network.train(False)
+    return network
 
 
 @pytest.fixture(scope="module")

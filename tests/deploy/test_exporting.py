@@ -329,8 +329,12 @@ def test_a_format_that_does_not_fit_is_refused(
 
 def test_a_tokenizer_that_gguf_cannot_say_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed")
-    with pytest.raises(ValueError, match="no byte-level BPE"):
-        export(load_model(save(tiny_llama(), tmp_path / "words")), "gguf", tmp_path / "out")
+    source = load_model(save(tiny_llama(), tmp_path / "words"))
+    fitting = "; the formats hf, int8, nf4 fit it$"
+    with pytest.raises(ValueError, match=f"no byte-level BPE.*{fitting}"):
+        export(source, "gguf", tmp_path / "out")
+    with pytest.raises(ValueError, match=f"gguf: it needs the tokenizer.*{fitting}"):
+        export(source._replace(tokenizer=None), "gguf", tmp_path / "out")
 
 
 def test_the_card_has_the_figures(low_rank: Path, tmp_path: Path) -> None:

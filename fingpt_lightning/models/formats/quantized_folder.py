@@ -17,7 +17,7 @@ from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix
 from fingpt_lightning.models.quantization.layers import (
     bare_layer,
     is_linear,
-    is_quantized_pair,
+    is_quantized_low_rank,
     quantized_layer,
 )
 from fingpt_lightning.models.quantization.quantized_embedding import (
@@ -157,7 +157,7 @@ def is_low_rank(network: PreTrainedModel) -> bool:
     """Whether it has low-rank layers or a factorized embedding, quantized or not."""
     return any(
         isinstance(module, LowRankLinear | LowRankEmbedding)
-        or is_quantized_pair(module)
+        or is_quantized_low_rank(module)
         or (isinstance(module, QuantizedEmbedding) and module.up is not None)
         for module in network.modules()
     )

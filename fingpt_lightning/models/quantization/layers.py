@@ -23,8 +23,8 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear | Conv1D | LowRankLinear)
 
 
-def is_quantized_pair(layer: nn.Module) -> bool:
-    """Whether it is what `quantized_layer` makes of a low-rank layer."""
+def is_quantized_low_rank(layer: nn.Module) -> bool:
+    """Whether it is what `quantized_layer` makes of a low-rank layer: its factors in a row."""
     if not isinstance(layer, nn.Sequential):
         return False
     return [name for name, _ in layer.named_children()] == ["down", "up"]
