@@ -4,6 +4,7 @@ The names below are imported when they are first used: the package alone imports
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,3 +81,44 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _AutoClassesHook:
+    """Registers our model type with transformers' Auto classes as soon as those are imported.
+
+    A finder of modules that finds none itself: it takes what the others find and adds the
+    registration after it, so that this package imports nothing heavy before it is used.
+    """
+
+    MODULES = tuple(f"transformers.models.auto.{end}_auto" for end in ("configuration", "modeling"))
+
+    @classmethod
+    def install(cls) -> None:
+        if not any(type(finder).__name__ == cls.__name__ for finder in sys.meta_path):
+            sys.meta_path.insert(0, cls())
+        for name in cls.MODULES:
+            if name in sys.modules:
+                cls.register(sys.modules[name])
+
+    @staticmethod
+    def register(module: Any) -> None:
+        importlib.import_module("fingpt_lightning.auto_classes").register(module)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in self.MODULES:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((found for found in specs if found is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: Any) -> None:
+                execute(module)
+                self.register(module)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+_AutoClassesHook.install()

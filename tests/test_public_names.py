@@ -43,7 +43,9 @@ def test_the_front_door_is_open_in_a_fresh_process() -> None:
         " f.make_low_rank, f.LowRankLinear, f.vocabulary_loss, f.PipelineStrategy\n"
         "assert callable(f.decompose), 'no package of that name in its place'\n"
         "import callbacks as c; assert f.callbacks.RunSummary is c.RunSummary\n"
-        "from fingpt_lightning.callbacks import MemoryMonitor"
+        "from fingpt_lightning.callbacks import MemoryMonitor\n"
+        "from transformers import AutoConfig\n"
+        "assert type(AutoConfig.for_model('fingpt_lightning')).__name__ == 'FinGPTConfig'"
     )
 
 

@@ -16,19 +16,21 @@ _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 network = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")"""
-_OURS = """from fingpt_lightning.models.loading import load_model
+_OURS = """# pip install fingpt-lightning; without it transformers does not know the model type
+import fingpt_lightning
+"""
+_BESIDE = """
+network = PeftModel.from_pretrained(network, "{name}/adapter")"""
+_PEFT = """from peft import AutoPeftModelForCausalLM
 
-loaded = load_model("{name}")
-network, tokenizer = loaded.network, loaded.tokenizer"""
-_LOADING = {
-    "hf": _TRANSFORMERS,
-    "peft": """from peft import AutoPeftModelForCausalLM
+network = AutoPeftModelForCausalLM.from_pretrained("{name}")"""
+_OUR_PEFT = """# pip install fingpt-lightning; PEFT does not know the layers of the base
+import fingpt_lightning
 
-network = AutoPeftModelForCausalLM.from_pretrained("{name}")""",
-    "gguf": """from llama_cpp import Llama
+network = fingpt_lightning.load_model("{name}").network"""
+_GGUF = """from llama_cpp import Llama
 
-llama = Llama("{name}/model.gguf")""",
-}
+llama = Llama("{name}/model.gguf")"""
 
 
 class Exported(NamedTuple):
@@ -43,22 +45,39 @@ class Exported(NamedTuple):
     calibration: str | None = None
 
 
+class Reading(NamedTuple):
+    """What reads an export.
+
+    Args:
+        needs_us: Whether this package alone does.
+        adapter_beside: Whether an adapter lies beside the network, for PEFT.
+        trained_on: Quantization of the base that the adapter was trained on.
+    """
+
+    needs_us: bool
+    adapter_beside: bool
+    trained_on: str | None
+
+
 def made_by_us(folder: Path) -> bool:
     """Whether a folder is an export, which may be replaced."""
     card = folder / CARD
     return card.is_file() and _MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
-def model_card(source: LoadedModel, exported: Exported, name: str) -> str:
+def model_card(source: LoadedModel, exported: Exported, name: str, reading: Reading) -> str:
     """The text of the card.
 
     Args:
         source: Description of what was exported.
         exported: Figures of the export.
         name: Name of the folder.
+        reading: What reads it.
     """
     found = source.source.adapter
     adapter = f"\nAdapter: `{found}`  " if found is not None else ""
+    if reading.trained_on is not None:
+        adapter += f"\nTrained on: its base in {reading.trained_on}  "
     rows = [
         f"| {x.kind} | {x.num_positions:,} | {x.max_logit_difference:.3g} |"
         f" {x.relative_error:.3g} | {100 * x.equal_predictions:.2f} % |"
@@ -81,7 +100,7 @@ def model_card(source: LoadedModel, exported: Exported, name: str) -> str:
             f"Files: {format_bytes(exported.num_bytes)}",
             "",
             "```python",
-            _LOADING.get(exported.format, _OURS).format(name=name),
+            _loading(exported.format, reading).format(name=name),
             "```",
             "",
             "Logits of this export, loaded again, beside those of its source:",
@@ -96,6 +115,18 @@ def model_card(source: LoadedModel, exported: Exported, name: str) -> str:
             "",
         ]
     )
+
+
+def _loading(form: str, reading: Reading) -> str:
+    if form == "gguf":
+        return _GGUF
+    if form == "peft":
+        return _OUR_PEFT if reading.needs_us else _PEFT
+    if reading.needs_us:
+        return _OURS + _TRANSFORMERS
+    if reading.adapter_beside:  # transformers alone gives the base
+        return f"from peft import PeftModel\n{_TRANSFORMERS}{_BESIDE}"
+    return _TRANSFORMERS
 
 
 def _versions() -> list[str]:

@@ -28,8 +28,8 @@ from fingpt_lightning.models.formats.peft_adapter import (
     write_adapter,
 )
 from fingpt_lightning.models.layout import features_of
-from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix, Int8Linear
-from fingpt_lightning.models.quantization.layers import is_linear
+from fingpt_lightning.models.quantization.frozen_matrix import Int8Linear, quantization_of
+from fingpt_lightning.models.quantization.layers import is_linear, is_quantized_low_rank
 from fingpt_lightning.models.quantization.rounding import NF4Matrix, nf4_values
 
 ALL_LINEAR = "all-linear"
@@ -44,7 +44,7 @@ def linear_names(network: PreTrainedModel) -> list[str]:
         is_inside = bool(names) and name.startswith(f"{names[-1]}.")
         if family.is_head(name) or is_inside or module in in_embedding:
             continue
-        if is_linear(module) or _is_pair(module) or isinstance(module, AdaptedLinear):
+        if is_linear(module) or is_quantized_low_rank(module) or isinstance(module, AdaptedLinear):
             names.append(name)
     return names
 
@@ -152,11 +152,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 def base_quantization(network: nn.Module) -> str | None:
     """The method by which the layers under adapters are quantized; None where they are not."""
-    for layer in adapted_layers(network).values():
-        for module in layer.modules():
-            if isinstance(module, FrozenMatrix):
-                return "int8" if isinstance(module, Int8Linear) else "nf4"
-    return None
+    found = (quantization_of(layer) for layer in adapted_layers(network).values())
+    return next((method for method in found if method is not None), None)
 
 
 def adapter_state(network: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -185,6 +182,8 @@ def save_adapter(
     base: str,
     revision: str | None = None,
     whole: WholeAdapters | None = None,
+    *,
+    trained_on: str | None = None,
 ) -> None:
     """Writes a network's adapters as a PEFT folder; each file aside and then renamed.
 
@@ -194,6 +193,8 @@ def save_adapter(
         base: Path or hub name of the base, for whoever loads the folder.
         revision: Revision of a hub name.
         whole: Adapters of the whole network, where ``network`` is a part of it.
+        trained_on: Quantization of the base that the adapters were trained on, where that is known;
+            None takes that of the network.
     """
     if whole is None:
         options: Mapping[str, AdapterOptions] = {
@@ -212,7 +213,7 @@ def save_adapter(
         Base(base, revision),
         _shortest_names([name for name in there if name in state], there),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
-        base_quantize=base_quantization(network),
+        base_quantize=trained_on or base_quantization(network),
     )
 
 
@@ -345,12 +346,6 @@ def _parts(layer: AdaptedLinear) -> dict[str, Tensor]:
     if layer.lora_magnitude_vector is not None:
         parts[MAGNITUDE] = layer.lora_magnitude_vector
     return parts
-
-
-def _is_pair(module: nn.Module) -> bool:
-    """Whether it is what `quantized_layer` makes of a `LowRankLinear`."""
-    is_sequence = isinstance(module, nn.Sequential)
-    return is_sequence and [name for name, _ in module.named_children()] == ["down", "up"]
 
 
 def _dequantized(layer: Any) -> Tensor:

@@ -1,11 +1,13 @@
 """Networks with what stands beside or instead of dense weights multiplied out."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
+from fingpt_lightning.low_rank import Factors, LowRankEmbedding, LowRankHead, LowRankLinear
 from fingpt_lightning.low_rank.adapters import AdaptedLinear
 from fingpt_lightning.models.adapting import (
     adapted_layers,
@@ -13,15 +15,80 @@ from fingpt_lightning.models.adapting import (
     ends_features,
     linear_names,
 )
-from fingpt_lightning.models.families import family_of
-from fingpt_lightning.models.quantization.quantized_embedding import QuantizedEmbedding
+from fingpt_lightning.models.families import family_of, head_of
+from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix
+from fingpt_lightning.models.quantization.layers import is_quantized_low_rank
+from fingpt_lightning.models.quantization.quantized_embedding import (
+    QuantizedEmbedding,
+    QuantizedHead,
+)
+from fingpt_lightning.models.tied_head import tie_head
+
+
+@torch.no_grad()
+def dequantize(network: PreTrainedModel) -> None:
+    """Puts in the place of quantized layers those that their codes stand for, low-rank or dense.
+
+    Args:
+        network: Network with or without adapters, whose layers may be quantized; changed in place.
+    """
+    dtype = network.dtype
+    for name in linear_names(network):
+        layer = network.get_submodule(name)
+        if isinstance(layer, AdaptedLinear):
+            name, layer = f"{name}.base_layer", layer.base_layer
+        if is_quantized_low_rank(layer):
+            down, up = network.get_submodule(f"{name}.down"), network.get_submodule(f"{name}.up")
+            factors = Factors(_values(up, dtype), _values(down, dtype))
+            bias = getattr(up, "bias", None)
+            network.set_submodule(name, LowRankLinear.from_factors(factors, bias))
+        elif isinstance(layer, FrozenMatrix):
+            bias = getattr(layer, "bias", None)
+            network.set_submodule(name, _dense_layer(network, _values(layer, dtype), bias))
+    embedding = network.get_input_embeddings()
+    if isinstance(embedding, QuantizedEmbedding):
+        _dequantize_embedding(network, embedding)
+    network.requires_grad_(False)
+
+
+def _dequantize_embedding(network: PreTrainedModel, embedding: QuantizedEmbedding) -> None:
+    table = _values(embedding.table, network.dtype)
+    if embedding.up is None:
+        _set_dense_embedding(network, table)
+        return
+    with torch.device("meta"):
+        made = LowRankEmbedding(embedding.num_embeddings, embedding.embedding_dim, table.shape[1])
+    made.table = nn.Parameter(table)
+    made.up = nn.Parameter(_values(embedding.up, network.dtype))
+    network.set_input_embeddings(made)
+    tie_head(network)
+
+
+def _values(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    return cast("FrozenMatrix", layer).values(dtype)
+
+
+def _set_dense_embedding(network: PreTrainedModel, table: Tensor) -> None:
+    """Sets the embedding; a head that shared the parameters of the last shares those of the new."""
+    vocabulary, width = table.shape
+    with torch.device("meta"):
+        embedding = nn.Embedding(vocabulary, width)
+        head = nn.Linear(width, vocabulary, bias=False)
+    embedding.weight = nn.Parameter(table.to(network.dtype), requires_grad=False)
+    network.set_input_embeddings(embedding)
+    if isinstance(head_of(network), LowRankHead | QuantizedHead):
+        network.set_submodule(family_of(network).head, head)
+        network.config.tie_word_embeddings = True
+        network._tied_weights_keys = type(network)._tied_weights_keys
+        head.weight = embedding.weight
 
 
 @torch.no_grad()
 def merge_into_base(network: PreTrainedModel) -> None:
     """Merges each adapter into its layer; a low-rank layer stays one, wider by the adapter's rank.
 
-    Unlike `merge_adapters` it keeps low-rank layers low-rank where that still saves memory.
+    Unlike `merge_adapters` it keeps low-rank layers low-rank where that still saves memory. A
+    quantized network is dequantized.
 
     Args:
         network: Network with adapters on dense, low-rank or quantized layers; changed in place.
@@ -29,6 +96,7 @@ def merge_into_base(network: PreTrainedModel) -> None:
     Raises:
         ValueError: A low-rank layer under an adapter has an activation between its factors.
     """
+    dequantize(network)
     for name, layer in adapted_layers(network).items():
         pair = _widened(layer) if isinstance(layer.base_layer, LowRankLinear) else None
         if pair is None:
@@ -51,34 +119,20 @@ def expand(network: PreTrainedModel) -> None:
     Raises:
         ValueError: A low-rank layer has an activation between its factors.
     """
+    dequantize(network)
     own = family_of(network).dense_layer
     for name in linear_names(network):
         layer = network.get_submodule(name)
         if type(layer) is own:
             continue
-        last = layer[-1] if isinstance(layer, nn.Sequential) else layer
-        weight = (
-            layer.product(torch.float64)
-            if isinstance(layer, LowRankLinear)
-            else dense_weight(layer)
-        )
-        network.set_submodule(name, _dense_layer(network, weight, getattr(last, "bias", None)))
+        if isinstance(layer, LowRankLinear):
+            weight = layer.product(torch.float64)
+        else:
+            weight = dense_weight(layer)
+        network.set_submodule(name, _dense_layer(network, weight, getattr(layer, "bias", None)))
     embedding = network.get_input_embeddings()
-    if isinstance(embedding, LowRankEmbedding | QuantizedEmbedding):
-        table = (
-            embedding.dense_table()
-            if isinstance(embedding, QuantizedEmbedding)
-            else embedding.table.double() @ embedding.up.double().T
-        )
-        with torch.device("meta"):
-            dense = nn.Embedding(embedding.num_embeddings, embedding.embedding_dim)
-            head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
-        dense.weight = nn.Parameter(table.to(network.dtype), requires_grad=False)
-        network.set_input_embeddings(dense)
-        network.set_submodule(family_of(network).head, head)
-        network.config.tie_word_embeddings = True
-        network._tied_weights_keys = type(network)._tied_weights_keys
-        head.weight = dense.weight
+    if isinstance(embedding, LowRankEmbedding):
+        _set_dense_embedding(network, embedding.table.double() @ embedding.up.double().T)
 
 
 def _dense_layer(network: PreTrainedModel, weight: Tensor, bias: Tensor | None) -> nn.Module:

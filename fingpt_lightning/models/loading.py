@@ -20,6 +20,7 @@ from fingpt_lightning.models.formats.hf_folder import (
     GENERATION_CONFIG,
     folder_config,
     folder_weights,
+    make_savable,
 )
 from fingpt_lightning.models.formats.peft_adapter import check_adapter, trained_quantization
 from fingpt_lightning.models.formats.quantized_folder import is_low_rank, place_quantized_layers
@@ -178,6 +179,7 @@ def build_model(
     if source.adapter is not None:
         load_adapter(source.adapter, network, elsewhere)
     network.eval()
+    make_savable(network)
     kind = f"{'low-rank ' if low_rank else ''}{network.config.model_type}"
     if method := stored_as or method:
         kind += f", {method}"

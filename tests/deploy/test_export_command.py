@@ -58,7 +58,7 @@ def test_an_adapter_given_apart_is_merged(export: Export, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--format", "peft"), "format peft needs an adapter"),
+        (("--format", "peft"), "format peft: it needs an adapter"),
         (("--model", "{}/modl"), "did you mean .*model"),
         (("--output", "{}"), "is there, and no export; name another folder"),
         (("--tolerance", "0"), "tolerance 0.0 is not above 0"),

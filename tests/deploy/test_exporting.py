@@ -312,8 +312,8 @@ def test_only_an_export_is_replaced_and_only_when_asked(llama: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("form", "dtype", "message"),
     [
-        ("peft", "float32", "format peft needs an adapter"),
-        ("merged", "float32", "format merged needs an adapter"),
+        ("peft", "float32", "format peft: it needs an adapter"),
+        ("merged", "float32", "format merged: it needs an adapter"),
         ("low_rank", "float32", "the model has no low-rank layer"),
         ("gguf", "float64", "takes the dtypes float32, float16 and bfloat16"),
     ],
@@ -329,8 +329,12 @@ def test_a_format_that_does_not_fit_is_refused(
 
 def test_a_tokenizer_that_gguf_cannot_say_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed")
-    with pytest.raises(ValueError, match="no byte-level BPE"):
-        export(load_model(save(tiny_llama(), tmp_path / "words")), "gguf", tmp_path / "out")
+    source = load_model(save(tiny_llama(), tmp_path / "words"))
+    fitting = "; the formats hf, int8, nf4 fit it$"
+    with pytest.raises(ValueError, match=f"no byte-level BPE.*{fitting}"):
+        export(source, "gguf", tmp_path / "out")
+    with pytest.raises(ValueError, match=f"gguf: it needs the tokenizer.*{fitting}"):
+        export(source._replace(tokenizer=None), "gguf", tmp_path / "out")
 
 
 def test_the_card_has_the_figures(low_rank: Path, tmp_path: Path) -> None:

@@ -19,11 +19,13 @@ KINDS = (
 )
 
 
-def save_clients(base: Path, folder: Path, number: int, quantize: str | None = None) -> list[Path]:
+def save_clients(
+    base: Path, folder: Path, number: int, quantize: str | None = None, first: int = 0
+) -> list[Path]:
     """Folders of adapters for a saved base, of different ranks and kinds in turn."""
     folders = []
     plain = load_model(base, quantize=quantize).network
-    for index in range(number):
+    for index in range(first, first + number):
         network = copy.deepcopy(plain)
         adapt(network, KINDS[index % len(KINDS)], seed=index)
         torch.manual_seed(index)

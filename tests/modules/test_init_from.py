@@ -90,7 +90,7 @@ def test_a_checkpoint_loads_and_resumes_exactly(folder: Path, tmp_path: Path) ->
     kept = LowRankPretraining.load_from_checkpoint(path, weights_only=True)
     assert torch.equal(_logits(loaded), _logits(kept.network))
     config = json.loads((folder / "config.json").read_text())
-    assert loaded.config.model_type == config["model_type"]
+    assert loaded.config.model_type == config["base_model_type"]
 
 
 def test_rows_that_share_their_beginning_are_refused(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_network_with_activations_between_factors_becomes_no_dense_one(tmp_pat
     source = load_model(tmp_path / "end.ckpt")
     told = "a low-rank layer with silu between its factors is no linear map"
     for form in ("hf", "gguf"):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match="have silu between their factors, which no dense"):
             export(source, form, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=told):

@@ -201,7 +201,7 @@ def write_gguf(
 
     Args:
         network: Network in which every layer is one of transformers' own.
-        tokenizer: Byte-level BPE, split as GPT-2 or SmolLM split.
+        tokenizer: Byte-level BPE, split as GPT-2, SmolLM, Llama 3 or Qwen 2 split.
         file: File that is written at once; rename it when it is whole.
         dtype: Dtype of the matrices; vectors stay in float32, which llama.cpp expects.
 
@@ -253,17 +253,27 @@ def _add_shape(writer: Any, config: PreTrainedConfig, facts: GgufFacts) -> None:
         getattr(writer, f"add_{name}")(value)
 
 
+def tokenizer_misfit(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Why a tokenizer cannot be written into a GGUF file; None where it can."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = described["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback") or _split_of(described) is None:
+        return (
+            "the tokenizer is no byte-level BPE that splits as GPT-2, SmolLM, Llama 3 or Qwen 2"
+            " do, the only ones that are written"
+        )
+    if len(begin_tokens(tokenizer)) > 1:
+        return "the tokenizer begins a text with several tokens"
+    return None
+
+
 def _add_tokenizer(
     writer: Any, gguf: Any, tokenizer: PreTrainedTokenizerFast, vocab_size: int
 ) -> None:
+    if (reason := tokenizer_misfit(tokenizer)) is not None:
+        raise ValueError(f"format gguf: {reason}")
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
-    split = _split_of(described)
-    if model["type"] != "BPE" or model.get("byte_fallback") or split is None:
-        raise ValueError(
-            "format gguf: the tokenizer is no byte-level BPE that splits as GPT-2, SmolLM, Llama 3"
-            " or Qwen 2 do, the only ones that are written"
-        )
     special = {added["id"]: added["special"] for added in described["added_tokens"]}
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     tokens, types = [], []
@@ -274,14 +284,12 @@ def _add_tokenizer(
             kind = gguf.TokenType.CONTROL if special[index] else gguf.TokenType.USER_DEFINED
         types.append(int(kind))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split)
+    writer.add_tokenizer_pre(_split_of(described))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     writer.add_token_merges(merges)
     begin = begin_tokens(tokenizer)
-    if len(begin) > 1:
-        raise ValueError("format gguf: the tokenizer begins a text with several tokens")
     bos = begin[0] if begin else tokenizer.bos_token_id
     if bos is not None:
         writer.add_bos_token_id(int(bos))

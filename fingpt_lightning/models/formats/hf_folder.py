@@ -1,6 +1,7 @@
 """Hugging Face folders: safetensors, config and generation config, read and written."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fingpt_lightning.files import read_json, to_json
+from fingpt_lightning.low_rank.adapters import AdaptedLinear
 from fingpt_lightning.models.families import family_named, head_of
 from fingpt_lightning.models.formats.network_config import network_config
 from fingpt_lightning.models.formats.quantized_folder import (
     find_quantized_layers,
+    is_low_rank,
     quantization_config,
     quantized_state,
 )
@@ -24,7 +27,12 @@ from fingpt_lightning.models.formats.safetensors_files import (
 )
 from fingpt_lightning.models.formats.weights import Weights, check_num_layers
 from fingpt_lightning.models.input_moments import InputMoments
-from fingpt_lightning.models.quantization.quantized_embedding import QuantizedHead
+from fingpt_lightning.models.quantization.frozen_matrix import quantization_of
+from fingpt_lightning.models.quantization.quantized_embedding import (
+    QuantizedEmbedding,
+    QuantizedHead,
+)
+from fingpt_lightning.own_format import unwrapped, wrapped
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -36,7 +44,7 @@ def folder_config(folder: Path) -> PreTrainedConfig:
     Raises:
         ValueError: It cannot be read, or requests a feature that is not supported.
     """
-    contents = read_json(folder / CONFIG)
+    contents = unwrapped(read_json(folder / CONFIG), folder / CONFIG)
     contents.pop("quantization_config", None)
     return network_config(contents, folder / CONFIG)
 
@@ -48,7 +56,7 @@ def folder_weights(folder: Path) -> Weights:
         FileNotFoundError: A shard is missing.
         ValueError: Config or weights cannot be read, or are of a kind that is not supported.
     """
-    contents = read_json(folder / CONFIG)
+    contents = unwrapped(read_json(folder / CONFIG), folder / CONFIG)
     family_named(contents.get("model_type"), folder / CONFIG)
     files = _safetensors_files(folder)
     shapes_by_file = {file: stored_shapes(file) for file in files}
@@ -89,6 +97,12 @@ def _safetensors_files(folder: Path) -> tuple[Path, ...]:
     return files
 
 
+def transformers_reads(network: PreTrainedModel) -> bool:
+    """Whether transformers alone reads what is written of a network; `own_format` has the rest."""
+    is_quantized = isinstance(network.get_input_embeddings(), QuantizedEmbedding)
+    return not (is_quantized or is_low_rank(network))
+
+
 def write_network(network: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     """Writes a network without adapters, dense or low-rank.
 
@@ -123,6 +137,42 @@ def write_quantized(
     """
     state = quantized_state(network, method, dtype, embeddings=embeddings, moments=moments)
     _write(network, state, folder, dtype, quantization_config(method, dtype))
+
+
+def make_savable(network: PreTrainedModel) -> None:
+    """Has ``network.save_pretrained`` write what `transformers_reads` denies under our model type.
+
+    That of transformers would write it under the family's, and read it as another network.
+    """
+    if not transformers_reads(network):
+        network.save_pretrained = partial(_save, network)  # type: ignore[method-assign]
+
+
+def _save(
+    network: PreTrainedModel,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: None = None,
+    push_to_hub: bool = False,
+    **_: Any,
+) -> None:
+    """What ``save_pretrained`` of transformers does; how files are cut is not heeded.
+
+    Raises:
+        ValueError: The network has adapters, or other weights or an upload are requested.
+    """
+    if state_dict is not None or push_to_hub:
+        raise ValueError("a low-rank network is saved as it is, in a local folder")
+    if any(isinstance(module, AdaptedLinear) for module in network.modules()):
+        raise ValueError("the network has an adapter: fingpt export writes both")
+    if not is_main_process:
+        return
+    folder, method = Path(save_directory), quantization_of(network)
+    folder.mkdir(parents=True, exist_ok=True)
+    if method is None:
+        write_network(network, folder, network.dtype)
+    else:
+        write_quantized(network, folder, network.dtype, method)
 
 
 def _write(
@@ -166,6 +216,8 @@ def write_config(
     }
     if quantization:
         described["quantization_config"] = quantization
+    if not transformers_reads(network):
+        described = wrapped(described)
     text = to_json(described, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     if network.generation_config is not None:

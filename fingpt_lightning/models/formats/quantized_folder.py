@@ -14,7 +14,12 @@ from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLine
 from fingpt_lightning.models.families import check_plain_embedding, family_of, head_of
 from fingpt_lightning.models.input_moments import InputMoments
 from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix
-from fingpt_lightning.models.quantization.layers import bare_layer, is_linear, quantized_layer
+from fingpt_lightning.models.quantization.layers import (
+    bare_layer,
+    is_linear,
+    is_quantized_low_rank,
+    quantized_layer,
+)
 from fingpt_lightning.models.quantization.quantized_embedding import (
     QuantizedEmbedding,
     QuantizedHead,
@@ -150,9 +155,13 @@ def _set_embedding(network: PreTrainedModel, name: str, embedding: QuantizedEmbe
 
 
 def is_low_rank(network: PreTrainedModel) -> bool:
-    """Whether it has low-rank layers or a factorized embedding."""
-    kinds = (LowRankLinear, LowRankEmbedding)
-    return any(isinstance(module, kinds) for module in network.modules())
+    """Whether it has low-rank layers or a factorized embedding, quantized or not."""
+    return any(
+        isinstance(module, LowRankLinear | LowRankEmbedding)
+        or is_quantized_low_rank(module)
+        or (isinstance(module, QuantizedEmbedding) and module.up is not None)
+        for module in network.modules()
+    )
 
 
 def quantize_layers(
@@ -167,8 +176,8 @@ def quantize_layers(
     Args:
         network: Network on the CPU.
         method: ``nf4`` or ``int8``.
-        embeddings: Whether to quantize the token embedding too, with the head tied to it. Such a
-            network is read by `load_model` alone.
+        embeddings: Whether to quantize the token embedding too, with the head tied to it, where it
+            is not yet.
         moments: Moments of the network's `input_moments`, refreshed: each layer is rounded so that
             its outputs are kept, as soon as its moments come.
     """
@@ -185,8 +194,8 @@ def quantize_layers(
                 network.set_submodule(name, made)
     for name, layer in layers.items():
         network.set_submodule(name, quantized_layer(layer, method, cpu))
-    if embeddings:
-        embedding = network.get_input_embeddings()
+    embedding = network.get_input_embeddings()
+    if embeddings and not isinstance(embedding, QuantizedEmbedding):
         name = next(name for name, module in network.named_modules() if module is embedding)
         assert isinstance(embedding, nn.Embedding | LowRankEmbedding)
         _set_embedding(network, name, QuantizedEmbedding.of(embedding, method, cpu))

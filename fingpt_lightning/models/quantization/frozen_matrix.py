@@ -33,6 +33,14 @@ class FrozenMatrix(Protocol):
         """Some of its rows."""
 
 
+def quantization_of(network: nn.Module) -> str | None:
+    """The method by which a network's matrices are quantized; None where none is."""
+    found = next((m for m in network.modules() if isinstance(m, FrozenMatrix)), None)
+    if found is None:
+        return None
+    return "int8" if isinstance(found, Int8Linear) else "nf4"
+
+
 def row_chunks(
     matrix: FrozenMatrix, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:

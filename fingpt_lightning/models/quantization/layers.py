@@ -23,6 +23,13 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear | Conv1D | LowRankLinear)
 
 
+def is_quantized_low_rank(layer: nn.Module) -> bool:
+    """Whether it is what `quantized_layer` makes of a low-rank layer: its factors in a row."""
+    if not isinstance(layer, nn.Sequential):
+        return False
+    return [name for name, _ in layer.named_children()] == ["down", "up"]
+
+
 def quantized_layer(
     layer: nn.Module,
     quantize: str,
@@ -90,7 +97,8 @@ def _quantized(
     out_features, in_features = weight.shape
     layer = bare_layer(in_features, out_features, bias is not None, quantize, weight.dtype)
     if quantize == "int8":
-        layer.fill(*round_to_int8(weight.to(device), moments))
+        codes, scales = round_to_int8(weight.to(device), moments)
+        layer.fill(codes.contiguous(), scales)  # as they are read, so that products are equal
     else:
         import bitsandbytes
 

@@ -112,7 +112,7 @@ def test_nothing_large_is_stored_unquantised_nor_twice(
     }
     assert plain == {"wpe"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["tie_word_embeddings"] is True
+    assert config["text_config"]["tie_word_embeddings"] is True
     assert config["quantization_config"]["quant_method"] == "bitsandbytes"
     # A quantised table is no layer that an adapter could be put on.
     assert not [name for name in linear_names(network) if ".wte" in name]
@@ -172,6 +172,7 @@ def test_an_embedding_of_other_sizes_than_the_config_is_refused(
     _quantised(source, tmp_path / "out", "int8")
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"vocab_size": 321}))
+    config["text_config"]["vocab_size"] = 321
+    file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"transformer\.wte is 320 x 2\d, the config asks for 321"):
         load_model(tmp_path / "out")
