@@ -44,12 +44,16 @@ def run_ranks(
         folders = [Path(name, str(process_rank)) for process_rank in range(world_size)]
         rendezvous = Path(name, "rendezvous").as_uri()
         call = pickle.dumps((world_size, rendezvous, timeout_s, body, args))
+        # So that ``body`` is found by its name.
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
         ranks = []
         try:
             for folder in folders:
                 folder.mkdir()
                 (folder / "call").write_bytes(call)
-                env = os.environ | {"PYTHONPATH": str(ROOT)}
+                env = os.environ | {
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+                }
                 ranks.append(WarmProcess(["-c", _PROGRAM, folder], env=env))
             _wait_for_all(ranks, folders, timeout_s)
         finally:
@@ -103,12 +107,13 @@ def run_rank(name: str) -> NoReturn:
         name: Folder of the rank, which holds the call and takes its result.
     """
     folder = Path(name)
-    world_size, rendezvous, timeout_s, body, args = pickle.loads((folder / "call").read_bytes())
     process_rank = int(folder.name)
     torch.set_num_threads(1)
     with (folder / "stack").open("w") as stack:
         faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
         try:
+            call = (folder / "call").read_bytes()
+            world_size, rendezvous, timeout_s, body, args = pickle.loads(call)
             torch.distributed.init_process_group(
                 "gloo",
                 init_method=rendezvous,

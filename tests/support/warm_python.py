@@ -2,7 +2,7 @@
 
 A fresh interpreter spends five seconds on these imports before anything of ours happens. A fork is
 otherwise a process of its own: it has the arguments, folder, environment and files that it is
-given, leads a session of its own, and ends with its own status or by a signal. Where its environment
+given, leads a session of its own, and ends with its own status or by a signal. If its environment
 has other variables that libraries read when they are imported, it is a fresh interpreter after all.
 """
 
@@ -193,4 +193,6 @@ def _server() -> _Server:
 
 def running() -> list[int]:
     """Process ids of all that were started here, and by these, and have not ended."""
-    return [process.pid for process in psutil.Process(_server().process.pid).children(recursive=True)]
+    return [
+        process.pid for process in psutil.Process(_server().process.pid).children(recursive=True)
+    ]

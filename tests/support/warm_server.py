@@ -140,7 +140,7 @@ def _main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.send(b"ready")
     option, program, *words = serve(channel)["arguments"]
-    sys.path[:] = [os.getcwd() if option == "-m" else "", *_path_entries(), *site_path]
+    sys.path[:] = [str(Path.cwd()) if option == "-m" else "", *_path_entries(), *site_path]
     sys.orig_argv = [sys.executable, option, program, *words]
     sys.argv = [option, *words]
     if option == "-m":
