@@ -13,8 +13,9 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,11 +43,17 @@ _MAX_REQUEST_BYTES = 2**20
 _NUM_FILES = 4
 
 
-def serve(channel: socket.socket) -> dict[str, Any]:
+def serve(
+    channel: socket.socket, temporaries: Sequence[tempfile.TemporaryDirectory[str]]
+) -> dict[str, Any]:
     """Forks for every request until the other end is closed; returns in a fork only.
 
     A request comes with four files: standard input, output and error, and a pipe. The pipe takes
     the process id at once and the exit status at the end.
+
+    Args:
+        channel: Socket of the requests.
+        temporaries: Folders that every fork has to itself.
 
     Returns:
         The request: ``arguments`` of Python, ``cwd`` and ``env``.
@@ -77,7 +84,7 @@ def serve(channel: socket.socket) -> dict[str, Any]:
                 for file in (woken, wakes, files[3], *pipes.values()):
                     os.close(file)
                 request: dict[str, Any] = json.loads(message)
-                _enter(request, files[:3])
+                _enter(request, files[:3], temporaries)
                 return request
             for file in files[:3]:
                 os.close(file)
@@ -102,7 +109,11 @@ def _end_all(pipes: dict[int, int]) -> NoReturn:
     os._exit(0)
 
 
-def _enter(request: dict[str, Any], files: list[int]) -> None:
+def _enter(
+    request: dict[str, Any],
+    files: list[int],
+    temporaries: Sequence[tempfile.TemporaryDirectory[str]],
+) -> None:
     os.setsid()
     os.chdir(request["cwd"])
     for number, file in enumerate(files):
@@ -111,10 +122,15 @@ def _enter(request: dict[str, Any], files: list[int]) -> None:
     env = request["env"]
     if _read_at_import(env) != _read_at_import(_OWN_ENV):
         os.execve(sys.executable, [sys.executable, *request["arguments"]], env)
-    # Python's own generator is seeded anew in a fork.
-    numpy.random.seed()  # noqa: NPY002
     os.environ.clear()
     os.environ.update(env)
+    # Python's own generator is seeded anew in a fork.
+    numpy.random.seed()  # noqa: NPY002
+    tempfile.tempdir = None  # it was TMPDIR of the server
+    for temporary in temporaries:
+        # The libraries' own, made at their import: each fork removes its own at its end.
+        temporary._finalizer.detach()  # type: ignore[attr-defined]
+        temporary.__init__()  # type: ignore[misc]
 
 
 def _read_at_import(env: Mapping[str, str]) -> dict[str, str]:
@@ -136,10 +152,11 @@ def _main() -> None:
     assert len(threads) == 1, "a fork would lack the other threads"
     site_path = [entry for entry in sys.path[1:] if entry not in _path_entries()]
     gc.collect()
+    temporaries = [x for x in gc.get_objects() if isinstance(x, tempfile.TemporaryDirectory)]
     gc.freeze()  # a collection in a fork would copy the pages of all objects
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.send(b"ready")
-    option, program, *words = serve(channel)["arguments"]
+    option, program, *words = serve(channel, temporaries)["arguments"]
     sys.path[:] = [str(Path.cwd()) if option == "-m" else "", *_path_entries(), *site_path]
     sys.orig_argv = [sys.executable, option, program, *words]
     sys.argv = [option, *words]
