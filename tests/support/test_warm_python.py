@@ -65,6 +65,13 @@ def test_a_program_ends_as_in_a_fresh_interpreter(program: str, status: int, mes
     assert message in done.stdout
 
 
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+def test_a_fork_has_the_rank_of_its_environment(variable: str) -> None:
+    program = "from lightning.pytorch.utilities import rank_zero_only as only; print(only.rank)"
+    done = run_warm(["-c", program], env=os.environ | {variable: "3"}, timeout=60)
+    assert done.stdout == "3\n"
+
+
 def test_forks_do_not_draw_the_same_numbers() -> None:
     program = "import random, numpy; print(random.random(), numpy.random.random())"
     drawn = [run_warm(["-c", program], timeout=60).stdout.split() for _ in range(2)]

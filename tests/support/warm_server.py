@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy
+from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
 _PRELOADED = (
     "callbacks",
@@ -34,8 +35,8 @@ _PRELOADED = (
 )
 # Variables, by the start of their name, that the interpreter or a library reads at its start.
 _READ_AT_IMPORT = (
-    "CUDA_", "HF_", "LD_", "LOCAL_RANK", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTHON", "RANK",
-    "SLURM_", "TORCH_", "TORCHDYNAMO_", "TRANSFORMERS_", "WORLD_SIZE",
+    "CUDA_", "HF_", "LD_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTHON", "TORCH_",
+    "TORCHDYNAMO_", "TRANSFORMERS_",
 )  # fmt: skip
 _READ_LATER = ("PYTHONPATH",)
 _OWN_ENV = dict(os.environ)
@@ -124,6 +125,7 @@ def _enter(
         os.execve(sys.executable, [sys.executable, *request["arguments"]], env)
     os.environ.clear()
     os.environ.update(env)
+    rank_zero_only.rank = _get_rank() or 0  # as Lightning does when it is imported
     # Python's own generator is seeded anew in a fork.
     numpy.random.seed()  # noqa: NPY002
     tempfile.tempdir = None  # it was TMPDIR of the server
