@@ -52,7 +52,7 @@ class WarmProcess:
         stdout: IO[Any] | int = 1,
         stderr: IO[Any] | int = 2,
     ) -> None:
-        self.args = [sys.executable, *map(os.fspath, arguments)]
+        self.args = [sys.executable, *(os.fspath(word) for word in arguments)]
         self.returncode: int | None = None
         request = {
             "arguments": self.args[1:],
@@ -150,8 +150,9 @@ def run_warm(
         try:
             status = process.wait(timeout)
         except subprocess.TimeoutExpired as error:
-            error.stdout, error.stderr = _text(stdout), _text(stderr)
-            raise
+            raise subprocess.TimeoutExpired(
+                process.args, timeout, _text(stdout), _text(stderr)
+            ) from error
         finally:
             if process.returncode is None:
                 process.kill_session()
