@@ -360,11 +360,11 @@ class LowRankPretraining(LanguageModelingModule):
     def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self.guiding.begin_step(self.trainer)
-        self.rounding.lend(self.trainer)
+        self.rounding.apply(self.trainer)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.rounding.take_back()
+        self.rounding.restore()
         super().on_before_optimizer_step(optimizer)
 
     @override
@@ -376,11 +376,11 @@ class LowRankPretraining(LanguageModelingModule):
     @override
     def on_validation_start(self) -> None:
         if self.is_fitting:
-            self.rounding.lend(self.trainer)
+            self.rounding.apply(self.trainer)
 
     @override
     def on_validation_end(self) -> None:
-        self.rounding.take_back()
+        self.rounding.restore()
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
