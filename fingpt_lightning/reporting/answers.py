@@ -121,7 +121,8 @@ def worst(result: TaskResult, count: int) -> list[Answer]:
     """The wrong answers of which the model was most certain, the most certain first.
 
     >>> sure = Answer(1, "a", "yes", "no", 0.9)
-    >>> [a.row for a in worst(TaskResult("t", "", {}, (sure._replace(row=2, confidence=0.6), sure)), 5)]
+    >>> answers = (sure._replace(row=2, confidence=0.6), sure)
+    >>> [answer.row for answer in worst(TaskResult("t", "", {}, answers), 5)]
     [1, 2]
     """
     wrong = [answer for answer in result.answers if answer.is_wrong]

@@ -398,7 +398,7 @@ def test_two_runs_of_one_second_have_folders_of_their_own(
 
 
 @pytest.mark.parametrize(
-    ("signum", "status", "told"),
+    ("signum", "status", "message"),
     [
         (signal.SIGTERM, 143, "ended by SIGTERM"),
         (signal.SIGINT, 130, "interrupted"),
@@ -406,7 +406,7 @@ def test_two_runs_of_one_second_have_folders_of_their_own(
     ids=["terminated", "interrupted"],
 )
 def test_a_run_that_is_told_to_end_does_not_count_as_done(
-    signum: signal.Signals, status: int, told: str, fit: Run, monkeypatch: pytest.MonkeyPatch
+    signum: signal.Signals, status: int, message: str, fit: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def signal_self(*_: Any) -> None:
         os.kill(os.getpid(), signum)
@@ -421,7 +421,7 @@ def test_a_run_that_is_told_to_end_does_not_count_as_done(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert found == status
-    assert _only_error(stderr) == f"fingpt: error: {told}"
+    assert _only_error(stderr) == f"fingpt: error: {message}"
 
 
 def _wait_for_step(runs: Path, step: int, process: WarmProcess) -> None:

@@ -98,7 +98,7 @@ def test_the_smallest_type_that_holds_the_vocabulary_is_taken(
     assert built.open().dtype == built.dtype == dtype
 
 
-def test_a_corpus_is_tokenised_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_corpus_is_tokenized_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     corpus = _Listed([["shares rose"]])
     first = build_token_file(corpus, tokenizer, tmp_path)
     assert build_token_file(corpus, tokenizer, tmp_path) == first
@@ -235,7 +235,7 @@ def test_long_documents_bring_no_warning(
     assert gpt2.decode(tokens[:-1].tolist()) == path.read_text()
 
 
-def test_the_header_tells_what_was_tokenised(
+def test_the_header_tells_what_was_tokenized(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     built = build_token_file(SyntheticCorpus(3, seed=1), tokenizer, tmp_path)

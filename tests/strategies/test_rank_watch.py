@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(300)
 
 def _lose(kind: str, folder: Path) -> tuple[float, list[int | None], list[str]]:
     """Seconds until all ranks had ended, their statuses and what they said."""
-    words = ["-m", lost_ranks.__name__, kind, folder]
+    words = ["-m", lost_ranks.__name__, kind, str(folder)]
     ranks = [
         WarmProcess([*words, str(rank), str(NUM_RANKS)], cwd=ROOT) for rank in range(NUM_RANKS)
     ]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,7 +97,8 @@ def test_what_runs_too_long_is_killed_with_its_children() -> None:
     )
     with pytest.raises(subprocess.TimeoutExpired) as error:
         run_warm(["-c", program], timeout=2)
-    assert error.value.stdout == "begun\n"
+    printed: Any = error.value.stdout
+    assert printed == "begun\n"
     deadline_s = time.monotonic() + 10
     while running() and time.monotonic() < deadline_s:
         time.sleep(0.01)

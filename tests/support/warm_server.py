@@ -125,7 +125,8 @@ def _enter(
         os.execve(sys.executable, [sys.executable, *request["arguments"]], env)
     os.environ.clear()
     os.environ.update(env)
-    rank_zero_only.rank = _get_rank() or 0  # as Lightning does when it is imported
+    # As Lightning does when it is imported.
+    rank_zero_only.rank = _get_rank() or 0  # type: ignore[attr-defined]
     # Python's own generator is seeded anew in a fork.
     numpy.random.seed()  # noqa: NPY002
     tempfile.tempdir = None  # it was TMPDIR of the server
