@@ -132,13 +132,13 @@ def rows(curves: Mapping[str, Mapping[str, Curve]]) -> list[dict[str, Any]]:
 
 def table(curves: Mapping[str, Mapping[str, Curve]]) -> str:
     """The losses of validation by step, and the largest difference of both curves."""
-    pairs = by_split(curves)
+    splits = by_split(curves)
     lines = [
-        [f"step {step}", f"{loss:.4f}", f"{pairs['val']['bfloat16'][step]:.4f}"]
-        for step, loss in pairs["val"]["float32"].items()
+        [f"step {step}", f"{loss:.4f}", f"{splits['val']['bfloat16'][step]:.4f}"]
+        for step, loss in splits["val"]["float32"].items()
     ]
     ends = [
-        f"Largest difference, {name}: {100 * largest_difference(**pairs[split]):.2f} %"
+        f"Largest difference, {name}: {100 * largest_difference(**splits[split]):.2f} %"
         for split, name in (("train", "training"), ("val", "validation"))
     ]
     return "\n\n".join([markdown_table(["validation loss", *CONTENDERS], lines), *ends])

@@ -165,8 +165,8 @@ def _why_no_mount(folder: Path) -> str | None:
         with _mounted(test, MIB):
             return None
     except (OSError, subprocess.CalledProcessError) as error:
-        told = getattr(error, "stderr", "") or str(error)
-        return " ".join(str(told).split())[:_SHOWN]
+        text = getattr(error, "stderr", "") or str(error)
+        return " ".join(str(text).split())[:_SHOWN]
     finally:
         test.rmdir()
 
@@ -181,6 +181,6 @@ def _mounted(folder: Path, num_bytes: int) -> Iterator[None]:
 
 
 def _mount(folder: Path, num_bytes: int, *options: str) -> None:
-    told = ",".join([*options, f"size={num_bytes}"])
-    command = ["mount", "-t", "tmpfs", "-o", told, "tmpfs", str(folder)]
+    mount_options = ",".join([*options, f"size={num_bytes}"])
+    command = ["mount", "-t", "tmpfs", "-o", mount_options, "tmpfs", str(folder)]
     subprocess.run(command, check=True, capture_output=True, text=True)

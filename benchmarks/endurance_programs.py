@@ -171,10 +171,10 @@ def _cache(materials: Path) -> Program:
 
 def _lost_cache(folder: Path, _: Any) -> str | None:
     for header in (folder / "cache").glob("tokens-*.json"):
-        told = json.loads(header.read_text())
+        found = json.loads(header.read_text())
         size = header.with_suffix(".bin").stat().st_size
-        if size != told["num_tokens"] * 2:
-            return f"{header.name} tells of {told['num_tokens']} tokens, there are {size} bytes"
+        if size != found["num_tokens"] * 2:
+            return f"{header.name} tells of {found['num_tokens']} tokens, there are {size} bytes"
     return None
 
 

@@ -206,12 +206,14 @@ def compare_adapters(
             alone += _next_token_logits(network, tokenizer, [row])
     with bank.rows(None):
         base_logits = _next_token_logits(network, tokenizer, rows[:1])[0]
-    pairs = list(zip(mixed, alone, strict=True))
+    answers = list(zip(mixed, alone, strict=True))
     return {
         "num_adapters": num_adapters,
         "batch_size": batch_size,
-        "share_equal_answers": sum(int(a.argmax() == b.argmax()) for a, b in pairs) / len(pairs),
-        "max_logit_difference": max(float((a - b).abs().max()) for a, b in pairs),
+        "share_equal_answers": (
+            sum(int(a.argmax() == b.argmax()) for a, b in answers) / len(answers)
+        ),
+        "max_logit_difference": max(float((a - b).abs().max()) for a, b in answers),
         "logit_change_by_an_adapter": float((alone[0] - base_logits).abs().max()),
         "memory_per_adapter_mib": bank.num_bytes(clients[0]) / 2**20,
         "base_mib": sum(p.nbytes for p in network.parameters()) / 2**20,

@@ -249,8 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ours = rows[-1]
             summary[f"examples_per_s_ratio_{precision}"] = ours["examples_per_s_ratio"]
             summary[f"step_memory_ratio_{precision}"] = ours["peak_memory_ratio"]
-            pairs = zip(outcome.losses["ours"], outcome.losses["trainer"], strict=True)
-            difference = max(abs(a - b) / b for a, b in pairs)
+            losses = zip(outcome.losses["ours"], outcome.losses["trainer"], strict=True)
+            difference = max(abs(a - b) / b for a, b in losses)
             summary[f"max_relative_loss_difference_{precision}"] = difference
     # The largest of the memory ratios, and the difference where rounding does not hide it.
     memory = [value for key, value in summary.items() if key.startswith("step_memory_ratio_")]

@@ -61,7 +61,7 @@ class Run:
 
     Args:
         tasks: Tasks that are trained on.
-        asked: Tasks that are answered afterwards.
+        evaluated: Tasks that are answered afterwards.
         quantize: Quantization of the base.
         seed: Seed of adapters and order; held-out rows differ with it too.
         epochs: Largest number of epochs.
@@ -70,7 +70,7 @@ class Run:
     """
 
     tasks: tuple[str, ...]
-    asked: tuple[str, ...]
+    evaluated: tuple[str, ...]
     quantize: Literal["nf4", "int8"] | None = "nf4"
     seed: int = 1
     epochs: int = 3
@@ -118,12 +118,12 @@ def main() -> None:
     record = begin()
     for name in names:
         before = [row for row in record["rows"] if row["run"] == name]
-        tasks = [t for t in RUNS[name].asked if t not in {row["task"] for row in before}]
+        tasks = [t for t in RUNS[name].evaluated if t not in {row["task"] for row in before}]
         if not tasks:
             continue
-        asked = read_tasks(tasks, options.data_dir, "validation", limit=options.limit)
+        evaluated = read_tasks(tasks, options.data_dir, "validation", limit=options.limit)
         untrained = dict(record["untrained"])
-        _ask_untrained(asked, options, untrained)
+        _ask_untrained(evaluated, options, untrained)
         kept = None if options.adapters is None else options.adapters / re.sub(r"\W+", "_", name)
         if before and kept is not None and kept.is_dir():
             trained = _kept(kept, RUNS[name], options, before[0])
@@ -133,7 +133,7 @@ def main() -> None:
         shared |= {"commit": new_record("", {})["commit"]}
         rows = [
             {**shared, "task": one.task.name, **_ask(network, tokenizer, one, False)}
-            for one in asked
+            for one in evaluated
         ]
         del network, trained
         with record_lock(options.json):
@@ -167,9 +167,9 @@ def _names(text: str) -> list[str]:
 
 
 def _ask_untrained(
-    asked: Sequence[TaskRun], options: argparse.Namespace, untrained: dict[str, dict[str, Any]]
+    evaluated: Sequence[TaskRun], options: argparse.Namespace, untrained: dict[str, dict[str, Any]]
 ) -> None:
-    missing = [one for one in asked if one.task.name not in untrained]
+    missing = [one for one in evaluated if one.task.name not in untrained]
     if not missing:
         return
     base = load_model(options.model, dtype=options.dtype)
@@ -253,7 +253,7 @@ def _train(
     num_examples = trainer.global_step * options.batch_size
     shared = {
         "run": name,
-        **{key: value for key, value in asdict(run).items() if key != "asked"},
+        **{key: value for key, value in asdict(run).items() if key != "evaluated"},
         "steps": trainer.global_step,
         "val_loss": None if best.best_model_score is None else best.best_model_score.item(),
         "examples_per_s": num_examples / seconds,

@@ -145,8 +145,8 @@ def main() -> None:
             found.append((case, outcome))
             if options.show or is_wrong(outcome):
                 last = " | ".join(outcome.output.strip().splitlines()[-_SHOWN_LINES:])[-1500:]
-                told = f"{case.kind} ({case.mutation}): {outcome.status} in {outcome.seconds:.1f} s"
-                print(f"{told}, {outcome.peak_mib:.0f} MiB: {last}", file=sys.stderr)
+                text = f"{case.kind} ({case.mutation}): {outcome.status} in {outcome.seconds:.1f} s"
+                print(f"{text}, {outcome.peak_mib:.0f} MiB: {last}", file=sys.stderr)
     record["rows"] = [
         row_of(kind, [o for c, o in found if c.kind == kind]) for kind in options.kinds
     ]
@@ -657,8 +657,8 @@ def _mutate_json(draw: random.Random, file: Path) -> str:
 def _json_text(tree: object) -> str:
     """Deeper than ``json`` can write, and with NaN."""
     if isinstance(tree, dict):
-        pairs = ",".join(f"{json.dumps(str(k))}:{_json_text(v)}" for k, v in tree.items())
-        return f"{{{pairs}}}"
+        members = ",".join(f"{json.dumps(str(k))}:{_json_text(v)}" for k, v in tree.items())
+        return f"{{{members}}}"
     depth = 0
     while isinstance(tree, list) and len(tree) == 1:
         tree, depth = tree[0], depth + 1

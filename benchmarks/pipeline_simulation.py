@@ -192,8 +192,8 @@ def _row(
     stages = _stages(measured, layout, settings.num_blocks)
     passes = simulate(layout, stages)
     # The blocks alone: what the ends keep is small.
-    blocks_a_stage = settings.num_blocks / layout.num_stages
-    held = peak_held(passes, lambda stage: blocks_a_stage * measured.block_bytes)
+    blocks_per_stage = settings.num_blocks / layout.num_stages
+    held = peak_held(passes, lambda stage: blocks_per_stage * measured.block_bytes)
     end_s = max(p.end_s for p in passes)
     return {
         "schedule": schedule.value,
@@ -245,8 +245,8 @@ def _draw(measured: Measured, schedule: Schedule, record: Path) -> None:
     layout = PipelineLayout(
         schedule, _DRAWN_RANKS, _DRAWN_MICROBATCHES, schedule.default_stages_per_rank
     )
-    blocks_a_stage = 4 // layout.stages_per_rank
-    stages = [measured.stage(blocks_a_stage, False, False)] * layout.num_stages
+    blocks_per_stage = 4 // layout.stages_per_rank
+    stages = [measured.stage(blocks_per_stage, False, False)] * layout.num_stages
     passes = simulate(layout, stages)
     most = max(peak_held(passes).values()) / layout.stages_per_rank
     title = f"{schedule.value}: {bubble_share(passes):.0%} idle, at most {most:g} microbatches held"

@@ -356,8 +356,8 @@ def _rounding_time_s(network: PreTrainedModel, form: str, repeats: int) -> dict[
     times_s = []
     for repeat in range(repeats + 1):
         started_s = time.perf_counter()
-        weights.lend()
-        weights.take_back()
+        weights.apply()
+        weights.restore()
         if repeat:
             times_s.append(time.perf_counter() - started_s)
     return spread(times_s)

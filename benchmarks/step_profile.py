@@ -138,12 +138,12 @@ def bounds_s(
     gradient and two moments in, all but the gradient out).
     """
     budget = work.budget()
-    pairs = contender == "low_rank"
+    is_low_rank = contender == "low_rank"
     flops = dict.fromkeys(LayerKind, 0)
     for layer in budget.layers:
-        flops[layer.kind] += layer.flops_per_token if pairs else layer.dense_flops_per_token
+        flops[layer.kind] += layer.flops_per_token if is_low_rank else layer.dense_flops_per_token
     attention = 3 * flops.pop(LayerKind.ATTENTION) * work.tokens_per_step
-    parameters = budget.total_parameters if pairs else budget.dense_total_parameters
+    parameters = budget.total_parameters if is_low_rank else budget.dense_total_parameters
     logit_bytes = 4 if precision == "fp32" else 2
     return {
         "products": 3 * sum(flops.values()) * work.tokens_per_step / flops_per_s,

@@ -173,12 +173,12 @@ def _build(contender: str, workload: Workload) -> GPT2LMHeadModel:
             use_cache=False,
         )
         return GPT2LMHeadModel(config)
-    pairs = contender == "low_rank"
+    is_low_rank = contender == "low_rank"
     return build_gpt2(
         shape,
         workload.vocab_size,
-        rank=RankRule(workload.rank if pairs else None),
-        embedding_rank=workload.embedding_rank if pairs else None,
+        rank=RankRule(workload.rank if is_low_rank else None),
+        embedding_rank=workload.embedding_rank if is_low_rank else None,
         seed=workload.seed,
     )
 

@@ -75,10 +75,10 @@ class TrainingProgress(ProgressBar):
         is_alone = self._display is None
         began_s = time.monotonic()
         display = self._started()
-        task = display.add_task(what, total=total, told="")
+        task = display.add_task(what, total=total, text="")
 
         def show(done: int) -> None:
-            display.update(task, completed=done, told=f"{done:,}/{total:,}")
+            display.update(task, completed=done, text=f"{done:,}/{total:,}")
 
         try:
             yield show
@@ -101,7 +101,7 @@ class TrainingProgress(ProgressBar):
             "training",
             total=None if total == float("inf") else int(total),
             completed=trainer.global_step,
-            told="",
+            text="",
         )
 
     @override
@@ -170,11 +170,11 @@ class TrainingProgress(ProgressBar):
 
     def _started(self) -> Progress:
         if self._display is None:
-            told = Column(no_wrap=True, overflow="ellipsis")
+            column = Column(no_wrap=True, overflow="ellipsis")
             self._display = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(16),
-                TextColumn("{task.fields[told]}", markup=False, table_column=told),
+                TextColumn("{task.fields[text]}", markup=False, table_column=column),
                 console=Console(stderr=True, highlight=False),
             )
             self._display.start()
@@ -202,7 +202,7 @@ class TrainingProgress(ProgressBar):
         if task.total is not None and num_done:
             left_s = (task.total - step) * (now_s - self._started_s) / num_done
         found = {"train": metrics.get(TRAIN_LOSS), "val": metrics.get(VAL_LOSS)}
-        text = told(
+        text = progress_text(
             step,
             None if task.total is None else int(task.total),
             left_s,
@@ -210,7 +210,7 @@ class TrainingProgress(ProgressBar):
             self._tokens_per_s,
             _memory_bytes(trainer.strategy.root_device),
         )
-        self._display.update(self._training, completed=step, told=text)
+        self._display.update(self._training, completed=step, text=text)
 
     def _begin_evaluating(self, what: str, num_batches: Any) -> None:
         if not self._is_enabled:
@@ -218,7 +218,7 @@ class TrainingProgress(ProgressBar):
         counts = num_batches if isinstance(num_batches, list) else [num_batches]
         total = sum(counts)
         self._evaluating = self._started().add_task(
-            what, total=None if total == float("inf") else total, told=""
+            what, total=None if total == float("inf") else total, text=""
         )
 
     def _advance(self) -> None:
@@ -235,7 +235,7 @@ class TrainingProgress(ProgressBar):
             self._stop()
 
 
-def told(
+def progress_text(
     step: int,
     num_steps: int | None,
     left_s: float | None,
@@ -245,9 +245,9 @@ def told(
 ) -> str:
     """The text behind the bar; what is not known is left out.
 
-    >>> told(1200, 20000, 7384.0, {"train": 3.2141, "val": 3.4}, 8123.4, 3 * 2**29)
+    >>> progress_text(1200, 20000, 7384.0, {"train": 3.2141, "val": 3.4}, 8123.4, 3 * 2**29)
     '1,200/20,000, 2 h 03 min left, loss 3.214, val 3.400, 8,123 tokens/s, 1.5 GiB'
-    >>> told(7, None, None, {}, None, 2**20)
+    >>> progress_text(7, None, None, {}, None, 2**20)
     '7 steps, 1.0 MiB'
     """
     parts = [f"{step:,} steps" if num_steps is None else f"{step:,}/{num_steps:,}"]

@@ -1,8 +1,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import yaml
 
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.cli.trainer import FinGPTCLI, build_trainer_command
+from tests.support.warm_python import run_warm
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNNABLE = sorted(CONFIGS.glob("*.yaml"))
@@ -82,8 +81,7 @@ def test_a_debug_config_runs(
     cache = ["--data.cache_dir", str(tmp_path / "cache")] if "finetune" not in path.stem else []
     words = ["fit", "--config", str(path), *cache, "--trainer.logger", "false"]
     if "pipeline" in path.stem:  # Lightning starts the other process by this one's command line
-        command = [sys.executable, "-m", "fingpt_lightning", *words]
-        printed = subprocess.run(command, capture_output=True, text=True, timeout=200).stdout
+        printed = run_warm(["-m", "fingpt_lightning", *words], timeout=200).stdout
     else:
         main(words)
         printed = capsys.readouterr().out

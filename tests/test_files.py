@@ -6,8 +6,6 @@ import math
 import os
 import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +26,7 @@ from fingpt_lightning.files import (
     write_whole,
     written_whole,
 )
+from tests.support.warm_python import run_warm
 
 _KILLED = """
 import os, signal, sys
@@ -81,7 +80,7 @@ def test_file_and_folder_are_on_the_disk_before_and_after_the_rename(
 
 
 def test_what_killed_processes_left_goes_with_the_next_writer(tmp_path: Path) -> None:
-    killed = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], check=False)
+    killed = run_warm(["-c", _KILLED, tmp_path], timeout=60)
     assert killed.returncode < 0
     left = {path.name.rpartition(".")[0].rpartition(".")[0] for path in tmp_path.glob("*.partial")}
     assert left == {"file", "folder"}

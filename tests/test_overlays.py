@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -120,7 +119,7 @@ def test_slurm_on_two_nodes_equals_one_process_whatever_the_clocks_say(
     tmp_path: Path, cache: Path, truth: dict[tuple[str, int], float]
 ) -> None:
     on_nodes = ("--trainer.num_nodes", "2", "--trainer.devices", "1")
-    command = [sys.executable, "-c", SKEWED_PROGRAM, *_words("fsdp", cache, *TWO_RANKS, *on_nodes)]
+    command = ["-c", SKEWED_PROGRAM, *_words("fsdp", cache, *TWO_RANKS, *on_nodes)]
     job = {
         "SLURM_JOB_ID": "4217", "SLURM_JOB_NAME": "pretrain", "SLURM_NODELIST": "localhost",
         "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1",
@@ -157,7 +156,7 @@ def test_a_pipeline_of_two_processes_equals_one_process(
     """Started as on a laptop: Lightning makes the second process."""
     words = _words("pipeline", cache, *ONE_RANK, "--trainer.devices", "2")
     trace = ("--trainer.callbacks+", "callbacks.PipelineTrace")
-    command = [sys.executable, "-m", "fingpt_lightning", *words, *trace]
+    command = ["-m", "fingpt_lightning", *words, *trace]
     (code,), output = run_together(tmp_path, [command])
     assert code == 0, output
     _assert_one_run(tmp_path, truth)
@@ -172,7 +171,7 @@ def test_a_pipeline_that_loses_a_rank_ends_within_seconds_and_says_so(
 ) -> None:
     dying = ("--trainer.callbacks+", '{"class_path": "tests.test_overlays.DyingRank"}')
     words = _words("pipeline", cache, *ONE_RANK, "--trainer.devices", "2", *dying)
-    (code,), output = run_together(tmp_path, [[sys.executable, "-m", "fingpt_lightning", *words]])
+    (code,), output = run_together(tmp_path, [["-m", "fingpt_lightning", *words]])
     assert code != 0
     assert time.time() - float((tmp_path / "died_at").read_text()) < 15
     assert "fingpt: error: rank 1 (host " in output, output

@@ -116,11 +116,11 @@ class WeightedOrder:
     def identity(self) -> dict[str, int | str]:
         """Names, sizes and shares, and the number of blocks per epoch."""
         whole = sum(self.shares)
-        told = [
+        shares = [
             f"{share}/{whole} from {part.num_blocks} of {part.name}"
             for part, share in zip(self.parts, self.shares, strict=True)
         ]
-        return {"num_blocks": len(self), "mixture": ", ".join(told)}
+        return {"num_blocks": len(self), "mixture": ", ".join(shares)}
 
 
 def whole_shares(weights: Sequence[float]) -> list[int]:

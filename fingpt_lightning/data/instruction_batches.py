@@ -81,12 +81,12 @@ def _num_shared(rows: Sequence[dict[str, Tensor]]) -> int:
     """Tokens that all rows begin with, before any of them has a label."""
     if len(rows) == 1:
         return 0
-    shortest = min(_num_unlabelled(row["labels"]) for row in rows)
+    shortest = min(_num_unlabeled(row["labels"]) for row in rows)
     ids = torch.stack([row["input_ids"][:shortest] for row in rows])
     return int((ids == ids[0]).all(0).long().cumprod(0).sum())
 
 
-def _num_unlabelled(labels: Tensor) -> int:
+def _num_unlabeled(labels: Tensor) -> int:
     """Tokens before the first label, except the last token."""
-    labelled = (labels != IGNORED_LABEL).nonzero()
-    return int(labelled[0]) if len(labelled) else len(labels) - 1
+    labeled = (labels != IGNORED_LABEL).nonzero()
+    return int(labeled[0]) if len(labeled) else len(labels) - 1

@@ -221,14 +221,14 @@ class FinancialInstructions(TokenizedData):
     def _encode(self, tasks: Sequence[Sequence[Example]]) -> list[list[InstructionRow | None]]:
         encoded = []
         for number, (name, examples) in enumerate(zip(self.weights, tasks, strict=True)):
-            is_labelled = name == SYNTHETIC or self._tasks[name].kind == "labels"
+            is_labeled = name == SYNTHETIC or self._tasks[name].kind == "labels"
             try:
                 rows, num_cut = encode_rows(
                     self.tokenizer,
                     examples,
                     self.block_length,
                     number,
-                    is_labelled,
+                    is_labeled,
                     self.too_long,
                 )
             except ValueError as error:

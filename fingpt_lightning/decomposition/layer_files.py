@@ -205,17 +205,17 @@ def spectrum_file(folder: Path, name: str) -> Path:
     return folder / "spectra" / f"{name}.safetensors"
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], told: str = "") -> None:
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], note: str = "") -> None:
     """Writes a file aside and then renames it: it is whole or not there.
 
     Args:
         file: File of safetensors.
         tensors: Tensors by name.
-        told: Text that is kept with them.
+        note: Text that is kept with them.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as aside:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, aside, {"told": told})
+        save_file({name: x.contiguous() for name, x in tensors.items()}, aside, {"note": note})
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -230,8 +230,8 @@ def read_result(folder: Path, name: str) -> LayerResult | None:
     if not file.is_file():
         return None
     with safe_open(file, "pt") as opened:
-        told = opened.metadata()["told"]
-    return LayerResult(**json.loads(told))
+        note = opened.metadata()["note"]
+    return LayerResult(**json.loads(note))
 
 
 def begin_worker(parent: int) -> None:

@@ -27,12 +27,12 @@ def build_parser() -> OptionParser:
         required=True,
         help="Hugging Face folder or hub name, GGUF, checkpoint or run folder",
     )
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--rank_ratio", type=_share, help="r / min(in, out) of each layer, to 1")
-    asked.add_argument(
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--rank_ratio", type=_share, help="r / min(in, out) of each layer, to 1")
+    target.add_argument(
         "--compression", type=_compression, help="parameters of the dense model over those stored"
     )
-    asked.add_argument(
+    target.add_argument(
         "--energy", type=_share, help="share of the squared singular values that each layer keeps"
     )
     add("--output", type=Path, required=True, help="folder that is made")

@@ -424,9 +424,9 @@ def _assembled(
         assert found is not None, layer.name
         results[layer.name] = found
     embedding = None if source.embedding is None else source.embedding.name
-    pairs = {name for name, result in results.items() if result.rank is not None}
+    decomposed = {name for name, result in results.items() if result.rank is not None}
     dtype = DTYPES[request.dtype]
-    stored = _written_shards(_whole_tensors(source, folder, pairs, embedding, dtype), whole)
+    stored = _written_shards(_whole_tensors(source, folder, decomposed, embedding, dtype), whole)
     shapes = {name: tuple(shape) for name, shape in stored.items()}
     network = lay_out(source.weights.config, shapes)
     missing = {name for name, _ in network.named_parameters()} - stored.keys()
@@ -453,14 +453,14 @@ def _assembled(
 
 
 def _whole_tensors(
-    source: Source, folder: Path, pairs: set[str], embedding: str | None, dtype: torch.dtype
+    source: Source, folder: Path, decomposed: set[str], embedding: str | None, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """All weights of the new network, one layer after the other."""
     own = {name for name, _ in source.network.named_parameters()}  # tied parameters once
     for stored, tensor in source.weights.tensors:
         name = full_name(source.network, stored)
         layer, _, part = name.rpartition(".")
-        if layer in pairs and part == "weight":
+        if layer in decomposed and part == "weight":
             factors = read_tensors(result_file(folder, layer))
             if layer == embedding:
                 yield f"{layer}.table", factors["up"]

@@ -71,8 +71,8 @@ def answer_scores(
     greedy_S = torch.zeros_like(kept_S)
     if any(kept):
         needed_N, place_of_kept = place_S[kept_S].unique(return_inverse=True)
-        normaliser_N, likeliest_N = _over_vocabulary(features_NK[needed_N], weight_VK, softcap)
-        score_S[kept_S] -= normaliser_N[place_of_kept]
+        normalizer_N, likeliest_N = _over_vocabulary(features_NK[needed_N], weight_VK, softcap)
+        score_S[kept_S] -= normalizer_N[place_of_kept]
         greedy_S[kept_S] = likeliest_N[place_of_kept] == token_S[kept_S]
     return _by_answer(trees, score_S, greedy_S, relative)
 
@@ -88,12 +88,12 @@ def _over_vocabulary(
     wide = torch.promote_types(features_NK.dtype, torch.float32)
     num_rows = max(1, _LOGIT_BYTES // (len(weight_VK) * wide.itemsize))
     weight_VK = weight_VK.to(features_NK.dtype)
-    normalisers, likeliest = [], []
+    normalizers, likeliest = [], []
     for features_CK in features_NK.split(num_rows):
         logits_CV = capped((features_CK @ weight_VK.T).to(wide), softcap)
-        normalisers.append(logits_CV.logsumexp(1))
+        normalizers.append(logits_CV.logsumexp(1))
         likeliest.append(logits_CV.argmax(1))
-    return torch.cat(normalisers), torch.cat(likeliest)
+    return torch.cat(normalizers), torch.cat(likeliest)
 
 
 def _by_answer(

@@ -82,5 +82,5 @@ def num_common_tokens(rows: Sequence[Sequence[Text]]) -> int:
 
 
 def _num_equal(one: Sequence[int], other: Sequence[int]) -> int:
-    pairs = zip(one, other, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    positions = zip(one, other, strict=False)
+    return sum(1 for _ in takewhile(lambda two: two[0] == two[1], positions))

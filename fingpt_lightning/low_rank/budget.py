@@ -179,8 +179,8 @@ class ModelBudget:
             )
         for kind, ranks in self._ranks_by_kind().items():
             smallest, largest = min(ranks), max(ranks)
-            told = str(largest) if smallest == largest else f"{smallest} - {largest}"
-            table.add_row(f"rank, {kind}", told, "", "")
+            text = str(largest) if smallest == largest else f"{smallest} - {largest}"
+            table.add_row(f"rank, {kind}", text, "", "")
         table.add_row("linear share of parameters", "", f"{self.linear_parameter_share:.1%}", "")
         table.add_row("linear share of FLOP", "", f"{self.linear_flop_share:.1%}", "")
         return table

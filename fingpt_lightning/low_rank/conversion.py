@@ -197,7 +197,7 @@ def _obstacles(network: nn.Module, layers: Mapping[str, _Layer]) -> dict[str, st
         if module in under_adapters:
             found[name] = "it is under an adapter; merge or remove the adapters first"
         elif weight is not None and not weight.is_floating_point():
-            found[name] = f"it is quantised ({type(module).__name__}); start from the model before"
+            found[name] = f"it is quantized ({type(module).__name__}); start from the model before"
         elif not _is_plain(module):
             found[name] = f"it is a {type(module).__name__}, whose forward pass is its own"
         elif weight is None:

@@ -82,7 +82,7 @@ def ratio_for_parameters(sizes: Mapping[str, Size], target: int) -> float:
 
 
 def parameters_left(
-    sizes: Mapping[str, Size], compression: float, dense: int, fixed: int, asked: str, hint: str
+    sizes: Mapping[str, Size], compression: float, dense: int, fixed: int, requested: str, hint: str
 ) -> int:
     """What a total compression leaves for some layers.
 
@@ -91,20 +91,21 @@ def parameters_left(
         compression: All parameters of the dense network over all that are stored.
         dense: All parameters of the dense network.
         fixed: Stored parameters beside these layers.
-        asked: The target as it was requested, for the message.
+        requested: The target as it was requested, for the message.
         hint: Way to make the fixed parameters fewer, for the message.
 
     Raises:
         ValueError: Rank 1 everywhere takes more.
 
-    >>> parameters_left({"a": (8, 24)}, 2.0, dense=300, fixed=90, asked="", hint="")
+    >>> parameters_left({"a": (8, 24)}, 2.0, dense=300, fixed=90, requested="", hint="")
     60
     """
     left = round(dense / compression) - fixed
     least = total_parameters(sizes, {name: resolve_rank(1, *size) for name, size in sizes.items()})
     if least > left:
+        highest = dense / (fixed + least)
         raise ValueError(
-            f"{asked} is out of reach: rank 1 everywhere gives {dense / (fixed + least):.2f}, for"
+            f"{requested} is out of reach: rank 1 everywhere gives {highest:.2f}, for"
             f" {fixed:,} parameters stay as they are; {hint}"
         )
     return left

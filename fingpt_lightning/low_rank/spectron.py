@@ -25,8 +25,8 @@ _NUMBERS_AT_A_TIME = 2**24
 
 def low_rank_factors(network: nn.Module) -> list[nn.Parameter]:
     """The trained factors of all low-rank layers: down, up, down, up, in the order of the names."""
-    pairs = [m for m in network.modules() if isinstance(m, LowRankLinear)]
-    return [p for m in pairs if m.down.requires_grad for p in (m.down, m.up)]
+    layers = [m for m in network.modules() if isinstance(m, LowRankLinear)]
+    return [p for m in layers if m.down.requires_grad for p in (m.down, m.up)]
 
 
 def orthogonalized(matrices: Float[Tensor, "*N R F"]) -> Float[Tensor, "*N R F"]:

@@ -294,5 +294,5 @@ def initialize(
                 continue
         filled.update(module.parameters(recurse=False))
     missed = [name for name, p in network.named_parameters() if p not in filled]
-    assert not missed, f"not initialised: {missed}"
+    assert not missed, f"not initialized: {missed}"
     assert not list(network.buffers()), "buffers would be left unfilled"

@@ -360,11 +360,11 @@ class LowRankPretraining(LanguageModelingModule):
     def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self.guiding.begin_step(self.trainer)
-        self.rounding.lend(self.trainer)
+        self.rounding.apply(self.trainer)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.rounding.take_back()
+        self.rounding.restore()
         super().on_before_optimizer_step(optimizer)
 
     @override
@@ -376,11 +376,11 @@ class LowRankPretraining(LanguageModelingModule):
     @override
     def on_validation_start(self) -> None:
         if self.is_fitting:
-            self.rounding.lend(self.trainer)
+            self.rounding.apply(self.trainer)
 
     @override
     def on_validation_end(self) -> None:
-        self.rounding.take_back()
+        self.rounding.restore()
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -413,19 +413,20 @@ class LowRankPretraining(LanguageModelingModule):
 
     def _factor_groups(self) -> list[dict[str, Any]]:
         decay = self.hparams["weight_decay"]
-        pairs: dict[str, Any] = {"weight_decay": decay}
+        factor_settings: dict[str, Any] = {"weight_decay": decay}
         dense: dict[str, Any] = {"weight_decay": decay}
         if self._decays_products:
-            pairs = {"weight_decay": 0.0, "product_decay": decay}
+            factor_settings = {"weight_decay": 0.0, "product_decay": decay}
         if self.hparams["optimizer"] == "spectron":
             steps = {
                 "lr": self.hparams["spectron_learning_rate"],
                 "momentum": self.hparams["spectron_momentum"],
             }
-            pairs |= steps | {"is_low_rank": True, "expansion": self.hparams["factor_expansion"]}
+            expansion = self.hparams["factor_expansion"]
+            factor_settings |= steps | {"is_low_rank": True, "expansion": expansion}
             dense |= steps | {"is_dense": True}
         moved_alike = dense if self.hparams["spectron_dense"] else None
-        return factor_groups(self.network, decay, pairs, moved_alike)
+        return factor_groups(self.network, decay, factor_settings, moved_alike)
 
     @property
     def _decays_products(self) -> bool:

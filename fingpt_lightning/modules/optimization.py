@@ -72,8 +72,8 @@ def factor_groups(
         dense_settings: Settings of the group of matrices in blocks that are not factors; None
             leaves them with the other matrices.
     """
-    pairs = low_rank_factors(network)
-    among_factors = {id(p) for p in pairs}
+    factors = low_rank_factors(network)
+    among_factors = {id(p) for p in factors}
     others = [p for p in network.parameters() if p.requires_grad and id(p) not in among_factors]
     dense = [] if dense_settings is None else dense_in_blocks(network)
     in_dense = {id(p) for p in dense}
@@ -81,7 +81,7 @@ def factor_groups(
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-        {"params": pairs, **factor_settings},
+        {"params": factors, **factor_settings},
     ]
     return groups if dense_settings is None else [*groups, {"params": dense, **dense_settings}]
 

@@ -64,17 +64,17 @@ class RoundingSchedule:
         self._weights = RoundedWeights(network, self._method)
         module.register_state_dict_pre_hook(self._give_whole_state)  # type: ignore[no-untyped-call]
 
-    def lend(self, trainer: Trainer) -> None:
+    def apply(self, trainer: Trainer) -> None:
         """Rounds the weights where the run is far enough."""
         if self._weights is None:
             return
         if trainer.global_step >= round(self._start * trainer.estimated_stepping_batches):
-            self._weights.lend()
+            self._weights.apply()
 
-    def take_back(self) -> None:
+    def restore(self) -> None:
         """Puts the weights themselves back where they are rounded."""
         if self._weights is not None:
-            self._weights.take_back()
+            self._weights.restore()
 
     def _give_whole_state(self, *_: Any) -> None:
-        self.take_back()
+        self.restore()

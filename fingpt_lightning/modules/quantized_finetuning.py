@@ -253,9 +253,9 @@ class QuantizedFinetuning(LanguageModelingModule):
 
         Cost: one more forward pass, without gradients.
         """
-        is_labelled = batch["labels"] != IGNORED_LABEL
-        is_before_a_label = is_labelled.flip(1).cumsum(1).flip(1) > 0
-        positions = (is_before_a_label & ~is_labelled).flatten().nonzero().squeeze(1)
+        is_labeled = batch["labels"] != IGNORED_LABEL
+        is_before_a_label = is_labeled.flip(1).cumsum(1).flip(1) > 0
+        positions = (is_before_a_label & ~is_labeled).flatten().nonzero().squeeze(1)
         if not len(positions):
             raise ValueError(
                 f"model.kl_weight {self.hparams['kl_weight']:g} compares with the base where"

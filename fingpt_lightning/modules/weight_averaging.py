@@ -79,6 +79,6 @@ class _MultipleUnlessEqual:
     def __call__(
         self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor | int
     ) -> None:
-        pairs = [(a, c) for a, c in zip(averaged, current, strict=True) if not torch.equal(a, c)]
-        if pairs:
-            self._average([a for a, _ in pairs], [c for _, c in pairs], num_averaged)
+        unequal = [(a, c) for a, c in zip(averaged, current, strict=True) if not torch.equal(a, c)]
+        if unequal:
+            self._average([a for a, _ in unequal], [c for _, c in unequal], num_averaged)

@@ -200,7 +200,7 @@ def partition(
         cost = costs.stage(Span(first, end, stage == 0, stage == layout.num_stages - 1))
         if balance is Balance.TIME:
             return cost.flops_per_token
-        return workload.stage_bytes(cost, _passes_a_stage(layout, stage))
+        return workload.stage_bytes(cost, _passes_per_stage(layout, stage))
 
     return spans_of(minimax(num_blocks, layout.num_stages, cost_of))
 
@@ -236,7 +236,7 @@ def to_table(
     stages = [costs.stage(span) for span in spans]
     all_flops = sum(cost.flops_per_token for cost in stages)
     for stage, (span, cost) in enumerate(zip(spans, stages, strict=True)):
-        held = workload.stage_bytes(cost, _passes_a_stage(layout, stage))
+        held = workload.stage_bytes(cost, _passes_per_stage(layout, stage))
         table.add_row(
             str(stage),
             str(layout.rank_of(stage)),
@@ -254,5 +254,5 @@ def to_table(
     return table
 
 
-def _passes_a_stage(layout: PipelineLayout, stage: int) -> float:
+def _passes_per_stage(layout: PipelineLayout, stage: int) -> float:
     return layout.passes_in_flight(layout.rank_of(stage)) / layout.stages_per_rank

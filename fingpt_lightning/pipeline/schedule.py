@@ -63,7 +63,7 @@ def schedule_named(name: str) -> Schedule:
     raise ValueError(f"schedule {name!r} is none of {', '.join(Schedule)}{hint}")
 
 
-_MICROBATCHES_A_RANK = 4
+_MICROBATCHES_PER_RANK = 4
 """Most per rank in `largest_layout`: with more, less time is idle, but products become small."""
 
 
@@ -189,7 +189,7 @@ def largest_layout(
     6
     """
     refusal = ""
-    for count in range(min(batch_size, _MICROBATCHES_A_RANK * num_ranks), 0, -1):
+    for count in range(min(batch_size, _MICROBATCHES_PER_RANK * num_ranks), 0, -1):
         if batch_size % count == 0:
             try:
                 return PipelineLayout(schedule, num_ranks, count, stages_per_rank)

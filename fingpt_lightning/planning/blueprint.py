@@ -202,13 +202,13 @@ def _blueprint(
     mode: FakeTensorMode,
     costs: NetworkCosts,
     dense_parameters: int | None,
-    bytes_of_quantised: dict[str, float],
+    bytes_of_quantized: dict[str, float],
 ) -> Blueprint:
     named = dict(network.named_parameters())
     whole = storage_bytes([*named.values(), *network.buffers()])
     saved = sum(
         named[name].numel() * (named[name].itemsize - width)
-        for name, width in bytes_of_quantised.items()
+        for name, width in bytes_of_quantized.items()
     )
     trained = [p for p in named.values() if p.requires_grad]
     lasting = {name: p for name, p in named.items() if not is_guide(name)}

@@ -58,7 +58,7 @@ _LOOKED_AT = 200
 _WARMUP_STEPS = 2
 _FREE_SHARE = 0.8
 """Share of free memory that a calibration may take by account, which leaves libraries out."""
-_LABELS_A_ROW = 4
+_LABELS_PER_ROW = 4
 _GPT2_VOCABULARY = 50257
 _MAX_COUNTED_BLOCKS = 4
 _MEASURED = ("weights", "gradients", "optimizer", "activations")
@@ -69,7 +69,7 @@ class _Data(NamedTuple):
     """The largest batch, and how many there are; ``note`` explains assumed values."""
 
     batch: Any
-    tokens_a_batch: float
+    tokens_per_batch: float
     num_batches: int | None
     vocabulary_size: int
     note: str | None
@@ -153,7 +153,7 @@ def _plan(
         batches = batches_seen(data.num_batches // replicas, settings.trainer.limit_train_batches)
     accumulate = settings.trainer.accumulate_grad_batches
     lasts = run_length(settings.trainer.max_steps, settings.trainer.max_epochs, batches, accumulate)
-    tokens_a_step = round(data.tokens_a_batch * accumulate * replicas)
+    tokens_a_step = round(data.tokens_per_batch * accumulate * replicas)
     device = trainer.strategy.root_device
     free = _free_bytes(device)
     measured: dict[str, int] | None = None
@@ -166,9 +166,9 @@ def _plan(
             measured, step_time_s = _calibrated(cli)
     is_calibrated = step_time_s is not None
     if step_time_s is None and lasts.steps is not None:
-        batch_s, told = _time_by_flops(made, cli.model, data.batch, trainer)
+        batch_s, note = _time_by_flops(made, cli.model, data.batch, trainer)
         step_time_s = accumulate * batch_s
-        notes.append(told)
+        notes.append(note)
     plan = {
         "config": _name(settings),
         "parameters": made.parameters,
@@ -205,14 +205,14 @@ def _read_data(cli: LightningCLI) -> _Data:
             datamodule.prepare_data()
             datamodule.setup("fit")
             loader = datamodule.train_dataloader()
-            batch, tokens_a_batch = _largest(itertools.islice(loader, _num_looked_at(cli)))
-            return _Data(batch, tokens_a_batch, len(loader), datamodule.vocabulary_size, note)
+            batch, tokens_per_batch = _largest(itertools.islice(loader, _num_looked_at(cli)))
+            return _Data(batch, tokens_per_batch, len(loader), datamodule.vocabulary_size, note)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             refusal = " ".join(str(error).split())
     shape = (int(datamodule.batch_size), int(datamodule.block_length))
     labels = torch.zeros(shape, dtype=torch.int64)
     if not isinstance(cli.model, LowRankPretraining):
-        labels[:, _LABELS_A_ROW:] = IGNORED_LABEL
+        labels[:, _LABELS_PER_ROW:] = IGNORED_LABEL
     batch = {"input_ids": torch.zeros(shape, dtype=torch.int64), "labels": labels}
     note = (
         f"the data were not read ({refusal}): {shape[0]} full rows of {shape[1]} tokens are assumed"
@@ -368,11 +368,11 @@ def _time_by_flops(
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
         peak, source = measured_peak_flops_per_s(device, dtypes[name]), "products timed just now"
     seconds = flops / (peak * trainer.world_size / _num_replicas(trainer))
-    told = (
+    note = (
         f"no step was timed: the time is that of the operations at {peak / 1e12:.3g} TFLOP/s, the"
         f" peak of {device.type} in {name} by {source}; a run takes longer"
     )
-    return float(seconds), told
+    return float(seconds), note
 
 
 def _stages(cli: LightningCLI, made: Blueprint) -> list[StagePlan]:

@@ -25,7 +25,7 @@ class Answer(NamedTuple):
         return self.gold is not None and self.gold != self.prediction
 
 
-class Exam(NamedTuple):
+class TaskResult(NamedTuple):
     """A task's figures and answers at one moment.
 
     Attributes:
@@ -51,7 +51,7 @@ class Confusion(NamedTuple):
     counts: tuple[tuple[int, ...], ...]
 
 
-def exams_of_run(folder: Path) -> list[Exam]:
+def task_results_of_run(folder: Path) -> list[TaskResult]:
     """The task results that `callbacks.FinancialEvaluation` left, by task and then by step.
 
     Args:
@@ -60,15 +60,15 @@ def exams_of_run(folder: Path) -> list[Exam]:
     Raises:
         ValueError: A file is broken.
     """
-    found: dict[str, list[Exam]] = {}
+    found: dict[str, list[TaskResult]] = {}
     for one in read_run_evaluations(folder):
         moment = f"after step {one.step:,}" if one.step else "before training"
-        for exam in exams_of_evaluation(one.folder, one.results):
-            found.setdefault(exam.task, []).append(exam._replace(moment=moment))
-    return [exam for exams in found.values() for exam in exams]
+        for result in task_results_of_evaluation(one.folder, one.results):
+            found.setdefault(result.task, []).append(result._replace(moment=moment))
+    return [result for task_results in found.values() for result in task_results]
 
 
-def exams_of_evaluation(folder: Path, results: dict[str, Any]) -> list[Exam]:
+def task_results_of_evaluation(folder: Path, results: dict[str, Any]) -> list[TaskResult]:
     """What ``fingpt evaluate`` wrote.
 
     Args:
@@ -81,22 +81,22 @@ def exams_of_evaluation(folder: Path, results: dict[str, Any]) -> list[Exam]:
     by_task: dict[str, list[Answer]] = {}
     for row in read_objects(folder / "predictions.jsonl"):
         by_task.setdefault(str(row.get("task")), []).append(_answer(row))
-    exams = []
+    task_results = []
     for task, found in results.get("tasks", {}).items():
         figures = {key: float(found[key]) for key in EVAL_FIGURES if key in found}
         low_high = found.get("accuracy_interval")
         interval = None if low_high is None else (float(low_high[0]), float(low_high[1]))
-        exams.append(Exam(task, "", figures, tuple(by_task.get(task, ())), interval))
-    return exams
+        task_results.append(TaskResult(task, "", figures, tuple(by_task.get(task, ())), interval))
+    return task_results
 
 
-def confusion_of(exam: Exam) -> Confusion | None:
+def confusion_of(result: TaskResult) -> Confusion | None:
     """The confusion of a task result; None for tasks whose answers are not labels."""
-    known = [answer for answer in exam.answers if answer.gold is not None]
+    known = [answer for answer in result.answers if answer.gold is not None]
     seen = {answer.gold: None for answer in known}
     labels = [label for label in seen if label is not None]
-    if exam.task in task_names():
-        task = find_task(exam.task)
+    if result.task in task_names():
+        task = find_task(result.task)
         if task.kind != "labels":
             return None
         labels = list(dict.fromkeys([*(label.strip() for label in task.labels), *sorted(labels)]))
@@ -117,14 +117,15 @@ def confusion_of(exam: Exam) -> Confusion | None:
     return Confusion(tuple(labels), tuple(answers), tuple(map(tuple, counted)))
 
 
-def worst(exam: Exam, count: int) -> list[Answer]:
+def worst(result: TaskResult, count: int) -> list[Answer]:
     """The wrong answers of which the model was most certain, the most certain first.
 
     >>> sure = Answer(1, "a", "yes", "no", 0.9)
-    >>> [a.row for a in worst(Exam("t", "", {}, (sure._replace(row=2, confidence=0.6), sure)), 5)]
+    >>> answers = (sure._replace(row=2, confidence=0.6), sure)
+    >>> [answer.row for answer in worst(TaskResult("t", "", {}, answers), 5)]
     [1, 2]
     """
-    wrong = [answer for answer in exam.answers if answer.is_wrong]
+    wrong = [answer for answer in result.answers if answer.is_wrong]
     return sorted(wrong, key=lambda answer: -(answer.confidence or 0.0))[:count]
 
 

@@ -13,7 +13,7 @@ from fingpt_lightning.metric_keys import (
     VAL_LOSS,
     compression_key,
 )
-from fingpt_lightning.reporting.answers import Exam
+from fingpt_lightning.reporting.answers import TaskResult
 from fingpt_lightning.reporting.page import Card, Cell, Section, Table, number
 from fingpt_lightning.reporting.runs import Evaluation, Run, Sweep
 from fingpt_lightning.units import MIB, format_bytes, format_count, format_duration
@@ -126,7 +126,9 @@ def cards(
     elif runs and not sweeps:
         found += _best_cards(runs)
     for evaluation in evaluations[:2]:
-        found += [_exam_card(exam, None, evaluation.name) for exam in evaluation.exams[:3]]
+        found += [
+            _task_card(result, None, evaluation.name) for result in evaluation.task_results[:3]
+        ]
     return found
 
 
@@ -152,9 +154,11 @@ def _run_cards(run: Run) -> list[Card]:
     if (loss := last_val_loss(run)) is not None:
         note = f"from {losses[0]:.3f} at the first validation" if len(losses) > 1 else ""
         found.append(Card("validation loss", f"{loss:.3f}", note))
-    for task in dict.fromkeys(exam.task for exam in run.exams):
-        exams = [exam for exam in run.exams if exam.task == task]
-        found.append(_exam_card(exams[-1], exams[0] if len(exams) > 1 else None, ""))
+    for task in dict.fromkeys(result.task for result in run.task_results):
+        task_results = [result for result in run.task_results if result.task == task]
+        found.append(
+            _task_card(task_results[-1], task_results[0] if len(task_results) > 1 else None, "")
+        )
     if (ratio := compression(run, "total_parameter_ratio")) is not None:
         ours, dense = compression(run, "parameters"), compression(run, "dense_parameters")
         note = f"{format_count(ours)} of {format_count(dense)} parameters" if ours and dense else ""
@@ -192,11 +196,11 @@ def _best_cards(runs: Sequence[Run]) -> list[Card]:
     return found
 
 
-def _exam_card(exam: Exam, before: Exam | None, name: str) -> Card:
-    key = next((key for key in EVAL_FIGURES if key in exam.figures), None)
+def _task_card(result: TaskResult, before: TaskResult | None, name: str) -> Card:
+    key = next((key for key in EVAL_FIGURES if key in result.figures), None)
     if key is None:
-        return Card(exam.task, "-", name)
+        return Card(result.task, "-", name)
     note = name
     if before is not None and key in before.figures:
         note = f"{before.figures[key]:.3f} {before.moment}"
-    return Card(f"{EVAL_FIGURES[key]}, {exam.task}", f"{exam.figures[key]:.3f}", note)
+    return Card(f"{EVAL_FIGURES[key]}, {result.task}", f"{result.figures[key]:.3f}", note)

@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fingpt_lightning.files import write_whole
-from fingpt_lightning.reporting.exam_sections import accuracy_section
 from fingpt_lightning.reporting.headline import cards, glance_section
 from fingpt_lightning.reporting.page import Label, Page, Section, to_html
 from fingpt_lightning.reporting.run_sections import (
@@ -18,6 +17,7 @@ from fingpt_lightning.reporting.run_sections import (
 )
 from fingpt_lightning.reporting.runs import Evaluation, Run, Sweep, read_folder
 from fingpt_lightning.reporting.sweep_sections import sweep_section
+from fingpt_lightning.reporting.task_sections import accuracy_section
 
 _NUM_TRIALS_SHOWN = 5
 """How many of a sweep's trials, the best ones, are shown beside each other as runs."""

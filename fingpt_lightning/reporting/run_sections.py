@@ -51,7 +51,7 @@ _HEAD_SETTINGS = (
     *("trainer.strategy.class_path", "trainer.accumulate_grad_batches"),
     "trainer.gradient_clip_val",
 )
-_SECONDS_A_MINUTE = 60
+_SECONDS_PER_MINUTE = 60
 _LONG_RUN_S = 300
 _MANY_POINTS = 40
 _MIN_SHARE = 0.1
@@ -66,7 +66,7 @@ def learning_section(runs: Sequence[Run]) -> Section | str | None:
     charts = []
     times = [x for run in runs for x in run.values(THROUGHPUT_TRAINING_TIME_S)]
     in_minutes = bool(times) and max(times) > _LONG_RUN_S
-    unit = _SECONDS_A_MINUTE if in_minutes else 1
+    unit = _SECONDS_PER_MINUTE if in_minutes else 1
     time_label = f"{'minutes' if in_minutes else 'seconds'} of training"
     for axis, label, scale, title in (
         (TRAIN_TOKENS, "tokens", 1, "Loss by tokens"),
@@ -160,8 +160,8 @@ def speed_section(runs: Sequence[Run]) -> Section | str | None:
     blocks: list[Block] = [Charts(charts)]
     shares = [(run, run.values(THROUGHPUT_MFU)) for run in runs]
     if any(values for _, values in shares):
-        told = [f"{run.name} {values[-1]:.1%}" for run, values in shares if values]
-        blocks.append(Note(f"Share of the device's peak, last logged: {', '.join(told)}."))
+        texts = [f"{run.name} {values[-1]:.1%}" for run, values in shares if values]
+        blocks.append(Note(f"Share of the device's peak, last logged: {', '.join(texts)}."))
     return Section("speed", "Throughput", "", blocks)
 
 
@@ -209,9 +209,9 @@ def pipeline_section(runs: Sequence[Run]) -> Section | str | None:
             title = f"{run.name}, step {recorded.step:,}"
             charts.append(Chart(title, timeline_chart(recorded.passes), "", is_wide=True))
             formula = run.values(PIPELINE_BUBBLE_SHARE_FORMULA)
-            told = f", {formula[-1]:.0%} by the schedule's formula" if formula else ""
+            by_formula = f", {formula[-1]:.0%} by the schedule's formula" if formula else ""
             idle = f"{bubble_share(recorded.passes):.0%} of the ranks' time is idle"
-            notes.append(Note(f"{title}: {idle}{told}."))
+            notes.append(Note(f"{title}: {idle}{by_formula}."))
     if not charts:
         strategies = [str(run.settings.get("trainer.strategy.class_path")) for run in runs]
         if any(name.endswith("PipelineStrategy") for name in strategies):
@@ -230,8 +230,8 @@ def settings_section(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> 
             blocks.append(Table(head, rows, "Command, code and machine"))
         for run in runs:
             if not run.environment:
-                told = "has no environment.json: command, code and machine are unknown"
-                blocks.append(Note(f"{run.name} {told}."))
+                text = "has no environment.json: command, code and machine are unknown"
+                blocks.append(Note(f"{run.name} {text}."))
         names = differing(runs) if len(runs) > 1 else _main_settings(runs[0])
         if names:
             rows = [

@@ -8,7 +8,11 @@ from typing import Any, NamedTuple
 
 from fingpt_lightning.metric_keys import THROUGHPUT_TRAINING_TIME_S, TRAIN_LOSS
 from fingpt_lightning.pipeline import Pass, Work
-from fingpt_lightning.reporting.answers import Exam, exams_of_evaluation, exams_of_run
+from fingpt_lightning.reporting.answers import (
+    TaskResult,
+    task_results_of_evaluation,
+    task_results_of_run,
+)
 from fingpt_lightning.reporting.environment import ENVIRONMENT
 from fingpt_lightning.reporting.files import Row, read_config, read_metrics, read_object
 from fingpt_lightning.terminal.messages import nearest
@@ -34,7 +38,7 @@ class Run(NamedTuple):
     environment: dict[str, Any]
     summary: dict[str, Any]
     rows: tuple[Row, ...]
-    exams: tuple[Exam, ...]
+    task_results: tuple[TaskResult, ...]
     steps: tuple[RecordedStep, ...]
     error: str | None = None
 
@@ -114,7 +118,7 @@ class Evaluation(NamedTuple):
     name: str
     folder: Path
     head: dict[str, Any]
-    exams: tuple[Exam, ...]
+    task_results: tuple[TaskResult, ...]
 
 
 def read_folder(folder: Path) -> Run | Sweep | Evaluation:
@@ -132,9 +136,9 @@ def read_folder(folder: Path) -> Run | Sweep | Evaluation:
         return _read_sweep(folder)
     if (folder / "results.json").exists():
         results = read_object(folder / "results.json")
-        exams = tuple(exams_of_evaluation(folder, results))
+        task_results = tuple(task_results_of_evaluation(folder, results))
         head = {key: value for key, value in results.items() if key != "tasks"}
-        return Evaluation(folder.resolve().name, folder, head, exams)
+        return Evaluation(folder.resolve().name, folder, head, task_results)
     if _is_run(folder):
         return read_run(folder)
     inner = next((path for path in _folders(folder) if _is_run(path)), None)
@@ -162,7 +166,7 @@ def read_run(folder: Path, name: str | None = None, error: str | None = None) ->
         environment=read_object(folder / ENVIRONMENT),
         summary=read_object(folder / "summary.json"),
         rows=rows,
-        exams=tuple(exams_of_run(folder)),
+        task_results=tuple(task_results_of_run(folder)),
         steps=tuple(_recorded_steps(folder / "pipeline")),
         error=error,
     )

@@ -37,11 +37,11 @@ def sweep_section(sweep: Sweep) -> Section:
     if charts:
         blocks.append(Charts(charts))
     if ranked and not weights:
-        told = "Importances need four trials with a value and a parameter that repeats values."
-        blocks.append(Note(told))
+        text = "Importances need four trials with a value and a parameter that repeats values."
+        blocks.append(Note(text))
     if ranked and not points:
-        told = "Frontier: the trials have no compression and loss to compare."
-        blocks.append(Note(told))
+        text = "Frontier: the trials have no compression and loss to compare."
+        blocks.append(Note(text))
     blocks.append(_trials(sweep, ranked))
     left = sum(trial.state != "running" for trial in sweep.trials)
     lead = (

@@ -166,7 +166,7 @@ def own_optimizer_state(
     saved_sizes = [len(part["params"]) for part in saved["param_groups"]]
     if saved_sizes != [len(part) for part in groups]:
         raise ValueError(
-            f"the checkpoint's optimiser has groups of {saved_sizes} parameters, this run's of"
+            f"the checkpoint's optimizer has groups of {saved_sizes} parameters, this run's of"
             f" {[len(part) for part in groups]}"
         )
     saved_ids = {

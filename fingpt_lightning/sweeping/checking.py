@@ -61,7 +61,7 @@ def check_sweep(
             try:
                 built = build([*sweep.fit_words(arguments), *extra])
             except ValueError as error:
-                raise WrongSweep(_told(sweep, point, str(error), arguments)) from error
+                raise WrongSweep(_explained(sweep, point, str(error), arguments)) from error
             if first is None:
                 first = built
                 _check_metric(sweep, built)
@@ -134,10 +134,10 @@ def _tasks(settings: Mapping[str, Any]) -> Iterator[str]:
             yield Path(task.strip()).stem
 
 
-def _told(sweep: Sweep, point: Point, message: str, arguments: Path) -> str:
+def _explained(sweep: Sweep, point: Point, message: str, arguments: Path) -> str:
     names = short_names(sweep.searched)
     trial = ", ".join(f"{names[name]} {shown(point[name])}" for name in sweep.searched)
     where = f" (with {trial})" if trial else ""
     # A line of a config that the sweep only builds on is not where the mistake is.
-    told = re.sub(r" \(\S+ line \d+\)", "", message).replace(str(arguments), "parameters")
-    return f"{sweep.path}: {told}{where}"
+    text = re.sub(r" \(\S+ line \d+\)", "", message).replace(str(arguments), "parameters")
+    return f"{sweep.path}: {text}{where}"

@@ -209,9 +209,10 @@ class LocalSweep:
         write_json(arguments, self.sweep.arguments(point))
         write_record(self.folder, self.sweep, self.study)
         names = short_names(self.sweep.searched)
-        told = ", ".join(f"{names[name]} {shown(point[name])}" for name in self.sweep.searched)
+        settings = ", ".join(f"{names[name]} {shown(point[name])}" for name in self.sweep.searched)
         head = f"trial {trial.number}"
-        console.print(f"{head}: {told or 'as the config has it'}", markup=False, highlight=False)
+        line = f"{head}: {settings or 'as the config has it'}"
+        console.print(line, markup=False, highlight=False)
         words = trial_command(
             self.sweep.command, arguments, [*extra, "--trainer.default_root_dir", str(folder)]
         )

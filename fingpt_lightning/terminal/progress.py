@@ -27,10 +27,10 @@ class SoFar(NamedTuple):
     num_tokens: int = 0
     bytes_read: int = 0
 
-    def told(self, time_s: float) -> str:
+    def text(self, time_s: float) -> str:
         """One line with the rate.
 
-        >>> SoFar(1200, 3_000_000, 14_000_000).told(2.0)
+        >>> SoFar(1200, 3_000_000, 14_000_000).text(2.0)
         '1,200 documents, 14 MB, 3.0 M tokens, 1,500 k tokens/s'
         """
         read = f"{self.bytes_read / 1e6:,.0f} MB, " if self.bytes_read else ""
@@ -56,13 +56,13 @@ class _Display:
         self._first, self._started_s, self.is_shown = first, time.monotonic(), False
         text: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
         self._bar = Progress(*text, *columns, console=self.console, transient=True)
-        self._task = self._bar.add_task(what, total=total, told="")
+        self._task = self._bar.add_task(what, total=total, text="")
 
     @property
     def time_s(self) -> float:
         return time.monotonic() - self._started_s
 
-    def update(self, completed: int, told: Callable[[], str]) -> None:
+    def update(self, completed: int, text: Callable[[], str]) -> None:
         if not self.is_shown and self.time_s >= _QUIET_S:
             self.is_shown = True
             if self.console.is_terminal:
@@ -70,7 +70,7 @@ class _Display:
             elif self._first is not None:
                 self.print(self._first)
         if self.is_shown:
-            self._bar.update(self._task, completed=completed, told=told())
+            self._bar.update(self._task, completed=completed, text=text())
 
     def stop(self) -> None:
         if self._bar.live.is_started:
@@ -127,13 +127,13 @@ def shown_tokenizing(what: str, num_bytes: int | None) -> Iterator[Callable[[SoF
         Function to be called with the state of the work.
     """
     columns: list[ProgressColumn] = [BarColumn(20), TimeRemainingColumn()] if num_bytes else []
-    columns.append(TextColumn("{task.fields[told]}", markup=False))
-    display, so_far = _Display(what, columns, num_bytes, f"tokenising {what}"), SoFar()
+    columns.append(TextColumn("{task.fields[text]}", markup=False))
+    display, so_far = _Display(what, columns, num_bytes, f"tokenizing {what}"), SoFar()
 
     def show(now: SoFar) -> None:
         nonlocal so_far
         so_far = now
-        display.update(now.bytes_read, lambda: now.told(display.time_s))
+        display.update(now.bytes_read, lambda: now.text(display.time_s))
 
     try:
         yield show
@@ -141,4 +141,4 @@ def shown_tokenizing(what: str, num_bytes: int | None) -> Iterator[Callable[[SoF
         display.stop()
     if display.is_shown:
         time_s = display.time_s
-        display.print(f"tokenised {what}: {so_far.told(time_s)}, {time_s:.0f} s")
+        display.print(f"tokenized {what}: {so_far.text(time_s)}, {time_s:.0f} s")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import baseline_runs
+from tests.support.warm_python import run_as_subprocess
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug_pretrain_gpt2_small.yaml"
 
@@ -18,6 +19,7 @@ def test_the_twins_run_at_toy_size_and_are_recorded(
              str(tmp_path / "runs"), "--", "--trainer.logger", "false",
              "--data.cache_dir", str(tmp_path / "cache")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr("subprocess.run", run_as_subprocess)
     baseline_runs.main()
     record = json.loads(path.read_text())
     rows = {row["contender"]: row for row in record["rows"]}

@@ -4,12 +4,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bf16_curve
+from tests.support.warm_python import run_as_subprocess
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug_quickstart.yaml"
 
 
 @pytest.mark.slow
-def test_both_precisions_run_at_toy_size_and_are_recorded(tmp_path: Path) -> None:
+def test_both_precisions_run_at_toy_size_and_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subprocess.run", run_as_subprocess)
     path = tmp_path / "record.json"
     words = ["--config", str(CONFIG), "--json", str(path), "--", "--trainer.logger", "false",
              "--data.cache_dir", str(tmp_path / "cache")]  # fmt: skip

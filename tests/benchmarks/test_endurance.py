@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +6,14 @@ import pytest
 
 from benchmarks import endurance_kills
 from benchmarks.endurance_trials import Program, leftovers
-
-ROOT = Path(__file__).parents[2]
+from tests.support.warm_python import ROOT, run_warm
 
 
 def _record(folder: Path, *words: str) -> dict[str, Any]:
     # A process of its own: one that forks must not have computed with threads before.
-    command = [sys.executable, "-m", "benchmarks.endurance", "--json", str(folder / "found.json")]
-    subprocess.run(
-        [*command, "--folder", str(folder), *words],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=300,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = ["-m", "benchmarks.endurance", "--json", folder / "found.json"]
+    done = run_warm([*command, "--folder", folder, *words], cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found
 

@@ -39,7 +39,7 @@ def test_runs_are_trained_once_and_their_gain_is_recorded(
 ) -> None:
     arguments += ["--max_steps", "2", "--adapters", str(tmp_path / "adapters")]
     path = tmp_path / "record.json"
-    fpb = replace(finetuning_accuracy.RUNS["fpb"], asked=("fpb",))
+    fpb = replace(finetuning_accuracy.RUNS["fpb"], evaluated=("fpb",))
     monkeypatch.setitem(finetuning_accuracy.RUNS, "fpb", fpb)
     for runs in ("fpb, unquantised", "fpb", "fpb, unquantised,fpb"):
         monkeypatch.setattr(sys, "argv", [*arguments, "--runs", runs])
@@ -51,15 +51,15 @@ def test_runs_are_trained_once_and_their_gain_is_recorded(
     accuracy, before = record["rows"][0]["accuracy"], record["untrained"]["fpb"]["accuracy"]
     assert record["summary"]["fpb_accuracy"] == accuracy
     assert record["summary"]["financial_gain_points"] == pytest.approx(100 * (accuracy - before))
-    # Of a run whose adapter is kept, another task is asked without training anew.
-    wider = replace(fpb, asked=("fpb", "fiqa_sa"))
+    # Of a run whose adapter is kept, another task is evaluated without training anew.
+    wider = replace(fpb, evaluated=("fpb", "fiqa_sa"))
     monkeypatch.setitem(finetuning_accuracy.RUNS, "fpb", wider)
     write_rows(tmp_path, "fiqa_sa")
     monkeypatch.setattr(finetuning_accuracy, "Trainer", None)
     finetuning_accuracy.main()
-    (trained, asked) = json.loads(path.read_text())["rows"][:2]
-    assert (trained["task"], asked["task"]) == ("fpb", "fiqa_sa")
-    assert trained["steps"] == asked["steps"] == 2
+    (trained, evaluated) = json.loads(path.read_text())["rows"][:2]
+    assert (trained["task"], evaluated["task"]) == ("fpb", "fiqa_sa")
+    assert trained["steps"] == evaluated["steps"] == 2
     kept = load_model(tmp_path / "adapters" / "fpb_unquantised")
     assert kept.source.adapter is not None
     assert adapted_layers(kept.network)
@@ -69,7 +69,7 @@ def test_runs_are_trained_once_and_their_gain_is_recorded(
 def test_a_killed_run_goes_on_and_ends_where_it_would_have(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fpb = replace(finetuning_accuracy.RUNS["fpb"], asked=("fpb",))
+    fpb = replace(finetuning_accuracy.RUNS["fpb"], evaluated=("fpb",))
     monkeypatch.setitem(finetuning_accuracy.RUNS, "fpb", fpb)
     arguments += ["--max_steps", "5", "--checkpoint_interval", "2", "--runs", "fpb"]
     step = QuantizedFinetuning.training_step

@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.support.warm_python import run_warm
 
 KINDS = ("config", "task", "safetensors", "checkpoint")
 # A payload that does run, to see that it would be found.
@@ -35,10 +35,7 @@ assert found == {
 def test_mutated_inputs_run_no_code_and_end_in_a_line(tmp_path: Path) -> None:
     path = tmp_path / "hostile.json"
     words = ["--per_kind", "2", "--kinds", *KINDS, "--at_once", "1", "--json", str(path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.hostile_inputs", *words],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = run_warm(["-m", "benchmarks.hostile_inputs", *words], timeout=300)
     assert done.returncode == 0, done.stderr
     record = json.loads(path.read_text())
     assert [row["kind"] for row in record["rows"]] == list(KINDS)
@@ -49,5 +46,5 @@ def test_mutated_inputs_run_no_code_and_end_in_a_line(tmp_path: Path) -> None:
 
 
 def test_code_that_runs_and_a_traceback_are_found() -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", RUNS_A_PICKLE], check=True, env=environment, timeout=200)
+    done = run_warm(["-c", RUNS_A_PICKLE], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+    assert done.returncode == 0, done.stderr

@@ -1,11 +1,10 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fingpt_lightning.pipeline import Schedule
+from tests.support.warm_python import run_warm
 
 TOY = [
     "--num_layers", "4", "--width", "64", "--vocab_size", "97", "--embedding_rank", "16",
@@ -17,10 +16,7 @@ TOY = [
 @pytest.mark.slow
 def test_a_pipeline_is_compared_with_one_process_and_the_machines_ceiling(tmp_path: Path) -> None:
     path = tmp_path / "pipeline.json"
-    command = [sys.executable, "-m", "benchmarks.pipeline", *TOY]
-    done = subprocess.run(
-        [*command, "--json", str(path)], capture_output=True, text=True, timeout=250
-    )
+    done = run_warm(["-m", "benchmarks.pipeline", *TOY, "--json", path], timeout=250)
     assert done.returncode == 0, done.stderr
     record = json.loads(path.read_text())
     summary = record["summary"]
@@ -47,8 +43,7 @@ def test_the_simulation_names_every_schedule_and_draws_it(tmp_path: Path) -> Non
         "--width", "64", "--vocab_size", "97", "--embedding_rank", "16", "--block_length", "8",
         "--num_blocks", "16", "--ranks", "2", "4", "--repeats", "2", "--json", str(path),
     ]  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.pipeline_simulation", *toy]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    done = run_warm(["-m", "benchmarks.pipeline_simulation", *toy], timeout=250)
     assert done.returncode == 0, done.stderr
     record = json.loads(path.read_text())
     assert record["measured"]["block_activations_mib"] > 0

@@ -13,9 +13,13 @@ from fingpt_lightning.models import PRESETS
 
 SIZE = ["--batch_size", "2", "--block_length", "16", "--repeats", "2"]
 
-# What a bare machine for benchmarks lacks.
+# What a bare machine for benchmarks lacks. Processes in which memory is measured are forks of one
+# that has imported torch.
 _PROGRAM = """
-import runpy, sys
+import multiprocessing, runpy, sys
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["benchmarks.training_step"])
+multiprocessing.get_context = lambda method: context
 for name in ("wandb", "jsonargparse", "datasets", "bitsandbytes", "torchmetrics"):
     sys.modules[name] = None
 sys.argv = ["benchmark", *sys.argv[2:]]

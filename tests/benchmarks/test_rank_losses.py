@@ -1,14 +1,13 @@
 """A real pipeline loses a rank, as in the record, at toy size."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 # Lightning sets an environment variable when it is imported: not in a test.
 from benchmarks.rank_losses import SLACK_S, can_cut, cases_of
+from tests.support.warm_python import run_warm
 
 TIMEOUT_S = 3
 pytestmark = pytest.mark.timeout(600)
@@ -27,13 +26,8 @@ def test_all_ranks_end_in_time_and_name_the_lost_one(kind: str, tmp_path: Path) 
         pytest.skip("no link can be cut: `ip netns add` needs root and iproute2")
     path = tmp_path / "losses.json"
     words = ["--timeout_s", str(TIMEOUT_S), "--schedules", "1F1B", "--moments", "mid-step"]
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "benchmarks.rank_losses", *words, "--ranks", "1",
-            "--kinds", kind, "--json", str(path),
-        ],
-        capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+    words = ["-m", "benchmarks.rank_losses", *words, "--ranks", "1", "--kinds", kind]
+    done = run_warm([*words, "--json", path], timeout=500)
     assert done.returncode == 0, done.stderr
     record = json.loads(path.read_text())
     (row,) = record["rows"]

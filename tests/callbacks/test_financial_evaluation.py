@@ -18,7 +18,7 @@ from fingpt_lightning.evaluation.results import write_results
 from fingpt_lightning.evaluation.run_evaluations import read_run_evaluations
 from fingpt_lightning.evaluation.runner import evaluate, metrics_of, predict, read_tasks
 from fingpt_lightning.reporting import write_report
-from fingpt_lightning.reporting.answers import exams_of_run
+from fingpt_lightning.reporting.answers import task_results_of_run
 from fingpt_lightning.reporting.files import read_objects
 from tests.callbacks.tiny_run import PlainModule, tiny_trainer
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer, write_rows
@@ -289,7 +289,7 @@ def test_the_report_shows_what_was_left_without_wandb(tmp_path: Path) -> None:
     assert "before training" in html
     assert "after step 4" in html
     assert html.count('class="matrix"') == 2
-    (figures, _) = exams_of_run(tmp_path / "run")
+    (figures, _) = task_results_of_run(tmp_path / "run")
     assert figures.figures["mcc"] == callback.history["fpb"][0]["mcc"]
 
 

@@ -49,10 +49,10 @@ def _of_commands() -> Iterator[str]:
             continue
         for action in importlib.import_module(module).build_parser()._actions:
             if action.dest != "help":
-                yield f"fingpt {command} {_told(action)}"
+                yield f"fingpt {command} {_described(action)}"
 
 
-def _told(action: Action) -> str:
+def _described(action: Action) -> str:
     words = "|".join(action.option_strings) or action.dest
     choices = "" if action.choices is None else f" {{{','.join(map(str, action.choices))}}}"
     needed = " required" if action.required else ""

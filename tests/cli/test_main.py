@@ -22,6 +22,7 @@ from fingpt_lightning.cli.run_folders import RUN_FOLDER_VARIABLE
 from fingpt_lightning.cli.trainer import FinGPTCLI
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.strategies.checkpoint_files import WholeCheckpoints
+from tests.support.warm_python import WarmProcess
 
 REPOSITORY = Path(__file__).parents[2]
 DEBUG = REPOSITORY / "configs" / "debug_quickstart.yaml"
@@ -345,13 +346,8 @@ def test_a_run_killed_at_any_step_and_resumed_equals_one_that_was_not(
     words = ["fit", "--config", str(DEBUG), "--trainer.logger", "false", "--data.cache_dir",
              str(tmp_path / "cache"), *_STEPS, "--runs_dir", str(tmp_path / "killed")]  # fmt: skip
     stop_at = random.Random(os.getpid()).randint(1, 28)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fingpt_lightning", *words],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    process = WarmProcess(["-m", "fingpt_lightning", *words], cwd=tmp_path, env=env)
     try:
         _wait_for_step(tmp_path / "killed", stop_at, process)
     finally:
@@ -402,7 +398,7 @@ def test_two_runs_of_one_second_have_folders_of_their_own(
 
 
 @pytest.mark.parametrize(
-    ("signum", "status", "told"),
+    ("signum", "status", "message"),
     [
         (signal.SIGTERM, 143, "ended by SIGTERM"),
         (signal.SIGINT, 130, "interrupted"),
@@ -410,7 +406,7 @@ def test_two_runs_of_one_second_have_folders_of_their_own(
     ids=["terminated", "interrupted"],
 )
 def test_a_run_that_is_told_to_end_does_not_count_as_done(
-    signum: signal.Signals, status: int, told: str, fit: Run, monkeypatch: pytest.MonkeyPatch
+    signum: signal.Signals, status: int, message: str, fit: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def signal_self(*_: Any) -> None:
         os.kill(os.getpid(), signum)
@@ -425,10 +421,10 @@ def test_a_run_that_is_told_to_end_does_not_count_as_done(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert found == status
-    assert _only_error(stderr) == f"fingpt: error: {told}"
+    assert _only_error(stderr) == f"fingpt: error: {message}"
 
 
-def _wait_for_step(runs: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+def _wait_for_step(runs: Path, step: int, process: WarmProcess) -> None:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
         for path in runs.glob("*/checkpoints/last.ckpt"):

@@ -31,17 +31,17 @@ def test_last_is_the_newest_readable_one_whatever_the_names(
     oldest = _checkpoint(runs, f"{name}-20260101-000000", "last", 1, step=70)
     best = _checkpoint(runs, f"{name}-20260101-000001", "best", 2, step=80)
     last = _checkpoint(runs, f"{name}-20260101-000001", "last", 3, step=90)
-    told: list[str] = []
-    assert find_checkpoint("last", name, runs, told.append) == last
-    assert told == []
+    notes: list[str] = []
+    assert find_checkpoint("last", name, runs, notes.append) == last
+    assert notes == []
     _cut(last)
-    assert find_checkpoint("last", name, runs, told.append) == best
-    assert told == [f"ckpt_path last: {last} is damaged; {best} of step 80 is taken"]
+    assert find_checkpoint("last", name, runs, notes.append) == best
+    assert notes == [f"ckpt_path last: {last} is damaged; {best} of step 80 is taken"]
     best.write_bytes(b"")
-    assert find_checkpoint("last", name, runs, told.append) == oldest
+    assert find_checkpoint("last", name, runs, notes.append) == oldest
     _cut(oldest)
     with pytest.raises(ValueError, match="is no checkpoint that can be read safely"):
-        find_checkpoint("last", name, runs, told.append)
+        find_checkpoint("last", name, runs, notes.append)
 
 
 def test_best_falls_back_to_an_older_best_only(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_a_file_of_the_working_directory_comes_first(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ("quikstart", "did you mean quickstart?"),
         ("ddp", "did you mean overlays/ddp?"),
@@ -53,13 +53,13 @@ def test_a_file_of_the_working_directory_comes_first(name: str) -> None:
         ("zzz", "fingpt configs lists them"),
     ],
 )
-def test_a_wrong_name_gets_the_nearest_right_one(given: str, told: str) -> None:
+def test_a_wrong_name_gets_the_nearest_right_one(given: str, message: str) -> None:
     Path("mine").mkdir()
     Path("mine/run.yaml").write_text("seed_everything: 2\n")
     with pytest.raises(ConfigError) as error:
         find_file(given, CONFIGS, "--config")
     assert str(error.value) == (
-        f"--config {given}: no such file, and no shipped config of that name; {told}"
+        f"--config {given}: no such file, and no shipped config of that name; {message}"
     )
 
 

@@ -140,7 +140,7 @@ def test_val_and_test_files_are_read_whole(tmp_path: Path) -> None:
     ]
 
 
-def test_nothing_is_tokenised_or_trained_twice(
+def test_nothing_is_tokenized_or_trained_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = _ready(_data(tmp_path))

@@ -76,11 +76,11 @@ def test_files_of_a_folder_that_are_not_read_are_counted_in_one_warning(tmp_path
     (tmp_path / "a.jsonl").write_text('{"text": "The mill made a profit."}')
     for name in ("b.json", "c.csv", "b/d.csv", "d.jsonl.zst", "LICENSE"):
         (tmp_path / name).write_text("x")
-    told = (
+    message = (
         f"train_files: 5 of the 6 files in {tmp_path} are not read: 2 .csv, 1 .json, 1 .zst,"
         f" 1 LICENSE; text is what ends in {_ENDINGS}"
     )
-    with pytest.warns(UserWarning, match=f"^{re.escape(told)}$"):
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
         assert [path.name for path in find_text_files(str(tmp_path), "train_files")] == ["a.jsonl"]
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"; there are 2 \.csv, 1 \.json, 1 \.zst, 1 LIC"):

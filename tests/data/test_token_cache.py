@@ -1,8 +1,6 @@
 import fcntl
 import json
 import logging
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from fingpt_lightning.data.corpus import Piece, SyntheticCorpus
 from fingpt_lightning.data.text_files import TextFiles
 from fingpt_lightning.data.token_cache import build_token_file, find_token_file
 from fingpt_lightning.data.tokenizers import load_tokenizer, train_tokenizer
+from tests.support.warm_python import run_warm
 
 _KILLED = """
 import os, signal, sys
@@ -99,7 +98,7 @@ def test_the_smallest_type_that_holds_the_vocabulary_is_taken(
     assert built.open().dtype == built.dtype == dtype
 
 
-def test_a_corpus_is_tokenised_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_corpus_is_tokenized_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     corpus = _Listed([["shares rose"]])
     first = build_token_file(corpus, tokenizer, tmp_path)
     assert build_token_file(corpus, tokenizer, tmp_path) == first
@@ -167,7 +166,7 @@ def test_two_that_build_at_once_do_not_break_each_other(
 def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    killed = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], check=False)
+    killed = run_warm(["-c", _KILLED, tmp_path], timeout=60)
     assert killed.returncode < 0
     assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
     with pytest.raises(RuntimeError, match="prepare_data has to run first"):
@@ -236,7 +235,7 @@ def test_long_documents_bring_no_warning(
     assert gpt2.decode(tokens[:-1].tolist()) == path.read_text()
 
 
-def test_the_header_tells_what_was_tokenised(
+def test_the_header_tells_what_was_tokenized(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     built = build_token_file(SyntheticCorpus(3, seed=1), tokenizer, tmp_path)

@@ -216,8 +216,8 @@ CASES: list[tuple[Callable[[], nn.Module], str, str]] = [
     (tiny_gpt2, "lm_head", "it shares its weight with transformer.wte"),
     (_shared, "1", "it shares its weight with 0"),
     (_adapted, "h.0.mlp.c_fc.base_layer", "it is under an adapter; merge or remove"),
-    (lambda: _quantized("nf4"), "1", "it is quantised (NF4Linear)"),
-    (lambda: _quantized("int8"), "1", "it is quantised (Int8Linear)"),
+    (lambda: _quantized("nf4"), "1", "it is quantized (NF4Linear)"),
+    (lambda: _quantized("int8"), "1", "it is quantized (Int8Linear)"),
     (_hooked, "0", "it has hooks, which would be lost"),
     (_normed, "0", "it is a ParametrizedLinear, whose forward pass is its own"),
     (_old_normed, "0", "its weight is computed"),
@@ -232,8 +232,8 @@ def test_what_cannot_be_replaced_is_passed_over_or_refused_by_name(
     network = make()
     before = list(network.named_modules())
     for settings in ({"names": [name], "rank": 3}, {"rank": {name: 3}}):
-        told = rf"{re.escape(name)} cannot become low-rank: .*{re.escape(reason)}"
-        with pytest.raises(ValueError, match=told):
+        message = rf"{re.escape(name)} cannot become low-rank: .*{re.escape(reason)}"
+        with pytest.raises(ValueError, match=message):
             make_low_rank(network, **settings)
     assert list(network.named_modules()) == before
     with warnings.catch_warnings(action="ignore"):  # some have nothing else to replace

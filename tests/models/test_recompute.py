@@ -86,7 +86,9 @@ def test_the_words_of_yaml_are_taken(word: str) -> None:
 
 def test_another_word_is_refused_and_changes_nothing() -> None:
     network = _network(5)
-    told = "recompute 'lowrank' is none of none, block, low_rank, offload; did you mean low_rank?"
-    with pytest.raises(ValueError, match=re.escape(told)):
+    message = (
+        "recompute 'lowrank' is none of none, block, low_rank, offload; did you mean low_rank?"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
         recompute_blocks(network, "lowrank")
     assert not any(block.gradient_checkpointing for block in network.transformer.h)

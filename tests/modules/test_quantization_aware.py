@@ -118,14 +118,14 @@ def test_weights_are_rounded_once_a_step_however_many_microbatches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounded = []
-    lend = RoundedWeights.lend
+    apply = RoundedWeights.apply
 
     def counted(self: RoundedWeights) -> None:
-        if not self.are_lent:
+        if not self.are_applied:
             rounded.append(1)
-        lend(self)
+        apply(self)
 
-    monkeypatch.setattr(RoundedWeights, "lend", counted)
+    monkeypatch.setattr(RoundedWeights, "apply", counted)
     changes = {"max_steps": 3, "accumulate_grad_batches": 2}
     _fit(tmp_path, quantization_aware="int8", quantization_start=0.3, trainer=changes, num_rows=8)
     assert len(rounded) == 2

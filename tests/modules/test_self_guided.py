@@ -182,13 +182,13 @@ def test_a_checkpoint_of_a_guided_step_is_read_as_its_pairs_alone(tmp_path: Path
     loss = module.trainer.callback_metrics["val/loss"]
     path = checkpoint_of(tmp_path)
     assert len([key for key in torch.load(path, weights_only=True)["state_dict"] if "guide" in key])
-    told = (
+    message = (
         r"from the guided steps of a run \(model.self_guided\): its low-rank layers are taken"
         " without"
     )
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match=message):
         again = LowRankPretraining.load_from_checkpoint(path, weights_only=True)
-    with pytest.warns(UserWarning, match=f"step=4.ckpt is {told}"):
+    with pytest.warns(UserWarning, match=f"step=4.ckpt is {message}"):
         source = load_model(path, dtype="float64")
     assert not _guided(again)
     assert not _guided(source.network)
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_a_guided_step_is_read_as_its_pairs_alone(tmp_path: Path
         plugins=[DoublePrecision()], callbacks=[_checkpoints(tmp_path)],
     )  # fmt: skip
     fresh = LowRankPretraining(**(SIZES | LONGER))
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match=message):
         (found,) = trainer.validate(
             fresh, datamodule=TokenData(4), ckpt_path=path, verbose=False, weights_only=True
         )

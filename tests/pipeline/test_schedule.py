@@ -71,7 +71,7 @@ def test_the_last_rank_of_1f1b_holds_one_pass_and_gpipe_holds_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ((Schedule.ONE_F_ONE_B, 4, 3), "num_microbatches 3 is below the 4 stages .* raise it to 4"),
         ((Schedule.DUAL_PIPE_V, 2, 3, 2), "num_microbatches 3 is below the 4 stages"),
@@ -81,8 +81,8 @@ def test_the_last_rank_of_1f1b_holds_one_pass_and_gpipe_holds_all() -> None:
         ((Schedule.GPIPE, 0, 4), "num_ranks 0 is below 1"),
     ],
 )
-def test_what_a_schedule_cannot_run_is_refused(settings: tuple[int, ...], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_what_a_schedule_cannot_run_is_refused(settings: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         PipelineLayout(*settings)  # type: ignore[arg-type]
 
 

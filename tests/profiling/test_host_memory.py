@@ -1,7 +1,8 @@
-import subprocess
 import sys
 
 import pytest
+
+from tests.support.warm_python import run_warm
 
 _PROGRAM = """
 import psutil
@@ -18,7 +19,7 @@ def test_freed_memory_stays_with_the_process() -> None:
     rss = {}
     for keeps in (True, False):
         program = _PROGRAM if keeps else _PROGRAM.replace("assert keep_freed_memory()\n", "")
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        done = run_warm(["-c", program], timeout=60)
         assert done.returncode == 0, done.stderr
         rss[keeps] = int(done.stdout)
     assert rss[True] - rss[False] > 2**26

@@ -76,3 +76,8 @@ def hang() -> None:
     """Never ends."""
     while True:
         time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    kind, folder, rank, world_size = sys.argv[1:]
+    run(kind, Path(folder), int(rank), int(world_size))

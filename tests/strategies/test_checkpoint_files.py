@@ -2,7 +2,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from fingpt_lightning.files import NoSpaceError
 from fingpt_lightning.strategies.checkpoint_files import WholeCheckpoints
+from tests.support.warm_python import run_warm
 
 _KILLED = """
 import os, signal, sys
@@ -53,8 +53,8 @@ def test_a_kill_while_saving_leaves_the_one_before(tmp_path: Path, elsewhere: bo
     files.save_checkpoint(_checkpoint(1.0), path)
     before = path.read_bytes()
     temporary = "/dev/shm" if elsewhere else str(tmp_path)
-    command = [sys.executable, "-c", _KILLED, str(path)]
-    killed = subprocess.run(command, env=os.environ | {"TMPDIR": temporary}, check=False)
+    env = os.environ | {"TMPDIR": temporary}
+    killed = run_warm(["-c", _KILLED, path], env=env, timeout=60)
     assert killed.returncode == -signal.SIGKILL
     assert path.read_bytes() == before
     assert len(list(tmp_path.glob("last.ckpt.*.partial"))) == 1

@@ -161,7 +161,7 @@ def _refusals_of_shards() -> list[str]:
         QuantizedFinetuning(random_base=RandomLlama(num_positions=400)),
         built,
     ]
-    told = []
+    messages = []
     for module in modules:
         strategy = _strategy(pipeline_size=2, data_parallel="shard", num_microbatches=2)
         trainer = Trainer(
@@ -170,8 +170,8 @@ def _refusals_of_shards() -> list[str]:
         )  # fmt: skip
         with pytest.raises(ValueError, match=r".") as error:
             trainer.fit(module, datamodule=TokenData(2, NUM_ROWS))
-        told.append(str(error.value))
-    return told
+        messages.append(str(error.value))
+    return messages
 
 
 class Runs:
@@ -351,7 +351,7 @@ def _trainer(**settings: Any) -> Trainer:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"pipeline_size": 3}, r"pipeline_size 3 x data_parallel_size 0 are not the 2 ranks"),
         ({"pipeline_size": 2, "data_parallel_size": 2}, r"2 x data_parallel_size 2 .* 2 ranks"),
@@ -368,14 +368,14 @@ def _trainer(**settings: Any) -> Trainer:
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_process_is_started(
-    settings: dict[str, Any], told: str
+    settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         _trainer(**settings)
 
 
 def _refusals(process_rank: int, num_ranks: int) -> list[str]:
-    told = []
+    messages = []
     for sizes, strategy, batch_size in (
         (TIED, _strategy(num_microbatches=3), 4),
         (TIED | {"num_layers": 1}, _strategy(), 4),
@@ -385,15 +385,15 @@ def _refusals(process_rank: int, num_ranks: int) -> list[str]:
     ):
         with pytest.raises(ValueError, match=r".") as error:
             fit_on_ranks(Path(), num_ranks, strategy, sizes, batch_size=batch_size)
-        told.append(str(error.value))
-    return told
+        messages.append(str(error.value))
+    return messages
 
 
 def test_what_does_not_fit_the_data_or_the_network_is_refused_before_the_first_step() -> None:
-    for told in run_ranks(_refusals, 2, timeout_s=300):
-        assert "num_microbatches 3 does not divide data.batch_size 4" in told[0]
-        assert "2 stages are more than the 1 blocks" in told[1]
-        assert "model.compile: ZBVZeroBubble takes the backward pass apart" in told[2]
-        assert "blocks_per_stage [3, 3]" in told[3]
-        assert "data.batch_size 1, cut into num_microbatches auto" in told[4]
-        assert "raise it to 2 or more, or take GPipe" in told[4]
+    for messages in run_ranks(_refusals, 2, timeout_s=300):
+        assert "num_microbatches 3 does not divide data.batch_size 4" in messages[0]
+        assert "2 stages are more than the 1 blocks" in messages[1]
+        assert "model.compile: ZBVZeroBubble takes the backward pass apart" in messages[2]
+        assert "blocks_per_stage [3, 3]" in messages[3]
+        assert "data.batch_size 1, cut into num_microbatches auto" in messages[4]
+        assert "raise it to 2 or more, or take GPipe" in messages[4]

@@ -216,7 +216,7 @@ def test_the_run_folder_gets_the_adapter_of_the_whole_network(runs: Runs, case: 
 
 
 def _refusals(process_rank: int, num_ranks: int) -> list[str]:
-    told = []
+    messages = []
     for settings, batching in (
         ({}, "shared_prefix"), ({"kl_weight": 0.1}, "padded"), ({"rank": 2}, "packed"),
     ):  # fmt: skip
@@ -227,8 +227,8 @@ def _refusals(process_rank: int, num_ranks: int) -> list[str]:
         )  # fmt: skip
         with pytest.raises(ValueError, match=r".") as error:
             trainer.fit(module, datamodule=_data(batching=batching))
-        told.append(str(error.value))
-    return told
+        messages.append(str(error.value))
+    return messages
 
 
 def test_what_no_schedule_can_do_is_refused_with_its_fix() -> None:

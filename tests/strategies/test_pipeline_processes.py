@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.timeout(900)
 CONFIGS = ROOT / "configs"
 TIMEOUT_S = 10
 ENDED_WITHIN_S = 10  # the end of the interpreter included
-PROGRAM = [sys.executable, "-m", "fingpt_lightning"]
+PROGRAM = ["-m", "fingpt_lightning"]
 
 
 class FailingRank(Callback):

@@ -1,57 +1,44 @@
 """A rank that is lost is named by all others, which end in time, as it does itself."""
 
-import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
-from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.strategies import lost_ranks
 from tests.strategies.lost_ranks import LOST, TIMEOUT_S
+from tests.support.warm_python import ROOT, WarmProcess
 
 NUM_RANKS = 3
 ENDED_WITHIN_S = 5
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Any]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([lost_ranks.__name__])  # torch is imported once
-    yield context
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
-
-
-def _lose(context: Any, kind: str, folder: Path) -> tuple[float, list[int | None], list[str]]:
+def _lose(kind: str, folder: Path) -> tuple[float, list[int | None], list[str]]:
     """Seconds until all ranks had ended, their statuses and what they said."""
+    words = ["-m", lost_ranks.__name__, kind, str(folder)]
     ranks = [
-        context.Process(target=lost_ranks.run, args=(kind, folder, rank, NUM_RANKS), daemon=True)
-        for rank in range(NUM_RANKS)
+        WarmProcess([*words, str(rank), str(NUM_RANKS)], cwd=ROOT) for rank in range(NUM_RANKS)
     ]
     try:
-        for rank in ranks:
-            rank.start()
         while not (folder / "ready").exists():
-            assert all(rank.exitcode is None for rank in ranks), "a rank ended at the start"
+            assert all(rank.poll() is None for rank in ranks), "a rank ended at the start"
             time.sleep(0.01)
         began_s = time.monotonic()
         sign = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}.get(kind)
         if sign is not None:
-            os.kill(ranks[LOST].pid, sign)
+            ranks[LOST].send_signal(sign)
         for rank in ranks:
-            rank.join(60)
+            rank.wait(60)
         ended_s = time.monotonic() - began_s
     finally:
         for rank in ranks:
-            rank.kill()
-            rank.join()
+            rank.kill_session()
+            rank.wait()
     said = [(folder / f"rank{rank}").read_text().strip() for rank in range(NUM_RANKS)]
-    return ended_s, [rank.exitcode for rank in ranks], said
+    return ended_s, [rank.returncode for rank in ranks], said
 
 
 @pytest.mark.parametrize(
@@ -64,9 +51,9 @@ def _lose(context: Any, kind: str, folder: Path) -> tuple[float, list[int | None
     ],
 )
 def test_a_lost_rank_is_named_and_all_end(
-    kind: str, status: int, reason: str, processes: Any, tmp_path: Path
+    kind: str, status: int, reason: str, tmp_path: Path
 ) -> None:
-    ended_s, statuses, said = _lose(processes, kind, tmp_path)
+    ended_s, statuses, said = _lose(kind, tmp_path)
     assert ended_s < TIMEOUT_S + ENDED_WITHIN_S
     assert statuses == [1, status, 1], said
     for rank in (0, 2):
@@ -80,15 +67,13 @@ def test_a_lost_rank_is_named_and_all_end(
             assert "(hang)" in line
 
 
-def test_a_rank_with_an_error_of_its_own_is_not_ended_for_that_of_another(
-    processes: Any, tmp_path: Path
-) -> None:
-    _, statuses, said = _lose(processes, "all raise", tmp_path)
+def test_a_rank_with_an_error_of_its_own_is_not_ended_for_that_of_another(tmp_path: Path) -> None:
+    _, statuses, said = _lose("all raise", tmp_path)
     assert statuses == [3, 3, 3], said
     assert said == ["", "", ""]
 
 
-def test_ranks_that_leave_are_not_missed(processes: Any, tmp_path: Path) -> None:
-    _, statuses, said = _lose(processes, "leaves", tmp_path)
+def test_ranks_that_leave_are_not_missed(tmp_path: Path) -> None:
+    _, statuses, said = _lose("leaves", tmp_path)
     assert statuses == [0, 0, 0], said
     assert said == ["", "", ""]

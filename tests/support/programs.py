@@ -1,22 +1,22 @@
 """Starts the program as a cluster does: several commands that wait for each other."""
 
 import os
-import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.warm_python import ROOT as ROOT
+from tests.support.warm_python import WarmProcess
+
 TIMEOUT_S = 200
 
 
 def torchrun_command(*words: str) -> list[str]:
-    """The command up to where the words of ``fingpt`` begin."""
-    return [sys.executable, "-m", "torch.distributed.run", *words, "-m", "fingpt_lightning"]
+    """The arguments of Python up to where the words of ``fingpt`` begin."""
+    return ["-m", "torch.distributed.run", *words, "-m", "fingpt_lightning"]
 
 
 def free_port() -> int:
@@ -35,7 +35,7 @@ def run_together(
 
     Args:
         folder: Folder where they run; ``log.txt`` is written there.
-        commands: Commands, one per process.
+        commands: Arguments of Python, one list per process.
         variables: Variables of each one's environment, beside ours.
     """
     log = folder / "log.txt"
@@ -46,17 +46,14 @@ def run_together(
                 own = {} if variables is None else variables[index]
                 environment = os.environ | {"PYTHONPATH": str(ROOT)} | own
                 processes.append(
-                    subprocess.Popen(
-                        command, cwd=folder, env=environment, stdout=output,
-                        stderr=subprocess.STDOUT, start_new_session=True,
-                    )
-                )  # fmt: skip
+                    WarmProcess(command, cwd=folder, env=environment, stdout=output, stderr=output)
+                )
             codes = [process.wait(TIMEOUT_S) for process in processes]
         except subprocess.TimeoutExpired:
             pytest.fail(f"still running after {TIMEOUT_S} s:\n{log.read_text()}")
         finally:
             for process in processes:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # its session: ranks included
+                    process.kill_session()  # ranks included
                     process.wait()
     return codes, log.read_text()

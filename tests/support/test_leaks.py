@@ -17,7 +17,7 @@ def _join_alone(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("leak", "told"),
+    ("leak", "expected"),
     [
         (lambda folder: os.environ.update(LEAKED="1"), "environment variable LEAKED: None -> 1"),
         (lambda folder: os.environ.pop("OMP_NUM_THREADS"), "OMP_NUM_THREADS: 1 -> None"),
@@ -28,12 +28,12 @@ def _join_alone(folder: Path) -> None:
     ],
 )
 def test_a_leak_is_told_once_and_taken_back(
-    leak: Callable[[Path], None], told: str, tmp_path: Path
+    leak: Callable[[Path], None], expected: str, tmp_path: Path
 ) -> None:
     before = ProcessState.now()
     leak(tmp_path)
     (message,) = before.leaks()
-    assert told in message
+    assert expected in message
     before.restore()
     assert before.leaks() == []
 

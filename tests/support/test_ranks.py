@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 import signal
 import time
@@ -9,6 +8,7 @@ import torch.distributed
 from torch import Tensor
 
 from tests.support.ranks import run_ranks
+from tests.support.warm_python import running
 
 
 def _sum_of_ranks(process_rank: int, world_size: int, scale: float) -> dict[str, Tensor | int]:
@@ -47,7 +47,7 @@ def test_every_rank_returns_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_raising_rank_ends_all_and_its_traceback_is_shown() -> None:
     with pytest.raises(AssertionError, match=r"(?s)rank 1 .*_raise_on_rank_1.*no batch left"):
         run_ranks(_raise_on_rank_1, 2)
-    assert not multiprocessing.active_children()
+    assert not running()
 
 
 def test_a_killed_rank_is_named() -> None:
@@ -60,4 +60,4 @@ def test_a_hang_is_cut_and_located() -> None:
     with pytest.raises(AssertionError, match=r"(?s)rank 1 was still .* 8 s:.*_hang_on_rank_1"):
         run_ranks(_hang_on_rank_1, 2, timeout_s=8)
     assert time.monotonic() - began < 20
-    assert not multiprocessing.active_children()
+    assert not running()

@@ -1,8 +1,6 @@
 import gzip
 import http.client
 import json
-import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import wandb_server
+from tests.support.wandb_client import run_client
 from tests.support.wandb_graphql import root_fields
 from tests.support.wandb_server import WandbServer
 from tests.support.wandb_sweeps import Json, plan_trials
@@ -174,13 +173,7 @@ def test_a_real_client_logs_and_reads_back(server: WandbServer, tmp_path: Path) 
         assert (seen.name, seen.state, seen.config["rank"]) == ("r1", "finished", 4)
         assert [row.get("loss") for row in seen.history(pandas=False)] == [1, 1 / 2, 1 / 3, None]
     """
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(client)],
-        env=server.environment(tmp_path),
-        cwd=tmp_path,
-        timeout=120,
-        check=True,
-    )
+    run_client(server, tmp_path, "-c", textwrap.dedent(client))
     run = server.runs["r1"]
     assert (run.state, run.exit_code, run.group) == ("finished", 0, "g")
     assert run.config == {"rank": 4, "nested": {"a": None}}

@@ -1,13 +1,11 @@
 """Real clients of the loopback server, each in a process of its own."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.support.wandb_server import WandbServer
+from tests.support.warm_python import ROOT, run_warm
 
-_ROOT = Path(__file__).parents[2]
 _TIMEOUT_S = 250
 
 
@@ -20,15 +18,7 @@ def run_client(server: WandbServer, folder: Path, *arguments: str, **variables: 
         arguments: Arguments of Python.
         variables: Variables of the environment, beside those of the server.
     """
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env=server.environment(folder) | {"PYTHONPATH": os.fspath(_ROOT)} | variables,
-        cwd=folder,
-        timeout=_TIMEOUT_S,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
+    env = server.environment(folder) | {"PYTHONPATH": os.fspath(ROOT)} | variables
+    done = run_warm(arguments, cwd=folder, env=env, timeout=_TIMEOUT_S, merges=True)
     assert done.returncode == 0, done.stdout
     return done.stdout

@@ -37,7 +37,7 @@ def test_a_terminal_sees_a_line_that_moves_and_its_end(
     assert "a[1].jsonl" in shown
     assert "\u2501" in shown, "a bar"
     assert "-:--:--" in shown or "0:00:" in shown, "the time that is left"
-    assert "tokenised a[1].jsonl: 13 documents, 1 MB, 0.0 M tokens, " in shown
+    assert "tokenized a[1].jsonl: 13 documents, 1 MB, 0.0 M tokens, " in shown
 
 
 def test_without_a_size_there_is_a_rate_only(
@@ -58,8 +58,8 @@ def test_a_log_sees_one_line_at_the_start_and_one_at_the_end(
     monkeypatch.setattr(progress, "_QUIET_S", 0.0)
     _show("piped", 1_000_000)
     first, last = capsys.readouterr().err.splitlines()
-    assert first == "tokenising piped"
-    assert last.startswith("tokenised piped: 13 documents, 1 MB, 0.0 M tokens, ")
+    assert first == "tokenizing piped"
+    assert last.startswith("tokenized piped: 13 documents, 1 MB, 0.0 M tokens, ")
 
 
 def test_work_that_fails_is_not_said_to_be_done(
@@ -69,4 +69,4 @@ def test_work_that_fails_is_not_said_to_be_done(
     work = shown_tokenizing("failing", None)
     work.__enter__()(SoFar())
     assert not work.__exit__(KeyError, KeyError(), None)
-    assert capsys.readouterr().err.splitlines() == ["tokenising failing"]
+    assert capsys.readouterr().err.splitlines() == ["tokenizing failing"]

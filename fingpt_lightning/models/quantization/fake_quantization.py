@@ -22,11 +22,11 @@ class RoundedWeights:
     """Applies rounded values to a network's matrices for passes forward and back.
 
     Gradients taken meanwhile are those of the rounded weights, and an optimizer that steps after
-    `take_back` applies them to the weights themselves: the straight-through estimator, without a
+    `restore` applies them to the weights themselves: the straight-through estimator, without a
     layer or a name changed. The rounded matrices and their values are exactly those that an export
     with quantized embeddings stores.
 
-    Memory: one copy of the matrices. Cost: each is rounded at every `lend`.
+    Memory: one copy of the matrices. Cost: each is rounded at every `apply`.
 
     Args:
         network: Network, low-rank or dense, unquantized, or the part of one that a process holds.
@@ -39,12 +39,12 @@ class RoundedWeights:
         self._method = method
         self._matrices = list(_matrices(network))
         self._kept: list[Tensor] = []
-        self.are_lent = False
+        self.are_applied = False
 
     @torch.no_grad()
-    def lend(self) -> None:
+    def apply(self) -> None:
         """Rounds the matrices in place; without effect where they are rounded already."""
-        if self.are_lent:
+        if self.are_applied:
             return
         if not self._kept:
             self._kept = [torch.empty_like(matrix.parameter) for matrix in self._matrices]
@@ -54,16 +54,16 @@ class RoundedWeights:
                 parameter.copy_(rounded(parameter.T, self._method).T)
             else:
                 parameter.copy_(rounded(parameter, self._method))
-        self.are_lent = True
+        self.are_applied = True
 
     @torch.no_grad()
-    def take_back(self) -> None:
+    def restore(self) -> None:
         """Puts the weights themselves back; without effect where they are there."""
-        if not self.are_lent:
+        if not self.are_applied:
             return
         for matrix, kept in zip(self._matrices, self._kept, strict=True):
             matrix.parameter.copy_(kept)
-        self.are_lent = False
+        self.are_applied = False
 
 
 def _matrices(network: PreTrainedModel) -> Iterator[_Matrix]:

@@ -59,7 +59,7 @@ def quantized_layer(
             if layer.activation != "none":
                 raise ValueError(
                     f"a low-rank layer with {layer.activation} between its factors cannot be"
-                    " quantised: the two quantised layers would follow each other without it"
+                    " quantized: the two quantized layers would follow each other without it"
                 )
             down = _quantized(layer.down, None, quantize, device, moments)
             if moments is not None:  # of what the quantized first factor gives to the second

@@ -24,17 +24,17 @@ NETWORKS = {
 
 @pytest.mark.parametrize("method", ["int8", "nf4"])
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_lent_weights_are_those_of_the_exported_folder(
+def test_applied_weights_are_those_of_the_exported_folder(
     kind: str, method: str, tmp_path: Path
 ) -> None:
     network = build_gpt2(SHAPE, 37, *NETWORKS[kind], seed=1).eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     weights = RoundedWeights(network, method)
-    weights.lend()
+    weights.apply()
     with torch.no_grad():
         rounded = network(IDS).logits
         loss = vocabulary_loss(network.lm_head, network.transformer(IDS).last_hidden_state, IDS)
-    weights.take_back()
+    weights.restore()
     assert all(torch.equal(before[name], t) for name, t in network.state_dict().items())
     found = ModelSource("made up", tmp_path, None, None, None, Base("made up", None))
     source = LoadedModel(network, None, found, "made up", "0")
@@ -50,13 +50,13 @@ def test_lent_weights_are_those_of_the_exported_folder(
 def test_the_gradient_is_that_of_the_rounded_network_and_moves_the_weights_themselves() -> None:
     network, plain = (build_gpt2(SHAPE, 37, RankRule(7), 11, seed=1) for _ in range(2))
     weights = RoundedWeights(network, "nf4")
-    weights.lend()
-    weights.lend()  # a second microbatch
+    weights.apply()
+    weights.apply()  # a second microbatch
     plain.load_state_dict(network.state_dict())
     start = RoundedWeights(plain, "nf4")._matrices
     for each in (network, plain):
         each(input_ids=IDS, labels=IDS).loss.backward()
-    weights.take_back()
+    weights.restore()
     original = build_gpt2(SHAPE, 37, RankRule(7), 11, seed=1)
     torch.optim.SGD(network.parameters(), lr=0.5).step()
     assert len(start) == 2 * 4 * 2 + 2
