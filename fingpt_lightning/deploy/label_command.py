@@ -20,6 +20,7 @@ from fingpt_lightning.deploy.labelling import (
 from fingpt_lightning.deploy.loading import load_with_adapters
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.loading import LoadedModel
+from fingpt_lightning.models.sources import find_adapter
 from fingpt_lightning.tasks import Task, find_task
 from fingpt_lightning.tasks.sources import open_rows
 from fingpt_lightning.terminal.progress import shown_progress
@@ -81,7 +82,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> dict[str, object]:
     state, adapter = options.input.stat(), model.source.adapter
-    adapters = {name: adapter_digest(path) for name, path in (options.adapters or {}).items()}
+    named = options.adapters or {}
+    adapters = {name: adapter_digest(find_adapter(path)) for name, path in named.items()}
     return {
         "input": str(options.input.resolve()),
         "input_bytes": state.st_size,

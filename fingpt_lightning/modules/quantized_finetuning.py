@@ -25,6 +25,8 @@ from fingpt_lightning.models.adapting import (
     ALL_LINEAR,
     WholeAdapters,
     adapt,
+    base_quantization,
+    described_adapters,
     linear_names,
     matching_names,
     save_adapter,
@@ -56,8 +58,9 @@ _RECOMPUTE = ("none", "block", "offload")
 class QuantizedFinetuning(LanguageModelingModule):
     """Low-rank adapters trained on a base that stays as it is, in 4, 8 or more bits.
 
-    Checkpoints hold the adapters and the optimizer, not the base. When training ends, the run
-    folder holds the adapters as they are then, as ``adapter/`` in PEFT's format.
+    Checkpoints hold the adapters and the optimizer, not the base; wherever an adapter may be named,
+    so may they. When training ends, the run folder holds the adapters as they are then, as
+    ``adapter/`` in PEFT's format.
 
     Args:
         base: Folder, hub name, GGUF file, checkpoint or run folder of the model to start from;
@@ -299,7 +302,10 @@ class QuantizedFinetuning(LanguageModelingModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        describe_adapters(checkpoint, self.base_revision)
+        whole, config = self._all_adapters(checkpoint["state_dict"]), {}
+        if whole.state:  # of a pipeline, one process has the state of all
+            config = described_adapters(self.network, whole, self._named_base())
+        describe_adapters(checkpoint, self.base_revision, config, base_quantization(self.network))
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -339,11 +345,13 @@ class QuantizedFinetuning(LanguageModelingModule):
 
     def _save_adapter(self, name: str, whole: WholeAdapters | None) -> None:
         folder = Path(self.trainer.default_root_dir) / name
-        base = Base("random", None) if self._source is None else self._source.base.absolute()
-        save_adapter(self.network, folder, *base, whole)
+        save_adapter(self.network, folder, *self._named_base(), whole)
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+    def _named_base(self) -> Base:
+        return Base("random", None) if self._source is None else self._source.base.absolute()
 
     def _optimizer(self) -> Optimizer:
         hparams = self.hparams
