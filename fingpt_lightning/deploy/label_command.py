@@ -39,9 +39,7 @@ def run(options: argparse.Namespace) -> None:
     task = find_task(options.task)
     columns = Columns(options.text_column, options.adapter_column)
     adapters = options.adapters or {}
-    LabelledFile(options.output, {})
-    if options.output.exists() and not options.overwrite:
-        raise FileExistsError(f"output {options.output} is there already; --overwrite replaces it")
+    LabelledFile(options.output, {}).check_replaceable(options.overwrite)
     num_rows, names = checked_rows(
         task, options.input, columns, list(adapters), options.output.suffix
     )
@@ -61,7 +59,8 @@ def run(options: argparse.Namespace) -> None:
             bank=model.bank,
         )
         if num_done:
-            console.print(f"going on after {num_done * CHUNK_ROWS:,} of {num_rows:,} rows")
+            done = min(num_done * CHUNK_ROWS, num_rows)
+            console.print(f"going on after {done:,} of {num_rows:,} rows")
         with shown_progress(f"labelling {options.input}", num_rows, "rows") as show:
             for number, rows in row_chunks(options.input, num_done):
                 first = number * CHUNK_ROWS

@@ -368,3 +368,5 @@ def test_what_does_not_fit_is_said_before_training(tmp_path: Path) -> None:
             _trainer(tmp_path).fit(_module(**settings), datamodule=_data())
     with pytest.raises(ValueError, match="num_heads 3 does not divide width 64"):
         RandomLlama(num_heads=3)
+    with pytest.raises(ValueError, match=r"random_base\.num_layers 10,000,000 is above 10,000"):
+        RandomLlama(num_layers=10**7)
