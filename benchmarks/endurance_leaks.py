@@ -100,7 +100,9 @@ def growth(samples: Sequence[Sample]) -> dict[str, Any]:
     """
 
     def median(begin: float, field: str) -> float:
-        own = [getattr(x, field) for x in samples if begin <= x.progress <= begin + _WINDOW]
+        own: list[float] = [
+            getattr(x, field) for x in samples if begin <= x.progress <= begin + _WINDOW
+        ]
         return statistics.median(own)
 
     half, end = (median(begin, "rss_bytes") for begin in (0.5, 1 - _WINDOW))

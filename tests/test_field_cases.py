@@ -99,7 +99,9 @@ def _long_input(place: Place) -> None:
         r"alpaca: 1 of 31 rows were cut to 200 tokens", place.terminal.readouterr().out
     )
     texts = [
-        str(data.tokenizer.decode(row.tokens)) for p in ("train", "val") for row in data._of(p)
+        str(data.tokenizer.decode(list(row.tokens)))
+        for p in ("train", "val")
+        for row in data._of(p)
     ]
     (cut,) = [text for text in texts if "Line 1 of the report" in text]
     last = json.loads((place.case / "data/alpaca/train.jsonl").read_text().splitlines()[-1])

@@ -128,7 +128,7 @@ def test_a_checkpoint_of_adapters_comes_before_the_folder_that_a_run_before_it_l
     _adapter(tmp_path / "adapter", "../base")
     assert adapter_at(tmp_path) == tmp_path / "adapter_best"
     (tmp_path / "checkpoints").mkdir()
-    contents = {"state_dict": {}, "adapter_config": {}}
+    contents: dict[str, object] = {"state_dict": {}, "adapter_config": {}}
     torch.save(contents, tmp_path / "checkpoints" / "last.ckpt")
     assert adapter_at(tmp_path) == tmp_path / "adapter_best"
     torch.save(contents, tmp_path / "checkpoints" / "best.ckpt")
