@@ -33,7 +33,7 @@ from fingpt_lightning.models.adapting import (
     without_adapters,
 )
 from fingpt_lightning.models.families import head_of
-from fingpt_lightning.models.formats.checkpoint import describe_adapters
+from fingpt_lightning.models.formats.checkpoint import describe_adapters, load_contents
 from fingpt_lightning.models.formats.peft_adapter import (
     ADAPTER_FOLDER,
     BEST_ADAPTER_FOLDER,
@@ -340,7 +340,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         )
         path = Path(getattr(best, "best_model_path", ""))
         if path.is_file():
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            saved = load_contents(path)
             self._save_adapter(BEST_ADAPTER_FOLDER, self._all_adapters(saved["state_dict"]))
 
     def _save_adapter(self, name: str, whole: WholeAdapters | None) -> None:

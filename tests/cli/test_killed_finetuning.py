@@ -1,6 +1,7 @@
 """What a finetuning has learned when it is killed, in every command that reads a model."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from fingpt_lightning.cli.main import main
+from fingpt_lightning.cli.run_folders import read_checkpoint_lazily
 from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.models.adapting import adapter_state
-from fingpt_lightning.models.formats.peft_adapter import read_adapter_config
+from fingpt_lightning.models.formats.peft_adapter import PARTS, read_adapter, read_adapter_config
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.models.sources import find_adapter
 from tests.models.tiny_models import tiny_llama
 
 _FIT = [
@@ -204,11 +207,22 @@ def test_a_resumed_run_ends_with_the_best_of_its_whole_history(place: Path, tmp_
         (b"PK\x03\x04", r"bad\.ckpt is no checkpoint that can be read safely"),
         (
             {"state_dict": {}, "adapter_config": 3},
-            r"bad\.ckpt: adapter_config is a int",
+            r"bad\.ckpt: adapter_config is of type int",
         ),
         (
             {"state_dict": {"network.a.lora_A": 3}, "adapter_config": {}},
-            r"bad\.ckpt: network\.a\.lora_A is a int, not a tensor",
+            r"bad\.ckpt: 'network\.a\.lora_A' is not a tensor by name: int",
+        ),
+        (
+            {"state_dict": {7: torch.zeros(2)}, "adapter_config": {}},
+            r"bad\.ckpt: 7 is not a tensor by name: Tensor",
+        ),
+        (
+            {
+                "state_dict": {f"network.lm_head.{p}": torch.tensor(1.0) for p in PARTS},
+                "adapter_config": {"peft_type": "LORA", "base_model_name_or_path": "x"},
+            },
+            r"bad\.ckpt: lora_A of layer lm_head has 0 axes",
         ),
         (
             {"state_dict": {}, "adapter_config": {"peft_type": "LORA"}},
@@ -229,7 +243,20 @@ def test_what_is_not_an_adapter_is_refused_in_a_line(
     else:
         torch.save(contents, file)
     with pytest.raises(ValueError, match=message):
-        load_model(place / "base", adapter=file)
+        read_adapter(find_adapter(file))
+
+
+def test_a_pickle_that_torch_itself_stumbles_over_is_named(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "adapter_config": {}}, tmp_path / "good.ckpt")
+    bad = tmp_path / "bad.ckpt"
+    with zipfile.ZipFile(tmp_path / "good.ckpt") as good, zipfile.ZipFile(bad, "w") as made:
+        for name in good.namelist():
+            content = good.read(name)
+            # Reads what was never kept, of which torch makes a KeyError.
+            made.writestr(name, b"\x80\x02h\x07." if name.endswith("data.pkl") else content)
+    for read in (load_model, find_adapter, read_checkpoint_lazily):
+        with pytest.raises(ValueError, match=r"bad\.ckpt is no checkpoint that can be read safely"):
+            read(bad)
 
 
 def test_an_integer_where_a_weight_belongs_is_refused_by_name(place: Path, tmp_path: Path) -> None:

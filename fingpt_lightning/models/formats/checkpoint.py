@@ -3,8 +3,6 @@
 Nothing here unpickles: checkpoints are read with ``weights_only=True``.
 """
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +79,7 @@ def describe_adapters(
 def holds_adapters(file: Path) -> bool:
     """Whether a file is a checkpoint of adapters; one that cannot be read is not."""
     try:
-        contents = _contents(file)
+        contents = load_contents(file)
     except (OSError, ValueError):
         return False
     return isinstance(contents, dict) and _ADAPTER_CONFIG in contents
@@ -94,7 +92,7 @@ def read_adapter_checkpoint(file: Path) -> AdapterCheckpoint:
         FileNotFoundError: There is no such file.
         ValueError: It is not one, is damaged, or cannot be read without unpickling.
     """
-    contents = _contents(file)
+    contents = load_contents(file)
     if not isinstance(contents, dict) or not {"state_dict", _ADAPTER_CONFIG} <= contents.keys():
         raise ValueError(f"{file} is not a checkpoint of adapters: it has no {_ADAPTER_CONFIG}")
     config, state = contents[_ADAPTER_CONFIG], contents["state_dict"]
@@ -105,10 +103,10 @@ def read_adapter_checkpoint(file: Path) -> AdapterCheckpoint:
         (_BASE_QUANTIZE, base_quantize, (str, type(None))),
     ):
         if not isinstance(value, kind):
-            raise ValueError(f"{file}: {key} is a {type(value).__name__}")
+            raise ValueError(f"{file}: {key} is of type {type(value).__name__}")
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{file}: {name} is a {type(tensor).__name__}, not a tensor")
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{file}: {name!r} is not a tensor by name: {type(tensor).__name__}")
     return AdapterCheckpoint(
         config, base_quantize, {name.removeprefix(_NETWORK): t for name, t in state.items()}
     )
@@ -120,7 +118,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
     Raises:
         ValueError: It is not one, is damaged, or cannot be read without unpickling.
     """
-    contents = _contents(file)
+    contents = load_contents(file)
     if isinstance(contents, dict) and _BASE_REVISION in contents:
         raise ValueError(
             f"{file} holds adapters alone, written before their checkpoints named the base: go on"
@@ -141,8 +139,18 @@ def read_checkpoint(file: Path) -> Checkpoint:
     return Checkpoint(weights, contents.get(_TOKENIZER))
 
 
-def _contents(file: Path) -> Any:
+def load_contents(file: Path) -> Any:
+    """The contents of a checkpoint, whose tensors are only read when they are used.
+
+    Raises:
+        OSError: The file is not there, or may not be read.
+        ValueError: It is damaged, or cannot be read without unpickling.
+    """
+    with file.open("rb"):
+        pass
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what torch's reader runs into, it does not catch itself
         raise ValueError(f"{file} is no checkpoint that can be read safely") from error

@@ -294,6 +294,9 @@ def check_weights(config: AdapterConfig, file: Path, shapes: Mapping[str, tuple[
         if odd := sorted(wanted ^ parts.keys()):
             place = "has no" if odd[0] in wanted else "has an unknown"
             raise ValueError(f"{file} {place} {odd[0]} of layer {name}")
+        for part, size in parts.items():
+            if len(size) != (1 if part == MAGNITUDE else 2):
+                raise ValueError(f"{file}: {part} of layer {name} has {len(size)} axes")
         if not config.adapts(name):
             raise ValueError(f"{file} adapts {name}, which {by} leaves out")
         rank = config.options_of(name).rank
