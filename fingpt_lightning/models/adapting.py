@@ -172,12 +172,14 @@ class WholeAdapters(NamedTuple):
     """The adapters of a network of which this process may hold a part.
 
     ``options`` are those of each adapted layer by its name, ``state`` their weights by our names;
-    ``linear`` names the layers that have an adapter or could.
+    ``linear`` names the layers that have an adapter or could; ``base_quantize`` is the method by
+    which these are quantized.
     """
 
     options: Mapping[str, AdapterOptions]
     state: Mapping[str, Tensor]
     linear: Sequence[str]
+    base_quantize: str | None
 
     def by_layer(self) -> dict[str, dict[str, Tensor]]:
         """The weights by layer and part."""
@@ -198,6 +200,7 @@ def own_adapters(network: PreTrainedModel) -> WholeAdapters:
             for part, tensor in parts.items()
         },
         linear_names(network),
+        base_quantization(network),
     )
 
 
@@ -222,7 +225,7 @@ def save_adapter(
         folder,
         whole.by_layer(),
         described_adapters(network, whole, Base(base, revision)),
-        base_quantization(network),
+        whole.base_quantize,
     )
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi, snapshot_download
 
-from fingpt_lightning.models.formats.checkpoint import read_adapter_checkpoint
+from fingpt_lightning.models.formats.checkpoint import CHECKPOINT, read_adapter_checkpoint
 from fingpt_lightning.models.formats.hf_folder import CONFIG, SAFETENSORS, SAFETENSORS_INDEX
 from fingpt_lightning.models.formats.peft_adapter import (
     ADAPTER_CONFIG,
@@ -24,8 +24,8 @@ from fingpt_lightning.models.formats.safetensors_files import refuse_pickled
 from fingpt_lightning.models.formats.tokenizer import holds_tokenizer, tokenizer_of_checkpoint
 from fingpt_lightning.terminal.messages import first_line, nearest_sibling
 
-CHECKPOINT, GGUF = ".ckpt", ".gguf"
-"""The suffixes of the two kinds of one file that hold a network."""
+GGUF = ".gguf"
+"""Suffix of the other kind of one file, beside a checkpoint, that holds a network."""
 _CHECKPOINTS = ("checkpoints/best.ckpt", "best.ckpt", "checkpoints/last.ckpt", "last.ckpt")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]

@@ -206,7 +206,12 @@ class QuantizedFinetuning(LanguageModelingModule):
                 keep_part=self._keep_part,
             )
         self._check_fits_data()
-        if self._source is None or self._source.adapter is None:
+        self._layer_options = dict.fromkeys(self._linear, self.options)
+        if self._source is not None and self._source.adapter is not None:
+            # Read once: a checkpoint can be written when the adapter of the start is gone.
+            stored = read_adapter_config(self._source.adapter)
+            self._layer_options = {name: stored.options_of(name) for name in self._linear}
+        else:
             held = set(linear_names(self.network))
             own = [name for name in self._adapted if name in held]
             adapt(self.network, self.options, own, self.initialization_seed)
@@ -305,7 +310,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         whole, config = self._all_adapters(checkpoint["state_dict"]), {}
         if whole.state:  # of a pipeline, one process has the state of all
             config = described_adapters(self.network, whole, self._named_base())
-        describe_adapters(checkpoint, self.base_revision, config, base_quantization(self.network))
+        describe_adapters(checkpoint, self.base_revision, config, whole.base_quantize)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -422,14 +427,12 @@ class QuantizedFinetuning(LanguageModelingModule):
         return self._all_adapters(self.partial_network.lightning_module_state_dict())
 
     def _all_adapters(self, state: Mapping[str, Tensor]) -> WholeAdapters:
-        options = dict.fromkeys(self._linear, self.options)
-        if self._source is not None and self._source.adapter is not None:
-            stored = read_adapter_config(self._source.adapter)
-            options = {name: stored.options_of(name) for name in self._linear}
         return WholeAdapters(
-            options,
+            self._layer_options,
             {name.removeprefix("network."): tensor for name, tensor in state.items()},
             self._linear,
+            # A process of a pipeline may hold no adapted layer.
+            self.hparams["quantize"] or base_quantization(self.network),
         )
 
     def _check_fits_data(self) -> None:

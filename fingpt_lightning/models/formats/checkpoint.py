@@ -15,6 +15,8 @@ from fingpt_lightning.models.formats.network_config import network_config
 from fingpt_lightning.models.formats.weights import Weights, check_num_layers
 from fingpt_lightning.models.low_rank_config import drop_guides, folded_tensors
 
+CHECKPOINT = ".ckpt"
+"""Suffix of a checkpoint."""
 _NETWORK = "network."  # where our modules keep the network
 _CONFIG, _TOKENIZER, _BASE_REVISION = "network_config", "tokenizer", "base_revision"
 _ADAPTER_CONFIG, _BASE_QUANTIZE = "adapter_config", "base_quantize"

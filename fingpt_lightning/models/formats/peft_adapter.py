@@ -18,7 +18,11 @@ from transformers import PreTrainedModel
 
 from fingpt_lightning.files import files_sha256, read_json, write_json, written_whole
 from fingpt_lightning.low_rank.adapters import AdapterOptions
-from fingpt_lightning.models.formats.checkpoint import holds_adapters, read_adapter_checkpoint
+from fingpt_lightning.models.formats.checkpoint import (
+    CHECKPOINT,
+    holds_adapters,
+    read_adapter_checkpoint,
+)
 from fingpt_lightning.models.formats.safetensors_files import (
     refuse_pickled,
     stored_metadata,
@@ -153,7 +157,8 @@ class StoredAdapter(NamedTuple):
 
 def holds_adapter(place: Path) -> bool:
     """Whether a folder or checkpoint is an adapter."""
-    return (place / ADAPTER_CONFIG).is_file() or (place.is_file() and holds_adapters(place))
+    is_checkpoint = place.suffix == CHECKPOINT and place.is_file()
+    return (place / ADAPTER_CONFIG).is_file() or (is_checkpoint and holds_adapters(place))
 
 
 def read_adapter_config(place: Path) -> AdapterConfig:
