@@ -1,4 +1,4 @@
-"""What is lost when a command is killed or its disk is full?
+"""What is lost when a command is killed or its disk is full, and does a long one grow?
 
 A section of this benchmark is one kind of fault. Further kinds are added as a `Section` of
 `SECTIONS`; each gives rows for the record and the counts that its summary needs.
@@ -18,17 +18,20 @@ import torch
 
 from benchmarks.endurance_disks import full_disks
 from benchmarks.endurance_kills import kills
+from benchmarks.endurance_leaks import leaks
 from benchmarks.endurance_programs import PROGRAMS, make_materials
-from benchmarks.endurance_trials import Found, Section, Sizes
+from benchmarks.endurance_trials import Found, Long, Section, Sizes
 from benchmarks.record import markdown_table, new_record, write_record
 
 QUESTION = (
     "What is lost when a command is killed at any moment or its disk is full: can what was there"
-    " before be read, and does the same command, run again, end with what it would have made?"
+    " before be read, and does the same command, run again, end with what it would have made? And"
+    " does a long training or labeling take more and more memory or files?"
 )
 SECTIONS = {
     "kills": Section(kills, ("kills", "lost", "resumed_equal")),
     "full_disks": Section(full_disks, ("full_disks", "full_disks_lost", "full_disks_one_line")),
+    "leaks": Section(leaks, ("long_runs", "memory_grew_over_1_percent", "open_files_grew")),
 }
 
 _FOUND = "found.json"
@@ -45,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sections", default=",".join(SECTIONS), help="kinds of faults")
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="what they happen to")
     parser.add_argument("--kills", type=int, default=336, help="kills in all, about")
+    parser.add_argument("--steps", type=int, default=2000, help="of the long training")
+    parser.add_argument("--validations", type=int, default=50, help="of the long training")
+    parser.add_argument("--rows", type=int, default=50_000, help="of the long labeling")
     parser.add_argument("--seed", type=int, default=1, help="of the random moments")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the programs")
     parser.add_argument("--folder", type=Path, help="where it runs; a new one by default")
@@ -53,11 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     programs = [_known(parser, name, PROGRAMS) for name in options.programs.split(",")]
     # No thread pool in the process that forks: a child would wait for it in vain.
     torch.set_num_threads(1)
+    long = Long(options.steps, options.validations, options.rows)
     config = {"kills": options.kills, "seed": options.seed, "jobs": options.jobs}
+    config |= long._asdict()
     record = new_record(QUESTION, config)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="endurance-") as folder:
         materials = make_materials(Path(folder) / "materials")
-        sizes = Sizes(Path(folder), materials, programs, options.kills, options.seed)
+        sizes = Sizes(Path(folder), materials, programs, options.kills, options.seed, long)
         found = _in_jobs(sizes, names, min(options.jobs, len(programs)))
     record["rows"] = [{"section": name, **row} for name in names for row in found[name].rows]
     record["summary"] = {

@@ -44,6 +44,20 @@ class Program(NamedTuple):
     keeps_parts: bool = False
 
 
+class Long(NamedTuple):
+    """The lengths of the runs whose memory is watched.
+
+    Attributes:
+        num_steps: Optimizer steps of the training.
+        num_validations: Validations of the training.
+        num_rows: Rows that are labeled.
+    """
+
+    num_steps: int
+    num_validations: int
+    num_rows: int
+
+
 class Sizes(NamedTuple):
     """The settings of a section.
 
@@ -53,6 +67,7 @@ class Sizes(NamedTuple):
         names: Names of the programs that run.
         num_kills: Approximate number of kills in all.
         seed: Seed of random moments.
+        long: Lengths of the runs whose memory is watched.
     """
 
     folder: Path
@@ -60,6 +75,7 @@ class Sizes(NamedTuple):
     names: Sequence[str]
     num_kills: int
     seed: int
+    long: Long
 
 
 class Found(NamedTuple):

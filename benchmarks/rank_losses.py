@@ -1,4 +1,4 @@
-"""How long do the other ranks of a pipeline run on when one is lost?
+"""How long do the other ranks run on when one is lost, of a pipeline, with DDP or with FSDP2?
 
 Two ranks train a small network as two hosts would: ``fingpt fit`` in a process for each, over gloo.
 At a chosen moment one is killed, stopped, or cut off: the ranks live in network namespaces that a
@@ -30,12 +30,14 @@ from benchmarks.lost_rank import GO_ON, MARKER, MOMENTS, POLL_S, run_rank
 from benchmarks.record import markdown_table, new_record, spread, write_record
 
 QUESTION = (
-    "When a rank of a pipeline is killed, stopped or cut off, have all ranks ended within timeout_s"
+    "When one of several ranks is killed, stopped or cut off, have all ranks ended within timeout_s"
     " and five seconds, each with a line that names the lost one?"
 )
 SLACK_S = 5.0
 KINDS = ("killed", "stopped", "cut off")
-SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV")
+STRATEGIES = ("DataParallel", "FullySharded")
+SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV", *STRATEGIES)
+"""How two ranks share the work: a pipeline by its schedule, or each with its own data."""
 _ROOT = Path(__file__).parents[1]
 _NUM_RANKS = 2
 _START_TIMEOUT_S = 300
@@ -51,7 +53,7 @@ class Case(NamedTuple):
 
     Attributes:
         kind: Kind of the loss.
-        schedule: Schedule of the passes.
+        schedule: Schedule of the passes, one of `SCHEDULES`.
         rank: Number of the rank that is lost, of two.
         moment: What the rank does at the moment of the loss.
     """
@@ -236,13 +238,14 @@ def _row(case: Case, outcome: Outcome) -> dict[str, Any]:
 
 
 def _words(case: Case, own: Path, data: Path, timeout_s: float) -> list[str]:
+    limits = {"timeout_s": timeout_s, "start_timeout_s": _START_TIMEOUT_S}
+    is_pipeline = case.schedule not in STRATEGIES
+    name = "PipelineStrategy" if is_pipeline else case.schedule
+    parts = {"schedule": case.schedule, "num_microbatches": 4} if is_pipeline else {}
     strategy = {
-        "class_path": "fingpt_lightning.strategies.PipelineStrategy",
-        "init_args": {
-            "schedule": case.schedule, "num_microbatches": 4, "timeout_s": timeout_s,
-            "start_timeout_s": _START_TIMEOUT_S,
-        },
-    }  # fmt: skip
+        "class_path": f"fingpt_lightning.strategies.{name}",
+        "init_args": parts | limits,
+    }
     incident = {
         "class_path": "benchmarks.lost_rank.Incident",
         "init_args": {"folder": str(own), "rank": case.rank, "moment": case.moment},
@@ -252,7 +255,8 @@ def _words(case: Case, own: Path, data: Path, timeout_s: float) -> list[str]:
         "max_epochs": -1, "val_check_interval": 2, "check_val_every_n_epoch": None,
         "limit_val_batches": 2, "num_sanity_val_steps": 0, "logger": False,
         "strategy": strategy, "callbacks": [incident],
-        "default_root_dir": str(own / "run"),
+        "default_root_dir": str(own / "run"), "inference_mode": is_pipeline,
+        "accumulate_grad_batches": 1 if is_pipeline else 4,
     }  # fmt: skip
     config = own / "config.yaml"
     config.write_text(json.dumps({"trainer": trainer}))

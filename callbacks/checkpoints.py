@@ -1,11 +1,9 @@
 """The two checkpoints that every run keeps: the best one and the last one."""
 
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,6 +12,7 @@ from typing_extensions import override
 
 from fingpt_lightning.files import written_whole
 from fingpt_lightning.metric_keys import VAL_LOSS
+from fingpt_lightning.models.formats.checkpoint import load_contents
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -79,10 +78,10 @@ class BestCheckpoint(ModelCheckpoint):
         if not before.is_file():  # the folder was moved, with the checkpoint that is resumed
             before = Path(str(trainer.ckpt_path)).with_name(before.name)
         try:
-            saved = torch.load(before, map_location="cpu", weights_only=True, mmap=True)
+            saved = load_contents(before)
             # Not from the resumed state: the file may be of a later step.
             score: Tensor = saved["callbacks"][self.state_key]["best_model_score"]
-        except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         if before.resolve() == path.resolve():
             return score

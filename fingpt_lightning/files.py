@@ -31,6 +31,11 @@ PARTIAL = ".partial"
 """The ending of what is not whole yet."""
 OWNER = "owner.lock"
 """The file in a folder of parts that its process has locked; it says which process that is."""
+WHOLE = "whole"
+"""The name of what is made of the parts, in their folder, until it moves to its place."""
+SETTINGS = "settings.json"
+"""The file in a folder of parts that says of which settings they are."""
+_FINISHED = "finished"
 
 _log = logging.getLogger(__name__)
 _numbers = itertools.count()
@@ -286,7 +291,7 @@ def owned(folder: Path) -> Iterator[Path]:
 
 def is_unused(folder: Path, *names: str) -> bool:
     """Whether no file but the owner's lock and these is whole in a folder, or below it."""
-    known = {OWNER, *names}
+    known = {OWNER, _FINISHED, *names}
     return not any(
         path.is_file() and path.name not in known and path.suffix != PARTIAL
         for path in folder.rglob("*")
@@ -294,12 +299,40 @@ def is_unused(folder: Path, *names: str) -> bool:
 
 
 def clear_owned(folder: Path) -> None:
-    """Removes all in a folder of `owned` but its lock."""
-    for path in folder.iterdir():
+    """Removes all in a folder of `owned` but its lock; what says of what kind the parts are, last.
+
+    So parts that a kill leaves in between are not taken for those of other settings.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in (SETTINGS, _FINISHED)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != OWNER:
             path.unlink()
+
+
+def mark_finished(folder: Path) -> None:
+    """Notes in a folder of `owned` that its `WHOLE` is complete and about to move to its place."""
+    write_whole(folder / _FINISHED, "")
+
+
+def clear_finished(folder: Path) -> None:
+    """Clears a folder of `owned` where a process was killed when its `WHOLE` had moved.
+
+    Where it had not moved yet, the parts stay, as those of any unfinished run.
+    """
+    if not (folder / _FINISHED).is_file():
+        return
+    if (folder / WHOLE).exists():
+        (folder / _FINISHED).unlink()
+    else:
+        clear_owned(folder)
+
+
+def remove_finished(folder: Path) -> None:
+    """Removes a folder of parts that `clear_finished` would clear, unless a process uses it."""
+    if (folder / _FINISHED).is_file() and not (folder / WHOLE).exists():
+        with suppress(InUseError), owned(folder):
+            clear_finished(folder)
 
 
 @contextmanager

@@ -4,19 +4,17 @@
 """
 
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from fingpt_lightning.files import make_owned, new_folder, remove_leftovers
+from fingpt_lightning.models.formats.checkpoint import load_contents
 from fingpt_lightning.strategies.rendezvous import START_S, meet
 
 RUN_FOLDER_VARIABLE = "FINGPT_RUN_FOLDER"
@@ -130,8 +128,8 @@ def read_checkpoint_lazily(path: Path) -> dict[str, Any]:
         ValueError: The file is not a checkpoint.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError) as error:
+        checkpoint = load_contents(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"ckpt_path {path} is no checkpoint that can be read safely") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"ckpt_path {path} is no checkpoint of a training run")

@@ -32,12 +32,17 @@ from fingpt_lightning.decomposition.sequential import decompose_in_sequence
 from fingpt_lightning.decomposition.source import Source, with_moments
 from fingpt_lightning.files import (
     PARTIAL,
+    SETTINGS,
+    WHOLE,
     check_replaceable,
+    clear_finished,
     clear_owned,
     files_sha256,
     is_unused,
+    mark_finished,
     owned,
     put_in_place,
+    remove_finished,
     to_json,
     write_json,
 )
@@ -67,7 +72,7 @@ from fingpt_lightning.terminal.progress import shown_progress
 from fingpt_lightning.units import GIB
 
 RECORD = "decomposition.json"
-_SETTINGS, _GROUPS, _WHOLE = "settings.json", "moments.json", "whole"
+_GROUPS = "moments.json"
 _SHARD_BYTES = 2 * GIB
 _SEQUENTIAL_DAMPING = 0.01
 
@@ -189,9 +194,12 @@ class Decomposition:
 def check_output(output: Path, overwrite: bool) -> None:
     """Raises where a decomposition could not be written.
 
+    The parts of one that a killed process had finished are removed.
+
     Raises:
         FileExistsError: ``output`` is there and not to be replaced, or is not a decomposition.
     """
+    remove_finished(_parts_of(output))
     check_replaceable(output, overwrite, (output / RECORD).is_file(), "decomposition")
 
 
@@ -240,17 +248,22 @@ def decompose_model(
             raise ValueError(f"damping {damping:g} of sequential is not above 0")
         request = replace(request, damping=damping)
     settings = asdict(request) | {"revision": revision, "calibration": _described(calibration)}
-    with owned(output.with_name(f"{output.name}{PARTIAL}")) as folder:
+    with owned(_parts_of(output)) as folder:
         try:
             _begin(folder, settings, overwrite)
             record = _decomposed(source, request, folder, calibration, revision, workers, devices)
             check_output(output, overwrite)  # another process may have been quicker
-            put_in_place(folder / _WHOLE, output)
+            mark_finished(folder)
+            put_in_place(folder / WHOLE, output)
             clear_owned(folder)
         finally:
-            if is_unused(folder, _SETTINGS):
+            if is_unused(folder, SETTINGS):
                 clear_owned(folder)
     return record
+
+
+def _parts_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}{PARTIAL}")
 
 
 def _decomposed(
@@ -306,7 +319,7 @@ def _decomposed(
         _described(calibration),
         *made,
     )
-    (folder / _WHOLE / RECORD).write_text(record.to_json(), encoding="utf-8")
+    (folder / WHOLE / RECORD).write_text(record.to_json(), encoding="utf-8")
     return record
 
 
@@ -324,9 +337,10 @@ def _described(calibration: Calibration | None) -> dict[str, Any] | None:
 
 def _begin(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     """Checks that what an earlier run finished may be used; where it finished nothing, begins."""
-    if overwrite or is_unused(folder, _SETTINGS):
+    clear_finished(folder)
+    if overwrite or is_unused(folder, SETTINGS):
         clear_owned(folder)
-    file = folder / _SETTINGS
+    file = folder / SETTINGS
     now = json.loads(json.dumps(settings))
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -415,7 +429,7 @@ def _assembled(
     source: Source, request: Request, folder: Path, layers: Sequence[LayerWeight]
 ) -> tuple[int, int, int, int, tuple[DecomposedLayer, ...]]:
     """Writes the network's folder; gives the sizes and the layers of the record."""
-    whole = folder / _WHOLE
+    whole = folder / WHOLE
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
     results: dict[str, LayerResult] = {}

@@ -169,7 +169,7 @@ class AdapterBank:
 
         Args:
             name: Name that is new to the bank.
-            folder: Folder of an adapter in PEFT's format.
+            folder: Folder of an adapter in PEFT's format, or a checkpoint of adapters.
 
         Raises:
             FileNotFoundError: The folder has no adapter.

@@ -51,7 +51,7 @@ def export(
         format: ``hf`` (dense, for plain transformers), ``low_rank``, ``peft`` (the adapter alone),
             ``merged``, ``int8``, ``nf4`` or ``gguf``.
         output: Folder that is made.
-        adapter: Folder of a LoRA adapter for the model.
+        adapter: LoRA adapter for the model: folder, or a finetuning's run folder or checkpoint.
         tokenizer: Folder of the tokenizer, where the model has none beside it.
         dtype: Type of the stored weights that are not quantized.
         quantize: ``nf4`` or ``int8`` for the source as it is loaded, ``none``, or ``auto`` for

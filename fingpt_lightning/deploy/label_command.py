@@ -20,6 +20,7 @@ from fingpt_lightning.deploy.labelling import (
 from fingpt_lightning.deploy.loading import load_with_adapters
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.loading import LoadedModel
+from fingpt_lightning.models.sources import find_adapter
 from fingpt_lightning.tasks import Task, find_task
 from fingpt_lightning.tasks.sources import open_rows
 from fingpt_lightning.terminal.progress import shown_progress
@@ -38,9 +39,7 @@ def run(options: argparse.Namespace) -> None:
     task = find_task(options.task)
     columns = Columns(options.text_column, options.adapter_column)
     adapters = options.adapters or {}
-    LabelledFile(options.output, {})
-    if options.output.exists() and not options.overwrite:
-        raise FileExistsError(f"output {options.output} is there already; --overwrite replaces it")
+    LabelledFile(options.output, {}).check_replaceable(options.overwrite)
     num_rows, names = checked_rows(
         task, options.input, columns, list(adapters), options.output.suffix
     )
@@ -60,7 +59,8 @@ def run(options: argparse.Namespace) -> None:
             bank=model.bank,
         )
         if num_done:
-            console.print(f"going on after {num_done * CHUNK_ROWS:,} of {num_rows:,} rows")
+            done = min(num_done * CHUNK_ROWS, num_rows)
+            console.print(f"going on after {done:,} of {num_rows:,} rows")
         with shown_progress(f"labelling {options.input}", num_rows, "rows") as show:
             for number, rows in row_chunks(options.input, num_done):
                 first = number * CHUNK_ROWS
@@ -81,7 +81,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> dict[str, object]:
     state, adapter = options.input.stat(), model.source.adapter
-    adapters = {name: adapter_digest(path) for name, path in (options.adapters or {}).items()}
+    named = options.adapters or {}
+    adapters = {name: adapter_digest(find_adapter(path)) for name, path in named.items()}
     return {
         "input": str(options.input.resolve()),
         "input_bytes": state.st_size,

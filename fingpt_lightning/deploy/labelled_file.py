@@ -18,8 +18,13 @@ from typing import Any
 
 from fingpt_lightning.files import (
     PARTIAL,
+    SETTINGS,
+    WHOLE,
+    clear_finished,
     clear_owned,
+    mark_finished,
     owned,
+    remove_finished,
     sync_folder,
     write_json,
     written_whole,
@@ -27,7 +32,6 @@ from fingpt_lightning.files import (
 from fingpt_lightning.terminal.messages import nearest
 
 Row = Mapping[str, object]
-_SETTINGS = "settings.json"
 
 
 class LabelledFile:
@@ -50,6 +54,21 @@ class LabelledFile:
         self.path, self._settings, self._schema = path, dict(settings), schema
         self.folder = path.with_name(f"{path.name}{PARTIAL}")
 
+    def check_replaceable(self, overwrite: bool) -> None:
+        """Raises where the output may not be written.
+
+        The parts of one that a killed process had finished are removed.
+
+        Args:
+            overwrite: Whether an existing output is deleted.
+
+        Raises:
+            FileExistsError: The output exists already.
+        """
+        if self.path.exists() and not overwrite:
+            remove_finished(self.folder)
+            raise FileExistsError(f"output {self.path} is there already; --overwrite replaces it")
+
     @contextmanager
     def begun(self, overwrite: bool) -> Iterator[int]:
         """Makes the folder of parts, or finds that of an earlier run, and owns it until the end.
@@ -67,9 +86,9 @@ class LabelledFile:
             InUseError: Another process writes this output.
             ValueError: The existing parts are of other settings.
         """
-        if self.path.exists() and not overwrite:
-            raise FileExistsError(f"output {self.path} is there already; --overwrite replaces it")
+        self.check_replaceable(overwrite)
         with owned(self.folder):
+            clear_finished(self.folder)
             if overwrite or not self._parts():
                 clear_owned(self.folder)
             try:
@@ -80,7 +99,7 @@ class LabelledFile:
                     clear_owned(self.folder)
 
     def _check_settings(self) -> None:
-        file = self.folder / _SETTINGS
+        file = self.folder / SETTINGS
         if not file.is_file():
             write_json(file, self._settings)
             return
@@ -105,7 +124,7 @@ class LabelledFile:
 
     def finish(self) -> None:
         """Makes the output from the parts."""
-        with written_whole(self.folder / "whole") as aside:
+        with written_whole(self.folder / WHOLE) as aside:
             if self.path.suffix == ".parquet":
                 _join_parquet(self._parts(), aside)
             else:
@@ -113,7 +132,8 @@ class LabelledFile:
                     for part in self._parts():
                         with part.open("rb") as opened:
                             shutil.copyfileobj(opened, whole)
-        (self.folder / "whole").replace(self.path)
+        mark_finished(self.folder)
+        (self.folder / WHOLE).replace(self.path)
         sync_folder(self.path.parent)
         clear_owned(self.folder)
 

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.models.device import find_device
-from fingpt_lightning.models.formats.peft_adapter import ADAPTER_CONFIG, trained_quantization
+from fingpt_lightning.models.formats.peft_adapter import trained_quantization
 from fingpt_lightning.models.loading import AUTO, NONE, LoadedModel, build_model
-from fingpt_lightning.models.sources import resolve_source
+from fingpt_lightning.models.sources import find_adapter, resolve_source
 
 
 class ReadyModel(NamedTuple):
@@ -41,8 +41,8 @@ def load_with_adapters(options: argparse.Namespace) -> ReadyModel:
     network, tokenizer, bank = loaded.network, loaded.require_tokenizer(), None
     if options.adapters:
         bank = AdapterBank(network)
-        for name, folder in options.adapters.items():
-            bank.load(name, folder)
+        for name, path in options.adapters.items():
+            bank.load(name, find_adapter(path))
     return ReadyModel(loaded, network, tokenizer, bank)
 
 
@@ -50,22 +50,19 @@ def common_quantization(adapters: Mapping[str, Path]) -> str:
     """The format to which the bases of some adapters were quantized when they were trained.
 
     Args:
-        adapters: Folders of the adapters, by name.
+        adapters: Paths of the adapters, as in `find_adapter`, by name.
 
     Raises:
-        FileNotFoundError: A folder has no adapter.
+        FileNotFoundError: A path has no adapter.
         ValueError: They were trained on bases with different formats.
     """
-    found = {}
-    for name, path in adapters.items():
-        folder = path.expanduser()
-        if not (folder / ADAPTER_CONFIG).is_file():
-            raise FileNotFoundError(f"adapter {folder} has no {ADAPTER_CONFIG}")
-        found[name] = trained_quantization(folder) or NONE
+    found = {
+        name: trained_quantization(find_adapter(path)) or NONE for name, path in adapters.items()
+    }
     if len(set(found.values())) > 1:
-        told = ", ".join(f"{name} {method}" for name, method in found.items())
+        listed = ", ".join(f"{name} {method}" for name, method in found.items())
         raise ValueError(
-            f"--adapters share one base, but theirs were quantised otherwise ({told}): say which"
-            " it is to be by --quantize"
+            f"--adapters share one base, but theirs were quantised otherwise ({listed}): choose"
+            " one by --quantize"
         )
     return next(iter(found.values()))

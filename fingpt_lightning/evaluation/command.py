@@ -78,7 +78,7 @@ def evaluate(
     Args:
         model: Hugging Face folder or hub name, GGUF, adapter, checkpoint or run folder.
         tasks: Names or YAML files; one string may hold several, with commas.
-        adapter: Folder of a LoRA adapter for the model.
+        adapter: LoRA adapter for the model: folder, or a finetuning's run folder or checkpoint.
         tokenizer: Folder of the tokenizer, where the model has none beside it.
         dtype: Type of weights and products: float32, bfloat16, float16 or float64.
         quantize: ``nf4`` or ``int8`` for the linear layers of the blocks, ``none``, or ``auto``

@@ -19,12 +19,13 @@ from fingpt_lightning.low_rank.adapters import AdaptedLinear, AdapterOptions, Sh
 from fingpt_lightning.models.families import family_of
 from fingpt_lightning.models.finite import check_finite
 from fingpt_lightning.models.formats.peft_adapter import (
-    ADAPTER_WEIGHTS,
     MAGNITUDE,
     PARTS,
     Base,
+    adapter_config,
     check_adapter,
     read_adapter,
+    weights_file,
     write_adapter,
 )
 from fingpt_lightning.models.layout import features_of
@@ -165,15 +166,39 @@ def adapter_state(network: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 class WholeAdapters(NamedTuple):
-    """The adapters of a network of which this process holds a part.
+    """The adapters of a network of which this process may hold a part.
 
     ``options`` are those of each adapted layer by its name, ``state`` their weights by our names;
-    ``linear`` names the layers that have an adapter or could.
+    ``linear`` names the layers that have an adapter or could; ``base_quantize`` is the method by
+    which these are quantized.
     """
 
     options: Mapping[str, AdapterOptions]
     state: Mapping[str, Tensor]
     linear: Sequence[str]
+    base_quantize: str | None
+
+    def by_layer(self) -> dict[str, dict[str, Tensor]]:
+        """The weights by layer and part."""
+        layers: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.state.items():
+            layer, _, part = name.rpartition(".")
+            layers.setdefault(layer, {})[part] = tensor
+        return layers
+
+
+def own_adapters(network: PreTrainedModel) -> WholeAdapters:
+    """The adapters of a network that this process holds whole."""
+    return WholeAdapters(
+        {name: layer.options for name, layer in adapted_layers(network).items()},
+        {
+            f"{name}.{part}": tensor
+            for name, parts in adapter_state(network).items()
+            for part, tensor in parts.items()
+        },
+        linear_names(network),
+        base_quantization(network),
+    )
 
 
 def save_adapter(
@@ -196,34 +221,42 @@ def save_adapter(
         trained_on: Quantization of the base that the adapters were trained on, where that is known;
             None takes that of the network.
     """
-    if whole is None:
-        options: Mapping[str, AdapterOptions] = {
-            name: layer.options for name, layer in adapted_layers(network).items()
-        }
-        state, there = adapter_state(network), linear_names(network)
-    else:
-        options, there, state = whole.options, list(whole.linear), {}
-        for name, tensor in whole.state.items():
-            layer_name, _, part = name.rpartition(".")
-            state.setdefault(layer_name, {})[part] = tensor
+    whole = whole or own_adapters(network)
     write_adapter(
         folder,
-        state,
-        options,
-        Base(base, revision),
-        _shortest_names([name for name in there if name in state], there),
+        whole.by_layer(),
+        described_adapters(network, whole, Base(base, revision)),
+        trained_on or whole.base_quantize,
+    )
+
+
+def described_adapters(
+    network: PreTrainedModel, whole: WholeAdapters, base: Base
+) -> dict[str, Any]:
+    """The contents of ``adapter_config.json`` for a network's adapters.
+
+    Args:
+        network: Network with adapters, or a part of it.
+        whole: Adapters of the whole network.
+        base: Base, for whoever loads the adapter.
+    """
+    layers, there = whole.by_layer(), list(whole.linear)
+    return adapter_config(
+        layers,
+        whole.options,
+        base,
+        _shortest_names([name for name in there if name in layers], there),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
-        base_quantize=trained_on or base_quantization(network),
     )
 
 
 def load_adapter(
-    folder: Path, network: PreTrainedModel, elsewhere: Collection[str] = ()
+    place: Path, network: PreTrainedModel, elsewhere: Collection[str] = ()
 ) -> list[str]:
     """Puts a saved adapter on its base.
 
     Args:
-        folder: Folder in PEFT's format, written here or by PEFT.
+        place: Folder in PEFT's format, written here or by PEFT, or a checkpoint of adapters.
         network: Base, quantized or not.
         elsewhere: Parameters of the base that other processes hold; the adapters of their layers
             are left out.
@@ -232,20 +265,20 @@ def load_adapter(
         The full names of the adapted layers.
 
     Raises:
-        FileNotFoundError: The folder has no weights.
+        FileNotFoundError: The adapter has no weights.
         ValueError: It does not fit the network, or needs a feature that is not supported here.
     """
     has_quantised_factors = any(isinstance(part, nn.Sequential) for part in network.modules())
     if not (has_quantised_factors or elsewhere):
-        check_adapter(folder, network)
-    config, stored = read_adapter(folder)
+        check_adapter(place, network)
+    config, stored = read_adapter(place)
     layers = {
         name: parts
         for name, parts in stored.items()
         if not any(other.startswith(f"{name}.") for other in elsewhere)
     }
     names = adapt(network, {name: config.options_of(name) for name in layers}, list(layers))
-    fill_adapters(network, layers, str(folder / ADAPTER_WEIGHTS))
+    fill_adapters(network, layers, str(weights_file(place)))
     return names
 
 

@@ -29,6 +29,8 @@ from fingpt_lightning.models.tied_head import tie_head
 from fingpt_lightning.terminal.messages import nearest
 
 INITIALIZER_STD = 0.02
+MAX_LAYERS = 10_000
+"""Most blocks of a network that is made here: one with more would take hours to be laid out."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class GPT2Shape:
         for name in ("num_layers", "width", "num_heads", "num_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers {self.num_layers:,} is above {MAX_LAYERS:,}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
 

@@ -14,7 +14,7 @@ from transformers import (
 
 from fingpt_lightning.files import files_sha256
 from fingpt_lightning.models.adapting import load_adapter
-from fingpt_lightning.models.formats.checkpoint import read_checkpoint
+from fingpt_lightning.models.formats.checkpoint import CHECKPOINT, read_checkpoint
 from fingpt_lightning.models.formats.gguf import gguf_weights
 from fingpt_lightning.models.formats.hf_folder import (
     GENERATION_CONFIG,
@@ -34,7 +34,6 @@ from fingpt_lightning.models.formats.weights import Weights
 from fingpt_lightning.models.layout import cut, fill, lay_out
 from fingpt_lightning.models.quantization.layers import QUANTIZATIONS
 from fingpt_lightning.models.sources import (
-    CHECKPOINT,
     GGUF,
     ModelSource,
     adapter_at,

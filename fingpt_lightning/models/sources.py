@@ -10,20 +10,23 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi, snapshot_download
 
+from fingpt_lightning.models.formats.checkpoint import CHECKPOINT, read_adapter_checkpoint
 from fingpt_lightning.models.formats.hf_folder import CONFIG, SAFETENSORS, SAFETENSORS_INDEX
 from fingpt_lightning.models.formats.peft_adapter import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
     BEST_ADAPTER_FOLDER,
     Base,
+    holds_adapter,
     read_adapter_config,
 )
 from fingpt_lightning.models.formats.safetensors_files import refuse_pickled
 from fingpt_lightning.models.formats.tokenizer import holds_tokenizer, tokenizer_of_checkpoint
 from fingpt_lightning.terminal.messages import first_line, nearest_sibling
 
-CHECKPOINT, GGUF = ".ckpt", ".gguf"
-"""The suffixes of the two kinds of one file that hold a network."""
+GGUF = ".gguf"
+"""Suffix of the other kind of one file, beside a checkpoint, that holds a network."""
+_CHECKPOINTS = ("checkpoints/best.ckpt", "best.ckpt", "checkpoints/last.ckpt", "last.ckpt")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 
@@ -35,7 +38,7 @@ class ModelSource:
     Args:
         name: Path or hub name that was resolved.
         weights: Hugging Face folder, checkpoint or GGUF file of the network.
-        adapter: Folder of the adapter that belongs on the network; None where there is none.
+        adapter: Folder or checkpoint of the adapter that belongs on the network, if any.
         tokenizer: Folder or GGUF file of the tokenizer; None where none lies beside the weights.
             A checkpoint may name one that lies elsewhere.
         commit: Commit of a network from the hub; None where the files are local.
@@ -75,10 +78,10 @@ def resolve_source(
 
     Args:
         name: A Hugging Face folder or hub name, the folder of a PEFT adapter (which leads to its
-            base), a GGUF file or its folder, a checkpoint, or a run folder, whose best checkpoint
-            is taken, or its last where none is marked best; of a finetuning run the adapter of
-            either. An adapter that lies as ``adapter/`` in a Hugging Face folder belongs to it.
-        adapter: Folder of an adapter for the network, in place of one that lies beside it.
+            base), a GGUF file or its folder, a checkpoint (of a finetuning an adapter), or a run
+            folder, whose best checkpoint is taken, or its last where none is marked best. What
+            lies as ``adapter/`` in a Hugging Face folder belongs to it.
+        adapter: Adapter for the network as in `find_adapter`, in place of one beside it.
         tokenizer: Folder of the tokenizer, in place of the model's own.
         revision: Branch, tag or commit of a hub name.
 
@@ -96,37 +99,55 @@ def resolve_source(
             place = _find(base.path, base.revision)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"the base of the adapter {own}: {error}") from error
-        if (place.path / ADAPTER_CONFIG).is_file():
+        under = adapter_at(place.path)
+        if under is not None and not _is_beside(under, place.path):
             raise ValueError(f"{own}: its base {base.path} is an adapter too")
     elif adapter is None:
         adapter = own
     if adapter is not None:
-        adapter = Path(adapter).expanduser()
-        if not (adapter / ADAPTER_CONFIG).is_file():
-            raise FileNotFoundError(f"adapter {adapter} has no {ADAPTER_CONFIG}")
+        adapter = find_adapter(adapter)
         read_adapter_config(adapter)
     weights = _weights_at(place.path)
     if tokenizer is not None:
         found: Path | None = Path(tokenizer).expanduser()
-    elif adapter is not None and holds_tokenizer(adapter):
-        found = adapter
+    elif adapter is not None and (its_own := _tokenizer_beside(adapter)) is not None:
+        found = its_own
     else:
         found = _tokenizer_of(weights)
     return ModelSource(str(name), weights, adapter, found, place.commit, base)
 
 
 def adapter_at(path: Path) -> Path | None:
-    """The adapter that a folder is, or has.
+    """The adapter that a path is, or has.
 
-    That is the folder itself, ``adapter/`` beside the weights of a network, or what a finetuning
-    run left: the adapter of its best checkpoint where there is one.
+    That is the folder or checkpoint itself, ``adapter/`` beside the weights of a network, or what a
+    finetuning has learned so far: the adapter of its best checkpoint where there is one.
     """
-    names: tuple[str, ...] = (BEST_ADAPTER_FOLDER, ADAPTER_FOLDER)
-    if (path / ADAPTER_CONFIG).is_file():
+    if holds_adapter(path):
         return path
-    if (path / CONFIG).is_file():
-        names = (ADAPTER_FOLDER,)
-    return next((path / name for name in names if (path / name / ADAPTER_CONFIG).is_file()), None)
+    names: tuple[str, ...] = (ADAPTER_FOLDER,)
+    if not (path / CONFIG).is_file():
+        # A folder beside checkpoints is written when training ends, and may be of a run before.
+        names = (*_CHECKPOINTS[:2], BEST_ADAPTER_FOLDER, *_CHECKPOINTS[2:], ADAPTER_FOLDER)
+    return next((path / name for name in names if holds_adapter(path / name)), None)
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The folder or checkpoint of an adapter that is named.
+
+    Args:
+        path: Folder in PEFT's format, checkpoint of a finetuning, or folder of its run.
+
+    Raises:
+        FileNotFoundError: There is no adapter.
+        ValueError: A checkpoint is not one of adapters, or cannot be read.
+    """
+    path = Path(path).expanduser()
+    if (found := adapter_at(path)) is not None:
+        return found
+    if path.suffix == CHECKPOINT and path.is_file():
+        read_adapter_checkpoint(path)
+    raise FileNotFoundError(f"adapter {path} has no {ADAPTER_CONFIG}")
 
 
 def tokenizer_of_model(name: str) -> str | None:
@@ -144,12 +165,19 @@ def tokenizer_of_model(name: str) -> str | None:
     if not path.exists():
         return name
     adapter = adapter_at(path)
-    if adapter is not None and holds_tokenizer(adapter):
-        return str(adapter)
+    if adapter is not None and (own := _tokenizer_beside(adapter)) is not None:
+        return str(own)
     if adapter is not None and not _is_beside(adapter, path):
         return tokenizer_of_model(read_adapter_config(adapter).base.path)
     found = _tokenizer_of(_weights_at(path))
     return None if found is None else str(found)
+
+
+def _tokenizer_beside(adapter: Path) -> Path | None:
+    """The folder of the tokenizer that was saved with an adapter."""
+    if adapter.is_file():
+        return tokenizer_of_checkpoint(adapter)
+    return adapter if holds_tokenizer(adapter) else None
 
 
 def _is_beside(adapter: Path, folder: Path) -> bool:
@@ -211,10 +239,9 @@ def _weights_at(path: Path) -> Path:
         if path.suffix in (CHECKPOINT, GGUF):
             return path
         raise ValueError(f"{path} is neither .ckpt nor .gguf; of other models give the folder")
-    for checkpoints in (path / "checkpoints", path):
-        for name in ("best.ckpt", "last.ckpt"):
-            if (checkpoints / name).is_file():
-                return checkpoints / name
+    for name in _CHECKPOINTS:
+        if (path / name).is_file():
+            return path / name
     if (path / CONFIG).is_file():
         return path
     ggufs = sorted(path.glob(f"*{GGUF}"))

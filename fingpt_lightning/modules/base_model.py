@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from fingpt_lightning.models.gpt2 import MAX_LAYERS
 from fingpt_lightning.models.layout import cut, fill, lay_out
 
 
@@ -22,7 +23,7 @@ class RandomLlama:
         num_positions: Most tokens per row.
 
     Raises:
-        ValueError: The sizes do not divide each other.
+        ValueError: A size is outside its range, or they do not divide each other.
     """
 
     num_layers: int = 2
@@ -36,6 +37,8 @@ class RandomLlama:
         for name, value in vars(self).items():
             if value < 1:
                 raise ValueError(f"random_base.{name} {value} is below 1")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"random_base.num_layers {self.num_layers:,} is above {MAX_LAYERS:,}")
         for whole, part in (("width", "num_heads"), ("num_heads", "num_key_value_heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(

@@ -32,7 +32,7 @@ from fingpt_lightning.metric_keys import (
     split_keys,
 )
 from fingpt_lightning.models.families import head_of, logit_cap
-from fingpt_lightning.models.finite import not_finite
+from fingpt_lightning.models.finite import check_stored, not_finite
 from fingpt_lightning.models.formats.checkpoint import describe_network
 from fingpt_lightning.models.formats.tokenizer import num_rows_reached
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
@@ -298,6 +298,7 @@ class LanguageModelingModule(LightningModule):
             fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
             self._loader_states = fit_loop.get("state_dict", {}).get("combined_loader", [])
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        self._check_stored(checkpoint)
         saved = checkpoint.get("tokenizer")
         if saved is None or self.text_source is None:
             return
@@ -307,6 +308,18 @@ class LanguageModelingModule(LightningModule):
                 f"data.tokenizer {now['name_or_path']!r} differs from the one the checkpoint was"
                 f" trained with: {saved['name_or_path']!r} of {saved['vocabulary_size']} tokens"
             )
+
+    def _check_stored(self, checkpoint: dict[str, Any]) -> None:
+        """Raises where a weight of a checkpoint is not one of floating-point numbers."""
+        state = checkpoint.get("state_dict", {})
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            stored = state.get(name)
+            if not isinstance(stored, Tensor) or not parameter.is_floating_point():
+                continue
+            try:
+                check_stored(name.removeprefix("network."), stored)
+            except ValueError as error:
+                raise ValueError(f"ckpt_path {self.trainer.ckpt_path}: {error}") from None
 
     def check_architecture(self, checkpoint: dict[str, Any]) -> None:
         """Raises unless a checkpoint was trained with our `architecture_settings`.

@@ -25,13 +25,15 @@ from fingpt_lightning.models.adapting import (
     ALL_LINEAR,
     WholeAdapters,
     adapt,
+    base_quantization,
+    described_adapters,
     linear_names,
     matching_names,
     save_adapter,
     without_adapters,
 )
 from fingpt_lightning.models.families import logits_of, max_positions
-from fingpt_lightning.models.formats.checkpoint import describe_adapters
+from fingpt_lightning.models.formats.checkpoint import describe_adapters, load_contents
 from fingpt_lightning.models.formats.peft_adapter import (
     ADAPTER_FOLDER,
     BEST_ADAPTER_FOLDER,
@@ -56,8 +58,9 @@ _RECOMPUTE = ("none", "block", "offload")
 class QuantizedFinetuning(LanguageModelingModule):
     """Low-rank adapters trained on a base that stays as it is, in 4, 8 or more bits.
 
-    Checkpoints hold the adapters and the optimizer, not the base. When training ends, the run
-    folder holds the adapters as they are then, as ``adapter/`` in PEFT's format.
+    Checkpoints hold the adapters and the optimizer, not the base; wherever an adapter may be named,
+    so may they. When training ends, the run folder holds the adapters as they are then, as
+    ``adapter/`` in PEFT's format.
 
     Args:
         base: Folder, hub name, GGUF file, checkpoint or run folder of the model to start from;
@@ -203,7 +206,12 @@ class QuantizedFinetuning(LanguageModelingModule):
                 keep_part=self._keep_part,
             )
         self._check_fits_data()
-        if self._source is None or self._source.adapter is None:
+        self._layer_options = dict.fromkeys(self._linear, self.options)
+        if self._source is not None and self._source.adapter is not None:
+            # Read once: a checkpoint can be written when the adapter of the start is gone.
+            stored = read_adapter_config(self._source.adapter)
+            self._layer_options = {name: stored.options_of(name) for name in self._linear}
+        else:
             held = set(linear_names(self.network))
             own = [name for name in self._adapted if name in held]
             adapt(self.network, self.options, own, self.initialization_seed)
@@ -300,7 +308,10 @@ class QuantizedFinetuning(LanguageModelingModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        describe_adapters(checkpoint, self.base_revision)
+        whole, config = self._all_adapters(checkpoint["state_dict"]), {}
+        if whole.state:  # of a pipeline, one process has the state of all
+            config = described_adapters(self.network, whole, self._named_base())
+        describe_adapters(checkpoint, self.base_revision, config, whole.base_quantize)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -335,16 +346,18 @@ class QuantizedFinetuning(LanguageModelingModule):
         )
         path = Path(getattr(best, "best_model_path", ""))
         if path.is_file():
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            saved = load_contents(path)
             self._save_adapter(BEST_ADAPTER_FOLDER, self._all_adapters(saved["state_dict"]))
 
     def _save_adapter(self, name: str, whole: WholeAdapters | None) -> None:
         folder = Path(self.trainer.default_root_dir) / name
-        base = Base("random", None) if self._source is None else self._source.base.absolute()
-        save_adapter(self.network, folder, *base, whole)
+        save_adapter(self.network, folder, *self._named_base(), whole)
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+    def _named_base(self) -> Base:
+        return Base("random", None) if self._source is None else self._source.base.absolute()
 
     def _optimizer(self) -> Optimizer:
         hparams = self.hparams
@@ -415,14 +428,12 @@ class QuantizedFinetuning(LanguageModelingModule):
         return self._all_adapters(self.partial_network.lightning_module_state_dict())
 
     def _all_adapters(self, state: Mapping[str, Tensor]) -> WholeAdapters:
-        options = dict.fromkeys(self._linear, self.options)
-        if self._source is not None and self._source.adapter is not None:
-            stored = read_adapter_config(self._source.adapter)
-            options = {name: stored.options_of(name) for name in self._linear}
         return WholeAdapters(
-            options,
+            self._layer_options,
             {name.removeprefix("network."): tensor for name, tensor in state.items()},
             self._linear,
+            # A process of a pipeline may hold no adapted layer.
+            self.hparams["quantize"] or base_quantization(self.network),
         )
 
     def _check_fits_data(self) -> None:

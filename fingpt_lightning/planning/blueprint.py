@@ -16,13 +16,12 @@ from fingpt_lightning.models import Recompute, recompute_blocks
 from fingpt_lightning.models.adapting import adapt, linear_names, matching_names
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.hf_folder import CONFIG
-from fingpt_lightning.models.formats.peft_adapter import ADAPTER_CONFIG
 from fingpt_lightning.models.layout import features_of, lay_out
 from fingpt_lightning.models.loading import DTYPES, stored_config
 from fingpt_lightning.models.low_rank_config import is_guide
 from fingpt_lightning.models.packed_attention import use_packed_attention
 from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER
-from fingpt_lightning.models.sources import GGUF, resolve_source
+from fingpt_lightning.models.sources import GGUF, adapter_at, resolve_source
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 from fingpt_lightning.modules.base_model import RandomLlama
 from fingpt_lightning.pipeline import NetworkCosts, network_costs
@@ -113,7 +112,7 @@ def base_config(
         )
     assert base is not None
     path = Path(base).expanduser()
-    if path.suffix == GGUF or any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
+    if path.suffix == GGUF or (path / CONFIG).is_file() or adapter_at(path) is not None:
         try:
             return stored_config(resolve_source(base))
         except ValueError as error:

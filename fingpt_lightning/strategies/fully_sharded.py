@@ -3,7 +3,6 @@
 from typing import Any
 
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -58,12 +57,6 @@ class FullySharded(WatchedRanks, ModelParallelStrategy):
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
         )
-
-    @override
-    def setup(self, trainer: Trainer) -> None:
-        super().setup(trainer)
-        self.barrier()
-        self.wait_less()
 
     @property
     @override

@@ -66,7 +66,7 @@ class Identity(NamedTuple):
         rank: Number of the process among all.
         host: Name of the host.
         process: Process id.
-        birth: Time at which the process began, by its host's clock.
+        birth: Time at which the process began, as its host tells it.
         machine: Identity of the machine, which processes share that can signal each other.
     """
 
@@ -84,7 +84,8 @@ class Identity(NamedTuple):
         machine = boot.read_text().strip() if boot.exists() else socket.gethostname()
         if space.is_symlink():
             machine += str(space.readlink())
-        return cls(rank, socket.gethostname(), os.getpid(), psutil.Process().create_time(), machine)
+        process = os.getpid()
+        return cls(rank, socket.gethostname(), process, _birth(process), machine)
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, process {self.process})"
@@ -222,6 +223,8 @@ class RankWatch:
                 self._decide(self._silent(hub))
         if self._verdict is None:
             return None
+        if self._verdict.is_silent:  # this process may be gone before its thread comes to it
+            _kill(self._others_here(self._verdict))
         return f"{self._verdict.reason}; rank {self._identity.rank} awaited it in {activity}"
 
     def leave(self, reason: str | None = None) -> None:
@@ -405,7 +408,7 @@ class RankWatch:
     def _end_process(self, verdict: _Verdict) -> None:
         """Lets the main thread end by itself, then ends the process, with all that is left."""
         own = [i for i in verdict.lost if i.rank == self._identity.rank]
-        others = [i for i in verdict.lost if i.machine == self._identity.machine and i not in own]
+        others = self._others_here(verdict)
         if verdict.is_silent:
             _kill(others)
         began_s = time.monotonic()
@@ -422,6 +425,11 @@ class RankWatch:
             sys.stderr.flush()
         self._before_exit()
         os._exit(1)
+
+    def _others_here(self, verdict: _Verdict) -> list[Identity]:
+        """The lost ranks of this machine, without this process."""
+        rank, machine = self._identity.rank, self._identity.machine
+        return [i for i in verdict.lost if i.machine == machine and i.rank != rank]
 
     def _grace_s(self, verdict: _Verdict) -> float:
         """How long the main thread is let be, which may be about to fail of the same."""
@@ -470,9 +478,24 @@ def _short(place: str) -> str:
     return f"in {activity}, at {'/'.join(Path(path).parts[-2:])} ({function})"
 
 
+def _birth(process: int) -> float:
+    """When a process began: in ticks since the boot where there is ``/proc``, else in seconds.
+
+    The seconds of Linux's own boot are a clock's, which is corrected in between: one process would
+    seem to be two.
+
+    Raises:
+        psutil.Error, OSError: There is no such process.
+    """
+    if not Path("/proc/self/stat").exists():
+        return psutil.Process(process).create_time()
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return float(fields[19])
+
+
 def _kill(identities: Iterable[Identity]) -> None:
     """Ends processes of this machine that would never notice that the others are gone."""
     for identity in identities:
         with contextlib.suppress(psutil.Error, OSError):
-            if psutil.Process(identity.process).create_time() == identity.birth:
+            if _birth(identity.process) == identity.birth:
                 os.kill(identity.process, signal.SIGKILL)

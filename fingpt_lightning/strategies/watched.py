@@ -95,6 +95,12 @@ class WatchedRanks(ParallelStrategy):
             device_id=self.root_device if is_on_device else None,
         )  # fmt: skip
 
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        self.barrier()
+        self.wait_less()
+
     def wait_less(self) -> None:
         """From now on, when all are set up, no rank waits longer than ``timeout_s`` for another."""
         _set_pg_timeout(timedelta(seconds=self._timeout_s), dist.group.WORLD)
@@ -194,9 +200,3 @@ class DataParallel(WatchedRanks, DDPStrategy):
             gradient_as_bucket_view=gradient_as_bucket_view,
             process_group_backend=process_group_backend,
         )
-
-    @override
-    def setup(self, trainer: Trainer) -> None:
-        super().setup(trainer)
-        self.barrier()
-        self.wait_less()

@@ -111,7 +111,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="Hugging Face folder or hub name, GGUF, adapter, checkpoint or run folder",
     )
-    add("--adapter", help="folder of a LoRA adapter for the model")
+    add(
+        "--adapter",
+        help="LoRA adapter for the model: folder, or a finetuning's run folder or checkpoint",
+    )
     add("--tokenizer", help="folder of the tokenizer, where the model has none beside it")
     add(
         "--dtype",

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from benchmarks import endurance_kills
+from benchmarks.endurance_leaks import Sample, growth
 from benchmarks.endurance_trials import Program, leftovers
+from fingpt_lightning.units import MIB
 from tests.support.warm_python import ROOT, run_warm
 
 
@@ -19,15 +21,36 @@ def _record(folder: Path, *words: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_killed_commands_and_full_disks_lose_nothing(tmp_path: Path) -> None:
-    record = _record(tmp_path, "--programs", "export,label", "--kills", "12", "--jobs", "2")
+def test_killed_commands_and_full_disks_lose_nothing_and_long_ones_do_not_grow(
+    tmp_path: Path,
+) -> None:
+    record = _record(
+        tmp_path, "--programs", "fit,label", "--kills", "12", "--jobs", "2", "--steps", "40",
+        "--validations", "4", "--rows", "200",
+    )  # fmt: skip
     summary = record["summary"]
     assert summary["kills"] == summary["resumed_equal"] == 12
     assert summary["full_disks"] == summary["full_disks_one_line"] > 0
     assert summary["lost"] == summary["full_disks_lost"] == 0
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
     table = (tmp_path / "found.md").read_text()
-    assert "| export | SIGKILL | aimed | 1 |" in table
+    assert "| fit | SIGKILL | aimed | 1 |" in table
+    long = {row["program"]: row for row in record["rows"] if row["section"] == "leaks"}
+    assert long["fit"]["samples"] == 8
+    assert long["label"]["samples"] == 50
+    assert summary["long_runs"] == 2
+    assert summary["open_files_grew"] == 0
+    assert all(50 < row["rss_mib_at_half"] < 2000 for row in long.values())
+
+
+def test_growth_is_that_of_the_second_half() -> None:
+    rss = [100.0 + 900 * min(step, 40) / 40 + (8 if step >= 95 else 0) for step in range(101)]
+    rss[30] = rss[97] = 1e6  # a single moment does not count
+    samples = [Sample(step / 100, int(x * MIB), 7 + step // 60) for step, x in enumerate(rss)]
+    found = growth(samples)
+    assert found["rss_mib_at_half"] == 1000.0
+    assert found["growth_percent"] == 0.8
+    assert (found["files_at_half"], found["files_at_end"]) == (7, 8)
 
 
 def test_what_is_lost_left_or_made_otherwise_is_seen(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import fingpt_lightning
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.decomposition import layer_files, runner, sequential
-from fingpt_lightning.files import owned
+from fingpt_lightning.files import owned, put_in_place
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.models.loading import load_model
@@ -330,6 +331,36 @@ def test_a_run_that_was_killed_goes_on(
     first, second = (_linear(load_model(tmp_path / n).network) for n in ("whole", "out"))
     torch.testing.assert_close(first, second)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_a_kill_after_the_rename_leaves_nothing_that_matters(
+    decompose: Decompose,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overwrite: tuple[str, ...],
+) -> None:
+    model, parts = _save("gpt2", tmp_path / "gpt2"), tmp_path / "out.partial"
+
+    def killed(finished: Path, output: Path) -> None:
+        put_in_place(finished, output)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "put_in_place", killed)
+        assert decompose(model, "--rank_ratio", "0.5")[0] == 130
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert parts.is_dir()
+    status, _, error = decompose(model, "--rank_ratio", "0.25", *overwrite)
+    assert status == (0 if overwrite else 1), error
+    assert not parts.exists()
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "put_in_place", killed)
+        assert decompose(model, "--rank_ratio", "0.5")[0] == 130
+    shutil.rmtree(tmp_path / "out")  # the parts of other settings do not block it
+    status, _, error = decompose(model, "--rank_ratio", "0.25")
+    assert status == 0, error
 
 
 def test_one_output_has_one_writer_and_an_empty_beginning_counts_as_none(

@@ -15,11 +15,11 @@ import pytest
 from pyarrow import parquet
 
 from fingpt_lightning.cli.main import main
-from fingpt_lightning.deploy import label_command, labelling
+from fingpt_lightning.deploy import label_command, labelled_file, labelling
 from fingpt_lightning.deploy.labelled_file import LabelledFile, check_writable
 from fingpt_lightning.deploy.labelling import Labeller
 from fingpt_lightning.evaluation.runner import predict
-from fingpt_lightning.files import owned
+from fingpt_lightning.files import mark_finished, owned
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.tasks import find_task, read_rows
 from tests.deploy.tiny_clients import save_clients
@@ -308,6 +308,51 @@ def test_parts_of_other_settings_are_not_gone_on_with(
     status, _, error = label()
     assert status == 1
     assert "out.jsonl is there already; --overwrite replaces it" in error
+
+
+@pytest.mark.parametrize("words", [(), ("--overwrite",), ("--no_calibrate",)])
+def test_a_kill_after_the_rename_leaves_nothing_that_matters(
+    label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labelled_file, "sync_folder", killed)
+        assert label()[0] == 130
+    out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    assert out.is_file()
+    assert parts.is_dir()
+    whole = out.read_bytes()
+    if words == ("--no_calibrate",):
+        out.unlink()  # the parts of other settings do not block it
+    status, output, error = label(*words)
+    assert status == (0 if words else 1), error
+    assert "going on" not in output
+    assert not parts.exists()
+    assert (out.read_bytes() == whole) == (words != ("--no_calibrate",))
+
+
+def test_a_kill_before_the_rename_leaves_parts_to_go_on_with(
+    label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: Path) -> None:
+        mark_finished(folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labelled_file, "mark_finished", killed)
+        assert label()[0] == 130
+
+    def killed_at_finish(self: LabelledFile) -> None:
+        (self.folder / "whole").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelledFile, "finish", killed_at_finish)
+        assert label()[0] == 130
+    assert "going on after 5 of 5 rows" in label()[1]
+    assert (tmp_path / "out.jsonl").is_file()
 
 
 def test_parts_of_an_adapter_that_was_trained_anew_are_not_gone_on_with(

@@ -2,9 +2,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fingpt_lightning.models.formats.peft_adapter import Base
-from fingpt_lightning.models.sources import ModelSource, resolve_source, tokenizer_of_model
+from fingpt_lightning.models.sources import (
+    ModelSource,
+    adapter_at,
+    resolve_source,
+    tokenizer_of_model,
+)
 from tests.evaluation.tiny_language import tiny_tokenizer
 
 
@@ -113,3 +119,21 @@ def test_an_adapter_that_is_given_takes_the_place_of_one_beside(tmp_path: Path) 
 
 def test_the_tokenizer_of_an_adapter_without_one_is_that_of_its_base(tmp_path: Path) -> None:
     assert tokenizer_of_model(str(_adapter(tmp_path / "client", "some/one"))) == "some/one"
+
+
+def test_a_checkpoint_of_adapters_comes_before_the_folder_that_a_run_before_it_left(
+    tmp_path: Path,
+) -> None:
+    _adapter(tmp_path / "adapter_best", "../base")
+    _adapter(tmp_path / "adapter", "../base")
+    assert adapter_at(tmp_path) == tmp_path / "adapter_best"
+    (tmp_path / "checkpoints").mkdir()
+    contents: dict[str, object] = {"state_dict": {}, "adapter_config": {}}
+    torch.save(contents, tmp_path / "checkpoints" / "last.ckpt")
+    assert adapter_at(tmp_path) == tmp_path / "adapter_best"
+    torch.save(contents, tmp_path / "checkpoints" / "best.ckpt")
+    assert adapter_at(tmp_path) == tmp_path / "checkpoints" / "best.ckpt"
+    torch.save({"state_dict": {}}, tmp_path / "checkpoints" / "best.ckpt")  # of a network
+    assert adapter_at(tmp_path) == tmp_path / "adapter_best"
+    _files(tmp_path, "config.json")
+    assert adapter_at(tmp_path) == tmp_path / "adapter"

@@ -235,3 +235,23 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(tmp_path: Path) -> No
     }
     with pytest.raises(ValueError, match=r"data.tokenizer 'other' differs from the one"):
         _trainer(tmp_path).validate(_module(), data, ckpt_path=path, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_checkpoint_of_integers_or_truth_values_is_refused_by_name(
+    tmp_path: Path, dtype: torch.dtype, fits: bool
+) -> None:
+    trainer = _trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(_module(), datamodule=TokenData(8))
+    path = tmp_path / "one.ckpt"
+    trainer.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    name = "network.transformer.h.1.mlp.c_fc.down"
+    saved["state_dict"][name] = saved["state_dict"][name].to(dtype)
+    torch.save(saved, path)
+    again, kind = _trainer(tmp_path, max_steps=2), str(dtype).removeprefix("torch.")
+    message = rf"^ckpt_path .*one\.ckpt: transformer\.h\.1\.mlp\.c_fc\.down is stored as {kind}, a"
+    call = again.fit if fits else again.validate
+    with pytest.raises(ValueError, match=message):
+        call(_module(), datamodule=TokenData(8), ckpt_path=path, weights_only=True)

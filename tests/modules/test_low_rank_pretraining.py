@@ -121,6 +121,7 @@ def test_blocks_are_compiled_when_asked(monkeypatch: pytest.MonkeyPatch) -> None
         ({"weight_decay": -1.0}, "weight_decay -1.0 is below 0"),
         ({"beta2": 1.0}, "beta2 1.0 is outside [0, 1)"),
         ({"width": 13}, "width 13 is no multiple of num_heads 3"),
+        ({"num_layers": 10**7}, "num_layers 10,000,000 is above 10,000"),
         ({"compression": 0.9}, "compression 0.9 is below 1"),
         ({"compression": 2.0, "rank": 3}, "rank 3 and compression 2.0: give one of them"),
         ({"compression": 2.0, "rank": None}, "rank None and compression 2.0: give one of them"),

@@ -234,13 +234,15 @@ def test_the_adapter_of_the_best_checkpoint_is_kept_and_is_what_the_run_is_loade
     kept = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert kept["global_step"] < trainer.global_step
     loaded = load_model(run)
-    assert loaded.source.adapter == run / "adapter_best"
-    network = loaded.network
-    for name, tensor in kept["state_dict"].items():
-        assert torch.equal(network.state_dict()[name.removeprefix("network.")], tensor), name
+    assert loaded.source.adapter == run / "checkpoints" / "best.ckpt"
+    for network in (loaded.network, load_model(run / "adapter_best").network):
+        for name, tensor in kept["state_dict"].items():
+            assert torch.equal(network.state_dict()[name.removeprefix("network.")], tensor), name
     assert (run / "adapter_best" / "tokenizer.json").is_file()
-    with pytest.raises(ValueError, match="holds adapters alone; of a finetuning run take the fold"):
-        load_model(run / "checkpoints" / "best.ckpt")
+    assert (
+        json.loads((run / "adapter_best" / "adapter_config.json").read_text())
+        == kept["adapter_config"]
+    )
     # Trained on from the run, its base is still the base.
     again = _module(random_base=None, base=str(run), quantize=None)
     _trainer(tmp_path / "second", max_steps=1).fit(again, datamodule=_data())
@@ -366,3 +368,5 @@ def test_what_does_not_fit_is_said_before_training(tmp_path: Path) -> None:
             _trainer(tmp_path).fit(_module(**settings), datamodule=_data())
     with pytest.raises(ValueError, match="num_heads 3 does not divide width 64"):
         RandomLlama(num_heads=3)
+    with pytest.raises(ValueError, match=r"random_base\.num_layers 10,000,000 is above 10,000"):
+        RandomLlama(num_layers=10**7)

@@ -211,8 +211,17 @@ def test_the_run_folder_gets_the_adapter_of_the_whole_network(runs: Runs, case: 
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-4)
+    saved = [
+        torch.load(path.with_name(f"step={NUM_STEPS}.ckpt"), weights_only=True)
+        for path in (ours, truth)
+    ]
+    for key in ("adapter_config", "base_quantize"):
+        assert saved[0][key] == saved[1][key]
+    assert saved[0]["adapter_config"] == configs[0]
     if case == "stored":
         assert load_model(ours).source.adapter == ours
+        last = ours.with_name(f"step={NUM_STEPS}.ckpt")
+        assert load_model(last).source.adapter == last
 
 
 def _refusals(process_rank: int, num_ranks: int) -> list[str]:

@@ -27,7 +27,7 @@ def _lose(kind: str, folder: Path) -> tuple[float, list[int | None], list[str]]:
             assert all(rank.poll() is None for rank in ranks), "a rank ended at the start"
             time.sleep(0.01)
         began_s = time.monotonic()
-        sign = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}.get(kind)
+        sign = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}.get(kind.partition(",")[0])
         if sign is not None:
             ranks[LOST].send_signal(sign)
         for rank in ranks:
@@ -46,6 +46,7 @@ def _lose(kind: str, folder: Path) -> tuple[float, list[int | None], list[str]]:
     [
         ("killed", -signal.SIGKILL, "is lost: its connection closed without a word (killed, or"),
         ("stopped", -signal.SIGKILL, "is lost: no sign of life for 3."),
+        ("stopped, and all exit", -signal.SIGKILL, "is lost: no sign of life for 3."),
         ("raises", 3, "failed: the second device is on fire"),
         ("hangs", 1, "no answer for timeout_s 3 while the others waited: "),
     ],

@@ -1,12 +1,13 @@
 """PEFT's adapter folders: config and weights, read by an allow list and written.
 
-Reading and writing need no network; `check_adapter` holds a folder against one.
+Reading and writing need no network; `check_adapter` holds an adapter against one. What is read may
+also be a checkpoint of a finetuning, which holds the same.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,11 @@ from transformers import PreTrainedModel
 
 from fingpt_lightning.files import files_sha256, read_json, write_json, written_whole
 from fingpt_lightning.low_rank.adapters import AdapterOptions
+from fingpt_lightning.models.formats.checkpoint import (
+    CHECKPOINT,
+    holds_adapters,
+    read_adapter_checkpoint,
+)
 from fingpt_lightning.models.formats.safetensors_files import (
     refuse_pickled,
     stored_metadata,
@@ -149,15 +155,27 @@ class StoredAdapter(NamedTuple):
     layers: dict[str, dict[str, Tensor]]
 
 
-def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Reads the config of an adapter; a relative path of its base may start at the folder.
+def holds_adapter(place: Path) -> bool:
+    """Whether a folder or checkpoint is an adapter."""
+    is_checkpoint = place.suffix == CHECKPOINT and place.is_file()
+    return (place / ADAPTER_CONFIG).is_file() or (is_checkpoint and holds_adapters(place))
+
+
+def read_adapter_config(place: Path) -> AdapterConfig:
+    """Reads the config of an adapter; a relative path of its base may start at its folder.
+
+    Args:
+        place: Folder or checkpoint of the adapter.
 
     Raises:
         ValueError: It names no base, is not of a LoRA, or requests what is not supported here;
             the message names file, key and value.
     """
-    file = folder / ADAPTER_CONFIG
-    config = read_json(file)
+    if place.is_file():
+        file, folder, config = place, place.parent, read_adapter_checkpoint(place).config
+    else:
+        file, folder = place / ADAPTER_CONFIG, place
+        config = read_json(file)
     if (kind := config.get("peft_type")) != "LORA":
         raise ValueError(f"{file}: peft_type {shortened(kind)} is not LORA")
     for key, value in config.items():
@@ -197,40 +215,55 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     )
 
 
-def trained_quantization(folder: Path) -> str | None:
+def trained_quantization(place: Path) -> str | None:
     """How the base was quantized when an adapter of ours was saved; None if not recorded.
+
+    Args:
+        place: Folder or checkpoint of the adapter.
 
     Raises:
         FileNotFoundError: The adapter has no weights.
         ValueError: They are damaged.
     """
-    return stored_metadata(_weights_file(folder)).get(BASE_QUANTIZE)
+    if place.is_file():
+        return read_adapter_checkpoint(place).base_quantize
+    return stored_metadata(weights_file(place)).get(BASE_QUANTIZE)
 
 
-def adapter_digest(folder: Path) -> str:
-    """The digest of an adapter's weights.
+def adapter_digest(place: Path) -> str:
+    """The digest of an adapter's weights; of a checkpoint that of the file.
+
+    Args:
+        place: Folder or checkpoint of the adapter.
 
     Raises:
         FileNotFoundError: It has none.
     """
-    return files_sha256((_weights_file(folder.expanduser()),))
+    return files_sha256((weights_file(place.expanduser()),))
 
 
-def read_adapter(folder: Path) -> StoredAdapter:
+def read_adapter(place: Path) -> StoredAdapter:
     """Reads an adapter, without a network.
+
+    Args:
+        place: Folder or checkpoint of the adapter.
 
     Raises:
         FileNotFoundError: The folder has no config or no weights.
         ValueError: The adapter is not one of linear layers, or needs a feature that is not
             supported here.
     """
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"adapter {folder} has no {name}")
-    config, file = read_adapter_config(folder), folder / ADAPTER_WEIGHTS
-    check_weights(config, file, stored_shapes(file))
+    if place.is_file():
+        state = read_adapter_checkpoint(place).state
+    else:
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (place / name).is_file():
+                raise FileNotFoundError(f"adapter {place} has no {name}")
+        state = {}
+    config, file = read_adapter_config(place), weights_file(place)
+    check_weights(config, file, _shapes_of(place))
     layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(file).items():
+    for key, tensor in (state or load_file(file)).items():
         name, part = _layer_and_part(key)
         layers.setdefault(name, {})[part] = tensor
     return StoredAdapter(config, layers)
@@ -248,6 +281,7 @@ def check_weights(config: AdapterConfig, file: Path, shapes: Mapping[str, tuple[
         ValueError: A weight is missing, unknown, of another rank, or not of an adapter.
     """
     wanted = {*PARTS, MAGNITUDE} if config.options.dora else {*PARTS}
+    by = "its config" if file == config.file else config.file.name
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
         name, part = _layer_and_part(key)
@@ -265,22 +299,24 @@ def check_weights(config: AdapterConfig, file: Path, shapes: Mapping[str, tuple[
         if odd := sorted(wanted ^ parts.keys()):
             place = "has no" if odd[0] in wanted else "has an unknown"
             raise ValueError(f"{file} {place} {odd[0]} of layer {name}")
+        for part, size in parts.items():
+            if len(size) != (1 if part == MAGNITUDE else 2):
+                raise ValueError(f"{file}: {part} of layer {name} has {len(size)} axes")
         if not config.adapts(name):
-            raise ValueError(f"{file} adapts {name}, which {config.file.name} leaves out")
+            raise ValueError(f"{file} adapts {name}, which {by} leaves out")
         rank = config.options_of(name).rank
         for stored in (parts["lora_A"][0], parts["lora_B"][-1]):
             if stored != rank:
                 raise ValueError(
-                    f"{file}: the adapter of {name} is of rank {stored}, by {config.file.name} of"
-                    f" rank {rank}"
+                    f"{file}: the adapter of {name} is of rank {stored}, by {by} of rank {rank}"
                 )
 
 
-def check_adapter(folder: Path, network: PreTrainedModel) -> None:
+def check_adapter(place: Path, network: PreTrainedModel) -> None:
     """Raises unless each part of an adapter fits a linear layer of the network.
 
     Args:
-        folder: Folder of the adapter; only the header of its weights is read.
+        place: Folder or checkpoint of the adapter; only the sizes of its weights are read.
         network: Unquantized network; the meta device will do.
 
     Raises:
@@ -288,11 +324,10 @@ def check_adapter(folder: Path, network: PreTrainedModel) -> None:
         ValueError: A layer is missing or its sizes are others, or the adapter needs a feature that
             is not supported here.
     """
-    file = _weights_file(folder)
-    shapes = stored_shapes(file)
+    file, shapes = weights_file(place), _shapes_of(place)
     for name in dict.fromkeys(_layer_and_part(key)[0] for key in shapes if ".lora_" in key):
         check_place(name, network, file)
-    check_weights(read_adapter_config(folder), file, shapes)
+    check_weights(read_adapter_config(place), file, shapes)
     for key, shape in shapes.items():
         name, part = _layer_and_part(key)
         in_features, out_features = features_of(network.get_submodule(name))
@@ -324,26 +359,22 @@ def check_place(name: str, network: PreTrainedModel, file: Path) -> None:
         raise ValueError(f"{file}: {name}: {error}") from None
 
 
-def write_adapter(
-    folder: Path,
-    layers: Mapping[str, Mapping[str, Tensor]],
+def adapter_config(
+    layers: Collection[str],
     options: Mapping[str, AdapterOptions],
     base: Base,
     target_modules: Sequence[str],
     *,
     fan_in_fan_out: bool,
-    base_quantize: str | None,
-) -> None:
-    """Writes an adapter's folder; each file aside and then renamed.
+) -> dict[str, Any]:
+    """The contents of ``adapter_config.json``.
 
     Args:
-        folder: Folder, which is made where it is missing.
-        layers: Tensors of each layer's adapter by the names of our parameters, on the CPU.
+        layers: Names of the adapted layers.
         options: Options of each of these adapters, which differ in rank and alpha at most.
-        base: Base, for whoever loads the folder.
+        base: Base, for whoever loads the adapter.
         target_modules: Names of the layers, as PEFT matches them.
         fan_in_fan_out: Whether the base has layers of transformers' `Conv1D`.
-        base_quantize: ``nf4`` or ``int8``, where the base was quantized.
     """
     usual = Counter(options[name] for name in layers).most_common(1)[0][0]
     config: dict[str, Any] = {
@@ -367,11 +398,28 @@ def write_adapter(
     }
     config |= {"rank_pattern": ranks} if ranks else {}
     config |= {"alpha_pattern": alphas} if alphas else {}
+    return config
+
+
+def write_adapter(
+    folder: Path,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    config: Mapping[str, Any],
+    base_quantize: str | None,
+) -> None:
+    """Writes an adapter's folder; each file aside and then renamed.
+
+    Args:
+        folder: Folder, which is made where it is missing.
+        layers: Tensors of each layer's adapter by the names of our parameters, on the CPU.
+        config: Contents of `adapter_config`.
+        base_quantize: ``nf4`` or ``int8``, where the base was quantized.
+    """
     metadata = {"format": "pt"} | ({BASE_QUANTIZE: base_quantize} if base_quantize else {})
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(folder / ADAPTER_WEIGHTS) as aside:
         save_file(peft_state(layers), aside, metadata)
-    write_json(folder / ADAPTER_CONFIG, config, indent=2)
+    write_json(folder / ADAPTER_CONFIG, dict(config), indent=2)
 
 
 def peft_state(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -486,12 +534,31 @@ def _layer_and_part(key: str) -> tuple[str, str]:
     return name, part
 
 
-def _weights_file(folder: Path) -> Path:
-    file = folder / ADAPTER_WEIGHTS
+def weights_file(place: Path) -> Path:
+    """The file of an adapter's weights.
+
+    Args:
+        place: Folder or checkpoint of the adapter.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: There is one that only unpickling could read.
+    """
+    if place.is_file():
+        return place
+    file = place / ADAPTER_WEIGHTS
     if not file.is_file():
-        refuse_pickled(sorted(folder.glob("adapter_model.*")), _CONVERTING)
-        raise FileNotFoundError(f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
+        refuse_pickled(sorted(place.glob("adapter_model.*")), _CONVERTING)
+        raise FileNotFoundError(f"{place} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
     return file
+
+
+def _shapes_of(place: Path) -> dict[str, tuple[int, ...]]:
+    """The sizes of an adapter's weights by stored name."""
+    if not place.is_file():
+        return stored_shapes(weights_file(place))
+    state = read_adapter_checkpoint(place).state
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _check_size(file: Path, layer: str, side: str, adapted: int, there: int) -> None:
