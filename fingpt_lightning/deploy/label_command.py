@@ -21,7 +21,7 @@ from fingpt_lightning.deploy.loading import load_with_adapters
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.loading import LoadedModel
 from fingpt_lightning.tasks import Task, find_task
-from fingpt_lightning.tasks.sources import open_rows
+from fingpt_lightning.tasks.row_files import CsvForm, check_csv_settings, open_rows
 from fingpt_lightning.terminal.progress import shown_progress
 
 
@@ -36,16 +36,18 @@ def run(options: argparse.Namespace) -> None:
         OSError: A path does not exist, or the output exists already.
     """
     task = find_task(options.task)
+    check_csv_settings(options.input, options.separator, options.encoding)
+    form = CsvForm().overridden(options.separator, options.encoding)
     columns = Columns(options.text_column, options.adapter_column)
     adapters = options.adapters or {}
     LabelledFile(options.output, {})
     if options.output.exists() and not options.overwrite:
         raise FileExistsError(f"output {options.output} is there already; --overwrite replaces it")
     num_rows, names = checked_rows(
-        task, options.input, columns, list(adapters), options.output.suffix
+        task, options.input, columns, list(adapters), options.output.suffix, form
     )
     names += label_columns(task)
-    schema = _schema(options.input, task) if options.output.suffix == ".parquet" else None
+    schema = _schema(options.input, task, form) if options.output.suffix == ".parquet" else None
     model = load_with_adapters(options)
     file = LabelledFile(options.output, _settings(options, task, model.loaded), schema)
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -62,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         if num_done:
             console.print(f"going on after {num_done * CHUNK_ROWS:,} of {num_rows:,} rows")
         with shown_progress(f"labelling {options.input}", num_rows, "rows") as show:
-            for number, rows in row_chunks(options.input, num_done):
+            for number, rows in row_chunks(options.input, num_done, form):
                 first = number * CHUNK_ROWS
                 file.add(number, labeller.label(rows, first + 1), names)
                 show(first + len(rows))
@@ -100,6 +102,8 @@ def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> di
         "templates": [template.pattern for template in task.templates],
         "delimiter": task.delimiter,
         "substitute": {pattern.pattern: by for pattern, by in task.substitute.items()},
+        "separator": options.separator,
+        "encoding": options.encoding,
         "text_column": options.text_column,
         "adapter_column": options.adapter_column,
         "calibrate": not options.no_calibrate,
@@ -107,7 +111,7 @@ def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> di
     }
 
 
-def _schema(file: Path, task: Task) -> Any:
+def _schema(file: Path, task: Task, form: CsvForm) -> Any:
     """Schema of the output: the types of the input, or those that fit all its rows.
 
     Raises:
@@ -120,7 +124,7 @@ def _schema(file: Path, task: Task) -> Any:
         schema = parquet.read_schema(file)
     else:
         schema = pyarrow.schema([])
-        for _, rows in row_chunks(file, 0):
+        for _, rows in row_chunks(file, 0, form):
             names = dict.fromkeys(name for row in rows for name in row)
             whole = [{name: row.get(name) for name in names} for row in rows]
             try:

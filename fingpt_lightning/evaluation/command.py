@@ -60,6 +60,8 @@ def evaluate(
     device: str | None = None,
     data_dir: str | Path | None = None,
     split: str = "validation",
+    separator: str | None = None,
+    encoding: str | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     scoring: str = "choices",
@@ -85,6 +87,8 @@ def evaluate(
         device: ``cpu``, ``cuda`` or ``cuda:1``; None is CUDA where there is one.
         data_dir: Folder that holds ``TASK/SPLIT.jsonl``; None reads from the Hugging Face hub.
         split: Part of each task's rows.
+        separator: Separator of CSV files; None takes the task's or detects it.
+        encoding: Encoding of CSV files; None takes that of the byte order mark, else UTF-8.
         output: Folder for the results; None writes none.
         overwrite: Whether results in that folder are replaced.
         scoring: ``choices`` takes the most likely of the possible answers, ``generate`` reads the
@@ -115,7 +119,15 @@ def evaluate(
     if not names:
         raise ValueError("tasks: no name is given")
     runs = read_tasks(
-        names, data_dir, split, strict=strict, limit=limit, scoring=how, calibrate=calibrate
+        names,
+        data_dir,
+        split,
+        strict=strict,
+        limit=limit,
+        scoring=how,
+        calibrate=calibrate,
+        separator=separator,
+        encoding=encoding,
     )
     loaded = load_model(
         model,

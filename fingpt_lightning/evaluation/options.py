@@ -6,6 +6,7 @@ from pathlib import Path
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
+    add_csv_options,
     add_model_options,
     names,
     positive_int,
@@ -26,6 +27,7 @@ def build_parser() -> OptionParser:
         help="names or YAML files, with commas: fpb,fiqa_sa,tfns",
     )
     add("--data_dir", type=Path, help="holds TASK/SPLIT.jsonl; left out: the Hugging Face hub")
+    add_csv_options(parser)
     add("--split", default="validation", help="default: %(default)s")
     add("--output", type=Path, help="folder for the results; left out: the table alone")
     add("--overwrite", action="store_true", help="replace the results in it")

@@ -71,6 +71,8 @@ def read_tasks(
     limit: int | None = None,
     scoring: Scoring = Scoring.CHOICES,
     calibrate: bool = False,
+    separator: str | None = None,
+    encoding: str | None = None,
 ) -> list[TaskRun]:
     """Reads the rows of all tasks and checks that they can be evaluated as requested.
 
@@ -82,6 +84,8 @@ def read_tasks(
         limit: Number of rows of each task, from its first; None takes all.
         scoring: Scoring that will be used.
         calibrate: Whether label tasks will be calibrated.
+        separator: Separator of CSV files, as in `read_rows`.
+        encoding: Encoding of CSV files, as in `read_rows`.
 
     Raises:
         ValueError: A name, row or setting is wrong.
@@ -100,7 +104,9 @@ def read_tasks(
             raise ValueError(
                 f"scoring generate reads labels, which task {task.name} of kind {task.kind} has not"
             )
-        rows = read_rows(task, data_dir, split, strict=strict)
+        rows = read_rows(
+            task, data_dir, split, strict=strict, separator=separator, encoding=encoding
+        )
         examples = rows.examples[:limit]
         if all(example.gold is None for example in examples):
             raise ValueError(f"{rows.path}: no row has a right answer")

@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
+from fingpt_lightning.tasks.row_files import CsvForm, checked_encoding, checked_separator
 from fingpt_lightning.tasks.task import (
     FIELDS_OF_KIND,
     KINDS,
@@ -28,7 +29,7 @@ _REQUIRED_KEYS = ("version", "title", "kind", "source", "licence", "main_metric"
 _KEYS = (
     *_REQUIRED_KEYS,
     *("folder", "labels", "instruction", "template", "text", "shorten", "delimiter", "distinct"),
-    *("substitute", "hub", "line_file", "cut"),
+    *("substitute", "hub", "line_file", "csv", "cut"),
 )
 _SHAPE_KEYS = tuple(field.name for field in fields(Shape))
 
@@ -65,6 +66,7 @@ def _read_task(path: Path) -> Task:
     if not _NAME.fullmatch(path.stem):
         raise ValueError(f"{path}: a task is named by its file: a-z, 0-9 and _, a letter first")
     block = read_yaml(path, _KEYS, _REQUIRED_KEYS)
+    shapes = tuple(_shape(item) for item in block.blocks("shapes", _SHAPE_KEYS))
     task = Task(
         name=path.stem,
         title=block.text("title"),
@@ -82,9 +84,10 @@ def _read_task(path: Path) -> Task:
         delimiter=block.text("delimiter", " "),
         distinct=block.flag("distinct"),
         substitute=block.replacements("substitute"),
-        shapes=tuple(_shape(item) for item in block.blocks("shapes", _SHAPE_KEYS)),
+        shapes=shapes,
         hub=_hub(block) if "hub" in block else None,
         line_file=_line_file(block) if "line_file" in block else None,
+        csv=_csv(block, shapes),
         cut=_cut(block) if "cut" in block else None,
     )
     _check_labels(task, block)
@@ -139,6 +142,23 @@ def _line_file(block: YamlBlock) -> LineFile:
     keys = ("names", "separator", "columns")
     inner = block.block("line_file", keys, keys)
     return LineFile(inner.texts("names"), inner.text("separator"), inner.texts("columns"))
+
+
+def _csv(block: YamlBlock, shapes: Sequence[Shape]) -> CsvForm:
+    inner = block.block("csv", ("separator", "encoding", "columns"))
+    separator, encoding = None, None
+    try:
+        if "separator" in inner:
+            separator = checked_separator(inner.text("separator"))
+        if "encoding" in inner:
+            encoding = checked_encoding(inner.text("encoding"))
+    except ValueError as error:
+        raise block.error("csv", str(error)) from None
+    columns = inner.texts("columns") if "columns" in inner else ()
+    headers = tuple(frozenset(name.partition(".")[0] for name in shape.columns) for shape in shapes)
+    if columns and not any(names <= set(columns) for names in headers):
+        raise block.error("csv", f"no shape has the columns {', '.join(columns)} alone")
+    return CsvForm(separator, None, encoding, columns, headers)
 
 
 def _cut(block: YamlBlock) -> Cut:

@@ -28,7 +28,13 @@ class TaskRows(NamedTuple):
 
 
 def read_rows(
-    task: Task, data_dir: str | Path | None, split: str, *, strict: bool = False
+    task: Task,
+    data_dir: str | Path | None,
+    split: str,
+    *,
+    strict: bool = False,
+    separator: str | None = None,
+    encoding: str | None = None,
 ) -> TaskRows:
     """Reads a split from ``<data_dir>/<task.folder>/<split>.*``, or from the hub.
 
@@ -37,6 +43,8 @@ def read_rows(
         data_dir: Folder of all sets; None reads from the Hugging Face hub.
         split: Name of the split, ``train``, ``validation`` or another that the set has.
         strict: Whether an empty text is an error rather than left out.
+        separator: Separator of its CSV file; None takes the task's or detects it.
+        encoding: Encoding of its CSV file; None takes that of the byte order mark, else UTF-8.
 
     Raises:
         ValueError: A row is wrong; the message begins with file and line. Or the task is not on
@@ -44,7 +52,7 @@ def read_rows(
         FileNotFoundError: The folder or the split is missing.
         RuntimeError: The hub cannot be reached or its set does not load.
     """
-    path, rows = open_split(task, data_dir, split)
+    path, rows = open_split(task, data_dir, split, separator=separator, encoding=encoding)
     examples = []
     num_skipped = 0
     seen = set()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
+from fingpt_lightning.tasks.row_files import CsvForm
+
 Kind = Literal["labels", "choices", "partial", "last_word", "instructions"]
 Metric = Literal["accuracy", "accuracy_norm", "macro_f1", "weighted_f1", "loss"]
 Field = str | tuple[str, ...]
@@ -168,7 +170,8 @@ class Hub:
 class LineFile:
     """A text file with one row per line: columns between separators, the first may hold some too.
 
-    ``names`` are tried in order, so that of several files in a folder the first counts.
+    ``names`` are tried in order, so that of several files in a folder the first counts. One with
+    the ending of another form, such as ``.csv``, is read as that.
     """
 
     names: tuple[str, ...]
@@ -217,6 +220,7 @@ class Task:
         shapes: Forms of its rows.
         hub: Data set on the hub, for rows without a data directory.
         line_file: Form of its text file.
+        csv: Form of its CSV files.
         cut: Way in which a set without splits is divided.
     """
 
@@ -239,4 +243,5 @@ class Task:
     shapes: tuple[Shape, ...]
     hub: Hub | None
     line_file: LineFile | None
+    csv: CsvForm
     cut: Cut | None

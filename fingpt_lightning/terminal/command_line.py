@@ -128,6 +128,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu, cuda or cuda:1; default: cuda where there is one")
 
 
+def add_csv_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what a CSV file does not say of itself."""
+    add = parser.add_argument
+    add(
+        "--separator",
+        metavar="CHARACTER",
+        help="between the values of .csv and .tsv files, such as ';' or tab; default: as the first"
+        " line has it",
+    )
+    add(
+        "--encoding",
+        help="of .csv and .tsv files, such as cp1252; default: of the byte order mark, else utf-8",
+    )
+
+
 def add_calibration_options(parser: OptionParser) -> None:
     """The options that select the tokens on which the outputs of compressed layers are kept."""
     group = parser.add_mutually_exclusive_group()

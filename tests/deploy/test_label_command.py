@@ -130,6 +130,19 @@ def test_every_form_of_file_is_read_and_written(
     assert "1 rows have no label: their text is empty, or " in output
 
 
+def test_a_csv_file_is_read_with_the_separator_and_encoding_that_are_given(
+    label: Label, tmp_path: Path
+) -> None:
+    (tmp_path / "in.csv").write_bytes("id~text\n1~Gewinn ä, b\n".encode("cp1252"))
+    words = ("--input", str(tmp_path / "in.csv"), "--separator", "~")
+    status, _, error = label(*words)
+    assert status == 1
+    assert "in.csv:2: no UTF-8 text at byte 17 of the file; set encoding, such as" in error
+    status, _, error = label(*words, "--encoding", "cp1252")
+    assert status == 0, error
+    assert read(tmp_path / "out.jsonl")[0]["text"] == "Gewinn ä, b"
+
+
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
 def test_no_column_and_no_character_is_lost(
     label: Label, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
@@ -369,6 +382,11 @@ def test_a_task_with_other_fields_reads_them_from_columns_of_their_names(
         (("--input", "{}/in.txt"), "in.txt ends in none of .jsonl, "),
         (("--output", "{}/out.cvs"), "ends in none of .csv, .jsonl, .parquet; did you mean .csv"),
         (("--text_column", "txt"), "in.jsonl:1: no column 'txt'; did you mean text"),
+        (
+            ("--separator", ";"),
+            r"separator ';' has an effect on \.csv and \.tsv alone, not on .*in",
+        ),
+        (("--encoding", "cp1252x"), "encoding 'cp1252x' is not known; such as utf-8"),
         (("--task", "piqa"), "task piqa is of kind choices: it has no labels to give"),
         (("--task", "fbp"), "did you mean fpb"),
         (("--model", "{}/modl"), "no such file or folder"),
