@@ -49,9 +49,9 @@ def open_split(
         RuntimeError: The hub cannot be reached, or its set does not load (at the first row).
     """
     if data_dir is None:
-        for name, value in (("separator", separator), ("encoding", encoding)):
+        for key, value in (("separator", separator), ("encoding", encoding)):
             if value is not None:
-                raise ValueError(f"{name} {value!r} has an effect with data_dir alone")
+                raise ValueError(f"{key} {value!r} has an effect with data_dir alone")
         return _open_on_hub(task, split)
     folder = Path(data_dir).expanduser() / task.folder
     if not folder.is_dir():

@@ -367,7 +367,7 @@ def test_a_file_that_is_no_whole_parquet_is_named(
         (
             "a.jsonl.gz",
             b"no gzip",
-            "a.jsonl.gz:1: the packed data are damaged or cut off here (Not a",
+            "a.jsonl.gz:1: the packed data are damaged or cut off here (No",
         ),
         ("a.txt.gz", b"no gzip", "a.txt.gz, text byte 0: the packed data are damaged or cut off"),
     ],
@@ -385,11 +385,11 @@ def test_a_file_that_is_no_gzip_is_named(
     [
         (
             "a.jsonl.gz",
-            r"a\.jsonl\.gz:\d+: the packed data are damaged or cut off here \(Compressed",
+            r"a\.jsonl\.gz:\d+: the packed data are damaged or cut off here \(C",
         ),
         (
             "a.txt.gz",
-            r"a\.txt\.gz, text byte \d+: the packed data are damaged or cut off here \(Comp",
+            r"a\.txt\.gz, text byte \d+: the packed data are damaged or cut off here \(C",
         ),
     ],
 )

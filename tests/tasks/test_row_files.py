@@ -4,8 +4,9 @@ import re
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow  # type: ignore[import-untyped]
 import pytest
@@ -177,7 +178,7 @@ def test_settings_of_csv_are_checked(tmp_path: Path) -> None:
     task = find_task("tfns")
     (example,) = read_rows(task, tmp_path, "test", separator="~", encoding="cp1252").examples
     assert (example.text, example.gold) == ("\u00e4", 2)
-    for settings, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         (
             {"separator": "~"},
             r"separator '~' has an effect on \.csv and \.tsv alone, not on ",
@@ -186,7 +187,8 @@ def test_settings_of_csv_are_checked(tmp_path: Path) -> None:
         ({"separator": "<>"}, r"separator '<>' is not one character such as"),
         ({"encoding": "latin9x"}, r"encoding 'latin9x' is not known; such as utf-8"),
         ({"encoding": "hex"}, r"encoding 'hex' is not known"),
-    ):
+    ]
+    for settings, message in wrong:
         with pytest.raises(ValueError, match=message):
             read_rows(task, tmp_path, "train", **settings)
     with pytest.raises(ValueError, match="separator ';' has an effect with data_dir alone"):
@@ -232,7 +234,7 @@ def test_one_endless_line_is_refused(
         _read(path)
 
 
-def _book(path: Path, rows: list[list[object]]) -> Path:
+def _book(path: Path, rows: Sequence[Sequence[object]]) -> Path:
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
     for row in rows:
@@ -257,8 +259,9 @@ def test_the_first_sheet_of_an_excel_file_is_read(tmp_path: Path) -> None:
 
 
 def test_a_wrong_excel_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _book(tmp_path / "a.xlsx", [["text"], ["a", "b"]])
     with pytest.raises(ValueError, match=r"a\.xlsx:2: 2 values, more than the header's 1"):
-        _read(_book(tmp_path / "a.xlsx", [["text"], ["a", "b"]]))
+        _read(path)
     with pytest.raises(ValueError, match=r"b\.xlsx is no whole Excel file \(File is not a zip"):
         _read(_write(tmp_path / "b.xlsx", b"PK no zip"))
     bomb = _book(tmp_path / "c.xlsx", [["text"], ["a"]])
