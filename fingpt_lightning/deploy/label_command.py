@@ -100,7 +100,7 @@ def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> di
         "labels": list(task.labels),
         "instruction": task.instruction,
         "templates": [template.pattern for template in task.templates],
-        "delimiter": task.delimiter,
+        "delimiters": list(task.delimiters),
         "substitute": {pattern.pattern: by for pattern, by in task.substitute.items()},
         "separator": options.separator,
         "encoding": options.encoding,

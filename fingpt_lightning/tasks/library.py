@@ -29,7 +29,7 @@ _REQUIRED_KEYS = ("version", "title", "kind", "source", "licence", "main_metric"
 _KEYS = (
     *_REQUIRED_KEYS,
     *("folder", "labels", "instruction", "template", "text", "shorten", "delimiter", "distinct"),
-    *("substitute", "hub", "line_file", "csv", "cut"),
+    *("substitute", "hub", "line_file", "csv", "cut", "files"),
 )
 _SHAPE_KEYS = tuple(field.name for field in fields(Shape))
 
@@ -81,7 +81,7 @@ def _read_task(path: Path) -> Task:
         templates=_templates(block, "template") if "template" in block else (Template("{text}"),),
         text=Template(block.text("text", "{text}")),
         shorten=block.text("shorten") if "shorten" in block else None,
-        delimiter=block.text("delimiter", " "),
+        delimiters=block.texts("delimiter") if "delimiter" in block else (" ",),
         distinct=block.flag("distinct"),
         substitute=block.replacements("substitute"),
         shapes=shapes,
@@ -89,7 +89,10 @@ def _read_task(path: Path) -> Task:
         line_file=_line_file(block) if "line_file" in block else None,
         csv=_csv(block, shapes),
         cut=_cut(block) if "cut" in block else None,
+        files=block.mapping("files", YamlBlock.texts),
     )
+    if len(task.delimiters) not in (1, len(task.templates)):
+        raise block.error("delimiter", f"one is needed, or one for each of {len(task.templates)}")
     _check_labels(task, block)
     _check_fields(task, block)
     return task
@@ -113,6 +116,8 @@ def _shape(block: YamlBlock) -> Shape:
         bins=bins,
         questions=block.mapping("questions", YamlBlock.text),
         spans={key: spans.text(key) for key in ("tokens", "tags") if key in spans},
+        each=block.text("each") if "each" in block else None,
+        chat=block.text("chat") if "chat" in block else None,
     )
 
 
@@ -198,6 +203,10 @@ def _check_fields(task: Task, block: YamlBlock) -> None:
         raise block.error("shorten", f"no template has the field {task.shorten!r}{advice}")
     for number, shape in enumerate(task.shapes, start=1):
         key = f"shapes, item {number}"
+        if shape.chat is not None:
+            if task.kind != "instructions":
+                raise block.error(key, f"a task of kind {task.kind} does not read chats")
+            continue
         for field in FIELDS_OF_KIND[task.kind]:
             if field not in shape.gives:
                 raise block.error(key, f"a task of kind {task.kind} needs the field {field!r}")

@@ -1,5 +1,6 @@
 """Rows as a task's files or the hub hold them, before they are interpreted."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from fingpt_lightning.tasks.row_files import (
     endings,
     open_rows,
 )
-from fingpt_lightning.tasks.task import Cut, Hub, LineFile, Task
+from fingpt_lightning.tasks.task import FILE_NAME, Cut, Hub, LineFile, Task
 from fingpt_lightning.terminal.messages import first_line, nearest
 
 _CUT_SPLITS = ("train", "test")
@@ -64,6 +65,10 @@ def open_split(
         raise ValueError(f"task {task.name}: {folder} has {both}; keep one of them")
     if found:
         return Source(found[0], _file_rows(task, found[0], separator, encoding))
+    published = [folder / name for name in task.files.get(split, ())]
+    if found := [path for path in published if path.is_file()]:
+        parts = [_file_rows(task, path, separator, encoding) for path in found]
+        return Source(found[0] if len(found) == 1 else folder, itertools.chain.from_iterable(parts))
     names = task.line_file.names if task.line_file else ()
     whole = next((folder / name for name in names if (folder / name).is_file()), None)
     if task.line_file and task.cut and whole and split in _CUT_SPLITS:
@@ -73,9 +78,12 @@ def open_split(
         else:
             rows = list(_file_rows(task, whole, separator, encoding))
         return Source(whole, _part(rows, task.cut, split, whole))
-    splits = [
+    splits = {
         name for path in files if path.name not in names and (name := _split_of(path)) is not None
-    ]
+    }
+    for name, of_split in task.files.items():
+        if any((folder / part).is_file() for part in of_split):
+            splits = {name, *splits} - {_split_of(folder / part) for part in of_split}
     there = ", ".join(sorted([*splits, *(_CUT_SPLITS if whole else ())])) or "none"
     unread = [path.name for path in files if path.name.startswith(f"{split}.")]
     not_read = f"; {', '.join(unread)} ends in none of these" if unread else ""
@@ -89,7 +97,10 @@ def _file_rows(
     task: Task, path: Path, separator: str | None, encoding: str | None
 ) -> Iterator[NumberedRow]:
     check_csv_settings(path, separator, encoding)
-    return open_rows(path, task.csv.overridden(separator, encoding))
+    rows = open_rows(path, task.csv.overridden(separator, encoding))
+    if not task.files:
+        return rows
+    return ((number, {FILE_NAME: path.name, **row}) for number, row in rows)
 
 
 def _split_of(path: Path) -> str | None:

@@ -256,3 +256,21 @@ def test_what_the_hub_does_not_have_is_refused() -> None:
         _rows_of_hub("arc_easy", "dev")
     with pytest.raises(ValueError, match="has no split 'validation', only train, test"):
         _rows_of_hub("fpb", "validation")
+
+
+def test_the_published_files_of_fiqa_are_one_split(tmp_path: Path) -> None:
+    (tmp_path / "fiqa_sa").mkdir()
+    task = find_task("fiqa_sa")
+    for name, score in (("headline", "-0.5"), ("post", "0.5")):
+        row = {"sentence": f"a {name}", "info": [{"sentiment_score": score, "target": "Foo"}]}
+        text = json.dumps({"14": row})
+        (tmp_path / "fiqa_sa" / f"task1_{name}_ABSA_train.json").write_text(text)
+    found = read_rows(task, tmp_path, "train")
+    assert found.path == tmp_path / "fiqa_sa"
+    assert [(example.text, example.gold) for example in found.examples] == [
+        ("a headline", 0),
+        ("a post", 2),
+    ]
+    assert [example.prompts[0].split("?")[0] for example in found.examples] == [" news", " tweet"]
+    with pytest.raises(FileNotFoundError, match=r"the splits there: train$"):
+        read_rows(task, tmp_path, "test")
