@@ -64,10 +64,10 @@ def open_split(
         both = " and ".join(path.name for path in found)
         raise ValueError(f"task {task.name}: {folder} has {both}; keep one of them")
     if found:
-        return Source(found[0], _file_rows(task, found[0], separator, encoding))
+        return Source(found[0], open_file(task, found[0], separator, encoding).rows)
     published = [folder / name for name in task.files.get(split, ())]
     if found := [path for path in published if path.is_file()]:
-        parts = [_file_rows(task, path, separator, encoding) for path in found]
+        parts = [open_file(task, path, separator, encoding).rows for path in found]
         return Source(found[0] if len(found) == 1 else folder, itertools.chain.from_iterable(parts))
     names = task.line_file.names if task.line_file else ()
     whole = next((folder / name for name in names if (folder / name).is_file()), None)
@@ -76,15 +76,9 @@ def open_split(
             check_csv_settings(whole, separator, encoding)
             rows = list(_line_rows(whole, task.line_file))
         else:
-            rows = list(_file_rows(task, whole, separator, encoding))
+            rows = list(open_file(task, whole, separator, encoding).rows)
         return Source(whole, _part(rows, task.cut, split, whole))
-    splits = {
-        name for path in files if path.name not in names and (name := _split_of(path)) is not None
-    }
-    for name, of_split in task.files.items():
-        if any((folder / part).is_file() for part in of_split):
-            splits = {name, *splits} - {_split_of(folder / part) for part in of_split}
-    there = ", ".join(sorted([*splits, *(_CUT_SPLITS if whole else ())])) or "none"
+    there = ", ".join(splits_in(task, data_dir)) or "none"
     unread = [path.name for path in files if path.name.startswith(f"{split}.")]
     not_read = f"; {', '.join(unread)} ends in none of these" if unread else ""
     raise FileNotFoundError(
@@ -93,14 +87,30 @@ def open_split(
     )
 
 
-def _file_rows(
-    task: Task, path: Path, separator: str | None, encoding: str | None
-) -> Iterator[NumberedRow]:
+def splits_in(task: Task, data_dir: str | Path) -> list[str]:
+    """The splits of a task that a data folder holds, sorted."""
+    folder = Path(data_dir).expanduser() / task.folder
+    files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    whole = task.line_file.names if task.line_file else ()
+    published = {name: split for split, names in task.files.items() for name in names}
+    splits = {published.get(path.name, _split_of(path)) for path in files if path.name not in whole}
+    if task.cut and any(path.name in whole for path in files):
+        splits |= set(_CUT_SPLITS)
+    return sorted(split for split in splits if split is not None)
+
+
+def open_file(task: Task, path: Path, separator: str | None, encoding: str | None) -> Source:
+    """A file of a task's rows, whatever its name; it is read while the rows are taken.
+
+    Raises:
+        ValueError: Its ending belongs to no form, or a setting of CSV files has no effect.
+        FileNotFoundError: It is missing.
+    """
     check_csv_settings(path, separator, encoding)
     rows = open_rows(path, task.csv.overridden(separator, encoding))
     if not task.files:
-        return rows
-    return ((number, {FILE_NAME: path.name, **row}) for number, row in rows)
+        return Source(path, rows)
+    return Source(path, ((number, {FILE_NAME: path.name, **row}) for number, row in rows))
 
 
 def _split_of(path: Path) -> str | None:
