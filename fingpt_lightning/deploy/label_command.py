@@ -2,6 +2,7 @@
 
 import argparse
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from fingpt_lightning.deploy.labelling import (
     label_columns,
     row_chunks,
 )
-from fingpt_lightning.deploy.loading import load_with_adapters
+from fingpt_lightning.deploy.loading import ReadyModel, load_with_adapters
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
-from fingpt_lightning.models.loading import LoadedModel
+from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
 from fingpt_lightning.tasks import Task, find_task
 from fingpt_lightning.tasks.row_files import CsvForm, check_csv_settings, open_rows
 from fingpt_lightning.terminal.progress import shown_progress
@@ -49,8 +50,10 @@ def run(options: argparse.Namespace) -> None:
     names += label_columns(task)
     schema = _schema(options.input, task, form) if options.output.suffix == ".parquet" else None
     model = load_with_adapters(options)
-    file = LabelledFile(options.output, _settings(options, task, model.loaded), schema)
+    file = LabelledFile(options.output, _settings(options, task, model), schema)
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    if model.remark:
+        console.print(model.remark)
     with file.begun(options.overwrite) as num_done:
         labeller = Labeller(
             model.network,
@@ -81,7 +84,8 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> dict[str, object]:
+def _settings(options: argparse.Namespace, task: Task, ready: ReadyModel) -> dict[str, object]:
+    model, template = ready.loaded, chat_template_in_use(ready.tokenizer)
     state, adapter = options.input.stat(), model.source.adapter
     adapters = {name: adapter_digest(path) for name, path in (options.adapters or {}).items()}
     return {
@@ -102,6 +106,7 @@ def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> di
         "templates": [template.pattern for template in task.templates],
         "delimiters": list(task.delimiters),
         "substitute": {pattern.pattern: by for pattern, by in task.substitute.items()},
+        "chat_template": template and sha256(template.encode()).hexdigest(),
         "separator": options.separator,
         "encoding": options.encoding,
         "text_column": options.text_column,

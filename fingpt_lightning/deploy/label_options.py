@@ -6,6 +6,7 @@ from pathlib import Path
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
+    add_chat_option,
     add_csv_options,
     add_model_options,
     named_paths,
@@ -26,6 +27,7 @@ def build_parser() -> OptionParser:
         help=".csv, .tsv, .json, .jsonl, those with .gz or .zst, .parquet or .xlsx",
     )
     add("--output", type=Path, required=True, help=".csv, .jsonl or .parquet")
+    add_chat_option(parser)
     add_csv_options(parser)
     add("--text_column", default="text", help="where the texts are; default: %(default)s")
     add("--adapters", type=named_paths, help="NAME=FOLDER,... of which each row names one")

@@ -6,11 +6,12 @@ line or value is not longer than `MAX_LINE_BYTES`.
 
 import codecs
 import csv
+import glob
 import itertools
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -21,7 +22,7 @@ from fingpt_lightning.files import (
     lines_of,
     unpacked,
 )
-from fingpt_lightning.terminal.messages import first_line, nearest
+from fingpt_lightning.terminal.messages import first_line, nearest, nearest_name
 from fingpt_lightning.units import format_bytes
 
 NumberedRow = tuple[int, Mapping[str, object]]
@@ -137,6 +138,37 @@ def open_rows(path: Path, form: CsvForm | None = None) -> Iterator[NumberedRow]:
         there = [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else []
         raise FileNotFoundError(f"no file {path}{nearest(path.name, there)}")
     return READERS[ending](path, form or CsvForm())
+
+
+def find_row_files(paths: str | Sequence[str], key: str) -> tuple[Path, ...]:
+    """The files that paths, folders and globs stand for, each once.
+
+    Args:
+        paths: One or more files, folders (their own files, sorted) or globs.
+        key: Setting that the paths come from, for the messages.
+
+    Raises:
+        FileNotFoundError: A file is missing, or a folder or glob has none that can be read.
+        ValueError: No path is given, or a file's ending belongs to none of the forms.
+    """
+    found: list[Path] = []
+    for text in [paths] if isinstance(paths, str) else paths:
+        path = Path(text).expanduser()
+        if path.is_dir() or glob.has_magic(text):
+            each = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path)))  # noqa: PTH207
+            files = sorted(file for file in each if file.is_file() and ending_of(file))
+            if not files:
+                raise FileNotFoundError(f"{key}: {path} has no file that ends in {endings()}")
+            found += files
+        elif not text or not path.exists():
+            raise FileNotFoundError(f"{key}: {path} does not exist{nearest_name(path)}")
+        elif ending_of(path) is None:
+            raise ValueError(f"{key}: {path} ends in none of {endings()}")
+        else:
+            found.append(path)
+    if not found:
+        raise ValueError(f"{key}: no path is given")
+    return tuple(dict.fromkeys(found))
 
 
 def check_csv_settings(path: Path, separator: str | None, encoding: str | None) -> None:

@@ -128,6 +128,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu, cuda or cuda:1; default: cuda where there is one")
 
 
+def add_chat_option(parser: argparse.ArgumentParser) -> None:
+    """The option that says how prompts are rendered."""
+    parser.add_argument(
+        "--chat_template",
+        default="auto",
+        metavar="auto|none|FILE",
+        help="text around prompts: that which the model was trained with, else the tokenizer's own"
+        " of an instruct model; none; or a file in Jinja; default: %(default)s",
+    )
+
+
 def add_csv_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what a CSV file does not say of itself."""
     add = parser.add_argument

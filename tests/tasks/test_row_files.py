@@ -245,7 +245,7 @@ def _book(path: Path, rows: Sequence[Sequence[object]]) -> Path:
 
 
 def test_the_first_sheet_of_an_excel_file_is_read(tmp_path: Path) -> None:
-    rows = [
+    rows: list[list[object]] = [
         ["text", "label", None],
         ["Profit rose", 1, None],
         [None, None, None],
