@@ -306,9 +306,6 @@ class _JsonValues:
                 self._read(wanted)
                 wanted *= 2
                 continue
-            if end == len(self._text) and not self._is_whole:  # a number may go on
-                self._read(_CHUNK_BYTES)
-                continue
             self._go_to(end)
             return value
 

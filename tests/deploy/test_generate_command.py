@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fingpt_lightning.cli.main import main
+from fingpt_lightning.deploy import generation
 from fingpt_lightning.deploy.generate_command import read_prompts
 from fingpt_lightning.models.decoding import decode
 from fingpt_lightning.models.loading import load_model
@@ -68,6 +69,22 @@ def test_a_prompt_is_what_the_user_says_where_a_chat_template_is_in_use(
     network = load_model(tmp_path / "model", dtype="float64").network
     (new,) = decode(network, [tokens], 9, end_tokens=[0])
     assert json.loads(out.read_text())["text"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_a_text_ends_with_the_turn_of_a_chat(
+    generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "chat.jinja").write_text(ENDED.replace("<end>", "<begin>"))
+    seen = []
+
+    def decode_none(*_: Any, end_tokens: list[int], **__: Any) -> list[list[int]]:
+        seen.append(set(end_tokens))
+        return [[5]]
+
+    monkeypatch.setattr(generation, "decode", decode_none)
+    for words in ((), ("--chat_template", str(tmp_path / "chat.jinja"))):
+        assert generate("--prompt", "Shares", *words)[0] == 0
+    assert seen == [{0}, {0, 1}]
 
 
 def test_texts_are_those_of_transformers_own_greedy_generation(

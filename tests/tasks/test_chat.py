@@ -161,6 +161,20 @@ def test_marked_answers_are_those_that_transformers_returns() -> None:
     assert [x for x in _labels(unmarked[0]) if x] == [x for x in _labels(row) if x]
 
 
+def test_a_template_that_marks_less_than_a_turn_is_followed() -> None:
+    bare = MARKED.replace(
+        "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}",
+        "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}",
+        1,
+    )
+    assert bare != MARKED
+    tokenizer = chat_tokenizer(bare)
+    turns = _turns("Up?", "Yes.", "Down?", "No.")
+    (row,) = encode_rows(tokenizer, [_conversation(turns)], _ANY_LENGTH).kept
+    labelled = [x for x in _labels(row) if x is not None]
+    assert tokenizer.decode(labelled) == "Yes.No."
+
+
 def test_rows_of_several_turns_are_packed_as_they_are_padded() -> None:
     tokenizer = chat_tokenizer(CHATML)
     made = [_conversation(_turns(*["Up?", "Yes."] * number, system=True)) for number in (3, 1, 2)]
@@ -240,6 +254,18 @@ def test_a_long_text_is_cut_within_its_message(name: str) -> None:
     begin, end = whole.index("Add."), whole.rindex(" 2")
     assert text.startswith(whole[: begin + 9])
     assert text.endswith(whole[end + 2 :])
+
+
+@pytest.mark.parametrize("name", ["chatml", "brackets"])
+def test_of_a_task_with_an_instruction_only_the_text_is_cut(name: str) -> None:
+    tokenizer = chat_tokenizer(TEMPLATES[name])
+    long = only_example("fpb", {"text": "rose " * 60, "label": "positive"})
+    (whole,) = encode_rows(tokenizer, [long], _ANY_LENGTH).kept
+    (row,) = encode_rows(tokenizer, [long], len(whole.tokens) - 21).kept
+    assert len(row.tokens) == len(whole.tokens) - 20
+    text, uncut = (str(tokenizer.decode(list(found.tokens))) for found in (row, whole))
+    own = r"Input:[ rose]*"
+    assert re.sub(own, "", text) == re.sub(own, "", uncut)
 
 
 @pytest.mark.parametrize("name", [None, "chatml", "brackets"])
