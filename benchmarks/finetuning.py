@@ -195,6 +195,7 @@ def _read_batches(options: argparse.Namespace, model: str) -> list[list[dict[str
         options.data_dir,
         model,
         batch_size=options.batch_size,
+        chat_template="none",
         num_synthetic_items=2 * num_rows,
         seed=options.seed,
     )

@@ -39,6 +39,7 @@ from fingpt_lightning.models.adapting import save_adapter
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import QuantizedFinetuning
 from fingpt_lightning.profiling import keep_freed_memory, module_memory
+from fingpt_lightning.tasks.chat import choose_chat_template
 from fingpt_lightning.units import MIB
 
 QUESTION = (
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a training row")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--chat_template", default="none", help="as of fingpt evaluate")
     parser.add_argument("--limit", type=int, help="rows of each validation set")
     parser.add_argument("--checkpoint_interval", type=int, default=50, help="steps")
     parser.add_argument("--max_steps", type=int, default=-1, help="of each run, to try this out")
@@ -174,6 +176,7 @@ def _ask_untrained(
         return
     base = load_model(options.model, dtype=options.dtype)
     tokenizer = base.require_tokenizer()
+    choose_chat_template(tokenizer, options.chat_template, options.model)
     for one in missing:
         calibrate = one.task.kind == "labels"
         untrained[one.task.name] = _ask(base.network, tokenizer, one, calibrate)
@@ -212,6 +215,7 @@ def _train(
         str(options.data_dir),
         batch_size=options.batch_size,
         max_length=options.max_length,
+        chat_template=options.chat_template,
         seed=run.seed,
     )
     with _checkpoints(kept) as folder:

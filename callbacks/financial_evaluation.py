@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import override
@@ -69,7 +70,7 @@ class FinancialEvaluation(Callback):
 
     Args:
         tasks: Names of shipped tasks, or YAML files; null takes those that the datamodule trains
-            on, without those that have no right answers.
+            on, without those that have no right answers; where it trains on own files, none.
         data_dir: Folder that holds ``TASK/SPLIT.jsonl``; null takes the datamodule's.
         split: Name of the split.
         every_n_steps: Optimizer steps from evaluation to evaluation; null for none during training.
@@ -162,6 +163,8 @@ class FinancialEvaluation(Callback):
             self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._runs:
+            return
         self._evaluated_at = trainer.global_step
         network, tokenizer = _network(pl_module), _tokenizer(trainer)
         in_training = [part for part in network.modules() if part.training]
@@ -247,6 +250,9 @@ def _shown(
 def _tasks_of(datamodule: Any) -> list[str]:
     known = datamodule.task_names if isinstance(datamodule, TrainsOnTasks) else []
     names = [name for name in known if find_task(name).kind != "instructions"]
+    if not names and getattr(datamodule, "train_files", None) is not None:
+        rank_zero_info("FinancialEvaluation: own files have no right answers to score; name tasks")
+        return []
     if not names:
         raise ValueError(
             "FinancialEvaluation: tasks is null, and the datamodule trains on none that has right"

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -17,16 +18,19 @@ import os
 import shutil
 import socket
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
+from typing_extensions import override
+
 from fingpt_lightning.units import format_bytes
 
 MAX_LINE_BYTES = 2**26
 """Of a line that is read as one value."""
-_MAX_GZIP_RATIO, _MIN_BOMB_BYTES = 500, 2**26
+_MAX_PACKED_RATIO, _MIN_BOMB_BYTES = 500, 2**26
 PARTIAL = ".partial"
 """The ending of what is not whole yet."""
 OWNER = "owner.lock"
@@ -473,15 +477,49 @@ def new_folder(parent: Path, name: str, is_ours: Callable[[Path], bool] = make_o
     return folder
 
 
+class DamagedZstdError(OSError):
+    """Packed data of a ``.zst`` file that end early or are of another form."""
+
+
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, DamagedZstdError)
+"""What reading a packed file raises where its data are damaged."""
+
+
 @contextmanager
 def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
-    """The contents of a file, those of ``.gz`` unpacked, and how far the file itself is read."""
+    """The contents of a file, those of ``.gz`` and ``.zst`` unpacked, and the bytes of it read."""
     with path.open("rb") as raw:
-        if path.suffix.lower() != ".gz":
-            yield raw, raw.tell
-        else:
-            with gzip.GzipFile(fileobj=raw) as opened:
-                yield cast(IO[bytes], opened), raw.tell
+        match path.suffix.lower():
+            case ".gz":
+                with gzip.GzipFile(fileobj=raw) as opened:
+                    yield cast(IO[bytes], opened), raw.tell
+            case ".zst":
+                with io.BufferedReader(_ZstdStream(raw), 2**16) as stream:
+                    yield stream, raw.tell
+            case _:
+                yield raw, raw.tell
+
+
+class _ZstdStream(io.RawIOBase):
+    """The unpacked bytes of a Zstandard stream of one or more frames."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        import pyarrow  # type: ignore[import-untyped]  # few runs read such files
+
+        self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(len(buffer))
+        except OSError as error:
+            raise DamagedZstdError(str(error)) from None
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def check_unpacked(place: str, num_bytes: int, packed_bytes: int) -> None:
@@ -495,16 +533,16 @@ def check_unpacked(place: str, num_bytes: int, packed_bytes: int) -> None:
     Raises:
         ValueError: It unpacks to hundreds of times its size, as no text does.
     """
-    if num_bytes > max(_MIN_BOMB_BYTES, _MAX_GZIP_RATIO * packed_bytes):
-        raise ValueError(f"{place} unpacks to more than {_MAX_GZIP_RATIO} times its size")
+    if num_bytes > max(_MIN_BOMB_BYTES, _MAX_PACKED_RATIO * packed_bytes):
+        raise ValueError(f"{place} unpacks to more than {_MAX_PACKED_RATIO} times its size")
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """The lines of a file by number, those of ``.gz`` unpacked, each with the bytes read so far.
+    """The lines of a file by number, packed ones unpacked, each with the bytes read so far.
 
     Raises:
-        ValueError: A line is longer than `MAX_LINE_BYTES`, or the file is a gzip bomb.
-        OSError, EOFError, zlib.error: The gzip data is damaged.
+        ValueError: A line is longer than `MAX_LINE_BYTES`, or a packed file is a bomb.
+        OSError, EOFError, zlib.error: The packed data are damaged: one of `DAMAGED`.
     """
     num_bytes = 0
     with unpacked(path) as (file, position):

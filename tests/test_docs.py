@@ -36,6 +36,7 @@ from tests.support.documents import (
     options_in,
     shell_commands,
 )
+from tests.tasks.chat_templates import ENDED
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -112,6 +113,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_network("llama").save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     tiny_tokenizer().save_pretrained(folder / "FOLDER_OR_HUB_NAME")
+    row = {"instruction": "Name a gain.", "input": "", "output": "Profit rose"}
+    _write(folder / "instructions.jsonl", [json.dumps(row)] * 60)
+    turns = [{"role": "user", "content": "Up?"}, {"role": "assistant", "content": "Yes."}]
+    _write(folder / "chats.jsonl", [json.dumps({"messages": turns})] * 60)
+    _write(folder / "chat.jinja", [ENDED])
     _write(folder / "prompts.txt", ["Profit rose", "Shares of Foo"])
     _write(folder / "prompts.jsonl", ['{"prompt": "Profit", "adapter": "ann"}'])
     _write(folder / "news.csv", ["headline,text,client", "Profit rose,Foo fell,bob"])

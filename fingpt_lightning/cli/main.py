@@ -70,6 +70,11 @@ COMMANDS = {
         "fingpt_lightning.cli.configs_options",
         "fingpt_lightning.cli.configs",
     ),
+    "tasks": Command(
+        "the tasks that are shipped, with source and license; one with its template and a row",
+        "fingpt_lightning.tasks.options",
+        "fingpt_lightning.tasks.command",
+    ),
     "report": Command(
         "one page about runs, sweeps and evaluations: curves, memory, accuracy, mistakes",
         "fingpt_lightning.reporting.options",

@@ -1,21 +1,18 @@
 """How each kind of file is read as documents, streamed in memory that does not grow with it."""
 
 import codecs
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fingpt_lightning.data.corpus import Piece
-from fingpt_lightning.files import check_unpacked, lines_of, unpacked
+from fingpt_lightning.files import DAMAGED, check_unpacked, lines_of, unpacked
 from fingpt_lightning.terminal.messages import first_line, no_field
 
 _PIECE_BYTES = 2**20
 _PARQUET_ROWS = 64
 _LOOK_BACK = 3  # characters that decide whether a text may be cut at a place
-_DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 # Byte-level BPE splits text before the last blank of a run of blanks. Cut at such a line end, the
 # pieces have the tokens of the whole: either the line end is the whole run, or one blank follows.
 _CLEAN_LINE_END = re.compile(r".*(?:(?<=\S)\n(?=\S)|\n(?=\s\S))", re.DOTALL)
@@ -36,7 +33,7 @@ def jsonl_documents(path: Path, text_field: str) -> Iterator[Piece]:
             if not line.isspace():
                 row = _json_object(line, f"{path}:{number}")
                 yield document_of_row(row, text_field, f"{path}:{number}", bytes_read)
-    except _DAMAGED_GZIP as error:
+    except DAMAGED as error:
         raise ValueError(_damage(f"{path}:{number + 1}", error)) from None
 
 
@@ -114,8 +111,10 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[Piece]:
 READERS: dict[str, Callable[[Path, str], Iterator[Piece]]] = {
     ".jsonl": jsonl_documents,
     ".jsonl.gz": jsonl_documents,
+    ".jsonl.zst": jsonl_documents,
     ".txt": txt_pieces,
     ".txt.gz": txt_pieces,
+    ".txt.zst": txt_pieces,
     ".parquet": parquet_documents,
 }
 """The reader of each kind of file, by the ending of its name."""
@@ -149,7 +148,7 @@ def document_of_row(
 
 
 def _damage(place: str, error: Exception) -> str:
-    return f"{place}: the gzip data is damaged or cut off here ({first_line(error)})"
+    return f"{place}: the packed data are damaged or cut off here ({first_line(error)})"
 
 
 def _json_object(line: bytes, place: str) -> dict[str, object]:
@@ -183,7 +182,7 @@ def _decoded(path: Path) -> Iterator[tuple[str, int]]:
         while True:
             try:
                 data = file.read(_PIECE_BYTES)
-            except _DAMAGED_GZIP as error:
+            except DAMAGED as error:
                 raise ValueError(_damage(f"{path}, text byte {position}", error)) from None
             num_pending = len(decoder.getstate()[0])
             try:

@@ -12,7 +12,12 @@ from typing_extensions import override
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.blocks import EMPTY_BLOCK
 from fingpt_lightning.tasks import Example
-from fingpt_lightning.tasks.encoding import TooLong, encode_examples
+from fingpt_lightning.tasks.encoding import (
+    Conversation,
+    TooLong,
+    encode_conversations,
+    encode_examples,
+)
 
 
 class InstructionRow(NamedTuple):
@@ -23,12 +28,15 @@ class InstructionRow(NamedTuple):
         num_context: Number of tokens of the prompt.
         task: Number of the task.
         answer: Index of the right answer, where the task has the same answers in every row.
+        others: First token and end of what follows the prompt and is not an answer: the turns of
+            others in a conversation.
     """
 
     tokens: tuple[int, ...]
     num_context: int
     task: int
     answer: int | None
+    others: tuple[tuple[int, int], ...] = ()
 
 
 class EncodedRows(NamedTuple):
@@ -49,7 +57,7 @@ class EncodedRows(NamedTuple):
 
 
 class InstructionRows(ConcatDataset[dict[str, Tensor]]):
-    """Rows as ``input_ids`` and ``labels``, with ``task``; only answer and end have labels."""
+    """Rows as ``input_ids`` and ``labels``, with ``task``; only answers with ends have labels."""
 
     def __init__(self, rows: Sequence[InstructionRow], eos_token_id: int) -> None:
         super().__init__([rows])  # type: ignore[list-item]
@@ -66,6 +74,8 @@ class InstructionRows(ConcatDataset[dict[str, Tensor]]):
         tokens = torch.tensor(row.tokens)
         labels = tokens[1:].clone()
         labels[: row.num_context - 1] = IGNORED_LABEL
+        for begin, end in row.others:
+            labels[begin - 1 : end - 1] = IGNORED_LABEL
         return {"input_ids": tokens[:-1], "labels": labels, "task": torch.tensor(row.task)}
 
 
@@ -79,6 +89,8 @@ def encode_rows(
 ) -> EncodedRows:
     """The tokens of each example's prompt and right answer, as evaluation scores them.
 
+    Of a conversation, all turns of the assistant are answers.
+
     Args:
         tokenizer: Tokenizer of the network.
         examples: Examples of one task.
@@ -88,21 +100,43 @@ def encode_rows(
         too_long: Treatment of longer rows.
 
     Raises:
-        ValueError: A row has no known answer or one without a token, or it is too long and
-            ``too_long`` is ``error``.
+        ValueError: A row has no known answer or one without a token, it is too long and
+            ``too_long`` is ``error``, or it is a conversation and no chat template renders it.
     """
-    right = [_with_right_answer(example) for example in examples]
-    end = (int(tokenizer.eos_token_id),)
-    encoded = encode_examples(tokenizer, right, max_length, end=end, too_long=too_long)
+    right = [_with_right_answer(example) for example in examples if not example.turns]
+    encoded = iter(encode_examples(tokenizer, right, max_length, ends=True, too_long=too_long))
+    turns = [example for example in examples if example.turns]
+    conversations = iter(encode_conversations(tokenizer, turns, max_length, too_long=too_long))
     rows: list[InstructionRow | None] = []
-    for example, row in zip(examples, encoded, strict=True):
+    num_cut = 0
+    for example in examples:
+        if example.turns:
+            conversation = next(conversations)
+            num_cut += conversation is not None and conversation.is_cut
+            rows.append(None if conversation is None else _row_of_turns(conversation, task))
+            continue
+        row = next(encoded)
         if row is None:
             rows.append(None)
             continue
+        num_cut += row.is_cut
         (text,) = row.texts
         label = example.gold if answers_are_labels else None
         rows.append(InstructionRow(text.tokens, text.first_scored, task, label))
-    return EncodedRows(rows, sum(row is not None and row.is_cut for row in encoded))
+    return EncodedRows(rows, num_cut)
+
+
+def _row_of_turns(conversation: Conversation, task: int) -> InstructionRow:
+    marks = conversation.are_answers
+    num_context = max(marks.index(True), 1)  # nothing predicts the first token
+    others, begin = [], None
+    for place, is_answer in enumerate(marks[num_context:], num_context):
+        if not is_answer and begin is None:
+            begin = place
+        elif is_answer and begin is not None:
+            others.append((begin, place))
+            begin = None
+    return InstructionRow(conversation.tokens, num_context, task, None, tuple(others))
 
 
 def _with_right_answer(example: Example) -> Example:

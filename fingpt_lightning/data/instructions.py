@@ -31,11 +31,14 @@ from fingpt_lightning.data.tokenizers import (
     train_tokenizer,
 )
 from fingpt_lightning.models.sources import tokenizer_of_model
-from fingpt_lightning.tasks import Example, find_task, read_rows
+from fingpt_lightning.tasks import Example, TaskRows, find_task, read_rows
+from fingpt_lightning.tasks.chat import AUTO, choose_chat_template
 from fingpt_lightning.tasks.encoding import TooLong, length_remarks
+from fingpt_lightning.tasks.row_files import find_row_files
+from fingpt_lightning.tasks.rows import read_files
 from fingpt_lightning.terminal.messages import nearest
 
-SYNTHETIC = "synthetic_news"
+SYNTHETIC, OWN_FILES, VALIDATION = "synthetic_news", "train_files", "validation"
 
 
 @runtime_checkable
@@ -51,8 +54,17 @@ class FinancialInstructions(TokenizedData):
     Args:
         tasks: Names of shipped tasks or paths of YAML files: one, several by commas or as a list,
             read as they come, or a mapping from task to its share of the rows. Null for the
-            sentiment of synthetic news.
+            sentiment of synthetic news, or the rows of ``train_files``.
         data_dir: Folder of ``<task>/<split>.jsonl``; null reads from the Hugging Face hub.
+        train_files: Own files, read in place of ``tasks``: paths, folders and globs, of rows with
+            the columns ``instruction``, ``input``, ``output``, with ``context``, ``target``, or
+            with ``messages`` or ``conversations``, each row in any of these.
+        validation_files: Files as ``train_files`` to validate on; null holds out ``val_share``.
+        separator: Character between the values of CSV files; null takes what their first line has.
+        encoding: Encoding of CSV files; null takes that of their byte order mark, else UTF-8.
+        chat_template: Text around prompts and answers: ``auto``, the base's own where it is an
+            instruct model, or the one that an adapter was trained with; ``none``; or a file with a
+            template in Jinja. It is stored with the tokenizer beside the adapter.
         tokenizer: Folder or hub name; null takes that of the model's base, or trains one on the
             rows where there is no base.
         batching: Layout of the rows, ``shared_prefix``, ``packed`` or ``padded``: equal gradients,
@@ -83,6 +95,11 @@ class FinancialInstructions(TokenizedData):
         self,
         tasks: list[str] | dict[str, float] | str | None = None,
         data_dir: str | None = None,
+        train_files: str | list[str] | None = None,
+        validation_files: str | list[str] | None = None,
+        separator: str | None = None,
+        encoding: str | None = None,
+        chat_template: str = AUTO,
         tokenizer: str | None = None,
         batching: Literal["shared_prefix", "packed", "padded"] = "shared_prefix",
         batch_size: int = 16,
@@ -115,10 +132,25 @@ class FinancialInstructions(TokenizedData):
         if too_long not in list(TooLong):
             advice = nearest(too_long, TooLong)
             raise ValueError(f"too_long {too_long!r} is none of {', '.join(TooLong)}{advice}")
+        self._replaced = ""
+        if train_files is not None:
+            if tasks is not None:
+                self._replaced = ", ".join(_weights(tasks))
+            tasks = [OWN_FILES]
+        elif validation_files is not None:
+            raise ValueError("validation_files has an effect with train_files alone")
         self.weights = _weights(tasks)
-        self._tasks = {name: find_task(name) for name in self.weights if name != SYNTHETIC}
+        self._tasks = {
+            name: find_task("alpaca" if name == OWN_FILES and train_files is not None else name)
+            for name in self.weights
+            if name != SYNTHETIC
+        }
         self.save_hyperparameters(logger=False)
         self.data_dir = data_dir
+        self.train_files = train_files
+        self.validation_files = validation_files
+        self.separator, self.encoding = separator, encoding
+        self.chat_template = chat_template
         self.tokenizer_name = tokenizer
         self.batching = Batching(batching)
         self.batch_size = batch_size
@@ -137,14 +169,16 @@ class FinancialInstructions(TokenizedData):
 
     @property
     def task_names(self) -> list[str]:
-        """The tasks that it reads, except synthetic news."""
-        return list(self._tasks)
+        """The tasks that it reads, except synthetic news and own files."""
+        return [name for name in self._tasks if name != OWN_FILES]
 
     @override
     def prepare_data(self) -> None:
         """Reads the rows, so that errors in them show before a run begins."""
         for split in self._splits():
             self._read(split)
+            if split == "train" and self.validation_files is not None:
+                self._read(VALIDATION)
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -155,8 +189,18 @@ class FinancialInstructions(TokenizedData):
         found = {split: self._read(split) for split in splits}
         if not hasattr(self, "tokenizer"):
             self.tokenizer = self._load_tokenizer()
+            name = self._base() or self.tokenizer_name or "the base"
+            if self._replaced:
+                _print(f"train_files are read in place of the tasks {self._replaced}")
+            if remark := choose_chat_template(self.tokenizer, self.chat_template, name):
+                _print(remark)
         if "train" in splits and "train" not in self._rows:
-            self._hold_out(found["train"])
+            if self.validation_files is None:
+                self._hold_out(found["train"])
+            else:
+                for split, name in (("train", "train"), (VALIDATION, "val")):
+                    (own,) = self._encode(self._read(split))
+                    self._rows[name] = [row for row in own if row is not None]
         if self.test_split in splits and "test" not in self._rows:
             rows = self._encode(found[self.test_split])
             self._rows["test"] = [row for part in rows for row in part if row is not None]
@@ -211,12 +255,22 @@ class FinancialInstructions(TokenizedData):
                     self.num_synthetic_items, self.seed + (split != "train")
                 )
                 continue
-            rows = read_rows(self._tasks[name], self.data_dir, split)
+            rows = self._task_rows(name, split)
             if not rows.examples:
                 raise ValueError(f"{rows.path} has no rows of {name}")
             self._examples[name, split] = rows.examples
             self.split_sha256[f"{name}/{split}"] = rows.sha256
         return [self._examples[name, split] for name in self.weights]
+
+    def _task_rows(self, name: str, split: str) -> TaskRows:
+        task, separator, encoding = self._tasks[name], self.separator, self.encoding
+        if name != OWN_FILES:
+            return read_rows(task, self.data_dir, split, separator=separator, encoding=encoding)
+        key = "train_files" if split == "train" else "validation_files"
+        paths = getattr(self, key)
+        if paths is None:
+            raise ValueError(f"{key} is null, so that there are no rows for {split}")
+        return read_files(task, find_row_files(paths, key), separator=separator, encoding=encoding)
 
     def _encode(self, tasks: Sequence[Sequence[Example]]) -> list[list[InstructionRow | None]]:
         encoded = []
@@ -301,16 +355,19 @@ class FinancialInstructions(TokenizedData):
     def _load_tokenizer(self) -> PreTrainedTokenizerFast:
         if self.tokenizer_name is not None:
             return load_tokenizer(self.tokenizer_name)
-        module = None if self.trainer is None else self.trainer.lightning_module
-        if isinstance(module, HasBase) and module.base is not None:
-            return load_tokenizer(tokenizer_of_base(module.base))
+        if (base := self._base()) is not None:
+            return load_tokenizer(tokenizer_of_base(base))
         texts = (
-            example.prefix + example.prompts[0] + choice
+            example.prefix + example.prompts[0] + choice + "".join(t.content for t in example.turns)
             for examples in self._examples.values()
             for example in examples
             for choice in example.choices
         )
         return train_tokenizer(texts, self.max_vocab_size)
+
+    def _base(self) -> str | None:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return module.base if isinstance(module, HasBase) else None
 
 
 @rank_zero_only

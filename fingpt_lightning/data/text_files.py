@@ -19,7 +19,7 @@ class TextFiles:
     """The documents of some files.
 
     Each line of a ``.jsonl`` and each row of a ``.parquet`` is one, and each ``.txt`` as a whole;
-    ``.jsonl.gz`` and ``.txt.gz`` are unpacked while they are read.
+    ``.jsonl`` and ``.txt`` with ``.gz`` or ``.zst`` after them are unpacked while they are read.
     """
 
     paths: tuple[Path, ...]

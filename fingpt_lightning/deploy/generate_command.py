@@ -12,6 +12,7 @@ from fingpt_lightning.deploy.generation import Completion, Prompt, complete
 from fingpt_lightning.deploy.loading import load_with_adapters
 from fingpt_lightning.deploy.sampling import Sampling
 from fingpt_lightning.files import not_utf8, to_json, write_whole
+from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
 from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
 from fingpt_lightning.terminal.messages import nearest
 from fingpt_lightning.terminal.progress import shown_progress
@@ -53,14 +54,18 @@ def run(options: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started_s
     in_order = [done[row] for row in range(len(prompts))]
     if options.output is None:
+        gap = "" if chat_template_in_use(model.tokenizer) is None else "\n"
         for completion in in_order:
-            console.print(Text(completion.prompt.text, "dim") + Text(completion.text), "\n")
+            text = Text(completion.prompt.text, "dim")
+            console.print(text + Text(f"{gap}{completion.text}"), "\n")
     else:
         write_completions(options.output, in_order)
         console.print(f"{options.output}: {len(done)} texts")
     num_tokens = sum(completion.num_tokens for completion in in_order)
     speed = f"{num_tokens} tokens, {num_tokens / seconds:.1f} per second"
     cache = f"{cache_bytes_per_token(model.network):,} bytes of cache per token"
+    if model.remark:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(model.remark, markup=False)
     Console(stderr=True, soft_wrap=True, highlight=False).print(
         f"{model.loaded.description}: {speed}; {cache}",
         markup=False,

@@ -6,6 +6,7 @@ from pathlib import Path
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
+    add_chat_option,
     add_model_options,
     named_paths,
     positive_int,
@@ -16,6 +17,7 @@ def build_parser() -> OptionParser:
     """The parser of ``fingpt generate``."""
     parser = OptionParser("fingpt generate", "Text that goes on from prompts.")
     add_model_options(parser)
+    add_chat_option(parser)
     add = parser.add_argument
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="what the text begins with")

@@ -11,6 +11,7 @@ from fingpt_lightning.deploy.sampling import Sampler, Sampling
 from fingpt_lightning.models.decoding import decode, end_tokens_of, greedy
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.tokenizer import check_tokens
+from fingpt_lightning.tasks.encoding import encode_message, end_tokens
 
 
 class Prompt(NamedTuple):
@@ -79,7 +80,7 @@ def _completed(
     batch_size: int,
     bank: AdapterBank | None,
 ) -> Iterator[tuple[int, Completion]]:
-    ends = end_tokens_of(network, tokenizer.eos_token_id)
+    ends = end_tokens_of(network, *end_tokens(tokenizer))
     order = sorted(range(len(prompts)), key=lambda row: -len(tokens[row]))
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
@@ -107,7 +108,7 @@ def _prompt_tokens(
     num_positions = max_positions(network.config)
     found = []
     for number, prompt in enumerate(prompts, start=1):
-        tokens = tokenizer.encode(prompt.text, verbose=False)
+        tokens = encode_message(tokenizer, prompt.text)
         if not tokens:
             raise ValueError(f"prompt {number} is empty, and the tokenizer begins no text")
         if len(tokens) + num_new > num_positions:

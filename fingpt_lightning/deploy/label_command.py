@@ -2,6 +2,7 @@
 
 import argparse
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from fingpt_lightning.deploy.labelling import (
     label_columns,
     row_chunks,
 )
-from fingpt_lightning.deploy.loading import load_with_adapters
+from fingpt_lightning.deploy.loading import ReadyModel, load_with_adapters
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
-from fingpt_lightning.models.loading import LoadedModel
+from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
 from fingpt_lightning.models.sources import find_adapter
 from fingpt_lightning.tasks import Task, find_task
-from fingpt_lightning.tasks.sources import open_rows
+from fingpt_lightning.tasks.row_files import CsvForm, check_csv_settings, open_rows
 from fingpt_lightning.terminal.progress import shown_progress
 
 
@@ -37,17 +38,21 @@ def run(options: argparse.Namespace) -> None:
         OSError: A path does not exist, or the output exists already.
     """
     task = find_task(options.task)
+    check_csv_settings(options.input, options.separator, options.encoding)
+    form = CsvForm().overridden(options.separator, options.encoding)
     columns = Columns(options.text_column, options.adapter_column)
     adapters = options.adapters or {}
     LabelledFile(options.output, {}).check_replaceable(options.overwrite)
     num_rows, names = checked_rows(
-        task, options.input, columns, list(adapters), options.output.suffix
+        task, options.input, columns, list(adapters), options.output.suffix, form
     )
     names += label_columns(task)
-    schema = _schema(options.input, task) if options.output.suffix == ".parquet" else None
+    schema = _schema(options.input, task, form) if options.output.suffix == ".parquet" else None
     model = load_with_adapters(options)
-    file = LabelledFile(options.output, _settings(options, task, model.loaded), schema)
+    file = LabelledFile(options.output, _settings(options, task, model), schema)
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    if model.remark:
+        console.print(model.remark)
     with file.begun(options.overwrite) as num_done:
         labeller = Labeller(
             model.network,
@@ -62,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
             done = min(num_done * CHUNK_ROWS, num_rows)
             console.print(f"going on after {done:,} of {num_rows:,} rows")
         with shown_progress(f"labelling {options.input}", num_rows, "rows") as show:
-            for number, rows in row_chunks(options.input, num_done):
+            for number, rows in row_chunks(options.input, num_done, form):
                 first = number * CHUNK_ROWS
                 file.add(number, labeller.label(rows, first + 1), names)
                 show(first + len(rows))
@@ -79,7 +84,8 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> dict[str, object]:
+def _settings(options: argparse.Namespace, task: Task, ready: ReadyModel) -> dict[str, object]:
+    model, template = ready.loaded, chat_template_in_use(ready.tokenizer)
     state, adapter = options.input.stat(), model.source.adapter
     named = options.adapters or {}
     adapters = {name: adapter_digest(find_adapter(path)) for name, path in named.items()}
@@ -99,8 +105,11 @@ def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> di
         "labels": list(task.labels),
         "instruction": task.instruction,
         "templates": [template.pattern for template in task.templates],
-        "delimiter": task.delimiter,
+        "delimiters": list(task.delimiters),
         "substitute": {pattern.pattern: by for pattern, by in task.substitute.items()},
+        "chat_template": template and sha256(template.encode()).hexdigest(),
+        "separator": options.separator,
+        "encoding": options.encoding,
         "text_column": options.text_column,
         "adapter_column": options.adapter_column,
         "calibrate": not options.no_calibrate,
@@ -108,7 +117,7 @@ def _settings(options: argparse.Namespace, task: Task, model: LoadedModel) -> di
     }
 
 
-def _schema(file: Path, task: Task) -> Any:
+def _schema(file: Path, task: Task, form: CsvForm) -> Any:
     """Schema of the output: the types of the input, or those that fit all its rows.
 
     Raises:
@@ -121,7 +130,7 @@ def _schema(file: Path, task: Task) -> Any:
         schema = parquet.read_schema(file)
     else:
         schema = pyarrow.schema([])
-        for _, rows in row_chunks(file, 0):
+        for _, rows in row_chunks(file, 0, form):
             names = dict.fromkeys(name for row in rows for name in row)
             whole = [{name: row.get(name) for name in names} for row in rows]
             try:

@@ -6,6 +6,8 @@ from pathlib import Path
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
+    add_chat_option,
+    add_csv_options,
     add_model_options,
     named_paths,
     positive_int,
@@ -18,8 +20,15 @@ def build_parser() -> OptionParser:
     add_model_options(parser)
     add = parser.add_argument
     add("--task", required=True, help="name or YAML file of a task with labels, such as fpb")
-    add("--input", type=Path, required=True, help=".csv, .json, .jsonl, .jsonl.gz or .parquet")
+    add(
+        "--input",
+        type=Path,
+        required=True,
+        help=".csv, .tsv, .json, .jsonl, those with .gz or .zst, .parquet or .xlsx",
+    )
     add("--output", type=Path, required=True, help=".csv, .jsonl or .parquet")
+    add_chat_option(parser)
+    add_csv_options(parser)
     add("--text_column", default="text", help="where the texts are; default: %(default)s")
     add("--adapters", type=named_paths, help="NAME=FOLDER,... of which each row names one")
     add("--adapter_column", help="where rows name their adapter; empty is the base")

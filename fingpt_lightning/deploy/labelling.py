@@ -15,7 +15,7 @@ from fingpt_lightning.deploy.labelled_file import check_writable
 from fingpt_lightning.evaluation.runner import predict
 from fingpt_lightning.tasks import Example, Task
 from fingpt_lightning.tasks.examples import example_of_fields, field_names
-from fingpt_lightning.tasks.sources import open_rows
+from fingpt_lightning.tasks.row_files import CsvForm, open_rows
 from fingpt_lightning.terminal.messages import nearest
 
 CHUNK_ROWS = 1024
@@ -154,6 +154,7 @@ def checked_rows(
     columns: Columns,
     adapters: Sequence[str] = (),
     output_ending: str = ".jsonl",
+    form: CsvForm | None = None,
 ) -> tuple[int, list[str]]:
     """Reads a whole file, so that hours of labeling do not end at a wrong row.
 
@@ -163,6 +164,7 @@ def checked_rows(
         columns: Columns of its rows.
         adapters: Names of the adapters that rows may have.
         output_ending: Ending of the file that all columns are to be written to.
+        form: Form of a CSV file.
 
     Returns:
         Number of rows, and the names of all columns.
@@ -175,7 +177,7 @@ def checked_rows(
         raise ValueError(f"task {task.name} is of kind {task.kind}: it has no labels to give")
     names: dict[str, None] = {}
     added, num_rows = set(label_columns(task)), 0
-    for number, row in open_rows(file):
+    for number, row in open_rows(file, form):
         num_rows += 1
         names |= dict.fromkeys(row)
         try:
@@ -204,9 +206,11 @@ def _check_characters(row: Row) -> None:
             raise ValueError(f"{name!r} has half of a surrogate pair, which is no text") from None
 
 
-def row_chunks(file: Path, num_done: int) -> Iterator[tuple[int, list[Row]]]:
+def row_chunks(
+    file: Path, num_done: int, form: CsvForm | None = None
+) -> Iterator[tuple[int, list[Row]]]:
     """The chunks of a file, each with its number, from ``num_done`` on."""
-    every = (row for _, row in open_rows(file))
+    every = (row for _, row in open_rows(file, form))
     rows = islice(every, num_done * CHUNK_ROWS, None)
     number = num_done
     while chunk := list(islice(rows, CHUNK_ROWS)):

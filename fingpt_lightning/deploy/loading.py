@@ -10,17 +10,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.formats.peft_adapter import trained_quantization
+from fingpt_lightning.models.formats.tokenizer import (
+    stored_chat_template,
+    tokenizer_of_checkpoint,
+    use_chat_template,
+)
 from fingpt_lightning.models.loading import AUTO, NONE, LoadedModel, build_model
 from fingpt_lightning.models.sources import find_adapter, resolve_source
+from fingpt_lightning.tasks.chat import choose_chat_template
 
 
 class ReadyModel(NamedTuple):
-    """A network ready for use; its bank is None where there is no ``--adapters``."""
+    """A network ready for use; its bank is None where there is no ``--adapters``.
+
+    ``remark`` says which chat template is in use, where there is something to tell.
+    """
 
     loaded: LoadedModel
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     bank: AdapterBank | None
+    remark: str | None = None
 
 
 def load_with_adapters(options: argparse.Namespace) -> ReadyModel:
@@ -43,7 +53,40 @@ def load_with_adapters(options: argparse.Namespace) -> ReadyModel:
         bank = AdapterBank(network)
         for name, path in options.adapters.items():
             bank.load(name, find_adapter(path))
-    return ReadyModel(loaded, network, tokenizer, bank)
+    use_template_of_adapters(tokenizer, options)
+    remark = choose_chat_template(tokenizer, options.chat_template, options.model, source.base.path)
+    return ReadyModel(loaded, network, tokenizer, bank, remark)
+
+
+def use_template_of_adapters(
+    tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace
+) -> None:
+    """Puts in use the chat template that the adapters of a bank were trained with.
+
+    Args:
+        tokenizer: Tokenizer of the base.
+        options: Options as in `load_with_adapters`; ``--chat_template`` but auto decides itself.
+
+    Raises:
+        ValueError: They were trained with different ones.
+    """
+    if options.chat_template != AUTO or not options.adapters:
+        return
+    stored = {name: _template_of(path) for name, path in options.adapters.items()}
+    found = {name: template for name, template in stored.items() if template is not None}
+    if len(set(found.values())) > 1:
+        raise ValueError(
+            f"--adapters {', '.join(found)} were trained with different chat templates; name the"
+            " one to use by --chat_template"
+        )
+    for template in found.values():
+        use_chat_template(tokenizer, template or None)
+
+
+def _template_of(path: Path) -> str | None:
+    place = find_adapter(path)
+    folder = place if place.is_dir() else tokenizer_of_checkpoint(place)
+    return None if folder is None else stored_chat_template(folder)
 
 
 def common_quantization(adapters: Mapping[str, Path]) -> str:

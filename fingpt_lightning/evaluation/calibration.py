@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from fingpt_lightning.evaluation.scoring import DROPPED, Prediction, score
 from fingpt_lightning.tasks import Example, Task
 from fingpt_lightning.tasks.encoding import TooLong
+from fingpt_lightning.tasks.examples import Shot
 from fingpt_lightning.tasks.task import Template
 
 CONTENT_FREE = ("N/A", "", "[MASK]")
@@ -48,14 +49,14 @@ def calibrate(
         () if prediction.is_dropped else content_free_prompts(task, example)
         for example, prediction in zip(examples, predictions, strict=True)
     ]
-    rows: dict[str, int] = {}
-    """The first row of each prompt, for messages."""
+    rows: dict[tuple[str, tuple[Shot, ...]], int] = {}
+    """The first row of each prompt and the examples before it, for messages."""
     for example, prompts in zip(examples, emptied, strict=True):
         for prompt in prompts:
-            rows.setdefault(prompt, example.row)
+            rows.setdefault((prompt, example.shots), example.row)
     empty = [
-        Example(task.instruction, (prompt,), examples[0].choices, None, row, "")
-        for prompt, row in rows.items()
+        Example(task.instruction, (prompt,), examples[0].choices, None, row, "", shots=shots)
+        for (prompt, shots), row in rows.items()
     ]
     answers = score(
         network,
@@ -71,8 +72,11 @@ def calibrate(
         if not answer.is_dropped
     }
     return [
-        _calibrated(prediction, [scores[prompt] for prompt in own if prompt in scores])
-        for prediction, own in zip(predictions, emptied, strict=True)
+        _calibrated(
+            prediction,
+            [scores[prompt, example.shots] for prompt in own if (prompt, example.shots) in scores],
+        )
+        for example, prediction, own in zip(examples, predictions, emptied, strict=True)
     ]
 
 

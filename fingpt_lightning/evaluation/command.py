@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ from fingpt_lightning.evaluation.results import check_output, remarks, table, wr
 from fingpt_lightning.evaluation.runner import Scoring, TaskResult, read_tasks
 from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.families import max_positions
+from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.tasks.chat import AUTO, choose_chat_template
 from fingpt_lightning.tasks.encoding import TooLong
 from fingpt_lightning.terminal.command_line import options_as_arguments
 from fingpt_lightning.terminal.messages import check_choice
@@ -38,12 +41,14 @@ class Evaluation(NamedTuple):
         results: Answers and metrics by name of the task.
         head: Model, settings, time and versions, as ``results.json`` has them.
         num_positions: Largest number of tokens that the model reads.
+        chat_remark: Line about the chat template, where there is something to tell.
     """
 
     model: str
     results: dict[str, TaskResult]
     head: dict[str, Any]
     num_positions: int
+    chat_remark: str | None = None
 
     def write(self, folder: Path) -> None:
         """Writes ``results.json``, ``predictions.jsonl`` and pictures; the folder is made."""
@@ -61,12 +66,17 @@ def evaluate(
     device: str | None = None,
     data_dir: str | Path | None = None,
     split: str = "validation",
+    separator: str | None = None,
+    encoding: str | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     scoring: str = "choices",
     calibrate: bool = False,
     strict: bool = False,
     too_long: str = "cut",
+    chat_template: str = AUTO,
+    num_fewshot: int = 0,
+    fewshot_seed: int | None = None,
     batch_tokens: int | None = None,
     limit: int | None = None,
 ) -> Evaluation:
@@ -86,6 +96,8 @@ def evaluate(
         device: ``cpu``, ``cuda`` or ``cuda:1``; None is CUDA where there is one.
         data_dir: Folder that holds ``TASK/SPLIT.jsonl``; None reads from the Hugging Face hub.
         split: Part of each task's rows.
+        separator: Separator of CSV files; None takes the task's or detects it.
+        encoding: Encoding of CSV files; None takes that of the byte order mark, else UTF-8.
         output: Folder for the results; None writes none.
         overwrite: Whether results in that folder are replaced.
         scoring: ``choices`` takes the most likely of the possible answers, ``generate`` reads the
@@ -94,6 +106,10 @@ def evaluate(
         strict: Whether an empty text is an error; else its row is left out.
         too_long: ``cut`` takes tokens of their text from rows of more tokens than the model reads,
             ``drop`` leaves them out, ``error`` ends with one line.
+        chat_template: ``auto`` for the chat template that the model was trained with, else the
+            tokenizer's own of an instruct model; ``none``; or a file with a template in Jinja.
+        num_fewshot: Number of examples of the split ``train`` before each question.
+        fewshot_seed: Seed of their draw; None is 1.
         batch_tokens: Tokens of a batch, padding included; None fits the device.
         limit: Number of rows of each task; None takes all.
 
@@ -102,7 +118,14 @@ def evaluate(
         FileNotFoundError: A path does not exist.
     """
     with options_as_arguments():
-        check_options(argparse.Namespace(overwrite=overwrite, output=output))
+        check_options(
+            argparse.Namespace(
+                overwrite=overwrite,
+                output=output,
+                num_fewshot=num_fewshot,
+                fewshot_seed=fewshot_seed,
+            )
+        )
     started_at, started_s = datetime.now(UTC), time.perf_counter()
     if output is not None:
         check_output(Path(output), overwrite)
@@ -115,8 +138,19 @@ def evaluate(
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise ValueError("tasks: no name is given")
+    seed = 1 if fewshot_seed is None else fewshot_seed
     runs = read_tasks(
-        names, data_dir, split, strict=strict, limit=limit, scoring=how, calibrate=calibrate
+        names,
+        data_dir,
+        split,
+        strict=strict,
+        limit=limit,
+        scoring=how,
+        calibrate=calibrate,
+        separator=separator,
+        encoding=encoding,
+        num_fewshot=num_fewshot,
+        fewshot_seed=seed,
     )
     loaded = load_model(
         model,
@@ -127,6 +161,8 @@ def evaluate(
         tokenizer=tokenizer,
     )
     reader = loaded.require_tokenizer()
+    remark = choose_chat_template(reader, chat_template, str(model), loaded.source.base.path)
+    template = chat_template_in_use(reader)
     network = loaded.network
     batch_tokens = batch_tokens or default_batch_tokens(network.device.type)
     results = {}
@@ -154,6 +190,9 @@ def evaluate(
             "calibrate": calibrate,
             "limit": limit,
             "too_long": too_long,
+            "chat_template_sha256": template and sha256(template.encode()).hexdigest(),
+            "num_fewshot": num_fewshot,
+            "fewshot_seed": seed if num_fewshot else None,
             "batch_tokens": batch_tokens,
             "device": _device_name(network.device),
         },
@@ -162,7 +201,7 @@ def evaluate(
         "versions": _versions(),
     }
     num_positions = max_positions(network.config)
-    evaluation = Evaluation(loaded.description, results, head, num_positions)
+    evaluation = Evaluation(loaded.description, results, head, num_positions, remark)
     if output is not None:
         evaluation.write(Path(output))
     return evaluation
@@ -187,6 +226,8 @@ def run(options: argparse.Namespace) -> None:
     # Rich takes 80 columns for a file, which would cut the figures.
     console = Console(width=max(Console().width, _TABLE_WIDTH), soft_wrap=True)
     console.print(evaluation.model, highlight=False, markup=False)
+    if evaluation.chat_remark:
+        console.print(evaluation.chat_remark, highlight=False, markup=False)
     console.print(table(results), soft_wrap=False)
     for remark in remarks(results, evaluation.num_positions):
         console.print(remark)

@@ -19,7 +19,13 @@ from fingpt_lightning.models.decoding import write_on
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.tokenizer import check_tokens
 from fingpt_lightning.tasks import Example
-from fingpt_lightning.tasks.encoding import Text, TooLong, encode_examples, encode_prompts
+from fingpt_lightning.tasks.encoding import (
+    Text,
+    TooLong,
+    encode_examples,
+    encode_prompts,
+    end_tokens,
+)
 
 _EXTRA_TOKENS = 6
 """Tokens of an answer beyond its longest label, for words such as "The answer is"."""
@@ -125,7 +131,7 @@ def _continue(
         cache,
         num_new,
         allowed=allowed_BS,
-        end_tokens=[int(tokenizer.eos_token_id)],
+        end_tokens=end_tokens(tokenizer),
         names=names,
     )
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
+    add_chat_option,
+    add_csv_options,
     add_model_options,
     names,
     positive_int,
@@ -26,6 +28,8 @@ def build_parser() -> OptionParser:
         help="names or YAML files, with commas: fpb,fiqa_sa,tfns",
     )
     add("--data_dir", type=Path, help="holds TASK/SPLIT.jsonl; left out: the Hugging Face hub")
+    add_chat_option(parser)
+    add_csv_options(parser)
     add("--split", default="validation", help="default: %(default)s")
     add("--output", type=Path, help="folder for the results; left out: the table alone")
     add("--overwrite", action="store_true", help="replace the results in it")
@@ -44,6 +48,14 @@ def build_parser() -> OptionParser:
         help="what happens to rows of more tokens than the model reads: they lose tokens of their"
         " text, or are left out, or end the run; default: %(default)s",
     )
+    add(
+        "--num_fewshot",
+        type=int,
+        default=0,
+        metavar="N",
+        help="examples of the train split before each question; default: %(default)s",
+    )
+    add("--fewshot_seed", type=int, help="of their draw; default: 1")
     add("--batch_tokens", type=positive_int, help="tokens of a batch, padding included")
     add("--limit", type=positive_int, help="rows of each task")
     return parser
@@ -72,3 +84,7 @@ def check_options(options: argparse.Namespace) -> None:
     """
     if options.overwrite and options.output is None:
         raise WrongOptions("--overwrite has an effect with --output alone")
+    if options.num_fewshot < 0:
+        raise WrongOptions(f"--num_fewshot {options.num_fewshot} is below 0")
+    if options.fewshot_seed is not None and not options.num_fewshot:
+        raise WrongOptions("--fewshot_seed has an effect with --num_fewshot alone")

@@ -70,6 +70,12 @@ def remarks(results: Sequence[TaskResult], max_length: int) -> list[str]:
         num_rows, num_cut = len(result.predictions), result.num_cut
         name = result.run.task.name
         found += length_remarks(name, num_rows, num_cut, result.num_dropped, max_length)
+        num_shots = result.run.num_fewshot
+        if num_shots and (num_cut or result.num_dropped):
+            found.append(
+                f"{name}: they have {num_shots} examples before the question (num_fewshot); fewer"
+                " leave more room"
+            )
         if result.run.num_skipped:
             found.append(f"{name}: {result.run.num_skipped:,} rows with an empty text left out")
     return found
@@ -85,6 +91,7 @@ def results_of(result: TaskResult) -> dict[str, Any]:
         "task_version": run.task.version,
         "split": run.split,
         "split_sha256": run.sha256,
+        "num_fewshot": run.num_fewshot,
         "num_skipped": run.num_skipped,
         "num_cut": result.num_cut,
         "num_dropped": result.num_dropped,

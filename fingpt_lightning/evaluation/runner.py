@@ -14,6 +14,7 @@ from fingpt_lightning.evaluation.metrics import choice_metrics, label_metrics
 from fingpt_lightning.evaluation.scoring import Prediction, score
 from fingpt_lightning.tasks import Example, Task, find_task, read_rows
 from fingpt_lightning.tasks.encoding import TooLong
+from fingpt_lightning.tasks.shots import with_examples_before
 
 
 class Scoring(StrEnum):
@@ -28,7 +29,8 @@ class Scoring(StrEnum):
 class TaskRun(NamedTuple):
     """A task and its rows, ready to be answered.
 
-    ``sha256`` is of the whole split; ``examples`` are the first of it where there is a limit.
+    ``sha256`` is of the whole split; ``examples`` are the first of it where there is a limit. Each
+    has ``num_fewshot`` examples of the split ``train`` before it.
     """
 
     task: Task
@@ -36,6 +38,7 @@ class TaskRun(NamedTuple):
     examples: list[Example]
     sha256: str
     num_skipped: int
+    num_fewshot: int = 0
 
 
 class TaskResult(NamedTuple):
@@ -71,6 +74,10 @@ def read_tasks(
     limit: int | None = None,
     scoring: Scoring = Scoring.CHOICES,
     calibrate: bool = False,
+    separator: str | None = None,
+    encoding: str | None = None,
+    num_fewshot: int = 0,
+    fewshot_seed: int = 1,
 ) -> list[TaskRun]:
     """Reads the rows of all tasks and checks that they can be evaluated as requested.
 
@@ -82,6 +89,10 @@ def read_tasks(
         limit: Number of rows of each task, from its first; None takes all.
         scoring: Scoring that will be used.
         calibrate: Whether label tasks will be calibrated.
+        separator: Separator of CSV files, as in `read_rows`.
+        encoding: Encoding of CSV files, as in `read_rows`.
+        num_fewshot: Number of examples of the split ``train`` before each question.
+        fewshot_seed: Seed of their draw.
 
     Raises:
         ValueError: A name, row or setting is wrong.
@@ -89,6 +100,9 @@ def read_tasks(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit} is below 1")
+    for key, value in (("num_fewshot", num_fewshot), ("fewshot_seed", fewshot_seed)):
+        if value < 0:
+            raise ValueError(f"{key} {value} is below 0")
     runs: dict[str, TaskRun] = {}
     for name in dict.fromkeys(names):
         task = find_task(name)
@@ -100,11 +114,21 @@ def read_tasks(
             raise ValueError(
                 f"scoring generate reads labels, which task {task.name} of kind {task.kind} has not"
             )
-        rows = read_rows(task, data_dir, split, strict=strict)
+        rows = read_rows(
+            task, data_dir, split, strict=strict, separator=separator, encoding=encoding
+        )
         examples = rows.examples[:limit]
         if all(example.gold is None for example in examples):
             raise ValueError(f"{rows.path}: no row has a right answer")
-        runs[task.name] = TaskRun(task, split, examples, rows.sha256, rows.num_skipped)
+        if num_fewshot:
+            pool = rows
+            if split != "train":
+                pool = read_rows(task, data_dir, "train", separator=separator, encoding=encoding)
+            try:
+                examples = with_examples_before(examples, pool.examples, num_fewshot, fewshot_seed)
+            except ValueError as error:
+                raise ValueError(f"{task.name}: {error}") from None
+        runs[task.name] = TaskRun(task, split, examples, rows.sha256, rows.num_skipped, num_fewshot)
     if calibrate and scoring is Scoring.GENERATE:
         raise ValueError("calibrate has no effect on generated answers; leave one of them out")
     if calibrate and not any(run.task.kind == "labels" for run in runs.values()):
@@ -243,6 +267,7 @@ def metrics_of(run: TaskRun, predictions: Sequence[Prediction]) -> dict[str, Any
     if not known:
         raise ValueError(
             f"{run.task.name}: no row with a right answer fits the context of the network"
+            + (f" after {run.num_fewshot} examples" if run.num_fewshot else "")
         )
     gold = [right for _, right, _ in known]
     predicted = [prediction.choice for _, _, prediction in known]

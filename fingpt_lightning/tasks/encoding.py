@@ -4,7 +4,8 @@ A text's tokens are those of prompt and answer joined. Up to the first token in 
 shows, they are the context; the rest is trained on or scored. Mostly those are the prompt's tokens
 by itself and what follows them; where the tokenizer merges the prompt's end with an answer, the
 merged token belongs to the answer, and so do the tokens of that place with every other answer, so
-that the scores of one prompt stay comparable.
+that the scores of one prompt stay comparable. Where the tokenizer has a chat template in use,
+texts are what it renders of prompt and answer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,8 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from fingpt_lightning.models.formats.tokenizer import begin_tokens
-from fingpt_lightning.tasks.examples import Example
+from fingpt_lightning.tasks.chat import ChatTemplate, as_chats, template_of, with_shots
+from fingpt_lightning.tasks.examples import Example, Turn
 
 Tokens = tuple[int, ...]
 Span = tuple[int, int]
@@ -47,12 +49,26 @@ class EncodedExample(NamedTuple):
     is_cut: bool
 
 
+class Conversation(NamedTuple):
+    """The tokens of several turns.
+
+    Args:
+        tokens: Tokens up to the last one of an answer.
+        are_answers: Whether each token is the assistant's.
+        is_cut: Whether turns at the end have been left out.
+    """
+
+    tokens: Tokens
+    are_answers: tuple[bool, ...]
+    is_cut: bool
+
+
 def encode_examples(
     tokenizer: PreTrainedTokenizerFast,
     examples: Sequence[Example],
     max_length: int,
     *,
-    end: Tokens = (),
+    ends: bool = False,
     too_long: TooLong = TooLong.CUT,
 ) -> list[EncodedExample | None]:
     """The tokens of each example's texts; None for a row that is left out.
@@ -65,12 +81,15 @@ def encode_examples(
         examples: Examples of one task.
         max_length: Largest number of tokens that the network reads; the last token of a text is
             only predicted.
-        end: Tokens after each answer.
+        ends: Whether each answer is ended: by the end token, or as the chat template ends it.
         too_long: Treatment of longer rows.
 
     Raises:
-        ValueError: An answer has no token, or a row is too long and ``too_long`` is ``error``.
+        ValueError: An answer has no token, a row is too long and ``too_long`` is ``error``, or the
+            chat template does not render it.
     """
+    examples, begin = _rendered(tokenizer, examples, ends)
+    end = (int(tokenizer.eos_token_id),) if ends and template_of(tokenizer) is None else ()
     prompts = _prompt_tokens(tokenizer, examples)
     texts = [
         example.prefix + example.prompts[_prompt_of(example, index)] + choice
@@ -83,7 +102,7 @@ def encode_examples(
         joined = [next(tokens) for _ in example.choices]
         answers.append(_split(example, own_prompts, joined))
     rooms = [max(map(len, own)) + len(end) for own in answers]
-    contexts = _fitted_contexts(tokenizer, examples, prompts, rooms, max_length, too_long)
+    contexts = _fitted_contexts(tokenizer, begin, examples, prompts, rooms, max_length, too_long)
     return [
         None if fitted is None else _encoded(example, fitted, own, end)
         for example, fitted, own in zip(examples, contexts, answers, strict=True)
@@ -113,13 +132,81 @@ def encode_prompts(
     Raises:
         ValueError: A row is too long and ``too_long`` is ``error``.
     """
+    examples, begin = _rendered(tokenizer, examples, False)
     prompts = _prompt_tokens(tokenizer, examples)
     rooms = [num_new] * len(examples)
-    contexts = _fitted_contexts(tokenizer, examples, prompts, rooms, max_length, too_long)
+    contexts = _fitted_contexts(tokenizer, begin, examples, prompts, rooms, max_length, too_long)
     return [
         None if fitted is None else _encoded(example, fitted, [()], ())
         for example, fitted in zip(examples, contexts, strict=True)
     ]
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[Example],
+    max_length: int,
+    *,
+    too_long: TooLong = TooLong.CUT,
+) -> list[Conversation | None]:
+    """The tokens of conversations as the chat template renders them; None for a row left out.
+
+    A longer one keeps as many turns from its beginning as fit, up to one of the assistant's.
+
+    Args:
+        tokenizer: Tokenizer of the network, with a chat template in use.
+        examples: Examples with turns.
+        max_length: Largest number of tokens that the network reads; the last token of a
+            conversation is only predicted.
+        too_long: Treatment of longer rows.
+
+    Raises:
+        ValueError: No chat template is in use, it does not render a row so that it can be trained
+            on, or a row is too long and ``too_long`` is ``error``.
+    """
+    template = template_of(tokenizer)
+    if template is None and examples:
+        raise ValueError(
+            f"row {examples[0].row}: conversations need a chat template, and none is in use; give"
+            " one by chat_template"
+        )
+    found: list[Conversation | None] = []
+    for example in examples:
+        assert template is not None
+        tokens, are_answers = _turn_tokens(tokenizer, template, example)
+        ends = [
+            place + 1
+            for place, is_answer in enumerate(are_answers)
+            if is_answer and not any(are_answers[place + 1 : place + 2])
+        ]
+        if not ends:
+            raise ValueError(f"row {example.row}: the {template} marks no token as the assistant's")
+        fitting = [end for end in ends if end - 1 <= max_length]
+        is_cut = len(fitting) < len(ends)
+        if is_cut and too_long is TooLong.ERROR:
+            raise ValueError(_is_too_long(example, ends[-1] - 1, max_length))
+        if not fitting or (is_cut and too_long is TooLong.DROP):
+            found.append(None)
+        else:
+            end = fitting[-1]
+            found.append(Conversation(tuple(tokens[:end]), tuple(are_answers[:end]), is_cut))
+    return found
+
+
+def encode_message(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The tokens of a prompt as a model reads it: what a user says, where chats are rendered."""
+    template = template_of(tokenizer)
+    if template is None:
+        return list(tokenizer.encode(text, verbose=False))
+    (rendered,) = template.render([[Turn("user", text)]], opens_answer=True)
+    return list(tokenizer.encode(rendered, add_special_tokens=False, verbose=False))
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The tokens that end an answer: the end of a text, and that of a turn of a chat."""
+    template = template_of(tokenizer)
+    of_turn = None if template is None else template.end_token
+    return list(dict.fromkeys(t for t in (tokenizer.eos_token_id, of_turn) if t is not None))
 
 
 def length_remarks(
@@ -146,6 +233,39 @@ class _Fitted(NamedTuple):
 
     contexts: list[Tokens]
     is_cut: bool
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], ends: bool
+) -> tuple[list[Example], Tokens]:
+    """The examples as the texts that are tokenized, and the tokens that begin each of them."""
+    template = template_of(tokenizer)
+    if template is None:
+        return [with_shots(example) for example in examples], begin_tokens(tokenizer)
+    return as_chats(template, examples, closes=ends), ()  # the template begins the text
+
+
+def _turn_tokens(
+    tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, example: Example
+) -> tuple[list[int], list[bool]]:
+    """The tokens of a conversation, and which of them are the assistant's."""
+    if template.marks_answers:
+        return template.tokens(example.turns)
+    (text,) = template.render([example.turns])
+    spans = template.answer_spans(example.turns, text, example.row)
+    tokens = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    (places,) = _offsets(tokenizer, [text])
+    are_answers = [
+        any(begin < span.end and end > span.begin for span in spans) for begin, end in places
+    ]
+    return tokens, are_answers
+
+
+def _is_too_long(example: Example, num_tokens: int, max_length: int) -> str:
+    return (
+        f"row {example.row}: {num_tokens:,} tokens, which are more than {max_length:,};"
+        " too_long cut takes tokens of its text, drop leaves it out"
+    )
 
 
 def _prompt_of(example: Example, choice: int) -> int:
@@ -203,6 +323,7 @@ def _encoded(
 
 def _fitted_contexts(
     tokenizer: PreTrainedTokenizerFast,
+    begin: Tokens,
     examples: Sequence[Example],
     prompts: Sequence[Sequence[Tokens]],
     rooms: Sequence[int],
@@ -210,7 +331,7 @@ def _fitted_contexts(
     too_long: TooLong,
 ) -> list[_Fitted | None]:
     """The tokens before the answers, cut to leave ``rooms`` tokens for them; None is left out."""
-    begin, eos = begin_tokens(tokenizer), tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
     found: list[_Fitted | None] = []
     to_cut = []
     for example, own, room in zip(examples, prompts, rooms, strict=True):
@@ -218,10 +339,7 @@ def _fitted_contexts(
         num_tokens = max(map(len, contexts)) + room - 1
         if num_tokens > max_length:
             if too_long is TooLong.ERROR:
-                raise ValueError(
-                    f"row {example.row}: {num_tokens:,} tokens, which are more than {max_length:,};"
-                    " too_long cut takes tokens of its text, drop leaves it out"
-                )
+                raise ValueError(_is_too_long(example, num_tokens, max_length))
             if too_long is TooLong.CUT:
                 to_cut.append(len(found))
             found.append(None)

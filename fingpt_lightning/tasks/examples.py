@@ -12,9 +12,31 @@ Row = Mapping[str, object]
 
 _UNKNOWN_GOLD = ("", "-1")
 _OUTSIDE = "O"
-_CHATS = ("messages", "conversations", "conversation")
+_ASSISTANT = "assistant"
+_ROLES = {
+    **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"},
+}
+"""The roles of turns, in OpenAI's names and in ShareGPT's."""
+_VERBATIM = "gap"
+"""The field that keeps its blanks: the text between a prompt in a file and its answer."""
+_CONTEXT, _INSTRUCTION = {"context", "target"}, {"instruction", "output"}
 _LISTS = ("choices", "contexts", "names")
 """The fields that are lists of texts."""
+
+
+class Turn(NamedTuple):
+    """What one side of a conversation says."""
+
+    role: str
+    content: str
+
+
+class Shot(NamedTuple):
+    """An example with its answer before the question; the answer has the blank before it."""
+
+    prompt: str
+    answer: str
 
 
 class Example(NamedTuple):
@@ -29,6 +51,11 @@ class Example(NamedTuple):
         text: Text of the row itself.
         spans: First and last character of what may be cut of each prompt where the row is too
             long, None where nothing may; empty for a row of which nothing may be cut.
+        message: The prompt as the user's message in a conversation, with what may be cut of it;
+            None where that is ``prefix`` and the one of ``prompts``.
+        turns: Turns of a conversation, the last of them the assistant's; prompts and choices are
+            then empty texts. Every turn of the assistant is an answer.
+        shots: Examples before the question.
     """
 
     prefix: str
@@ -38,6 +65,9 @@ class Example(NamedTuple):
     row: int
     text: str
     spans: tuple[tuple[int, int] | None, ...] = ()
+    message: tuple[str, tuple[int, int] | None] | None = None
+    turns: tuple[Turn, ...] = ()
+    shots: tuple[Shot, ...] = ()
 
 
 def examples_of_row(task: Task, row: Row, number: int) -> Iterator[Example | None]:
@@ -49,15 +79,74 @@ def examples_of_row(task: Task, row: Row, number: int) -> Iterator[Example | Non
         ValueError: The row lacks a column, or a label, an index or another value is not allowed.
     """
     shape = _shape_of_row(task, row)
+    if shape.each is not None:
+        for part in _objects(row, shape.each):
+            yield from _examples_of_shape(task, shape, {**row, **part}, number)
+    else:
+        yield from _examples_of_shape(task, shape, row, number)
+
+
+def _examples_of_shape(task: Task, shape: Shape, row: Row, number: int) -> Iterator[Example | None]:
+    if shape.chat is not None:
+        yield _conversation(shape.chat, row, number)
+        return
     translated = shape.translated_columns
     columns = {
         name: _text_or_texts(name, _column(row, name), translated.get(name, ()))
         for name in shape.columns
     }
     for raw_fields in _expanded(shape, columns):
-        fields = {name: _tidy(task, value) for name, value in raw_fields.items()}
+        fields = {
+            name: value if name == _VERBATIM else _tidy(task, value)
+            for name, value in raw_fields.items()
+        }
         if _translate(shape, fields):
             yield _example(task, fields, number)
+
+
+def _objects(row: Row, column: str) -> list[Row]:
+    values = row[column]
+    if not isinstance(values, list | tuple) or not all(isinstance(v, Mapping) for v in values):
+        raise ValueError(f"field {column!r} is not a list of objects")
+    return list(values)
+
+
+def _conversation(column: str, row: Row, number: int) -> Example | None:
+    """The example of a conversation; None where the assistant says nothing in it."""
+    turns = [_turn(f"{column}, turn {i}", turn) for i, turn in enumerate(_objects(row, column), 1)]
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and turns and turns[0].role != "system":
+        turns.insert(0, Turn("system", system))
+    while turns and turns[-1].role != _ASSISTANT:
+        turns.pop()  # there is nothing to learn of what nobody answers
+    if not any(turn.role == _ASSISTANT and turn.content.strip() for turn in turns):
+        return None
+    text = next((turn.content for turn in turns if turn.role == "user"), turns[-1].content)
+    return Example("", ("",), ("",), 0, number, text, turns=tuple(turns))
+
+
+def _turn(place: str, turn: Row) -> Turn:
+    names = ("role", "content") if "role" in turn else ("from", "value")
+    for name in names:
+        if name not in turn:
+            raise ValueError(f"{place}: no field {name!r}; the fields are {', '.join(turn)}")
+    role, content = (turn[name] for name in names)
+    if role not in _ROLES:
+        advice = nearest(str(role), _ROLES) or f"; there are {', '.join(_ROLES)}"
+        raise ValueError(f"{place}: {names[0]} {role!r} is not known{advice}")
+    if isinstance(content, list | tuple):
+        content = "".join(_text_part(place, part) for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"{place}: {names[1]!r} holds a {type(content).__name__}, not a text")
+    return Turn(_ROLES[str(role)], _text(f"{place}, {names[1]}", content))
+
+
+def _text_part(place: str, part: object) -> str:
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    text = part.get("text") if isinstance(part, Mapping) else None
+    if kind != "text" or not isinstance(text, str):
+        raise ValueError(f"{place}: a part of kind {kind}; texts alone are read")
+    return text
 
 
 def field_names(task: Task) -> tuple[str, ...]:
@@ -109,16 +198,46 @@ def tagged_spans(tokens: Sequence[str], tags: Sequence[str]) -> list[tuple[str, 
 def _shape_of_row(task: Task, row: Row) -> Shape:
     missing = {}
     for index, shape in enumerate(task.shapes):
-        missing[index] = [name for name in shape.columns if not _has_column(row, name)]
+        known = _with_first_part(row, shape)
+        missing[index] = [name for name in shape.columns if not _has_column(known, name)]
         if not missing[index]:
             return shape
+    _refuse_other_layouts(task, row)
     # The message is about the shape that was most likely meant.
     likely = min(missing, key=lambda i: (len(missing[i]), -len(task.shapes[i].columns)))
     name = missing[likely][0]
     advice = nearest(name, row) or f"; the fields are {', '.join(row)}"
-    if chat := next((key for key in _CHATS if isinstance(row.get(key), list)), None):
-        advice = f"; chats, such as {chat!r} here, are not read: write their texts as fields"
     raise ValueError(f"no field {name!r}{advice}")
+
+
+def _with_first_part(row: Row, shape: Shape) -> Row:
+    if shape.each is None:
+        return row
+    parts = row.get(shape.each)
+    first = parts[0] if isinstance(parts, list | tuple) and parts else None
+    return {**row, **first} if isinstance(first, Mapping) else row
+
+
+def _refuse_other_layouts(task: Task, row: Row) -> None:
+    """Says what to do with rows to train on that a task to be scored is given.
+
+    Raises:
+        ValueError: It is such a row.
+    """
+    if task.kind == "instructions":
+        return
+    chat = next((key for key in ("messages", "conversations", "conversation") if key in row), None)
+    if chat is not None and isinstance(row[chat], list | tuple):
+        raise ValueError(
+            f"task {task.name} does not read conversations such as {chat!r}; train on them as task"
+            " alpaca or by data.train_files"
+        )
+    layout = next((names for names in (_CONTEXT, _INSTRUCTION) if names <= row.keys()), None)
+    if layout is not None and task.kind in ("choices", "partial"):
+        raise ValueError(
+            f"rows of {' and '.join(sorted(layout))} have no choices to score, which task"
+            f" {task.name} needs; train on them as task alpaca or by data.train_files"
+        )
 
 
 def _has_column(row: Row, name: str) -> bool:
@@ -288,9 +407,22 @@ def _example(task: Task, fields: dict[str, Field], number: int) -> Example | Non
             choices, gold = (str(fields["output"]),), 0
     if not all(choices):
         return None
-    answers = tuple(task.delimiter + choice for choice in choices)
+    delimiter = str(fields.get(_VERBATIM) or task.delimiter_after(template))
+    answers = tuple(delimiter + choice for choice in choices)
     text = task.text.render(fields)
-    return Example(task.instruction, prompts, answers, gold, number, text, spans)
+    message = None
+    if task.kind == "instructions" and "instruction" in template.names:
+        message = _message(fields)
+    return Example(task.instruction, prompts, answers, gold, number, text, spans, message)
+
+
+def _message(fields: Mapping[str, Field]) -> tuple[str, tuple[int, int] | None]:
+    """An instruction with its input as a user says them, and the place of the input."""
+    instruction, given = str(fields["instruction"]), str(fields.get("input", ""))
+    if not given:
+        return instruction, None
+    begin = len(instruction) + 2
+    return f"{instruction}\n\n{given}", (begin, begin + len(given))
 
 
 def _own_text_span(

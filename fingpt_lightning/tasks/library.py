@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
+from fingpt_lightning.tasks.row_files import CsvForm, checked_encoding, checked_separator
 from fingpt_lightning.tasks.task import (
     FIELDS_OF_KIND,
     KINDS,
@@ -28,7 +29,7 @@ _REQUIRED_KEYS = ("version", "title", "kind", "source", "licence", "main_metric"
 _KEYS = (
     *_REQUIRED_KEYS,
     *("folder", "labels", "instruction", "template", "text", "shorten", "delimiter", "distinct"),
-    *("substitute", "hub", "line_file", "cut"),
+    *("substitute", "hub", "line_file", "csv", "cut", "files"),
 )
 _SHAPE_KEYS = tuple(field.name for field in fields(Shape))
 
@@ -65,6 +66,7 @@ def _read_task(path: Path) -> Task:
     if not _NAME.fullmatch(path.stem):
         raise ValueError(f"{path}: a task is named by its file: a-z, 0-9 and _, a letter first")
     block = read_yaml(path, _KEYS, _REQUIRED_KEYS)
+    shapes = tuple(_shape(item) for item in block.blocks("shapes", _SHAPE_KEYS))
     task = Task(
         name=path.stem,
         title=block.text("title"),
@@ -79,14 +81,18 @@ def _read_task(path: Path) -> Task:
         templates=_templates(block, "template") if "template" in block else (Template("{text}"),),
         text=Template(block.text("text", "{text}")),
         shorten=block.text("shorten") if "shorten" in block else None,
-        delimiter=block.text("delimiter", " "),
+        delimiters=block.texts("delimiter") if "delimiter" in block else (" ",),
         distinct=block.flag("distinct"),
         substitute=block.replacements("substitute"),
-        shapes=tuple(_shape(item) for item in block.blocks("shapes", _SHAPE_KEYS)),
+        shapes=shapes,
         hub=_hub(block) if "hub" in block else None,
         line_file=_line_file(block) if "line_file" in block else None,
+        csv=_csv(block, shapes),
         cut=_cut(block) if "cut" in block else None,
+        files=block.mapping("files", YamlBlock.texts),
     )
+    if len(task.delimiters) not in (1, len(task.templates)):
+        raise block.error("delimiter", f"one is needed, or one for each of {len(task.templates)}")
     _check_labels(task, block)
     _check_fields(task, block)
     return task
@@ -110,6 +116,8 @@ def _shape(block: YamlBlock) -> Shape:
         bins=bins,
         questions=block.mapping("questions", YamlBlock.text),
         spans={key: spans.text(key) for key in ("tokens", "tags") if key in spans},
+        each=block.text("each") if "each" in block else None,
+        chat=block.text("chat") if "chat" in block else None,
     )
 
 
@@ -139,6 +147,23 @@ def _line_file(block: YamlBlock) -> LineFile:
     keys = ("names", "separator", "columns")
     inner = block.block("line_file", keys, keys)
     return LineFile(inner.texts("names"), inner.text("separator"), inner.texts("columns"))
+
+
+def _csv(block: YamlBlock, shapes: Sequence[Shape]) -> CsvForm:
+    inner = block.block("csv", ("separator", "encoding", "columns"))
+    separator, encoding = None, None
+    try:
+        if "separator" in inner:
+            separator = checked_separator(inner.text("separator"))
+        if "encoding" in inner:
+            encoding = checked_encoding(inner.text("encoding"))
+    except ValueError as error:
+        raise block.error("csv", str(error)) from None
+    columns = inner.texts("columns") if "columns" in inner else ()
+    headers = tuple(frozenset(name.partition(".")[0] for name in shape.columns) for shape in shapes)
+    if columns and not any(names <= set(columns) for names in headers):
+        raise block.error("csv", f"no shape has the columns {', '.join(columns)} alone")
+    return CsvForm(separator, None, encoding, columns, headers)
 
 
 def _cut(block: YamlBlock) -> Cut:
@@ -178,6 +203,10 @@ def _check_fields(task: Task, block: YamlBlock) -> None:
         raise block.error("shorten", f"no template has the field {task.shorten!r}{advice}")
     for number, shape in enumerate(task.shapes, start=1):
         key = f"shapes, item {number}"
+        if shape.chat is not None:
+            if task.kind != "instructions":
+                raise block.error(key, f"a task of kind {task.kind} does not read chats")
+            continue
         for field in FIELDS_OF_KIND[task.kind]:
             if field not in shape.gives:
                 raise block.error(key, f"a task of kind {task.kind} needs the field {field!r}")

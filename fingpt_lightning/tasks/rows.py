@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from fingpt_lightning.tasks.examples import Example, examples_of_row
-from fingpt_lightning.tasks.sources import open_split
+from fingpt_lightning.tasks.sources import Source, open_file, open_split
 from fingpt_lightning.tasks.task import Task
 
 
@@ -28,7 +28,13 @@ class TaskRows(NamedTuple):
 
 
 def read_rows(
-    task: Task, data_dir: str | Path | None, split: str, *, strict: bool = False
+    task: Task,
+    data_dir: str | Path | None,
+    split: str,
+    *,
+    strict: bool = False,
+    separator: str | None = None,
+    encoding: str | None = None,
 ) -> TaskRows:
     """Reads a split from ``<data_dir>/<task.folder>/<split>.*``, or from the hub.
 
@@ -37,6 +43,8 @@ def read_rows(
         data_dir: Folder of all sets; None reads from the Hugging Face hub.
         split: Name of the split, ``train``, ``validation`` or another that the set has.
         strict: Whether an empty text is an error rather than left out.
+        separator: Separator of its CSV file; None takes the task's or detects it.
+        encoding: Encoding of its CSV file; None takes that of the byte order mark, else UTF-8.
 
     Raises:
         ValueError: A row is wrong; the message begins with file and line. Or the task is not on
@@ -44,11 +52,37 @@ def read_rows(
         FileNotFoundError: The folder or the split is missing.
         RuntimeError: The hub cannot be reached or its set does not load.
     """
-    path, rows = open_split(task, data_dir, split)
+    source = open_split(task, data_dir, split, separator=separator, encoding=encoding)
+    return _read(task, [source], strict)
+
+
+def read_files(
+    task: Task,
+    paths: Sequence[Path],
+    *,
+    separator: str | None = None,
+    encoding: str | None = None,
+) -> TaskRows:
+    """Reads files by path, whatever their names.
+
+    Args:
+        task: Task whose rows they hold.
+        paths: Files, at least one; the first stands for all in the result.
+        separator: Separator of CSV files, as in `read_rows`.
+        encoding: Encoding of CSV files, as in `read_rows`.
+
+    Raises:
+        ValueError: A row or a setting is wrong; the message begins with file and line.
+        FileNotFoundError: A file is missing.
+    """
+    return _read(task, [open_file(task, path, separator, encoding) for path in paths], False)
+
+
+def _read(task: Task, sources: Sequence[Source], strict: bool) -> TaskRows:
     examples = []
     num_skipped = 0
     seen = set()
-    for number, row in rows:
+    for path, number, row in ((path, *row) for path, rows in sources for row in rows):
         try:
             made = list(examples_of_row(task, row, number))
         except ValueError as error:
@@ -63,12 +97,13 @@ def read_rows(
             elif (question := (example.prompts, example.choices)) not in seen:
                 examples.append(example)
                 seen.add(question)
-    return TaskRows(examples, path, _sha256(examples), num_skipped)
+    return TaskRows(examples, sources[0].path, _sha256(examples), num_skipped)
 
 
 def _sha256(examples: Iterable[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        line = json.dumps([example.text, example.choices, example.gold])
+        turns = [example.turns] if example.turns else []
+        line = json.dumps([example.text, example.choices, example.gold, *turns])
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
+from fingpt_lightning.tasks.row_files import CsvForm
+
 Kind = Literal["labels", "choices", "partial", "last_word", "instructions"]
 Metric = Literal["accuracy", "accuracy_norm", "macro_f1", "weighted_f1", "loss"]
 Field = str | tuple[str, ...]
@@ -108,6 +110,8 @@ class Shape:
             ``question`` and, from that column, ``label``.
         spans: Columns of ``tokens`` and ``tags``: a row becomes one example for each tagged span,
             with the fields ``text``, ``entity`` and, from the tag, ``label``.
+        each: Column of a list of objects: a row becomes one for each, with its columns too.
+        chat: Column of the turns of a conversation, of which such a row consists.
     """
 
     fields: Mapping[str, str | Template | tuple[Template, ...]]
@@ -116,6 +120,8 @@ class Shape:
     bins: Mapping[str, float]
     questions: Mapping[str, str]
     spans: Mapping[str, str]
+    each: str | None = None
+    chat: str | None = None
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -126,7 +132,10 @@ class Shape:
                 named += part.names if isinstance(part, Template) else (part,)
         groups = self._groups()
         used = [name for name in named if name not in groups]
-        return tuple(dict.fromkeys([*self.parse, *self.questions, *self.spans.values(), *used]))
+        own = [self.chat] if self.chat else []
+        return tuple(
+            dict.fromkeys([*self.parse, *self.questions, *self.spans.values(), *used, *own])
+        )
 
     @cached_property
     def translated_columns(self) -> dict[str, tuple[str, ...]]:
@@ -164,11 +173,16 @@ class Hub:
     revision: str | None = None
 
 
+FILE_NAME = "file"
+"""The column with the name of the file, which rows of tasks with published files have."""
+
+
 @dataclass(frozen=True)
 class LineFile:
     """A text file with one row per line: columns between separators, the first may hold some too.
 
-    ``names`` are tried in order, so that of several files in a folder the first counts.
+    ``names`` are tried in order, so that of several files in a folder the first counts. One with
+    the ending of another form, such as ``.csv``, is read as that.
     """
 
     names: tuple[str, ...]
@@ -210,14 +224,17 @@ class Task:
         text: Template of the row's own text, for tables and for the digest.
         shorten: Field that loses tokens where a row is too long. None is ``input`` where the
             prompt has it, else the longest field of ``text`` in it, but never ``instruction``.
-        delimiter: Text between prompt and answer. It belongs to the answer: its first token
-            has the blank.
+        delimiters: Text between prompt and answer, one for all templates or one for each. It
+            belongs to the answer: its first token has the blank.
         distinct: Whether a prompt that a split repeats is taken once.
         substitute: Replacements by pattern, applied in order to every field.
         shapes: Forms of its rows.
         hub: Data set on the hub, for rows without a data directory.
         line_file: Form of its text file.
+        csv: Form of its CSV files.
         cut: Way in which a set without splits is divided.
+        files: Names under which each split is published, of which those that are there count. Rows
+            then have the column `FILE_NAME`.
     """
 
     name: str
@@ -233,10 +250,17 @@ class Task:
     templates: tuple[Template, ...]
     text: Template
     shorten: str | None
-    delimiter: str
+    delimiters: tuple[str, ...]
     distinct: bool
     substitute: Mapping[re.Pattern[str], str]
     shapes: tuple[Shape, ...]
     hub: Hub | None
     line_file: LineFile | None
+    csv: CsvForm
     cut: Cut | None
+    files: Mapping[str, tuple[str, ...]]
+
+    def delimiter_after(self, template: Template) -> str:
+        """The text between the prompt of a template and the answer."""
+        place = self.templates.index(template) if len(self.delimiters) > 1 else 0
+        return self.delimiters[place]

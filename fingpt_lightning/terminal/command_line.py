@@ -131,6 +131,32 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu, cuda or cuda:1; default: cuda where there is one")
 
 
+def add_chat_option(parser: argparse.ArgumentParser) -> None:
+    """The option that says how prompts are rendered."""
+    parser.add_argument(
+        "--chat_template",
+        default="auto",
+        metavar="auto|none|FILE",
+        help="text around prompts: that which the model was trained with, else the tokenizer's own"
+        " of an instruct model; none; or a file in Jinja; default: %(default)s",
+    )
+
+
+def add_csv_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what a CSV file does not say of itself."""
+    add = parser.add_argument
+    add(
+        "--separator",
+        metavar="CHARACTER",
+        help="between the values of .csv and .tsv files, such as ';' or tab; default: as the first"
+        " line has it",
+    )
+    add(
+        "--encoding",
+        help="of .csv and .tsv files, such as cp1252; default: of the byte order mark, else utf-8",
+    )
+
+
 def add_calibration_options(parser: OptionParser) -> None:
     """The options that select the tokens on which the outputs of compressed layers are kept."""
     group = parser.add_mutually_exclusive_group()

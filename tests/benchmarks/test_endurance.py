@@ -13,8 +13,8 @@ from tests.support.warm_python import ROOT, run_warm
 
 def _record(folder: Path, *words: str) -> dict[str, Any]:
     # A process of its own: one that forks must not have computed with threads before.
-    command = ["-m", "benchmarks.endurance", "--json", folder / "found.json"]
-    done = run_warm([*command, "--folder", folder, *words], cwd=ROOT, timeout=300)
+    command = ["-m", "benchmarks.endurance", "--json", str(folder / "found.json")]
+    done = run_warm([*command, "--folder", str(folder), *words], cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found

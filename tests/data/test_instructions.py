@@ -259,6 +259,125 @@ def test_rows_cut_and_left_out_are_counted_and_printed(
     assert capsys.readouterr().out == ""
 
 
+_OWN = [
+    {"instruction": "Add", "input": "1 2", "output": "3"},
+    {"context": "Up?\nAnswer: ", "target": "yes"},
+    {"instruction": "Add", "output": "none"},
+    {"prompt": "Down?", "completion": "no"},
+]
+_CHATS = [
+    {"messages": [
+        {"role": "user", "content": "Up?"}, {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Profit."},
+    ]},
+    {"conversations": [{"from": "human", "value": "Up?"}, {"from": "gpt", "value": "No."}]},
+]  # fmt: skip
+
+
+def _write_rows(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def _own(folder: Path, **settings: Any) -> FinancialInstructions:
+    return _data(folder, tasks=None, data_dir=None, **settings)
+
+
+def test_own_files_are_read_by_path_whatever_their_layout(folder: Path) -> None:
+    (folder / "own").mkdir()
+    _write_rows(folder / "own" / "a.jsonl", _OWN)
+    (folder / "own" / "b.csv").write_text("question;answer\nUp?;yes\nDown?;no\n")
+    (folder / "own" / "c.json").write_text(json.dumps(_OWN))
+    (folder / "own" / "notes.md").write_text("not read")
+    data = _own(folder, train_files=str(folder / "own"), separator=None)
+    kept = [_decoded(row.tokens[row.num_context :]) for row in data._of("train") + data._of("val")]
+    answers = [text.removesuffix("<|endoftext|>") for text in kept]
+    assert Counter(answers) == Counter(["3", " yes", "none", " no"] * 2 + ["yes", "no"])
+    assert data.task_names == []
+    assert list(data.split_sha256) == ["train_files/train"]
+    first = _own(folder, train_files=[f"{folder}/own/*.jsonl"], val_share=0.5)
+    assert len(first._of("train")) == len(first._of("val")) == 2
+
+
+def test_own_files_are_read_in_place_of_tasks_which_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = _write_rows(folder / "own.jsonl", _OWN)
+    data = _data(folder, tasks=["fpb", "tfns"], train_files=train)
+    assert capsys.readouterr().out == "train_files are read in place of the tasks fpb, tfns\n"
+    assert len(data._of("train")) + len(data._of("val")) == 4
+
+
+def test_validation_files_take_the_place_of_a_held_out_share(folder: Path) -> None:
+    train = _write_rows(folder / "train.jsonl", _OWN * 3)
+    validation = _write_rows(folder / "validation.jsonl", _OWN[:1])
+    data = _own(folder, train_files=train, validation_files=validation)
+    assert len(data._of("train")) == 12
+    assert len(data._of("val")) == 1
+    assert set(data.split_sha256) == {"train_files/train", "train_files/validation"}
+
+
+def test_conversations_are_trained_on_with_a_chat_template(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = _write_rows(folder / "chats.jsonl", _CHATS * 4)
+    with pytest.raises(ValueError, match="train_files: row 1: conversations need a chat template"):
+        _own(folder, train_files=train)
+    (folder / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    settings = {"train_files": train, "chat_template": str(folder / "chat.jinja")}
+    data = _own(folder, **settings, batch_size=8, val_share=0.1)
+    assert capsys.readouterr().out.startswith(f"chat template: {folder}/chat.jinja\n")
+    rows = data._of("train") + data._of("val")
+    assert {tuple(_supervised(_batch_of(row))) for row in rows} == {
+        ("Yes.", "Profit."),
+        ("No.",),
+    }
+    for batching in ("packed", "padded"):
+        other = _own(folder, **settings, batch_size=4, batching=batching)
+        batches = [answer for batch in other.train_dataloader() for answer in _supervised(batch)]
+        assert set(batches) <= {"Yes.", "Profit.", "No."}
+    data.tokenizer.save_pretrained(folder / "adapter")
+    again = _own(folder, train_files=train, tokenizer=str(folder / "adapter"))
+    assert again._of("train")[0] in rows
+    with pytest.raises(ValueError, match="conversations need a chat template"):
+        _own(folder, **(settings | {"chat_template": "none"}))
+
+
+def _batch_of(row: InstructionRow) -> dict[str, Tensor]:
+    return InstructionRows([row], 0)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_files": "nowhere.jsonl"}, r"train_files: nowhere\.jsonl does not exist"),
+        ({"train_files": []}, "train_files: no path is given"),
+        ({"train_files": "{}/empty"}, "train_files: .*empty has no file that ends in"),
+        ({"train_files": "{}/a.md"}, r"train_files: .*a\.md ends in none of \.jsonl, "),
+        ({"train_files": "{}/a.csv"}, r"a\.csv:2: no field 'messages'; the fields are text, lab"),
+        ({"train_files": "{}/a.jsonl", "separator": ";"}, r"separator ';' has an effect on \.csv"),
+        ({"validation_files": "{}/a.jsonl"}, "validation_files has an effect with train_files al"),
+        ({"train_files": "{}/a.jsonl", "validation_files": "b"}, "validation_files: b does not ex"),
+        ({"train_files": "{}/a.jsonl", "chat_template": "b"}, "chat_template 'b' is neither auto"),
+        ({"tasks": "train_files"}, "task 'train_files' is neither shipped"),
+    ],
+)
+def test_wrong_own_files_are_named(folder: Path, settings: Any, message: str) -> None:
+    _write_rows(folder / "a.jsonl", _OWN * 3)
+    (folder / "a.md").write_text("x")
+    (folder / "a.csv").write_text("text,label\nUp,1\n")
+    (folder / "empty").mkdir()
+    filled = {
+        name: value.format(folder) if isinstance(value, str) else value
+        for name, value in settings.items()
+    }
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        _data(folder, **({"tasks": None, "data_dir": None} | filled))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -17,7 +17,7 @@ from fingpt_lightning.data.corpus import Piece
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
 from fingpt_lightning.data.tokenizers import load_tokenizer, train_tokenizer
 
-_ENDINGS = ".jsonl, .jsonl.gz, .txt, .txt.gz or .parquet"
+_ENDINGS = ".jsonl, .jsonl.gz, .jsonl.zst, .txt, .txt.gz, .txt.zst or .parquet"
 
 
 def _write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
@@ -74,7 +74,7 @@ def test_folders_are_recursive_sorted_and_without_hidden_files(tmp_path: Path) -
 def test_files_of_a_folder_that_are_not_read_are_counted_in_one_warning(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "a.jsonl").write_text('{"text": "The mill made a profit."}')
-    for name in ("b.json", "c.csv", "b/d.csv", "d.jsonl.zst", "LICENSE"):
+    for name in ("b.json", "c.csv", "b/d.csv", "d.csv.zst", "LICENSE"):
         (tmp_path / name).write_text("x")
     message = (
         f"train_files: 5 of the 6 files in {tmp_path} are not read: 2 .csv, 1 .json, 1 .zst,"
@@ -364,8 +364,12 @@ def test_a_file_that_is_no_whole_parquet_is_named(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz:1: the gzip data is damaged or cut off here (Not a"),
-        ("a.txt.gz", b"no gzip", "a.txt.gz, text byte 0: the gzip data is damaged or cut off"),
+        (
+            "a.jsonl.gz",
+            b"no gzip",
+            "a.jsonl.gz:1: the packed data are damaged or cut off here (No",
+        ),
+        ("a.txt.gz", b"no gzip", "a.txt.gz, text byte 0: the packed data are damaged or cut off"),
     ],
 )
 def test_a_file_that_is_no_gzip_is_named(
@@ -379,8 +383,14 @@ def test_a_file_that_is_no_gzip_is_named(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.jsonl.gz", r"a\.jsonl\.gz:\d+: the gzip data is damaged or cut off here \(Compressed"),
-        ("a.txt.gz", r"a\.txt\.gz, text byte \d+: the gzip data is damaged or cut off here \(Comp"),
+        (
+            "a.jsonl.gz",
+            r"a\.jsonl\.gz:\d+: the packed data are damaged or cut off here \(C",
+        ),
+        (
+            "a.txt.gz",
+            r"a\.txt\.gz, text byte \d+: the packed data are damaged or cut off here \(C",
+        ),
     ],
 )
 def test_a_cut_off_gzip_is_named(name: str, message: str, tmp_path: Path) -> None:

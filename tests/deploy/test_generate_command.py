@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from fingpt_lightning.cli.main import main
+from fingpt_lightning.deploy import generation
 from fingpt_lightning.deploy.generate_command import read_prompts
 from fingpt_lightning.models.decoding import decode
 from fingpt_lightning.models.loading import load_model
 from tests.deploy.tiny_clients import save_clients, save_low_rank_model
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer
+from tests.tasks.chat_templates import ENDED
 
 Generate = Callable[..., tuple[int, str, str]]
 PROMPTS = ["Shares of Foo", "Profit rose and the dividend", "Gold"]
@@ -48,6 +50,41 @@ def test_a_prompt_and_its_text_are_printed(generate: Generate) -> None:
     assert output.startswith("Shares of Foo")
     # Keys and values of 2 layers, 2 heads of 6 numbers of 4 bytes.
     assert re.search(r"model \(llama\): \d tokens, [\d.]+ per second; 192 bytes of cache", error)
+
+
+def test_a_prompt_is_what_the_user_says_where_a_chat_template_is_in_use(
+    generate: Generate, tmp_path: Path
+) -> None:
+    (tmp_path / "chat.jinja").write_text(ENDED)
+    out = tmp_path / "texts.jsonl"
+    words = ("--prompt", "Shares", "--dtype", "float64")
+    chat = ("--chat_template", str(tmp_path / "chat.jinja"))
+    status, output, error = generate(*words, *chat)
+    assert status == 0, error
+    assert output.startswith("Shares\n")
+    assert error.startswith(f"chat template: {tmp_path}/chat.jinja\n")
+    assert generate(*words, *chat, "--output", str(out))[0] == 0
+    tokenizer = tiny_tokenizer()
+    tokens = tokenizer.encode("user:\nShares<end>assistant:\n")
+    network = load_model(tmp_path / "model", dtype="float64").network
+    (new,) = decode(network, [tokens], 9, end_tokens=[0])
+    assert json.loads(out.read_text())["text"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_a_text_ends_with_the_turn_of_a_chat(
+    generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "chat.jinja").write_text(ENDED.replace("<end>", "<begin>"))
+    seen = []
+
+    def decode_none(*_: Any, end_tokens: list[int], **__: Any) -> list[list[int]]:
+        seen.append(set(end_tokens))
+        return [[5]]
+
+    monkeypatch.setattr(generation, "decode", decode_none)
+    for words in ((), ("--chat_template", str(tmp_path / "chat.jinja"))):
+        assert generate("--prompt", "Shares", *words)[0] == 0
+    assert seen == [{0}, {0, 1}]
 
 
 def test_texts_are_those_of_transformers_own_greedy_generation(

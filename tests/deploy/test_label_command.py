@@ -20,10 +20,12 @@ from fingpt_lightning.deploy.labelled_file import LabelledFile, check_writable
 from fingpt_lightning.deploy.labelling import Labeller
 from fingpt_lightning.evaluation.runner import predict
 from fingpt_lightning.files import mark_finished, owned
+from fingpt_lightning.models.formats.tokenizer import use_chat_template
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.tasks import find_task, read_rows
 from tests.deploy.tiny_clients import save_clients
 from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer, write_rows
+from tests.tasks.chat_templates import ENDED
 
 Label = Callable[..., tuple[int, str, str]]
 TEXTS = [row["text"] for row in ROWS["fpb"]]
@@ -128,6 +130,61 @@ def test_every_form_of_file_is_read_and_written(
     assert found[3]["fpb_neutral"] in (None, "")
     assert 0 < float(found[4]["fpb_neutral"]) < 1
     assert "1 rows have no label: their text is empty, or " in output
+
+
+def test_labels_are_those_of_evaluation_with_a_chat_template_too(
+    label: Label, tmp_path: Path
+) -> None:
+    (tmp_path / "chat.jinja").write_text(ENDED)
+    words = ("--no_calibrate", "--chat_template", str(tmp_path / "chat.jinja"))
+    status, output, error = label(*words)
+    assert status == 0, error
+    assert output.startswith(f"chat template: {tmp_path}/chat.jinja\n")
+    loaded = load_model(tmp_path / "model")
+    tokenizer = loaded.require_tokenizer()
+    use_chat_template(tokenizer, ENDED)
+    task = find_task("fpb")
+    examples = read_rows(task, write_rows(tmp_path / "data", "fpb"), "validation").examples
+    for row, answer in zip(
+        read(tmp_path / "out.jsonl"),
+        predict(loaded.network, tokenizer, task, examples),
+        strict=True,
+    ):
+        found = [row[name] for name in ADDED[1:]]
+        assert found == pytest.approx([math.exp(x) for x in answer.scores], abs=2e-6)
+
+
+def test_adapters_with_different_chat_templates_are_refused(label: Label, tmp_path: Path) -> None:
+    ann, bob = save_clients(tmp_path / "model", tmp_path, 2)
+    rows = [{"text": "Profit rose", "by": "ann"}, {"text": "Foo fell", "by": "bob"}]
+    write(tmp_path / "in.jsonl", rows)
+    words = ("--adapters", f"ann={ann},bob={bob}", "--adapter_column", "by")
+    for folder, template in ((ann, ENDED), (bob, None)):
+        tokenizer = tiny_tokenizer()
+        use_chat_template(tokenizer, template)
+        tokenizer.save_pretrained(folder)
+    status, _, error = label(*words)
+    assert status == 1
+    assert "--adapters ann, bob were trained with different chat templates; name the one" in error
+    tokenizer = tiny_tokenizer()
+    use_chat_template(tokenizer, ENDED)
+    tokenizer.save_pretrained(bob)
+    status, output, error = label(*words)
+    assert status == 0, error
+    assert "chat template: the one that" in output
+
+
+def test_a_csv_file_is_read_with_the_separator_and_encoding_that_are_given(
+    label: Label, tmp_path: Path
+) -> None:
+    (tmp_path / "in.csv").write_bytes("id~text\n1~Gewinn ä, b\n".encode("cp1252"))
+    words = ("--input", str(tmp_path / "in.csv"), "--separator", "~")
+    status, _, error = label(*words)
+    assert status == 1
+    assert "in.csv:2: no UTF-8 text at byte 17 of the file; set encoding, such as" in error
+    status, _, error = label(*words, "--encoding", "cp1252")
+    assert status == 0, error
+    assert read(tmp_path / "out.jsonl")[0]["text"] == "Gewinn ä, b"
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
@@ -414,6 +471,11 @@ def test_a_task_with_other_fields_reads_them_from_columns_of_their_names(
         (("--input", "{}/in.txt"), "in.txt ends in none of .jsonl, "),
         (("--output", "{}/out.cvs"), "ends in none of .csv, .jsonl, .parquet; did you mean .csv"),
         (("--text_column", "txt"), "in.jsonl:1: no column 'txt'; did you mean text"),
+        (
+            ("--separator", ";"),
+            r"separator ';' has an effect on \.csv and \.tsv alone, not on ",
+        ),
+        (("--encoding", "cp1252x"), "encoding 'cp1252x' is not known; such as utf-8"),
         (("--task", "piqa"), "task piqa is of kind choices: it has no labels to give"),
         (("--task", "fbp"), "did you mean fpb"),
         (("--model", "{}/modl"), "no such file or folder"),

@@ -7,6 +7,8 @@ import torch
 from fingpt_lightning.evaluation.calibration import calibrate, content_free_prompts
 from fingpt_lightning.evaluation.scoring import score
 from fingpt_lightning.tasks import find_task
+from fingpt_lightning.tasks.chat import with_shots
+from fingpt_lightning.tasks.examples import Shot
 from tests.evaluation.plain import plain_scores
 from tests.evaluation.tiny_language import examples_of, tiny_network, tiny_tokenizer
 
@@ -25,15 +27,20 @@ def test_the_row_is_emptied_and_its_question_stays(tmp_path: Path) -> None:
             assert "Gold" not in prompt
 
 
-@pytest.mark.parametrize("name", ["fpb", "nwgi7", "fiqa_sa"])
+@pytest.mark.parametrize("name", ["fpb", "nwgi7", "fiqa_sa", "fpb after examples"])
 def test_probabilities_are_divided_by_those_without_content(name: str, tmp_path: Path) -> None:
     network, tokenizer = tiny_network("llama").double(), tiny_tokenizer()
+    name, _, after_examples = name.partition(" ")
     task, examples = find_task(name), examples_of(tmp_path, name)
+    if after_examples:
+        shots = [(Shot("Foo rose?", " yes"),), (Shot("Foo fell?", " no"),)]
+        examples = [row._replace(shots=shots[i % 2]) for i, row in enumerate(examples)]
     predictions = score(network, tokenizer, examples, relative=True)
     found = calibrate(network, tokenizer, task, examples, predictions)
     for example, before, after in zip(examples, predictions, found, strict=True):
         emptied = [
-            example._replace(prompts=(prompt,)) for prompt in content_free_prompts(task, example)
+            with_shots(example._replace(prompts=(prompt,)))
+            for prompt in content_free_prompts(task, example)
         ]
         bias = torch.tensor(
             [plain_scores(network, tokenizer, empty)[0] for empty in emptied], dtype=torch.float64

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import subprocess
@@ -12,9 +13,11 @@ from PIL import Image
 import fingpt_lightning
 from fingpt_lightning import tasks
 from fingpt_lightning.cli.main import main
+from fingpt_lightning.models.formats.tokenizer import use_chat_template
 from fingpt_lightning.terminal import progress
 from tests.evaluation.test_adapters import save_adapter
 from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer, write_rows
+from tests.tasks.chat_templates import ENDED
 
 Evaluate = Callable[..., tuple[int, str, str]]
 
@@ -116,10 +119,105 @@ def test_settings_reach_the_evaluation(evaluate: Evaluate, tmp_path: Path) -> No
     assert results["settings"] == {
         "dtype": "bfloat16", "quantize": "nf4", "scoring": "generate", "calibrate": False,
         "limit": 2, "too_long": "drop", "batch_tokens": 99, "device": "cpu",
+        "chat_template_sha256": None, "num_fewshot": 0, "fewshot_seed": None,
     }  # fmt: skip
     assert results["tasks"]["fpb"]["n"] == 2
     lines = (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
     assert all("answer" in json.loads(line) for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_answers_with_the_chat_template_that_it_was_trained_with(
+    evaluate: Evaluate, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "base", tmp_path / "adapter")
+    tokenizer = tiny_tokenizer()
+    use_chat_template(tokenizer, ENDED)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "chat.jinja").write_text(ENDED)
+    results: dict[str, Any] = {}
+    for name, model, words in (
+        ("auto", "adapter", ()),
+        ("file", "base", ("--chat_template", str(tmp_path / "chat.jinja"))),
+        ("none", "adapter", ("--chat_template", "none")),
+        ("base", "base", ()),
+    ):
+        if model == "base":
+            words = ("--adapter", str(tmp_path / "adapter"), *words)
+        words = ("--model", str(tmp_path / model), "--output", str(tmp_path / name), *words)
+        status, output, error = evaluate(*words)
+        assert status == 0, error
+        line = {
+            "auto": f"chat template: the one that {tmp_path}/adapter was trained with",
+            "file": f"chat template: {tmp_path}/chat.jinja",
+            "none": "chat template: none, as set",
+            "base": f"chat template: the one that {tmp_path}/base was trained with",
+        }[name]
+        assert line in output
+        found = json.loads((tmp_path / name / "results.json").read_text())
+        results[name] = found["settings"]["chat_template_sha256"]
+        text = (tmp_path / name / "predictions.jsonl").read_text()
+        results[f"{name} answers"] = text
+    sha256 = hashlib.sha256(ENDED.encode()).hexdigest()
+    assert results["auto"] == results["file"] == results["base"] == sha256
+    assert results["none"] is None
+    assert results["auto answers"] == results["file answers"] == results["base answers"]
+    assert results["auto answers"] != results["none answers"]
+
+
+def test_examples_before_the_questions_are_drawn_by_a_seed(
+    evaluate: Evaluate, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data", "fpb", "train")
+    found = {}
+    for name, words in (
+        ("0", ()),
+        ("2", ("--num_fewshot", "2")),
+        ("2 seed 1", ("--num_fewshot", "2", "--fewshot_seed", "1")),
+        ("2 seed 4", ("--num_fewshot", "2", "--fewshot_seed", "4", "--calibrate")),
+    ):
+        status, _, error = evaluate(*words, "--overwrite")
+        assert status == 0, error
+        results = json.loads((tmp_path / "results" / "results.json").read_text())
+        assert results["tasks"]["fpb"]["num_fewshot"] == (0 if name == "0" else 2)
+        found[name] = (tmp_path / "results" / "predictions.jsonl").read_text()
+    assert results["settings"]["fewshot_seed"] == 4
+    assert found["2"] == found["2 seed 1"]
+    assert len(set(found.values())) == 3
+
+
+def test_examples_that_leave_no_room_are_told(evaluate: Evaluate, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data", "fpb", "train")
+    with (tmp_path / "data" / "fpb" / "validation.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "rose " * 150, "label": "neutral"}))
+    status, output, error = evaluate("--num_fewshot", "2", "--too_long", "drop")
+    assert status == 0, error
+    assert re.search(r"fpb: \d of 6 rows do not fit 330 tokens and were left out", output)
+    assert "fpb: they have 2 examples before the question (num_fewshot); fewer leave" in output
+    status, _, error = evaluate("--num_fewshot", "4", "--overwrite")
+    assert status == 1
+    assert "no row with a right answer fits the context of the network after 4 examples" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (("--num_fewshot", "5"), 1, "fpb: num_fewshot 5 is above the 4 other rows of train with"),
+        (("--num_fewshot", "-1"), 2, "--num_fewshot -1 is below 0"),
+        (("--fewshot_seed", "3"), 2, "--fewshot_seed has an effect with --num_fewshot alone"),
+        (("--chat_template", "nine"), 1, "chat_template 'nine' is neither auto, none nor a file"),
+        (("--separator", ";"), 1, "separator ';' has an effect on .csv and .tsv alone"),
+    ],
+)
+def test_wrong_prompt_settings_are_one_line(
+    evaluate: Evaluate, tmp_path: Path, words: tuple[str, ...], status: int, message: str
+) -> None:
+    write_rows(tmp_path / "data", "fpb", "train")
+    found, _, error = evaluate(*words)
+    assert found == status
+    (line,) = error.strip().splitlines()
+    assert message in line
+    assert not (tmp_path / "results").exists()
 
 
 def test_results_are_replaced_only_when_asked(evaluate: Evaluate, tmp_path: Path) -> None:

@@ -9,11 +9,14 @@ from transformers import PreTrainedModel
 
 from fingpt_lightning.evaluation.generation import generate
 from fingpt_lightning.evaluation.scoring import DROPPED, Prediction, score
+from fingpt_lightning.models.formats.tokenizer import use_chat_template
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.tasks import Example
 from fingpt_lightning.tasks.encoding import TooLong
+from fingpt_lightning.tasks.examples import Shot
 from tests.evaluation.plain import plain_scores
 from tests.evaluation.tiny_language import examples_of, tiny_network, tiny_tokenizer
+from tests.tasks.chat_templates import ENDED
 
 NETWORKS = ("llama", "gpt2", "low_rank")
 TASKS = ("fpb", "nwgi7", "piqa", "winogrande", "lambada")
@@ -42,6 +45,36 @@ def test_scores_are_those_of_each_whole_text_alone(kind: str, name: str, tmp_pat
             if len(scores) == 1 and not all(greedy):
                 likeliest = None
             assert prediction.choice == likeliest
+
+
+@pytest.mark.parametrize("name", ["fpb", "piqa", "winogrande"])
+@pytest.mark.parametrize("num_shots", [0, 2])
+def test_scores_of_chats_are_those_of_each_rendered_text_alone(
+    name: str, num_shots: int, tmp_path: Path
+) -> None:
+    network, tokenizer = tiny_network("llama").double(), tiny_tokenizer("<begin>")
+    use_chat_template(tokenizer, ENDED)
+    examples = examples_of(tmp_path, name)
+    shots = [Shot(f"Is it {i}?", " yes") for i in range(num_shots)]
+    before = "".join(f"user:\n{shot.prompt}<end>assistant:\nyes<end>" for shot in shots)
+    rendered = [
+        Example(
+            "",
+            tuple(
+                f"{before}user:\n{(example.prefix + prompt).strip()}<end>assistant:\n"
+                for prompt in example.prompts
+            ),
+            tuple(choice.strip() for choice in example.choices),
+            *example[3:6],
+        )
+        for example in examples
+    ]
+    found = score(
+        network, tokenizer, [example._replace(shots=tuple(shots)) for example in examples]
+    )
+    for prediction, example in zip(found, rendered, strict=True):
+        plain, _ = plain_scores(network, tiny_tokenizer(), example)
+        assert prediction.scores == pytest.approx(plain, rel=0, abs=1e-10)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

@@ -24,6 +24,15 @@ ROWS: dict[str, list[Row]] = {
     "alpaca": [
         {"instruction": "Name a colour.", "input": "", "output": "Red."},
         {"instruction": "Name a colour.", "output": "Red."},
+        *(
+            {key: [{"role": "user", "content": "Name a colour."}, {"from": "gpt", "value": "Red."}]}
+            for key in ("messages", "conversations", "conversation")
+        ),
+        {"context": "Name a colour.\n", "target": "Red."},
+        {"prompt": "Name a colour.\n", "completion": "Red."},
+        {"prompt": "Name a colour.\n", "response": "Red."},
+        {"query": "Name a colour.\n", "answer": "Red."},
+        {"question": "Name a colour.", "answer": "Red."},
     ],
     "arc_easy": [
         {"query": "Question: What is 1 kg?", "choices": _FOUR, "gold": 3},
@@ -41,6 +50,12 @@ ROWS: dict[str, list[Row]] = {
     "fiqa_sa": [
         {"text": SENTENCE, "kind": "post", "score": 0.1},
         {"sentence": SENTENCE, "format": "post", "sentiment_score": 0.1},
+        {"sentence": SENTENCE, "type": "post", "score": 0.1},
+        {
+            "sentence": SENTENCE,
+            "info": [{"target": "Foo", "sentiment_score": "0.100", "aspects": "[]"}],
+            "file": "task1_post_ABSA_train.json",
+        },
     ],
     "fomc": [{"sentence": SENTENCE, "label": 1}, {"text": SENTENCE, "label": "hawkish"}],
     "fpb": [
@@ -62,7 +77,11 @@ ROWS: dict[str, list[Row]] = {
             "label": "0",
         }
     ],
-    "lambada": [{"text": "He paid the bank its interest"}],
+    "lambada": [
+        {"text": "He paid the bank its interest"},
+        {"context": "He paid the bank its", "target": "interest"},
+        {"instruction": "", "input": "He paid the bank its", "output": "interest"},
+    ],
     "nwgi": [
         {"text": SENTENCE, "label7": "mildly positive"},
         {"news": SENTENCE, "label": "mildly positive"},
@@ -94,15 +113,24 @@ ROWS: dict[str, list[Row]] = {
         },
     ],
 }
-# The layout of `context` and `target`, whose rows are questions.
+# The layouts of FinGPT and FinLoRA and of Alpaca, whose rows are questions.
 for _name, _target in {
     "fin_ner": "organization", "fiqa_sa": "positive", "fomc": "hawkish", "headline": "Yes",
-    "nwgi": "mildly positive", "tfns": "positive",
+    "fpb": "positive", "nwgi": "mildly positive", "tfns": "positive",
 }.items():  # fmt: skip
     _task = find_task(_name)
     _example = next(filter(None, examples_of_row(_task, ROWS[_name][0], 1)))
     _context = f"{_task.instruction}{_example.prompts[0]} "
-    ROWS[_name].append({"context": _context, "target": _target})
+    if _name != "fpb":
+        ROWS[_name].append({"context": _context, "target": _target})
+    _instruction, _, _input = _context.partition("\nInput: ")
+    ROWS[_name].append(
+        {
+            "instruction": _instruction.removeprefix("Instruction: "),
+            "input": _input.removesuffix("\nAnswer: "),
+            "output": _target,
+        }
+    )
 ROWS["arc_challenge"] = ROWS["arc_easy"]
 ROWS["nwgi7"] = ROWS["nwgi"]
 

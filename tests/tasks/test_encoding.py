@@ -31,7 +31,8 @@ def _tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 def _examples(name: str) -> list[Example]:
     """Examples of a task that differ in all their texts, more than a task has samples."""
-    made = [example for row in ROWS[name] for example in examples(name, row) if example is not None]
+    found = [example for row in ROWS[name] for example in examples(name, row)]
+    made = [example for example in found if example is not None and not example.turns]
     others = [
         example._replace(prompts=tuple(f"{start} {prompt}" for prompt in example.prompts), row=2)
         for example in made

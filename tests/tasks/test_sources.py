@@ -111,10 +111,8 @@ def test_endings_may_be_in_capitals(name: str, fpb: Path) -> None:
 
 
 def test_a_split_in_a_form_that_is_not_read_is_named(fpb: Path) -> None:
-    (fpb / "train.xlsx").touch()
-    with pytest.raises(
-        FileNotFoundError, match=r"no split 'train' .*; train\.xlsx ends in none of"
-    ):
+    (fpb / "train.xls").touch()
+    with pytest.raises(FileNotFoundError, match=r"no split 'train' .*; train\.xls ends in none of"):
         _rows(fpb.parent, "train")
 
 
@@ -149,9 +147,9 @@ def test_what_is_no_text_is_told_with_file_row_and_field(tmp_path: Path) -> None
     ("name", "data", "message"),
     [
         ("train.jsonl", b'{"a": 1}\n{"a": }', "train.jsonl:2: no JSON (Expecting value"),
-        ("train.jsonl", b"[1]", "train.jsonl:1: a JSON list, not an object"),
+        ("train.jsonl", b"[1]", "train.jsonl:1: a JSON int, not an object"),
         ("train.jsonl", b'\n{"a": "\xe4"}', "train.jsonl:2: no UTF-8 at byte 7 of the line"),
-        ("train.jsonl", b"[" * 100_000, "train.jsonl:1: no JSON (maximum recursion"),
+        ("train.jsonl", b"[" * 100_000, "train.jsonl: no JSON (maximum recursion"),
         ("train.jsonl.gz", b"plain", "train.jsonl.gz is no whole gzip file (Not a gzipped file"),
         (
             "train.jsonl.gz",
@@ -159,13 +157,20 @@ def test_what_is_no_text_is_told_with_file_row_and_field(tmp_path: Path) -> None
             "is no whole gzip file (Compressed",
         ),
         ("train.json", b'[{"a": 1}, 2]', "train.json:2: a JSON int, not an object"),
-        ("train.json", b'{"a": 1}', "train.json: a JSON dict, not an array of objects"),
-        ("train.json", b'{"a": 1}\n{"a": 2}', "lines of objects end in .jsonl"),
+        ("train.json", b'"a"', "train.json:1: a JSON str, not an object"),
+        ("train.json", b'[{"a": 1},\n{"a" 2}]', "train.json: no JSON (Expecting ':' delimiter in"),
+        ("train.json", b'[{"a": 1}\n{"a": 2}]', "train.json: no JSON (Expecting ',' in line 2)"),
+        ("train.json", b'[{"a": 1}', "train.json: no JSON (Expecting ',' in line 1)"),
+        ("train.json", b'[{"a": 1}] 2', "train.json: no JSON (Extra data in line 1)"),
+        ("train.json", b'{"a": {}, "b": 2}', "train.json: row 'b': a JSON int, not an object"),
         ("train.json", b"[" * 100_000, "train.json: no JSON (maximum recursion"),
         ("train.json", b'["\xe4"]', "train.json: no UTF-8 at byte 2"),
-        ("train.csv", b"a,b\n1,2,3\n", "train.csv:2: more values than the header has names"),
+        (
+            "train.csv",
+            b"a,b\n1,2,3\n",
+            "csv:2: 3 values, more than the header's 2 names; the separator is taken to be ','",
+        ),
         ("train.csv", b'a,b\n"1" 2,3\n', "train.csv:2: no CSV ("),
-        ("train.csv", b"a\n\xe4\n", "train.csv:2: no UTF-8 text at byte 2 of the file"),
         ("train.parquet", b"x" * 20, "train.parquet is no whole Parquet file (Parquet magic bytes"),
         ("Sentences_50Agree.txt", b"a@neutral\n\nb\n", "Agree.txt:3: not of the form sentence@lab"),
         ("Sentences_50Agree.txt", b"a@neutral\n", "Agree.txt: 1 rows are too few for train and t"),
@@ -251,3 +256,21 @@ def test_what_the_hub_does_not_have_is_refused() -> None:
         _rows_of_hub("arc_easy", "dev")
     with pytest.raises(ValueError, match="has no split 'validation', only train, test"):
         _rows_of_hub("fpb", "validation")
+
+
+def test_the_published_files_of_fiqa_are_one_split(tmp_path: Path) -> None:
+    (tmp_path / "fiqa_sa").mkdir()
+    task = find_task("fiqa_sa")
+    for name, score in (("headline", "-0.5"), ("post", "0.5")):
+        row = {"sentence": f"a {name}", "info": [{"sentiment_score": score, "target": "Foo"}]}
+        text = json.dumps({"14": row})
+        (tmp_path / "fiqa_sa" / f"task1_{name}_ABSA_train.json").write_text(text)
+    found = read_rows(task, tmp_path, "train")
+    assert found.path == tmp_path / "fiqa_sa"
+    assert [(example.text, example.gold) for example in found.examples] == [
+        ("a headline", 0),
+        ("a post", 2),
+    ]
+    assert [example.prompts[0].split("?")[0] for example in found.examples] == [" news", " tweet"]
+    with pytest.raises(FileNotFoundError, match=r"the splits there: train$"):
+        read_rows(task, tmp_path, "test")

@@ -18,6 +18,8 @@ _PROBE = (
 )
 MAX_ADDED_TOKENS = 50_000
 """With as many loading takes some seconds; models have some hundreds."""
+_USES_CHAT_TEMPLATE = "fingpt_uses_chat_template"
+"""The key of ``tokenizer_config.json`` that says whether prompts are rendered as chats."""
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -113,6 +115,49 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
     """The digest of all that decides the tokens: the contents of ``tokenizer.json`` and the end."""
     contents = f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
     return hashlib.sha256(contents.encode()).hexdigest()
+
+
+def own_chat_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The chat template that came with a tokenizer; of several the default."""
+    found = tokenizer.chat_template
+    if isinstance(found, dict):
+        found = found.get("default")
+    return str(found) if found else None
+
+
+def uses_chat_template(tokenizer: PreTrainedTokenizerFast) -> bool | None:
+    """Whether prompts are rendered as chats; None where nobody has said so yet."""
+    found = tokenizer.init_kwargs.get(_USES_CHAT_TEMPLATE)
+    return found if isinstance(found, bool) else None
+
+
+def chat_template_in_use(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The chat template that prompts are rendered with; None where they are plain texts."""
+    return own_chat_template(tokenizer) if uses_chat_template(tokenizer) else None
+
+
+def use_chat_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> None:
+    """Decides how prompts are rendered, which is saved with the tokenizer.
+
+    Args:
+        tokenizer: Tokenizer of a network.
+        template: Template in Jinja, which becomes the tokenizer's own; None for plain texts.
+    """
+    tokenizer.init_kwargs[_USES_CHAT_TEMPLATE] = template is not None
+    if template is not None:
+        tokenizer.chat_template = template
+
+
+def stored_chat_template(folder: Path) -> str | None:
+    """The template in use that is saved with a tokenizer: "" where prompts are plain texts.
+
+    None where the folder does not say; nothing but two small files is read.
+    """
+    config, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    uses = read_json(config).get(_USES_CHAT_TEMPLATE) if config.is_file() else None
+    if uses is True and template.is_file():
+        return template.read_text(encoding="utf-8")
+    return "" if uses is False else None
 
 
 def tokenizer_of_checkpoint(file: Path) -> Path | None:
