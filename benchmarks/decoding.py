@@ -21,8 +21,9 @@ from benchmarks.record import markdown_table, new_record, spread, write_record
 from fingpt_lightning.low_rank import RankRule
 from fingpt_lightning.models.decoding import decode
 from fingpt_lightning.models.formats.quantized_folder import quantize_layers
-from fingpt_lightning.models.gpt2 import PRESETS, GPT2Shape, build_gpt2
+from fingpt_lightning.models.from_scratch import build_network
 from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
+from fingpt_lightning.models.shapes import GPT2_PRESETS, GPT2Shape
 
 QUESTION = (
     "How much faster does GPT-2 small write with a cache of keys and values than without, and how"
@@ -63,7 +64,7 @@ def main() -> None:
     )
     parser.add_argument("--toy", action="store_true", help="a tiny network and a few tokens")
     options = parser.parse_args()
-    sizes = Sizes(PRESETS["gpt2-small"], 50257, 224, 256, 32, 256, options.stride)
+    sizes = Sizes(GPT2_PRESETS["gpt2-small"], 50257, 224, 256, 32, 256, options.stride)
     if options.toy:
         sizes, options.repeats = Sizes(_TOY, 300, 16, 32, 4, 6, 2), 1
     settings = {
@@ -105,7 +106,7 @@ def networks(dtype: str, sizes: Sizes, device: str = "cpu") -> dict[str, PreTrai
         (DENSE, None, None),
         (LOW_RANK, RankRule(sizes.rank), sizes.embedding_rank),
     ):
-        network = build_gpt2(sizes.shape, sizes.vocab_size, rank, embedding_rank, seed=1)
+        network = build_network(sizes.shape, sizes.vocab_size, rank, embedding_rank, seed=1)
         network.requires_grad_(False).eval()
         nn.Module.to(network, DTYPES[dtype])
         network.config.use_cache = True

@@ -96,7 +96,8 @@ def main() -> None:
 def layer_sizes(preset: str) -> dict[str, tuple[int, int]]:
     """In and out features of a GPT-2's linear layers, by name; ``toy`` is a size of its own."""
     # Here: the processes that are started import this file too, and need no transformers.
-    from fingpt_lightning.models.gpt2 import PRESETS, GPT2Shape, block_layers
+    from fingpt_lightning.models.from_scratch import block_layers
+    from fingpt_lightning.models.shapes import PRESETS, GPT2Shape
 
     return block_layers(GPT2Shape(**TOY) if preset == "toy" else PRESETS[preset])
 

@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.optim import AdamW
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from benchmarks.record import markdown_table, new_record, spread, write_record
 from fingpt_lightning.models import GPT2Shape, Recompute, recompute_blocks, vocabulary_loss
-from fingpt_lightning.models.gpt2 import lay_out_gpt2, materialize
+from fingpt_lightning.models.from_scratch import lay_out_network, materialize
 from fingpt_lightning.pipeline import (
     Balance,
     Pass,
@@ -176,7 +176,9 @@ class _Training:
         shape = GPT2Shape(
             settings.num_layers, settings.width, settings.width // 64 or 1, settings.block_length
         )
-        network = lay_out_gpt2(shape, settings.vocab_size, embedding_rank=settings.embedding_rank)
+        network = lay_out_network(
+            shape, settings.vocab_size, embedding_rank=settings.embedding_rank
+        )
         self.runtime: PipelineRuntime | None = None
         self._tied = tied_parameters(network)
         layout = contender.layout
@@ -189,7 +191,7 @@ class _Training:
             keep_stages(network, [spans[stage] for stage in own])
         materialize(network, settings.seed)
         recompute_blocks(network, Recompute(settings.recompute))
-        self.network: GPT2LMHeadModel = network
+        self.network: PreTrainedModel = network
         if layout is not None:
             group = dist.group.WORLD
             assert group is not None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import markdown_table, new_record, write_record
-from fingpt_lightning.models import GPT2Shape, build_gpt2, vocabulary_loss
+from fingpt_lightning.models import GPT2Shape, build_network, vocabulary_loss
 from fingpt_lightning.pipeline import PipelineLayout, Schedule, Stage, bubble_share, draw
 from fingpt_lightning.pipeline.partition import minimax, spans_of
 from fingpt_lightning.pipeline.simulation import StageTimes, peak_held, simulate
@@ -102,7 +102,7 @@ def main() -> None:
 def measure(settings: Settings) -> Measured:
     """Times by the thread's own clock, which stands still while other processes have the core."""
     shape = GPT2Shape(2, settings.width, settings.width // 64 or 1, settings.block_length)
-    network = build_gpt2(
+    network: Any = build_network(
         shape, settings.vocab_size, embedding_rank=settings.embedding_rank, seed=settings.seed
     )
     first, _ = (Stage(network, span) for span in spans_of([1, 1]))

@@ -35,16 +35,16 @@ from callbacks.checkpoints import LastCheckpoint
 from fingpt_lightning.data import TextBlocks
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.low_rank import RankRule
-from fingpt_lightning.models import lay_out_gpt2
+from fingpt_lightning.models import lay_out_network
 from fingpt_lightning.models.formats.hf_folder import (
     SAFETENSORS,
     write_network,
     write_quantized,
 )
 from fingpt_lightning.models.formats.quantized_folder import quantize_layers
-from fingpt_lightning.models.gpt2 import PRESETS, GPT2Shape
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.quantization.fake_quantization import RoundedWeights
+from fingpt_lightning.models.shapes import GPT2_PRESETS, GPT2Shape
 from fingpt_lightning.models.tied_head import tie_head
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.profiling import keep_freed_memory
@@ -82,7 +82,7 @@ class Sizes(NamedTuple):
     speed_tokens: int
 
 
-_SMALL = (PRESETS["gpt2-small"], 50257, 224, 256)
+_SMALL = (GPT2_PRESETS["gpt2-small"], 50257, 224, 256)
 REAL = Sizes(
     training={
         "preset": "gpt2-nano", "num_layers": 6, "rank": 64, "embedding_rank": 128,
@@ -91,7 +91,7 @@ REAL = Sizes(
     data={"vocab_size": 8192, "block_length": 128, "batch_size": 16},
     num_steps=1200,
     num_val_batches=40,
-    files={"gpt2_small": _SMALL, "gpt2_xl": (PRESETS["gpt2-xl"], 50257, 400, None)},
+    files={"gpt2_small": _SMALL, "gpt2_xl": (GPT2_PRESETS["gpt2-xl"], 50257, 400, None)},
     speed=_SMALL,
     speed_tokens=256,
 )  # fmt: skip
@@ -194,7 +194,7 @@ def random_network(
     shape: GPT2Shape, vocab_size: int, rank: int, embedding_rank: int | None
 ) -> PreTrainedModel:
     """A low-rank GPT-2 of random numbers, made without decomposing anything."""
-    network = lay_out_gpt2(shape, vocab_size, RankRule(rank), embedding_rank)
+    network = lay_out_network(shape, vocab_size, RankRule(rank), embedding_rank)
     network.to_empty(device="cpu")
     tie_head(network)
     stream = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""One training step of a GPT-2, dense, low-rank or transformers' own, for benchmarks to time.
+"""One training step, dense, low-rank or transformers' own, for benchmarks to time.
 
 Axes: B batch, T tokens.
 """
@@ -15,19 +15,20 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from fingpt_lightning.low_rank import ModelBudget, RankRule
 from fingpt_lightning.models import (
     Recompute,
-    build_gpt2,
+    build_network,
     compile_blocks,
-    lay_out_gpt2,
+    lay_out_network,
     model_budget,
     recompute_blocks,
     vocabulary_loss,
 )
-from fingpt_lightning.models.gpt2 import PRESETS, GPT2Shape
+from fingpt_lightning.models.families import family_named, family_of, head_of
+from fingpt_lightning.models.shapes import LLAMA_PRESETS, PRESETS, GPT2Shape, LlamaShape
 from fingpt_lightning.profiling import (
     LiveTensorBytes,
     keep_freed_memory,
@@ -37,7 +38,9 @@ from fingpt_lightning.profiling import (
 )
 
 TOY = GPT2Shape(num_layers=2, width=32, num_heads=2, num_positions=32)
-VOCABULARY = {"toy": 211}
+TOY_LLAMA = LlamaShape(num_layers=2, width=32, num_heads=2, mlp_width=80, num_positions=32)
+SHAPES: dict[str, GPT2Shape | LlamaShape] = {**PRESETS, "toy": TOY, "toy-llama": TOY_LLAMA}
+VOCABULARY = {"toy": 211, "toy-llama": 211} | dict.fromkeys(LLAMA_PRESETS, 32000)
 GPT2_VOCABULARY = 50257
 
 
@@ -46,7 +49,7 @@ class Workload:
     """The settings that every contender of a benchmark shares.
 
     Args:
-        preset: Name of a preset of `fingpt_lightning.models.PRESETS`, or ``toy``.
+        preset: Name of a preset of `fingpt_lightning.models.PRESETS`, ``toy`` or ``toy-llama``.
         rank: Rank of the low-rank contender's linear layers.
         embedding_rank: Rank of its embedding and head.
         batch_size: B.
@@ -64,9 +67,9 @@ class Workload:
     seed: int = 1
 
     @property
-    def shape(self) -> GPT2Shape:
+    def shape(self) -> GPT2Shape | LlamaShape:
         """The sizes of the network."""
-        return TOY if self.preset == "toy" else PRESETS[self.preset]
+        return SHAPES[self.preset]
 
     @property
     def vocab_size(self) -> int:
@@ -80,7 +83,7 @@ class Workload:
 
     def budget(self) -> ModelBudget:
         """Parameters and operations of the low-rank contender and its dense baseline."""
-        network = lay_out_gpt2(
+        network = lay_out_network(
             self.shape, self.vocab_size, RankRule(self.rank), self.embedding_rank
         )
         return model_budget(network, self.block_length)
@@ -115,9 +118,8 @@ class TrainingStep:
     def compile(self) -> None:
         """Compiles the blocks; `uncompiled` can switch it off for a while."""
         compile_blocks(self.network)
-        self._compiled = [
-            (block, block._compiled_call_impl) for block in self.network.transformer.h
-        ]
+        blocks = self.network.get_submodule(family_of(self.network).blocks)
+        self._compiled = [(block, block._compiled_call_impl) for block in blocks.children()]
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -152,13 +154,18 @@ class TrainingStep:
             loss: Tensor = self.network(self.tokens[:, 1:], labels=self.tokens[:, 1:]).loss
             return loss
         hidden = self.network.base_model(self.tokens[:, :-1], use_cache=False).last_hidden_state
-        sums = vocabulary_loss(self.network.lm_head, hidden, self.tokens[:, 1:])
+        sums = vocabulary_loss(head_of(self.network), hidden, self.tokens[:, 1:])
         return sums.loss_sum / sums.num_tokens
 
 
-def _build(contender: str, workload: Workload) -> GPT2LMHeadModel:
+def _build(contender: str, workload: Workload) -> PreTrainedModel:
     shape = workload.shape
+    if contender == "transformers" and isinstance(shape, LlamaShape):
+        config = shape.config(workload.vocab_size)
+        config.use_cache = False
+        return family_named(config.model_type).network_class(config)
     if contender == "transformers":
+        assert isinstance(shape, GPT2Shape)
         config = GPT2Config(
             vocab_size=workload.vocab_size,
             n_positions=shape.num_positions,
@@ -174,7 +181,7 @@ def _build(contender: str, workload: Workload) -> GPT2LMHeadModel:
         )
         return GPT2LMHeadModel(config)
     is_low_rank = contender == "low_rank"
-    return build_gpt2(
+    return build_network(
         shape,
         workload.vocab_size,
         rank=RankRule(workload.rank if is_low_rank else None),

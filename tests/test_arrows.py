@@ -36,7 +36,11 @@ def test_few_files_lie_at_the_root_of_the_package() -> None:
 @pytest.mark.parametrize(
     ("file", "source", "told"),
     [
-        ("fingpt_lightning/low_rank/linear.py", "import fingpt_lightning.models.gpt2", "models"),
+        (
+            "fingpt_lightning/low_rank/linear.py",
+            "import fingpt_lightning.models.shapes",
+            "models",
+        ),
         ("fingpt_lightning/low_rank/linear.py", "from fingpt_lightning import data", "data"),
         ("fingpt_lightning/low_rank/linear.py", "from ..modules import x", "modules"),
         ("fingpt_lightning/low_rank/deep/er.py", "from ...cli import main", "cli"),

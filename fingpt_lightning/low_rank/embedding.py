@@ -85,6 +85,53 @@ class LowRankHead(nn.Module):
         return HeadFactors(hidden @ self.up, self.table)
 
 
+class OwnLowRankHead(nn.Module):
+    """Logits ``h up table'`` with factors of its own, beside an embedding that has others.
+
+    Args:
+        in_features: D.
+        out_features: V.
+        rank: R, in [1, min(V, D)].
+
+    Raises:
+        ValueError: ``rank`` is outside [1, min(V, D)].
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(f"rank {rank} is outside [1, {min(in_features, out_features)}]")
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.table = nn.Parameter(torch.empty(out_features, rank))
+        self.up = nn.Parameter(torch.empty(in_features, rank))
+        if self.table.device.type != "meta":
+            self.reset_parameters(0.02)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Sets the factors to those of a dense V x D head drawn from N(0, std^2)."""
+        dense = torch.empty(self.out_features, self.in_features, device=self.table.device)
+        factors = factorize(dense.normal_(std=std, generator=generator), self.rank, torch.float32)
+        self.table.copy_(factors.up)
+        self.up.copy_(factors.down.T)
+
+    def forward(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        """Cost: 2 R (D + V) floating-point operations per row; the dense head takes 2 D V."""
+        return F.linear(hidden @ self.up, self.table)
+
+    def factors(self, hidden: Float[Tensor, "*batch D"]) -> HeadFactors:
+        """See `head_factors`."""
+        return HeadFactors(hidden @ self.up, self.table)
+
+    def dense_weight(self) -> Float[Tensor, "V D"]:
+        """The head's product, in float64."""
+        return self.table.detach().double() @ self.up.detach().double().T
+
+    def extra_repr(self) -> str:
+        """The sizes, for ``print(network)``."""
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}"
+
+
 def head_factors(head: nn.Module, hidden: Float[Tensor, "*batch D"]) -> HeadFactors:
     """Takes a head up to its last, widest product, which a loss can then do in chunks.
 

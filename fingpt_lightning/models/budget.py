@@ -6,6 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
 from fingpt_lightning.low_rank.budget import LayerBudget, LayerKind, ModelBudget
+from fingpt_lightning.low_rank.embedding import OwnLowRankHead
 from fingpt_lightning.models.families import Family, family_of, head_of
 
 
@@ -77,6 +78,11 @@ def _layer_budget(
             flops = 2 * rank * sum(module.table.shape[:1] + module.up.shape[:1])
             dense_flops = 2 * module.table.shape[0] * module.up.shape[0]
             held = dense = 0  # the embedding's own parameters
+        case OwnLowRankHead():
+            kind, rank = LayerKind.HEAD, module.rank
+            dense = module.in_features * module.out_features
+            flops = 2 * rank * (module.in_features + module.out_features)
+            dense_flops = 2 * dense
         case nn.Linear():
             flops = dense_flops = 2 * module.weight.numel()
             if family.is_head(name):

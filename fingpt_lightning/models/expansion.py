@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import Factors, LowRankEmbedding, LowRankHead, LowRankLinear
 from fingpt_lightning.low_rank.adapters import AdaptedLinear
+from fingpt_lightning.low_rank.embedding import OwnLowRankHead
 from fingpt_lightning.models.adapting import (
     adapted_layers,
     dense_weight,
@@ -16,6 +17,7 @@ from fingpt_lightning.models.adapting import (
     linear_names,
 )
 from fingpt_lightning.models.families import family_of, head_of
+from fingpt_lightning.models.low_rank_config import forget_own_head
 from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix
 from fingpt_lightning.models.quantization.layers import is_quantized_low_rank
 from fingpt_lightning.models.quantization.quantized_embedding import (
@@ -76,7 +78,12 @@ def _set_dense_embedding(network: PreTrainedModel, table: Tensor) -> None:
         head = nn.Linear(width, vocabulary, bias=False)
     embedding.weight = nn.Parameter(table.to(network.dtype), requires_grad=False)
     network.set_input_embeddings(embedding)
-    if isinstance(head_of(network), LowRankHead | QuantizedHead):
+    there = head_of(network)
+    if isinstance(there, OwnLowRankHead):
+        head.weight = nn.Parameter(there.dense_weight().to(network.dtype), requires_grad=False)
+        network.set_submodule(family_of(network).head, head)
+        forget_own_head(network.config)
+    elif isinstance(there, LowRankHead | QuantizedHead):
         network.set_submodule(family_of(network).head, head)
         network.config.tie_word_embeddings = True
         network._tied_weights_keys = type(network)._tied_weights_keys

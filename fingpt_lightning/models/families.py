@@ -71,6 +71,7 @@ class Family:
         masks_by_kind: Whether the body takes masks by the kind of layer, where windows alternate.
         scaled_embedding: Whether what the embedding gives is scaled by a constant, which the head
             tied to it is not.
+        shifted_norms: Whether norms multiply by 1 plus their weights.
         rope_types: Kinds of scaled rotary embeddings that the network computes.
         partial_rotation: Whether the rotary embedding may leave some features as they are.
         fixed: Values of settings that alone are computed here, beside those of every family.
@@ -98,6 +99,7 @@ class Family:
     computed: tuple[str, ...] = ()
     masks_by_kind: bool = False
     scaled_embedding: bool = False
+    shifted_norms: bool = False
     rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
     partial_rotation: bool = False
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -208,6 +210,7 @@ GEMMA2 = replace(
     network_class=Gemma2ForCausalLM,
     masks_by_kind=True,
     scaled_embedding=True,
+    shifted_norms=True,
     fixed={"use_bidirectional_attention": (False, None)},
     decode_step=None,
     gguf=GEMMA2_GGUF,

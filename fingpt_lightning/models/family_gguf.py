@@ -38,7 +38,6 @@ class GgufFacts:
         repair: Corrects the config that transformers makes of a file, from the file's metadata
             without their prefix and `ROPE_TABLE` among them.
         rope_table: Map of a config to its `ROPE_TABLE`; None where it has none.
-        shifted_norms: Whether the weights of norms are stored with 1 added.
     """
 
     architecture: str
@@ -47,7 +46,6 @@ class GgufFacts:
     read: frozenset[str] = frozenset()
     repair: Callable[[PreTrainedConfig, Mapping[str, Any]], None] = _nothing
     rope_table: Callable[[PreTrainedConfig], Tensor | None] = _no_table
-    shifted_norms: bool = False
 
 
 def _gpt2_metadata(config: PreTrainedConfig) -> Mapping[str, int | float]:
@@ -305,14 +303,12 @@ GEMMA2_GGUF = GgufFacts(
     read=_HEAD_KEYS
     | {"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"},
     repair=_take_gemma2,
-    shifted_norms=True,
 )
 GEMMA3_GGUF = GgufFacts(
     architecture="gemma3",
     metadata=_gemma3_metadata,
     read=_HEAD_KEYS | {"attention.sliding_window"},
     repair=_take_gemma3,
-    shifted_norms=True,
 )
 PHI3_GGUF = GgufFacts(
     architecture="phi3",

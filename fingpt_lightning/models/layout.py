@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from fingpt_lightning.low_rank.embedding import OwnLowRankHead
 from fingpt_lightning.models.families import (
     check_plain_embedding,
     family_named,
@@ -17,7 +18,7 @@ from fingpt_lightning.models.families import (
     head_of,
 )
 from fingpt_lightning.models.finite import check_stored
-from fingpt_lightning.models.low_rank_config import noted_activation
+from fingpt_lightning.models.low_rank_config import has_own_head, noted_activation
 from fingpt_lightning.models.quantization.layers import is_linear, quantized_layer
 from fingpt_lightning.models.tied_head import tie_head
 
@@ -57,6 +58,10 @@ def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
                 embedding = LowRankEmbedding(table.num_embeddings, table.embedding_dim, shape[1])
                 network.set_submodule(layer_name, embedding)
                 config.tie_word_embeddings = False  # transformers' own tying is for full tables
+            elif part == "table" and has_own_head(config):
+                head = _stored_layer(network, layer_name)
+                head_features = features_of(head)
+                network.set_submodule(layer_name, OwnLowRankHead(*head_features, shape[1]))
     tie_head(network)
     return network
 
@@ -167,7 +172,7 @@ def fill(
     for name, tensor in stored_head:
         if not torch.equal(network.get_parameter(name), tensor.to(device, dtype)):
             raise ValueError(f"{name} differs from the embedding, to which the config ties it")
-    _compute_buffers(network, device)
+    compute_buffers(network)
     network.config.dtype = dtype
     network.eval()
 
@@ -179,18 +184,25 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _compute_buffers(network: PreTrainedModel, device: torch.device) -> None:
-    """Makes what buffers hold, as the config decides: rotary frequencies, an embedding's scale."""
+def compute_buffers(network: PreTrainedModel) -> None:
+    """Makes what buffers hold, as the config decides: rotary frequencies, an embedding's scale.
+
+    Args:
+        network: Network, each of whose modules has its parameters in memory; changed in place.
+    """
+    device = next(p.device for p in network.parameters() if not p.is_meta)
     for name, module in list(network.named_modules()):
-        if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        if not list(module.buffers(recurse=False)):
             continue
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale"):
             scale = torch.tensor(
                 module.scalar_embed_scale, dtype=module.weight.dtype, device=device
             )
             module.register_buffer("embed_scale", scale, persistent=False)
-        else:
-            network.set_submodule(name, type(module)(network.config).to(device))
+        elif "RotaryEmbedding" in type(module).__name__:
+            with torch.device(device):
+                made = type(module)(network.config)
+            network.set_submodule(name, made)
 
 
 def _stored_layer(network: PreTrainedModel, name: str) -> nn.Module:

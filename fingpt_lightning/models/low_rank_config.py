@@ -15,7 +15,8 @@ from fingpt_lightning.low_rank.linear import folded_up
 from fingpt_lightning.metric_keys import VAL_LOSS
 
 _ACTIVATION, _EXPANSION = "factor_activation", "factor_expansion"
-NOTED = (_ACTIVATION, _EXPANSION)
+_OWN_HEAD = "low_rank_head"
+NOTED = (_ACTIVATION, _EXPANSION, _OWN_HEAD)
 """The keys that ours add to a network's config."""
 
 
@@ -31,6 +32,29 @@ def note_low_rank(config: PreTrainedConfig, activation: str, expansion: float) -
         setattr(config, _ACTIVATION, activation)
     if expansion:
         setattr(config, _EXPANSION, expansion)
+
+
+def note_own_head(config: PreTrainedConfig) -> None:
+    """Notes that the head has factors of its own, where a table alone would mean a tied one.
+
+    Args:
+        config: Config of the network; changed in place.
+    """
+    setattr(config, _OWN_HEAD, True)
+
+
+def has_own_head(config: PreTrainedConfig) -> bool:
+    """Whether the head has factors of its own."""
+    return bool(getattr(config, _OWN_HEAD, False))
+
+
+def forget_own_head(config: PreTrainedConfig) -> None:
+    """Takes the note away, where the head is dense again.
+
+    Args:
+        config: Config of the network; changed in place.
+    """
+    config.__dict__.pop(_OWN_HEAD, None)
 
 
 def noted_activation(config: PreTrainedConfig) -> str:

@@ -4,6 +4,7 @@ from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead
 from fingpt_lightning.models.families import family_of
+from fingpt_lightning.models.low_rank_config import has_own_head
 from fingpt_lightning.models.quantization.quantized_embedding import QuantizedEmbedding
 
 
@@ -13,6 +14,8 @@ def tie_head(network: PreTrainedModel) -> None:
     if not list(embedding.parameters()):  # another process has it
         return
     if isinstance(embedding, QuantizedEmbedding):  # tied where it was placed
+        return
+    if has_own_head(network.config):
         return
     if isinstance(embedding, LowRankEmbedding):
         head = family_of(network).head

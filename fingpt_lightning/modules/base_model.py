@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from fingpt_lightning.models.gpt2 import MAX_LAYERS
 from fingpt_lightning.models.layout import cut, fill, lay_out
+from fingpt_lightning.models.shapes import MAX_LAYERS
 
 
 @dataclass

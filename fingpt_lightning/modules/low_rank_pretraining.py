@@ -26,17 +26,23 @@ from fingpt_lightning.low_rank import (
 from fingpt_lightning.models import (
     Recompute,
     compile_blocks,
-    lay_out_gpt2,
+    lay_out_network,
     model_budget,
     recompute_blocks,
 )
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
 from fingpt_lightning.models.families import family_of, max_positions
 from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
-from fingpt_lightning.models.gpt2 import check_ranks, materialize, preset_shape, rank_ratio_of
+from fingpt_lightning.models.from_scratch import check_ranks, materialize, rank_ratio_of
 from fingpt_lightning.models.layout import fill, lay_out
 from fingpt_lightning.models.loading import build_model, open_stored
 from fingpt_lightning.models.low_rank_config import drop_guides, is_guide
+from fingpt_lightning.models.shapes import (
+    AnyShape,
+    check_dropout,
+    preset_shape,
+    stored_shape,
+)
 from fingpt_lightning.models.sources import ModelSource
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule, TextSource
 from fingpt_lightning.modules.optimization import adamw_8bit, decay_groups, factor_groups
@@ -65,18 +71,21 @@ class _Start(NamedTuple):
 
 
 class LowRankPretraining(LanguageModelingModule):
-    """A GPT-2 trained with low-rank layers in place of its linear layers, from scratch or on.
+    """A network trained with low-rank layers in place of its linear layers, from scratch or on.
 
-    The model to train on is of any family in `FAMILIES`, such as a folder of ``fingpt decompose``.
+    It is of any family in `FAMILIES`; a model to train on may come from ``fingpt decompose``.
 
     Args:
-        preset: gpt2-nano, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl; null is gpt2-small.
+        preset: gpt2-nano, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl; llama-60m, llama-130m,
+            llama-350m or llama-1b; null is gpt2-small.
+        architecture: A ``config.json`` of any family, or a folder with one, in place of a preset
+            and all sizes; the vocabulary is the tokenizer's.
         rank: An int is the rank of every linear layer of the blocks, a float in (0, 1] the share
             r / min(in, out); null is the dense baseline. A layer whose factors would not be smaller
             stays dense. Query, key and value are one layer with one ``down``. ``auto`` is what
             ``compression`` or ``init_from`` request, and 0.25 without them.
         rank_overrides: Other ranks by name pattern, such as ``{"*.mlp.*": 0.5}``.
-        embedding_rank: The rank of the tied embedding and head; null keeps the full table.
+        embedding_rank: The rank of embedding and head, tied or not; null keeps the full tables.
         compression: All parameters of the dense baseline over all of this network, embedding
             included; the one rank ratio that comes nearest is found. In place of ``rank``.
         init_from: Folder, hub name, GGUF file, checkpoint or run folder of the model to train on,
@@ -132,14 +141,15 @@ class LowRankPretraining(LanguageModelingModule):
     """
 
     architecture_settings = (
-        "preset", "num_layers", "width", "num_heads", "num_positions", "vocab_size", "rank",
-        "rank_overrides", "embedding_rank", "compression", "factor_activation",
-        "factor_expansion",
+        "preset", "architecture", "num_layers", "width", "num_heads", "num_positions",
+        "vocab_size", "rank", "rank_overrides", "embedding_rank", "compression",
+        "factor_activation", "factor_expansion",
     )  # fmt: skip
 
     def __init__(
         self,
         preset: str | None = None,
+        architecture: str | None = None,
         rank: int | float | Literal["auto"] | None = "auto",
         rank_overrides: dict[str, int | float | None] | None = None,
         embedding_rank: int | float | None = None,
@@ -183,16 +193,15 @@ class LowRankPretraining(LanguageModelingModule):
                 raise ValueError(
                     f"compression {compression} is below 1 (dense over stored parameters)"
                 )
-        self.shape = preset_shape(
-            _PRESET if preset is None else preset,
-            num_layers=num_layers,
-            width=width,
-            num_heads=num_heads,
-            num_positions=num_positions,
-        )
+        sizes = {
+            "num_layers": num_layers, "width": width, "num_heads": num_heads,
+            "num_positions": num_positions,
+        }  # fmt: skip
+        self.shape = _shape_of(preset, architecture, sizes)
         if init_from is not None:
             given = {
-                "preset": preset, "rank": None if rank == "auto" else repr(rank),
+                "preset": preset, "architecture": architecture,
+                "rank": None if rank == "auto" else repr(rank),
                 "rank_overrides": rank_overrides, "embedding_rank": embedding_rank,
                 "compression": compression, "num_layers": num_layers, "width": width,
                 "num_heads": num_heads, "num_positions": num_positions, "vocab_size": vocab_size,
@@ -208,6 +217,7 @@ class LowRankPretraining(LanguageModelingModule):
                         f"{name} {value}: init_from {init_from} decides the architecture; leave"
                         f" {name} at {default}"
                     )
+        check_dropout(self.shape.config(1).model_type, dropout)
         rank_now = _RANK_RATIO if isinstance(rank, str) else rank
         check_ranks(self.shape, RankRule(rank_now, rank_overrides or {}), embedding_rank)
         if recompute not in list(Recompute):
@@ -280,6 +290,8 @@ class LowRankPretraining(LanguageModelingModule):
         else:
             longest, hint = self.shape.num_positions, "lower it or raise model.num_positions"
             of = f"model.preset {self.hparams['preset'] or _PRESET}"
+            if self.hparams["architecture"] is not None:
+                of, hint = f"model.architecture {self.hparams['architecture']}", "lower it"
         if block_length > longest:
             raise ValueError(
                 f"data.block_length {block_length} is longer than the {longest} positions of {of};"
@@ -345,7 +357,7 @@ class LowRankPretraining(LanguageModelingModule):
             network = self.laid_out()
             self.keep_own_part(network)
             materialize(
-                network,  # type: ignore[arg-type]
+                network,
                 self.initialization_seed,
                 Initialization(self.hparams["initialization"]),
             )
@@ -485,7 +497,7 @@ class LowRankPretraining(LanguageModelingModule):
                 copy.deepcopy(start.config), {} if self._is_dense_baseline else start.shapes
             )
         source = self.text_source
-        return lay_out_gpt2(
+        return lay_out_network(
             self.shape,
             self._vocab_size(),
             rank=self.rank_rule,
@@ -571,6 +583,20 @@ class LowRankPretraining(LanguageModelingModule):
         return type(self)(**(settings | dense | plain))
 
 
+def _shape_of(
+    preset: str | None, architecture: str | None, sizes: dict[str, int | None]
+) -> AnyShape:
+    if architecture is None:
+        return preset_shape(_PRESET if preset is None else preset, **sizes)
+    for name, value in ({"preset": preset} | sizes).items():
+        if value is not None:
+            raise ValueError(
+                f"{name} {value}: architecture {architecture} decides the sizes; leave {name} at"
+                " null"
+            )
+    return stored_shape(architecture)
+
+
 def _set_dropout(network: PreTrainedModel, dropout: float) -> None:
     """Sets the dropout of a network whose stored config has another.
 
@@ -578,8 +604,7 @@ def _set_dropout(network: PreTrainedModel, dropout: float) -> None:
         ValueError: The network has no place for dropout.
     """
     family = family_of(network)
-    if dropout and not family.dropouts:
-        raise ValueError(f"dropout {dropout}: a {family.title} has no dropout; set 0.0")
+    check_dropout(family.model_type, dropout)
     found = [module for module in network.modules() if isinstance(module, nn.Dropout)]
     for module in found:
         module.p = dropout

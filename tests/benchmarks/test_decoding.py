@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import decoding
-from fingpt_lightning.models.gpt2 import GPT2Shape
+from fingpt_lightning.models.shapes import GPT2Shape
 
 
 def test_all_contenders_run_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_recomputing_and_the_profile_are_recorded(tmp_path: Path) -> None:
 
 
 def test_every_preset_has_its_ranks() -> None:
-    assert set(RANKS) == {*PRESETS, "toy"}
+    assert set(RANKS) == {*PRESETS, "toy", "toy-llama"}
     for preset in ("gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         ratio = Workload(preset, *RANKS[preset]).budget().total_compression_ratio
         assert ratio == pytest.approx(2.65, abs=0.1), preset

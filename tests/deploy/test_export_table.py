@@ -20,10 +20,11 @@ from fingpt_lightning.low_rank import LowRankLinear, RankRule
 from fingpt_lightning.low_rank.conversion import make_low_rank
 from fingpt_lightning.models.formats.hf_folder import write_network
 from fingpt_lightning.models.formats.peft_adapter import trained_quantization
-from fingpt_lightning.models.gpt2 import GPT2Shape, build_gpt2
+from fingpt_lightning.models.from_scratch import build_network
 from fingpt_lightning.models.loading import LoadedModel, load_model
 from fingpt_lightning.models.low_rank_config import note_low_rank
 from fingpt_lightning.models.quantization.quantized_embedding import QuantizedEmbedding
+from fingpt_lightning.models.shapes import GPT2Shape
 from tests.deploy.tiny_clients import save_clients
 from tests.evaluation.tiny_language import VOCABULARY, tiny_tokenizer
 
@@ -115,7 +116,7 @@ def _network(base: str) -> PreTrainedModel:
             make_low_rank(network, rank=5)
     else:
         is_low_rank = base != "gpt2"
-        network = build_gpt2(
+        network = build_network(
             GPT2Shape(num_layers=1, width=24, num_heads=2, num_positions=40),
             VOCABULARY,
             RankRule(5) if is_low_rank else None,

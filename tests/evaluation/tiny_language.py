@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from fingpt_lightning.low_rank import RankRule
-from fingpt_lightning.models.gpt2 import GPT2Shape, build_gpt2
+from fingpt_lightning.models.from_scratch import build_network
+from fingpt_lightning.models.shapes import GPT2Shape
 from fingpt_lightning.tasks import Example, find_task, read_rows
 
 VOCABULARY = 320
@@ -161,7 +162,7 @@ def tiny_network(kind: str) -> PreTrainedModel:
         )  # fmt: skip
     else:
         shape = GPT2Shape(num_layers=2, width=22, num_heads=2, num_positions=POSITIONS)
-        network = build_gpt2(shape, VOCABULARY, RankRule(5), embedding_rank=11, seed=3)
+        network = build_network(shape, VOCABULARY, RankRule(5), embedding_rank=11, seed=3)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fingpt_lightning.low_rank import RankRule
-from fingpt_lightning.models import GPT2Shape, build_gpt2
+from fingpt_lightning.models import GPT2Shape, build_network
 from fingpt_lightning.models.attention import causal_attention
 from tests.support.numerics import assert_no_worse
 
@@ -89,7 +89,7 @@ def test_a_network_uses_it_in_bfloat16_only_where_it_applies(
 
     monkeypatch.setattr(module, "causal_attention", counted)
     shape = GPT2Shape(num_layers=2, width=12, num_heads=3, num_positions=24)
-    network = build_gpt2(shape, 23, RankRule(3), dropout=dropout, seed=1)
+    network = build_network(shape, 23, RankRule(3), dropout=dropout, seed=1)
     ids = torch.randint(23, (2, 11), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0

@@ -8,7 +8,7 @@ _PROGRAM = """
 import torch
 from fingpt_lightning.low_rank import RankRule
 from fingpt_lightning.models import (
-    GPT2Shape, Recompute, build_gpt2, compile_blocks, recompute_blocks,
+    GPT2Shape, Recompute, build_network, compile_blocks, recompute_blocks,
 )
 
 shape = GPT2Shape(num_layers=3, width=24, num_heads=3, num_positions=13)
@@ -16,7 +16,7 @@ ids = torch.randint(23, (2, 13), generator=torch.Generator().manual_seed(1))
 for recompute in (Recompute.NONE, Recompute.LOW_RANK):
     gradients = []
     for compiles in (False, True):
-        network = build_gpt2(shape, 23, RankRule(5), seed=1).train()
+        network = build_network(shape, 23, RankRule(5), seed=1).train()
         recompute_blocks(network, recompute)
         if compiles:
             compile_blocks(network)

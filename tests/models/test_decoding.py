@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from fingpt_lightning.low_rank import RankRule
-from fingpt_lightning.models import GPT2Shape, build_gpt2
+from fingpt_lightning.models import GPT2Shape, build_network
 from fingpt_lightning.models.decode_step import decode_step
 from fingpt_lightning.models.decoding import decode, end_tokens_of
 from fingpt_lightning.models.key_value_cache import (
@@ -20,7 +20,7 @@ from tests.models.tiny_models import VOCABULARY, tiny_gpt2, tiny_llama
 def _low_rank() -> PreTrainedModel:
     network: PreTrainedModel
     shape = GPT2Shape(num_layers=2, width=22, num_heads=2, num_positions=32)
-    network = build_gpt2(shape, VOCABULARY, RankRule(5), embedding_rank=11, seed=3).eval()
+    network = build_network(shape, VOCABULARY, RankRule(5), embedding_rank=11, seed=3).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear, RankRule
-from fingpt_lightning.models import GPT2Shape, build_gpt2
+from fingpt_lightning.models import GPT2Shape, build_network
 from fingpt_lightning.models.formats import safetensors_files
 from fingpt_lightning.models.loading import load_model
 from tests.models.tiny_models import (
@@ -89,7 +89,7 @@ def test_a_dtype_is_that_of_all_weights(tmp_path: Path, dtype: torch.dtype | str
 def test_a_low_rank_folder_is_known_by_its_weights(tmp_path: Path) -> None:
     shape = GPT2Shape(num_layers=2, width=12, num_heads=3, num_positions=11)
     rank = RankRule(3, {"*.mlp.c_fc": 5, "*.1.attn.c_attn": None})
-    network = build_gpt2(shape, VOCABULARY, rank, embedding_rank=4, seed=1).eval()
+    network = build_network(shape, VOCABULARY, rank, embedding_rank=4, seed=1).eval()
     save_low_rank(network, tmp_path)
     loaded = load_model(tmp_path)
     ranks = [m.rank for m in loaded.network.modules() if isinstance(m, LowRankLinear)]

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankLinear, RankRule
-from fingpt_lightning.models import GPT2Shape, build_gpt2
+from fingpt_lightning.models import GPT2Shape, build_network
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.quantization.layers import quantized_layer
 from fingpt_lightning.profiling import LiveTensorBytes, module_memory
@@ -66,7 +66,7 @@ def test_the_linear_layers_of_the_blocks_are_quantised_and_no_other(
 
 def test_a_low_rank_network_is_quantised_pair_by_pair(tmp_path: Path) -> None:
     shape = GPT2Shape(num_layers=1, width=64, num_heads=2, num_positions=11)
-    network = build_gpt2(shape, 23, RankRule(16), embedding_rank=8, seed=1).eval()
+    network = build_network(shape, 23, RankRule(16), embedding_rank=8, seed=1).eval()
     save_low_rank(network, tmp_path)
     loaded = load_model(tmp_path, quantize="nf4").network
     names = dict(loaded.named_parameters())

@@ -1,15 +1,16 @@
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank import RankRule
 from fingpt_lightning.models import (
     GPT2Shape,
     Recompute,
-    build_gpt2,
+    build_network,
     recompute_blocks,
 )
 from fingpt_lightning.profiling import LiveTensorBytes
@@ -18,13 +19,13 @@ SHAPE = GPT2Shape(num_layers=3, width=24, num_heads=3, num_positions=13)
 IDS = torch.randint(23, (2, 13), generator=torch.Generator().manual_seed(1))
 
 
-def _network(rank: int | None, dropout: float = 0.0) -> GPT2LMHeadModel:
-    network = build_gpt2(SHAPE, 23, RankRule(rank), dropout=dropout, seed=1)
+def _network(rank: int | None, dropout: float = 0.0) -> PreTrainedModel:
+    network = build_network(SHAPE, 23, RankRule(rank), dropout=dropout, seed=1)
     network.train()
     return network
 
 
-def _gradients(network: GPT2LMHeadModel, dtype: torch.dtype | None) -> list[Tensor]:
+def _gradients(network: PreTrainedModel, dtype: torch.dtype | None) -> list[Tensor]:
     torch.manual_seed(3)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         network(IDS, labels=IDS, use_cache=False).loss.backward()
@@ -68,18 +69,22 @@ def test_a_block_without_pairs_keeps_attention_alone() -> None:
     assert low_rank - block == SHAPE.num_layers * IDS.numel() * 2 * SHAPE.width
 
 
+def _blocks(network: PreTrainedModel) -> list[Any]:
+    return list(network.get_submodule("transformer.h").children())
+
+
 def test_none_undoes_the_others() -> None:
     network = _network(5)
     recompute_blocks(network, Recompute.LOW_RANK)
     recompute_blocks(network, Recompute.NONE)
-    assert not any(block.gradient_checkpointing for block in network.transformer.h)
+    assert not any(block.gradient_checkpointing for block in _blocks(network))
 
 
 @pytest.mark.parametrize("word", ["none", "block", "low_rank", "offload"])
 def test_the_words_of_yaml_are_taken(word: str) -> None:
     network, plain = _network(5), _network(5)
     recompute_blocks(network, word)
-    assert network.transformer.h[0].gradient_checkpointing == (word != "none")
+    assert _blocks(network)[0].gradient_checkpointing == (word != "none")
     for ours, truth in zip(_gradients(network, None), _gradients(plain, None), strict=True):
         assert torch.equal(ours, truth)
 
@@ -91,4 +96,4 @@ def test_another_word_is_refused_and_changes_nothing() -> None:
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         recompute_blocks(network, "lowrank")
-    assert not any(block.gradient_checkpointing for block in network.transformer.h)
+    assert not any(block.gradient_checkpointing for block in _blocks(network))

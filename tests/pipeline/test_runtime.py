@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank import RankRule
 from fingpt_lightning.models import recompute_blocks
-from fingpt_lightning.models.gpt2 import GPT2Shape, lay_out_gpt2, materialize
+from fingpt_lightning.models.from_scratch import lay_out_network, materialize
 from fingpt_lightning.models.recompute import Recompute
+from fingpt_lightning.models.shapes import GPT2Shape
 from fingpt_lightning.models.vocabulary_loss import vocabulary_loss
 from fingpt_lightning.pipeline import (
     PipelineLayout,
@@ -35,11 +36,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
 SCALE = 0.25
 
 
-def _laid_out(kind: str) -> GPT2LMHeadModel:
-    return lay_out_gpt2(SHAPE, 23, **NETWORKS[kind])
+def _laid_out(kind: str) -> PreTrainedModel:
+    return lay_out_network(SHAPE, 23, **NETWORKS[kind])
 
 
-def _whole(kind: str) -> GPT2LMHeadModel:
+def _whole(kind: str) -> PreTrainedModel:
     network = _laid_out(kind)
     materialize(network, seed=3)
     return network.double()
@@ -67,7 +68,7 @@ def _truth(kind: str, *batches: tuple[Tensor, Tensor]) -> tuple[list[float], dic
     return losses, _gradients(network)
 
 
-def _gradients(network: GPT2LMHeadModel) -> dict[str, Tensor]:
+def _gradients(network: PreTrainedModel) -> dict[str, Tensor]:
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 

@@ -9,11 +9,12 @@ from transformers import PreTrainedModel as Network
 
 from fingpt_lightning.low_rank import RankRule
 from fingpt_lightning.low_rank.adapters import AdapterOptions, FrozenBase
-from fingpt_lightning.models import GPT2Shape, build_gpt2, lay_out_gpt2
+from fingpt_lightning.models import GPT2Shape, build_network, lay_out_network
 from fingpt_lightning.models.adapting import adapt, linear_names
-from fingpt_lightning.models.gpt2 import PRESETS, materialize
+from fingpt_lightning.models.from_scratch import materialize
 from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER, quantized_layer
+from fingpt_lightning.models.shapes import PRESETS
 from fingpt_lightning.pipeline import (
     Span,
     Stage,
@@ -29,11 +30,11 @@ SHAPE = GPT2Shape(num_layers=5, width=12, num_heads=3, num_positions=16)
 
 
 def _gpt2() -> Network:
-    return build_gpt2(SHAPE, 23, seed=3)
+    return build_network(SHAPE, 23, seed=3)
 
 
 def _low_rank() -> Network:
-    return build_gpt2(SHAPE, 23, RankRule(3), embedding_rank=5, seed=3)
+    return build_network(SHAPE, 23, RankRule(3), embedding_rank=5, seed=3)
 
 
 def _llama() -> Network:
@@ -68,10 +69,10 @@ def test_a_part_made_alone_equals_that_part_of_the_whole_under_its_full_names(
     rank: int | None,
 ) -> None:
     rule, embedding_rank = RankRule(rank), None if rank is None else 5
-    whole = build_gpt2(SHAPE, 23, rule, embedding_rank, seed=3).state_dict()
+    whole = build_network(SHAPE, 23, rule, embedding_rank, seed=3).state_dict()
     seen: set[str] = set()
     for span in spans_of([2, 1, 2]):
-        part = lay_out_gpt2(SHAPE, 23, rule, embedding_rank)
+        part = lay_out_network(SHAPE, 23, rule, embedding_rank)
         keep_stages(part, [span])
         assert all(p.is_meta for p in part.parameters())
         materialize(part, seed=3)
@@ -113,7 +114,7 @@ def test_the_costs_add_up_to_the_network() -> None:
 
 
 def test_the_head_of_gpt2_small_costs_as_much_as_five_blocks() -> None:
-    costs = network_costs(lay_out_gpt2(PRESETS["gpt2-small"], 50257), 128)
+    costs = network_costs(lay_out_network(PRESETS["gpt2-small"], 50257), 128)
     assert costs.back.flops_per_token / costs.blocks[0].flops_per_token == pytest.approx(
         5.4, abs=0.1
     )

@@ -335,7 +335,7 @@ def _tensors(network: PreTrainedModel, facts: GgufFacts) -> Iterator[tuple[str, 
         for rotated, num_heads in facts.rotated.items():
             if layer_name.endswith(f".{rotated}"):
                 weight = _interleaved(weight, getattr(config, num_heads))
-        if facts.shifted_norms and name.endswith("norm.weight"):
+        if family_of(network).shifted_norms and name.endswith("norm.weight"):
             weight = weight + 1
         yield name, weight
 

@@ -5,7 +5,7 @@ import torch
 
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.low_rank import RankRule
-from fingpt_lightning.models import GPT2Shape, build_gpt2, vocabulary_loss
+from fingpt_lightning.models import GPT2Shape, build_network, vocabulary_loss
 from fingpt_lightning.models.formats.peft_adapter import Base
 from fingpt_lightning.models.loading import LoadedModel, load_model
 from fingpt_lightning.models.quantization.fake_quantization import RoundedWeights
@@ -27,7 +27,7 @@ NETWORKS = {
 def test_applied_weights_are_those_of_the_exported_folder(
     kind: str, method: str, tmp_path: Path
 ) -> None:
-    network = build_gpt2(SHAPE, 37, *NETWORKS[kind], seed=1).eval()
+    network = build_network(SHAPE, 37, *NETWORKS[kind], seed=1).eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     weights = RoundedWeights(network, method)
     weights.apply()
@@ -48,7 +48,7 @@ def test_applied_weights_are_those_of_the_exported_folder(
 
 
 def test_the_gradient_is_that_of_the_rounded_network_and_moves_the_weights_themselves() -> None:
-    network, plain = (build_gpt2(SHAPE, 37, RankRule(7), 11, seed=1) for _ in range(2))
+    network, plain = (build_network(SHAPE, 37, RankRule(7), 11, seed=1) for _ in range(2))
     weights = RoundedWeights(network, "nf4")
     weights.apply()
     weights.apply()  # a second microbatch
@@ -57,7 +57,7 @@ def test_the_gradient_is_that_of_the_rounded_network_and_moves_the_weights_thems
     for each in (network, plain):
         each(input_ids=IDS, labels=IDS).loss.backward()
     weights.restore()
-    original = build_gpt2(SHAPE, 37, RankRule(7), 11, seed=1)
+    original = build_network(SHAPE, 37, RankRule(7), 11, seed=1)
     torch.optim.SGD(network.parameters(), lr=0.5).step()
     assert len(start) == 2 * 4 * 2 + 2
     moved = 0

@@ -1,13 +1,13 @@
-"""transformers' GPT-2 with its linear layers, and if wanted its embedding, low-rank."""
+"""Networks of any family from scratch, linear layers and if wanted embedding and head low-rank."""
 
+import functools
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import (
@@ -16,6 +16,7 @@ from fingpt_lightning.low_rank import (
     LowRankLinear,
     RankRule,
 )
+from fingpt_lightning.low_rank.embedding import OwnLowRankHead
 from fingpt_lightning.low_rank.rank import Rank, resolve_rank
 from fingpt_lightning.low_rank.rank_allocation import (
     num_parameters,
@@ -23,94 +24,57 @@ from fingpt_lightning.low_rank.rank_allocation import (
     ratio_for_parameters,
 )
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
-from fingpt_lightning.models.families import GPT2
-from fingpt_lightning.models.low_rank_config import note_low_rank
+from fingpt_lightning.models.families import (
+    check_plain_embedding,
+    family_named,
+    family_of,
+    head_of,
+)
+from fingpt_lightning.models.layout import compute_buffers, features_of
+from fingpt_lightning.models.low_rank_config import note_low_rank, note_own_head
+from fingpt_lightning.models.shapes import AnyShape
 from fingpt_lightning.models.tied_head import tie_head
-from fingpt_lightning.terminal.messages import nearest
 
 INITIALIZER_STD = 0.02
-MAX_LAYERS = 10_000
-"""Most blocks of a network that is made here: one with more would take hours to be laid out."""
 
 
-@dataclass(frozen=True)
-class GPT2Shape:
-    """The sizes of a GPT-2.
-
-    Args:
-        num_layers: Number of decoder blocks.
-        width: Width of the hidden states: features of the residual stream, a multiple of
-            ``num_heads``.
-        num_heads: Number of attention heads.
-        num_positions: Length of the longest sequence.
-    """
-
-    num_layers: int
-    width: int
-    num_heads: int
-    num_positions: int = 1024
-
-    def __post_init__(self) -> None:
-        for name in ("num_layers", "width", "num_heads", "num_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is below 1")
-        if self.num_layers > MAX_LAYERS:
-            raise ValueError(f"num_layers {self.num_layers:,} is above {MAX_LAYERS:,}")
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
+@functools.lru_cache(maxsize=16)
+def _dense(shape: AnyShape, vocab_size: int) -> PreTrainedModel:
+    """The dense network of a shape on the meta device."""
+    config = shape.config(vocab_size)
+    with torch.device("meta"):
+        network = family_named(config.model_type).network_class(config)
+    network.tie_weights()
+    return network
 
 
-PRESETS = {
-    "gpt2-nano": GPT2Shape(num_layers=4, width=256, num_heads=4, num_positions=256),
-    "gpt2-small": GPT2Shape(num_layers=12, width=768, num_heads=12),
-    "gpt2-medium": GPT2Shape(num_layers=24, width=1024, num_heads=16),
-    "gpt2-large": GPT2Shape(num_layers=36, width=1280, num_heads=20),
-    "gpt2-xl": GPT2Shape(num_layers=48, width=1600, num_heads=25),
-}
-"""Source: Radford et al. (2019), table 2; nano is ours, for laptops and tests."""
-
-
-def preset_shape(preset: str, **changes: int | None) -> GPT2Shape:
-    """The shape of a preset, with those ``changes`` that are not None.
-
-    Raises:
-        ValueError: No such preset (the nearest is named), or sizes that do not fit together.
-
-    >>> preset_shape("gpt2-small", num_layers=2).num_layers
-    2
-    """
-    if preset not in PRESETS:
-        hint = nearest(preset, PRESETS, cutoff=0.3)
-        raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}{hint}")
-    return replace(PRESETS[preset], **{k: v for k, v in changes.items() if v is not None})
-
-
-def block_layers(shape: GPT2Shape) -> dict[str, tuple[int, int]]:
+def block_layers(shape: AnyShape) -> dict[str, tuple[int, int]]:
     """In and out features of the blocks' linear layers, by full name."""
-    width = shape.width
-    sizes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
+    network = _dense(shape, 1)
+    family = family_of(network)
     return {
-        GPT2.layer_name(block, name): size
-        for block in range(shape.num_layers)
-        for name, size in zip(GPT2.linear_layers, sizes, strict=True)
+        name: features_of(module)
+        for name, module in network.named_modules()
+        if isinstance(module, family.dense_layer) and family.is_in_block(name)
     }
 
 
 def rank_ratio_of(
     compression: float,
-    shape: GPT2Shape,
+    shape: AnyShape,
     vocab_size: int,
     overrides: Mapping[str, Rank] | None = None,
     embedding_rank: Rank = None,
 ) -> float:
-    """The rank ratio with which a GPT-2 comes nearest to a total compression.
+    """The rank ratio with which a network comes nearest to a total compression.
 
     Args:
         compression: Ratio of all parameters of the dense network to all of this one.
         shape: Sizes of the network.
         vocab_size: Size of the vocabulary.
         overrides: Ranks by name pattern, as in a `RankRule`; layers that match keep theirs.
-        embedding_rank: Rank of the tied embedding; None keeps it dense.
+        embedding_rank: Rank of the embedding, and of a head that is not tied to it; None keeps both
+            dense.
 
     Raises:
         ValueError: ``compression`` is below 1, or more than rank 1 everywhere gives.
@@ -123,13 +87,15 @@ def rank_ratio_of(
     layers, rule = block_layers(shape), RankRule(None, overrides or {})
     free = {name: size for name, size in layers.items() if not rule.patterns_of(name)}
     given = {name: rule.rank_of(name, *layers[name]) for name in layers.keys() - free.keys()}
-    table = (vocab_size, shape.width)
-    beside = (shape.num_positions + 2) * shape.width  # positions and the last norm
-    # Biases: 3 + 1 + 4 + 1 times the width; two norms.
-    beside += shape.num_layers * 13 * shape.width
-    dense = beside + num_parameters(None, *table)
-    dense += sum(num_parameters(None, *size) for size in layers.values())
-    fixed = beside + num_parameters(resolve_rank(embedding_rank, *table), *table)
+    network = _dense(shape, vocab_size)
+    dense = sum(parameter.numel() for parameter in network.parameters())
+    embedding, head = network.get_input_embeddings(), head_of(network)
+    assert isinstance(embedding, nn.Embedding)
+    table = (vocab_size, embedding.embedding_dim)
+    num_tables = 1 if head.weight is embedding.weight else 2
+    fixed = dense - sum(num_parameters(None, *size) for size in layers.values())
+    columns = resolve_rank(embedding_rank, *table)
+    fixed += num_tables * (num_parameters(columns, *table) - num_parameters(None, *table))
     fixed += sum(num_parameters(rank, *layers[name]) for name, rank in given.items())
     left = parameters_left(
         free,
@@ -142,8 +108,8 @@ def rank_ratio_of(
     return ratio_for_parameters(free, left)
 
 
-def check_ranks(shape: GPT2Shape, rank: RankRule, embedding_rank: Rank) -> None:
-    """Raises what `build_gpt2` would raise, before anything is built.
+def check_ranks(shape: AnyShape, rank: RankRule, embedding_rank: Rank) -> None:
+    """Raises what `build_network` would raise, before anything is built.
 
     Raises:
         ValueError: A rank that does not fit a layer, or a pattern that names no layer.
@@ -156,14 +122,18 @@ def check_ranks(shape: GPT2Shape, rank: RankRule, embedding_rank: Rank) -> None:
             f"rank_overrides: {unused[0]!r} fits no layer; layers are named like"
             f" {', '.join(list(layers)[:4])}"
         )
+    config = shape.config(1)
+    if embedding_rank is not None:
+        check_plain_embedding(family_named(config.model_type))
+    width = int(config.hidden_size)
     try:  # the vocabulary is larger than the width, so the width is the bound
-        resolve_rank(embedding_rank, shape.width, max(shape.width, 50257))
+        resolve_rank(embedding_rank, width, max(width, 50257))
     except ValueError as error:
         raise ValueError(f"embedding_{error}") from None
 
 
-def lay_out_gpt2(
-    shape: GPT2Shape,
+def lay_out_network(
+    shape: AnyShape,
     vocab_size: int,
     rank: RankRule | None = None,
     embedding_rank: Rank = None,
@@ -171,42 +141,37 @@ def lay_out_gpt2(
     eos_token_id: int | None = None,
     factor_activation: str = "none",
     expansion: float = 0.0,
-) -> GPT2LMHeadModel:
-    """The network of `build_gpt2` on the meta device: names and sizes, no memory.
+) -> PreTrainedModel:
+    """The network of `build_network` on the meta device: names and sizes, no memory.
 
     What `LowRankLinear` takes beside sizes is noted in the config, where loading looks for it.
     """
-    config = GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=shape.num_positions,
-        n_embd=shape.width,
-        n_layer=shape.num_layers,
-        n_head=shape.num_heads,
-        # The same curve as GPT-2's gelu_new, in one fused operator.
-        activation_function="gelu_pytorch_tanh",
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        bos_token_id=eos_token_id,
-        eos_token_id=eos_token_id,
-        use_cache=False,
-    )
+    config = shape.config(vocab_size, dropout, eos_token_id)
+    family = family_named(config.model_type)
+    config.use_cache = False
     config._attn_implementation = BLOCKED_ATTENTION
     note_low_rank(config, factor_activation, expansion)
-    embedding_columns = resolve_rank(embedding_rank, vocab_size, shape.width)
-    config.tie_word_embeddings = embedding_columns is None
+    columns = resolve_rank(embedding_rank, vocab_size, config.hidden_size)
+    is_tied = bool(config.tie_word_embeddings)
+    if columns is not None:
+        config.tie_word_embeddings = False  # transformers' own tying is for full tables
+        if not is_tied:
+            note_own_head(config)
     with torch.device("meta"):
-        network = GPT2LMHeadModel(config)
+        network = family.network_class(config)
         _replace_linears(network, rank or RankRule(), factor_activation, expansion)
-        if embedding_columns is not None:
-            embedding = LowRankEmbedding(vocab_size, shape.width, embedding_columns)
-            network.set_submodule(GPT2.embedding, embedding)
+        if columns is not None:
+            embedding = LowRankEmbedding(vocab_size, config.hidden_size, columns)
+            network.set_submodule(family.embedding, embedding)
+            if not is_tied:
+                own_head = OwnLowRankHead(config.hidden_size, vocab_size, columns)
+                network.set_submodule(family.head, own_head)
     tie_head(network)
     return network
 
 
-def build_gpt2(
-    shape: GPT2Shape,
+def build_network(
+    shape: AnyShape,
     vocab_size: int,
     rank: RankRule | None = None,
     embedding_rank: Rank = None,
@@ -214,8 +179,8 @@ def build_gpt2(
     eos_token_id: int | None = None,
     seed: int | None = None,
     initialization: Initialization = Initialization.SVD,
-) -> GPT2LMHeadModel:
-    """A freshly initialized GPT-2 with every linear layer of its blocks low-rank.
+) -> PreTrainedModel:
+    """A freshly initialized network with every linear layer of its blocks low-rank.
 
     No dense weight is held: the network is laid out without memory, its layers are replaced,
     and only then filled, each layer from a random stream of its own (so that a part of the
@@ -225,7 +190,7 @@ def build_gpt2(
         shape: Sizes of the network.
         vocab_size: Size of the vocabulary.
         rank: Rule for the rank of each layer; None for the dense baseline.
-        embedding_rank: Rank of the tied embedding and head; None for a full table.
+        embedding_rank: Rank of embedding and head, tied or not; None for full tables.
         dropout: Probability after embedding, attention and MLP, in [0, 1).
         eos_token_id: Token that ends a document, for generation.
         seed: Seed of the initialization; None draws one from torch's global generator.
@@ -238,65 +203,77 @@ def build_gpt2(
     Source: initialization of Radford et al. (2019) as in transformers: N(0, 0.02^2), projections
     into the residual stream divided by sqrt(2 x layers); the factors follow from that draw.
     """
-    network = lay_out_gpt2(shape, vocab_size, rank, embedding_rank, dropout, eos_token_id)
+    network = lay_out_network(shape, vocab_size, rank, embedding_rank, dropout, eos_token_id)
     seed = seed if seed is not None else int(torch.randint(2**31, ()))
     materialize(network, seed, initialization)
     return network
 
 
 def materialize(
-    network: GPT2LMHeadModel, seed: int, initialization: Initialization = Initialization.SVD
+    network: PreTrainedModel, seed: int, initialization: Initialization = Initialization.SVD
 ) -> None:
-    """Gives a network of `lay_out_gpt2`, or the part of it that is left, memory and weights."""
+    """Gives a network of `lay_out_network`, or the part of it that is left, memory and weights."""
     network.to_empty(device=torch.get_default_device())
     tie_head(network)  # to_empty gives tied parameters separate memory
+    compute_buffers(network)
     initialize(network, seed, initialization)
 
 
 def _replace_linears(
-    network: GPT2LMHeadModel, rank: RankRule, activation: str, expansion: float
+    network: PreTrainedModel, rank: RankRule, activation: str, expansion: float
 ) -> None:
+    family = family_of(network)
     for name, module in list(network.named_modules()):
-        if not isinstance(module, Conv1D):
+        if not (isinstance(module, family.dense_layer) and family.is_in_block(name)):
             continue
-        in_features, out_features = module.weight.shape
+        in_features, out_features = features_of(module)
         columns = rank.rank_of(name, in_features, out_features)
         if columns is not None:
-            pair = LowRankLinear(
-                in_features, out_features, columns, activation=activation, expansion=expansion
+            factors = LowRankLinear(
+                in_features,
+                out_features,
+                columns,
+                bias=module.bias is not None,
+                activation=activation,
+                expansion=expansion,
             )
-            network.set_submodule(name, pair)
+            network.set_submodule(name, factors)
 
 
 @torch.no_grad()
 def initialize(
-    network: GPT2LMHeadModel, seed: int, initialization: Initialization = Initialization.SVD
+    network: PreTrainedModel, seed: int, initialization: Initialization = Initialization.SVD
 ) -> None:
     """Fills every parameter; each layer's stream depends on ``seed`` and its name alone."""
-    into_residual = INITIALIZER_STD / (2 * network.config.n_layer) ** 0.5
+    family = family_of(network)
+    into_residual = INITIALIZER_STD / (2 * network.config.num_hidden_layers) ** 0.5
+    of_embedding = {id(parameter) for parameter in network.get_input_embeddings().parameters()}
     filled = set[nn.Parameter]()
     for name, module in network.named_modules():
-        if module is network.lm_head:  # tied to the embedding
-            filled.update(module.parameters())
+        parameters = list(module.parameters(recurse=False))
+        if family.is_head(name) and {id(p) for p in parameters} <= of_embedding:  # tied
+            filled.update(parameters)
             continue
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         stream = torch.Generator(network.device).manual_seed(int.from_bytes(digest[:7], "big"))
-        std = into_residual if name.endswith(GPT2.into_residual) else INITIALIZER_STD
+        std = into_residual if name.endswith(family.into_residual) else INITIALIZER_STD
         match module:
             case LowRankLinear():
                 module.reset_parameters(std, stream, initialization)
-            case LowRankEmbedding():
+            case LowRankEmbedding() | OwnLowRankHead():
                 module.reset_parameters(std, stream)
-            case Conv1D():
+            case Conv1D() | nn.Linear():
                 module.weight.normal_(std=std, generator=stream)
-                module.bias.zero_()
+                if module.bias is not None:
+                    module.bias.zero_()
             case nn.Embedding():
                 module.weight.normal_(std=std, generator=stream)
             case nn.LayerNorm():
                 module.reset_parameters()
+            case _ if type(module).__name__.endswith("RMSNorm"):
+                module.get_parameter("weight").fill_(0.0 if family.shifted_norms else 1.0)
             case _:
                 continue
-        filled.update(module.parameters(recurse=False))
+        filled.update(parameters)
     missed = [name for name, p in network.named_parameters() if p not in filled]
     assert not missed, f"not initialized: {missed}"
-    assert not list(network.buffers()), "buffers would be left unfilled"
