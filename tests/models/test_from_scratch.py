@@ -245,7 +245,9 @@ def test_wrong_shapes_are_refused_in_one_line(tmp_path: Path) -> None:
         stored_shape("lama-60m")
     with pytest.raises(ValueError, match=r"width 9 over num_heads 3 is odd, and a rotation turns"):
         LlamaShape(num_layers=1, width=9, num_heads=3, mlp_width=4)
-    with pytest.raises(ValueError, match=r"architecture 'mamba' is not supported; gpt2, llama, mistral"):
+    with pytest.raises(
+        ValueError, match=r"architecture 'mamba' is not supported; gpt2, llama, mistral"
+    ):
         _written(tmp_path, "llama").__class__(tmp_path, '{"model_type": "mamba"}').config(3)
     with pytest.raises(ValueError, match=r"dropout 0.1: a Llama has no dropout; set 0.0"):
         LLAMA.config(VOCABULARY, dropout=0.1)
