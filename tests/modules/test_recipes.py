@@ -163,7 +163,7 @@ def test_a_network_with_activations_between_factors_becomes_no_dense_one(tmp_pat
         expand(source.network)
     pair = source.network.get_submodule("transformer.h.0.mlp.c_fc")
     for quantize in ("nf4", "int8"):
-        with pytest.raises(ValueError, match=r"a low-rank layer with silu .* cannot be quantised"):
+        with pytest.raises(ValueError, match=r"a low-rank layer with silu .* cannot be quantized"):
             quantized_layer(pair, quantize, torch.device("cpu"))
     merge_into_base(source.network)  # no adapter, nothing to merge
 
