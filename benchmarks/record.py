@@ -1,7 +1,6 @@
 """What every benchmark records beside its figures, and how a record is written."""
 
 import fcntl
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ import psutil
 import torch
 
 from fingpt_lightning.files import to_json, write_whole
+from fingpt_lightning.versions import installed_versions
 
 _PACKAGES = ("torch", "lightning", "transformers", "bitsandbytes", "wandb")
 _MAX_BYTES = 50_000
@@ -39,7 +39,7 @@ def new_record(question: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "versions": versions(),
+        "versions": installed_versions(_PACKAGES),
         "config": dict(config),
     }
 
@@ -75,17 +75,6 @@ def machine() -> dict[str, str | int | float | None]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that affect speed and results, where installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -73,6 +73,8 @@ SMALLER = {
     ),
     "validate": ("--trainer.limit_val_batches", "1", "--trainer.logger", "false"),
     "generate": ("--max_new_tokens", "3"),
+    # Two processes are those of tests/decomposition/test_command.py.
+    "decompose": ("--workers", "1"),
 }
 
 COMMANDS_OF = {guide: shell_commands(guide) for guide in GUIDES}

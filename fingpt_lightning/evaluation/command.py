@@ -1,8 +1,6 @@
 """``fingpt evaluate`` and the function `evaluate`: a model, some tasks, a table and files."""
 
 import argparse
-import importlib.metadata
-import platform
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -27,6 +25,7 @@ from fingpt_lightning.tasks.encoding import TooLong
 from fingpt_lightning.terminal.command_line import options_as_arguments
 from fingpt_lightning.terminal.messages import check_choice
 from fingpt_lightning.terminal.progress import shown_progress
+from fingpt_lightning.versions import installed_versions
 
 _PACKAGES = ("fingpt-lightning", "torch", "transformers", "tokenizers", "bitsandbytes")
 
@@ -198,7 +197,7 @@ def evaluate(
         },
         "started_at": started_at.isoformat(timespec="seconds"),
         "seconds": time.perf_counter() - started_s,
-        "versions": _versions(),
+        "versions": installed_versions(_PACKAGES),
     }
     num_positions = max_positions(network.config)
     evaluation = Evaluation(loaded.description, results, head, num_positions, remark)
@@ -238,13 +237,3 @@ def run(options: argparse.Namespace) -> None:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

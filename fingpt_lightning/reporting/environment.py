@@ -1,6 +1,5 @@
 """What a run ran on: command, code, machine, versions."""
 
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -16,6 +15,7 @@ import torch
 
 from fingpt_lightning.files import write_json
 from fingpt_lightning.units import GIB
+from fingpt_lightning.versions import installed_versions
 
 ENVIRONMENT = "environment.json"
 _PACKAGES = ("fingpt-lightning", "torch", "lightning", "transformers", "bitsandbytes", "wandb")
@@ -39,7 +39,7 @@ def environment(words: Sequence[str] | None = None) -> dict[str, Any]:
             "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
             "system": platform.platform(terse=True),
         },
-        "versions": _versions(),
+        "versions": installed_versions(_PACKAGES),
     }
 
 
@@ -67,16 +67,6 @@ def _git(file: Path, *words: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _cpu_name() -> str:

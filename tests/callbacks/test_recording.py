@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -24,6 +23,8 @@ from tests.callbacks.tiny_run import (
     make_batch,
     tiny_trainer,
 )
+from tests.support.lightning_ranks import RanksEnvironment
+from tests.support.ranks import run_ranks
 
 
 class _Run:
@@ -73,29 +74,31 @@ class _OnlyOneOfTwo(Callback):
 class _LessOnRankOne(TinyModule):
     @override
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        labels = batch["labels"].clone()  # spawned processes share the memory of the batches
+        labels = batch["labels"].clone()
         if self.global_rank == 1:
             labels[1] = -100
         return batch | {"labels": labels}
 
 
-@pytest.mark.slow
-def test_two_processes_log_their_tokens_together_and_their_largest_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MASTER_PORT", str(find_free_network_port()))  # else left in the environment
+def _fit(process_rank: int, world_size: int, name: str) -> None:
     trainer = tiny_trainer(
-        tmp_path,
+        Path(name),
         [
             MemoryMonitor(),
             ThroughputMonitor(warmup_steps=0, peak_tflops=1e-3),
             RunSummary(dense_baseline_steps=1),
             _OnlyOneOfTwo(),
         ],
-        devices=2,
-        strategy=DDPStrategy(start_method="spawn", process_group_backend="gloo"),
+        devices=world_size,
+        strategy=DDPStrategy(),
+        plugins=[RanksEnvironment()],
     )
     fit(trainer, _LessOnRankOne(), [make_batch()] * 2)
+
+
+@pytest.mark.slow
+def test_two_processes_log_their_tokens_together_and_their_largest_memory(tmp_path: Path) -> None:
+    run_ranks(_fit, 2, str(tmp_path))
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert found == {"max": [1, 10, None], "sum": [1, 20, None], "mean": [0.5, 10, None]}

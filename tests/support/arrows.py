@@ -39,6 +39,7 @@ ORDER = (
     "files",
     "metric_keys",
     "units",
+    "versions",
 )
 
 _LIGHTNING_AND_WANDB = ("lightning", "lightning_fabric", "pytorch_lightning", "wandb")
@@ -55,6 +56,7 @@ FOREIGN = {
     "fingpt_lightning/files.py": _HEAVY,
     "fingpt_lightning/metric_keys.py": _HEAVY,
     "fingpt_lightning/units.py": _HEAVY,
+    "fingpt_lightning/versions.py": _HEAVY,
     "fingpt_lightning/pipeline/partition.py": ("torch",),
     "fingpt_lightning/pipeline/schedule.py": ("torch",),
     "fingpt_lightning/pipeline/simulation.py": ("torch",),
