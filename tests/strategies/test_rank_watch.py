@@ -2,11 +2,15 @@
 
 import os
 import signal
+import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from fingpt_lightning.strategies import rank_watch
+from fingpt_lightning.strategies.rank_watch import Identity, RankWatch
 from tests.strategies import lost_ranks
 from tests.strategies.lost_ranks import LOST, TIMEOUT_S
 from tests.support.warm_python import ROOT, WarmProcess
@@ -27,7 +31,7 @@ def _lose(kind: str, folder: Path) -> tuple[float, list[int | None], list[str]]:
             assert all(rank.poll() is None for rank in ranks), "a rank ended at the start"
             time.sleep(0.01)
         began_s = time.monotonic()
-        sign = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}.get(kind.partition(",")[0])
+        sign = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}.get(kind)
         if sign is not None:
             ranks[LOST].send_signal(sign)
         for rank in ranks:
@@ -46,7 +50,6 @@ def _lose(kind: str, folder: Path) -> tuple[float, list[int | None], list[str]]:
     [
         ("killed", -signal.SIGKILL, "is lost: its connection closed without a word (killed, or"),
         ("stopped", -signal.SIGKILL, "is lost: no sign of life for 3."),
-        ("stopped, and all exit", -signal.SIGKILL, "is lost: no sign of life for 3."),
         ("raises", 3, "failed: the second device is on fire"),
         ("hangs", 1, "no answer for timeout_s 3 while the others waited: "),
     ],
@@ -78,3 +81,23 @@ def test_ranks_that_leave_are_not_missed(tmp_path: Path) -> None:
     _, statuses, said = _lose("leaves", tmp_path)
     assert statuses == [0, 0, 0], said
     assert said == ["", "", ""]
+
+
+def test_who_awaited_a_stopped_rank_ends_it_before_it_may_be_gone_itself() -> None:
+    with subprocess.Popen(["sleep", "60"]) as stopped:
+        os.kill(stopped.pid, signal.SIGSTOP)
+        own = Identity.own(1)
+        lost = own._replace(rank=0, process=stopped.pid, birth=rank_watch._birth(stopped.pid))
+        watch = object.__new__(RankWatch)  # one whose thread does not come to act
+        watch._identity, watch._decided = own, threading.Event()
+        for other in (own, lost._replace(birth=lost.birth + 1), lost._replace(machine="other")):
+            watch._verdict = rank_watch._Verdict("lost", (other,), is_silent=True)
+            watch._decided.set()
+            assert watch.explain(RuntimeError()) == "lost; rank 1 awaited it in the run"
+            assert stopped.poll() is None
+        watch._verdict = rank_watch._Verdict("lost", (own, lost), is_silent=True)
+        watch.explain(RuntimeError())
+        time.sleep(0.2)
+        status = stopped.poll()
+        stopped.kill()
+    assert status == -signal.SIGKILL
