@@ -217,7 +217,7 @@ def test_bombs_are_refused(
 ) -> None:
     monkeypatch.setattr(files, "_MIN_BOMB_BYTES", 2**18)
     start = {".jsonl": b'{"a": "', ".json": b'[{"a": "', ".csv": b'a\n"'}[ending]
-    path = _write(tmp_path / f"a{ending}{packed}", _PACK[packed](start + b"\n" * 2**23))
+    path = _write(tmp_path / f"a{ending}{packed}", _PACK[packed](start + b"\n" * 2**22))
     with pytest.raises(ValueError, match=r"unpacks to more than 500 times its size|no JSON"):
         _read(path)
 
