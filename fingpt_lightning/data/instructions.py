@@ -56,15 +56,6 @@ class FinancialInstructions(TokenizedData):
             read as they come, or a mapping from task to its share of the rows. Null for the
             sentiment of synthetic news, or the rows of ``train_files``.
         data_dir: Folder of ``<task>/<split>.jsonl``; null reads from the Hugging Face hub.
-        train_files: Own files, read in place of ``tasks``: paths, folders and globs, of rows with
-            the columns ``instruction``, ``input``, ``output``, with ``context``, ``target``, or
-            with ``messages`` or ``conversations``, each row in any of these.
-        validation_files: Files as ``train_files`` to validate on; null holds out ``val_share``.
-        separator: Character between the values of CSV files; null takes what their first line has.
-        encoding: Encoding of CSV files; null takes that of their byte order mark, else UTF-8.
-        chat_template: Text around prompts and answers: ``auto``, the base's own where it is an
-            instruct model, or the one that an adapter was trained with; ``none``; or a file with a
-            template in Jinja. It is stored with the tokenizer beside the adapter.
         tokenizer: Folder or hub name; null takes that of the model's base, or trains one on the
             rows where there is no base.
         batching: Layout of the rows, ``shared_prefix``, ``packed`` or ``padded``: equal gradients,
@@ -82,6 +73,15 @@ class FinancialInstructions(TokenizedData):
         seed: Seed of the held-out rows, of the order, and of the synthetic news.
         num_synthetic_items: Number of rows of synthetic news.
         vocab_size: Largest number of entries of a tokenizer that is trained here.
+        train_files: Own files, read in place of ``tasks``: paths, folders and globs, of rows with
+            the columns ``instruction``, ``input``, ``output``, with ``context``, ``target``, or
+            with ``messages`` or ``conversations``, each row in any of these.
+        validation_files: Files as ``train_files`` to validate on; null holds out ``val_share``.
+        separator: Character between the values of CSV files; null takes what their first line has.
+        encoding: Encoding of CSV files; null takes that of their byte order mark, else UTF-8.
+        chat_template: Text around prompts and answers: ``auto``, the base's own where it is an
+            instruct model, or the one that an adapter was trained with; ``none``; or a file with a
+            template in Jinja. It is stored with the tokenizer beside the adapter.
 
     Attributes:
         tokenizer: The tokenizer, after ``setup``.
@@ -95,11 +95,6 @@ class FinancialInstructions(TokenizedData):
         self,
         tasks: list[str] | dict[str, float] | str | None = None,
         data_dir: str | None = None,
-        train_files: str | list[str] | None = None,
-        validation_files: str | list[str] | None = None,
-        separator: str | None = None,
-        encoding: str | None = None,
-        chat_template: str = AUTO,
         tokenizer: str | None = None,
         batching: Literal["shared_prefix", "packed", "padded"] = "shared_prefix",
         batch_size: int = 16,
@@ -112,6 +107,11 @@ class FinancialInstructions(TokenizedData):
         seed: int = 1,
         num_synthetic_items: int = 400,
         vocab_size: int = 1024,
+        train_files: str | list[str] | None = None,
+        validation_files: str | list[str] | None = None,
+        separator: str | None = None,
+        encoding: str | None = None,
+        chat_template: str = AUTO,
     ) -> None:
         super().__init__()
         least = {

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -113,6 +113,7 @@ def test_prompt_and_answer_are_the_tokens_that_transformers_renders(task: str, n
 
 
 @pytest.mark.parametrize("name", ["chatml", "trimmed", "brackets", "plain"])
+@settings(max_examples=30)
 @given(
     contents=st.lists(
         st.text("ab .\n<|", min_size=1, max_size=9).filter(str.strip), min_size=1, max_size=3

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow  # type: ignore[import-untyped]
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fingpt_lightning import files
@@ -74,6 +74,7 @@ _values = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.dictionaries(st.text(max_size=3), _values, max_size=3), max_size=4),
     st.sampled_from([None, 1]),
@@ -188,9 +189,9 @@ def test_settings_of_csv_are_checked(tmp_path: Path) -> None:
         ({"encoding": "latin9x"}, r"encoding 'latin9x' is not known; such as utf-8"),
         ({"encoding": "hex"}, r"encoding 'hex' is not known"),
     ]
-    for settings, message in wrong:
+    for given_settings, message in wrong:
         with pytest.raises(ValueError, match=message):
-            read_rows(task, tmp_path, "train", **settings)
+            read_rows(task, tmp_path, "train", **given_settings)
     with pytest.raises(ValueError, match="separator ';' has an effect with data_dir alone"):
         read_rows(task, None, "train", separator=";")
 
@@ -216,7 +217,7 @@ def test_bombs_are_refused(
 ) -> None:
     monkeypatch.setattr(files, "_MIN_BOMB_BYTES", 2**18)
     start = {".jsonl": b'{"a": "', ".json": b'[{"a": "', ".csv": b'a\n"'}[ending]
-    path = _write(tmp_path / f"a{ending}{packed}", _PACK[packed](start + b"\n" * 2**23))
+    path = _write(tmp_path / f"a{ending}{packed}", _PACK[packed](start + b"\n" * 2**22))
     with pytest.raises(ValueError, match=r"unpacks to more than 500 times its size|no JSON"):
         _read(path)
 
