@@ -89,7 +89,7 @@ def test_finetune_and_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_a_pipeline_with_torchrun(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2",
                 "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # fmt: skip
     codes, printed = run_together(
         tmp_path, [[*torchrun, str(EXAMPLES / "pipeline_with_torchrun.py")]]
