@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from fingpt_lightning.files import to_json, write_whole
-from fingpt_lightning.versions import installed_versions
+from fingpt_lightning.profiling.versions import installed_versions
 
 _PACKAGES = ("torch", "lightning", "transformers", "bitsandbytes", "wandb")
 _MAX_BYTES = 50_000

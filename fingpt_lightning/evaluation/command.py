@@ -20,12 +20,12 @@ from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.profiling.versions import installed_versions
 from fingpt_lightning.tasks.chat import AUTO, choose_chat_template
 from fingpt_lightning.tasks.encoding import TooLong
 from fingpt_lightning.terminal.command_line import options_as_arguments
 from fingpt_lightning.terminal.messages import check_choice
 from fingpt_lightning.terminal.progress import shown_progress
-from fingpt_lightning.versions import installed_versions
 
 _PACKAGES = ("fingpt-lightning", "torch", "transformers", "tokenizers", "bitsandbytes")
 

@@ -14,8 +14,8 @@ import psutil
 import torch
 
 from fingpt_lightning.files import write_json
+from fingpt_lightning.profiling.versions import installed_versions
 from fingpt_lightning.units import GIB
-from fingpt_lightning.versions import installed_versions
 
 ENVIRONMENT = "environment.json"
 _PACKAGES = ("fingpt-lightning", "torch", "lightning", "transformers", "bitsandbytes", "wandb")

@@ -39,7 +39,6 @@ ORDER = (
     "files",
     "metric_keys",
     "units",
-    "versions",
 )
 
 _LIGHTNING_AND_WANDB = ("lightning", "lightning_fabric", "pytorch_lightning", "wandb")
@@ -56,7 +55,6 @@ FOREIGN = {
     "fingpt_lightning/files.py": _HEAVY,
     "fingpt_lightning/metric_keys.py": _HEAVY,
     "fingpt_lightning/units.py": _HEAVY,
-    "fingpt_lightning/versions.py": _HEAVY,
     "fingpt_lightning/pipeline/partition.py": ("torch",),
     "fingpt_lightning/pipeline/schedule.py": ("torch",),
     "fingpt_lightning/pipeline/simulation.py": ("torch",),
