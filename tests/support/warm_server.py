@@ -123,17 +123,18 @@ def _enter(
     env = request["env"]
     if _read_at_import(env) != _read_at_import(_OWN_ENV):
         os.execve(sys.executable, [sys.executable, *request["arguments"]], env)
+    for temporary in temporaries:
+        # The libraries' own, made at their import, beside those of the server: each fork removes
+        # its own at its end, and leaves nothing in its TMPDIR if it is killed.
+        temporary._finalizer.detach()  # type: ignore[attr-defined]
+        temporary.__init__()  # type: ignore[misc]
     os.environ.clear()
     os.environ.update(env)
     # As Lightning does when it is imported.
     rank_zero_only.rank = _get_rank() or 0  # type: ignore[attr-defined]
     # Python's own generator is seeded anew in a fork.
     numpy.random.seed()  # noqa: NPY002
-    tempfile.tempdir = None  # it was TMPDIR of the server
-    for temporary in temporaries:
-        # The libraries' own, made at their import: each fork removes its own at its end.
-        temporary._finalizer.detach()  # type: ignore[attr-defined]
-        temporary.__init__()  # type: ignore[misc]
+    tempfile.tempdir = None  # it was that of the server
 
 
 def _read_at_import(env: Mapping[str, str]) -> dict[str, str]:
