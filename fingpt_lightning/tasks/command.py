@@ -43,7 +43,7 @@ def _table(tasks: list[Task], data_dir: Path | None) -> Table:
         table.add_column(name, overflow="fold", no_wrap=name in ("task", "kind"))
     for task in tasks:
         rows = () if data_dir is None else (_counts(task, data_dir) or "-",)
-        table.add_row(task.name, task.kind, *rows, task.licence, task.source)
+        table.add_row(task.name, task.kind, *rows, task.license, task.source)
     return table
 
 
@@ -69,7 +69,7 @@ def _show(task: Task, data_dir: Path | None, console: Console) -> None:
         "rows": None if data_dir is None else _counts(task, data_dir) or "none there",
         "columns": layouts,
         "hub": hub,
-        "license": task.licence,
+        "license": task.license,
         "source": task.source,
     }
     for name, fact in facts.items():

@@ -25,7 +25,7 @@ from fingpt_lightning.terminal.messages import nearest
 
 _FOLDER = Path(__file__).parent
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_REQUIRED_KEYS = ("version", "title", "kind", "source", "licence", "main_metric", "shapes")
+_REQUIRED_KEYS = ("version", "title", "kind", "source", "license", "main_metric", "shapes")
 _KEYS = (
     *_REQUIRED_KEYS,
     *("folder", "labels", "instruction", "template", "text", "shorten", "delimiter", "distinct"),
@@ -73,7 +73,7 @@ def _read_task(path: Path) -> Task:
         kind=block.word("kind", KINDS),
         version=block.integer("version", 1),
         source=block.text("source"),
-        licence=block.text("licence"),
+        license=block.text("license"),
         folder=block.text("folder", path.stem),
         main_metric=block.word("main_metric", METRICS),
         labels=block.texts("labels") if "labels" in block else (),

@@ -212,7 +212,7 @@ class Task:
             ``last_word``, or nothing (``instructions``: the output is there to train on).
         version: Number that rises when results are no longer comparable with earlier ones.
         source: Place where the set comes from.
-        licence: License of the set, not of this project.
+        license: License of the set, not of this project.
         folder: Folder in the data directory.
         labels: Answer words in canonical order; only kind ``labels`` has them.
         instruction: Text before every prompt. It ends where tokenizers split anyway, so that
@@ -242,7 +242,7 @@ class Task:
     kind: Kind
     version: int
     source: str
-    licence: str
+    license: str
     folder: str
     main_metric: Metric
     labels: tuple[str, ...]

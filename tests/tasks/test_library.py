@@ -14,7 +14,7 @@ _OWN: dict[str, Any] = {
     "title": "Guidance of a quarter",
     "kind": "labels",
     "source": "our own desk",
-    "licence": "private",
+    "license": "private",
     "main_metric": "macro_f1",
     "labels": ["down", "up"],
     "instruction": "Where does the guidance point?\n",
@@ -48,7 +48,7 @@ def test_a_shipped_task_loads_and_stands_in_the_docs(name: str) -> None:
     assert task.name == name
     table = (_ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     (line,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` ")]
-    for fact in (task.title, task.kind, task.licence, task.source, *task.labels):
+    for fact in (task.title, task.kind, task.license, task.source, *task.labels):
         assert fact in line
 
 
