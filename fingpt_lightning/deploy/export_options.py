@@ -17,8 +17,8 @@ FORMATS = {
     "low_rank": "low-rank layers as they are, for this package",
     "peft": "the adapter alone",
     "merged": "base and adapter as one model",
-    "int8": "quantised",
-    "nf4": "quantised",
+    "int8": "quantized",
+    "nf4": "quantized",
     "gguf": "one file for llama.cpp",
 }
 

@@ -105,7 +105,7 @@ def common_quantization(adapters: Mapping[str, Path]) -> str:
     if len(set(found.values())) > 1:
         listed = ", ".join(f"{name} {method}" for name, method in found.items())
         raise ValueError(
-            f"--adapters share one base, but theirs were quantised otherwise ({listed}): choose"
+            f"--adapters share one base, but theirs were quantized otherwise ({listed}): choose"
             " one by --quantize"
         )
     return next(iter(found.values()))

@@ -83,7 +83,7 @@ def model_card(source: LoadedModel, exported: Exported, name: str, reading: Read
         f" {x.relative_error:.3g} | {100 * x.equal_predictions:.2f} % |"
         for x in exported.differences
     ]
-    stored = {"int8": "int8 by bitsandbytes", "nf4": "NF4 by bitsandbytes, scales quantised too"}
+    stored = {"int8": "int8 by bitsandbytes", "nf4": "NF4 by bitsandbytes, scales quantized too"}
     kept = stored.get(exported.format, exported.dtype)
     if exported.calibration is not None:
         kept += f", rounded on {exported.calibration}"

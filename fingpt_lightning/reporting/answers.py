@@ -25,7 +25,7 @@ class Answer(NamedTuple):
         return self.gold is not None and self.gold != self.prediction
 
 
-class TaskResult(NamedTuple):
+class StoredResult(NamedTuple):
     """A task's figures and answers at one moment.
 
     Attributes:
@@ -51,7 +51,7 @@ class Confusion(NamedTuple):
     counts: tuple[tuple[int, ...], ...]
 
 
-def task_results_of_run(folder: Path) -> list[TaskResult]:
+def task_results_of_run(folder: Path) -> list[StoredResult]:
     """The task results that `callbacks.FinancialEvaluation` left, by task and then by step.
 
     Args:
@@ -60,7 +60,7 @@ def task_results_of_run(folder: Path) -> list[TaskResult]:
     Raises:
         ValueError: A file is broken.
     """
-    found: dict[str, list[TaskResult]] = {}
+    found: dict[str, list[StoredResult]] = {}
     for one in read_run_evaluations(folder):
         moment = f"after step {one.step:,}" if one.step else "before training"
         for result in task_results_of_evaluation(one.folder, one.results):
@@ -68,7 +68,7 @@ def task_results_of_run(folder: Path) -> list[TaskResult]:
     return [result for task_results in found.values() for result in task_results]
 
 
-def task_results_of_evaluation(folder: Path, results: dict[str, Any]) -> list[TaskResult]:
+def task_results_of_evaluation(folder: Path, results: dict[str, Any]) -> list[StoredResult]:
     """What ``fingpt evaluate`` wrote.
 
     Args:
@@ -86,11 +86,11 @@ def task_results_of_evaluation(folder: Path, results: dict[str, Any]) -> list[Ta
         figures = {key: float(found[key]) for key in EVAL_FIGURES if key in found}
         low_high = found.get("accuracy_interval")
         interval = None if low_high is None else (float(low_high[0]), float(low_high[1]))
-        task_results.append(TaskResult(task, "", figures, tuple(by_task.get(task, ())), interval))
+        task_results.append(StoredResult(task, "", figures, tuple(by_task.get(task, ())), interval))
     return task_results
 
 
-def confusion_of(result: TaskResult) -> Confusion | None:
+def confusion_of(result: StoredResult) -> Confusion | None:
     """The confusion of a task result; None for tasks whose answers are not labels."""
     known = [answer for answer in result.answers if answer.gold is not None]
     seen = {answer.gold: None for answer in known}
@@ -117,12 +117,12 @@ def confusion_of(result: TaskResult) -> Confusion | None:
     return Confusion(tuple(labels), tuple(answers), tuple(map(tuple, counted)))
 
 
-def worst(result: TaskResult, count: int) -> list[Answer]:
+def worst(result: StoredResult, count: int) -> list[Answer]:
     """The wrong answers of which the model was most certain, the most certain first.
 
     >>> sure = Answer(1, "a", "yes", "no", 0.9)
     >>> answers = (sure._replace(row=2, confidence=0.6), sure)
-    >>> [answer.row for answer in worst(TaskResult("t", "", {}, answers), 5)]
+    >>> [answer.row for answer in worst(StoredResult("t", "", {}, answers), 5)]
     [1, 2]
     """
     wrong = [answer for answer in result.answers if answer.is_wrong]

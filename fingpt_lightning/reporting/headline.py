@@ -13,7 +13,7 @@ from fingpt_lightning.metric_keys import (
     VAL_LOSS,
     compression_key,
 )
-from fingpt_lightning.reporting.answers import TaskResult
+from fingpt_lightning.reporting.answers import StoredResult
 from fingpt_lightning.reporting.page import Card, Cell, Section, Table, number
 from fingpt_lightning.reporting.runs import Evaluation, Run, Sweep
 from fingpt_lightning.units import MIB, format_bytes, format_count, format_duration
@@ -196,7 +196,7 @@ def _best_cards(runs: Sequence[Run]) -> list[Card]:
     return found
 
 
-def _task_card(result: TaskResult, before: TaskResult | None, name: str) -> Card:
+def _task_card(result: StoredResult, before: StoredResult | None, name: str) -> Card:
     key = next((key for key in EVAL_FIGURES if key in result.figures), None)
     if key is None:
         return Card(result.task, "-", name)

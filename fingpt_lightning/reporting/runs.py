@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fingpt_lightning.metric_keys import THROUGHPUT_TRAINING_TIME_S, TRAIN_LOSS
 from fingpt_lightning.pipeline import Pass, Work
 from fingpt_lightning.reporting.answers import (
-    TaskResult,
+    StoredResult,
     task_results_of_evaluation,
     task_results_of_run,
 )
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     environment: dict[str, Any]
     summary: dict[str, Any]
     rows: tuple[Row, ...]
-    task_results: tuple[TaskResult, ...]
+    task_results: tuple[StoredResult, ...]
     steps: tuple[RecordedStep, ...]
     error: str | None = None
 
@@ -118,7 +118,7 @@ class Evaluation(NamedTuple):
     name: str
     folder: Path
     head: dict[str, Any]
-    task_results: tuple[TaskResult, ...]
+    task_results: tuple[StoredResult, ...]
 
 
 def read_folder(folder: Path) -> Run | Sweep | Evaluation:

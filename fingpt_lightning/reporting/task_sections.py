@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fingpt_lightning.metric_keys import EVAL_FIGURES
-from fingpt_lightning.reporting.answers import TaskResult, confusion_of, worst
+from fingpt_lightning.reporting.answers import StoredResult, confusion_of, worst
 from fingpt_lightning.reporting.page import (
     Block,
     Cell,
@@ -27,7 +27,7 @@ class _Source(NamedTuple):
 
     name: str
     run: int | None
-    task_results: tuple[TaskResult, ...]
+    task_results: tuple[StoredResult, ...]
 
 
 def accuracy_section(
@@ -57,12 +57,12 @@ def accuracy_section(
     return Section("accuracy", "Accuracy before and after", lead, blocks)
 
 
-def _first_and_last(task_results: Sequence[TaskResult], task: str) -> list[TaskResult]:
+def _first_and_last(task_results: Sequence[StoredResult], task: str) -> list[StoredResult]:
     own = [result for result in task_results if result.task == task]
     return own if len(own) < 2 else [own[0], own[-1]]
 
 
-def _figures(task: str, shown: Sequence[tuple[_Source, list[TaskResult]]]) -> Table:
+def _figures(task: str, shown: Sequence[tuple[_Source, list[StoredResult]]]) -> Table:
     all_results = [result for _, task_results in shown for result in task_results]
     keys = [key for key in EVAL_FIGURES if any(key in result.figures for result in all_results)]
     rows = []
@@ -79,7 +79,7 @@ def _figures(task: str, shown: Sequence[tuple[_Source, list[TaskResult]]]) -> Ta
     return Table([Cell(""), *(number(EVAL_FIGURES[key]) for key in keys)], rows, task)
 
 
-def _confusions(task: str, shown: Sequence[tuple[_Source, list[TaskResult]]]) -> list[Block]:
+def _confusions(task: str, shown: Sequence[tuple[_Source, list[StoredResult]]]) -> list[Block]:
     made = []
     for source, task_results in shown:
         for result in task_results:
@@ -92,7 +92,7 @@ def _confusions(task: str, shown: Sequence[tuple[_Source, list[TaskResult]]]) ->
     return [Matrices(caption, made)]
 
 
-def _mistakes(source: _Source, result: TaskResult) -> list[Block]:
+def _mistakes(source: _Source, result: StoredResult) -> list[Block]:
     if not result.answers:
         text = "predictions.jsonl is not there; figures only"
         return [Note(f"{source.name}, {result.task}: {text}.")]

@@ -5,7 +5,7 @@ import pytest
 
 from fingpt_lightning.reporting.answers import (
     Answer,
-    TaskResult,
+    StoredResult,
     confusion_of,
     task_results_of_evaluation,
     task_results_of_run,
@@ -26,7 +26,7 @@ def test_confusion_counts_known_rows_in_the_order_of_the_tasks_labels() -> None:
         _answer(3, "neutral", None),
         _answer(4, None, "positive"),
     )
-    found = confusion_of(TaskResult("fpb", "", {}, answers))
+    found = confusion_of(StoredResult("fpb", "", {}, answers))
     assert found is not None
     assert sorted(found.labels) == ["negative", "neutral", "positive"]
     assert found.answers == (*found.labels, "missing")
@@ -44,7 +44,7 @@ def test_confusion_counts_known_rows_in_the_order_of_the_tasks_labels() -> None:
 
 
 def test_a_task_of_choices_has_no_confusion() -> None:
-    assert confusion_of(TaskResult("piqa", "", {}, (_answer(1, "a", "b"),))) is None
+    assert confusion_of(StoredResult("piqa", "", {}, (_answer(1, "a", "b"),))) is None
 
 
 def test_the_surest_mistakes_come_first() -> None:
@@ -55,8 +55,8 @@ def test_the_surest_mistakes_come_first() -> None:
         _answer(4, None, "b", 0.95),
         _answer(5, "a", None),
     )
-    assert [answer.row for answer in worst(TaskResult("t", "", {}, answers), 9)] == [3, 2, 5]
-    assert [answer.row for answer in worst(TaskResult("t", "", {}, answers), 1)] == [3]
+    assert [answer.row for answer in worst(StoredResult("t", "", {}, answers), 9)] == [3, 2, 5]
+    assert [answer.row for answer in worst(StoredResult("t", "", {}, answers), 1)] == [3]
 
 
 def test_the_evaluations_of_a_run_come_by_task_and_step_with_their_answers(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def find_quantized_layers(
     if kind != "bitsandbytes" or not (is_nf4 or is_int8):
         raise ValueError(
             f"{where}: weights stored as {kind} are not read, but for NF4 and int8 of"
-            " bitsandbytes; give the unquantised folder, which quantize then makes small"
+            " bitsandbytes; give the unquantized folder, which quantize then makes small"
         )
     method = "nf4" if is_nf4 else "int8"
     mark = _MARKS[method]
