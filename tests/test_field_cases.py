@@ -23,11 +23,11 @@ from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.sweeping.local_sweep import num_trials
 from fingpt_lightning.sweeping.sweep_file import WrongSweep, read_sweep
 from fingpt_lightning.tasks import find_task, read_rows
+from fingpt_lightning.tasks.encoding import encode_conversations
+from tests.tasks.chat_templates import CHATML, chat_tokenizer
 
 CASES = Path(__file__).parents[2] / "shared" / "field_cases"
 ROOT = Path(__file__).parents[1]
-DATA_LAYOUTS = {"alpaca_json_array", "chat_messages", "context_target_other_tasks"}
-"""Folders about layouts of rows, which tests of the tasks' reader cover."""
 
 
 class Place(NamedTuple):
@@ -110,6 +110,33 @@ def _long_input(place: Place) -> None:
     assert "Line 39 of the report" not in cut
 
 
+def _json_array(place: Place) -> None:
+    assert len(read_rows(find_task("alpaca"), place.case / "data", "train").examples) == 30
+
+
+def _chat_messages(place: Place) -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    examples = read_rows(find_task("alpaca"), place.case / "data", "train").examples
+    rows = encode_conversations(tokenizer, examples, 400)
+    assert len(rows) == 3
+    for row in rows:
+        assert row is not None
+        whole = str(tokenizer.decode(list(row.tokens)))
+        assert "Be brief." in whole
+        answers = zip(row.tokens, row.are_answers, strict=True)
+        learned = str(tokenizer.decode([token for token, is_answer in answers if is_answer]))
+        assert learned.startswith("Yes.")
+        assert "mill" not in learned
+
+
+def _context_target(place: Place) -> None:
+    for name in ("tfns", "nwgi"):
+        examples = read_rows(find_task(name), place.case / "data", "train").examples
+        assert len(examples) == 2
+        assert all(example.gold is not None for example in examples)
+        assert "Instruction" not in examples[0].text
+
+
 def _output_list(place: Place) -> None:
     with pytest.raises(ValueError, match=r"alpaca/train\.jsonl:1: .*output"):
         read_rows(find_task("alpaca"), place.case / "data", "train")
@@ -187,7 +214,10 @@ CHECKS: dict[str, Callable[[Place], None]] = {
     "adapter_pickled": _pickled,
     "adapter_pissa": _pissa,
     "adapter_rank_pattern": _largest_logits,
+    "alpaca_json_array": _json_array,
     "alpaca_long_input": _long_input,
+    "chat_messages": _chat_messages,
+    "context_target_other_tasks": _context_target,
     "instructions_output_list": _output_list,
     "labels_as_floats_csv": _float_labels,
     "nonfinite_weight": _nonfinite,
@@ -207,7 +237,7 @@ def cases() -> Path:
 
 
 def test_every_folder_has_a_check(cases: Path) -> None:
-    assert {path.parent.name for path in cases.glob("*/expected.txt")} == {*CHECKS, *DATA_LAYOUTS}
+    assert {path.parent.name for path in cases.glob("*/expected.txt")} == CHECKS.keys()
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model")
