@@ -1,8 +1,8 @@
 """One record per network family: names, layers, formats, decode step.
 
 Everything in the package that depends on a family reads its record. A new family is one record in
-`FAMILIES` and one row in ``tests/models/test_families.py``, which holds every record against a
-network of transformers.
+`FAMILIES`, one tiny network in ``tests/models/tiny_models.py``, which the tests hold the record
+against, and one config in ``benchmarks/families.py``, whose table says what it computes.
 """
 
 from collections.abc import Callable, Mapping
