@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from rich.table import Table
 
@@ -52,6 +53,17 @@ class LayerBudget:
     rank: int | None = None
 
 
+class SameSizeDense(NamedTuple):
+    """The dense network that is as deep as a low-rank one, of as many parameters, and so narrower.
+
+    ``forward_flops_per_token`` are those of `ModelBudget`.
+    """
+
+    width: int
+    parameters: int
+    forward_flops_per_token: int
+
+
 @dataclass(frozen=True)
 class ModelBudget:
     """The sums over all layers, for the blocks alone and in total.
@@ -61,6 +73,8 @@ class ModelBudget:
 
     layers: tuple[LayerBudget, ...]
     sequence_length: int
+    same_size: SameSizeDense | None = None
+    """The other choice at this size, where it is known: shown beside the dense baseline."""
 
     @property
     def total_parameters(self) -> int:
@@ -183,4 +197,11 @@ class ModelBudget:
             table.add_row(f"rank, {kind}", text, "", "")
         table.add_row("linear share of parameters", "", f"{self.linear_parameter_share:.1%}", "")
         table.add_row("linear share of FLOP", "", f"{self.linear_flop_share:.1%}", "")
+        if self.same_size is not None:
+            share = self.same_size.forward_flops_per_token / self.forward_flops_per_token
+            table.caption = (
+                f"a dense network of this size: width {self.same_size.width},"
+                f" {self.same_size.parameters / 1e6:,.2f} M parameters, {share:.2f}x the operations"
+                " per token of this network"
+            )
         return table

@@ -1,5 +1,6 @@
 """Networks of any family from scratch, linear layers and if wanted embedding and head low-rank."""
 
+import bisect
 import functools
 import hashlib
 import math
@@ -16,6 +17,7 @@ from fingpt_lightning.low_rank import (
     LowRankLinear,
     RankRule,
 )
+from fingpt_lightning.low_rank.budget import SameSizeDense
 from fingpt_lightning.low_rank.embedding import OwnLowRankHead
 from fingpt_lightning.low_rank.rank import Rank, resolve_rank
 from fingpt_lightning.low_rank.rank_allocation import (
@@ -24,6 +26,7 @@ from fingpt_lightning.low_rank.rank_allocation import (
     ratio_for_parameters,
 )
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
+from fingpt_lightning.models.budget import model_budget
 from fingpt_lightning.models.families import (
     check_plain_embedding,
     family_named,
@@ -32,10 +35,12 @@ from fingpt_lightning.models.families import (
 )
 from fingpt_lightning.models.layout import compute_buffers, features_of
 from fingpt_lightning.models.low_rank_config import note_low_rank, note_own_head
-from fingpt_lightning.models.shapes import AnyShape
+from fingpt_lightning.models.shapes import AnyShape, GPT2Shape, LlamaShape, resized
 from fingpt_lightning.models.tied_head import tie_head
 
 INITIALIZER_STD = 0.02
+_WIDTH_STEP = 16
+"""Widths of dense networks of the same size are its multiples."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -106,6 +111,44 @@ def rank_ratio_of(
         "embedding_rank makes the embedding smaller",
     )
     return ratio_for_parameters(free, left)
+
+
+def same_size_dense(
+    shape: GPT2Shape | LlamaShape, vocab_size: int, parameters: int, sequence_length: int
+) -> SameSizeDense | None:
+    """The narrower dense network whose parameters come nearest to a number.
+
+    Args:
+        shape: Sizes of the dense baseline; depth and proportions stay.
+        vocab_size: Size of the vocabulary.
+        parameters: Number of parameters.
+        sequence_length: Tokens per sequence, for its operations.
+
+    Returns:
+        None where no width below the shape's comes near.
+    """
+    widths = range(_WIDTH_STEP, shape.width, _WIDTH_STEP)
+    if not widths:
+        return None
+    first = bisect.bisect_left(widths, parameters, key=lambda w: _num_dense(shape, w, vocab_size))
+    near = widths[max(0, first - 1) : first + 1]
+    width = min(near, key=lambda w: abs(_num_dense(shape, w, vocab_size) - parameters))
+    found = _dense(_of_width(shape, width), vocab_size)
+    budget = model_budget(found, sequence_length)
+    return SameSizeDense(width, budget.total_parameters, budget.forward_flops_per_token)
+
+
+def _of_width(shape: GPT2Shape | LlamaShape, width: int) -> GPT2Shape | LlamaShape:
+    heads = next(h for h in range(shape.num_heads, 0, -1) if width % (2 * h) == 0)
+    return resized(shape, width=width, num_heads=heads)
+
+
+def _num_dense(shape: GPT2Shape | LlamaShape, width: int, vocab_size: int) -> int:
+    """Parameters of the dense network of a width, from those of one and two blocks."""
+    narrow = _of_width(shape, width)
+    networks = (_dense(resized(narrow, num_layers=n), vocab_size) for n in (1, 2))
+    one, two = (sum(p.numel() for p in network.parameters()) for network in networks)
+    return int(one + (shape.num_layers - 1) * (two - one))
 
 
 def check_ranks(shape: AnyShape, rank: RankRule, embedding_rank: Rank) -> None:

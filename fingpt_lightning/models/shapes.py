@@ -185,20 +185,29 @@ PRESETS: Mapping[str, GPT2Shape | LlamaShape] = {**GPT2_PRESETS, **LLAMA_PRESETS
 def preset_shape(preset: str, **changes: int | None) -> GPT2Shape | LlamaShape:
     """The shape of a preset, with those ``changes`` that are not None.
 
-    A Llama of another width has an MLP in the preset's proportion.
-
     Raises:
         ValueError: No such preset (the nearest is named), or sizes that do not fit together.
 
     >>> preset_shape("gpt2-small", num_layers=2).num_layers
     2
-    >>> preset_shape("llama-60m", width=256, num_heads=4).mlp_width
-    688
     """
     if preset not in PRESETS:
         hint = nearest(preset, PRESETS, cutoff=0.3)
         raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}{hint}")
-    shape = PRESETS[preset]
+    return resized(PRESETS[preset], **changes)
+
+
+def resized(shape: GPT2Shape | LlamaShape, **changes: int | None) -> GPT2Shape | LlamaShape:
+    """A shape with those ``changes`` that are not None.
+
+    A Llama of another width has an MLP in the same proportion.
+
+    Raises:
+        ValueError: The sizes do not fit together.
+
+    >>> resized(PRESETS["llama-60m"], width=256, num_heads=4).mlp_width
+    688
+    """
     given = {name: value for name, value in changes.items() if value is not None}
     if isinstance(shape, LlamaShape) and "width" in given:
         given["mlp_width"] = max(1, round(shape.mlp_width * given["width"] / shape.width))

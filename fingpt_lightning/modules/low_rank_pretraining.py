@@ -1,8 +1,9 @@
-"""Pretraining a GPT-2 whose linear layers are low-rank layers, or its dense baseline."""
+"""Pretraining a network whose linear layers are low-rank layers, or its dense baseline."""
 
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,12 +34,18 @@ from fingpt_lightning.models import (
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
 from fingpt_lightning.models.families import family_of, max_positions
 from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
-from fingpt_lightning.models.from_scratch import check_ranks, materialize, rank_ratio_of
+from fingpt_lightning.models.from_scratch import (
+    check_ranks,
+    materialize,
+    rank_ratio_of,
+    same_size_dense,
+)
 from fingpt_lightning.models.layout import fill, lay_out
 from fingpt_lightning.models.loading import build_model, open_stored
 from fingpt_lightning.models.low_rank_config import drop_guides, is_guide
 from fingpt_lightning.models.shapes import (
     AnyShape,
+    StoredShape,
     check_dropout,
     preset_shape,
     stored_shape,
@@ -567,7 +574,14 @@ class LowRankPretraining(LanguageModelingModule):
             source = self.text_source
             sequence_length = self._num_positions() if source is None else source.block_length
         # Laid out anew: a process may hold only a part of it.
-        return model_budget(self.laid_out(), sequence_length)
+        budget = model_budget(self.laid_out(), sequence_length)
+        is_smaller = budget.total_parameters < budget.dense_total_parameters
+        if self.init_from is not None or isinstance(self.shape, StoredShape) or not is_smaller:
+            return budget
+        same_size = same_size_dense(
+            self.shape, self._vocab_size(), budget.total_parameters, sequence_length
+        )
+        return replace(budget, same_size=same_size)
 
     def dense_baseline(self) -> "LowRankPretraining":
         """The module of the same settings with every layer dense, its network not yet built."""

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from fingpt_lightning.low_rank.adapters import FrozenBase
+from fingpt_lightning.low_rank.budget import ModelBudget, SameSizeDense
 from fingpt_lightning.models import Recompute, recompute_blocks
 from fingpt_lightning.models.adapting import adapt, linear_names, matching_names
 from fingpt_lightning.models.families import max_positions
@@ -48,6 +49,7 @@ class Blueprint(NamedTuple):
             guides of a self-guided run, which bytes and trained parameters have.
         trained: Count of the trained ones among them.
         dense_parameters: Parameters of the dense baseline; None where there is none.
+        same_size: The dense network of as many parameters; None where it is not known.
         weights: Bytes of parameters and buffers as they are stored.
         trained_parameters: Numbers and bytes per number of each trained parameter.
     """
@@ -58,6 +60,7 @@ class Blueprint(NamedTuple):
     parameters: int
     trained: int
     dense_parameters: int | None
+    same_size: SameSizeDense | None
     weights: int
     trained_parameters: list[tuple[int, int]]
 
@@ -155,7 +158,7 @@ def _pretraining(
     recompute_blocks(network, recompute)
     module.network = network
     budget = module.budget(block_length)
-    return _blueprint(network, mode, costs, budget.dense_total_parameters, {})
+    return _blueprint(network, mode, costs, budget, {})
 
 
 def _finetuning(module: QuantizedFinetuning, vocabulary_size: int, block_length: int) -> Blueprint:
@@ -200,7 +203,7 @@ def _blueprint(
     network: PreTrainedModel,
     mode: FakeTensorMode,
     costs: NetworkCosts,
-    dense_parameters: int | None,
+    budget: ModelBudget | None,
     bytes_of_quantized: dict[str, float],
 ) -> Blueprint:
     named = dict(network.named_parameters())
@@ -217,7 +220,8 @@ def _blueprint(
         costs=costs,
         parameters=sum(p.numel() for p in lasting.values()),
         trained=sum(p.numel() for p in lasting.values() if p.requires_grad),
-        dense_parameters=dense_parameters,
+        dense_parameters=None if budget is None else budget.dense_total_parameters,
+        same_size=None if budget is None else budget.same_size,
         weights=round(whole - saved),
         trained_parameters=[(p.numel(), p.itemsize) for p in trained],
     )

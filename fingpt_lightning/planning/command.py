@@ -173,6 +173,7 @@ def _plan(
         "config": _name(settings),
         "parameters": made.parameters,
         "dense_parameters": made.dense_parameters,
+        "same_size_dense": None if made.same_size is None else made.same_size._asdict(),
         "trained": made.trained,
         "bytes": jsonable(memory),
         "offloaded_bytes": _offloaded(cli.model, made, data.batch, device),

@@ -36,6 +36,8 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     row("parameters, stored", format_count(plan["parameters"]))
     if plan["dense_parameters"]:
         row("parameters, dense baseline", format_count(plan["dense_parameters"]))
+    if same_size := plan.get("same_size_dense"):
+        row("width of a dense network of this size", f"{same_size['width']:,}")
     row("trained share", f"{plan['trained'] / plan['parameters']:.2%}")
     table.add_section()
     for part in _PARTS:

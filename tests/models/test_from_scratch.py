@@ -23,12 +23,13 @@ from fingpt_lightning.models import (
 from fingpt_lightning.models.expansion import expand
 from fingpt_lightning.models.families import FAMILIES, head_of
 from fingpt_lightning.models.formats.hf_folder import write_network
-from fingpt_lightning.models.from_scratch import check_ranks, rank_ratio_of
+from fingpt_lightning.models.from_scratch import check_ranks, rank_ratio_of, same_size_dense
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.shapes import (
     LLAMA_PRESETS,
     StoredShape,
     preset_shape,
+    resized,
     stored_shape,
 )
 from tests.models.tiny_models import TINY as TINY_NETWORKS
@@ -253,3 +254,32 @@ def test_wrong_shapes_are_refused_in_one_line(tmp_path: Path) -> None:
         LLAMA.config(VOCABULARY, dropout=0.1)
     with pytest.raises(ValueError, match=r"the embedding of a Gemma 3 is scaled"):
         check_ranks(_written(tmp_path, "gemma3_text"), RankRule(3), 4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocab_size", "rank", "embedding_rank"),
+    [("gpt2-small", 50257, 224, 256), ("llama-130m", 32000, 208, 256)],
+)
+def test_the_dense_network_of_the_same_size_is_the_nearest_of_all_widths(
+    preset: str, vocab_size: int, rank: int, embedding_rank: int
+) -> None:
+    shape = PRESETS[preset]
+    low_rank = model_budget(lay_out_network(shape, vocab_size, RankRule(rank), embedding_rank), 128)
+    found = same_size_dense(shape, vocab_size, low_rank.total_parameters, 128)
+    assert found is not None
+    assert found.parameters == pytest.approx(low_rank.total_parameters, rel=0.03)
+    sizes = {}
+    for width in (found.width - 16, found.width, found.width + 16):
+        narrow = resized(shape, width=width, num_heads=1)
+        network = lay_out_network(narrow, vocab_size)
+        sizes[width] = sum(p.numel() for p in network.parameters())
+        if width == found.width:
+            of_it = model_budget(network, 128)
+            assert of_it.total_parameters == found.parameters
+            assert of_it.forward_flops_per_token == found.forward_flops_per_token
+    distances = {w: abs(n - low_rank.total_parameters) for w, n in sizes.items()}
+    assert min(distances, key=lambda width: distances[width]) == found.width
+
+
+def test_a_network_narrower_than_all_has_no_dense_one_of_its_size() -> None:
+    assert same_size_dense(TINY, VOCABULARY, 100, 8) is None

@@ -56,6 +56,8 @@ def test_low_rank_pretraining_knows_its_dense_baseline() -> None:
     assert made.dense_parameters is not None
     assert made.dense_parameters > 3 * made.parameters
     assert made.dense_parameters == module.budget(128).dense_total_parameters
+    assert made.same_size is not None
+    assert made.same_size == module.budget(128).same_size
 
 
 def test_the_guides_of_a_run_take_memory_and_count_as_no_parameters() -> None:
