@@ -84,6 +84,7 @@ def rank_ratio_of(
     Raises:
         ValueError: ``compression`` is below 1, or more than rank 1 everywhere gives.
 
+    >>> from fingpt_lightning.models.shapes import PRESETS
     >>> round(rank_ratio_of(2.64, PRESETS["gpt2-small"], 50257, embedding_rank=256), 3)
     0.293
     """

@@ -200,11 +200,6 @@ class LowRankPretraining(LanguageModelingModule):
                 raise ValueError(
                     f"compression {compression} is below 1 (dense over stored parameters)"
                 )
-        sizes = {
-            "num_layers": num_layers, "width": width, "num_heads": num_heads,
-            "num_positions": num_positions,
-        }  # fmt: skip
-        self.shape = _shape_of(preset, architecture, sizes)
         if init_from is not None:
             given = {
                 "preset": preset, "architecture": architecture,
@@ -224,7 +219,13 @@ class LowRankPretraining(LanguageModelingModule):
                         f"{name} {value}: init_from {init_from} decides the architecture; leave"
                         f" {name} at {default}"
                     )
-        check_dropout(self.shape.config(1).model_type, dropout)
+        sizes = {
+            "num_layers": num_layers, "width": width, "num_heads": num_heads,
+            "num_positions": num_positions,
+        }  # fmt: skip
+        self.shape = _shape_of(preset, architecture, sizes)
+        if init_from is None:
+            check_dropout(self.shape.config(1).model_type, dropout)
         rank_now = _RANK_RATIO if isinstance(rank, str) else rank
         check_ranks(self.shape, RankRule(rank_now, rank_overrides or {}), embedding_rank)
         if recompute not in list(Recompute):

@@ -165,6 +165,7 @@ def _decided(**settings: Any) -> Row:
 
 PRETRAINING: dict[str, Row] = {
     "preset": _decided(preset="gpt2-nano"),
+    "architecture": _decided(architecture="config.json"),
     "rank": _decided(rank=4),
     "rank_overrides": Row(
         {"rank_overrides": {"*.mlp.*": 2}}, refused={"": "rank_overrides .*: init_from .* decides"}

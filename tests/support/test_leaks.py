@@ -49,7 +49,10 @@ def test_a_thread_that_stays_is_told_and_one_that_ends_is_not() -> None:
     assert before.leaks() == []
 
 
-def test_variables_of_libraries_are_no_leak_but_are_taken_back() -> None:
+def test_variables_of_libraries_are_no_leak_but_are_taken_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # a fixture of a module may have seeded
     before = ProcessState.now()
     os.environ["PL_GLOBAL_SEED"] = "7"
     assert before.leaks() == []
