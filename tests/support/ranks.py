@@ -19,6 +19,7 @@ import torch.distributed
 from tests.support.warm_python import ROOT, WarmProcess, wait_for_any
 
 _STACK_GRACE_S = 0.5
+_END_GRACE_S = 1.0
 _PROGRAM = f"import sys; from {__name__} import run_rank; run_rank(sys.argv[1])"
 
 
@@ -46,14 +47,11 @@ def run_ranks(
         call = pickle.dumps((world_size, rendezvous, timeout_s, body, args))
         # So that ``body`` is found by its name.
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-        ranks = []
+        ranks: list[WarmProcess] = []
         try:
             for folder in folders:
                 folder.mkdir()
                 (folder / "call").write_bytes(call)
-                env = os.environ | {
-                    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-                }
                 ranks.append(WarmProcess(["-c", _PROGRAM, folder], env=env))
             _wait_for_all(ranks, folders, timeout_s)
         finally:
@@ -71,7 +69,17 @@ def _wait_for_all(ranks: list[WarmProcess], folders: list[Path], timeout_s: floa
             raise AssertionError(_hang_message(ranks, folders, timeout_s))
         wait_for_any(running, remaining_s)
         if any(rank.poll() for rank in ranks):
+            _let_end(ranks)
             raise AssertionError(_failure_message(ranks, folders))
+
+
+def _let_end(ranks: list[WarmProcess]) -> None:
+    """Gives the others a moment: who lost a peer may be seen to end before the peer itself."""
+    deadline = time.monotonic() + _END_GRACE_S
+    while running := [rank for rank in ranks if rank.poll() is None]:
+        if (remaining_s := deadline - time.monotonic()) <= 0:
+            return
+        wait_for_any(running, remaining_s)
 
 
 def _failure_message(ranks: list[WarmProcess], folders: list[Path]) -> str:
