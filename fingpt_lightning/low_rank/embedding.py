@@ -13,6 +13,14 @@ from torch import Tensor, nn
 from fingpt_lightning.low_rank.factorize import factorize
 
 
+def _draw(table: Tensor, up: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """Sets factors in place to those of a dense matrix drawn from N(0, std^2)."""
+    dense = torch.empty(len(table), len(up), device=table.device)
+    factors = factorize(dense.normal_(std=std, generator=generator), table.shape[1], torch.float32)
+    table.copy_(factors.up)
+    up.copy_(factors.down.T)
+
+
 class LowRankEmbedding(nn.Module):
     """Row ``ids`` of ``table @ up'``: R (V + D) weights in place of V D.
 
@@ -40,10 +48,7 @@ class LowRankEmbedding(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
         """Sets the factors to those of a dense V x D table drawn from N(0, std^2)."""
-        dense = torch.empty(self.num_embeddings, self.embedding_dim, device=self.table.device)
-        factors = factorize(dense.normal_(std=std, generator=generator), self.rank, torch.float32)
-        self.table.copy_(factors.up)
-        self.up.copy_(factors.down.T)
+        _draw(self.table, self.up, std, generator)
 
     def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
         """Cost: a gather of R numbers and 2 R D floating-point operations per token."""
@@ -69,12 +74,11 @@ class FactoredHead(Protocol):
         """The last product of the head for these hidden states."""
 
 
-class LowRankHead(nn.Module):
-    """Logits ``h up table'`` from the very parameters of a `LowRankEmbedding`."""
+class _ProductHead(nn.Module):
+    """Logits ``h up table'``."""
 
-    def __init__(self, embedding: LowRankEmbedding) -> None:
-        super().__init__()
-        self.table, self.up = embedding.table, embedding.up
+    table: nn.Parameter
+    up: nn.Parameter
 
     def forward(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
         """Cost: 2 R (D + V) floating-point operations per row; the dense head takes 2 D V."""
@@ -85,7 +89,15 @@ class LowRankHead(nn.Module):
         return HeadFactors(hidden @ self.up, self.table)
 
 
-class OwnLowRankHead(nn.Module):
+class LowRankHead(_ProductHead):
+    """Logits ``h up table'`` from the very parameters of a `LowRankEmbedding`."""
+
+    def __init__(self, embedding: LowRankEmbedding) -> None:
+        super().__init__()
+        self.table, self.up = embedding.table, embedding.up
+
+
+class OwnLowRankHead(_ProductHead):
     """Logits ``h up table'`` with factors of its own, beside an embedding that has others.
 
     Args:
@@ -110,18 +122,7 @@ class OwnLowRankHead(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
         """Sets the factors to those of a dense V x D head drawn from N(0, std^2)."""
-        dense = torch.empty(self.out_features, self.in_features, device=self.table.device)
-        factors = factorize(dense.normal_(std=std, generator=generator), self.rank, torch.float32)
-        self.table.copy_(factors.up)
-        self.up.copy_(factors.down.T)
-
-    def forward(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
-        """Cost: 2 R (D + V) floating-point operations per row; the dense head takes 2 D V."""
-        return F.linear(hidden @ self.up, self.table)
-
-    def factors(self, hidden: Float[Tensor, "*batch D"]) -> HeadFactors:
-        """See `head_factors`."""
-        return HeadFactors(hidden @ self.up, self.table)
+        _draw(self.table, self.up, std, generator)
 
     def dense_weight(self) -> Float[Tensor, "V D"]:
         """The head's product, in float64."""
