@@ -21,7 +21,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fingpt_lightning.models.families import family_of
+from fingpt_lightning.models.families import capped, family_of
 
 IMPLEMENTATION = "fingpt_blocked"
 """The name under which transformers finds `blocked_or_sdpa_attention` (``attn_implementation``)."""
@@ -197,7 +197,7 @@ def capped_attention(
     num_tokens, num_keys = query.shape[2], key.shape[2]
     query = query.unflatten(1, (key.shape[1], -1))
     scores = query @ (key * scale).unsqueeze(2).mT
-    scores = (cap * torch.tanh(scores / cap)).flatten(1, 2)
+    scores = capped(scores, cap).flatten(1, 2)
     if mask is None:
         mask = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=query.device)
         mask = mask.tril(num_keys - num_tokens)
