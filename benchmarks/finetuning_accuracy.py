@@ -49,8 +49,8 @@ QUESTION = (
 FINANCIAL = ("fpb", "tfns", "fiqa_sa")
 GENERAL = ("arc_easy", "arc_challenge", "boolq", "piqa", "openbookqa", "winogrande")
 _SHARED = (
-    "run", "tasks", "quantize", "seed", "epochs", "kl_weight", "learning_rate", "steps",
-    "val_loss", "examples_per_s", "trained_share", "weights_mib", "optimizer_mib",
+    "run", "tasks", "quantize", "seed", "epochs", "kl_weight", "learning_rate", "chat_template",
+    "steps", "val_loss", "examples_per_s", "trained_share", "weights_mib", "optimizer_mib",
 )  # fmt: skip
 """What the rows of a run have in common; rows of earlier versions lack some."""
 _FIGURES = ("accuracy", "accuracy_interval", "macro_f1", "weighted_f1", "n")
@@ -68,6 +68,7 @@ class Run:
         epochs: Largest number of epochs.
         kl_weight: Weight of the guard against forgetting.
         learning_rate: Learning rate, where it differs from that of the record.
+        chat_template: Chat template of training and evaluation, as of ``fingpt evaluate``.
     """
 
     tasks: tuple[str, ...]
@@ -77,6 +78,11 @@ class Run:
     epochs: int = 3
     kl_weight: float = 0.0
     learning_rate: float | None = None
+    chat_template: str = "none"
+
+    def untrained_key(self, task: str) -> str:
+        """Name of the untrained model's answers to a task, asked as this run asks it."""
+        return task if self.chat_template == "none" else f"{task}, chat template"
 
 
 RUNS = {
@@ -91,6 +97,8 @@ RUNS = {
     "general, lower rate": Run(GENERAL, GENERAL, epochs=2, learning_rate=0.0002),
     "fpb, int8": Run(("fpb",), ("fpb",), quantize="int8"),
     "fpb, unquantised": Run(("fpb",), ("fpb",), quantize=None),
+    "fpb, chat template, seed 2": Run(("fpb",), ("fpb",), seed=2, chat_template="auto"),
+    "fpb, chat template, seed 3": Run(("fpb",), ("fpb",), seed=3, chat_template="auto"),
 }
 
 
@@ -107,7 +115,6 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a training row")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--chat_template", default="none", help="as of fingpt evaluate")
     parser.add_argument("--limit", type=int, help="rows of each validation set")
     parser.add_argument("--checkpoint_interval", type=int, default=50, help="steps")
     parser.add_argument("--max_steps", type=int, default=-1, help="of each run, to try this out")
@@ -125,7 +132,7 @@ def main() -> None:
             continue
         evaluated = read_tasks(tasks, options.data_dir, "validation", limit=options.limit)
         untrained = dict(record["untrained"])
-        _ask_untrained(evaluated, options, untrained)
+        _ask_untrained(evaluated, RUNS[name], options, untrained)
         kept = None if options.adapters is None else options.adapters / re.sub(r"\W+", "_", name)
         if before and kept is not None and kept.is_dir():
             trained = _kept(kept, RUNS[name], options, before[0])
@@ -150,14 +157,14 @@ def main() -> None:
 
 
 def _names(text: str) -> list[str]:
-    # "fpb, seed 2" contains a comma itself.
+    # "fpb, chat template, seed 2" contains commas itself.
     found = [name for name in RUNS if text == name]
     if found:
         return found
     given = text.split(",")
     names, rest = [], list(given)
     while rest:
-        for size in (2, 1):
+        for size in (3, 2, 1):
             name = ",".join(rest[:size]).strip()
             if name in RUNS:
                 names.append(name)
@@ -169,17 +176,21 @@ def _names(text: str) -> list[str]:
 
 
 def _ask_untrained(
-    evaluated: Sequence[TaskRun], options: argparse.Namespace, untrained: dict[str, dict[str, Any]]
+    evaluated: Sequence[TaskRun],
+    run: Run,
+    options: argparse.Namespace,
+    untrained: dict[str, dict[str, Any]],
 ) -> None:
-    missing = [one for one in evaluated if one.task.name not in untrained]
+    missing = [one for one in evaluated if run.untrained_key(one.task.name) not in untrained]
     if not missing:
         return
     base = load_model(options.model, dtype=options.dtype)
     tokenizer = base.require_tokenizer()
-    choose_chat_template(tokenizer, options.chat_template, options.model)
+    choose_chat_template(tokenizer, run.chat_template, options.model)
     for one in missing:
         calibrate = one.task.kind == "labels"
-        untrained[one.task.name] = _ask(base.network, tokenizer, one, calibrate)
+        key = run.untrained_key(one.task.name)
+        untrained[key] = _ask(base.network, tokenizer, one, calibrate)
 
 
 def _kept(
@@ -187,9 +198,11 @@ def _kept(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]:
     """A trained network restored from its adapter, and what its rows share."""
     loaded = load_model(folder, dtype=options.dtype, quantize=run.quantize)
+    tokenizer = loaded.require_tokenizer()
+    choose_chat_template(tokenizer, run.chat_template, options.model)
     return (
         loaded.network,
-        loaded.require_tokenizer(),
+        tokenizer,
         {key: row[key] for key in _SHARED if key in row},
     )
 
@@ -215,7 +228,7 @@ def _train(
         str(options.data_dir),
         batch_size=options.batch_size,
         max_length=options.max_length,
-        chat_template=options.chat_template,
+        chat_template=run.chat_template,
         seed=run.seed,
     )
     with _checkpoints(kept) as folder:
@@ -327,7 +340,18 @@ def summary(
             points = [100 * (after - before["accuracy"]) for after, before in pairs
                       if after is not None and before is not None]  # fmt: skip
             found[key] = sign * statistics.mean(points)
+    templates = [(of(f"fpb, chat template, {seed}", "fpb"), of(f"fpb, {seed}", "fpb"))
+                 for seed in ("seed 2", "seed 3")]  # fmt: skip
+    both = [(chat, plain) for chat, plain in templates if chat is not None and plain is not None]
+    if both:
+        found["fpb_accuracy_with_chat_template"] = statistics.mean(chat for chat, _ in both)
+        found["fpb_accuracy_without_chat_template"] = statistics.mean(plain for _, plain in both)
     return found
+
+
+def _untrained_key(row: Mapping[str, Any]) -> str:
+    key: str = RUNS[row["run"]].untrained_key(row["task"])
+    return key
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -335,7 +359,7 @@ def table(record: Mapping[str, Any]) -> str:
     lines = [
         [
             f"{row['run']} -> {row['task']}",
-            f"{record['untrained'][row['task']]['accuracy']:.3f}",
+            f"{record['untrained'][_untrained_key(row)]['accuracy']:.3f}",
             f"{row['accuracy']:.3f}",
             "{:.3f} - {:.3f}".format(*row["accuracy_interval"]),
             f"{row['macro_f1']:.3f}" if "macro_f1" in row else "-",

@@ -104,3 +104,27 @@ def test_an_unknown_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "argv", ["accuracy", *arguments])
     with pytest.raises(SystemExit, match="'fbp' is none of fpb; "):
         finetuning_accuracy.main()
+
+
+def test_a_run_with_a_chat_template_stands_beside_the_plain_one(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny-instruct"
+    (tmp_path / "model").rename(folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    arguments[arguments.index("--model") + 1] = str(folder)
+    runs = "fpb, chat template, seed 2,fpb, seed 2"
+    monkeypatch.setattr(sys, "argv", [*arguments, "--runs", runs, "--max_steps", "2"])
+    finetuning_accuracy.main()
+    record = json.loads((tmp_path / "record.json").read_text())
+    plain, chat = record["rows"]
+    assert [row["chat_template"] for row in (plain, chat)] == ["none", "auto"]
+    assert plain["split_sha256"] == chat["split_sha256"]
+    assert plain["val_loss"] != chat["val_loss"]
+    assert record["untrained"].keys() == {"fpb", "fpb, chat template"}
+    summary = record["summary"]
+    assert summary["fpb_accuracy_with_chat_template"] == chat["accuracy"]
+    assert summary["fpb_accuracy_without_chat_template"] == plain["accuracy"]
