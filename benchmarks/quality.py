@@ -36,6 +36,10 @@ QUESTION = (
     " tokens and in the same time?"
 )
 WANTED_RATIO = 2.64
+SAME_SIZE_TIME = "time of the same size"
+"""The stage in which a variant trains for as long as the dense network of its size took."""
+STAGES = ("equal tokens", "equal time", SAME_SIZE_TIME)
+"""The stages of runs that count."""
 _PATIENCE_S = 2.0
 _MAX_MORE_RATES = 2
 GRID = Path(__file__).with_name("quality_grid.yaml")
@@ -97,14 +101,14 @@ class Comparison:
         self.grid, self.workshop, self.path, self.repeats = grid, workshop, path, repeats
         self._turn = turn
         self._numbers: dict[tuple[Any, ...], int] = {}
-        config = json.loads(json.dumps(asdict(grid)))
-        config["tokenizer"] = None if tokenizer is None else tokenizer.name
+        config = _config(grid, tokenizer)
         self.record = new_record(QUESTION, config) | {
-            "rows": [], "summary": {}, "rates": {}, "step_times_s": {}, "sizes": {}, "runs": [],
+            "rows": [], "summary": {}, "rates": {}, "rest_rates": {}, "step_times_s": {},
+            "sizes": {}, "runs": [],
         }  # fmt: skip
         self.runs: dict[tuple[Any, ...], Run] = {}
         if path.is_file():
-            if json.loads(path.read_text())["config"] != config:
+            if not _continues(json.loads(path.read_text())["config"], config):
                 raise ValueError(f"json {path} is of another grid: name another file")
             self._take_in()
 
@@ -117,18 +121,22 @@ class Comparison:
             run = Run(**row)
             self.runs[run.key()] = run
         ours, self.record = self.record, written
-        for part in ("rates", "step_times_s", "sizes"):
-            self.record[part] |= ours[part]
+        self.record["config"] = ours["config"]
+        for part in ("rates", "rest_rates", "step_times_s", "sizes"):
+            self.record[part] = self.record.get(part, {}) | ours[part]
 
     def take_rates(self, path: Path) -> None:
         """Takes the learning rates that another record found best: nothing is tuned."""
-        self.record["rates"] |= json.loads(path.read_text())["rates"]
+        record = json.loads(path.read_text())
+        for part in ("rates", "rest_rates"):
+            self.record[part] |= record.get(part, {})
 
     def steps(self, only: Sequence[str] = ()) -> Iterable[Callable[[], None]]:
         """The remaining work, one item after the other; each depends on what came before.
 
         Args:
-            only: Names of variants; the first two are always among them.
+            only: Names of variants. The first two are always among them, except in a grid with
+                `Grid.same_size`: what needs the others then waits for them.
 
         Raises:
             ValueError: There is no such variant.
@@ -136,11 +144,18 @@ class Comparison:
         known = [variant.name for variant in self.grid.variants]
         if unknown := set(only) - set(known):
             raise ValueError(f"only {sorted(unknown)} are none of {', '.join(known)}")
-        chosen = [v for v in self.grid.variants if not only or v.name in {*known[:2], *only}]
-        for variant in chosen:
+        always = known[:2] if self.grid.same_size is None else []
+        chosen = [v for v in self.grid.variants if not only or v.name in {*always, *only}]
+        for variant in (self.grid.variants[0], *chosen):
             if variant.name not in self.record["sizes"]:
                 self.record["sizes"][variant.name] = self.workshop.sizes(variant)
-        yield from self._tuning(chosen)
+        if self.grid.same_size is not None:
+            # Variants may have widths of their own: all are compared with the first.
+            dense = self.record["sizes"][known[0]]["parameters"]
+            for sizes in self.record["sizes"].values():
+                sizes["total_compression_ratio"] = dense / sizes["parameters"]
+        yield from self._tuning(chosen, "rates")
+        yield from self._tuning(chosen, "rest_rates")
         final = self._finalists(chosen)
         yield from self._timing(final)
         for seed in self.grid.seeds:
@@ -149,23 +164,43 @@ class Comparison:
 
     def _counting_runs(self, final: Sequence[Variant], seed: int) -> Iterable[tuple[Variant, Run]]:
         """The runs of one seed; variants for comparison only have the first seed."""
-        rates, grid = self.record["rates"], self.grid
-        best = list(filter(self._is_small_enough, final[2:]))
-        is_first = seed == grid.seeds[0]
-        for variant in final if is_first else [*final[:2], *best]:
-            rate, num_steps = rates[variant.name], grid.num_steps
-            yield variant, Run(variant.name, "equal tokens", rate, seed, num_steps)
-        for variant in filter(self._is_smaller, final[1:] if is_first else best):
-            rate, num_steps = rates[variant.name], self._steps_in_time(variant)
-            yield variant, Run(variant.name, "equal time", rate, seed, num_steps)
+        references = [variant for variant in final if variant in self.grid.variants[:2]]
+        best = [v for v in final if v not in references and self._is_small_enough(v)]
+        is_first = seed == self.grid.seeds[0]
+        for variant in final if is_first else [*references, *best]:
+            yield variant, self._counting_run(variant, "equal tokens", seed, self.grid.num_steps)
+        dense = self.grid.variants[0]
+        smaller = best
+        if is_first and self.grid.same_size is None:
+            smaller = [v for v in final if v != dense and self._is_smaller(v)]
+        for other, stage, variants in (
+            (dense.name, "equal time", smaller),
+            (self.grid.same_size, SAME_SIZE_TIME, best),
+        ):
+            if other is not None and other in self.record["step_times_s"]:
+                for variant in variants:
+                    num_steps = self._steps_in_time(variant, other, stage)
+                    yield variant, self._counting_run(variant, stage, seed, num_steps)
 
-    def _tuning(self, chosen: Sequence[Variant]) -> Iterable[Callable[[], None]]:
-        """Tries the rates of each, and beyond them while the best is the first or the last."""
-        untuned = {variant.name for variant in chosen} - self.record["rates"].keys()
-        rates = {v.name: list(v.rates) for v in chosen if len(v.rates) > 1}
+    def _counting_run(self, variant: Variant, stage: str, seed: int, num_steps: int) -> Run:
+        rate, rest_rate = self._rates(variant.name)
+        return Run(variant.name, stage, rate, seed, num_steps, rest_rate)
+
+    def _rates(self, name: str) -> tuple[float, float | None]:
+        return self.record["rates"][name], self.record["rest_rates"].get(name)
+
+    def _tuning(self, chosen: Sequence[Variant], part: str) -> Iterable[Callable[[], None]]:
+        """Tries the rates of each, and beyond them while the best is the first or the last.
+
+        Args:
+            chosen: Variants to tune.
+            part: Part of the record that takes the best: ``rates``, or ``rest_rates`` at those.
+        """
+        untuned = {variant.name for variant in chosen} - self.record[part].keys()
+        rates = {v.name: self._given(v, part) for v in chosen if len(self._given(v, part)) > 1}
         goes_on = True
         while goes_on:
-            tries = [self._try(name, rate) for name, tried in rates.items() for rate in tried]
+            tries = [self._try(v, rate, part) for v in chosen for rate in rates.get(v.name, [])]
             for run in tries:
                 variant = next(v for v in chosen if v.name == run.variant)
                 yield from self._training(variant, run, is_wanted=run.variant in untuned)
@@ -173,25 +208,34 @@ class Comparison:
             yield from self._awaited(partial(self._are_done, wanted))
             goes_on = False
             for variant in chosen:
-                if (rate := self._rate_beyond(variant, rates.get(variant.name, []))) is not None:
+                tried = rates.get(variant.name, [])
+                if (rate := self._rate_beyond(variant, tried, part)) is not None:
                     rates[variant.name].append(rate)
                     goes_on = True
         for variant in chosen:
-            if variant.name in untuned:
-                self.record["rates"][variant.name] = self._best_rate(variant)
+            if variant.name in untuned and self._given(variant, part):
+                self.record[part][variant.name] = self._best_rate(variant, part)
+
+    def _given(self, variant: Variant, part: str) -> list[float]:
+        return list(variant.rates) if part == "rates" else variant.all_rest_rates
 
     def _are_done(self, keys: set[tuple[Any, ...]]) -> bool:
         return self.runs.keys() >= keys
 
-    def _try(self, name: str, rate: float) -> Run:
-        return Run(name, TUNING, rate, self.grid.seeds[0], self.grid.num_tuning_steps)
+    def _try(self, variant: Variant, rate: float, part: str) -> Run:
+        rest_rate = variant.all_rest_rates[0] if variant.rest_rates else None
+        if part == "rest_rates":
+            rate, rest_rate = self.record["rates"][variant.name], rate
+        grid = self.grid
+        return Run(variant.name, TUNING, rate, grid.seeds[0], grid.num_tuning_steps, rest_rate)
 
-    def _rate_beyond(self, variant: Variant, tried: Sequence[float]) -> float | None:
+    def _rate_beyond(self, variant: Variant, tried: Sequence[float], part: str) -> float | None:
         """What else to try; None where the best lies between others, or enough was tried."""
-        are_done = all(self._try(variant.name, rate).key() in self.runs for rate in tried)
-        if not tried or not are_done or len(tried) == len(variant.rates) + _MAX_MORE_RATES:
+        are_done = all(self._try(variant, rate, part).key() in self.runs for rate in tried)
+        most = len(self._given(variant, part)) + _MAX_MORE_RATES
+        if not tried or not are_done or len(tried) == most:
             return None
-        best = self._best_rate(variant)
+        best = self._best_rate(variant, part)
         return {min(tried): best / 2, max(tried): best * 2}.get(best)
 
     def _timing(self, final: Sequence[Variant]) -> Iterable[Callable[[], None]]:
@@ -237,11 +281,17 @@ class Comparison:
         ratio = self.record["sizes"][variant.name]["total_compression_ratio"]
         return bool(ratio >= WANTED_RATIO)
 
-    def _best_rate(self, variant: Variant) -> float:
+    def _best_rate(self, variant: Variant, part: str = "rates") -> float:
         tried = [r for r in self.runs.values() if r.variant == variant.name and r.stage == TUNING]
+        if part == "rest_rates":
+            tried = [run for run in tried if run.rate == self.record["rates"][variant.name]]
+        elif variant.rest_rates:
+            tried = [run for run in tried if run.rest_rate == variant.all_rest_rates[0]]
         finished = [run for run in tried if run.val_loss_nats is not None]
         best = min(finished, key=lambda run: run.val_loss_nats or 0.0, default=None)
-        return variant.rates[0] if best is None else best.rate
+        if best is None:
+            return self._given(variant, part)[0]
+        return best.rate if part == "rates" or best.rest_rate is None else best.rest_rate
 
     def _tuned_loss(self, variant: Variant) -> float:
         losses = [
@@ -252,7 +302,8 @@ class Comparison:
         return min(losses, default=float("inf"))
 
     def _finalists(self, chosen: Sequence[Variant]) -> list[Variant]:
-        first, others = list(chosen[:2]), list(chosen[2:])
+        first = [variant for variant in chosen if variant in self.grid.variants[:2]]
+        others = [variant for variant in chosen if variant not in first]
         small = sorted(filter(self._is_small_enough, others), key=self._tuned_loss)
         # The frontier: larger variants are there to show what their size gains.
         larger = [v for v in others if v not in small]
@@ -264,10 +315,16 @@ class Comparison:
             self.record["step_times_s"][name] = spread(taken_s)
         self.write()
 
-    def _steps_in_time(self, variant: Variant) -> int:
+    def _steps_in_time(self, variant: Variant, other: str, stage: str) -> int:
+        """The steps of a variant in the time of the runs that count of ``other``.
+
+        Runs that were made stand for themselves when steps are timed again beside new variants.
+        """
+        for run in self.runs.values():
+            if (run.variant, run.stage) == (variant.name, stage):
+                return run.num_steps
         times = self.record["step_times_s"]
-        dense = self.grid.variants[0].name
-        ratio: float = times[dense]["median"] / times[variant.name]["median"]
+        ratio: float = times[other]["median"] / times[variant.name]["median"]
         return max(1, round(self.grid.num_steps * ratio))
 
     def write(self) -> None:
@@ -280,6 +337,8 @@ class Comparison:
         self.record["runs"] = [run.as_row() for run in self.runs.values()]
         self.record["rows"] = rows = self._rows()
         self.record["summary"] = summary(rows)
+        if self.grid.same_size is not None:
+            self.record["summary"] = same_size_summary(rows, self.grid.same_size)
         write_record(self.path, self.record, table(rows))
         draw(
             list(self.runs.values()),
@@ -297,11 +356,13 @@ class Comparison:
                 continue
             row: dict[str, Any] = {"contender": name, **self.record["sizes"][name]}
             row["tuned"], row["rate"] = variant.tuned, self.record["rates"].get(name)
+            if (rest_rate := self.record["rest_rates"].get(name)) is not None:
+                row["rest_rate"] = rest_rate
             tuning = self._tuning_loss(name)
             row |= {} if tuning is None else {"tuning_loss_nats": tuning}
             if name in self.record["step_times_s"]:
                 row["step_time_s"] = self.record["step_times_s"][name]
-            for stage in ("equal tokens", "equal time"):
+            for stage in STAGES:
                 if losses := self._losses(name, stage):
                     row[f"{stage.replace(' ', '_')}_loss_nats"] = losses
             found.append(row)
@@ -314,11 +375,14 @@ class Comparison:
         return found
 
     def _tuning_loss(self, name: str) -> float | None:
-        rate = self.record["rates"].get(name)
-        for run in self.runs.values():
-            if (run.variant, run.stage, run.rate) == (name, TUNING, rate):
-                return run.val_loss_nats
-        return None
+        """The loss at the best rates that were tried; None where none were."""
+        losses = [
+            run.val_loss_nats
+            for run in self.runs.values()
+            if (run.variant, run.stage, run.rate) == (name, TUNING, self.record["rates"].get(name))
+            and run.rest_rate in (None, self.record["rest_rates"].get(name, run.rest_rate))
+        ]
+        return min((loss for loss in losses if loss is not None), default=None)
 
     def _losses(self, name: str, stage: str) -> dict[str, float]:
         """The runs by seed."""
@@ -368,6 +432,42 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found | _gaps(naive, dense, "naive_")
 
 
+def same_size_summary(rows: Sequence[dict[str, Any]], same_size: str) -> dict[str, Any]:
+    """The best variant that is small enough beside dense networks of the same optimizer.
+
+    Args:
+        rows: Rows of the record; the first is the dense network of the same width.
+        same_size: Name of the dense network of as many parameters.
+    """
+    wide, rows = rows[0], rows[1:]
+    narrow = next((row for row in rows if row["contender"] == same_size), {})
+    if "equal_tokens_loss_nats" not in narrow:
+        return {}
+    small = [
+        row
+        for row in rows
+        if row["total_compression_ratio"] >= WANTED_RATIO
+        and row is not narrow
+        and "equal_tokens_loss_nats" in row
+    ]
+    if not small:
+        return {}
+    best = min(small, key=lambda row: _gap(row, narrow, "equal_tokens") or 0.0)
+    gaps = {
+        "gap_to_same_size_dense_equal_tokens_nats": _gap(best, narrow, "equal_tokens"),
+        "gap_to_same_size_dense_equal_time_nats": _gap(best, narrow, "time_of_the_same_size"),
+    }
+    if "equal_tokens_loss_nats" in wide:
+        gaps["gap_to_dense_same_optimizer_equal_tokens_nats"] = _gap(best, wide, "equal_tokens")
+        gaps["gap_to_dense_same_optimizer_equal_time_nats"] = _gap(best, wide, "equal_time")
+    return {
+        "best": best["contender"],
+        "total_compression_ratio": best["total_compression_ratio"],
+        "parameters_to_same_size_dense": best["parameters"] / narrow["parameters"],
+        **{key: round(gap, 5) for key, gap in gaps.items() if gap is not None},
+    }
+
+
 def _gaps(row: dict[str, Any], dense: dict[str, Any], prefix: str) -> dict[str, float]:
     gaps = {
         f"{prefix}loss_gap_nats_{stage}": _gap(row, dense, stage)
@@ -383,41 +483,70 @@ def _gap(row: dict[str, Any], dense: dict[str, Any], stage: str) -> float | None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The Markdown table of all variants; runs that were not made leave their cells empty."""
-    header = [
-        "", "learning rate", "parameters (M)", "smaller in total", "loss of tuning",
-        "loss, equal tokens", "gap", "s a step (p10-p90)", "loss, equal time", "gap",
-    ]  # fmt: skip
+    """The Markdown table of all variants, without columns that no run has filled yet."""
     dense = rows[0] if rows and "equal_tokens_loss_nats" in rows[0] else None
     lines = []
     for row in rows:
-        times = row.get("step_time_s")
-        line = [
-            row["contender"],
-            "" if row["rate"] is None else f"{row['rate']:g}",
-            f"{row['parameters'] / 1e6:.2f}",
-            f"{row['total_compression_ratio']:.2f}x",
-            f"{row['tuning_loss_nats']:.3f}" if row.get("tuning_loss_nats") is not None else "",
-        ]
-        for stage in ("equal_tokens", "equal_time"):
-            losses = list(row.get(f"{stage}_loss_nats", {}).values())
-            gap = _gap(row, dense, stage) if dense is not None and row is not dense else None
-            if stage == "equal_time":
-                line.append(
+        line = {
+            "": row["contender"],
+            "learning rate": _cell("{:g}", row["rate"]),
+            "of the rest": _cell("{:g}", row.get("rest_rate")),
+            "parameters (M)": _cell("{:.2f}", row["parameters"] / 1e6),
+            "smaller in total": _cell("{:.2f}x", row["total_compression_ratio"]),
+            "training MFLOP per token": _cell("{:.1f}", row.get("training_mflop_per_token")),
+            "float32 MiB": _cell("{:.1f}", row.get("float32_mib")),
+            "loss of tuning": _cell("{:.3f}", row.get("tuning_loss_nats")),
+        }
+        for stage in STAGES:
+            key = stage.replace(" ", "_")
+            is_beside_dense = dense is not None and row is not dense and stage != SAME_SIZE_TIME
+            line[f"loss, {stage}"] = _mean_and_range(list(row.get(f"{key}_loss_nats", {}).values()))
+            gap = _gap(row, dense, key) if dense is not None and is_beside_dense else None
+            line[f"gap, {stage}"] = _cell("{:+.3f}", gap)
+            if stage == "equal tokens":
+                times = row.get("step_time_s")
+                line["s per step (p10-p90)"] = (
                     f"{times['median']:.2f} ({times['p10']:.2f}-{times['p90']:.2f})"
                     if times
                     else ""
                 )
-            line.append(_mean_and_range(losses))
-            line.append("" if gap is None else f"{gap:+.3f}")
         lines.append(line)
-    return markdown_table(header, lines)
+    columns = [name for name in (lines[0] if lines else ()) if any(line[name] for line in lines)]
+    columns = ["", *(name for name in columns if name)]
+    return markdown_table(columns, [[line[name] for name in columns] for line in lines])
+
+
+def _cell(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
 
 
 def _mean_and_range(losses: Sequence[float]) -> str:
     if len(losses) < 2:
         return f"{losses[0]:.3f}" if losses else ""
     return f"{statistics.mean(losses):.3f} ({min(losses):.3f}-{max(losses):.3f})"
+
+
+def _config(grid: Grid, tokenizer: Path | None) -> dict[str, Any]:
+    """The grid as the record keeps it, without what it does not set."""
+    config: dict[str, Any] = json.loads(json.dumps(asdict(grid)))
+    config["variants"] = [
+        {key: value for key, value in variant.items() if key != "rest_rates" or value}
+        for variant in config["variants"]
+    ]
+    if grid.same_size is None:
+        del config["same_size"]
+    return config | {"tokenizer": None if tokenizer is None else tokenizer.name}
+
+
+def _continues(written: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether a record's grid is this one, but for variants that one of them lacks."""
+    before, now = (
+        {variant["name"]: variant for variant in each["variants"]} for each in (written, config)
+    )
+    free = {"variants": None, "num_finalists": None}
+    return written | free == config | free and all(
+        before[name] == now[name] for name in before.keys() & now.keys()
+    )
 
 
 def _options() -> argparse.Namespace:

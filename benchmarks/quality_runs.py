@@ -16,11 +16,14 @@ from typing_extensions import override
 from fingpt_lightning.data import TextBlocks
 from fingpt_lightning.metric_keys import VAL_LOSS
 from fingpt_lightning.modules import LowRankPretraining
+from fingpt_lightning.units import MIB
 
 _NUM_CURVE_BATCHES = 20
 _NUM_POINTS = 10
 TUNING = "tuning"
 """The stage in which rates are tried."""
+REST = "learning_rate"
+"""The setting of `LowRankPretraining` that moves what the optimizer of the matrices does not."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,33 @@ class Variant:
         model: Settings of `LowRankPretraining` beside those of the grid.
         rates: Learning rates to try.
         tuned: Setting that takes them.
+        rest_rates: Learning rates to try, once `tuned` is, for what another optimizer moves: the
+            embedding, norms and biases. ``model`` holds the one that `tuned` is tried with.
     """
 
     name: str
     model: Mapping[str, Any]
     rates: Sequence[float]
     tuned: str = "learning_rate"
+    rest_rates: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         if not self.rates:
             raise ValueError(f"variant {self.name!r} has no rates")
+        if self.rest_rates and (self.tuned == REST or REST not in self.model):
+            raise ValueError(f"variant {self.name!r}: rest_rates need a {REST} beside {self.tuned}")
+
+    @property
+    def all_rest_rates(self) -> list[float]:
+        """The rest's learning rates to try, the one of ``model`` first; empty if not tuned."""
+        if not self.rest_rates:
+            return []
+        return list(dict.fromkeys([self.model[REST], *self.rest_rates]))
+
+    def settings(self, rate: float | None = None, rest_rate: float | None = None) -> dict[str, Any]:
+        """``model`` with learning rates: by default the first of `rates`, and that of ``model``."""
+        rest = {} if rest_rate is None else {REST: rest_rate}
+        return {**self.model, **rest, self.tuned: self.rates[0] if rate is None else rate}
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,8 @@ class Grid:
         seeds: Seeds of weights and order of the data, a run for each; the first also for tuning.
         num_finalists: Number of variants beside the first two that get the runs that count: the
             best of the tuning of those that are small enough.
+        same_size: Name of the dense variant of as many parameters as the small ones, which they
+            are compared with in equal time too.
     """
 
     model: Mapping[str, Any]
@@ -68,8 +90,12 @@ class Grid:
     num_steps: int
     seeds: Sequence[int]
     num_finalists: int = 2
+    same_size: str | None = None
 
     def __post_init__(self) -> None:
+        names = [variant.name for variant in self.variants]
+        if self.same_size is not None and self.same_size not in names:
+            raise ValueError(f"same_size {self.same_size!r} is none of {', '.join(names)}")
         if len(self.variants) < 2:
             raise ValueError(f"a grid of {len(self.variants)} variants compares nothing")
         for name in ("num_tuning_steps", "num_steps"):
@@ -107,6 +133,7 @@ class Run:
     rate: float
     seed: int
     num_steps: int
+    rest_rate: float | None = None
     val_loss_nats: float | None = None
     training_time_s: float = 0.0
     curve_steps: Sequence[int] = ()
@@ -114,7 +141,7 @@ class Run:
 
     def key(self) -> tuple[Any, ...]:
         """The fields that identify this run."""
-        return self.variant, self.stage, self.rate, self.seed, self.num_steps
+        return self.variant, self.stage, self.rate, self.seed, self.num_steps, self.rest_rate
 
     def as_row(self) -> dict[str, Any]:
         """The run for the record."""
@@ -179,13 +206,14 @@ class Workshop:
         }
         self._folder = cache_dir
 
-    def module(self, variant: Variant, rate: float | None = None) -> LowRankPretraining:
+    def module(
+        self, variant: Variant, rate: float | None = None, rest_rate: float | None = None
+    ) -> LowRankPretraining:
         """A variant's module, its network not yet built."""
-        rate = variant.rates[0] if rate is None else rate
-        return LowRankPretraining(**{**self.grid.model, **variant.model, variant.tuned: rate})
+        return LowRankPretraining(**{**self.grid.model, **variant.settings(rate, rest_rate)})
 
     def sizes(self, variant: Variant) -> dict[str, int | float]:
-        """Parameters that a variant stores, and the ratio of its dense baseline's to them."""
+        """Parameters that a variant stores, its dense baseline's beside them, FLOP and bytes."""
         module, data = self.module(variant), TextBlocks(**self._data)
         data.prepare_data()
         data.setup()
@@ -195,11 +223,13 @@ class Workshop:
             "parameters": budget.total_parameters,
             "total_compression_ratio": budget.total_compression_ratio,
             "block_compression_ratio": budget.block_compression_ratio,
+            "training_mflop_per_token": budget.training_flops_per_token / 1e6,
+            "float32_mib": budget.bytes_at(32) / MIB,
         }
 
     def train(self, variant: Variant, run: Run) -> Run:
         """Fills in a run; one that diverges has no loss, one that tries a rate has no curve."""
-        data, module, watch = self._made(variant, run.rate, run.seed)
+        data, module, watch = self._made(variant, run.rate, run.seed, run.rest_rate)
         trainer = self._trainer(
             watch,
             run.num_steps,
@@ -251,10 +281,10 @@ class Workshop:
         return mean_s
 
     def _made(
-        self, variant: Variant, rate: float, seed: int
+        self, variant: Variant, rate: float, seed: int, rest_rate: float | None = None
     ) -> tuple[TextBlocks, LowRankPretraining, Watch]:
         lightning.seed_everything(seed, verbose=False)
-        return TextBlocks(**self._data, seed=seed), self.module(variant, rate), Watch()
+        return TextBlocks(**self._data, seed=seed), self.module(variant, rate, rest_rate), Watch()
 
     def _trainer(self, watch: Watch, num_steps: int, **settings: Any) -> Trainer:
         options: dict[str, Any] = {

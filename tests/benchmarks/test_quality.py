@@ -189,7 +189,103 @@ def test_gaps_are_means_over_the_seeds_that_both_have() -> None:
     assert found["naive_loss_gap_nats_equal_tokens"] == pytest.approx(0.5)
     assert found["best_of_same_size"] == "dense, other optimiser"
     assert found["same_size_loss_gap_nats_equal_tokens"] == pytest.approx(-0.3)
-    assert "| naive | 0.1 | 1.00 | 2.70x |  | 4.500 | +0.500 |" in quality.table(rows)
+    assert "| naive | 0.1 | 1.00 | 2.70x | 4.500 | +0.500 |" in quality.table(rows)
+
+
+def test_gaps_to_dense_networks_of_the_same_optimizer() -> None:
+    rows = [
+        _row("dense", 1.0, {"1": 4.0, "2": 5.0}, {}),
+        _row("dense, same size", 2.6, {"1": 4.2, "2": 5.3}, {"1": 4.1}),
+        _row("ours", 2.7, {"1": 4.1, "2": 5.05}, {"1": 3.9, "2": 4.8}),
+        _row("other", 2.7, {"1": 4.3}, {}),
+        _row("larger", 2.0, {"1": 3.9}, {"1": 3.8}),
+    ]
+    rows[2]["time_of_the_same_size_loss_nats"] = {"1": 4.25}
+    assert quality.same_size_summary(rows, "dense, same size") == {
+        "best": "ours",
+        "total_compression_ratio": 2.7,
+        "parameters_to_same_size_dense": 1.0,
+        "gap_to_same_size_dense_equal_tokens_nats": pytest.approx(-0.175),
+        "gap_to_same_size_dense_equal_time_nats": pytest.approx(0.05),
+        "gap_to_dense_same_optimizer_equal_tokens_nats": pytest.approx(0.075),
+        "gap_to_dense_same_optimizer_equal_time_nats": pytest.approx(-0.15),
+    }
+    assert quality.same_size_summary(rows[:1], "dense, same size") == {}
+    assert quality.same_size_summary(rows[:2], "dense, same size") == {}
+
+
+def _muon(**model: Any) -> dict[str, Any]:
+    return {"optimizer": "spectron", "spectron_dense": True, "learning_rate": 0.01, **model}
+
+
+SAME_SIZE_GRID = GRID | {
+    "same_size": "narrow",
+    "num_finalists": 2,
+    "variants": [
+        {"name": "dense", "model": _muon(rank=None), "rates": [0.07], "rest_rates": [0.02],
+         "tuned": "spectron_learning_rate"},
+        {"name": "narrow", "model": _muon(rank=None, width=4), "rates": [0.07],
+         "tuned": "spectron_learning_rate"},
+        {"name": "ours", "model": _muon(**SMALL), "rates": [0.05, 0.1], "rest_rates": [0.02],
+         "tuned": "spectron_learning_rate"},
+    ],
+}  # fmt: skip
+
+
+def test_low_rank_is_compared_with_the_dense_network_of_its_size(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Run] = []
+
+    def train(workshop: Workshop, variant: Variant, run: Run) -> Run:
+        # Best in the middle: at a rate of 0.1, and 0.02 for the rest.
+        distance = abs(math.log(run.rate / 0.1)) + abs(math.log((run.rest_rate or 1.0) / 0.02))
+        run.val_loss_nats = distance + run.seed
+        trained.append(run)
+        return run
+
+    def step_times_s(
+        workshop: Workshop, variants: list[Variant], *args: Any
+    ) -> dict[str, list[float]]:
+        times_s = {"dense": 4.0, "narrow": 1.0, "ours": 2.0, "later": 1.0}
+        return {variant.name: [times_s[variant.name]] for variant in variants}
+
+    monkeypatch.setattr(Workshop, "train", train)
+    monkeypatch.setattr(Workshop, "step_times_s", step_times_s)
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(SAME_SIZE_GRID))
+    # The one without the others: its gaps wait.
+    monkeypatch.setattr(sys, "argv", [*words, "--only", "ours"])
+    quality.main()
+    assert [(run.stage, run.rate, run.rest_rate) for run in trained] == [
+        ("tuning", 0.05, 0.01), ("tuning", 0.1, 0.01), ("tuning", 0.2, 0.01),
+        ("tuning", 0.1, 0.02), ("tuning", 0.1, 0.04), ("equal tokens", 0.1, 0.02),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", words)
+    quality.main()
+    record = json.loads((tmp_path / "record.json").read_text())
+    steps = {(run["variant"], run["stage"]): run["num_steps"] for run in record["runs"]}
+    assert steps["ours", "equal time"] == 4
+    assert steps["ours", "time of the same size"] == 1
+    assert record["rest_rates"] == {"ours": 0.02, "dense": 0.02}
+    assert record["summary"]["best"] == "ours"
+    assert {key for key in record["summary"] if key.startswith("gap_to_")} == {
+        f"gap_to_{other}_equal_{stage}_nats"
+        for other in ("same_size_dense", "dense_same_optimizer")
+        for stage in ("tokens", "time")
+    }
+    # A variant that is added does not repeat what was run; one that is changed is refused.
+    num_runs = len(record["runs"])
+    later = {"name": "later", "model": _muon(rank=1, embedding_rank=2), "rates": [0.07],
+             "tuned": "spectron_learning_rate"}  # fmt: skip
+    variants = [*SAME_SIZE_GRID["variants"], later]
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(SAME_SIZE_GRID | {"variants": variants}))
+    quality.main()
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [run["variant"] for run in record["runs"][num_runs:]] == ["later"] * 3
+    changed = [*variants[:3], later | {"rates": [0.08]}]
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(SAME_SIZE_GRID | {"variants": changed}))
+    with pytest.raises(ValueError, match=r"record\.json is of another grid"):
+        quality.main()
 
 
 def test_every_variant_of_the_shipped_grid_is_a_module_of_its_size() -> None:
@@ -202,6 +298,17 @@ def test_every_variant_of_the_shipped_grid_is_a_module_of_its_size() -> None:
         ratios[variant.name] = module.budget(256).total_compression_ratio
     assert ratios.pop("dense") == 1
     assert ratios["naive"] >= quality.WANTED_RATIO
+
+
+def test_the_variants_of_the_same_size_grid_have_the_sizes_that_they_claim() -> None:
+    grid = read_grid(quality.GRID.with_name("same_size_grid.yaml"))
+    parameters = {}
+    for variant in grid.variants:
+        module = LowRankPretraining(**{**grid.model, **variant.settings()}, vocab_size=8192)
+        parameters[variant.name] = module.budget(256).total_parameters
+    dense, narrow, *small = parameters.values()
+    assert all(dense / size >= quality.WANTED_RATIO for size in small)
+    assert all(abs(size / narrow - 1) <= 0.02 for size in small)
 
 
 def test_the_grid_of_gpt2_s_vocabulary_has_variants_of_the_shipped_one() -> None:
@@ -223,6 +330,11 @@ def test_the_grid_of_gpt2_s_vocabulary_has_variants_of_the_shipped_one() -> None
         ({"num_stepps": 3}, "num_stepps"),
         ({"seeds": []}, "seeds is empty"),
         ({"num_steps": 0}, "num_steps 0 is below 1"),
+        ({"same_size": "narow"}, "same_size 'narow' is none of dense, naive, spectron"),
+        (
+            {"variants": [{"name": "a", "model": {}, "rates": [1], "rest_rates": [2]}] * 2},
+            "variant 'a': rest_rates need a learning_rate beside learning_rate",
+        ),
         ({"variants": [{"name": "a", "model": {}, "rates": []}]}, "variant 'a' has no rates"),
     ],
 )
