@@ -50,6 +50,11 @@ COMMANDS = {
         "fingpt_lightning.deploy.label_options",
         "fingpt_lightning.deploy.label_command",
     ),
+    "serve": Command(
+        "a model and its adapters behind OpenAI's routes: completions, chats, labels",
+        "fingpt_lightning.serving.options",
+        "fingpt_lightning.serving.command",
+    ),
     "decompose": Command(
         "a dense model's layers as low-rank layers; the folder trains on, evaluates and exports",
         "fingpt_lightning.decomposition.options",

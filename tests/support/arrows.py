@@ -22,6 +22,7 @@ ORDER = (
     "reporting",
     "sweeping",
     "decomposition",
+    "serving",
     "deploy",
     "callbacks",
     "strategies",
