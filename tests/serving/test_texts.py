@@ -27,7 +27,10 @@ def test_pieces_join_to_the_text_of_all_tokens(tokenizer: PreTrainedTokenizerFas
         pieces = _written(text, tokens[num_prompt:])
         before = tokenizer.decode(tokens[:num_prompt], skip_special_tokens=True)
         whole = tokenizer.decode(tokens, skip_special_tokens=True)
-        assert "".join(pieces) == text.text == whole[len(before) :]
+        after = tokenizer.decode(tokens[num_prompt:], skip_special_tokens=True)
+        # Ten tokens end amid a character.
+        wanted = whole[len(before) :] if whole.startswith(before) else after
+        assert "".join(pieces) == text.text == wanted
 
 
 @pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), metaspace_tokenizer()])
