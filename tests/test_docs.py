@@ -61,6 +61,8 @@ NOT_RUN = {
     " tests/test_configs.py",
     "fingpt fit --config configs/finetune_llama2_70b_qlora_pipeline.yaml": "needs four GPUs",
     "fingpt fit --config quickstart": "as an installed wheel does: tests/test_wheel.py",
+    "fingpt serve": "goes on until it is ended: tests/serving/test_command.py",
+    "curl": "asks a server: tests/serving/test_app.py",
     "fingpt sweep": "each trial is a process: tests/benchmarks/test_local_sweep.py",
     "--trainer.callbacks+ callbacks.PipelineTrace": "tests/callbacks/test_pipeline_trace.py",
 }  # fmt: skip

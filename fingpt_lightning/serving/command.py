@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
             @override
             def handle_exit(self, sig: int, frame: Any) -> None:
                 if engine.is_draining:
+                    self.force_exit = True
                     super().handle_exit(sig, frame)
                 engine.drain()
 
@@ -131,10 +132,14 @@ def _listening(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    except OSError as error:
+        raise OSError(f"--host {host}: {error.strerror}") from None
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
         listener.bind(address)
     except OSError as error:
+        listener.close()
         raise OSError(f"--host {host} --port {port}: {error.strerror}") from None
     return listener
 

@@ -250,11 +250,17 @@ class Engine:
     def _run(self) -> None:
         with torch.inference_mode():
             while self._has_work():
-                self._drop_late()
-                self._label()
-                self._admit()
-                self._step()
-        self._activation.close()
+                try:
+                    self._drop_late()
+                    self._label()
+                    self._admit()
+                    self._step()
+                except Exception as error:  # such as too little memory: smaller requests may fit
+                    for writing in self._rows:
+                        self._fail(writing.job, error)
+                    self._rows.clear()
+                    self._slots = SlotCache(self._network.config)
+        self._adapt(None)
 
     def _has_work(self) -> bool:
         """Waits for work; False once the engine is to stop and has none."""
@@ -322,7 +328,7 @@ class Engine:
         try:
             self._adapt([job.adapter for job in jobs])
             cache, logits_BV = self._run_prompts([job.tokens for job in jobs])
-        except Exception as error:  # such as too little memory: the others go on
+        except Exception as error:  # the fault of these prompts: the others go on
             for job in jobs:
                 self._fail(job, error)
             return
@@ -347,17 +353,11 @@ class Engine:
         """One token more of each row."""
         if not self._rows:
             return
-        try:
-            self._adapt([row.job.adapter for row in self._rows])
-            position_B, allowed_BS = self._slots.begin_step()
-            token_B = torch.tensor([row.token for row in self._rows], device=position_B.device)
-            hidden_BD = decode_step(self._network, token_B, position_B, self._slots, allowed_BS)
-            logits_BV = logits_of(self._network, hidden_BD)
-        except Exception as error:  # such as too little memory: later requests may be smaller
-            for row in reversed(range(len(self._rows))):
-                self._fail(self._rows[row].job, error)
-                self._remove(row)
-            return
+        self._adapt([row.job.adapter for row in self._rows])
+        position_B, allowed_BS = self._slots.begin_step()
+        token_B = torch.tensor([row.token for row in self._rows], device=position_B.device)
+        hidden_BD = decode_step(self._network, token_B, position_B, self._slots, allowed_BS)
+        logits_BV = logits_of(self._network, hidden_BD)
         self._slots.end_step()
         self.counts.steps += 1
         self._take(range(len(self._rows)), logits_BV)

@@ -19,6 +19,7 @@ from fingpt_lightning.serving.engine import (
     Finished,
     OverloadedError,
     Piece,
+    TokenScore,
 )
 from tests.deploy.tiny_clients import save_clients
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer
@@ -79,17 +80,17 @@ def test_mixed_requests_are_answered_as_one_by_one(base: Path, tmp_path: Path) -
     wanted = []
     for text, num_new, adapter, sampling in asked:
         prompts = [Prompt(text, adapter)]
-        ((_, found),) = complete(
+        ((_, one),) = complete(
             network, tiny_tokenizer(), prompts, num_new, sampling=sampling, bank=bank
         )
-        wanted.append((found.text, found.num_tokens, "stop" if found.has_ended else "length"))
+        wanted.append((one.text, one.num_tokens, "stop" if one.has_ended else "length"))
     # A batch smaller than the requests: they join as others leave.
     engine = _started(network, bank, batch_size=5)
     made = [
         _Asked(engine, text, num_new, adapter=adapter, sampling=sampling)
         for text, num_new, adapter, sampling in asked
     ]
-    found = [one.answer() for one in made]
+    found = [asked_for.answer() for asked_for in made]
     engine.stop(30.0)
     assert [(text, end.num_tokens, end.reason) for text, end in found] == wanted
     assert engine.counts.finished == len(asked)
@@ -100,7 +101,7 @@ def test_log_probabilities_are_those_of_the_network(base: Path) -> None:
     network = load_model(base, dtype="float64").network
     engine = _started(network)
     asked = _Asked(engine, WORDS[0], 4, num_logprobs=2)
-    scores = []
+    scores: list[TokenScore] = []
     while not isinstance(event := asked.events.get(timeout=60), Finished):
         assert isinstance(event, Piece)
         scores += event.scores

@@ -7,6 +7,10 @@ from fingpt_lightning.serving.texts import WrittenText
 from tests.evaluation.tiny_language import metaspace_tokenizer, tiny_tokenizer
 
 
+def _decoded(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
 def _written(text: WrittenText, tokens: list[int]) -> list[str]:
     pieces = []
     for token in tokens:
@@ -25,9 +29,9 @@ def test_pieces_join_to_the_text_of_all_tokens(tokenizer: PreTrainedTokenizerFas
     for num_prompt in (0, 3, 10, 100):
         text = WrittenText(tokenizer, tokens[:num_prompt])
         pieces = _written(text, tokens[num_prompt:])
-        before = tokenizer.decode(tokens[:num_prompt], skip_special_tokens=True)
-        whole = tokenizer.decode(tokens, skip_special_tokens=True)
-        after = tokenizer.decode(tokens[num_prompt:], skip_special_tokens=True)
+        before = _decoded(tokenizer, tokens[:num_prompt])
+        whole = _decoded(tokenizer, tokens)
+        after = _decoded(tokenizer, tokens[num_prompt:])
         # Ten tokens end amid a character.
         wanted = whole[len(before) :] if whole.startswith(before) else after
         assert "".join(pieces) == text.text == wanted
@@ -41,9 +45,9 @@ def test_the_whole_text_of_any_tokens_is_theirs(tokenizer: PreTrainedTokenizerFa
         tokens = [draw.randrange(3, len(tokenizer)) for _ in range(30)]
         text = WrittenText(tokenizer, tokens[:10])
         _written(text, tokens[10:])
-        before = tokenizer.decode(tokens[:10], skip_special_tokens=True)
-        whole = tokenizer.decode(tokens, skip_special_tokens=True)
-        after = tokenizer.decode(tokens[10:], skip_special_tokens=True)
+        before = _decoded(tokenizer, tokens[:10])
+        whole = _decoded(tokenizer, tokens)
+        after = _decoded(tokenizer, tokens[10:])
         assert text.text == (whole[len(before) :] if whole.startswith(before) else after)
 
 
