@@ -1,11 +1,11 @@
-"""Spectron's step for one pair of factors, in float64, written from the paper's formulas."""
+"""Spectron's step for the factors of one layer, in float64, written from the paper's formulas."""
 
 import torch
 from torch import Tensor
 
 
-class PairReference:
-    """A pair and its momenta; singular values come from a decomposition, not from an iteration.
+class SpectronReference:
+    """Factors and their momenta; singular values come from a decomposition, not from an iteration.
 
     Source: https://arxiv.org/abs/2602.12429.
     """
