@@ -108,7 +108,8 @@ class LoRAMuon(FactorOptimizer):
         dtype = momenta_NRF.dtype
         whitened_NRF = solve_triangular(roots_NRR, momenta_NRF.to(roots_NRR.dtype), upper=False)
         signs_NRF = self._orthogonalized(whitened_NRF)
-        return solve_triangular(roots_NRR.mT, signs_NRF, upper=True).to(dtype)
+        moves_NRF: Tensor = solve_triangular(roots_NRR.mT, signs_NRF, upper=True)
+        return moves_NRF.to(dtype)
 
 
 def _lying(matrix: Tensor, is_up: bool) -> Float[Tensor, "R F"]:

@@ -18,6 +18,7 @@ from typing_extensions import override
 from fingpt_lightning.data.batch import TokenBatch
 from fingpt_lightning.low_rank import (
     Initialization,
+    LoRAMuon,
     ModelBudget,
     RankRule,
     Spectron,
@@ -55,7 +56,13 @@ from fingpt_lightning.modules.language_modeling import LanguageModelingModule, T
 from fingpt_lightning.modules.optimization import adamw_8bit, decay_groups, factor_groups
 from fingpt_lightning.modules.quantization_aware import RoundingSchedule
 from fingpt_lightning.modules.ranges import check_below_1, check_optimization
-from fingpt_lightning.modules.recipe import PLAIN, check_recipe, low_rank_changes
+from fingpt_lightning.modules.recipe import (
+    FACTOR_OPTIMIZERS,
+    PLAIN,
+    check_recipe,
+    low_rank_changes,
+    moves_dense_alike,
+)
 from fingpt_lightning.modules.self_guided import GuideSchedule
 from fingpt_lightning.modules.sharding import shard
 from fingpt_lightning.modules.weight_averaging import prepare_averaging
@@ -65,7 +72,10 @@ _PRESET = "gpt2-small"
 _RANK_RATIO = 0.25
 _DRAWN_STD = 0.02
 # What the optimizer's state depends on, and the values of checkpoints that lack it.
-_STATE_SETTINGS = {"optimizer": "adamw", "factor_decay": "factors", "spectron_dense": False}
+_STATE_SETTINGS = {
+    "optimizer": "adamw", "factor_decay": "factors", "spectron_dense": False,
+    "lora_muon_dense": False,
+}  # fmt: skip
 
 
 class _Start(NamedTuple):
@@ -130,13 +140,19 @@ class LowRankPretraining(LanguageModelingModule):
         factor_decay: ``factors`` decays each factor by ``weight_decay``; ``product`` decays their
             product up down.
         optimizer: ``adamw``; ``adamw_8bit``, its state in 8 bits; ``spectron``, which moves factor
-            matrices along orthogonalized momentum by a bounded step, and all else by AdamW.
+            matrices along orthogonalized momentum by a bounded step, and all else by AdamW;
+            ``lora_muon``, which moves them so that their product takes the step of Muon.
         spectron_learning_rate: Highest learning rate of the factors with ``spectron``: about the
             spectral norm by which a step changes a product.
         spectron_momentum: Momentum of ``spectron``.
         spectron_dense: Whether, with ``spectron``, layers of the blocks that stay dense are moved
             alike, by ``spectron_learning_rate`` in the spectral norm: a dense baseline on equal
             terms.
+        lora_muon_learning_rate: Highest learning rate of the factors with ``lora_muon``: about the
+            spectral norm by which a step changes a product, and that of Muon for a dense matrix.
+        lora_muon_momentum: Momentum of ``lora_muon``.
+        lora_muon_dense: Whether, with ``lora_muon``, layers of the blocks that stay dense are moved
+            by Muon at ``lora_muon_learning_rate``.
         quantization_aware: ``int8`` or ``nf4`` trains the end of the run with weights rounded as
             an export in that format stores them; null does not.
         quantization_start: Share of the steps from which on weights are rounded, in [0, 1].
@@ -182,10 +198,13 @@ class LowRankPretraining(LanguageModelingModule):
         factor_expansion: float = 0.0,
         self_guided: float = 0.0,
         factor_decay: Literal["factors", "product"] = "factors",
-        optimizer: Literal["adamw", "adamw_8bit", "spectron"] = "adamw",
+        optimizer: Literal["adamw", "adamw_8bit", "spectron", "lora_muon"] = "adamw",
         spectron_learning_rate: float = 0.07,
         spectron_momentum: float = 0.95,
         spectron_dense: bool = False,
+        lora_muon_learning_rate: float = 0.02,
+        lora_muon_momentum: float = 0.95,
+        lora_muon_dense: bool = False,
         quantization_aware: Literal["nf4", "int8"] | None = None,
         quantization_start: float = 0.8,
     ) -> None:
@@ -242,10 +261,18 @@ class LowRankPretraining(LanguageModelingModule):
             beta2=beta2,
             loss_chunk_size=loss_chunk_size,
         )
-        check_below_1(dropout=dropout, spectron_momentum=spectron_momentum)
+        check_below_1(dropout=dropout)
         check_recipe(
-            initialization, factor_activation, factor_expansion, self_guided, factor_decay,
-            optimizer, spectron_learning_rate, spectron_dense, quantization_aware,
+            {
+                "initialization": initialization, "factor_activation": factor_activation,
+                "factor_expansion": factor_expansion, "self_guided": self_guided,
+                "factor_decay": factor_decay, "optimizer": optimizer,
+                "spectron_learning_rate": spectron_learning_rate,
+                "spectron_momentum": spectron_momentum, "spectron_dense": spectron_dense,
+                "lora_muon_learning_rate": lora_muon_learning_rate,
+                "lora_muon_momentum": lora_muon_momentum, "lora_muon_dense": lora_muon_dense,
+                "quantization_aware": quantization_aware, "weight_decay": weight_decay,
+            }
         )  # fmt: skip
         self.rounding = RoundingSchedule.checked(quantization_aware, quantization_start)
         self.guiding = GuideSchedule(self_guided)
@@ -413,16 +440,16 @@ class LowRankPretraining(LanguageModelingModule):
         return self.with_cosine_schedule(optimizer)
 
     def _optimizer(self, kind: str, betas: tuple[float, float], lr: float) -> Optimizer:
-        if kind == "spectron" or self._decays_products:
+        if kind in FACTOR_OPTIMIZERS or self._decays_products:
             groups = self._factor_groups()
         else:
             groups = decay_groups(self.named_parameters(), self.hparams["weight_decay"])
         if kind == "adamw_8bit":
             return adamw_8bit(groups, betas, lr)
-        if kind == "spectron":
+        if kind in FACTOR_OPTIMIZERS:
             precision = self.trainer.precision_plugin
             is_bf16 = isinstance(precision, MixedPrecision) and precision.precision == "bf16-mixed"
-            return Spectron(
+            return (LoRAMuon if kind == "lora_muon" else Spectron)(
                 groups,
                 lr,
                 betas=betas,
@@ -437,15 +464,15 @@ class LowRankPretraining(LanguageModelingModule):
         dense: dict[str, Any] = {"weight_decay": decay}
         if self._decays_products:
             factor_settings = {"weight_decay": 0.0, "product_decay": decay}
-        if self.hparams["optimizer"] == "spectron":
+        if (kind := self.hparams["optimizer"]) in FACTOR_OPTIMIZERS:
             steps = {
-                "lr": self.hparams["spectron_learning_rate"],
-                "momentum": self.hparams["spectron_momentum"],
+                "lr": self.hparams[f"{kind}_learning_rate"],
+                "momentum": self.hparams[f"{kind}_momentum"],
             }
             expansion = self.hparams["factor_expansion"]
             factor_settings |= steps | {"is_low_rank": True, "expansion": expansion}
             dense |= steps | {"is_dense": True}
-        moved_alike = dense if self.hparams["spectron_dense"] else None
+        moved_alike = dense if moves_dense_alike(self.hparams) else None
         return factor_groups(self.network, decay, factor_settings, moved_alike)
 
     @property

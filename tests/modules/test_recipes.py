@@ -1,4 +1,4 @@
-"""The ways to train pairs: each resumes, loads as a network, and is the same on several ranks."""
+"""Recipes for low-rank layers: each resumes, loads as a network, is the same on several ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.low_rank import LowRankLinear, Spectron, low_rank_factors
+from fingpt_lightning.low_rank.factor_optimizer import FactorOptimizer
 from fingpt_lightning.models.expansion import expand, merge_into_base
 from fingpt_lightning.models.formats.hf_folder import write_network
 from fingpt_lightning.models.loading import load_model
@@ -36,7 +37,13 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "spectron": {"optimizer": "spectron", "initialization": "orthogonal", "factor_expansion": 0.5},
-    "pairs, product": {
+    "lora_muon": {
+        "optimizer": "lora_muon",
+        "lora_muon_dense": True,
+        "factor_expansion": 0.5,
+        "rank_overrides": {"*.c_fc": None},
+    },
+    "spectron, product": {
         "optimizer": "spectron",
         "factor_decay": "product",
         "spectron_dense": True,
@@ -46,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "product": {"factor_decay": "product", "initialization": "cola"},
     "silu": {"factor_activation": "silu", "initialization": "cola"},
     "guided": {"self_guided": 0.8, "factor_expansion": 0.5},
-    "guided, pairs": {"self_guided": 0.8, "optimizer": "spectron", "spectron_dense": True},
+    "guided, spectron": {"self_guided": 0.8, "optimizer": "spectron", "spectron_dense": True},
     "guided, 8 bits": {"self_guided": 0.8, "optimizer": "adamw_8bit", "width": 36},
 }
 NUM_STEPS, CHECKPOINT_STEP = 6, 4  # the checkpoint is at the end of the second epoch
@@ -111,14 +118,14 @@ def test_a_resumed_run_drops_what_one_that_was_not_stopped_does(tmp_path: Path) 
         assert torch.equal(resumed[key], weight), key
 
 
-@pytest.mark.parametrize("name", ["spectron", "product", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["spectron", "lora_muon", "product", "adamw_8bit"])
 def test_settings_of_the_optimiser_are_those_of_the_resumed_run(tmp_path: Path, name: str) -> None:
     recipe = RECIPES[name]
     precise: dict[str, Any] = {"plugins": []} if name == "adamw_8bit" else {}
     fit_recipe(tmp_path, recipe, **precise)
     changed = recipe | {
         "learning_rate": 0.002, "spectron_learning_rate": 0.03, "weight_decay": 0.7, "beta1": 0.5,
-        "spectron_momentum": 0.6,
+        "spectron_momentum": 0.6, "lora_muon_learning_rate": 0.03, "lora_muon_momentum": 0.6,
     }  # fmt: skip
     resumed = fit_recipe(
         tmp_path / "two", changed, resume_from=checkpoint_of(tmp_path), **precise
@@ -172,19 +179,25 @@ def test_momentum_is_orthogonalised_in_the_dtype_of_products_and_all_the_state_i
     tmp_path: Path,
 ) -> None:
     bf16: dict[str, Any] = {"plugins": [], "precision": "bf16-mixed"}
-    for options, dtype in (({}, None), (bf16, torch.bfloat16)):
-        mixed = {"rank_overrides": {"*.c_fc": None}, "spectron_dense": True}
-        module = fit_recipe(tmp_path, RECIPES["spectron"] | mixed, **options)
+    mixed = {"rank_overrides": {"*.c_fc": None}, "spectron_dense": True}
+    for name, recipe, options, dtype in (
+        ("spectron", RECIPES["spectron"] | mixed, {}, None),
+        ("spectron", RECIPES["spectron"] | mixed, bf16, torch.bfloat16),
+        ("lora_muon", RECIPES["lora_muon"], bf16, torch.bfloat16),
+    ):
+        module = fit_recipe(tmp_path, recipe, **options)
         (optimizer,) = module.trainer.optimizers
-        assert isinstance(optimizer, Spectron)
+        assert isinstance(optimizer, FactorOptimizer)
         assert optimizer.product_dtype == dtype
         assert optimizer.param_groups[2]["expansion"] == 0.5
         trained = [(p.numel(), p.element_size()) for p in module.parameters()]
         dense = dense_in_blocks(module.network)
-        moved = [(min(p.shape), p) for p in low_rank_factors(module)] + [(0, p) for p in dense]
+        has_vectors = name == "spectron"
+        factors = low_rank_factors(module)
+        moved = [(min(p.shape) if has_vectors else 0, p) for p in factors] + [(0, p) for p in dense]
         assert len(dense) == 2
         saving = factor_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
-        planned = optimizer_bytes(trained, "spectron") - saving
+        planned = optimizer_bytes(trained, name) - saving
         assert module_memory(module, optimizer).optimizer == planned
 
 
@@ -212,7 +225,8 @@ def test_the_product_decays_by_rate_and_weight_decay(tmp_path: Path) -> None:
 def test_the_dense_baseline_of_any_recipe_is_plain(tmp_path: Path) -> None:
     for recipe in RECIPES.values():
         twin = LowRankPretraining(**(SIZES | recipe)).dense_baseline()
-        expected = "spectron" if recipe.get("spectron_dense") else "adamw"
+        kind = recipe.get("optimizer", "adamw")
+        expected = kind if recipe.get(f"{kind}_dense") else "adamw"
         if recipe.get("optimizer") == "adamw_8bit":
             expected = "adamw_8bit"
         assert (twin.hparams["optimizer"], twin.hparams["initialization"]) == (expected, "svd")
@@ -227,6 +241,20 @@ def test_the_dense_baseline_of_any_recipe_is_plain(tmp_path: Path) -> None:
         ({"spectron_learning_rate": 0.0}, "spectron_learning_rate 0.0 is not above 0"),
         ({"spectron_momentum": 1.0}, r"spectron_momentum 1.0 is outside \[0, 1\)"),
         ({"spectron_dense": True}, "spectron_dense has no effect with optimizer adamw"),
+        ({"lora_muon_learning_rate": -0.1}, "lora_muon_learning_rate -0.1 is not above 0"),
+        ({"lora_muon_momentum": 1.0}, r"lora_muon_momentum 1.0 is outside \[0, 1\)"),
+        (
+            {"optimizer": "spectron", "lora_muon_dense": True},
+            "lora_muon_dense has no effect with optimizer spectron: set lora_muon",
+        ),
+        (
+            {"optimizer": "lora_muon", "lora_muon_learning_rate": 2.0, "weight_decay": 0.5},
+            "lora_muon_learning_rate 2.0 times weight_decay 0.5 is not below 1: lower one",
+        ),
+        (
+            {"optimizer": "lora_muon", "factor_activation": "silu"},
+            "which with factor_activation silu is not the weight: set spectron or adamw",
+        ),
         ({"factor_expansion": -1.0}, "factor_expansion -1.0 is below 0"),
         ({"factor_expansion": 0.5, "factor_activation": "silu"}, "cannot be folded behind"),
         (
@@ -258,13 +286,19 @@ def test_a_word_that_is_none_of_a_settings_is_refused(
 ) -> None:
     # Of the check alone: the annotations of the module's arguments are checked before it here.
     with pytest.raises(ValueError, match=message):
-        check_recipe(**{**PLAIN, "spectron_learning_rate": 0.07, **settings})
+        check_recipe(
+            LowRankPretraining(**SIZES).hparams | settings  # type: ignore[operator]
+        )
 
 
 @pytest.mark.parametrize(
-    "settings", [{"optimizer": "spectron"}, {"factor_decay": "product"}, {"initialization": "cola"}]
-)
-def test_a_recipe_for_pairs_needs_pairs(settings: dict[str, str]) -> None:
+    "settings",
+    [
+        {"optimizer": "spectron"}, {"optimizer": "lora_muon"}, {"factor_decay": "product"},
+        {"initialization": "cola"},
+    ],
+)  # fmt: skip
+def test_a_recipe_for_low_rank_layers_needs_some(settings: dict[str, str]) -> None:
     module = LowRankPretraining(**(SIZES | settings | {"rank": None, "vocab_size": 23}))
     ((key, value),) = settings.items()
     with pytest.raises(
@@ -280,6 +314,7 @@ def test_a_recipe_for_pairs_needs_pairs(settings: dict[str, str]) -> None:
     ("settings", "message"),
     [
         ({"optimizer": "adamw"}, r"model.optimizer is adamw, whose state .* of spectron"),
+        ({"optimizer": "lora_muon"}, r"model.optimizer is lora_muon, whose state .* of spectron"),
         (
             {"factor_decay": "product"},
             r"model.factor_decay is product, whose state .* of factors",
@@ -315,10 +350,15 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
     results = {
         **fit("ddp", "spectron", DDPStrategy(), batch_size=2),
         **fit("pipeline", "spectron", pipeline()),
-        **fit("pipeline, product", "pairs, product", pipeline()),
+        **fit("pipeline, product", "spectron, product", pipeline()),
+        **fit("ddp, lora_muon", "lora_muon", DDPStrategy(), batch_size=2),
+        **fit("pipeline, lora_muon", "lora_muon", pipeline()),
         **fit("of one", "spectron", pipeline(), resume_from=checkpoint_of(folder / "one")),
     }
-    for recipe, key in (("spectron", "optimizer spectron"), ("product", "factor_decay product")):
+    for recipe, key in (
+        ("spectron", "optimizer spectron"), ("lora_muon", "optimizer lora_muon"),
+        ("product", "factor_decay product"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"splits each matrix, which model.{key}"):
             fit("sharded", recipe, FullySharded(), batch_size=2)
     mesh = init_device_mesh("cpu", (num_ranks,))
@@ -330,14 +370,21 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_ranks_train_pairs_as_one_and_take_each_others_checkpoints(tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_and_take_each_others_checkpoints(
+    tmp_path: Path,
+) -> None:
     one = {
         name: fit_recipe(tmp_path / folder, RECIPES[name]).state_dict()
-        for folder, name in (("one", "spectron"), ("one, product", "pairs, product"))
+        for folder, name in (
+            ("one", "spectron"),
+            ("one, product", "spectron, product"),
+            ("one, muon", "lora_muon"),
+        )
     }
     per_rank = run_ranks(_on_two, 2, str(tmp_path), timeout_s=300)
     cases = {"ddp": "spectron", "pipeline": "spectron", "of one": "spectron"}
-    cases["pipeline, product"] = "pairs, product"
+    cases |= {"ddp, lora_muon": "lora_muon", "pipeline, lora_muon": "lora_muon"}
+    cases["pipeline, product"] = "spectron, product"
     for case, recipe in cases.items():
         truth, seen = one[recipe], set[str]()
         for results in per_rank:

@@ -226,6 +226,25 @@ PRETRAINING: dict[str, Row] = {
         },
         _moves_dense_matrices,
     ),
+    "optimizer, lora_muon": Row(
+        {"optimizer": "lora_muon"},
+        lambda seen: len(seen.groups("is_low_rank")[0]["params"]) == 4 * len(seen.family.mlp),
+    ),
+    "lora_muon_learning_rate": Row(
+        {"optimizer": "lora_muon", "lora_muon_learning_rate": 0.03},
+        lambda seen: seen.groups("is_low_rank")[0]["initial_lr"] == 0.03,
+    ),
+    "lora_muon_momentum": Row(
+        {"optimizer": "lora_muon", "lora_muon_momentum": 0.5},
+        lambda seen: seen.groups("is_low_rank")[0]["momentum"] == 0.5,
+    ),
+    "lora_muon_dense": Row(
+        {
+            "optimizer": "lora_muon", "lora_muon_dense": True, "lora_muon_learning_rate": RATE,
+            "weight_decay": 0.0, "warmup": 0,
+        },
+        _moves_dense_matrices,
+    ),
     "quantization_aware": Row({"quantization_aware": "int8", "quantization_start": 0.0}, _rounds),
     "quantization_start": Row(
         {"quantization_aware": "nf4", "quantization_start": 1.0},
