@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from fingpt_lightning.low_rank.embedding import LowRankEmbedding, OwnLowRankHead
 from fingpt_lightning.low_rank.linear import LowRankLinear
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -25,6 +26,12 @@ def low_rank_factors(network: nn.Module) -> list[nn.Parameter]:
     """The trained factors of all low-rank layers: down, up, down, up, in the order of the names."""
     layers = [m for m in network.modules() if isinstance(m, LowRankLinear)]
     return [p for m in layers if m.down.requires_grad for p in (m.down, m.up)]
+
+
+def embedding_factors(network: nn.Module) -> list[nn.Parameter]:
+    """The trained factors of low-rank embeddings and heads: table, up, ..., each once."""
+    layers = [m for m in network.modules() if isinstance(m, LowRankEmbedding | OwnLowRankHead)]
+    return [p for m in layers if m.table.requires_grad for p in (m.table, m.up)]
 
 
 def orthogonalized(matrices: Float[Tensor, "*N R F"]) -> Float[Tensor, "*N R F"]:
@@ -58,9 +65,9 @@ class FactorOptimizer(Optimizer):
 
     Args:
         groups: Parameter groups. One with ``is_low_rank`` True holds down, up, down, up, ... and
-            may set ``momentum``, and ``expansion``, the alpha of `LowRankLinear`. One with
-            ``is_dense`` True holds dense matrices. The others are AdamW's, with ``betas`` and
-            ``eps``.
+            may set ``momentum``, and ``expansion``, the alpha of `LowRankLinear`; with
+            ``is_embedding`` True as well it holds table, up, table, up, ... One with ``is_dense``
+            True holds dense matrices. The others are AdamW's, with ``betas`` and ``eps``.
         lr: Learning rate, where a group has none.
         momentum: m.
         betas: Decay rates of AdamW's averages.
@@ -89,7 +96,7 @@ class FactorOptimizer(Optimizer):
         defaults = {
             "lr": lr, "momentum": momentum, "betas": betas, "eps": eps,
             "weight_decay": weight_decay, "fused": fused, "is_low_rank": False, "is_dense": False,
-            "expansion": 0.0,
+            "is_embedding": False, "expansion": 0.0,
         }  # fmt: skip
         self.product_dtype = product_dtype
         super().__init__(groups, defaults)
@@ -100,7 +107,7 @@ class FactorOptimizer(Optimizer):
         if any(isinstance(p, DTensor) for p in group["params"]):
             raise TypeError(f"{type(self).__name__} takes whole parameters, these are sharded")
         if group["is_low_rank"]:
-            _check_factors(group["params"])
+            _check_factors(group["params"], group["is_embedding"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -206,14 +213,16 @@ class FactorOptimizer(Optimizer):
         return orthogonalized(matrices_NRF.to(product_dtype)).to(matrices_NRF.dtype)
 
 
-def _check_factors(params: Sequence[Tensor]) -> None:
+def _check_factors(params: Sequence[Tensor], is_embedding: bool) -> None:
     if len(params) % 2:
         raise ValueError(f"a group of factors has {len(params)} parameters, which is odd")
-    for index, (down, up) in enumerate(zip(params[::2], params[1::2], strict=True)):
-        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+    expected = "table (V, R) and up (D, R)" if is_embedding else "down (R, in) and up (out, R)"
+    for index, (first, up) in enumerate(zip(params[::2], params[1::2], strict=True)):
+        rank_axis = 1 if is_embedding else 0
+        if first.ndim != 2 or up.ndim != 2 or first.shape[rank_axis] != up.shape[1]:
             raise ValueError(
                 f"parameters {2 * index} and {2 * index + 1} of a group of factors are"
-                f" {tuple(down.shape)} and {tuple(up.shape)}: not down (R, in) and up (out, R)"
+                f" {tuple(first.shape)} and {tuple(up.shape)}: not {expected}"
             )
 
 

@@ -69,30 +69,31 @@ class LoRAMuon(FactorOptimizer):
         if not moving:
             return
         self._add_gradients(moving, group["momentum"])
-        ups = {up for _, up in pairs}
+        # A table of an embedding stands as its ``up`` does: W = table up'.
+        standing = set(moving) if group["is_embedding"] else {up for _, up in pairs}
         # Before the first factor moves: each step depends on where the other factor was.
-        roots = self._cholesky_factors(moving, ups, group["expansion"])
+        roots = self._cholesky_factors(moving, standing, group["expansion"])
         partner = dict(pairs) | {up: down for down, up in pairs}
         kept = (1 - group["lr"] * group["weight_decay"]) ** 0.5
-        for some in batches(moving, lambda p: _lying(p, p in ups).shape):
+        for some in batches(moving, lambda p: _lying(p, p in standing).shape):
             momenta_NRF = torch.stack(
-                [_lying(self._nesterov(p, group["momentum"]), p in ups) for p in some]
+                [_lying(self._nesterov(p, group["momentum"]), p in standing) for p in some]
             )
             roots_NRR = torch.stack([roots[partner[p]] for p in some])
             moves_NRF = self._moves(momenta_NRF, roots_NRR)
-            moves = [_lying(move, p in ups) for p, move in zip(some, moves_NRF, strict=True)]
+            moves = [_lying(move, p in standing) for p, move in zip(some, moves_NRF, strict=True)]
             torch._foreach_mul_(some, kept)
             torch._foreach_sub_(some, torch._foreach_mul(moves, group["lr"] / 2 / kept))
 
     def _cholesky_factors(
-        self, moving: list[Tensor], ups: set[Tensor], expansion: float
+        self, moving: list[Tensor], standing: set[Tensor], expansion: float
     ) -> dict[Tensor, Tensor]:
         """L of each factor's damped Gram matrix L L', in float32 at least."""
         found: dict[Tensor, Tensor] = {}
-        for some in batches(moving, lambda p: (_lying(p, p in ups).shape, p in ups)):
-            factors = [folded_up(p, expansion) if p in ups else p for p in some]
+        for some in batches(moving, lambda p: (_lying(p, p in standing).shape, p in standing)):
+            factors = [folded_up(p, expansion) if p in standing else p for p in some]
             factors_NRF = torch.stack(
-                [_lying(x, p in ups) for p, x in zip(some, factors, strict=True)]
+                [_lying(x, p in standing) for p, x in zip(some, factors, strict=True)]
             )
             factors_NRF = factors_NRF.to(torch.promote_types(factors_NRF.dtype, torch.float32))
             grams_NRR = factors_NRF @ factors_NRF.mT
@@ -112,5 +113,5 @@ class LoRAMuon(FactorOptimizer):
         return moves_NRF.to(dtype)
 
 
-def _lying(matrix: Tensor, is_up: bool) -> Float[Tensor, "R F"]:
-    return matrix.T if is_up else matrix
+def _lying(matrix: Tensor, is_standing: bool) -> Float[Tensor, "R F"]:
+    return matrix.T if is_standing else matrix

@@ -52,11 +52,16 @@ class Spectron(FactorOptimizer):
     dense matrix can be moved alike, by ``-lr O``: then a dense baseline is trained as the factors
     are.
 
+    A group of factors with ``adjust_lr`` "original" multiplies the step of each by
+    sqrt(max(1, rows / columns)), as the authors' code does under that name and their formula does
+    not: ``up`` moves further by sqrt(out / R), and so may the product.
+
     State: one momentum per number of the factors (AdamW keeps two averages) and a vector of R
     numbers per factor, from which one step of power iteration estimates s. Arguments and errors are
     those of `FactorOptimizer`.
 
-    Source: https://arxiv.org/abs/2602.12429 (Spectron: their A is ``up``, their B ``down``).
+    Source: https://arxiv.org/abs/2602.12429 (Spectron: their A is ``up``, their B ``down``);
+    https://github.com/da462/spectron at 05d4e19 (``adjust_muon_lr: original``).
     """
 
     @override
@@ -72,7 +77,11 @@ class Spectron(FactorOptimizer):
         more = 1 + abs(group["expansion"])
         steps = {}
         for down, up in pairs:
-            steps[down] = steps[up] = group["lr"] / (norms[down] + norms[up] + more)
+            bound = group["lr"] / (norms[down] + norms[up] + more)
+            for p in (down, up):
+                # A checkpoint of an earlier version has no such setting.
+                adjusts = group.get("adjust_lr") == "original"
+                steps[p] = bound * adjustment(p) if adjusts else bound
         self._step_along_momenta(moving, steps, group)
 
     def _norms(self, moving: list[Tensor]) -> dict[Tensor, Tensor]:
@@ -85,6 +94,12 @@ class Spectron(FactorOptimizer):
             torch._foreach_copy_(kept, list(vectors_NR))
             found |= zip(some, norms_N, strict=True)
         return found
+
+
+def adjustment(matrix: Tensor) -> float:
+    """The factor on the step of a matrix that the first Muon had: sqrt(max(1, rows / columns))."""
+    rows, columns = matrix.shape
+    return max(1.0, rows / columns) ** 0.5
 
 
 def _first_vector(matrix: Tensor) -> Float[Tensor, "R"]:

@@ -23,6 +23,7 @@ from fingpt_lightning.low_rank import (
     RankRule,
     Spectron,
     decay_products,
+    embedding_factors,
     low_rank_factors,
 )
 from fingpt_lightning.models import (
@@ -53,7 +54,12 @@ from fingpt_lightning.models.shapes import (
 )
 from fingpt_lightning.models.sources import ModelSource
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule, TextSource
-from fingpt_lightning.modules.optimization import adamw_8bit, decay_groups, factor_groups
+from fingpt_lightning.modules.optimization import (
+    adamw_8bit,
+    decay_groups,
+    factor_groups,
+    split_embedding,
+)
 from fingpt_lightning.modules.quantization_aware import RoundingSchedule
 from fingpt_lightning.modules.ranges import check_below_1, check_optimization
 from fingpt_lightning.modules.recipe import (
@@ -74,7 +80,7 @@ _DRAWN_STD = 0.02
 # What the optimizer's state depends on, and the values of checkpoints that lack it.
 _STATE_SETTINGS = {
     "optimizer": "adamw", "factor_decay": "factors", "spectron_dense": False,
-    "lora_muon_dense": False,
+    "lora_muon_dense": False, "embedding_optimizer": "adamw",
 }  # fmt: skip
 
 
@@ -142,12 +148,18 @@ class LowRankPretraining(LanguageModelingModule):
         optimizer: ``adamw``; ``adamw_8bit``, its state in 8 bits; ``spectron``, which moves factor
             matrices along orthogonalized momentum by a bounded step, and all else by AdamW;
             ``lora_muon``, which moves them so that their product takes the step of Muon.
+        embedding_optimizer: ``adamw``, or ``same`` for factors of embedding and head that are moved
+            as those of the blocks are, with ``spectron`` or ``lora_muon``.
+        embedding_learning_rate: Highest learning rate of the embedding and the head, factors or
+            full tables; null is the rate of what else their optimizer moves.
         spectron_learning_rate: Highest learning rate of the factors with ``spectron``: about the
             spectral norm by which a step changes a product.
         spectron_momentum: Momentum of ``spectron``.
         spectron_dense: Whether, with ``spectron``, layers of the blocks that stay dense are moved
             alike, by ``spectron_learning_rate`` in the spectral norm: a dense baseline on equal
             terms.
+        spectron_adjust_lr: ``original`` multiplies the step of a factor of ``spectron`` by
+            sqrt(max(1, rows / columns)), as its authors' code does; ``none`` is their formula.
         lora_muon_learning_rate: Highest learning rate of the factors with ``lora_muon``: about the
             spectral norm by which a step changes a product, and that of Muon for a dense matrix.
         lora_muon_momentum: Momentum of ``lora_muon``.
@@ -199,9 +211,12 @@ class LowRankPretraining(LanguageModelingModule):
         self_guided: float = 0.0,
         factor_decay: Literal["factors", "product"] = "factors",
         optimizer: Literal["adamw", "adamw_8bit", "spectron", "lora_muon"] = "adamw",
+        embedding_optimizer: Literal["adamw", "same"] = "adamw",
+        embedding_learning_rate: float | None = None,
         spectron_learning_rate: float = 0.07,
         spectron_momentum: float = 0.95,
         spectron_dense: bool = False,
+        spectron_adjust_lr: Literal["none", "original"] = "none",
         lora_muon_learning_rate: float = 0.02,
         lora_muon_momentum: float = 0.95,
         lora_muon_dense: bool = False,
@@ -267,8 +282,11 @@ class LowRankPretraining(LanguageModelingModule):
                 "initialization": initialization, "factor_activation": factor_activation,
                 "factor_expansion": factor_expansion, "self_guided": self_guided,
                 "factor_decay": factor_decay, "optimizer": optimizer,
+                "embedding_optimizer": embedding_optimizer,
+                "embedding_learning_rate": embedding_learning_rate,
                 "spectron_learning_rate": spectron_learning_rate,
                 "spectron_momentum": spectron_momentum, "spectron_dense": spectron_dense,
+                "spectron_adjust_lr": spectron_adjust_lr,
                 "lora_muon_learning_rate": lora_muon_learning_rate,
                 "lora_muon_momentum": lora_muon_momentum, "lora_muon_dense": lora_muon_dense,
                 "quantization_aware": quantization_aware, "weight_decay": weight_decay,
@@ -444,6 +462,8 @@ class LowRankPretraining(LanguageModelingModule):
             groups = self._factor_groups()
         else:
             groups = decay_groups(self.named_parameters(), self.hparams["weight_decay"])
+        if (settings := self._embedding_settings()) is not None:
+            groups = split_embedding(groups, self.network, settings)
         if kind == "adamw_8bit":
             return adamw_8bit(groups, betas, lr)
         if kind in FACTOR_OPTIMIZERS:
@@ -464,16 +484,34 @@ class LowRankPretraining(LanguageModelingModule):
         dense: dict[str, Any] = {"weight_decay": decay}
         if self._decays_products:
             factor_settings = {"weight_decay": 0.0, "product_decay": decay}
-        if (kind := self.hparams["optimizer"]) in FACTOR_OPTIMIZERS:
-            steps = {
-                "lr": self.hparams[f"{kind}_learning_rate"],
-                "momentum": self.hparams[f"{kind}_momentum"],
-            }
+        if self.hparams["optimizer"] in FACTOR_OPTIMIZERS:
+            steps = self._factor_steps()
             expansion = self.hparams["factor_expansion"]
             factor_settings |= steps | {"is_low_rank": True, "expansion": expansion}
             dense |= steps | {"is_dense": True}
         moved_alike = dense if moves_dense_alike(self.hparams) else None
         return factor_groups(self.network, decay, factor_settings, moved_alike)
+
+    def _factor_steps(self) -> dict[str, Any]:
+        """Settings of every group whose matrices `FACTOR_OPTIMIZERS` move."""
+        kind = self.hparams["optimizer"]
+        steps = {
+            "lr": self.hparams[f"{kind}_learning_rate"],
+            "momentum": self.hparams[f"{kind}_momentum"],
+        }
+        if kind == "spectron":
+            steps["adjust_lr"] = self.hparams["spectron_adjust_lr"]
+        return steps
+
+    def _embedding_settings(self) -> dict[str, Any] | None:
+        """Settings of a group of embedding and head; None leaves them with the other matrices."""
+        rate = self.hparams["embedding_learning_rate"]
+        settings: dict[str, Any] = {"weight_decay": self.hparams["weight_decay"]}
+        if self.hparams["embedding_optimizer"] == "same":
+            settings |= self._factor_steps() | {"is_low_rank": True, "is_embedding": True}
+        elif rate is None:
+            return None
+        return settings if rate is None else settings | {"lr": rate}
 
     @property
     def _decays_products(self) -> bool:
@@ -482,9 +520,17 @@ class LowRankPretraining(LanguageModelingModule):
     def _check_recipe_fits(self) -> None:
         """Raises where a setting has no effect or is not possible in this run."""
         hparams = self.hparams
-        of_pairs = low_rank_changes(hparams)
-        if of_pairs and not low_rank_factors(self.laid_out()):
-            key, value = next(iter(of_pairs.items()))
+        changes = low_rank_changes(hparams)
+        if changes.pop("embedding_optimizer", None):
+            if not embedding_factors(self.laid_out()):
+                raise ValueError(
+                    "model.embedding_optimizer same is about factors of the embedding, and here it"
+                    " is one table: set adamw, or model.embedding_rank"
+                )
+            for key in ("optimizer", "spectron_adjust_lr"):
+                changes.pop(key, None)  # they act on these factors
+        if changes and not low_rank_factors(self.laid_out()):
+            key, value = next(iter(changes.items()))
             of_none = ", as model.rank is null" if hparams["rank"] is None else ""
             raise ValueError(
                 f"model.{key} {value} is about low-rank layers, and the network has none{of_none}:"
@@ -505,6 +551,7 @@ class LowRankPretraining(LanguageModelingModule):
         self.check_architecture(checkpoint)
         if self.is_fitting:
             self.check_optimizer(checkpoint, _STATE_SETTINGS)
+            self._check_groups(checkpoint)
             self._check_guidance(checkpoint)
         if not self.is_fitting:
             drop_guides(checkpoint["state_dict"], "the checkpoint")
@@ -516,6 +563,17 @@ class LowRankPretraining(LanguageModelingModule):
                 f" {checkpoint['hyper_parameters']['self_guided']}"
             )
         super().on_load_checkpoint(checkpoint)
+
+    def _check_groups(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("hyper_parameters", {})
+        before = saved.get("embedding_learning_rate")
+        now, kind = (self.hparams[f"embedding_{key}"] for key in ("learning_rate", "optimizer"))
+        if kind == "adamw" and (before is None) != (now is None):
+            before, now = ("null" if rate is None else rate for rate in (before, now))
+            raise ValueError(
+                f"model.embedding_learning_rate is {now}, the checkpoint was trained with {before}:"
+                " its optimizer has another number of groups; set both or neither"
+            )
 
     def _check_guidance(self, checkpoint: dict[str, Any]) -> None:
         before = checkpoint.get("hyper_parameters", {}).get("self_guided", 0.0)

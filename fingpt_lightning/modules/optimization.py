@@ -30,6 +30,26 @@ def decay_groups(
     return [group for group in groups if group["params"]]
 
 
+def split_embedding(
+    groups: list[dict[str, Any]], network: PreTrainedModel, settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The groups without the embedding and the head, and one more of these.
+
+    It stays where it is empty, as on the processes of a pipeline that have neither.
+
+    Args:
+        groups: Parameter groups of a network, changed.
+        network: Network whose trained parameters they hold.
+        settings: Settings of the new group.
+    """
+    family = family_of(network)
+    ends = (network.get_submodule(family.embedding), network.get_submodule(family.head))
+    found = {p: None for end in ends for p in end.parameters() if p.requires_grad and p.ndim >= 2}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p not in found]
+    return [*groups, {"params": list(found), **settings}]
+
+
 def cosine_with_warmup(
     num_steps: int, warmup_steps: int, final_ratio: float
 ) -> Callable[[int], float]:

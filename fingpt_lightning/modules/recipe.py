@@ -11,9 +11,12 @@ from fingpt_lightning.terminal.messages import nearest
 PLAIN: Mapping[str, Any] = {
     "initialization": "svd", "factor_activation": "none", "factor_expansion": 0.0,
     "self_guided": 0.0, "factor_decay": "factors", "optimizer": "adamw",
+    "embedding_optimizer": "adamw", "spectron_adjust_lr": "none",
 }  # fmt: skip
 """The settings of low-rank layers that are trained as dense layers would be."""
 FACTOR_DECAYS = ("factors", "product")
+EMBEDDING_OPTIMIZERS = ("adamw", "same")
+LR_ADJUSTMENTS = ("none", "original")
 FACTOR_OPTIMIZERS = ("spectron", "lora_muon")
 """Optimizers with a rule of their own for factors, each with settings that begin with its name."""
 OPTIMIZERS = ("adamw", "adamw_8bit", *FACTOR_OPTIMIZERS)
@@ -23,8 +26,8 @@ def check_recipe(settings: Mapping[str, Any]) -> None:
     """Raises unless the settings of a `LowRankPretraining` fit each other.
 
     Args:
-        settings: Values of the keys of `PLAIN`, of ``quantization_aware`` and ``weight_decay``, and
-            of what belongs to each of `FACTOR_OPTIMIZERS`.
+        settings: Values of the keys of `PLAIN`, of ``quantization_aware``, ``weight_decay`` and
+            ``embedding_learning_rate``, and of what belongs to each of `FACTOR_OPTIMIZERS`.
 
     Raises:
         ValueError: One is unknown or out of range, or two exclude each other.
@@ -44,6 +47,8 @@ def _check_words(settings: Mapping[str, Any]) -> None:
         ("factor_activation", FACTOR_ACTIVATIONS),
         ("factor_decay", FACTOR_DECAYS),
         ("optimizer", OPTIMIZERS),
+        ("embedding_optimizer", EMBEDDING_OPTIMIZERS),
+        ("spectron_adjust_lr", LR_ADJUSTMENTS),
     ):
         if (value := settings[name]) not in known:
             hint = nearest(value, known)
@@ -58,6 +63,19 @@ def _check_factor_optimizer(settings: Mapping[str, Any]) -> None:
         check_below_1(**{momentum: settings[momentum]})
         if settings[dense] and optimizer != name:
             raise ValueError(f"{dense} has no effect with optimizer {optimizer}: set {name}")
+    adjustment = settings["spectron_adjust_lr"]
+    if adjustment != "none" and optimizer != "spectron":
+        raise ValueError(
+            f"spectron_adjust_lr {adjustment} has no effect with optimizer {optimizer}: set"
+            " spectron"
+        )
+    if settings["embedding_optimizer"] == "same" and optimizer not in FACTOR_OPTIMIZERS:
+        raise ValueError(
+            f"embedding_optimizer same has no effect with optimizer {optimizer}: set"
+            f" {' or '.join(FACTOR_OPTIMIZERS)}"
+        )
+    if settings["embedding_learning_rate"] is not None:
+        check_above_0(embedding_learning_rate=settings["embedding_learning_rate"])
     if optimizer != "lora_muon":
         return
     rate, decay = settings["lora_muon_learning_rate"], settings["weight_decay"]
@@ -117,7 +135,7 @@ def moves_dense_alike(settings: Mapping[str, Any]) -> bool:
 
 
 def low_rank_changes(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``settings`` that differ from `PLAIN` and have no effect without low-rank layers."""
+    """The ``settings`` that differ from `PLAIN` and have no effect on a dense network."""
     found = {
         key: settings[key]
         for key, plain in PLAIN.items()

@@ -25,7 +25,7 @@ from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.instructions import tokenizer_of_base
 from fingpt_lightning.files import write_json
-from fingpt_lightning.low_rank import low_rank_factors
+from fingpt_lightning.low_rank import embedding_factors, low_rank_factors
 from fingpt_lightning.metric_keys import MEMORY_PARTS
 from fingpt_lightning.models.families import family_of
 from fingpt_lightning.modules import LowRankPretraining
@@ -143,6 +143,8 @@ def _plan(
     if optimizer in FACTOR_OPTIMIZERS:
         has_vectors = optimizer == "spectron"
         factors = low_rank_factors(made.network)
+        if cli.model.hparams["embedding_optimizer"] == "same":
+            factors += embedding_factors(made.network)
         moved = [(min(p.shape) if has_vectors else 0, p) for p in factors]
         if moves_dense_alike(cli.model.hparams):
             moved += [(0, p) for p in dense_in_blocks(made.network)]

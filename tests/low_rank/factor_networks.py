@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fingpt_lightning.low_rank import LowRankLinear, low_rank_factors
+from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear, low_rank_factors
+from fingpt_lightning.low_rank.embedding import OwnLowRankHead
 
 SIZES = [(11, 13, 5), (11, 13, 5), (13, 11, 5), (7, 11, 7), (11, 7, 7), (13, 7, 3)]
 """Two of one size, one whose factors lie the other way round, two of full rank, one alone."""
@@ -16,6 +17,14 @@ def factor_network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     torch.manual_seed(1)
     layers = [nn.Sequential(LowRankLinear(*size), nn.LayerNorm(size[1])) for size in SIZES]
     return nn.Sequential(*layers, nn.Embedding(5, 7)).to(dtype)
+
+
+def embedding_network() -> nn.ModuleList:
+    """A low-rank embedding whose width is below the vocabulary, one above it, and a head."""
+    torch.manual_seed(1)
+    sizes = [(23, 11, 5), (7, 13, 5)]
+    layers: list[nn.Module] = [LowRankEmbedding(*size) for size in sizes]
+    return nn.ModuleList([*layers, OwnLowRankHead(11, 23, 5)]).double()
 
 
 def factor_groups_of(network: nn.Module, **of_factors: Any) -> list[dict[str, Any]]:

@@ -147,3 +147,10 @@ def test_neighbors_that_are_not_factors_of_one_layer_are_refused(
     chosen = choose(low_rank_factors(factor_network()))
     with pytest.raises(ValueError, match=message):
         kind([{"params": chosen, "is_low_rank": True}])
+
+
+def test_factors_of_layers_are_not_those_of_an_embedding() -> None:
+    factors = low_rank_factors(factor_network())
+    message = r"are \(5, 11\) and \(13, 5\): not table \(V, R\) and up \(D, R\)"
+    with pytest.raises(ValueError, match=message):
+        Spectron([{"params": factors, "is_low_rank": True, "is_embedding": True}])

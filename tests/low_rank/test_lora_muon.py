@@ -4,9 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fingpt_lightning.low_rank import LoRAMuon, LowRankLinear, low_rank_factors
+from fingpt_lightning.low_rank import LoRAMuon, LowRankLinear, embedding_factors, low_rank_factors
 from fingpt_lightning.low_rank.linear import folded_up
-from tests.low_rank.factor_networks import SIZES, factor_groups_of, factor_network, set_gradients
+from tests.low_rank.factor_networks import (
+    SIZES,
+    embedding_network,
+    factor_groups_of,
+    factor_network,
+    set_gradients,
+)
 from tests.reference.lora_muon_step import LoRAMuonReference
 
 
@@ -34,6 +40,26 @@ def test_steps_are_those_of_the_formulas_in_float64(expansion: float) -> None:
         truth = references[index // 2].factors[index % 2]
         assert (p - start[index]).norm() > 0.01
         torch.testing.assert_close(p.detach(), truth, rtol=0, atol=1e-10)
+
+
+def test_factors_of_an_embedding_move_by_the_formulas() -> None:
+    network = embedding_network()
+    factors = embedding_factors(network)
+    group = {"params": factors, "is_low_rank": True, "is_embedding": True}
+    optimizer = LoRAMuon([group], lr=0.05, weight_decay=0.3)
+    pairs = list(zip(factors[::2], factors[1::2], strict=True))
+    references = [LoRAMuonReference(up.T, table) for table, up in pairs]
+    for step in range(3):
+        set_gradients(network, step)
+        for reference, (table, up) in zip(references, pairs, strict=True):
+            assert table.grad is not None
+            assert up.grad is not None
+            reference.step([up.grad.T, table.grad], lr=0.05, momentum=0.95, decay=0.3)
+        optimizer.step()
+    assert len(pairs) == 3
+    for reference, (table, up) in zip(references, pairs, strict=True):
+        torch.testing.assert_close(up.detach().T, reference.factors[0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(table.detach(), reference.factors[1], rtol=0, atol=1e-10)
 
 
 def _product_after(scale: float, num_steps: int = 3) -> Tensor:

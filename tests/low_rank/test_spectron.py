@@ -1,11 +1,18 @@
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
-from fingpt_lightning.low_rank import Spectron, low_rank_factors
+from fingpt_lightning.low_rank import Spectron, embedding_factors, low_rank_factors
 from fingpt_lightning.low_rank.spectron import spectral_norms
-from tests.low_rank.factor_networks import SIZES, factor_groups_of, factor_network, set_gradients
+from tests.low_rank.factor_networks import (
+    SIZES,
+    embedding_network,
+    factor_groups_of,
+    factor_network,
+    set_gradients,
+)
 from tests.reference.spectron_step import SpectronReference
 
 
@@ -13,10 +20,11 @@ def _optimizer(network: nn.Module, **of_factors: Any) -> Spectron:
     return Spectron(factor_groups_of(network, **of_factors), lr=0.01, betas=(0.9, 0.95))
 
 
-def test_steps_are_those_of_the_formulas_in_float64() -> None:
+@pytest.mark.parametrize("adjust_lr", ["none", "original"])
+def test_steps_are_those_of_the_formulas_in_float64(adjust_lr: str) -> None:
     network = factor_network()
     # Small next to the step's bound, lr / (s + s + 1), is what one iteration may be off.
-    optimizer = _optimizer(network, momentum=0.9, expansion=0.5)
+    optimizer = _optimizer(network, momentum=0.9, expansion=0.5, adjust_lr=adjust_lr)
     pairs = low_rank_factors(network)
     references = [SpectronReference(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
     start = [p.detach().clone() for p in pairs]
@@ -26,7 +34,14 @@ def test_steps_are_those_of_the_formulas_in_float64() -> None:
             references, zip(pairs[::2], pairs[1::2], strict=True), strict=True
         ):
             gradients = [p.grad for p in pair if p.grad is not None]
-            reference.step(gradients, lr=0.05, momentum=0.9, decay=0.3, more=0.5)
+            reference.step(
+                gradients,
+                lr=0.05,
+                momentum=0.9,
+                decay=0.3,
+                more=0.5,
+                adjusts=adjust_lr == "original",
+            )
         optimizer.step()
     assert len(references) == len(SIZES)
     for index, p in enumerate(pairs):
@@ -83,3 +98,22 @@ def test_the_product_moves_by_no_more_than_the_learning_rate_in_spectral_norm() 
         after = [up @ down for down, up in zip(pairs[::2], pairs[1::2], strict=True)]
         for old, new in zip(before, after, strict=True):
             assert torch.linalg.matrix_norm(new - old, 2) < 0.1 * 1.2**2
+
+
+def test_factors_of_an_embedding_move_by_the_formulas() -> None:
+    network = embedding_network()
+    factors = embedding_factors(network)
+    group = {"params": factors, "is_low_rank": True, "is_embedding": True, "adjust_lr": "original"}
+    optimizer = Spectron([group], lr=0.01, weight_decay=0.3)
+    references = [SpectronReference(*x) for x in zip(factors[::2], factors[1::2], strict=True)]
+    start = [p.detach().clone() for p in factors]
+    for step in range(3):
+        set_gradients(network, step)
+        for index, reference in enumerate(references):
+            gradients = [p.grad for p in factors[2 * index : 2 * index + 2] if p.grad is not None]
+            reference.step(gradients, lr=0.01, momentum=0.95, decay=0.3, adjusts=True)
+        optimizer.step()
+    assert len(factors) == 6
+    for index, p in enumerate(factors):
+        truth = references[index // 2].factors[index % 2]
+        assert (p - truth).norm() < 0.01 * (truth - start[index]).norm(), index

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fingpt_lightning.deploy.exporting import export
-from fingpt_lightning.low_rank import LowRankLinear, Spectron, low_rank_factors
+from fingpt_lightning.low_rank import LowRankLinear, Spectron, embedding_factors, low_rank_factors
 from fingpt_lightning.low_rank.factor_optimizer import FactorOptimizer
 from fingpt_lightning.models.expansion import expand, merge_into_base
 from fingpt_lightning.models.formats.hf_folder import write_network
@@ -43,6 +43,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "factor_expansion": 0.5,
         "rank_overrides": {"*.c_fc": None},
     },
+    "spectron, embedding": {
+        "optimizer": "spectron",
+        "embedding_optimizer": "same",
+        "embedding_learning_rate": 0.3,
+        "spectron_adjust_lr": "original",
+    },
+    "lora_muon, embedding": {"optimizer": "lora_muon", "embedding_optimizer": "same"},
+    "embedding rate": {"embedding_learning_rate": 0.03, "initialization": "orthogonal"},
     "spectron, product": {
         "optimizer": "spectron",
         "factor_decay": "product",
@@ -184,6 +192,7 @@ def test_momentum_is_orthogonalised_in_the_dtype_of_products_and_all_the_state_i
         ("spectron", RECIPES["spectron"] | mixed, {}, None),
         ("spectron", RECIPES["spectron"] | mixed, bf16, torch.bfloat16),
         ("lora_muon", RECIPES["lora_muon"], bf16, torch.bfloat16),
+        ("lora_muon", RECIPES["lora_muon"] | {"embedding_optimizer": "same"}, {}, None),
     ):
         module = fit_recipe(tmp_path, recipe, **options)
         (optimizer,) = module.trainer.optimizers
@@ -194,6 +203,8 @@ def test_momentum_is_orthogonalised_in_the_dtype_of_products_and_all_the_state_i
         dense = dense_in_blocks(module.network)
         has_vectors = name == "spectron"
         factors = low_rank_factors(module)
+        if recipe.get("embedding_optimizer") == "same":
+            factors += embedding_factors(module)
         moved = [(min(p.shape) if has_vectors else 0, p) for p in factors] + [(0, p) for p in dense]
         assert len(dense) == 2
         saving = factor_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
@@ -241,6 +252,15 @@ def test_the_dense_baseline_of_any_recipe_is_plain(tmp_path: Path) -> None:
         ({"spectron_learning_rate": 0.0}, "spectron_learning_rate 0.0 is not above 0"),
         ({"spectron_momentum": 1.0}, r"spectron_momentum 1.0 is outside \[0, 1\)"),
         ({"spectron_dense": True}, "spectron_dense has no effect with optimizer adamw"),
+        (
+            {"optimizer": "lora_muon", "spectron_adjust_lr": "original"},
+            "spectron_adjust_lr original has no effect with optimizer lora_muon: set spectron",
+        ),
+        (
+            {"embedding_optimizer": "same"},
+            "embedding_optimizer same has no effect with optimizer adamw: set spectron or lora_mu",
+        ),
+        ({"embedding_learning_rate": 0.0}, "embedding_learning_rate 0.0 is not above 0"),
         ({"lora_muon_learning_rate": -0.1}, "lora_muon_learning_rate -0.1 is not above 0"),
         ({"lora_muon_momentum": 1.0}, r"lora_muon_momentum 1.0 is outside \[0, 1\)"),
         (
@@ -278,6 +298,8 @@ def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: st
         ({"initialization": "svdd"}, "initialization 'svdd' is none of .*did you mean svd"),
         ({"factor_activation": "gelu"}, "factor_activation 'gelu' is none of none, silu"),
         ({"factor_decay": "both"}, "factor_decay 'both' is none of factors, product"),
+        ({"embedding_optimizer": "sam"}, "embedding_optimizer 'sam' is none .* did you mean same"),
+        ({"spectron_adjust_lr": "orig"}, "spectron_adjust_lr 'orig' is none of none, original"),
         ({"optimizer": "spectrum"}, "optimizer 'spectrum' is none of .*did you mean spectron"),
     ],
 )
@@ -310,9 +332,48 @@ def test_a_recipe_for_low_rank_layers_needs_some(settings: dict[str, str]) -> No
         module.configure_model()
 
 
+def test_factors_of_the_embedding_need_an_embedding_of_factors() -> None:
+    same = {"optimizer": "spectron", "embedding_optimizer": "same", "vocab_size": 23}
+    module = LowRankPretraining(**(SIZES | same | {"embedding_rank": None}))
+    with pytest.raises(ValueError, match=r"same is about factors of the embedding, and here it is"):
+        module.configure_model()
+    LowRankPretraining(**(SIZES | same | {"rank": None})).configure_model()
+
+
+def test_the_rate_of_the_embedding_is_its_own_under_every_optimizer(tmp_path: Path) -> None:
+    once: dict[str, Any] = {"max_steps": 1, "callbacks": [], "enable_checkpointing": False}
+    for optimizer in ("adamw", "spectron", "lora_muon"):
+        for rank in (5, None):
+            recipe = {
+                "optimizer": optimizer, "embedding_learning_rate": 0.25, "embedding_rank": rank
+            }  # fmt: skip
+            module = fit_recipe(tmp_path, recipe, **once)
+            groups = module.trainer.optimizers[0].param_groups
+            (group,) = (group for group in groups if group["initial_lr"] == 0.25)
+            table: Any = module.network.get_input_embeddings()
+            assert set(group["params"]) == set(table.parameters())
+            assert sum(len(group["params"]) for group in groups) == len([*module.parameters()])
+
+
+@pytest.mark.parametrize("rates", [(None, 0.1), (0.1, None)])
+def test_a_rate_of_the_embedding_is_not_begun_or_ended_in_mid_run(
+    tmp_path: Path, rates: tuple[float | None, float | None]
+) -> None:
+    fit_recipe(tmp_path, {"embedding_learning_rate": rates[0]})
+    message = f"embedding_learning_rate is {rates[1] or 'null'}, .* with {rates[0] or 'null'}: "
+    with pytest.raises(ValueError, match=message):
+        fit_recipe(
+            tmp_path, {"embedding_learning_rate": rates[1]}, resume_from=checkpoint_of(tmp_path)
+        )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"embedding_optimizer": "same"},
+            r"model.embedding_optimizer is same, whose state .* of adamw",
+        ),
         ({"optimizer": "adamw"}, r"model.optimizer is adamw, whose state .* of spectron"),
         ({"optimizer": "lora_muon"}, r"model.optimizer is lora_muon, whose state .* of spectron"),
         (
@@ -351,6 +412,8 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
         **fit("ddp", "spectron", DDPStrategy(), batch_size=2),
         **fit("pipeline", "spectron", pipeline()),
         **fit("pipeline, product", "spectron, product", pipeline()),
+        **fit("pipeline, embedding", "spectron, embedding", pipeline()),
+        **fit("pipeline, muon embedding", "lora_muon, embedding", pipeline()),
         **fit("ddp, lora_muon", "lora_muon", DDPStrategy(), batch_size=2),
         **fit("pipeline, lora_muon", "lora_muon", pipeline()),
         **fit("of one", "spectron", pipeline(), resume_from=checkpoint_of(folder / "one")),
@@ -379,12 +442,18 @@ def test_two_ranks_train_as_one_and_take_each_others_checkpoints(
             ("one", "spectron"),
             ("one, product", "spectron, product"),
             ("one, muon", "lora_muon"),
+            ("one, embedding", "spectron, embedding"),
+            ("one, muon embedding", "lora_muon, embedding"),
         )
     }
     per_rank = run_ranks(_on_two, 2, str(tmp_path), timeout_s=300)
     cases = {"ddp": "spectron", "pipeline": "spectron", "of one": "spectron"}
     cases |= {"ddp, lora_muon": "lora_muon", "pipeline, lora_muon": "lora_muon"}
-    cases["pipeline, product"] = "spectron, product"
+    cases |= {
+        "pipeline, product": "spectron, product",
+        "pipeline, embedding": "spectron, embedding",
+        "pipeline, muon embedding": "lora_muon, embedding",
+    }
     for case, recipe in cases.items():
         truth, seen = one[recipe], set[str]()
         for results in per_rank:
@@ -392,10 +461,16 @@ def test_two_ranks_train_as_one_and_take_each_others_checkpoints(
                 torch.testing.assert_close(weight, truth[key], rtol=0, atol=1e-10)
             seen |= results[case].keys()
         assert seen == truth.keys()
-    path = checkpoint_of(tmp_path / "pipeline")
-    ours = torch.load(path, weights_only=True)["optimizer_states"]
-    theirs = torch.load(checkpoint_of(tmp_path / "one"), weights_only=True)["optimizer_states"]
-    assert ours[0]["state"].keys() == theirs[0]["state"].keys()
-    back = fit_recipe(tmp_path / "back", RECIPES["spectron"], resume_from=path).state_dict()
-    for key, weight in one["spectron"].items():
-        torch.testing.assert_close(back[key], weight, rtol=0, atol=1e-10)
+    for case, folder in (
+        ("pipeline", "one"),
+        ("pipeline, embedding", "one, embedding"),
+        ("pipeline, muon embedding", "one, muon embedding"),
+    ):
+        path = checkpoint_of(tmp_path / case)
+        ours = torch.load(path, weights_only=True)["optimizer_states"]
+        theirs = torch.load(checkpoint_of(tmp_path / folder), weights_only=True)["optimizer_states"]
+        torch.testing.assert_close(ours[0]["state"], theirs[0]["state"], rtol=0, atol=1e-10)
+        recipe = cases[case]
+        back = fit_recipe(tmp_path / "back", RECIPES[recipe], resume_from=path).state_dict()
+        for key, weight in one[recipe].items():
+            torch.testing.assert_close(back[key], weight, rtol=0, atol=1e-10)

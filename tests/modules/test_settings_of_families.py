@@ -219,6 +219,26 @@ PRETRAINING: dict[str, Row] = {
         {"optimizer": "spectron", "spectron_momentum": 0.5},
         lambda seen: seen.groups("is_low_rank")[0]["momentum"] == 0.5,
     ),
+    "spectron_adjust_lr": Row(
+        {"optimizer": "spectron", "spectron_adjust_lr": "original"},
+        lambda seen: seen.groups("is_low_rank")[0]["adjust_lr"] == "original",
+    ),
+    "embedding_optimizer": Row(
+        {"optimizer": "spectron", "embedding_optimizer": "same"},
+        refused={"": "embedding_optimizer same is about factors of the embedding, and here it is"},
+    ),
+    "embedding_learning_rate": Row(
+        {"embedding_learning_rate": 0.25},
+        lambda seen: (
+            {id(p) for p in seen.network.get_input_embeddings().parameters()}
+            <= {
+                id(p)
+                for group in seen.module.trainer.optimizers[0].param_groups
+                for p in group["params"]
+                if group["initial_lr"] == 0.25
+            }
+        ),
+    ),
     "spectron_dense": Row(
         {
             "optimizer": "spectron", "spectron_dense": True, "spectron_learning_rate": RATE,
