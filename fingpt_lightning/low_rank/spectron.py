@@ -3,6 +3,7 @@
 Axes: N matrices of one size, R rank, F features (in or out).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class Spectron(FactorOptimizer):
 def adjustment(matrix: Tensor) -> float:
     """The factor on the step of a matrix that the first Muon had: sqrt(max(1, rows / columns))."""
     rows, columns = matrix.shape
-    return max(1.0, rows / columns) ** 0.5
+    return math.sqrt(max(1.0, rows / columns))
 
 
 def _first_vector(matrix: Tensor) -> Float[Tensor, "R"]:

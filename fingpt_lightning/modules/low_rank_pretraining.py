@@ -66,6 +66,7 @@ from fingpt_lightning.modules.recipe import (
     FACTOR_OPTIMIZERS,
     PLAIN,
     check_recipe,
+    check_schedule,
     low_rank_changes,
     moves_dense_alike,
 )
@@ -128,6 +129,10 @@ class LowRankPretraining(LanguageModelingModule):
         learning_rate: Highest learning rate of the schedule.
         final_learning_rate_ratio: Ratio of the last to the highest learning rate.
         warmup: Length of the warm-up: an int is steps, a float the share of all steps.
+        schedule: Learning rate after the warm-up: ``cosine``, half a cosine down to the last rate;
+            ``linear``, a line; ``wsd`` (warmup-stable-decay), constant until the ``cooldown``, then
+            a line.
+        cooldown: Length of the last part of ``wsd``, as ``warmup``; null is 0.2 of all steps.
         weight_decay: Weight decay of matrices; biases and norms do not decay.
         beta1: AdamW's decay of the gradient's mean.
         beta2: AdamW's decay of the gradient's square.
@@ -202,6 +207,8 @@ class LowRankPretraining(LanguageModelingModule):
         learning_rate: float = 0.0006,
         final_learning_rate_ratio: float = 0.1,
         warmup: int | float = 0.05,
+        schedule: Literal["cosine", "linear", "wsd"] = "cosine",
+        cooldown: int | float | None = None,
         weight_decay: float = 0.1,
         beta1: float = 0.9,
         beta2: float = 0.95,
@@ -277,6 +284,7 @@ class LowRankPretraining(LanguageModelingModule):
             loss_chunk_size=loss_chunk_size,
         )
         check_below_1(dropout=dropout)
+        check_schedule(schedule, warmup, cooldown)
         check_recipe(
             {
                 "initialization": initialization, "factor_activation": factor_activation,
@@ -455,7 +463,7 @@ class LowRankPretraining(LanguageModelingModule):
         )
         if self._decays_products:
             decay_products(optimizer)
-        return self.with_cosine_schedule(optimizer)
+        return self.with_schedule(optimizer)
 
     def _optimizer(self, kind: str, betas: tuple[float, float], lr: float) -> Optimizer:
         if kind in FACTOR_OPTIMIZERS or self._decays_products:

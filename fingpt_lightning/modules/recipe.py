@@ -15,6 +15,7 @@ PLAIN: Mapping[str, Any] = {
 }  # fmt: skip
 """The settings of low-rank layers that are trained as dense layers would be."""
 FACTOR_DECAYS = ("factors", "product")
+SCHEDULES = ("cosine", "linear", "wsd")
 EMBEDDING_OPTIMIZERS = ("adamw", "same")
 LR_ADJUSTMENTS = ("none", "original")
 FACTOR_OPTIMIZERS = ("spectron", "lora_muon")
@@ -127,6 +128,26 @@ def _check_activation(settings: Mapping[str, Any]) -> None:
             f" layer, and none does what one with factor_activation {activation} does: set one of"
             " them"
         )
+
+
+def check_schedule(schedule: str, warmup: int | float, cooldown: int | float | None) -> None:
+    """Raises unless the settings of a learning-rate schedule fit each other.
+
+    Raises:
+        ValueError: The schedule is unknown, or the cooldown is out of range or has no effect.
+    """
+    if schedule not in SCHEDULES:
+        hint = nearest(schedule, SCHEDULES)
+        raise ValueError(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}{hint}")
+    if cooldown is None:
+        return
+    if schedule != "wsd":
+        raise ValueError(f"cooldown {cooldown} has no effect with schedule {schedule}: set wsd")
+    is_share = isinstance(cooldown, float)
+    if not cooldown > 0 or (is_share and not cooldown <= 1):
+        raise ValueError(f"cooldown {cooldown} is neither a share in (0, 1] nor a number of steps")
+    if is_share and isinstance(warmup, float) and warmup + cooldown > 1:
+        raise ValueError(f"warmup {warmup} and cooldown {cooldown} are more than the whole run")
 
 
 def moves_dense_alike(settings: Mapping[str, Any]) -> bool:

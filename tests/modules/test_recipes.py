@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -22,7 +22,7 @@ from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.quantization.layers import quantized_layer
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.optimization import dense_in_blocks
-from fingpt_lightning.modules.recipe import PLAIN, check_recipe
+from fingpt_lightning.modules.recipe import PLAIN, check_recipe, check_schedule
 from fingpt_lightning.planning.plan import factor_saving, optimizer_bytes
 from fingpt_lightning.profiling.memory import module_memory
 from fingpt_lightning.strategies import FullySharded, PipelineStrategy
@@ -60,6 +60,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adamw_8bit": {"optimizer": "adamw_8bit", "rank_overrides": {"*.c_fc": None}, "width": 36},
     "product": {"factor_decay": "product", "initialization": "cola"},
     "silu": {"factor_activation": "silu", "initialization": "cola"},
+    "wsd": {"schedule": "wsd", "cooldown": 0.4, "optimizer": "spectron"},
     "guided": {"self_guided": 0.8, "factor_expansion": 0.5},
     "guided, spectron": {"self_guided": 0.8, "optimizer": "spectron", "spectron_dense": True},
     "guided, 8 bits": {"self_guided": 0.8, "optimizer": "adamw_8bit", "width": 36},
@@ -260,6 +261,17 @@ def test_the_dense_baseline_of_any_recipe_is_plain(tmp_path: Path) -> None:
             {"embedding_optimizer": "same"},
             "embedding_optimizer same has no effect with optimizer adamw: set spectron or lora_mu",
         ),
+        ({"cooldown": 0.3}, "cooldown 0.3 has no effect with schedule cosine: set wsd"),
+        (
+            {"schedule": "wsd", "cooldown": 1.5},
+            r"cooldown 1.5 is neither a share in \(0, 1\] nor a",
+        ),
+        ({"schedule": "wsd", "cooldown": 0}, "cooldown 0 is neither a share"),
+        ({"schedule": "wsd", "cooldown": float("nan")}, "cooldown nan is neither a share"),
+        (
+            {"schedule": "wsd", "cooldown": 0.8, "warmup": 0.3},
+            "warmup 0.3 and cooldown 0.8 are more than the whole run",
+        ),
         ({"embedding_learning_rate": 0.0}, "embedding_learning_rate 0.0 is not above 0"),
         ({"lora_muon_learning_rate": -0.1}, "lora_muon_learning_rate -0.1 is not above 0"),
         ({"lora_muon_momentum": 1.0}, r"lora_muon_momentum 1.0 is outside \[0, 1\)"),
@@ -330,6 +342,37 @@ def test_a_recipe_for_low_rank_layers_needs_some(settings: dict[str, str]) -> No
         ),
     ):
         module.configure_model()
+
+
+def test_rates_are_those_of_the_schedule(tmp_path: Path) -> None:
+    rates: dict[str, list[float]] = {"wsd": [], "linear": []}
+
+    class Reader(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            kind = pl_module.hparams["schedule"]
+            rates[kind].append(trainer.optimizers[0].param_groups[2]["lr"])
+
+    to_zero = {"spectron_learning_rate": 1.0, "final_learning_rate_ratio": 0.0}
+    for recipe in (RECIPES["wsd"], {"schedule": "linear", "optimizer": "spectron"}):
+        fit_recipe(tmp_path, recipe | to_zero, callbacks=[Reader()], enable_checkpointing=False)
+    assert rates["wsd"] == pytest.approx([1, 1, 1, 1, 1, 0.5])
+    assert rates["linear"] == pytest.approx([1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_a_constant_rate_goes_on_with_more_steps_as_if_they_had_been_planned(
+    tmp_path: Path,
+) -> None:
+    fit_recipe(tmp_path / "short", RECIPES["wsd"])
+    path = checkpoint_of(tmp_path / "short")
+    more: dict[str, Any] = {"max_steps": NUM_STEPS + 4}
+    longer = fit_recipe(tmp_path / "longer", RECIPES["wsd"], resume_from=path, **more).state_dict()
+    for key, weight in fit_recipe(tmp_path / "whole", RECIPES["wsd"], **more).state_dict().items():
+        assert torch.equal(longer[key], weight), key
+
+
+def test_a_word_that_is_no_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"schedule 'cosin' is none of .*did you mean cosine"):
+        check_schedule("cosin", 0.1, None)
 
 
 def test_factors_of_the_embedding_need_an_embedding_of_factors() -> None:

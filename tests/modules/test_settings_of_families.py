@@ -273,7 +273,7 @@ PRETRAINING: dict[str, Row] = {
 }  # fmt: skip
 PRETRAINING_ALIKE = {
     "loss_chunk_size", "learning_rate", "final_learning_rate_ratio", "warmup", "weight_decay",
-    "beta1", "beta2",
+    "beta1", "beta2", "schedule", "cooldown",
 }  # fmt: skip
 """Settings that treat all parameters alike, or the head alone."""
 
