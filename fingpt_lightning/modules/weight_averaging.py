@@ -85,8 +85,9 @@ class _FollowUntilFirst:
         for ours, theirs in zip(average.parameters(), self._module.parameters(), strict=True):
             if theirs.requires_grad:
                 ours.copy_(theirs)
-        for ours, theirs in zip(average.buffers(), self._module.buffers(), strict=True):
-            ours.copy_(theirs)
+        buffers = zip(average.buffers(), self._module.buffers(), strict=True)
+        for averaged, current in buffers:
+            averaged.copy_(current)
 
 
 class _UnlessEqual:
