@@ -108,7 +108,9 @@ class LowRankPretraining(LanguageModelingModule):
             r / min(in, out); null is the dense baseline. A layer whose factors would not be smaller
             stays dense. Query, key and value are one layer with one ``down``. ``auto`` is what
             ``compression`` or ``init_from`` request, and 0.25 without them.
-        rank_overrides: Other ranks by name pattern, such as ``{"*.mlp.*": 0.5}``.
+        rank_overrides: Other ranks by name pattern, such as ``{"*.mlp.*": 0.5}``; one for a part of
+            a fused layer, such as ``{"*.c_attn.v": 0.5}`` (q, k or v of a GPT-2), gives each part
+            factors of its own.
         embedding_rank: The rank of embedding and head, tied or not; null keeps the full tables.
         compression: All parameters of the dense baseline over all of this network, embedding
             included; the one rank ratio that comes nearest is found. In place of ``rank``.

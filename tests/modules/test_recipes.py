@@ -50,6 +50,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "spectron_adjust_lr": "original",
     },
     "lora_muon, embedding": {"optimizer": "lora_muon", "embedding_optimizer": "same"},
+    "ranks by kind": {
+        "optimizer": "lora_muon",
+        "rank_overrides": {"*.c_attn.[qk]": 2, "*.c_attn.v": 5},
+    },
     "embedding rate": {"embedding_learning_rate": 0.03, "initialization": "orthogonal"},
     "spectron, product": {
         "optimizer": "spectron",
@@ -457,6 +461,7 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
         **fit("pipeline, product", "spectron, product", pipeline()),
         **fit("pipeline, embedding", "spectron, embedding", pipeline()),
         **fit("pipeline, muon embedding", "lora_muon, embedding", pipeline()),
+        **fit("pipeline, kinds", "ranks by kind", pipeline()),
         **fit("ddp, lora_muon", "lora_muon", DDPStrategy(), batch_size=2),
         **fit("pipeline, lora_muon", "lora_muon", pipeline()),
         **fit("of one", "spectron", pipeline(), resume_from=checkpoint_of(folder / "one")),
@@ -487,6 +492,7 @@ def test_two_ranks_train_as_one_and_take_each_others_checkpoints(
             ("one, muon", "lora_muon"),
             ("one, embedding", "spectron, embedding"),
             ("one, muon embedding", "lora_muon, embedding"),
+            ("one, kinds", "ranks by kind"),
         )
     }
     per_rank = run_ranks(_on_two, 2, str(tmp_path), timeout_s=300)
@@ -496,6 +502,7 @@ def test_two_ranks_train_as_one_and_take_each_others_checkpoints(
         "pipeline, product": "spectron, product",
         "pipeline, embedding": "spectron, embedding",
         "pipeline, muon embedding": "lora_muon, embedding",
+        "pipeline, kinds": "ranks by kind",
     }
     for case, recipe in cases.items():
         truth, seen = one[recipe], set[str]()
@@ -508,6 +515,7 @@ def test_two_ranks_train_as_one_and_take_each_others_checkpoints(
         ("pipeline", "one"),
         ("pipeline, embedding", "one, embedding"),
         ("pipeline, muon embedding", "one, muon embedding"),
+        ("pipeline, kinds", "one, kinds"),
     ):
         path = checkpoint_of(tmp_path / case)
         ours = torch.load(path, weights_only=True)["optimizer_states"]
