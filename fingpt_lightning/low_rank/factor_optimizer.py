@@ -37,8 +37,11 @@ def embedding_factors(network: nn.Module) -> list[nn.Parameter]:
 def orthogonalized(matrices: Float[Tensor, "*N R F"]) -> Float[Tensor, "*N R F"]:
     """About U V' of each matrix U S V': its singular values go to between 0.7 and 1.2.
 
-    Five steps X <- a X + (b X X' + c (X X')^2) X from X = G / |G|, with the a, b and c that raise
-    small singular values fastest. Cost: 20 R^2 F + 10 R^3 floating-point operations per matrix.
+    Five steps X <- p(X X') X from X = G / |G|, p(Y) = a I + b Y + c Y^2, with the a, b and c that
+    raise small singular values fastest. Cost: 20 R^2 F + 10 R^3 floating-point operations per
+    matrix; 4 R^2 F + 34 R^3 where `has_exact_grams`. Then the steps run on Y = X X' alone,
+    Y <- p(Y) Y p(Y), and X is multiplied once by the product of all p(Y): the same function, as
+    polynomials of one matrix commute, 2 to 7 times as fast on a CPU.
 
     Args:
         matrices: Matrices with R <= F.
@@ -46,12 +49,40 @@ def orthogonalized(matrices: Float[Tensor, "*N R F"]) -> Float[Tensor, "*N R F"]
     Source: https://arxiv.org/abs/2409.20325; the coefficients are those of
     https://arxiv.org/abs/2602.12429.
     """
-    a, b, c = _COEFFICIENTS
     x: Tensor = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny(matrices))
+    if has_exact_grams(x):
+        gram = x @ x.mT
+        product = polynomial = _polynomial(gram)
+        for _ in range(_NUM_NEWTON_SCHULZ_STEPS - 1):
+            gram = polynomial @ gram @ polynomial
+            polynomial = _polynomial(gram)
+            product = polynomial @ product
+        return product @ x
+    a, b, c = _COEFFICIENTS
     for _ in range(_NUM_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = a * x + (b * gram + c * (gram @ gram)) @ x  # a I + ... would lose digits in bfloat16
     return x
+
+
+def has_exact_grams(matrices: Float[Tensor, "*N R F"]) -> bool:
+    """Whether `orthogonalized` runs on Gram matrices: wide ones, whose products are exact enough.
+
+    An error of a Gram matrix grows up to 20,000 times: those of float32 come to 4e-4, but those of
+    TF32 and bfloat16, which torch may multiply in where it is allowed to, would be all there is.
+    """
+    rows, columns = matrices.shape[-2:]
+    is_exact = matrices.dtype == torch.float64 or (
+        matrices.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    )
+    return is_exact and 2 * columns >= 3 * rows
+
+
+def _polynomial(gram: Float[Tensor, "*N R R"]) -> Float[Tensor, "*N R R"]:
+    a, b, c = _COEFFICIENTS
+    found: Tensor = b * gram + c * (gram @ gram)
+    found.diagonal(dim1=-2, dim2=-1).add_(a)
+    return found
 
 
 class FactorOptimizer(Optimizer):
@@ -74,7 +105,8 @@ class FactorOptimizer(Optimizer):
         eps: The eps of AdamW.
         weight_decay: Decoupled weight decay, where a group has none.
         fused: Whether AdamW runs in one kernel.
-        product_dtype: Dtype in which momenta are orthogonalized; None for the parameters' own.
+        product_dtype: Dtype in which momenta are orthogonalized, but for wide ones on a CPU; None
+            for the parameters' own.
 
     Raises:
         ValueError: A group of factors has an odd number of parameters, or its neighbors are not
@@ -210,6 +242,8 @@ class FactorOptimizer(Optimizer):
 
     def _orthogonalized(self, matrices_NRF: Float[Tensor, "N R F"]) -> Float[Tensor, "N R F"]:
         product_dtype = self.product_dtype or matrices_NRF.dtype
+        if matrices_NRF.device.type == "cpu" and has_exact_grams(matrices_NRF):
+            product_dtype = matrices_NRF.dtype  # faster there than in bfloat16, and more exact
         return orthogonalized(matrices_NRF.to(product_dtype)).to(matrices_NRF.dtype)
 
 

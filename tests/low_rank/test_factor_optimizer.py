@@ -1,6 +1,7 @@
 """What all optimizers of factors do: dense matrices by Muon, the rest by AdamW, exact resuming."""
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fingpt_lightning.low_rank import LoRAMuon, Spectron, factor_optimizer, low_rank_factors
-from fingpt_lightning.low_rank.factor_optimizer import FactorOptimizer, orthogonalized
+from fingpt_lightning.low_rank.factor_optimizer import (
+    FactorOptimizer,
+    has_exact_grams,
+    orthogonalized,
+    wide,
+)
 from tests.low_rank.factor_networks import factor_groups_of, factor_network, set_gradients
 from tests.reference.spectron_step import newton_schulz
 
@@ -39,6 +45,27 @@ def test_dense_matrices_are_moved_by_the_learning_rate_along_orthogonalized_mome
         optimizer.step()
     for p, truth in zip(matrices, truths, strict=True):
         torch.testing.assert_close(p.detach(), truth, rtol=0, atol=1e-10)
+
+
+def test_wide_matrices_are_orthogonalized_by_their_grams_as_exactly_as_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for condition in (1, 100, 1e8):
+        u, s, vh = torch.linalg.svd(torch.randn(3, 8, 13, dtype=torch.float64), full_matrices=False)
+        s = torch.logspace(0, -math.log10(condition), 8, dtype=s.dtype).expand_as(s)
+        matrices = (u * s[:, None]) @ vh
+        truth = torch.stack([newton_schulz(matrix) for matrix in matrices])
+        assert has_exact_grams(matrices.float())
+        torch.testing.assert_close(orthogonalized(matrices), truth, rtol=0, atol=1e-10)
+        error = (orthogonalized(matrices.float()) - truth).norm() / truth.norm()
+        assert error < 1e-3
+    assert not has_exact_grams(matrices.bfloat16())
+    assert not has_exact_grams(torch.ones(10, 14))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert not has_exact_grams(matrices.float())
+    assert has_exact_grams(matrices)
+    ours = orthogonalized(matrices.float())  # the long way
+    assert (ours - truth).norm() < 1e-4 * truth.norm()
 
 
 def test_orthogonalizing_keeps_singular_vectors_and_evens_values_out() -> None:
@@ -131,7 +158,7 @@ def test_bfloat16_products_move_float32_factors_nearly_alike(kind: type[FactorOp
     for one, other, before in zip(*map(low_rank_factors, networks), start, strict=True):
         assert one.dtype == other.dtype == torch.float32
         assert (one - other).norm() < 0.05 * (one - before).norm()
-        assert not torch.equal(one, other)
+        assert torch.equal(one, other) == has_exact_grams(wide(one))
 
 
 @pytest.mark.parametrize(
