@@ -5,7 +5,7 @@ Axes: B batch, T tokens, D width.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
@@ -36,8 +36,10 @@ from fingpt_lightning.models.finite import check_stored, not_finite
 from fingpt_lightning.models.formats.checkpoint import describe_network
 from fingpt_lightning.models.formats.tokenizer import num_rows_reached
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
-from fingpt_lightning.modules.optimization import cosine_with_warmup
+from fingpt_lightning.modules.optimization import cosine_with_warmup, trapezoid
 
+COOLDOWN = 0.2
+"""Share of the steps in which the rate of a warmup-stable-decay schedule falls by default."""
 _LOSS_SCALE = 1024.0
 """Divides the summed loss before the backward pass, undone exactly after it.
 
@@ -360,8 +362,10 @@ class LanguageModelingModule(LightningModule):
         """Whether this is in a trainer that trains."""
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
-    def with_cosine_schedule(self, optimizer: Optimizer) -> OptimizerLRScheduler:
+    def with_schedule(self, optimizer: Optimizer) -> OptimizerLRScheduler:
         """An optimizer and its schedule, by the hyper-parameters of warm-up and last rate.
+
+        A module without the hyper-parameter ``schedule`` has the cosine.
 
         Raises:
             ValueError: The trainer's settings give the run no end.
@@ -375,14 +379,23 @@ class LanguageModelingModule(LightningModule):
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
         ]
-        num_steps, warmup = int(num_steps), self.hparams["warmup"]
-        warmup_steps = round(warmup * num_steps) if isinstance(warmup, float) else warmup
-        final_ratio = self.hparams["final_learning_rate_ratio"]
-        scheduler = LambdaLR(optimizer, cosine_with_warmup(num_steps, warmup_steps, final_ratio))
+        scheduler = LambdaLR(optimizer, self._rate_factor(int(num_steps)))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _rate_factor(self, num_steps: int) -> Callable[[int], float]:
+        hparams = self.hparams
+        warmup_steps = _steps_of(hparams["warmup"], num_steps)
+        final_ratio = hparams["final_learning_rate_ratio"]
+        kind = hparams.get("schedule", "cosine")
+        if kind == "cosine":
+            return cosine_with_warmup(num_steps, warmup_steps, final_ratio)
+        cooldown_steps = num_steps
+        if kind == "wsd":
+            cooldown_steps = _steps_of(hparams["cooldown"] or COOLDOWN, num_steps)
+        return trapezoid(num_steps, warmup_steps, cooldown_steps, final_ratio)
 
     def fused_adamw(self, groups: list[dict[str, Any]], **settings: Any) -> AdamW:
         """AdamW in one kernel; but a fused one cannot clip behind a gradient scaler (float16)."""
@@ -430,6 +443,11 @@ class LanguageModelingModule(LightningModule):
             f" {self.current_epoch}; the weights of this step were not changed and the last"
             " checkpoint is good"
         )
+
+
+def _steps_of(length: int | float, num_steps: int) -> int:
+    """A part of a run: an int is steps, a float the share of all steps."""
+    return round(length * num_steps) if isinstance(length, float) else length
 
 
 def _added(so_far: LossSums | None, sums: LossSums) -> LossSums:

@@ -282,7 +282,7 @@ class QuantizedFinetuning(LanguageModelingModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        return self.with_cosine_schedule(self._optimizer())
+        return self.with_schedule(self._optimizer())
 
     def trained_share(self) -> float:
         """Trained parameters over all, those of the base counted unquantized."""

@@ -25,12 +25,13 @@ from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.instructions import tokenizer_of_base
 from fingpt_lightning.files import write_json
-from fingpt_lightning.low_rank import low_rank_factors
+from fingpt_lightning.low_rank import embedding_factors, low_rank_factors
 from fingpt_lightning.metric_keys import MEMORY_PARTS
 from fingpt_lightning.models.families import family_of
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import dense_in_blocks
+from fingpt_lightning.modules.recipe import FACTOR_OPTIMIZERS, moves_dense_alike
 from fingpt_lightning.pipeline import Balance, Workload
 from fingpt_lightning.pipeline.schedule import largest_layout
 from fingpt_lightning.planning.blueprint import Blueprint, blueprint
@@ -139,9 +140,13 @@ def _plan(
     optimizer = cli.model.hparams.get("optimizer", "adamw")
     gradients = sum(count * width for count, width in made.trained_parameters)
     state = optimizer_bytes(made.trained_parameters, optimizer)
-    if optimizer == "spectron":
-        moved = [(min(p.shape), p) for p in low_rank_factors(made.network)]
-        if cli.model.hparams["spectron_dense"]:
+    if optimizer in FACTOR_OPTIMIZERS:
+        has_vectors = optimizer == "spectron"
+        factors = low_rank_factors(made.network)
+        if cli.model.hparams["embedding_optimizer"] == "same":
+            factors += embedding_factors(made.network)
+        moved = [(min(p.shape) if has_vectors else 0, p) for p in factors]
+        if moves_dense_alike(cli.model.hparams):
             moved += [(0, p) for p in dense_in_blocks(made.network)]
         state -= factor_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
     # At the optimizer step gradients are whole and activations are gone.
