@@ -70,7 +70,8 @@ def decompose(
         allocation: ``spectrum`` (None) or ``uniform``: how ``compression`` is shared out.
         embedding_rank: Rank, or share of the width, of an embedding tied to the head; None keeps
             it dense.
-        calibration: Text files; the layers' outputs on them are kept.
+        calibration: Text files, or a mixture of ``PATH=WEIGHT`` and ``task:NAME=WEIGHT``; the
+            layers' outputs on them are kept.
         calibration_task: Name of a task to take prompts and answers of, in place of files.
         calibration_tokens: Most tokens that are read; None is 32768.
         data_dir: Folder that holds ``TASK/train.jsonl``; None reads from the Hugging Face hub.
