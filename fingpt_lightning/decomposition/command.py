@@ -48,6 +48,7 @@ def decompose(
     data_dir: str | Path | None = None,
     damping: float | None = None,
     sequential: bool = False,
+    refine: int = 0,
     method: str = "exact",
     seed: int | None = None,
     workers: int = 1,
@@ -78,6 +79,8 @@ def decompose(
         damping: Weight of the weights' own error beside that of the outputs; None is 0, or
             0.01 with ``sequential``.
         sequential: Whether each layer is fitted to what reaches it through those before it.
+        refine: Adam steps over the factors of each block on the difference of block outputs; with
+            a calibration.
         method: ``exact`` or ``randomized``.
         seed: Seed of the randomized method; None is 1.
         workers: Processes of one thread that share the layers, on the CPU.
@@ -110,6 +113,7 @@ def decompose(
         dtype=dtype,
         damping=damping,
         sequential=sequential,
+        refine=refine,
     )
     devices = find_devices(device)
     if workers < 1:
@@ -148,6 +152,15 @@ def run(options: argparse.Namespace) -> None:
     for table in (layer_table(made.layers), kind_table(made.layers)):
         console.print(table, soft_wrap=False)
         console.print()
+    if made.blocks:
+        before, after = (
+            statistics.median(getattr(block, name) for block in made.blocks)
+            for name in ("before", "after")
+        )
+        console.print(
+            f"refined: median error of a block's outputs {100 * before:.2f} % before,"
+            f" {100 * after:.2f} % after"
+        )
     if not holds_tokenizer(options.output):
         console.print("no tokenizer that fits is with the model, so none is written; --tokenizer")
     if made.calibration is not None:

@@ -164,8 +164,8 @@ def add_calibration_options(parser: OptionParser) -> None:
         "--calibration",
         nargs="+",
         metavar="FILE[=WEIGHT]",
-        help="text files (.jsonl, .txt, .parquet): the layers' outputs on them are kept; with weights"
-        " a mixture, in which task:NAME[=WEIGHT] is a task's prompts and answers",
+        help="text files (.jsonl, .txt, .parquet): the layers' outputs on them are kept; with"
+        " weights a mixture, in which task:NAME[=WEIGHT] is a task's prompts and answers",
     )
     group.add_argument(
         "--calibration_task",

@@ -213,6 +213,66 @@ def test_a_sequence_that_was_killed_goes_on(
     torch.testing.assert_close(first, second)
 
 
+@pytest.mark.parametrize("extra", [(), ("--sequential",)], ids=["at_once", "in_sequence"])
+def test_refined_blocks_come_nearer_and_are_what_is_written(
+    decompose: Decompose, model: Path, text: Path, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    words = ("--compression", "1.4", "--calibration", text, *extra)
+    gaps = []
+    for name, refine in (("plain", "0"), ("refined", "60")):
+        status, output, error = decompose(
+            model, *words, "--refine", refine, "--output", tmp_path / name
+        )
+        assert status == 0, error
+        gaps.append(_logit_gap(tmp_path / name, model))
+    assert gaps[1] < 0.95 * gaps[0]
+    assert "refined: median error of a block's outputs" in output
+    plain, refined = (
+        json.loads((tmp_path / name / "decomposition.json").read_text())
+        for name in ("plain", "refined")
+    )
+    assert "refine" not in plain["settings"]
+    assert refined["settings"]["refine"] == 60
+    assert not plain["blocks"]
+    assert len(refined["blocks"]) == 2
+    assert all(0 < row["after"] < row["before"] for row in refined["blocks"])
+    ranks = [[row["rank"] for row in record["layers"]] for record in (plain, refined)]
+    assert ranks[0] == ranks[1]
+    own, source = (dict(load_model(x).network.named_parameters()) for x in
+                   (tmp_path / "refined", model))  # fmt: skip
+    kept = [name for name in own.keys() & source.keys() if torch.equal(own[name], source[name])]
+    assert kept == list(own.keys() & source.keys()), "factors alone change"
+
+
+def test_a_refinement_that_was_killed_goes_on(
+    decompose: Decompose, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--rank_ratio", "0.4", "--calibration", text, "--sequential", "--refine", "5")
+    status, _, error = decompose(model, *words, "--output", tmp_path / "whole")
+    assert status == 0, error
+    real = sequential.refine_block
+    done: list[int] = []
+
+    def killed(*arguments: Any) -> tuple[float, float]:
+        if done:
+            raise RuntimeError("killed")
+        done.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(sequential, "refine_block", killed)
+    status, _, error = decompose(model, *words)
+    assert (status, "killed" in error) == (1, True)
+    monkeypatch.setattr(sequential, "refine_block", real)
+    (kept,) = (tmp_path / "out.partial/refined").iterdir()
+    time_of = kept.stat().st_mtime_ns
+    monkeypatch.setattr(runner, "clear_owned", lambda folder: None)
+    status, _, error = decompose(model, *words)
+    assert status == 0, error
+    assert kept.stat().st_mtime_ns == time_of
+    first, second = (_linear(load_model(tmp_path / n).network) for n in ("whole", "out"))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "spectrum"])
 def test_a_compression_is_met_as_nearly_as_ranks_allow(
     decompose: Decompose, model: Path, tmp_path: Path, allocation: str
@@ -415,6 +475,7 @@ def test_the_tables_name_rank_and_error_of_each_layer(decompose: Decompose, mode
         (("--rank_ratio", "0.3", "--calibration_tokens", "9"), 2, "or --calibration_task alone"),
         (("--rank_ratio", "0.3", "--damping", "0.1"), 2, "--damping has an effect with a calib"),
         (("--rank_ratio", "0.3", "--damping", "-1"), 2, "--damping: -1 is no number from 0 on"),
+        (("--rank_ratio", "0.3", "--refine", "3"), 2, "--refine needs --calibration or"),
         (("--rank_ratio", "0.3", "--sequential"), 2, "--sequential needs --calibration or"),
         (("--rank_ratio", "0.3", "--sequential", "--damping", "0", "--calibration", "{}/a.txt"), 2,
          "--sequential needs a --damping above 0"),
