@@ -68,7 +68,7 @@ def decompose(
         rank_ratio: Share r / min(in, out) of each layer, to 1; give one of these three.
         compression: Parameters of the dense model over those stored, from 1 on.
         energy: Share of the squared singular values that each layer keeps.
-        allocation: ``spectrum`` (None) or ``uniform``: how ``compression`` is shared out.
+        allocation: ``uniform`` (None) or ``spectrum``: how ``compression`` is shared out.
         embedding_rank: Rank, or share of the width, of an embedding tied to the head; None keeps
             it dense.
         calibration: Text files, or a mixture of ``PATH=WEIGHT`` and ``task:NAME=WEIGHT``; the
@@ -106,7 +106,7 @@ def decompose(
         rank_ratio=rank_ratio,
         compression=compression,
         energy=energy,
-        allocation="spectrum" if allocation is None else allocation,
+        allocation="uniform" if allocation is None else allocation,
         embedding_rank=embedding_rank,
         method=Method(method),
         seed=1 if seed is None else seed,

@@ -39,7 +39,7 @@ def build_parser() -> OptionParser:
     add(
         "--allocation",
         choices=ALLOCATIONS,
-        help="of --compression: ranks by the layers' spectra, or one ratio; default: spectrum",
+        help="of --compression: ranks by the layers' spectra, or one ratio; default: uniform",
     )
     add(
         "--embedding_rank",

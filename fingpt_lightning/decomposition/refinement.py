@@ -24,7 +24,7 @@ from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.low_rank.factorize import Factors
 from fingpt_lightning.models.input_moments import BlockCall
 
-LEARNING_RATE = 0.01
+LEARNING_RATE = 0.002
 """Step of a factor's entries at the start, in units of their root mean square."""
 _LAST_RATE = 0.05
 _CLIPPED_NORM = 1.0
@@ -75,7 +75,7 @@ def last_factors(folder: Path, name: str, block: str | None) -> Factors:
 def refine_block(
     block: nn.Module,
     calls: Sequence[BlockCall],
-    targets: Sequence[Float[Tensor, "N T D"]],
+    targets: Sequence[Tensor],
     num_steps: int,
     seed: int,
     show: Callable[[int], None] = lambda _: None,
@@ -194,4 +194,4 @@ def _error(block: nn.Module, calls: Sequence[BlockCall], targets: Sequence[Tenso
     for call, target in zip(calls, targets, strict=True):
         errors = _squared_errors(_output(block, call), target)
         total, number = total + float(errors.double().sum()), number + errors.numel()
-    return (total / number) ** 0.5
+    return math.sqrt(total / number)

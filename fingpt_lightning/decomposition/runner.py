@@ -105,7 +105,7 @@ class Request:
     rank_ratio: float | None = None
     compression: float | None = None
     energy: float | None = None
-    allocation: str = "spectrum"
+    allocation: str = "uniform"
     embedding_rank: int | float | None = None
     method: Method = Method.EXACT
     seed: int = 1
