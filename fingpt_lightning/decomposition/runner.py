@@ -46,6 +46,7 @@ from fingpt_lightning.files import (
     to_json,
     write_json,
 )
+from fingpt_lightning.low_rank import LowRankEmbedding
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.low_rank.rank_allocation import (
@@ -245,6 +246,12 @@ def decompose_model(
     check_output(output, overwrite)
     if request.embedding_rank is not None:
         check_plain_embedding(family_of(source.network))
+    if request.embedding_rank is not None and isinstance(
+        source.network.get_input_embeddings(), LowRankEmbedding
+    ):
+        raise ValueError(
+            f"embedding_rank {request.embedding_rank}: the embedding is factorized already"
+        )
     if request.embedding_rank is not None and source.embedding is None:
         raise ValueError("embedding_rank: the embedding is not tied to the head, and stays dense")
     revision = files_sha256(source.weights.files)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fingpt_lightning
 from fingpt_lightning.cli.main import main
+from fingpt_lightning.data import TextBlocks
 from fingpt_lightning.decomposition import layer_files, refinement, runner, sequential
 from fingpt_lightning.files import owned, put_in_place
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
@@ -515,6 +517,66 @@ def test_models_that_are_not_dense_are_refused(decompose: Decompose, tmp_path: P
     ):
         status, _, error = decompose(model, "--rank_ratio", "0.4")
         assert (status, message in error) == (1, True), error
+
+
+@pytest.fixture(scope="module")
+def dense_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of ours with dense blocks behind a factorized embedding: its checkpoint, its folder."""
+    folder = tmp_path_factory.mktemp("dense_run")
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    text = folder / "text.txt"
+    text.write_text(" ".join(LINES * 40))
+    module = LowRankPretraining(
+        "gpt2-nano", num_layers=2, width=24, num_heads=2, num_positions=64, rank=None,
+        embedding_rank=7,
+    )  # fmt: skip
+    data = TextBlocks(
+        str(text), str(text), tokenizer=str(folder / "tokenizer"), block_length=16, batch_size=2,
+        cache_dir=str(folder / "cache"),
+    )  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu", max_steps=2, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(folder / "run.ckpt")
+    main(["export", "--model", str(folder / "run.ckpt"), "--format", "low_rank", "--output",
+          str(folder / "exported")])  # fmt: skip
+    return {"checkpoint": folder / "run.ckpt", "folder": folder / "exported"}
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "folder"])
+@pytest.mark.parametrize("way", [(), ("--calibration",), ("--calibration", "--sequential")])
+def test_a_dense_run_with_a_factorized_embedding_is_decomposed_in_every_form(
+    decompose: Decompose, dense_run: dict[str, Path], text: Path, tmp_path: Path, form: str,
+    way: tuple[str, ...],
+) -> None:  # fmt: skip
+    words = [*way[:1], *([text] if way else []), *way[1:]]
+    if way:
+        words += ["--refine", "2"]
+    source = dense_run[form]
+    status, _, error = decompose(source, "--rank_ratio", "0.4", *words)
+    assert status == 0, error
+    before, made = (load_model(path).network for path in (source, tmp_path / "out"))
+    tables = [network.get_input_embeddings() for network in (before, made)]
+    for table in tables:
+        assert isinstance(table, LowRankEmbedding)
+    assert torch.equal(tables[0].table, tables[1].table)
+    kinds = [{type(m).__name__ for m in network.modules()} for network in (before, made)]
+    assert "LowRankLinear" not in kinds[0]
+    assert "LowRankLinear" in kinds[1]
+    record = json.loads((tmp_path / "out" / "decomposition.json").read_text())
+    assert record["dense_parameters"] == sum(p.numel() for p in before.parameters())
+    assert record["parameters"] == sum(p.numel() for p in made.parameters())
+
+
+def test_an_embedding_that_is_factorized_already_has_its_rank(
+    decompose: Decompose, dense_run: dict[str, Path]
+) -> None:
+    words = ("--rank_ratio", "0.4", "--embedding_rank", "4")
+    status, _, error = decompose(dense_run["folder"], *words)
+    assert (status, "embedding_rank 4: the embedding is factorized already" in error) == (1, True)
 
 
 def test_an_output_is_replaced_when_asked(
