@@ -77,6 +77,10 @@ SMALLER = {
     "generate": ("--max_new_tokens", "3"),
     # Two processes are those of tests/decomposition/test_command.py.
     "decompose": ("--workers", "1"),
+    "compress": (
+        *("--calibration_tokens", "300", "--refine", "2", "--heal", "2", "--block_length", "32"),
+        *("--precision", "32-true", "--text_tokens", "64", "--limit", "2"),
+    ),
 }
 
 COMMANDS_OF = {guide: shell_commands(guide) for guide in GUIDES}

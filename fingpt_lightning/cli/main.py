@@ -60,6 +60,11 @@ COMMANDS = {
         "fingpt_lightning.decomposition.options",
         "fingpt_lightning.decomposition.command",
     ),
+    "compress": Command(
+        "a dense model made small in one command: decomposed, refined, healed, rounded, measured",
+        "fingpt_lightning.compression.options",
+        "fingpt_lightning.compression.command",
+    ),
     "export": Command(
         "a model in the form that other tools read, compared before it is handed over",
         "fingpt_lightning.deploy.export_options",

@@ -37,6 +37,7 @@ from fingpt_lightning.models.formats.checkpoint import describe_network
 from fingpt_lightning.models.formats.tokenizer import num_rows_reached
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
 from fingpt_lightning.modules.optimization import cosine_with_warmup, trapezoid
+from fingpt_lightning.modules.teacher import Teacher
 
 COOLDOWN = 0.2
 """Share of the steps in which the rate of a warmup-stable-decay schedule falls by default."""
@@ -98,7 +99,8 @@ class LanguageModelingModule(LightningModule):
 
     Keys: ``train/loss`` (nats per token over the window and all ranks), ``train/learning_rate``,
     ``train/gradient_norm`` (before clipping), ``train/tokens`` (supervised so far, all ranks);
-    ``val/loss``, ``val/perplexity``, ``test/loss``, ``test/perplexity``.
+    ``val/loss``, ``val/perplexity``, ``test/loss``, ``test/perplexity``. With a teacher
+    ``train/loss`` is the mix of divergence and cross-entropy; the others are cross-entropies.
 
     Raises:
         FloatingPointError: A step's loss or gradient norm is not finite, raised before weights
@@ -114,6 +116,7 @@ class LanguageModelingModule(LightningModule):
         super().__init__()
         self.loss_chunk_size = 512
         self.tokens_seen = 0
+        self.teacher: Teacher | None = None
         self._window: LossSums | None = None
         self._evaluated: LossSums | None = None
         self._batch_idx = 0
@@ -148,10 +151,46 @@ class LanguageModelingModule(LightningModule):
                 "data.batching packs several rows into one, which"
                 f" {type(self).__name__} would not keep apart: set data.batching padded"
             )
-        output = self.network.base_model(
+        return self.hidden_states_of(self.network, batch)
+
+    def hidden_states_of(
+        self, network: PreTrainedModel, batch: TokenBatch
+    ) -> Float[Tensor, "B T D"]:
+        """The final hidden states of any network on a batch that `hidden_states` takes.
+
+        Args:
+            network: Network, such as that of a teacher.
+            batch: Batch of the data.
+        """
+        output = network.base_model(
             input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False
         )
         return cast("Tensor", output.last_hidden_state)
+
+    def training_sums(self, batch: TokenBatch, hidden: Float[Tensor, "B T D"]) -> LossSums:
+        """The loss of one microbatch in training: with a teacher, the divergence from it too."""
+        if self.teacher is None:
+            return self.loss_sum_and_tokens(hidden, batch["labels"])
+        teacher_hidden = self.teacher.hidden_states(batch, self.hidden_states_of)
+        return self.teacher.loss(
+            self.network, hidden, teacher_hidden, batch["labels"], self.loss_chunk_size
+        )
+
+    def load_teacher(self) -> None:
+        """Loads the teacher where the attached trainer trains with one.
+
+        Raises:
+            ValueError: The strategy gives each process a part of the network, or the teacher does
+                not fit.
+        """
+        if self.teacher is None or not self.is_fitting:
+            return
+        if self.partial_network is not None:
+            raise ValueError(
+                f"model.teacher {self.teacher.path} is a second network, which the schedule of a"
+                " pipeline does not run: set it null, or take ddp"
+            )
+        self.teacher.load(self, self.network)
 
     def loss_sum_and_tokens(
         self, hidden: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]
@@ -225,7 +264,7 @@ class LanguageModelingModule(LightningModule):
 
     @override
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        sums = self.loss_sum_and_tokens(self.hidden_states(batch), batch["labels"])
+        sums = self.training_sums(batch, self.hidden_states(batch))
         self.log_step(sums)
         return self.backward_start(sums.loss_sum)
 
@@ -290,6 +329,8 @@ class LanguageModelingModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
+        if self.teacher is not None:
+            checkpoint["teacher_revision"] = self.teacher.revision
         source = self.text_source
         reference = None if source is None else source.tokenizer_reference()
         describe_network(checkpoint, self.network.config, reference)
@@ -299,6 +340,8 @@ class LanguageModelingModule(LightningModule):
         if self.is_fitting:
             fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
             self._loader_states = fit_loop.get("state_dict", {}).get("combined_loader", [])
+            if self.teacher is not None:
+                self.teacher.check_revision(checkpoint)
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._check_stored(checkpoint)
         saved = checkpoint.get("tokenizer")

@@ -72,6 +72,7 @@ from fingpt_lightning.modules.recipe import (
 )
 from fingpt_lightning.modules.self_guided import GuideSchedule
 from fingpt_lightning.modules.sharding import shard
+from fingpt_lightning.modules.teacher import Teacher
 from fingpt_lightning.modules.weight_averaging import prepare_averaging
 from fingpt_lightning.terminal.messages import nearest
 
@@ -175,6 +176,14 @@ class LowRankPretraining(LanguageModelingModule):
         quantization_aware: ``int8`` or ``nf4`` trains the end of the run with weights rounded as
             an export in that format stores them; null does not.
         quantization_start: Share of the steps from which on weights are rounded, in [0, 1].
+        teacher: Folder, hub name, GGUF file, checkpoint or run folder of a frozen model with the
+            same tokenizer, such as the one that ``init_from`` was decomposed from: at every
+            position with a label the network learns its whole distribution. Each device holds it.
+        teacher_quantize: ``nf4`` or ``int8`` for the teacher's linear layers; null keeps them.
+        teacher_dtype: Dtype of the teacher's other weights and of its products.
+        teacher_weight: Share w, in (0, 1], of the divergence KL(teacher || network) in the loss
+            w T^2 KL + (1 - w) cross-entropy.
+        teacher_temperature: Divisor T of the logits of both networks in the divergence.
 
     Raises:
         ValueError: A value outside its range; the message names it.
@@ -231,6 +240,11 @@ class LowRankPretraining(LanguageModelingModule):
         lora_muon_dense: bool = False,
         quantization_aware: Literal["nf4", "int8"] | None = None,
         quantization_start: float = 0.8,
+        teacher: str | None = None,
+        teacher_quantize: Literal["nf4", "int8"] | None = None,
+        teacher_dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16",
+        teacher_weight: float = 1.0,
+        teacher_temperature: float = 1.0,
     ) -> None:
         super().__init__()
         if compression is not None:
@@ -308,6 +322,7 @@ class LowRankPretraining(LanguageModelingModule):
         self._start: _Start | None = None
         self._is_dense_baseline = False
         self.save_hyperparameters()
+        self.teacher = Teacher.checked(self.hparams)
         # Drawn now, so that nothing that draws before the network is built changes the network.
         self.initialization_seed = int(torch.randint(2**31, ()))
 
@@ -404,6 +419,7 @@ class LowRankPretraining(LanguageModelingModule):
             # The trainer is in this context too, unless a callback calls this.
             with self._precision_context():
                 self._make_network()
+        self.load_teacher()
         if self.is_fitting:
             self.guiding.attach(self.network)
 

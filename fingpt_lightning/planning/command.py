@@ -34,7 +34,12 @@ from fingpt_lightning.modules.optimization import dense_in_blocks
 from fingpt_lightning.modules.recipe import FACTOR_OPTIMIZERS, moves_dense_alike
 from fingpt_lightning.pipeline import Balance, Workload
 from fingpt_lightning.pipeline.schedule import largest_layout
-from fingpt_lightning.planning.blueprint import Blueprint, blueprint
+from fingpt_lightning.planning.blueprint import (
+    Blueprint,
+    TeacherCosts,
+    blueprint,
+    teacher_costs,
+)
 from fingpt_lightning.planning.fake_step import StepBytes, count_step, fake_batch, with_more_blocks
 from fingpt_lightning.planning.plan import (
     MemoryPlan,
@@ -151,6 +156,9 @@ def _plan(
         state -= factor_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
     # At the optimizer step gradients are whole and activations are gone.
     peak = made.weights + state + max(step.peak, gradients)
+    teacher = teacher_costs(cli.model, length)
+    if teacher is not None:
+        peak += teacher.weights + teacher.loss
     memory = MemoryPlan(made.weights, gradients, state, step.activations, step.loss, peak)
     batches = None
     replicas = _num_replicas(trainer)
@@ -171,7 +179,7 @@ def _plan(
             measured, step_time_s = _calibrated(cli)
     is_calibrated = step_time_s is not None
     if step_time_s is None and lasts.steps is not None:
-        batch_s, note = _time_by_flops(made, cli.model, data.batch, trainer)
+        batch_s, note = _time_by_flops(made, teacher, cli.model, data.batch, trainer)
         step_time_s = accumulate * batch_s
         notes.append(note)
     plan = {
@@ -181,6 +189,7 @@ def _plan(
         "same_size_dense": None if made.same_size is None else made.same_size._asdict(),
         "trained": made.trained,
         "bytes": jsonable(memory),
+        "teacher_bytes": 0 if teacher is None else teacher.weights,
         "offloaded_bytes": _offloaded(cli.model, made, data.batch, device),
         "measured_bytes": measured,
         "steps": lasts.steps,
@@ -352,7 +361,11 @@ def _calibrated(cli: LightningCLI) -> tuple[dict[str, int], float]:
 
 
 def _time_by_flops(
-    made: Blueprint, module: LightningModule, batch: Any, trainer: Trainer
+    made: Blueprint,
+    teacher: TeacherCosts | None,
+    module: LightningModule,
+    batch: Any,
+    trainer: Trainer,
 ) -> tuple[float, str]:
     """Seconds of a batch at the peak of the device, and a sentence that names the peak."""
     device, precision = trainer.strategy.root_device, str(trainer.precision)
@@ -365,6 +378,8 @@ def _time_by_flops(
         num_logits = int((batch["labels"] != IGNORED_LABEL).sum())
     of_blocks = sum(cost.flops_per_token for cost in made.costs.blocks)
     flops = passes * (of_blocks * num_tokens + made.costs.back.flops_per_token * num_logits)
+    if teacher is not None:
+        flops += teacher.flops_per_token * num_tokens
     is_bf16 = "bf16" in precision or module.hparams.get("dtype") == "bfloat16"
     name = "bf16" if is_bf16 else "fp16" if precision.startswith("16") else "fp32"
     peak, source = None, "its data sheet"

@@ -163,7 +163,9 @@ def add_calibration_options(parser: OptionParser) -> None:
     group.add_argument(
         "--calibration",
         nargs="+",
-        help="text files (.jsonl, .txt, .parquet): the layers' outputs on them are kept",
+        metavar="FILE[=WEIGHT]",
+        help="text files (.jsonl, .txt, .parquet): the layers' outputs on them are kept; with"
+        " weights a mixture, in which task:NAME[=WEIGHT] is a task's prompts and answers",
     )
     group.add_argument(
         "--calibration_task",
@@ -191,8 +193,16 @@ def check_calibration_options(options: argparse.Namespace) -> None:
     """
     if options.calibration is not None and options.calibration_task is not None:
         raise WrongOptions("--calibration and --calibration_task: give one of them")
-    if options.data_dir is not None and options.calibration_task is None:
-        raise WrongOptions("--data_dir has an effect with --calibration_task alone")
+    named = as_list(options.calibration)
+    if (
+        options.data_dir is not None
+        and options.calibration_task is None
+        and not any(str(name).startswith("task:") for name in named)
+    ):
+        raise WrongOptions(
+            "--data_dir has an effect with task:NAME in --calibration or with --calibration_task"
+            " alone"
+        )
     if options.calibration_tokens is not None and not asks_for_calibration(options):
         raise WrongOptions(
             "--calibration_tokens has an effect with --calibration or --calibration_task alone"
@@ -203,4 +213,4 @@ def as_list(given: Any) -> list[Any]:
     """A setting that may be given as one item, as a list of several, or be left out."""
     if given is None:
         return []
-    return given if isinstance(given, list) else [given]
+    return list(given) if isinstance(given, list | tuple) else [given]

@@ -273,7 +273,8 @@ PRETRAINING: dict[str, Row] = {
 }  # fmt: skip
 PRETRAINING_ALIKE = {
     "loss_chunk_size", "learning_rate", "final_learning_rate_ratio", "warmup", "weight_decay",
-    "beta1", "beta2", "schedule", "cooldown",
+    "beta1", "beta2", "schedule", "cooldown", "teacher", "teacher_quantize", "teacher_dtype", "teacher_weight",
+    "teacher_temperature",
 }  # fmt: skip
 """Settings that treat all parameters alike, or the head alone."""
 
@@ -320,7 +321,8 @@ FINETUNING: dict[str, Row] = {
 FINETUNING_ALIKE = {
     "revision", "dtype", "learning_rate", "lora_plus_ratio", "final_learning_rate_ratio",
     "warmup", "weight_decay", "beta1", "beta2", "optimizer", "supervised_logits_only",
-    "kl_weight", "kl_positions", "loss_chunk_size", "random_base",
+    "kl_weight", "kl_positions", "loss_chunk_size", "random_base", "teacher", "teacher_quantize",
+    "teacher_dtype", "teacher_weight", "teacher_temperature",
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ ORDER = (
     "planning",
     "reporting",
     "sweeping",
+    "compression",
     "decomposition",
     "serving",
     "deploy",
