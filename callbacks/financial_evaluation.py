@@ -19,7 +19,11 @@ from typing_extensions import override
 from callbacks.progress import TrainingProgress
 from callbacks.recording import Cadence
 from callbacks.throughput import ThroughputMonitor
-from fingpt_lightning.evaluation.results import RunEvaluations, prediction_rows
+from fingpt_lightning.evaluation.results import (
+    EVALUATION_PACKAGES,
+    RunEvaluations,
+    prediction_rows,
+)
 from fingpt_lightning.evaluation.runner import (
     Scoring,
     TaskResult,
@@ -30,6 +34,8 @@ from fingpt_lightning.evaluation.runner import (
 )
 from fingpt_lightning.evaluation.scoring import Prediction
 from fingpt_lightning.metric_keys import EVAL_FIGURES, TRAIN_TOKENS, eval_key
+from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
+from fingpt_lightning.profiling.versions import installed_versions
 from fingpt_lightning.tasks import find_task
 
 _TABLE_COLUMNS = ("row", "text", "gold", "prediction", "scores")
@@ -207,6 +213,8 @@ class FinancialEvaluation(Callback):
             },
             "started_at": started_at.isoformat(timespec="microseconds"),
             "seconds": time.perf_counter() - started_s,
+            "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "versions": installed_versions(EVALUATION_PACKAGES),
         }
         self._files.write(trainer.global_step, head, results)
 

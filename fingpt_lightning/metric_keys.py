@@ -68,6 +68,8 @@ EVAL_FIGURES: Mapping[str, str] = {
     "perplexity": "perplexity",
 }
 """What each figure of a task is called in tables; a task has those that its kind has."""
+LESS_IS_BETTER = ("missing", "perplexity")
+"""The figures of `EVAL_FIGURES` of which less is better."""
 EVAL_MEDIA = ("confusion", "predictions")
 
 ACCURACY_BEFORE, ACCURACY_AFTER = "accuracy_before", "accuracy_after"

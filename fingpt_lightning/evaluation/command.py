@@ -14,11 +14,18 @@ from rich.console import Console
 from fingpt_lightning.evaluation import runner
 from fingpt_lightning.evaluation.batches import default_batch_tokens
 from fingpt_lightning.evaluation.options import check_options
-from fingpt_lightning.evaluation.results import check_output, remarks, table, write_results
+from fingpt_lightning.evaluation.results import (
+    EVALUATION_PACKAGES,
+    check_output,
+    remarks,
+    table,
+    write_results,
+)
 from fingpt_lightning.evaluation.runner import Scoring, TaskResult, read_tasks
 from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.families import max_positions
-from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
+from fingpt_lightning.models.formats.peft_adapter import adapter_digest
+from fingpt_lightning.models.formats.tokenizer import chat_template_in_use, tokenizer_sha256
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.profiling.versions import installed_versions
 from fingpt_lightning.tasks.chat import AUTO, choose_chat_template
@@ -26,8 +33,6 @@ from fingpt_lightning.tasks.encoding import TooLong
 from fingpt_lightning.terminal.command_line import options_as_arguments
 from fingpt_lightning.terminal.messages import check_choice
 from fingpt_lightning.terminal.progress import shown_progress
-
-_PACKAGES = ("fingpt-lightning", "torch", "transformers", "tokenizers", "bitsandbytes")
 
 _TABLE_WIDTH = 110
 
@@ -178,10 +183,13 @@ def evaluate(
                 too_long=TooLong(too_long),
                 on_answered=show,
             )
+    adapter_place = loaded.source.adapter
     head = {
         "model": loaded.description,
         "revision": loaded.revision,
-        "adapter": None if loaded.source.adapter is None else str(loaded.source.adapter),
+        "adapter": None if adapter_place is None else str(adapter_place),
+        "adapter_sha256": None if adapter_place is None else adapter_digest(adapter_place),
+        "tokenizer_sha256": tokenizer_sha256(reader),
         "settings": {
             "dtype": dtype,
             "quantize": quantize,
@@ -197,7 +205,7 @@ def evaluate(
         },
         "started_at": started_at.isoformat(timespec="seconds"),
         "seconds": time.perf_counter() - started_s,
-        "versions": installed_versions(_PACKAGES),
+        "versions": installed_versions(EVALUATION_PACKAGES),
     }
     num_positions = max_positions(network.config)
     evaluation = Evaluation(loaded.description, results, head, num_positions, remark)

@@ -17,6 +17,10 @@ from fingpt_lightning.evaluation.run_evaluations import (
 from fingpt_lightning.evaluation.runner import TaskResult
 from fingpt_lightning.files import to_json, write_json, write_whole
 from fingpt_lightning.tasks.encoding import length_remarks
+from fingpt_lightning.tasks.rows import examples_sha256
+
+EVALUATION_PACKAGES = ("fingpt-lightning", "torch", "transformers", "tokenizers", "bitsandbytes")
+"""The packages whose versions stand in ``results.json``."""
 
 _COLUMNS = {
     "accuracy": "accuracy (95 %)",
@@ -87,10 +91,14 @@ def results_of(result: TaskResult) -> dict[str, Any]:
     return {
         **result.metrics,
         **({"labels": list(run.task.labels)} if run.task.labels else {}),
+        "kind": run.task.kind,
         "main_metric": run.task.main_metric,
         "task_version": run.task.version,
+        "template_sha256": run.task.template_sha256,
         "split": run.split,
+        "split_rule": run.split_rule,
         "split_sha256": run.sha256,
+        "rows_sha256": examples_sha256(run.examples),
         "num_fewshot": run.num_fewshot,
         "num_skipped": run.num_skipped,
         "num_cut": result.num_cut,
@@ -198,6 +206,8 @@ def prediction_rows(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
                 "gold": _answer(answers, example.gold),
                 "prediction": _answer(answers, prediction.choice),
             }
+            if example.gold is not None and not prediction.is_dropped:
+                row["is_right"] = prediction.choice == example.gold
             if prediction.is_dropped:
                 row |= {"scores": [], "is_dropped": True}
             elif prediction.scores:

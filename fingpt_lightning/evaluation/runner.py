@@ -29,8 +29,14 @@ class Scoring(StrEnum):
 class TaskRun(NamedTuple):
     """A task and its rows, ready to be answered.
 
-    ``sha256`` is of the whole split; ``examples`` are the first of it where there is a limit. Each
-    has ``num_fewshot`` examples of the split ``train`` before it.
+    Attributes:
+        task: Task of the rows.
+        split: Name of the split.
+        examples: Examples, the first of the split where there is a limit.
+        sha256: Digest of the whole split.
+        num_skipped: Number of examples left out because their text is empty.
+        split_rule: Rule that selects the rows of the split.
+        num_fewshot: Number of examples of the split ``train`` before each question.
     """
 
     task: Task
@@ -38,6 +44,7 @@ class TaskRun(NamedTuple):
     examples: list[Example]
     sha256: str
     num_skipped: int
+    split_rule: str
     num_fewshot: int = 0
 
 
@@ -128,7 +135,9 @@ def read_tasks(
                 examples = with_examples_before(examples, pool.examples, num_fewshot, fewshot_seed)
             except ValueError as error:
                 raise ValueError(f"{task.name}: {error}") from None
-        runs[task.name] = TaskRun(task, split, examples, rows.sha256, rows.num_skipped, num_fewshot)
+        runs[task.name] = TaskRun(
+            task, split, examples, rows.sha256, rows.num_skipped, rows.split_rule, num_fewshot
+        )
     if calibrate and scoring is Scoring.GENERATE:
         raise ValueError("calibrate has no effect on generated answers; leave one of them out")
     if calibrate and not any(run.task.kind == "labels" for run in runs.values()):

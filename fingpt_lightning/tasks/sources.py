@@ -20,10 +20,17 @@ _CUT_SPLITS = ("train", "test")
 
 
 class Source(NamedTuple):
-    """Where rows come from, and the rows with their numbers from 1."""
+    """Where rows come from.
+
+    Args:
+        path: File or folder; for the hub, its name, config and split.
+        rows: Rows with their numbers from 1.
+        split_rule: Rule that selects the rows of the split, for results that name it.
+    """
 
     path: Path
     rows: Iterable[NumberedRow]
+    split_rule: str
 
 
 def open_split(
@@ -64,11 +71,13 @@ def open_split(
         both = " and ".join(path.name for path in found)
         raise ValueError(f"task {task.name}: {folder} has {both}; keep one of them")
     if found:
-        return Source(found[0], open_file(task, found[0], separator, encoding).rows)
+        return open_file(task, found[0], separator, encoding)
     published = [folder / name for name in task.files.get(split, ())]
     if found := [path for path in published if path.is_file()]:
         parts = [open_file(task, path, separator, encoding).rows for path in found]
-        return Source(found[0] if len(found) == 1 else folder, itertools.chain.from_iterable(parts))
+        whole_rows = itertools.chain.from_iterable(parts)
+        path = found[0] if len(found) == 1 else folder
+        return Source(path, whole_rows, f"all rows of {' and '.join(one.name for one in found)}")
     names = task.line_file.names if task.line_file else ()
     whole = next((folder / name for name in names if (folder / name).is_file()), None)
     if task.line_file and task.cut and whole and split in _CUT_SPLITS:
@@ -77,7 +86,7 @@ def open_split(
             rows = list(_line_rows(whole, task.line_file))
         else:
             rows = list(open_file(task, whole, separator, encoding).rows)
-        return Source(whole, _part(rows, task.cut, split, whole))
+        return Source(whole, _part(rows, task.cut, split, whole), _cut_rule(task.cut, whole.name))
     there = ", ".join(splits_in(task, data_dir)) or "none"
     unread = [path.name for path in files if path.name.startswith(f"{split}.")]
     not_read = f"; {', '.join(unread)} ends in none of these" if unread else ""
@@ -109,8 +118,9 @@ def open_file(task: Task, path: Path, separator: str | None, encoding: str | Non
     check_csv_settings(path, separator, encoding)
     rows = open_rows(path, task.csv.overridden(separator, encoding))
     if not task.files:
-        return Source(path, rows)
-    return Source(path, ((number, {FILE_NAME: path.name, **row}) for number, row in rows))
+        return Source(path, rows, f"all rows of {path.name}")
+    named = ((number, {FILE_NAME: path.name, **row}) for number, row in rows)
+    return Source(path, named, f"all rows of {path.name}")
 
 
 def _split_of(path: Path) -> str | None:
@@ -157,9 +167,20 @@ def _open_on_hub(task: Task, split: str) -> Source:
         raise ValueError(f"task {task.name}: {hub.name} has no split {split!r}, only {there}")
     path = Path(hub.name, hub.config or hub.data_dir or "", split)
     if task.cut is None:
-        return Source(path, _hub_rows(hub, hub.splits[split]))
+        rule = f"split {hub.splits[split]} of {_named(hub)}"
+        return Source(path, _hub_rows(hub, hub.splits[split]), rule)
     (whole,) = hub.splits.values()
-    return Source(path, _part(list(_hub_rows(hub, whole)), task.cut, split, path))
+    rows = _part(list(_hub_rows(hub, whole)), task.cut, split, path)
+    return Source(path, rows, _cut_rule(task.cut, f"split {whole} of {_named(hub)}"))
+
+
+def _named(hub: Hub) -> str:
+    parts = (hub.name, hub.config or hub.data_dir, hub.revision and f"at {hub.revision}")
+    return " ".join(part for part in parts if part)
+
+
+def _cut_rule(cut: Cut, what: str) -> str:
+    return f"train_test_split(test_size={cut.test_size}, seed={cut.seed}) of {what}"
 
 
 def _hub_rows(hub: Hub, split: str) -> Iterator[NumberedRow]:

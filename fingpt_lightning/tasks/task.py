@@ -4,6 +4,8 @@ A template names fields in braces, ``{text}``, or ``{text|capitalize}`` for a fi
 case and all others in lower. Braces around anything but a name, ``{Yes/No}``, are plain text.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -259,6 +261,14 @@ class Task:
     csv: CsvForm
     cut: Cut | None
     files: Mapping[str, tuple[str, ...]]
+
+    @cached_property
+    def template_sha256(self) -> str:
+        """The digest of all that makes a prompt and its answers of a row's fields."""
+        substitute = [[pattern.pattern, by] for pattern, by in self.substitute.items()]
+        patterns = [template.pattern for template in self.templates]
+        parts = [self.instruction, patterns, self.delimiters, self.labels, substitute]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def delimiter_after(self, template: Template) -> str:
         """The text between the prompt of a template and the answer."""
