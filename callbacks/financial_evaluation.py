@@ -31,6 +31,7 @@ from fingpt_lightning.evaluation.runner import (
     metrics_of,
     predict,
     read_tasks,
+    scoring_of,
 )
 from fingpt_lightning.evaluation.scoring import Prediction
 from fingpt_lightning.metric_keys import EVAL_FIGURES, TRAIN_TOKENS, eval_key
@@ -61,7 +62,13 @@ class FinancialEvaluation(Callback):
 
     Keys, of each task ``TASK`` those that its kind has:
 
-    - ``eval/TASK/accuracy``, ``eval/TASK/macro_f1``, ``eval/TASK/weighted_f1``, ``eval/TASK/mcc``.
+    - ``eval/TASK/accuracy``, ``eval/TASK/macro_f1``, ``eval/TASK/weighted_f1``, ``eval/TASK/mcc``,
+      ``eval/TASK/average_f1`` over the questions of a task that has several.
+    - ``eval/TASK/exact_match``, ``eval/TASK/f1``, ``eval/TASK/close_match``: of numbers.
+    - ``eval/TASK/entity_f1``, ``eval/TASK/entity_precision``, ``eval/TASK/entity_recall``,
+      ``eval/TASK/token_f1``: of spans.
+    - ``eval/TASK/rouge1``, ``eval/TASK/rouge2``, ``eval/TASK/rouge_l``: of summaries.
+    - ``eval/TASK/pearson``, ``eval/TASK/rmse``, ``eval/TASK/mae``: of scores.
     - ``eval/TASK/missing``: the share of answers that cannot be read; they count as wrong.
     - ``eval/TASK/accuracy_norm``: of choices, compared by log-probability per character.
     - ``eval/TASK/perplexity``: of last words.
@@ -196,7 +203,9 @@ class FinancialEvaluation(Callback):
                 predictions = self._predict(trainer, network, tokenizer, run)
             if trainer.is_global_zero:
                 seconds = time.perf_counter() - run_started_s
-                result = TaskResult(run, predictions, metrics_of(run, predictions), seconds)
+                metrics = metrics_of(run, predictions)
+                scoring = scoring_of(run.task, Scoring.CHOICES)
+                result = TaskResult(run, predictions, metrics, seconds, scoring, run.task.name)
                 figures = _log(trainer, result) | {"step": trainer.global_step}
                 self.history.setdefault(run.task.name, []).append(figures)
                 results.append(result)
@@ -323,7 +332,7 @@ def _log(trainer: Trainer, result: TaskResult) -> dict[str, float]:
 def _log_answers(logger: WandbLogger, result: TaskResult, step: int) -> None:
     name = result.run.task.name
     rows = prediction_rows([result])[:_MAX_TABLE_ROWS]
-    cells = [[row[column] for column in _TABLE_COLUMNS] for row in rows]
+    cells = [[row.get(column, []) for column in _TABLE_COLUMNS] for row in rows]
     logger.log_table(eval_key(name, "predictions"), list(_TABLE_COLUMNS), cells, step=step)
     if "confusion" in result.metrics:
         from PIL import Image  # comes with matplotlib, whose import takes a second

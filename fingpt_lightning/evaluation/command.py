@@ -21,7 +21,7 @@ from fingpt_lightning.evaluation.results import (
     table,
     write_results,
 )
-from fingpt_lightning.evaluation.runner import Scoring, TaskResult, read_tasks
+from fingpt_lightning.evaluation.runner import Scoring, TaskResult, read_tasks, scorings_of
 from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
@@ -42,7 +42,8 @@ class Evaluation(NamedTuple):
 
     Attributes:
         model: Path or name of the model, with its kind.
-        results: Answers and metrics by name of the task.
+        results: Answers and metrics by name of the task; with scoring ``both``, also those of
+            ``TASK_generated``.
         head: Model, settings, time and versions, as ``results.json`` has them.
         num_positions: Largest number of tokens that the model reads.
         chat_remark: Line about the chat template, where there is something to tell.
@@ -105,7 +106,8 @@ def evaluate(
         output: Folder for the results; None writes none.
         overwrite: Whether results in that folder are replaced.
         scoring: ``choices`` takes the most likely of the possible answers, ``generate`` reads the
-            label in a written one.
+            label in a written one, ``both`` gives tasks of labels a result each. Numbers, spans,
+            summaries and scores are written in any case.
         calibrate: Whether the bias for labels without content is taken out.
         strict: Whether an empty text is an error; else its row is left out.
         too_long: ``cut`` takes tokens of their text from rows of more tokens than the model reads,
@@ -170,19 +172,21 @@ def evaluate(
     network = loaded.network
     batch_tokens = batch_tokens or default_batch_tokens(network.device.type)
     results = {}
-    for run in runs:
-        what = f"evaluating {run.task.name}"
+    named = [(*one, run) for run in runs for one in scorings_of(run.task, how).items()]
+    for name, own_scoring, run in named:
+        what = f"evaluating {name}"
         with shown_progress(what, len(run.examples), "rows", in_log=False) as show:
-            results[run.task.name] = runner.evaluate(
+            result = runner.evaluate(
                 network,
                 reader,
                 run,
-                scoring=how,
+                scoring=own_scoring,
                 calibrate=calibrate,
                 batch_tokens=batch_tokens,
                 too_long=TooLong(too_long),
                 on_answered=show,
             )
+        results[name] = result._replace(name=name)
     adapter_place = loaded.source.adapter
     head = {
         "model": loaded.description,

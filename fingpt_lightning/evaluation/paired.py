@@ -92,14 +92,24 @@ def row_statistics(figure: str, rows: Sequence[Row], labels: Sequence[str]) -> R
     Returns:
         Statistics of the rows; None where the figure is not made of sums over these rows.
     """
-    if figure == "accuracy":
-        return _mean([float(_is_right(row)) for row in rows])
     if figure == "missing":
         return _mean([float(row.get("prediction") is None) for row in rows])
+    if all(figure in row.get("figures", {}) for row in rows):
+        return _mean([float(row["figures"][figure]) for row in rows])
+    if figure in _OF_COUNTS and all("counts" in row for row in rows):
+        return RowStatistics(np.array([row["counts"] for row in rows], float), _OF_COUNTS[figure])
+    if figure in _OF_VALUES and all("values" in row for row in rows):
+        return RowStatistics(_value_products(rows), _OF_VALUES[figure])
+    if any(key in rows[0] for key in ("figures", "counts", "values")):
+        return None
+    if figure == "accuracy":
+        return _mean([float(_is_right(row)) for row in rows])
     if figure in ("macro_f1", "weighted_f1") and labels:
         macro, weighted = _macro_f1, _weighted_f1
         counts = _label_counts(rows, labels)
         return RowStatistics(counts, macro if figure == "macro_f1" else weighted)
+    if figure == "average_f1" and labels:
+        return _average_f1(rows, labels)
     if figure == "mcc" and labels:
         return RowStatistics(_confusion_cells(rows, labels), _mcc)
     return None
@@ -209,3 +219,75 @@ def _mcc(sums: np.ndarray, num_rows: int) -> np.ndarray:
     norm = (num_rows**2 - (of_gold**2).sum(-1)) * (num_rows**2 - (of_answers**2).sum(-1))
     covariance = hits * num_rows - product
     return np.asarray(np.where(norm > 0, covariance / np.sqrt(np.maximum(norm, 1)), 0.0))
+
+
+def _average_f1(rows: Sequence[Row], labels: Sequence[str]) -> RowStatistics | None:
+    """The mean over groups of the weighted F1 of each; None where rows have no groups."""
+    if not all("group" in row for row in rows):
+        return None
+    groups = {group: place for place, group in enumerate(dict.fromkeys(r["group"] for r in rows))}
+    counts_NC = _label_counts(rows, labels)
+    values_NGC = np.zeros((len(rows), len(groups), counts_NC.shape[1]))
+    values_NGC[np.arange(len(rows)), [groups[row["group"]] for row in rows]] = counts_NC
+
+    def figure(sums: np.ndarray, num_rows: int) -> np.ndarray:
+        f1, counts = _f1_of_labels(sums.reshape(*sums.shape[:-1], len(groups), -1))
+        num_gold = counts[..., 1].sum(-1)
+        of_groups = (f1 * counts[..., 1]).sum(-1) / np.maximum(num_gold, 1)
+        # A resample may have no row of a group.
+        return np.asarray(of_groups.sum(-1) / np.maximum((num_gold > 0).sum(-1), 1))
+
+    return RowStatistics(values_NGC.reshape(len(rows), -1), figure)
+
+
+def _precision(sums: np.ndarray, num_rows: int) -> np.ndarray:
+    return np.asarray(sums[..., 0] / np.maximum(sums[..., 1], 1))
+
+
+def _recall(sums: np.ndarray, num_rows: int) -> np.ndarray:
+    return np.asarray(sums[..., 0] / np.maximum(sums[..., 2], 1))
+
+
+def _f1(sums: np.ndarray, num_rows: int) -> np.ndarray:
+    return np.asarray(2 * sums[..., 0] / np.maximum(sums[..., 1] + sums[..., 2], 1))
+
+
+_OF_COUNTS = {"entity_precision": _precision, "entity_recall": _recall, "entity_f1": _f1}
+"""Figures of what is right, what was answered and what should have been, over all rows."""
+
+
+def _value_products(rows: Sequence[Row]) -> Float[np.ndarray, "N S"]:
+    """x, y, xx, yy, xy, squared and absolute error of the right value x and the answer y.
+
+    A missing answer counts as the end of the right values' range that is farther from x, so that
+    none is gained by not answering.
+    """
+    x_N = np.array([row["values"][0] for row in rows], dtype=float)
+    low, high = x_N.min(), x_N.max()
+    far_N = np.where(x_N - low > high - x_N, low, high)
+    said = [row["values"][1] for row in rows]
+    y_N = np.array([far if y is None else y for y, far in zip(said, far_N, strict=True)], float)
+    products = (x_N, y_N, x_N * x_N, y_N * y_N, x_N * y_N, (x_N - y_N) ** 2, np.abs(x_N - y_N))
+    return np.stack(products, axis=1)
+
+
+def _pearson(sums: np.ndarray, num_rows: int) -> np.ndarray:
+    """Pearson's correlation; 0 where the right values or the answers are all the same."""
+    x, y, xx, yy, xy = (sums[..., place] / num_rows for place in range(5))
+    spread = np.sqrt(np.maximum(xx - x * x, 0) * np.maximum(yy - y * y, 0))
+    # Rounding of the sums leaves some spread in constant values.
+    is_known = spread > 1e-9 * np.sqrt(np.maximum(xx * yy, 1e-300))
+    correlation = np.where(is_known, (xy - x * y) / np.where(is_known, spread, 1.0), 0.0)
+    return np.asarray(correlation.clip(-1.0, 1.0))
+
+
+def _rmse(sums: np.ndarray, num_rows: int) -> np.ndarray:
+    return np.asarray(np.sqrt(sums[..., 5] / num_rows))
+
+
+def _mae(sums: np.ndarray, num_rows: int) -> np.ndarray:
+    return np.asarray(sums[..., 6] / num_rows)
+
+
+_OF_VALUES = {"pearson": _pearson, "rmse": _rmse, "mae": _mae}
+"""Figures of right values and answers."""

@@ -19,6 +19,8 @@ from fingpt_lightning.reporting.page import Block, Cell, Note, Page, Section, Ta
 from fingpt_lightning.terminal.messages import nearest, nearest_name
 
 _TOLERANCE = 1e-6
+_GRADED = {"figures", "values"}
+"""Fields of rows whose answers are right to a degree, unless they say that they are right."""
 _DIGITS = 12
 """Of a digest that are shown."""
 _PROMPT_SETTINGS = ("scoring", "calibrate", "chat_template_sha256", "too_long")
@@ -264,13 +266,17 @@ def _differences(task: str, results: Sequence[Result], compared: Sequence[Sequen
     ]
     known = [one for one in found if one is not None]
     of_differences = intervals(known)[1] if len(known) == len(results) else None
-    base = is_right(compared[0])
+    is_tested = not any("is_right" not in row and _GRADED & row.keys() for row in compared[0])
+    base = is_right(compared[0]) if is_tested else []
     rows = []
     for place, result in enumerate(results[1:], 1):
         difference = "-"
         if of_differences is not None:
             low, high = of_differences[place - 1]
             difference = f"{known[place].value - known[0].value:+.3f} ({low:+.3f} to {high:+.3f})"
+        if not is_tested:
+            rows.append([Cell(result.name), number(difference)])
+            continue
         own = is_right(compared[place])
         both = sum(a and b for a, b in zip(base, own, strict=True))
         test = mcnemar(base, own)
@@ -286,8 +292,11 @@ def _differences(task: str, results: Sequence[Result], compared: Sequence[Sequen
                 Cell("exact" if test.is_exact else "chi-squared"),
             ]
         )
+    title = f"{EVAL_FIGURES[main]}: difference (95 %)"
+    if not is_tested:
+        return Table([Cell("result"), number(title)], rows, f"Against {results[0].name}")
     titles = (
-        f"{EVAL_FIGURES[main]}: difference (95 %)",
+        title,
         *("both right", "only it right", f"only {results[0].name}", "neither", "p"),
     )
     caption = f"Against {results[0].name}; McNemar's test of the rows that one of them has right"

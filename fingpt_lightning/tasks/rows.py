@@ -107,7 +107,7 @@ def examples_sha256(examples: Iterable[Example]) -> str:
     """The digest of the examples' texts, choices and gold, in their order."""
     digest = hashlib.sha256()
     for example in examples:
-        turns = [example.turns] if example.turns else []
-        line = json.dumps([example.text, example.choices, example.gold, *turns])
+        more = [part for part in (example.turns, example.reference) if part]
+        line = json.dumps([example.text, example.choices, example.gold, *more])
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()

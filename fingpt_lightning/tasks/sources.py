@@ -61,7 +61,7 @@ def open_split(
             if value is not None:
                 raise ValueError(f"{key} {value!r} has an effect with data_dir alone")
         return _open_on_hub(task, split)
-    folder = Path(data_dir).expanduser() / task.folder
+    folder = task.folder_in(Path(data_dir).expanduser())
     if not folder.is_dir():
         advice = nearest(folder.name, [path.name for path in folder.parent.glob("*")])
         raise FileNotFoundError(f"task {task.name}: no folder {folder}{advice}")
@@ -98,7 +98,7 @@ def open_split(
 
 def splits_in(task: Task, data_dir: str | Path) -> list[str]:
     """The splits of a task that a data folder holds, sorted."""
-    folder = Path(data_dir).expanduser() / task.folder
+    folder = task.folder_in(Path(data_dir).expanduser())
     files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     whole = task.line_file.names if task.line_file else ()
     published = {name: split for split, names in task.files.items() for name in names}

@@ -98,3 +98,19 @@ def test_intervals_hold_the_truth_and_differences_are_of_the_same_rows() -> None
 def test_rows_say_themselves_whether_they_are_right() -> None:
     rows = [{"gold": "a", "prediction": "a"}, {"gold": "a", "prediction": "a", "is_right": False}]
     assert is_right(rows) == [True, False]
+
+
+def test_average_f1_is_the_mean_of_the_weighted_f1_of_each_group() -> None:
+    rows = [row | {"group": "ab"[place % 2]} for place, row in enumerate(map(dict, _rows(1, 0.6)))]
+    found = row_statistics("average_f1", rows, _LABELS)
+    assert found is not None
+    expected = []
+    for group in "ab":
+        own = [row for row in rows if row["group"] == group]
+        gold, said = [row["gold"] for row in own], [row["prediction"] or "" for row in own]
+        f1 = f1_score(gold, said, labels=list(_LABELS), average="weighted", zero_division=0)
+        expected.append(f1)
+    assert found.value == pytest.approx(np.mean(expected))
+    ((low, high),), _ = intervals([found])
+    assert low < found.value < high
+    assert row_statistics("average_f1", _rows(1, 0.6), _LABELS) is None

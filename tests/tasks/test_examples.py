@@ -11,7 +11,8 @@ from tokenizers import Regex, pre_tokenizers
 
 from fingpt_lightning import tasks
 from fingpt_lightning.tasks import find_task, task_names
-from fingpt_lightning.tasks.examples import Example, Turn, tagged_spans
+from fingpt_lightning.tasks.examples import Example, Turn
+from fingpt_lightning.tasks.references import tagged_spans
 from tests.tasks.sample_rows import (
     HEADLINE_ANSWERS,
     ROWS,
