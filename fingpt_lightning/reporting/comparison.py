@@ -1,7 +1,7 @@
 """Results of the same rows side by side, as a page."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -336,7 +336,7 @@ def _other_prompts(task: str, results: Sequence[Result]) -> list[str]:
 
 def _provenance_section(results: Sequence[Result]) -> Section:
     """What each result is of: model, adapter, tokenizer, settings and versions."""
-    lines = {
+    lines: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "model": lambda head: str(head.get("model", "-")),
         "revision": lambda head: _digest(head.get("revision")),
         "adapter": lambda head: str(head.get("adapter") or "-"),

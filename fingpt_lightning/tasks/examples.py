@@ -8,6 +8,7 @@ from fingpt_lightning.tasks.references import (
     Reference,
     entities_of,
     list_as_text,
+    marked_lines,
     reference_of,
     tagged_spans,
     written,
@@ -313,6 +314,12 @@ def _expanded(shape: Shape, columns: Mapping[str, Field]) -> Iterator[dict[str, 
             raise ValueError(f"{' and '.join(shape.entities[:2])} must be lists of one length")
         answer = entities_of(shape.entities, tokens, tags)
         yield fields | {"text": " ".join(tokens), "answer": answer}
+    elif shape.marked:
+        marks = columns[shape.marked.marks]
+        if isinstance(marks, str):
+            raise ValueError(f"field {shape.marked.marks!r} is not a list")
+        text = _one_text(shape.marked.lines, columns[shape.marked.lines])
+        yield fields | {"text": text, "answer": marked_lines(shape.marked, text, marks)}
     elif shape.questions:
         for column, question in shape.questions.items():
             yield fields | {"question": question, "label": _one_text(column, columns[column])}

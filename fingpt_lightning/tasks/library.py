@@ -20,6 +20,7 @@ from fingpt_lightning.tasks.task import (
     Entities,
     Hub,
     LineFile,
+    Marked,
     Numbers,
     Shape,
     Task,
@@ -112,11 +113,11 @@ def _read_task(path: Path) -> Task:
         numbers=_numbers(block),
         group=block.text("group") if "group" in block else None,
     )
-    _check_kind(task, block)
     if len(task.delimiters) not in (1, len(task.templates)):
         raise block.error("delimiter", f"one is needed, or one for each of {len(task.templates)}")
     _check_labels(task, block)
     _check_fields(task, block)
+    _check_kind(task, block)
     return task
 
 
@@ -141,18 +142,24 @@ def _shape(block: YamlBlock) -> Shape:
         each=block.text("each") if "each" in block else None,
         chat=block.text("chat") if "chat" in block else None,
         entities=_entities(block) if "entities" in block else None,
+        marked=_marked(block) if "marked" in block else None,
         lists=block.mapping("lists", lambda inner, name: inner.word(name, LIST_FORMS)),
     )
 
 
 def _entities(block: YamlBlock) -> Entities:
-    inner = block.block("entities", ("tokens", "tags", "types"), ("tokens", "tags", "types"))
-    types = inner.mapping("types", YamlBlock.value)
+    inner = block.block("entities", ("tokens", "tags", "types"), ("tokens", "tags"))
+    types = inner.mapping("types", YamlBlock.value) if "types" in inner else {}
     return Entities(
         inner.text("tokens"),
         inner.text("tags"),
         {tag.casefold(): own for tag, own in types.items()},
     )
+
+
+def _marked(block: YamlBlock) -> Marked:
+    inner = block.block("marked", ("lines", "marks"), ("lines", "marks"))
+    return Marked(inner.text("lines"), inner.text("marks"))
 
 
 def _numbers(block: YamlBlock) -> Numbers:
@@ -210,11 +217,12 @@ def _csv(block: YamlBlock, shapes: Sequence[Shape]) -> CsvForm:
 
 
 def _cut(block: YamlBlock) -> Cut:
-    inner = block.block("cut", ("test_size", "seed"), ("test_size", "seed"))
+    inner = block.block("cut", ("test_size", "seed", "splits"), ("test_size", "seed"))
     test_size = inner.number("test_size")
     if not 0 < test_size < 1:
         raise inner.error("test_size", f"{test_size} is outside (0, 1)")
-    return Cut(test_size, inner.integer("seed", 0))
+    splits = inner.texts("splits") if "splits" in inner else ()
+    return Cut(test_size, inner.integer("seed", 0), splits)
 
 
 def _check_kind(task: Task, block: YamlBlock) -> None:
@@ -270,8 +278,11 @@ def _check_labels(task: Task, block: YamlBlock) -> None:
 def _check_fields(task: Task, block: YamlBlock) -> None:
     if task.line_file and not task.cut:
         raise block.error("line_file", "a cut is needed, since the file holds the whole set")
-    if task.hub and task.cut and len(task.hub.splits) != 1:
+    if task.hub and task.cut and not task.cut.splits and len(task.hub.splits) != 1:
         raise block.error("hub", "one split is needed, the whole set that is cut")
+    for split in task.cut.splits if task.hub and task.cut else ():
+        if task.hub and split not in task.hub.splits:
+            raise block.error("cut", f"hub has no split {split!r}{nearest(split, task.hub.splits)}")
     given = {name for shape in task.shapes for name in shape.gives}
     for template in task.templates:
         _refuse_unknown_fields(template.names, given, "template", block)

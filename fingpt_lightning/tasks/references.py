@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from fingpt_lightning.tasks.task import Entities, Field, ListForm, Task
+from fingpt_lightning.tasks.task import Entities, Field, ListForm, Marked, Task
 from fingpt_lightning.terminal.messages import nearest
 
 SEPARATOR, NOTHING = "; ", "none"
@@ -116,6 +116,9 @@ def entities_of(entities: Entities, tokens: Sequence[str], tags: Sequence[str]) 
         raise ValueError(f"{' and '.join(entities[:2])} must be lists of one length")
     found = []
     for name, tag in tagged_spans(tokens, tags):
+        if not entities.types:
+            found.append(f"{name}, {tag.removeprefix('I-')}")
+            continue
         known = tag.casefold()
         if known not in entities.types:
             names = ", ".join(entities.types)
@@ -141,6 +144,21 @@ def tagged_spans(tokens: Sequence[str], tags: Sequence[str]) -> list[tuple[str, 
     runs = groupby(zip(tokens, keys, strict=True), key=lambda pair: pair[1])
     spans = [(" ".join(token for token, _ in run), tag) for (tag, _), run in runs]
     return [(entity, tag) for entity, tag in spans if tag != _OUTSIDE]
+
+
+def marked_lines(marked: Marked, text: str, marks: Sequence[str]) -> str:
+    """The marked lines of a text, in one line.
+
+    Raises:
+        ValueError: There are not as many marks as lines, or one is neither 0 nor 1.
+    """
+    lines = text.split("\n")
+    if len(lines) != len(marks) or not set(marks) <= {"0", "1"}:
+        raise ValueError(
+            f"field {marked.marks!r} is not a list of 0 or 1 for each of the {len(lines)} lines of"
+            f" {marked.lines!r}"
+        )
+    return " ".join(line.strip() for line, mark in zip(lines, marks, strict=True) if mark == "1")
 
 
 def list_as_text(name: str, value: object, form: ListForm) -> str:

@@ -65,6 +65,43 @@ def open_split(
     if not folder.is_dir():
         advice = nearest(folder.name, [path.name for path in folder.parent.glob("*")])
         raise FileNotFoundError(f"task {task.name}: no folder {folder}{advice}")
+    if task.cut and task.cut.splits:
+        return _cut_anew(task, task.cut, data_dir, split, separator, encoding)
+    return _open_in_folder(task, folder, data_dir, split, separator, encoding)
+
+
+def _cut_anew(
+    task: Task,
+    cut: Cut,
+    data_dir: str | Path,
+    split: str,
+    separator: str | None,
+    encoding: str | None,
+) -> Source:
+    """A part of the set's own splits, which are put together and cut."""
+    whole = f"splits {' + '.join(cut.splits)}"
+    if split not in _CUT_SPLITS:
+        raise FileNotFoundError(
+            f"task {task.name} has no split {split!r}, only {' and '.join(_CUT_SPLITS)}: its"
+            f" {whole} are cut anew"
+        )
+    folder = task.folder_in(Path(data_dir).expanduser())
+    rows: list[NumberedRow] = []
+    for own in cut.splits:
+        # Rows are numbered through, so that a number names one row.
+        source = _open_in_folder(task, folder, data_dir, own, separator, encoding)
+        rows += [(len(rows) + place, row) for place, (_, row) in enumerate(source.rows, start=1)]
+    return Source(folder, _part(rows, cut, split, folder), _cut_rule(cut, whole))
+
+
+def _open_in_folder(
+    task: Task,
+    folder: Path,
+    data_dir: str | Path,
+    split: str,
+    separator: str | None,
+    encoding: str | None,
+) -> Source:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     found = [path for path in files if _split_of(path) == split]
     if len(found) > 1:
@@ -102,6 +139,9 @@ def splits_in(task: Task, data_dir: str | Path) -> list[str]:
     files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     whole = task.line_file.names if task.line_file else ()
     published = {name: split for split, names in task.files.items() for name in names}
+    if task.cut and task.cut.splits:
+        there = {_split_of(path) for path in files}
+        return sorted(_CUT_SPLITS) if there >= set(task.cut.splits) else []
     splits = {published.get(path.name, _split_of(path)) for path in files if path.name not in whole}
     if task.cut and any(path.name in whole for path in files):
         splits |= set(_CUT_SPLITS)
@@ -169,9 +209,12 @@ def _open_on_hub(task: Task, split: str) -> Source:
     if task.cut is None:
         rule = f"split {hub.splits[split]} of {_named(hub)}"
         return Source(path, _hub_rows(hub, hub.splits[split]), rule)
-    (whole,) = hub.splits.values()
-    rows = _part(list(_hub_rows(hub, whole)), task.cut, split, path)
-    return Source(path, rows, _cut_rule(task.cut, f"split {whole} of {_named(hub)}"))
+    names = task.cut.splits or tuple(hub.splits)
+    whole = [hub.splits[name] for name in names]
+    every = (row for name in whole for _, row in _hub_rows(hub, name))
+    rows = _part(list(enumerate(every, start=1)), task.cut, split, path)
+    what = f"split{'s' if len(whole) > 1 else ''} {' + '.join(whole)} of {_named(hub)}"
+    return Source(path, rows, _cut_rule(task.cut, what))
 
 
 def _named(hub: Hub) -> str:

@@ -134,12 +134,25 @@ class Entities(NamedTuple):
     Args:
         tokens: Column of the tokens.
         tags: Column of their tags.
-        types: Word of the task by tag, in lower case; None leaves entities of that tag out.
+        types: Word of the task by tag, in lower case; None leaves entities of that tag out. Without
+            any, the type is the tag without ``B-`` and ``I-``.
     """
 
     tokens: str
     tags: str
     types: Mapping[str, str | None]
+
+
+class Marked(NamedTuple):
+    """Columns of a text and of marks, which make up the text's summary.
+
+    Args:
+        lines: Column of the text, a sentence per line.
+        marks: Column of a list with 1 for each line that belongs to the summary, else 0.
+    """
+
+    lines: str
+    marks: str
 
 
 class Numbers(NamedTuple):
@@ -179,6 +192,8 @@ class Shape:
         chat: Column of the turns of a conversation, of which such a row consists.
         entities: Columns of tagged tokens: the row has the fields ``text`` and ``answer``, a list
             of the entities with their types.
+        marked: Columns of lines and marks: the row has the fields ``text`` and ``answer``, the
+            lines that are marked, in one line.
         lists: Forms in which columns that hold lists become texts: a ``table`` of rows of cells,
             ``lines``, or ``sentences`` of one line.
     """
@@ -192,6 +207,7 @@ class Shape:
     each: str | None = None
     chat: str | None = None
     entities: Entities | None = None
+    marked: Marked | None = None
     lists: Mapping[str, ListForm] = field(default_factory=dict)
 
     @cached_property
@@ -205,6 +221,7 @@ class Shape:
         used = [name for name in named if name not in groups]
         own = [self.chat] if self.chat else []
         own += self.entities[:2] if self.entities else []
+        own += self.marked or []
         return tuple(
             dict.fromkeys([*self.parse, *self.questions, *self.spans.values(), *used, *own])
         )
@@ -226,7 +243,7 @@ class Shape:
         made = [*self.fields, *self._groups()]
         made += ["question", "label"] if self.questions else []
         made += ["text", "entity", "label"] if self.spans else []
-        made += ["text", "answer"] if self.entities else []
+        made += ["text", "answer"] if self.entities or self.marked else []
         # A template of kind `partial` sees one of the contexts at a time.
         made += ["context"] if "contexts" in made else []
         return tuple(dict.fromkeys(made))
@@ -268,10 +285,17 @@ class Cut:
     """How a set that is shipped whole becomes ``train`` and ``test``.
 
     It is what ``datasets.Dataset.train_test_split`` does.
+
+    Args:
+        test_size: Share of the rows that are the test.
+        seed: Seed of the order.
+        splits: Splits of the set that are put together first, in this order; none where it is
+            shipped without splits.
     """
 
     test_size: float
     seed: int
+    splits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

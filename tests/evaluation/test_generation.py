@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fingpt_lightning.evaluation.generation import (
     write_answers,
 )
 from fingpt_lightning.models import decoding
+from fingpt_lightning.models.decode_step import decode_step
 from tests.evaluation.tiny_language import examples_of, tiny_network, tiny_tokenizer
 
 _LABELS = (" negative", " neutral", " positive", " mildly negative")
@@ -57,8 +59,12 @@ def test_a_stop_text_ends_an_answer_and_the_batch(
     examples = examples_of(tmp_path, "fpb")
     whole = write_answers(network, tokenizer, examples, 24, batch_tokens=batch_tokens)
     steps: list[int] = []
-    step = decoding.decode_step
-    monkeypatch.setattr(decoding, "decode_step", lambda *a: (steps.append(1), step(*a))[1])
+
+    def counted(*given: Any) -> Any:
+        steps.append(1)
+        return decode_step(*given)
+
+    monkeypatch.setattr(decoding, "decode_step", counted)
     stop = whole[0].answer[6:8]
     found = write_answers(
         network, tokenizer, examples, 24, stop=["@@@", stop], batch_tokens=batch_tokens

@@ -3,8 +3,11 @@ import random
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
-from sklearn.metrics import f1_score, matthews_corrcoef
+from scipy.stats import binomtest  # type: ignore[import-untyped]
+from sklearn.metrics import (  # type: ignore[import-untyped]
+    f1_score,
+    matthews_corrcoef,
+)
 
 from fingpt_lightning.evaluation.metrics import label_metrics
 from fingpt_lightning.evaluation.paired import (
@@ -96,7 +99,10 @@ def test_intervals_hold_the_truth_and_differences_are_of_the_same_rows() -> None
 
 
 def test_rows_say_themselves_whether_they_are_right() -> None:
-    rows = [{"gold": "a", "prediction": "a"}, {"gold": "a", "prediction": "a", "is_right": False}]
+    rows: list[Row] = [
+        {"gold": "a", "prediction": "a"},
+        {"gold": "a", "prediction": "a", "is_right": False},
+    ]
     assert is_right(rows) == [True, False]
 
 
