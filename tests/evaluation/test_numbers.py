@@ -47,6 +47,8 @@ _PUBLISHED: list[tuple[str, list[str], str, str, float, float]] = [
     ("arithmetic", ["-22.26"], "percent", "-22.26 percent", 1.0, 1.0),
     ("arithmetic", ["-1647"], "thousand", "(1,647) thousand", 0.0, 0.0),
     ("arithmetic", ["-1647"], "thousand", "(1647) thousand", 1.0, 1.0),
+    ("arithmetic", ["12.35"], "million", "12.3501 million", 1.0, 1.0),
+    ("arithmetic", ["12.35"], "percent", "0.1235", 1.0, 1.0),
     ("count", ["3"], "", "3", 1.0, 1.0),
     ("count", ["3"], "", "three", 0.0, 0.0),
     ("span", ["19.0%"], "", "19%", 1.0, 1.0),

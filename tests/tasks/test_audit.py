@@ -47,6 +47,7 @@ def test_rows_overlap_by_the_share_of_their_ngrams_in_one_row() -> None:
     assert num_shared <= len(grams & of_long)
     assert (found.num_equal, found.num_overlapping) == (0, 2)
     assert [pair.share for pair in found.examples] == [1.0, share]
+    assert overlap(seen, audited, threshold=share).num_overlapping == 2
     assert overlap(seen, audited, threshold=share + 0.01).num_overlapping == 1
 
 

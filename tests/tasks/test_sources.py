@@ -301,7 +301,7 @@ def test_fingpts_split_of_fiqa_is_cut_out_of_all_three(tmp_path: Path) -> None:
     whole = datasets.Dataset.from_dict({"text": texts})
     expected = whole.train_test_split(0.226, seed=42)["test"]["text"]
     assert [example.text for example in test.examples] == expected
-    assert test.examples[0].row == texts.index(expected[0]) + 1
+    assert [example.row for example in test.examples] == [texts.index(x) + 1 for x in expected]
     assert test.split_rule == (
         "train_test_split(test_size=0.226, seed=42) of splits train + validation + test"
     )
