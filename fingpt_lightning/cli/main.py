@@ -40,6 +40,11 @@ COMMANDS = {
         "fingpt_lightning.evaluation.options",
         "fingpt_lightning.evaluation.command",
     ),
+    "compare": Command(
+        "results of the same rows side by side, with intervals and McNemar's test",
+        "fingpt_lightning.reporting.compare_options",
+        "fingpt_lightning.reporting.compare_command",
+    ),
     "generate": Command(
         "text that goes on from prompts",
         "fingpt_lightning.deploy.generate_options",

@@ -258,11 +258,11 @@ def test_what_a_cell_cannot_hold_is_named_before_the_model_is_loaded(
 def test_a_row_that_does_not_fit_has_no_label_and_is_counted(label: Label, tmp_path: Path) -> None:
     rows = [{"text": "Foo " * 500, "entity": "Foo"}, {"text": "Foo", "entity": "Foo " * 500}]
     file = write(tmp_path / "news.jsonl", rows)
-    status, output, error = label("--input", str(file), "--task", "fin_ner")
+    status, output, error = label("--input", str(file), "--task", "fin_ner_types")
     assert status == 0, error
     fits, too_long = read(tmp_path / "out.jsonl")
-    assert fits["fin_ner_label"] is not None
-    assert [too_long[name] for name in fits if name.startswith("fin_ner_")] == [None] * 4
+    assert fits["fin_ner_types_label"] is not None
+    assert [too_long[name] for name in fits if name.startswith("fin_ner_types_")] == [None] * 4
     assert "1 rows have no label: their text is empty, or the model's context too short" in output
 
 
