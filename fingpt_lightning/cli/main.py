@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
+from fingpt_lightning.cli.early_checks import check_command, check_trainer_command
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.cli.signals import raised_sigterm
 from fingpt_lightning.terminal.command_line import WrongOptions
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         if debug:
             traceback.print_exc()
-        _fail(_one_line(error), 2 if isinstance(error, ConfigError) else 1)
+        _fail(one_line(error), 2 if isinstance(error, ConfigError) else 1)
 
 
 def _run(words: list[str]) -> None:
@@ -159,12 +160,21 @@ def _run(words: list[str]) -> None:
             read = importlib.import_module(options).parse_options(words[1:])
         except WrongOptions as error:
             raise ConfigError(str(error)) from error
+        check_command(command, read)
         importlib.import_module(entry).run(read)
         return
+    check_trainer_command(command, words[1:])
+    _tell_start(words)
     _check_callbacks_package()
     from fingpt_lightning.cli.trainer import run_trainer_command
 
     run_trainer_command(words)
+
+
+def _tell_start(words: list[str]) -> None:
+    """A line before the imports, which take seconds; from the first process only."""
+    if _process_rank() == "0":
+        print(f"fingpt: {' '.join(words)}", file=sys.stderr, flush=True)
 
 
 def _check_callbacks_package() -> None:
@@ -177,7 +187,12 @@ def _check_callbacks_package() -> None:
         )
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """A failure as the program reports it.
+
+    Args:
+        error: Exception that ended the command.
+    """
     text = " ".join(str(error).split())
     if len(text) > _LONGEST_MESSAGE:  # one that echoes a whole file
         text = f"{text[:_LONGEST_MESSAGE]} ... ({len(text)} characters)"
@@ -191,9 +206,13 @@ def _one_line(error: BaseException) -> str:
     return text
 
 
-def _fail(message: str, status: int) -> NoReturn:
+def _process_rank() -> str:
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    process_rank = next((os.environ[name] for name in names if name in os.environ), "0")
+    return next((os.environ[name] for name in names if name in os.environ), "0")
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    process_rank = _process_rank()
     # Where each node starts its own process, only Lightning knows the number of the process.
     lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
     process_rank = getattr(getattr(lightning, "rank_zero_only", None), "rank", process_rank)

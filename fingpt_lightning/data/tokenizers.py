@@ -17,7 +17,8 @@ from fingpt_lightning.models.formats.tokenizer import (
     read_tokenizer,
     try_out,
 )
-from fingpt_lightning.terminal.messages import first_line, nearest_name
+from fingpt_lightning.terminal.inputs import refuse_missing_tokenizer
+from fingpt_lightning.terminal.messages import first_line
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
@@ -37,13 +38,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
             name, or the tokenizer has no end-of-text token or no fast implementation.
     """
     folder = Path(name_or_path).expanduser()
-    is_path = folder.is_absolute() or name_or_path.startswith((".", "~"))
+    refuse_missing_tokenizer(name_or_path)
     tokenizer: object
     if folder.suffix == ".gguf" and folder.is_file():
         tokenizer = read_tokenizer(folder.parent, folder.name)
     elif not folder.is_dir():
-        if is_path or name_or_path.count("/") > 1:
-            raise FileNotFoundError(f"tokenizer: no folder {folder}{nearest_name(folder)}")
         tokenizer = _load_from_hub(name_or_path)
     else:
         tokenizer = _load_from_folder(folder)

@@ -15,7 +15,7 @@ from fingpt_lightning.reporting.answers import (
 )
 from fingpt_lightning.reporting.environment import ENVIRONMENT
 from fingpt_lightning.reporting.files import Row, read_config, read_metrics, read_object
-from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.inputs import refuse_missing_run
 
 _RUN_FILES = ("config.yaml", "metrics.csv", "summary.json")
 _FINISHED = "finished"
@@ -128,10 +128,7 @@ def read_folder(folder: Path) -> Run | Sweep | Evaluation:
         ValueError: It is none of the three, or a file in it is broken.
         FileNotFoundError: There is no such folder.
     """
-    if not folder.is_dir():
-        siblings = [path.name for path in _folders(folder.parent)]
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"{folder} {what}{nearest(folder.name, siblings)}")
+    refuse_missing_run(folder)
     if (folder / "sweep.json").exists():
         return _read_sweep(folder)
     if (folder / "results.json").exists():

@@ -54,10 +54,7 @@ def open_split(
             if value is not None:
                 raise ValueError(f"{key} {value!r} has an effect with data_dir alone")
         return _open_on_hub(task, split)
-    folder = Path(data_dir).expanduser() / task.folder
-    if not folder.is_dir():
-        advice = nearest(folder.name, [path.name for path in folder.parent.glob("*")])
-        raise FileNotFoundError(f"task {task.name}: no folder {folder}{advice}")
+    folder = find_folder(task, data_dir)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     found = [path for path in files if _split_of(path) == split]
     if len(found) > 1:
@@ -85,6 +82,19 @@ def open_split(
         f"task {task.name}: {folder} has no split {split!r} ({endings()}){not_read}; the splits"
         f" there: {there}"
     )
+
+
+def find_folder(task: Task, data_dir: str | Path) -> Path:
+    """The folder of a task's files.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    folder = Path(data_dir).expanduser() / task.folder
+    if not folder.is_dir():
+        advice = nearest(folder.name, [path.name for path in folder.parent.glob("*")])
+        raise FileNotFoundError(f"task {task.name}: no folder {folder}{advice}")
+    return folder
 
 
 def splits_in(task: Task, data_dir: str | Path) -> list[str]:
