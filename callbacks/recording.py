@@ -22,6 +22,14 @@ class Budgeted(Protocol):
 
 
 @runtime_checkable
+class PartlyTrained(Protocol):
+    """A module that trains a part of its parameters."""
+
+    def trained_share(self) -> float:
+        """Trained parameters over all."""
+
+
+@runtime_checkable
 class CountsTokens(Protocol):
     """A module that reports how many tokens of its batches it trains on."""
 

@@ -22,7 +22,13 @@ from typing_extensions import override
 from callbacks.compression import counted_figures
 from callbacks.financial_evaluation import FinancialEvaluation
 from callbacks.memory import MemoryMonitor
-from callbacks.recording import Budgeted, num_tokens, over_ranks, record_in_wandb_summary
+from callbacks.recording import (
+    Budgeted,
+    PartlyTrained,
+    num_tokens,
+    over_ranks,
+    record_in_wandb_summary,
+)
 from callbacks.throughput import ThroughputMonitor
 from fingpt_lightning.files import write_json
 from fingpt_lightning.metric_keys import ACCURACY_AFTER, ACCURACY_BEFORE, VAL_LOSS, summary_key
@@ -39,14 +45,6 @@ class HasDenseBaseline(Protocol):
 
     def dense_baseline(self) -> LightningModule:
         """The dense baseline, whose ``configure_model`` has not been called yet."""
-
-
-@runtime_checkable
-class PartlyTrained(Protocol):
-    """A module that trains a part of its parameters."""
-
-    def trained_share(self) -> float:
-        """Trained parameters over all."""
 
 
 class RunSummary(Callback):

@@ -4,17 +4,15 @@ Nothing heavy is imported before a command needs it, so that ``fingpt --help`` a
 """
 
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
-from fingpt_lightning.cli.early_checks import check_command, check_trainer_command
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.cli.signals import raised_sigterm
 from fingpt_lightning.terminal.command_line import WrongOptions
-from fingpt_lightning.terminal.messages import error_line, is_panic, nearest
+from fingpt_lightning.terminal.messages import error_line, is_panic, launched_rank, nearest
 
 
 class Command(NamedTuple):
@@ -154,6 +152,9 @@ def _run(words: list[str]) -> None:
             raise ConfigError(f"there is no command {command!r}: {_INSTEAD[command]}")
         known = ", ".join(COMMANDS)
         raise ConfigError(f"command {command!r} is none of {known}{nearest(command, COMMANDS)}")
+    # Not at the top: it reads YAML, which --help does without.
+    from fingpt_lightning.cli.early_checks import check_command, check_trainer_command
+
     _, options, entry = COMMANDS[command]
     if options is not None and entry is not None:
         try:
@@ -173,7 +174,7 @@ def _run(words: list[str]) -> None:
 
 def _tell_start(words: list[str]) -> None:
     """A line before the imports, which take seconds; from the first process only."""
-    if _process_rank() == "0":
+    if launched_rank() == "0":
         print(f"fingpt: {' '.join(words)}", file=sys.stderr, flush=True)
 
 
@@ -206,13 +207,8 @@ def one_line(error: BaseException) -> str:
     return text
 
 
-def _process_rank() -> str:
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0")
-
-
 def _fail(message: str, status: int) -> NoReturn:
-    process_rank = _process_rank()
+    process_rank = launched_rank()
     # Where each node starts its own process, only Lightning knows the number of the process.
     lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
     process_rank = getattr(getattr(lightning, "rank_zero_only", None), "rank", process_rank)

@@ -33,6 +33,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from callbacks.log_lines import LogLines
 from callbacks.progress import TrainingProgress
 from fingpt_lightning.cli.config_errors import check_configs, explain, undecodable
 from fingpt_lightning.cli.early_checks import check_start, check_trainer_inputs
@@ -364,6 +365,9 @@ class FinGPTCLI(LightningCLI):
         if settings.enable_progress_bar and not any(isinstance(x, ProgressBar) for x in own):
             # First, so that it is gone from the screen when others print the results of the run.
             own = [TrainingProgress(), *own]
+        if not any(isinstance(x, LogLines) for x in own):
+            # After the others, so that what they did in a step is told.
+            own = [*own, LogLines()]
         plugins = as_list(settings.plugins)
         strategy_writes = getattr(settings.strategy, "_checkpoint_io", None) is not None
         if not strategy_writes and not any(isinstance(x, CheckpointIO) for x in plugins):

@@ -19,6 +19,7 @@ from fingpt_lightning.models.formats.tokenizer import (
 )
 from fingpt_lightning.terminal.inputs import refuse_missing_tokenizer
 from fingpt_lightning.terminal.messages import first_line
+from fingpt_lightning.terminal.progress import announced
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
@@ -104,7 +105,8 @@ def train_cached_tokenizer(
     if not folder.is_dir():
         _log.info("training a tokenizer of %d entries on %s", vocab_size, corpus)
         texts = (piece.text for piece in short_pieces(corpus.pieces()))
-        tokenizer = train_tokenizer(texts, vocab_size)
+        with announced(f"training a tokenizer of {vocab_size:,} entries on {corpus}"):
+            tokenizer = train_tokenizer(texts, vocab_size)
         with scratch_folder(folder) as made:
             tokenizer.save_pretrained(made)
             sync_files(made)

@@ -13,8 +13,8 @@ from fingpt_lightning.evaluation.generation import generate
 from fingpt_lightning.evaluation.metrics import choice_metrics, label_metrics
 from fingpt_lightning.evaluation.scoring import Prediction, score
 from fingpt_lightning.tasks import Example, Task, read_rows
-from fingpt_lightning.tasks.library import find_scored_task
 from fingpt_lightning.tasks.encoding import TooLong
+from fingpt_lightning.tasks.library import find_scored_task
 from fingpt_lightning.tasks.shots import with_examples_before
 
 

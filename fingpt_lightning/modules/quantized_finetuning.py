@@ -50,6 +50,7 @@ from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import adamw_8bit
 from fingpt_lightning.modules.ranges import check_above_0, check_from_0, check_optimization
 from fingpt_lightning.modules.weight_averaging import prepare_averaging
+from fingpt_lightning.terminal.progress import announced
 
 _OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 _RECOMPUTE = ("none", "block", "offload")
@@ -180,14 +181,16 @@ class QuantizedFinetuning(LanguageModelingModule):
         hparams = self.hparams
         dtype, device = DTYPES[hparams["dtype"]], self._base_device()
         if self.base is not None:
-            loaded = load_model(
-                self.base,
-                dtype=dtype,
-                device=device,
-                quantize=hparams["quantize"],
-                revision=hparams["revision"],
-                keep_part=self._keep_part,
-            )
+            how = hparams["quantize"]
+            with announced(f"loading {self.base}{f', quantized to {how}' if how else ''}"):
+                loaded = load_model(
+                    self.base,
+                    dtype=dtype,
+                    device=device,
+                    quantize=how,
+                    revision=hparams["revision"],
+                    keep_part=self._keep_part,
+                )
             self.network, self.base_revision = loaded.network, loaded.revision
             self._source = loaded.source
         else:
