@@ -108,8 +108,8 @@ class TrainingProgress(ProgressBar):
         self._shown_s = self._evaluating_since_s = 0.0
 
     @property
-    @override
     def is_enabled(self) -> bool:
+        """Whether a bar is shown."""
         return self._is_enabled
 
     @override
