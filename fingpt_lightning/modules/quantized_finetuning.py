@@ -287,6 +287,16 @@ class QuantizedFinetuning(LanguageModelingModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.with_cosine_schedule(self._optimizer())
 
+    def base_text(self) -> str:
+        """Name of the base, and how it is stored."""
+        how = self.hparams["quantize"] or self.hparams["dtype"]
+        return f"{'random Llama' if self.base is None else self.base} in {how}"
+
+    def adapter_text(self) -> str:
+        """Kind and rank of the adapter."""
+        kind = "DoRA" if self.options.dora else "LoRA"
+        return f"{kind} of rank {self.options.rank}"
+
     def trained_share(self) -> float:
         """Trained parameters over all, those of the base counted unquantized."""
         trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)

@@ -1,5 +1,6 @@
 """A run, a sweep or an evaluation, read from the folder that it left."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ class Run(NamedTuple):
     task_results: tuple[StoredResult, ...]
     steps: tuple[RecordedStep, ...]
     error: str | None = None
+    tokenizer: str | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -166,7 +168,13 @@ def read_run(folder: Path, name: str | None = None, error: str | None = None) ->
         task_results=tuple(task_results_of_run(folder)),
         steps=tuple(_recorded_steps(folder / "pipeline")),
         error=error,
+        tokenizer=_digest(folder / "tokenizer" / "tokenizer.json"),
     )
+
+
+def _digest(path: Path) -> str | None:
+    """A digest of the tokenizer of a run; None where it is not in its folder."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _rows(folder: Path) -> list[Row]:

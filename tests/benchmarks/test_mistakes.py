@@ -36,7 +36,12 @@ def test_the_record_keeps_the_bounds() -> None:
 
 def test_the_summary_counts_slow_and_differing_lines() -> None:
     spread = {"median": 3.0}
-    row: dict[str, Any] = {"command": "fit", "kind": "x", "seconds": spread, "seconds_before": {"median": 9.0}}
+    row: dict[str, Any] = {
+        "command": "fit",
+        "kind": "x",
+        "seconds": spread,
+        "seconds_before": {"median": 9.0},
+    }
     rows = [row | {"same_line": True}, row | {"same_line": False, "seconds": {"median": 1.0}}]
     found = mistakes.summary(rows, [0.5])
     assert found["over_2.5_s"] == found["other_lines"] == 1
