@@ -297,6 +297,8 @@ def progress_text(
     '1,200/20,000, 2 h 03 min left, loss 3.214, val 3.400, 8,123 tokens/s, 1.5 GiB'
     >>> progress_text(7, None, None, {}, None, 2**20)
     '7 steps, 1.0 MiB'
+    >>> progress_text(7, None, None, {}, 0.25, 2**20)
+    '7 steps, 0.25 tokens/s, 1.0 MiB'
     """
     parts = [f"{step:,} steps" if num_steps is None else f"{step:,}/{num_steps:,}"]
     if left_s is not None and num_steps != step:
@@ -304,7 +306,7 @@ def progress_text(
     names = {"train": "loss", "val": "val"}
     parts += [f"{names[key]} {loss:.3f}" for key, loss in losses.items()]
     if tokens_per_s is not None:
-        parts.append(f"{tokens_per_s:,.0f} tokens/s")
+        parts.append(f"{tokens_per_s:,.{0 if tokens_per_s >= 10 else 2}f} tokens/s")
     return ", ".join([*parts, format_bytes(num_bytes)])
 
 
