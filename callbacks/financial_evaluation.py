@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import override
 
+from callbacks.log_lines import tell
 from callbacks.progress import TrainingProgress
 from callbacks.recording import Cadence
 from callbacks.throughput import ThroughputMonitor
@@ -38,9 +39,11 @@ from fingpt_lightning.metric_keys import EVAL_FIGURES, TRAIN_TOKENS, eval_key
 from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.profiling.versions import installed_versions
 from fingpt_lightning.tasks import find_task
+from fingpt_lightning.units import format_duration
 
 _TABLE_COLUMNS = ("row", "text", "gold", "prediction", "scores")
 _MAX_TABLE_ROWS = 1000
+_TOLD = ("accuracy", "macro_f1", "perplexity")
 
 
 @runtime_checkable
@@ -208,6 +211,10 @@ class FinancialEvaluation(Callback):
                 result = TaskResult(run, predictions, metrics, seconds, scoring, run.task.name)
                 figures = _log(trainer, result) | {"step": trainer.global_step}
                 self.history.setdefault(run.task.name, []).append(figures)
+                shown = [f"{k} {v:.3f}" for k, v in figures.items() if k in _TOLD]
+                took = format_duration(seconds)
+                when = f"after step {trainer.global_step:,}"
+                tell(trainer, f"{run.task.name} {when}: {', '.join([*shown, took])}")
                 results.append(result)
         if self._files is None:
             return

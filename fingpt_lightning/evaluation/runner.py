@@ -18,8 +18,9 @@ from fingpt_lightning.evaluation.written_answers import (
     row_fields,
     written_metrics,
 )
-from fingpt_lightning.tasks import Example, Task, find_task, read_rows
+from fingpt_lightning.tasks import Example, Task, read_rows
 from fingpt_lightning.tasks.encoding import TooLong
+from fingpt_lightning.tasks.library import find_scored_task
 from fingpt_lightning.tasks.shots import with_examples_before
 
 
@@ -131,11 +132,9 @@ def read_tasks(
             raise ValueError(f"{key} {value} is below 0")
     runs: dict[str, TaskRun] = {}
     for name in dict.fromkeys(names):
-        task = find_task(name)
+        task = find_scored_task(name)
         if task.name in runs:
             raise ValueError(f"two tasks are named {task.name}")
-        if task.kind == "instructions":
-            raise ValueError(f"task {task.name} is there to train on: it has no right answers")
         if scoring is Scoring.GENERATE and not (task.kind == "labels" or task.is_generated):
             raise ValueError(
                 f"scoring generate reads labels, which task {task.name} of kind {task.kind} has not"

@@ -75,6 +75,7 @@ from fingpt_lightning.modules.sharding import shard
 from fingpt_lightning.modules.teacher import Teacher
 from fingpt_lightning.modules.weight_averaging import prepare_averaging
 from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.progress import announced
 
 _PRESET = "gpt2-small"
 _RANK_RATIO = 0.25
@@ -431,15 +432,14 @@ class LowRankPretraining(LanguageModelingModule):
     def _make_network(self) -> None:
         self._check_recipe_fits()
         if self.init_from is not None:
-            self.network = self._loaded()
+            with announced(f"loading {self.init_from}"):
+                self.network = self._loaded()
         else:
             network = self.laid_out()
             self.keep_own_part(network)
-            materialize(
-                network,
-                self.initialization_seed,
-                Initialization(self.hparams["initialization"]),
-            )
+            start = Initialization(self.hparams["initialization"])
+            with announced(f"initializing the network ({start.value})"):
+                materialize(network, self.initialization_seed, start)
             self.network = network
         recompute_blocks(self.network, self.hparams["recompute"])
         if self.hparams["compile"]:

@@ -51,6 +51,7 @@ from fingpt_lightning.modules.optimization import adamw_8bit
 from fingpt_lightning.modules.ranges import check_above_0, check_from_0, check_optimization
 from fingpt_lightning.modules.teacher import Teacher
 from fingpt_lightning.modules.weight_averaging import prepare_averaging
+from fingpt_lightning.terminal.progress import announced
 
 _OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 _RECOMPUTE = ("none", "block", "offload")
@@ -195,14 +196,16 @@ class QuantizedFinetuning(LanguageModelingModule):
         hparams = self.hparams
         dtype, device = DTYPES[hparams["dtype"]], self._base_device()
         if self.base is not None:
-            loaded = load_model(
-                self.base,
-                dtype=dtype,
-                device=device,
-                quantize=hparams["quantize"],
-                revision=hparams["revision"],
-                keep_part=self._keep_part,
-            )
+            how = hparams["quantize"]
+            with announced(f"loading {self.base}{f', quantized to {how}' if how else ''}"):
+                loaded = load_model(
+                    self.base,
+                    dtype=dtype,
+                    device=device,
+                    quantize=how,
+                    revision=hparams["revision"],
+                    keep_part=self._keep_part,
+                )
             self.network, self.base_revision = loaded.network, loaded.revision
             self._source = loaded.source
         else:
@@ -313,6 +316,16 @@ class QuantizedFinetuning(LanguageModelingModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.with_schedule(self._optimizer())
+
+    def base_text(self) -> str:
+        """Name of the base, and how it is stored."""
+        how = self.hparams["quantize"] or self.hparams["dtype"]
+        return f"{'random Llama' if self.base is None else self.base} in {how}"
+
+    def adapter_text(self) -> str:
+        """Kind and rank of the adapter."""
+        kind = "DoRA" if self.options.dora else "LoRA"
+        return f"{kind} of rank {self.options.rank}"
 
     def trained_share(self) -> float:
         """Trained parameters over all, those of the base counted unquantized."""

@@ -72,6 +72,19 @@ def find_task(name: str | Path) -> Task:
     return _read_task(_FOLDER / f"{name}.yaml")
 
 
+def find_scored_task(name: str | Path) -> Task:
+    """A task that has right answers, as `find_task` finds it.
+
+    Raises:
+        ValueError: No such task is shipped, or it is there to train on.
+        FileNotFoundError: A path does not exist.
+    """
+    task = find_task(name)
+    if task.kind == "instructions":
+        raise ValueError(f"task {task.name} is there to train on: it has no right answers")
+    return task
+
+
 def _read_task(path: Path) -> Task:
     if not _NAME.fullmatch(path.stem):
         raise ValueError(f"{path}: a task is named by its file: a-z, 0-9 and _, a letter first")

@@ -61,10 +61,7 @@ def open_split(
             if value is not None:
                 raise ValueError(f"{key} {value!r} has an effect with data_dir alone")
         return _open_on_hub(task, split)
-    folder = task.folder_in(Path(data_dir).expanduser())
-    if not folder.is_dir():
-        advice = nearest(folder.name, [path.name for path in folder.parent.glob("*")])
-        raise FileNotFoundError(f"task {task.name}: no folder {folder}{advice}")
+    folder = find_folder(task, data_dir)
     if task.cut and task.cut.splits:
         return _cut_anew(task, task.cut, data_dir, split, separator, encoding)
     return _open_in_folder(task, folder, data_dir, split, separator, encoding)
@@ -131,6 +128,19 @@ def _open_in_folder(
         f"task {task.name}: {folder} has no split {split!r} ({endings()}){not_read}; the splits"
         f" there: {there}"
     )
+
+
+def find_folder(task: Task, data_dir: str | Path) -> Path:
+    """The folder of a task's files.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    folder = task.folder_in(Path(data_dir).expanduser())
+    if not folder.is_dir():
+        advice = nearest(folder.name, [path.name for path in folder.parent.glob("*")])
+        raise FileNotFoundError(f"task {task.name}: no folder {folder}{advice}")
+    return folder
 
 
 def splits_in(task: Task, data_dir: str | Path) -> list[str]:

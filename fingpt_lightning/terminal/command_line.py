@@ -47,10 +47,17 @@ class OptionParser(argparse.ArgumentParser):
                 value.
             SystemExit: With status 0, after ``--help`` has been answered.
         """
-        options, unknown = self.parse_known_args(words)
+        known = [text for action in self._actions for text in action.option_strings]
+        try:
+            options, unknown = self.parse_known_args(words)
+        except WrongOptions:
+            # An option that is missing may be the one that is misspelled.
+            unknown = [word for word in words if word.startswith("--")]
+            unknown = [word for word in unknown if word.partition("=")[0] not in known]
+            if not unknown:
+                raise
         if unknown:
             name = unknown[0].partition("=")[0]
-            known = [text for action in self._actions for text in action.option_strings]
             raise WrongOptions(f"unrecognized arguments: {' '.join(unknown)}{nearest(name, known)}")
         return options
 

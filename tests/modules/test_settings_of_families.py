@@ -273,8 +273,8 @@ PRETRAINING: dict[str, Row] = {
 }  # fmt: skip
 PRETRAINING_ALIKE = {
     "loss_chunk_size", "learning_rate", "final_learning_rate_ratio", "warmup", "weight_decay",
-    "beta1", "beta2", "schedule", "cooldown", "teacher", "teacher_quantize", "teacher_dtype", "teacher_weight",
-    "teacher_temperature",
+    "beta1", "beta2", "schedule", "cooldown", "teacher", "teacher_quantize",
+    "teacher_dtype", "teacher_weight", "teacher_temperature",
 }  # fmt: skip
 """Settings that treat all parameters alike, or the head alone."""
 
