@@ -124,7 +124,7 @@ class TextBlocks(TokenizedData):
         """UTF-8 bytes per token of the validation text, by its first tokens."""
         ids = [int(i) for file in self._opened("val") for i in file.open()[:_DECODED_TOKENS]]
         assert self.tokenizer is not None
-        text = self.tokenizer.decode(ids[:_DECODED_TOKENS], skip_special_tokens=True)
+        text = str(self.tokenizer.decode(ids[:_DECODED_TOKENS], skip_special_tokens=True))
         return len(text.encode()) / min(len(ids), _DECODED_TOKENS) if ids and text else None
 
     @override

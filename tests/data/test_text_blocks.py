@@ -115,10 +115,10 @@ def test_bytes_per_token_are_those_of_the_validation_text(
     assert data.tokenizer is not None
     (file,) = data._opened("val")
     ids = file.open().tolist()
-    text = data.tokenizer.decode(ids, skip_special_tokens=True)
+    text = str(data.tokenizer.decode(ids, skip_special_tokens=True))
     assert 1 < len(text.encode()) / len(ids) < 8
     assert data.val_bytes_per_token() == len(text.encode()) / len(ids)
-    first = data.tokenizer.decode(ids[:7], skip_special_tokens=True)
+    first = str(data.tokenizer.decode(ids[:7], skip_special_tokens=True))
     monkeypatch.setattr(text_blocks, "_DECODED_TOKENS", 7)
     assert data.val_bytes_per_token() == len(first.encode()) / 7
 
