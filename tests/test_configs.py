@@ -8,6 +8,7 @@ import yaml
 
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.cli.trainer import FinGPTCLI, build_trainer_command
+from fingpt_lightning.terminal import inputs
 from tests.support.warm_python import run_warm
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -42,6 +43,7 @@ def test_an_overlay_fits_a_config(
     built: list[FinGPTCLI] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(FinGPTCLI, "_run_subcommand", lambda self, subcommand: built.append(self))
+    monkeypatch.setattr(inputs, "refuse_unknown_on_hub", lambda name, revision: None)
     monkeypatch.setenv("WANDB_SILENT", "true")
     main(["fit", "--config", str(path), "--config", str(overlay), "--trainer.accelerator", "cpu",
           "--trainer.devices", "2"])  # fmt: skip
