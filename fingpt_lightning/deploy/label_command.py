@@ -109,6 +109,8 @@ def _settings(options: argparse.Namespace, task: Task, ready: ReadyModel) -> dic
         "instruction": task.instruction,
         "templates": [template.pattern for template in task.templates],
         "delimiters": list(task.delimiters),
+        "stop": list(task.stop),
+        "max_new_tokens": task.max_new_tokens,
         "substitute": {pattern.pattern: by for pattern, by in task.substitute.items()},
         "chat_template": template and sha256(template.encode()).hexdigest(),
         "separator": options.separator,

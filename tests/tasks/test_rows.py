@@ -130,6 +130,15 @@ def test_the_digest_follows_the_data(change: dict[str, object], tmp_path: Path) 
     assert len(digests) == 2
 
 
+def test_the_digest_of_a_written_answer_has_its_type_and_its_table(tmp_path: Path) -> None:
+    row = dict(ROWS["tatqa"][0])
+    digests = set()
+    for change in ({}, {"answer_type": "arithmetic"}, {"table": [["", "2019"], ["Cost", "112"]]}):
+        _write(tmp_path, "tatqa", [{**row, **change}])
+        digests.add(read_rows(find_task("tatqa"), tmp_path, "train").sha256)
+    assert len(digests) == 3
+
+
 @pytest.mark.parametrize("name", ["arc_easy", "boolq", "fiqa_sa", "fpb", "nwgi", "winogrande"])
 def test_the_digest_is_that_of_the_data_in_any_shape(name: str, tmp_path: Path) -> None:
     digests = set()
