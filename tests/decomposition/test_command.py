@@ -559,10 +559,12 @@ def test_a_dense_run_with_a_factorized_embedding_is_decomposed_in_every_form(
     status, _, error = decompose(source, "--rank_ratio", "0.4", *words)
     assert status == 0, error
     before, made = (load_model(path).network for path in (source, tmp_path / "out"))
-    tables = [network.get_input_embeddings() for network in (before, made)]
-    for table in tables:
-        assert isinstance(table, LowRankEmbedding)
-    assert torch.equal(tables[0].table, tables[1].table)
+    tables = []
+    for network in (before, made):
+        embedding = network.get_input_embeddings()
+        assert isinstance(embedding, LowRankEmbedding)
+        tables.append(embedding.table)
+    assert torch.equal(*tables)
     kinds = [{type(m).__name__ for m in network.modules()} for network in (before, made)]
     assert "LowRankLinear" not in kinds[0]
     assert "LowRankLinear" in kinds[1]
