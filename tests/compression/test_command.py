@@ -154,9 +154,16 @@ def test_healing_goes_on_at_the_last_checkpoint(
     status, _, error = compress("--heal", "4")
     assert (status, "killed" in error) == (1, True)
     assert (tmp_path / "small.partial" / "healing" / "last.ckpt").is_file()
-    monkeypatch.setattr(LowRankPretraining, "training_step", real)
+    steps: list[int] = []
+
+    def counted(self: Any, batch: Any, batch_idx: int) -> Any:
+        steps.append(self.trainer.global_step)
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(LowRankPretraining, "training_step", counted)
     status, _, error = compress("--heal", "4")
     assert status == 0, error
+    assert steps == [2, 3]
     assert torch.equal(_logits(tmp_path / "small"), _logits(tmp_path / "whole"))
 
 
