@@ -14,9 +14,9 @@ _PRETRAINING = (
     "recomputed blocks", "dropout", "dropout recomputed", "aware of nf4", "aware of int8",
 )  # fmt: skip
 _FINETUNING = (
-    "lora", "lora without quantization", "lora in int8", "lora of odd rows", "dora",
-    "lora packed", "lora behind a shared prefix", "lora with dropout, blocks recomputed",
-    "lora with dropout, offloaded", "lora with divergence",
+    "lora", "lora without quantization", "lora in int8", "lora in float64", "lora of odd rows",
+    "dora", "lora packed", "lora behind a shared prefix",
+    "lora with dropout, blocks recomputed", "lora with dropout, offloaded", "lora with divergence",
 )  # fmt: skip
 _RECIPES = _PRETRAINING + _FINETUNING
 
@@ -30,7 +30,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_all_recipes_are_tested(steps: dict[str, Any]) -> None:
-    assert set(steps) == set(_RECIPES)
+    assert set(steps) == {*_RECIPES, "causal attention"}
 
 
 @pytest.mark.parametrize("recipe", _RECIPES)
@@ -45,3 +45,35 @@ def test_a_recipe_trains_and_validates_on_the_device(steps: dict[str, Any], reci
 def test_attention_in_16_bits_is_that_of_a_fused_kernel(steps: dict[str, Any], recipe: str) -> None:
     kernel = "efficient" if recipe == "low-rank in float32" else "flash"
     assert set(steps[recipe]["attention"]) == {kernel}
+
+
+def test_an_offloaded_block_repeats_the_dropout_of_the_device(steps: dict[str, Any]) -> None:
+    offloaded, recomputed = (
+        steps[f"lora with dropout, {how}"]["restored_random_states"]
+        for how in ("offloaded", "blocks recomputed")
+    )
+    assert offloaded == recomputed > 0
+
+
+def test_an_offloaded_block_waits_for_no_copy(steps: dict[str, Any]) -> None:
+    step = steps["lora with dropout, offloaded"]
+    of_blocks = [place for place in step["copies"] if "models/offload.py" in place]
+    assert sorted(place.split(" at ")[0] for place in of_blocks) == ["cpu to cuda", "cuda to cpu"]
+    assert not [place for place in step["blocking_copies"] if "models/offload.py" in place]
+
+
+def test_spectron_without_a_fused_kernel_reads_no_step_count_from_the_device(
+    steps: dict[str, Any],
+) -> None:
+    assert not [p for p in steps["spectron in float16"]["waits"] if "low_rank/spectron.py" in p]
+
+
+@pytest.mark.parametrize("recipe", ["lora packed", "lora behind a shared prefix"])
+def test_masks_of_packed_rows_are_made_on_the_device(steps: dict[str, Any], recipe: str) -> None:
+    copies = steps[recipe]["blocking_copies"] | steps[recipe]["copies"]
+    assert not [place for place in copies if "models/packed_attention.py" in place]
+
+
+def test_causal_attention_takes_tensors_of_the_device(steps: dict[str, Any]) -> None:
+    assert "error" not in steps["causal attention"]
+    assert steps["causal attention"]["operators"]["bmm"] == 2

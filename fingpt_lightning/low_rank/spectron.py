@@ -159,8 +159,10 @@ class Spectron(Optimizer):
         moving = [p for p in group["params"] if p.grad is not None]
         for p in moving:
             if not self.state[p]:
+                # Only the fused kernel counts on the device; the other would read each count there.
+                on = p.device if group["fused"] else "cpu"
                 self.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    "step": torch.zeros((), dtype=torch.float32, device=on),
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }

@@ -101,7 +101,7 @@ def _joined(x: Tensor) -> Tensor:
 def _attention_weights(query_GQD: Tensor, key_GKD: Tensor, scale: float) -> Tensor:
     num_queries = query_GQD.shape[1]
     scores_GQK = torch.bmm(query_GQD * scale, key_GKD.mT)
-    future_QQ = torch.full((num_queries, num_queries), -torch.inf, dtype=query_GQD.dtype).triu_(1)
+    future_QQ = query_GQD.new_full((num_queries, num_queries), -torch.inf).triu_(1)
     scores_GQK[:, :, -num_queries:] += future_QQ
     return torch.softmax(scores_GQK, -1)
 

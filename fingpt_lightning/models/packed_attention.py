@@ -170,30 +170,60 @@ def _with_masks(
 def _masked(
     packing: Sequence[PackedGroup], network: PreTrainedModel, window: int | None
 ) -> tuple[_Masked, ...]:
-    config = network.config
-    num_keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    per_key = config.num_attention_heads // num_keys
-    dtype = _working_dtype(network.dtype, network.device)
-
-    def mask(num_tokens: int, num_shared: int) -> Tensor | None:
-        num_seen = num_shared + num_tokens
-        is_cut = window is not None and num_seen > window
-        if not (num_shared or is_cut) and per_key == 1:
-            return None  # causal, which kernels know
-        hidden = torch.full((num_tokens, num_seen), -torch.inf, dtype=dtype)
-        future = hidden.triu(num_shared + 1)
-        if window is not None:
-            future += hidden.tril(num_shared - window)
-        return future.repeat(per_key, 1).to(network.device)
-
+    masks = _Masks(packing, network, window)
     return tuple(
         _Masked(
             group,
-            mask(group.num_shared, 0),
-            [mask(bucket.row_length, group.num_shared) for bucket in group.buckets],
+            masks.of(group.num_shared, 0),
+            [masks.of(bucket.row_length, group.num_shared) for bucket in group.buckets],
         )
         for group in packing
     )
+
+
+class _Masks:
+    """What is added to the scores of rows of any length behind beginnings of any length.
+
+    All are parts of one, which is made on the device: whether a token sees another depends on the
+    distance between them. Each is a copy, as kernels want their rows aligned.
+    """
+
+    def __init__(
+        self, packing: Sequence[PackedGroup], network: PreTrainedModel, window: int | None
+    ) -> None:
+        config = network.config
+        num_keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self._per_key = config.num_attention_heads // num_keys
+        self._window = window
+        self._most_shared = max(group.num_shared for group in packing)
+        sizes = [bucket.row_length for group in packing for bucket in group.buckets]
+        self._most_tokens = max(*sizes, self._most_shared)
+        self._dtype = _working_dtype(network.dtype, network.device)
+        self._device = network.device
+        self._whole: Tensor | None = None
+        self._made: dict[tuple[int, int], Tensor] = {}
+
+    def of(self, num_tokens: int, num_shared: int) -> Float[Tensor, "T S"] | None:
+        """The mask of rows of ``num_tokens``; None is causal, which kernels know."""
+        num_seen = num_shared + num_tokens
+        is_cut = self._window is not None and num_seen > self._window
+        if not (num_shared or is_cut) and self._per_key == 1:
+            return None
+        if (num_tokens, num_shared) not in self._made:
+            if self._whole is None:
+                self._whole = self._all()
+            first = self._most_shared - num_shared
+            part = self._whole[:num_tokens, first : first + num_seen]
+            self._made[num_tokens, num_shared] = part.repeat(self._per_key, 1)
+        return self._made[num_tokens, num_shared]
+
+    def _all(self) -> Tensor:
+        shape = self._most_tokens, self._most_shared + self._most_tokens
+        hidden = torch.full(shape, -torch.inf, dtype=self._dtype, device=self._device)
+        future = hidden.triu(self._most_shared + 1)
+        if self._window is not None:
+            future += hidden.tril(self._most_shared - self._window)
+        return future
 
 
 def packed_or_sdpa_attention(

@@ -147,7 +147,7 @@ def _answer(name: str, args: tuple[Any, ...]) -> Any:
 
 def _at(what: str) -> str:
     """The kind and the innermost line of this repository, else of a library, that led to it."""
-    frames = traceback.extract_stack(limit=70)[:-2]
+    frames = [f for f in traceback.extract_stack(limit=70) if f.filename != __file__]
     own = [f for f in frames if _is_own(f.filename)]
     frame = (own or [f for f in frames if "/torch/" not in f.filename] or frames)[-1]
     name = frame.filename.removeprefix(f"{_ROOT}/").rpartition("site-packages/")[-1]
@@ -261,6 +261,11 @@ def _attend(ledger: Ledger, on_cpu: Callable[..., Tensor]) -> Callable[..., Tens
             if attn_mask.dtype != query.dtype:
                 raise RuntimeError(f"the mask is {attn_mask.dtype}, the query {query.dtype}")
             attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+        if query.dtype == torch.float64:
+            ledger.attention["math"] += 1
+            written_out = _aten._scaled_dot_product_attention_math
+            made = written_out(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0]
+            return cast("Tensor", made)
         ledger.attention["efficient"] += 1
         needs_grad = query.requires_grad or key.requires_grad
         efficient = _aten._scaled_dot_product_efficient_attention

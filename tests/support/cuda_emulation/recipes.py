@@ -27,6 +27,7 @@ from typing_extensions import override  # noqa: E402
 
 from fingpt_lightning.data.batch import TokenBatch  # noqa: E402
 from fingpt_lightning.data.instruction_batches import Batching, Collate  # noqa: E402
+from fingpt_lightning.models import attention  # noqa: E402
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning  # noqa: E402
 from fingpt_lightning.modules.base_model import RandomLlama  # noqa: E402
 
@@ -138,6 +139,14 @@ def finetuning(
     return trained(module, _INSTRUCTIONS[batching], "32-true")
 
 
+def causal_attention() -> dict[str, Any]:
+    """The parts of our own attention, which an operator hides from fake tensors."""
+    query, key = torch.randn(2, 6, 5, 8, device="cuda")
+    weights = attention._attention_weights(query, key, 0.5)
+    torch.bmm(weights, key)
+    return noted(LEDGER)
+
+
 RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
     "low-rank": lambda: pretraining(embedding_rank=8),
     "low-rank in float32": lambda: pretraining("32-true", embedding_rank=8),
@@ -165,6 +174,7 @@ RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
     "lora": lambda: finetuning(),
     "lora without quantization": lambda: finetuning(quantize=None),
     "lora in int8": lambda: finetuning(quantize="int8"),
+    "lora in float64": lambda: finetuning(dtype="float64"),
     "lora of odd rows": lambda: finetuning(width=96),
     "dora": lambda: finetuning(dora=True),
     "lora packed": lambda: finetuning(Batching.PACKED),
@@ -172,6 +182,7 @@ RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
     "lora with dropout, blocks recomputed": lambda: finetuning(dropout=0.1, recompute="block"),
     "lora with dropout, offloaded": lambda: finetuning(dropout=0.1, recompute="offload"),
     "lora with divergence": lambda: finetuning(kl_weight=0.1),
+    "causal attention": causal_attention,
 }
 """Recipes by name; each gives what a step did."""
 
