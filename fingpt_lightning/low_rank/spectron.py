@@ -90,6 +90,9 @@ class Spectron(Optimizer):
     parameter's own, so that a checkpoint of some parameters is a part of a checkpoint of all.
     Nothing is drawn and no rank needs another: equal gradients give equal steps.
 
+    Where ``found_inf`` is set, as on torch's fused AdamW, a step at which it is 1 leaves all
+    parameters as they are, whatever the gradients; but not the momenta.
+
     Args:
         groups: Parameter groups. One with ``is_low_rank`` True holds down, up, down, up, ... and
             may set ``momentum``, and ``expansion``, which is added to s(up): the alpha of
@@ -128,6 +131,7 @@ class Spectron(Optimizer):
             "expansion": 0.0,
         }  # fmt: skip
         self.product_dtype = product_dtype
+        self.found_inf: Tensor | None = None
         super().__init__(groups, defaults)
         for group in self.param_groups:
             if any(isinstance(p, DTensor) for p in group["params"]):
@@ -178,6 +182,7 @@ class Spectron(Optimizer):
                 [],
                 [state["step"] for state in states],
                 fused=group["fused"],
+                found_inf=self.found_inf if group["fused"] else None,
                 amsgrad=False,
                 beta1=beta1,
                 beta2=beta2,
@@ -219,7 +224,11 @@ class Spectron(Optimizer):
             return
         momentum = group["momentum"]
         self._add_gradients(moving, momentum)
-        torch._foreach_mul_(moving, 1 - group["lr"] * group["weight_decay"])
+        kept = 1 - group["lr"] * group["weight_decay"]
+        if self.found_inf is None:
+            torch._foreach_mul_(moving, kept)
+        else:
+            torch._foreach_mul_(moving, torch.where(self.found_inf > 0, 1.0, kept))
         for some in _batches(moving):
             self._move(some, torch.stack([steps[p] for p in some]), momentum)
 
@@ -244,6 +253,8 @@ class Spectron(Optimizer):
         product_dtype = self.product_dtype or nesterov_NRF.dtype
         moves_NRF = orthogonalized(nesterov_NRF.to(product_dtype)).to(nesterov_NRF.dtype)
         moves_NRF *= steps_N[:, None, None]
+        if self.found_inf is not None:
+            moves_NRF.masked_fill_(self.found_inf > 0, 0)
         moves = [
             move if p.shape == move.shape else move.T
             for p, move in zip(some, moves_NRF, strict=True)

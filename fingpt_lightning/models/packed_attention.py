@@ -21,9 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fingpt_lightning.models.attention import (
+    MARKED,
     blocked_or_sdpa_attention,
     capped_attention,
     layer_windows,
+    without_marker,
 )
 
 IMPLEMENTATION = "fingpt_packed"
@@ -245,6 +247,7 @@ def packed_or_sdpa_attention(
         ValueError: Attention has dropout, which would differ between the rows of a beginning.
     """
     if packing is None:
+        attention_mask = without_marker(query, attention_mask)
         if softcap is not None:
             kwargs["softcap"] = softcap
         attend = sdpa_attention_forward if softcap is None else blocked_or_sdpa_attention
@@ -335,3 +338,4 @@ def _attend(
 
 AttentionInterface.register(IMPLEMENTATION, packed_or_sdpa_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+MARKED.add(IMPLEMENTATION)

@@ -227,14 +227,35 @@ class QuantizedFinetuning(LanguageModelingModule):
         return run_packed(self.network, batch["input_ids"], batch["position_ids"], batch["packing"])
 
     @override
+    def prepared(self, batch: TokenBatch) -> TokenBatch:
+        made = batch.copy()
+        if self.hparams["supervised_logits_only"]:
+            made["supervised"] = self._pinned(_places_of_labels(batch["labels"]))
+        if self.hparams["kl_weight"]:
+            made["compared"] = self._pinned(self._places_to_compare(batch["labels"]))
+        return made
+
+    def _pinned(self, places: Tensor) -> Tensor:
+        # The host does not wait for copies out of such memory.
+        return places.pin_memory() if self.device.type == "cuda" else places
+
+    @override
+    def batch_loss(self, batch: TokenBatch, hidden: Float[Tensor, "B T D"]) -> LossSums:
+        return self.loss_sum_and_tokens(hidden, batch["labels"], batch.get("supervised"))
+
+    @override
     def loss_sum_and_tokens(
-        self, hidden: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]
+        self,
+        hidden: Float[Tensor, "B T D"],
+        labels: Int[Tensor, "B T"],
+        places: Int[Tensor, "N"] | None = None,
     ) -> LossSums:
         if not self.hparams["supervised_logits_only"]:
             return super().loss_sum_and_tokens(hidden, labels)
-        positions = (labels.flatten() != IGNORED_LABEL).nonzero().squeeze(1)
-        hidden_ND = hidden.flatten(0, 1).index_select(0, positions)
-        labels_N = labels.flatten().index_select(0, positions)
+        if places is None:
+            places = _places_of_labels(labels)
+        hidden_ND = hidden.flatten(0, 1).index_select(0, places)
+        labels_N = labels.flatten().index_select(0, places)
         return super().loss_sum_and_tokens(hidden_ND[None], labels_N[None])
 
     @override
@@ -243,7 +264,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         if not weight:
             return super().training_step(batch, batch_idx)
         hidden = self.hidden_states(batch)
-        sums = self.loss_sum_and_tokens(hidden, batch["labels"])
+        sums = self.batch_loss(batch, hidden)
         divergence = self.divergence_from_base(batch, hidden)
         sums = LossSums(sums.loss_sum + weight * sums.num_tokens * divergence, sums.num_tokens)
         self.log_step(sums)
@@ -261,24 +282,27 @@ class QuantizedFinetuning(LanguageModelingModule):
 
         Cost: one more forward pass, without gradients.
         """
-        is_labeled = batch["labels"] != IGNORED_LABEL
+        places = batch.get("compared")
+        if places is None:
+            places = self._places_to_compare(batch["labels"])
+        with torch.no_grad(), without_adapters(self.network):
+            base_hidden = self.hidden_states(batch)
+        log_p, base_log_p = (
+            F.log_softmax(logits_of(self.network, states.flatten(0, 1)[places]).float(), -1)
+            for states in (hidden, base_hidden)
+        )
+        return F.kl_div(log_p, base_log_p, reduction="batchmean", log_target=True)
+
+    def _places_to_compare(self, labels: Int[Tensor, "B T"]) -> Int[Tensor, "M"]:
+        is_labeled = labels != IGNORED_LABEL
         is_before_a_label = is_labeled.flip(1).cumsum(1).flip(1) > 0
-        positions = (is_before_a_label & ~is_labeled).flatten().nonzero().squeeze(1)
-        if not len(positions):
+        places = (is_before_a_label & ~is_labeled).flatten().nonzero().squeeze(1)
+        if not len(places):
             raise ValueError(
                 f"model.kl_weight {self.hparams['kl_weight']:g} compares with the base where"
                 " nothing is trained, as on prompts, and these data train every token: set 0"
             )
-        with torch.no_grad(), without_adapters(self.network):
-            base_hidden = self.hidden_states(batch)
-        stride = max(1, -(-len(positions) // self.hparams["kl_positions"]))
-        log_p, base_log_p = (
-            F.log_softmax(
-                logits_of(self.network, states.flatten(0, 1)[positions[::stride]]).float(), -1
-            )
-            for states in (hidden, base_hidden)
-        )
-        return F.kl_div(log_p, base_log_p, reduction="batchmean", log_target=True)
+        return places[:: max(1, -(-len(places) // self.hparams["kl_positions"]))]
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -464,6 +488,11 @@ def _miss_no_base(module: nn.Module, found: _IncompatibleKeys) -> None:
         for key in found.missing_keys
         if not any(key == name or key.endswith(f".{name}") for name in frozen)
     ]
+
+
+def _places_of_labels(labels: Int[Tensor, "B T"]) -> Int[Tensor, "N"]:
+    """Places in the flattened batch; on a device the host waits for their number."""
+    return (labels.flatten() != IGNORED_LABEL).nonzero().squeeze(1)
 
 
 def _no_base_dropout(network: nn.Module) -> None:

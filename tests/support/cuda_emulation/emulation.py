@@ -79,6 +79,10 @@ class _Watch(TorchDispatchMode):
         if name in _WAITS and on_device:
             self._ledger.waits[_at(name)] += 1
             return _answer(name, args)
+        if name == "_pin_memory":
+            return args[0]
+        if name == "nonzero":  # on the host, where it has to be
+            return _answer(name, args)
         if name == "_local_scalar_dense" and _has_no_number(args[0]):
             return _number(args[0])
         if name == "index" and any(map(_is_mask, args[1])) and on_device:
@@ -138,7 +142,8 @@ def _answer(name: str, args: tuple[Any, ...]) -> Any:
         case "equal":
             return True
         case "nonzero":
-            return args[0].new_empty(_half(args[0]), args[0].ndim, dtype=torch.long)
+            size = _half(args[0]), args[0].ndim
+            return torch.empty(size, dtype=torch.long, device=args[0].device)
         case "masked_select":
             return args[0].new_empty(_half(args[1]))
         case _:

@@ -71,6 +71,11 @@ class _Batches(LightningDataModule):
         return {"name_or_path": "none", "sha256": "0", "vocabulary_size": _VOCABULARY}
 
     @override
+    def on_before_batch_transfer(self, batch: TokenBatch, dataloader_idx: int) -> TokenBatch:
+        module: Any = None if self.trainer is None else self.trainer.lightning_module
+        return module.prepared(batch)  # type: ignore[no-any-return]
+
+    @override
     def train_dataloader(self) -> DataLoader[Any]:
         batches: Any = [self.batch] * _NUM_STEPS
         return DataLoader(batches, batch_size=None)
