@@ -30,7 +30,8 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_all_recipes_are_tested(steps: dict[str, Any]) -> None:
-    assert set(steps) == {*_RECIPES, "causal attention"}
+    others = {"causal attention", "plan of pretraining", "plan of finetuning"}
+    assert set(steps) == {*_RECIPES, *others}
 
 
 @pytest.mark.parametrize("recipe", _RECIPES)
@@ -98,3 +99,15 @@ def test_masks_of_packed_rows_are_made_on_the_device(steps: dict[str, Any], reci
 def test_causal_attention_takes_tensors_of_the_device(steps: dict[str, Any]) -> None:
     assert "error" not in steps["causal attention"]
     assert steps["causal attention"]["operators"]["bmm"] == 2
+
+
+@pytest.mark.parametrize(
+    ("plan", "kernels"), [("pretraining", {"flash"}), ("finetuning", {"efficient"})]
+)
+def test_a_plan_counts_the_kernels_of_the_device(
+    steps: dict[str, Any], plan: str, kernels: set[str]
+) -> None:
+    found = steps[f"plan of {plan}"]
+    assert "error" not in found, found["error"]
+    assert set(found["attention"]) == kernels
+    assert found["bytes"]["peak"] > found["bytes"]["activations"] > 0

@@ -30,9 +30,12 @@ from fingpt_lightning.data.instruction_batches import Batching, Collate  # noqa:
 from fingpt_lightning.models import attention  # noqa: E402
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning  # noqa: E402
 from fingpt_lightning.modules.base_model import RandomLlama  # noqa: E402
+from fingpt_lightning.planning import command  # noqa: E402
+from fingpt_lightning.planning.blueprint import blueprint  # noqa: E402
 
 _NUM_STEPS = 3
 _VOCABULARY = 211
+_SIZES: dict[str, Any] = {"num_layers": 1, "width": 64, "num_heads": 4, "num_positions": 32}
 _BF16: Literal["bf16-mixed"] = "bf16-mixed"
 
 
@@ -124,8 +127,7 @@ def trained(
 
 def pretraining(precision: Any = _BF16, **settings: Any) -> dict[str, Any]:
     """A step of `LowRankPretraining`."""
-    sizes = {"num_layers": 1, "width": 64, "num_heads": 4, "num_positions": 32}
-    module = LowRankPretraining(**(sizes | {"rank": 8} | settings))
+    module = LowRankPretraining(**(_SIZES | {"rank": 8} | settings))
     return trained(module, _BLOCK, precision)
 
 
@@ -150,6 +152,14 @@ def causal_attention() -> dict[str, Any]:
     weights = attention._attention_weights(query, key, 0.5)
     torch.bmm(weights, key)
     return noted(LEDGER)
+
+
+def planned(module: LightningModule, batch: TokenBatch, precision: str) -> dict[str, Any]:
+    """The bytes of a step as ``fingpt plan`` counts them."""
+    length = batch["input_ids"].shape[1]
+    made = blueprint(module, _VOCABULARY, length, precision, torch.device("cuda"))
+    step = command._count(module, made, batch, precision)
+    return noted(LEDGER) | {"bytes": step._asdict()}
 
 
 RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -191,6 +201,18 @@ RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 """Recipes by name; each gives what a step did."""
 
+PLANS: dict[str, Callable[[], dict[str, Any]]] = {
+    "plan of pretraining": lambda: planned(
+        LowRankPretraining(**_SIZES, rank=8, recompute="block"), _BLOCK, _BF16
+    ),
+    "plan of finetuning": lambda: planned(
+        QuantizedFinetuning(random_base=RandomLlama(num_layers=1, num_positions=64)),
+        _INSTRUCTIONS[Batching.SHARED_PREFIX],
+        "32-true",
+    ),
+}
+"""The same for what makes tensors fake itself."""
+
 
 @contextmanager
 def _caught(result: dict[str, Any]) -> Iterator[None]:
@@ -207,12 +229,16 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    for name in sys.argv[2:] or RECIPES:
+    for name in sys.argv[2:] or RECIPES | PLANS:
         LEDGER.clear()
         result: dict[str, Any] = {}
         start_s = time.perf_counter()
-        with _caught(result), on_cuda(LEDGER):
-            result |= RECIPES[name]()
+        with _caught(result):
+            if name in PLANS:
+                result |= PLANS[name]()
+            else:
+                with on_cuda(LEDGER):
+                    result |= RECIPES[name]()
         result["seconds"] = round(time.perf_counter() - start_s, 2)
         results[name] = result
     Path(sys.argv[1]).write_text(json.dumps(results), encoding="utf-8")
