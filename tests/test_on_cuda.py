@@ -18,6 +18,10 @@ _FINETUNING = (
     "dora", "lora packed", "lora behind a shared prefix",
     "lora with dropout, blocks recomputed", "lora with dropout, offloaded", "lora with divergence",
 )  # fmt: skip
+_EVALUATIONS = (
+    "evaluation", "evaluation in nf4", "evaluation in int8",
+    "generation", "generation in nf4", "generation in int8",
+)  # fmt: skip
 _RECIPES = _PRETRAINING + _FINETUNING
 
 
@@ -30,7 +34,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_all_recipes_are_tested(steps: dict[str, Any]) -> None:
-    others = {"causal attention", "plan of pretraining", "plan of finetuning"}
+    others = {*_EVALUATIONS, "causal attention", "plan of pretraining", "plan of finetuning"}
     assert set(steps) == {*_RECIPES, *others}
 
 
@@ -40,6 +44,14 @@ def test_a_recipe_trains_and_validates_on_the_device(steps: dict[str, Any], reci
     assert "error" not in step, step["error"]
     assert step["not_on_device"] == []
     assert sum(step["operators"].values()) > 100
+
+
+@pytest.mark.parametrize("recipe", _EVALUATIONS)
+def test_answers_are_scored_and_written_on_the_device(steps: dict[str, Any], recipe: str) -> None:
+    found = steps[recipe]
+    assert "error" not in found, found["error"]
+    assert len(found["answers"]) == 2
+    assert sum(found["operators"].values()) > 100
 
 
 @pytest.mark.parametrize("recipe", _PRETRAINING)

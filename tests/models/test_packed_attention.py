@@ -161,3 +161,18 @@ def test_a_mask_hides_what_comes_after_a_token_and_what_is_beyond_its_window(
             continue
         assert torch.equal(mask, truth)
         assert mask.is_contiguous()
+
+
+def test_on_a_gpu_rows_share_a_call_until_padding_costs_more_than_it() -> None:
+    few, many = [3, 30, 60], [40] * 20 + [900] * 20
+    sizes = {
+        (device, len(rows)): [b.num_rows for b in packed_group(0, 20, rows, device).buckets]
+        for device in ("cpu", "cuda")
+        for rows in (few, many)
+    }
+    assert sizes == {
+        ("cpu", 3): [3], ("cuda", 3): [3], ("cpu", 40): [20, 20], ("cuda", 40): [20, 20]
+    }  # fmt: skip
+    apart = [20] * 8 + [120] * 8
+    assert [b.num_rows for b in packed_group(0, 20, apart).buckets] == [8, 8]
+    assert [b.num_rows for b in packed_group(0, 20, apart, "cuda").buckets] == [16]

@@ -144,6 +144,9 @@ def _answer(name: str, args: tuple[Any, ...]) -> Any:
         case "nonzero":
             size = _half(args[0]), args[0].ndim
             return torch.empty(size, dtype=torch.long, device=args[0].device)
+        case "_unique2":
+            inverse = args[0].new_empty(args[0].shape, dtype=torch.long)
+            return args[0].new_empty(_half(args[0])), inverse, inverse.new_empty(0)
         case "masked_select":
             return args[0].new_empty(_half(args[1]))
         case _:

@@ -23,15 +23,22 @@ LEDGER = emulate_cuda()
 import torch  # noqa: E402
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 from typing_extensions import override  # noqa: E402
 
 from fingpt_lightning.data.batch import TokenBatch  # noqa: E402
 from fingpt_lightning.data.instruction_batches import Batching, Collate  # noqa: E402
+from fingpt_lightning.evaluation.answer_scores import answer_scores  # noqa: E402
+from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees  # noqa: E402
+from fingpt_lightning.evaluation.token_tree import build_tree  # noqa: E402
 from fingpt_lightning.models import attention  # noqa: E402
+from fingpt_lightning.models.decoding import decode  # noqa: E402
+from fingpt_lightning.models.families import head_of  # noqa: E402
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning  # noqa: E402
-from fingpt_lightning.modules.base_model import RandomLlama  # noqa: E402
+from fingpt_lightning.modules.base_model import RandomLlama, random_llama  # noqa: E402
 from fingpt_lightning.planning import command  # noqa: E402
 from fingpt_lightning.planning.blueprint import blueprint  # noqa: E402
+from fingpt_lightning.tasks.encoding import Text  # noqa: E402
 
 _NUM_STEPS = 3
 _VOCABULARY = 211
@@ -154,6 +161,31 @@ def causal_attention() -> dict[str, Any]:
     return noted(LEDGER)
 
 
+def _base(quantize: str | None) -> PreTrainedModel:
+    network = random_llama(
+        RandomLlama(num_layers=2, num_positions=64), _VOCABULARY, 0, dtype=torch.bfloat16,
+        device=torch.device("cuda"), quantize=quantize, seed=0,
+    )  # fmt: skip
+    return network.eval()
+
+
+def evaluated(quantize: str | None) -> dict[str, Any]:
+    """Answers of one and of several tokens, scored behind a beginning that all rows share."""
+    network, before = _base(quantize), 3
+    texts = [Text((1, 2, 3, 4, row, *answer), 5) for row in (5, 6) for answer in ((7,), (8, 9))]
+    trees = [build_tree(texts[first : first + 2], before) for first in (0, 2)]
+    with torch.no_grad():
+        hidden = run_trees(network, trees, SharedPrefix(network, (1, 2, 3)))
+        scores = answer_scores(head_of(network), hidden, trees, relative=False)
+    return noted(LEDGER) | {"answers": [len(row) for row in scores.scores]}
+
+
+def generated(quantize: str | None) -> dict[str, Any]:
+    """Prompts of two lengths that are gone on with."""
+    texts = decode(_base(quantize), [[1, 2, 3], [4, 5]], 3, end_tokens=[0])
+    return noted(LEDGER) | {"answers": [len(text) for text in texts]}
+
+
 def planned(module: LightningModule, batch: TokenBatch, precision: str) -> dict[str, Any]:
     """The bytes of a step as ``fingpt plan`` counts them."""
     length = batch["input_ids"].shape[1]
@@ -198,6 +230,12 @@ RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
     "lora with dropout, offloaded": lambda: finetuning(dropout=0.1, recompute="offload"),
     "lora with divergence": lambda: finetuning(kl_weight=0.1),
     "causal attention": causal_attention,
+    "evaluation": lambda: evaluated(None),
+    "evaluation in nf4": lambda: evaluated("nf4"),
+    "evaluation in int8": lambda: evaluated("int8"),
+    "generation": lambda: generated(None),
+    "generation in nf4": lambda: generated("nf4"),
+    "generation in int8": lambda: generated("int8"),
 }
 """Recipes by name; each gives what a step did."""
 
