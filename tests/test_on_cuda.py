@@ -7,6 +7,9 @@ import pytest
 
 from tests.support.cuda_emulation.building import run_on_cuda
 
+# All recipes together take half a minute of a core, which may have other work.
+pytestmark = pytest.mark.timeout(900)
+
 _PRETRAINING = (
     "low-rank", "low-rank in float32", "low-rank in bfloat16 alone", "low-rank in float16",
     "dense", "llama", "spectron", "spectron in float16", "spectron of dense layers",

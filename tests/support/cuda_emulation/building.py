@@ -17,7 +17,7 @@ from tests.support.programs import ROOT
 _SOURCE = Path(__file__).with_name("device.cpp")
 
 
-def run_on_cuda(module: str, result: Path, timeout_s: float = 200.0) -> None:
+def run_on_cuda(module: str, result: Path, timeout_s: float = 800.0) -> None:
     """Runs a module, ``python -m MODULE RESULT``, in a process that has the emulated device.
 
     The device has to be there before torch is loaded, so this is a fresh interpreter. The test is
