@@ -15,6 +15,7 @@ _PRETRAINING = (
     "dense", "llama", "spectron", "spectron in float16", "spectron of dense layers",
     "product decay", "cola", "expansion", "self-guided", "recomputed low-rank",
     "recomputed blocks", "dropout", "dropout recomputed", "aware of nf4", "aware of int8",
+    "low-rank with monitors",
 )  # fmt: skip
 _FINETUNING = (
     "lora", "lora without quantization", "lora in int8", "lora in float64", "lora of odd rows",

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,8 @@ from torch.utils.data import DataLoader  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 from typing_extensions import override  # noqa: E402
 
+from callbacks.memory import MemoryMonitor  # noqa: E402
+from callbacks.throughput import ThroughputMonitor  # noqa: E402
 from fingpt_lightning.data.batch import TokenBatch  # noqa: E402
 from fingpt_lightning.data.instruction_batches import Batching, Collate  # noqa: E402
 from fingpt_lightning.evaluation.answer_scores import answer_scores  # noqa: E402
@@ -116,15 +118,18 @@ def noted(ledger: Ledger) -> dict[str, Any]:
 
 
 def trained(
-    module: LightningModule, batch: TokenBatch, precision: Any = _BF16, **settings: Any
+    module: LightningModule,
+    batch: TokenBatch,
+    precision: Any = _BF16,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """What a step of a real trainer did to the device, which validates after it too."""
     one_step = _OneStep()
     trainer = Trainer(
         accelerator="cuda", devices=1, precision=precision, max_steps=_NUM_STEPS,
-        gradient_clip_val=1.0, limit_val_batches=1, num_sanity_val_steps=0, callbacks=[one_step],
-        logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, **settings,
+        gradient_clip_val=1.0, limit_val_batches=1, num_sanity_val_steps=0, logger=False,
+        callbacks=[*callbacks, one_step], enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
     )  # fmt: skip
     # Numbers that are not there cannot be written.
     with patch.object(QuantizedFinetuning, "_save_adapter"):
@@ -136,6 +141,12 @@ def pretraining(precision: Any = _BF16, **settings: Any) -> dict[str, Any]:
     """A step of `LowRankPretraining`."""
     module = LowRankPretraining(**(_SIZES | {"rank": 8} | settings))
     return trained(module, _BLOCK, precision)
+
+
+def monitored() -> dict[str, Any]:
+    """A step that the monitors of our configs watch and do not log."""
+    module = LowRankPretraining(**_SIZES, rank=8)
+    return trained(module, _BLOCK, callbacks=[MemoryMonitor(), ThroughputMonitor(warmup_steps=1)])
 
 
 def llama(**settings: Any) -> dict[str, Any]:
@@ -219,6 +230,7 @@ RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
     "dropout recomputed": lambda: pretraining(dropout=0.1, recompute="low_rank"),
     "aware of nf4": lambda: pretraining(quantization_aware="nf4", quantization_start=0.0),
     "aware of int8": lambda: pretraining(quantization_aware="int8", quantization_start=0.0),
+    "low-rank with monitors": monitored,
     "lora": lambda: finetuning(),
     "lora without quantization": lambda: finetuning(quantize=None),
     "lora in int8": lambda: finetuning(quantize="int8"),
