@@ -24,7 +24,7 @@ QUESTION = (
     " logistic regression on TF-IDF and the majority class?"
 )
 TASKS = (
-    *("fpb", "fiqa_sa", "tfns", "nwgi", "nwgi7", "headline", "fin_ner"),
+    *("fpb", "fiqa_sa", "tfns", "nwgi", "nwgi7", "headline", "fin_ner_types"),
     *("arc_easy", "arc_challenge", "boolq", "openbookqa", "piqa", "winogrande"),
 )
 _SPLIT = "validation"

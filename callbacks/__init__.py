@@ -6,6 +6,7 @@
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.compression import CompressionMonitor
 from callbacks.financial_evaluation import FinancialEvaluation
+from callbacks.log_lines import LogLines
 from callbacks.memory import MemoryMonitor
 from callbacks.pipeline_trace import PipelineTrace
 from callbacks.progress import TrainingProgress
@@ -18,6 +19,7 @@ __all__ = [
     "CompressionMonitor",
     "FinancialEvaluation",
     "LastCheckpoint",
+    "LogLines",
     "MemoryMonitor",
     "PipelineTrace",
     "RunSummary",

@@ -16,10 +16,15 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import override
 
+from callbacks.log_lines import tell
 from callbacks.progress import TrainingProgress
 from callbacks.recording import Cadence
 from callbacks.throughput import ThroughputMonitor
-from fingpt_lightning.evaluation.results import RunEvaluations, prediction_rows
+from fingpt_lightning.evaluation.results import (
+    EVALUATION_PACKAGES,
+    RunEvaluations,
+    prediction_rows,
+)
 from fingpt_lightning.evaluation.runner import (
     Scoring,
     TaskResult,
@@ -27,13 +32,18 @@ from fingpt_lightning.evaluation.runner import (
     metrics_of,
     predict,
     read_tasks,
+    scoring_of,
 )
 from fingpt_lightning.evaluation.scoring import Prediction
 from fingpt_lightning.metric_keys import EVAL_FIGURES, TRAIN_TOKENS, eval_key
+from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
+from fingpt_lightning.profiling.versions import installed_versions
 from fingpt_lightning.tasks import find_task
+from fingpt_lightning.units import format_duration
 
 _TABLE_COLUMNS = ("row", "text", "gold", "prediction", "scores")
 _MAX_TABLE_ROWS = 1000
+_TOLD = ("accuracy", "macro_f1", "perplexity")
 
 
 @runtime_checkable
@@ -55,7 +65,13 @@ class FinancialEvaluation(Callback):
 
     Keys, of each task ``TASK`` those that its kind has:
 
-    - ``eval/TASK/accuracy``, ``eval/TASK/macro_f1``, ``eval/TASK/weighted_f1``, ``eval/TASK/mcc``.
+    - ``eval/TASK/accuracy``, ``eval/TASK/macro_f1``, ``eval/TASK/weighted_f1``, ``eval/TASK/mcc``,
+      ``eval/TASK/average_f1`` over the questions of a task that has several.
+    - ``eval/TASK/exact_match``, ``eval/TASK/f1``, ``eval/TASK/close_match``: of numbers.
+    - ``eval/TASK/entity_f1``, ``eval/TASK/entity_precision``, ``eval/TASK/entity_recall``,
+      ``eval/TASK/token_f1``: of spans.
+    - ``eval/TASK/rouge1``, ``eval/TASK/rouge2``, ``eval/TASK/rouge_l``: of summaries.
+    - ``eval/TASK/pearson``, ``eval/TASK/rmse``, ``eval/TASK/mae``: of scores.
     - ``eval/TASK/missing``: the share of answers that cannot be read; they count as wrong.
     - ``eval/TASK/accuracy_norm``: of choices, compared by log-probability per character.
     - ``eval/TASK/perplexity``: of last words.
@@ -190,9 +206,15 @@ class FinancialEvaluation(Callback):
                 predictions = self._predict(trainer, network, tokenizer, run)
             if trainer.is_global_zero:
                 seconds = time.perf_counter() - run_started_s
-                result = TaskResult(run, predictions, metrics_of(run, predictions), seconds)
+                metrics = metrics_of(run, predictions)
+                scoring = scoring_of(run.task, Scoring.CHOICES)
+                result = TaskResult(run, predictions, metrics, seconds, scoring, run.task.name)
                 figures = _log(trainer, result) | {"step": trainer.global_step}
                 self.history.setdefault(run.task.name, []).append(figures)
+                shown = [f"{k} {v:.3f}" for k, v in figures.items() if k in _TOLD]
+                took = format_duration(seconds)
+                when = f"after step {trainer.global_step:,}"
+                tell(trainer, f"{run.task.name} {when}: {', '.join([*shown, took])}")
                 results.append(result)
         if self._files is None:
             return
@@ -207,6 +229,8 @@ class FinancialEvaluation(Callback):
             },
             "started_at": started_at.isoformat(timespec="microseconds"),
             "seconds": time.perf_counter() - started_s,
+            "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "versions": installed_versions(EVALUATION_PACKAGES),
         }
         self._files.write(trainer.global_step, head, results)
 
@@ -315,7 +339,7 @@ def _log(trainer: Trainer, result: TaskResult) -> dict[str, float]:
 def _log_answers(logger: WandbLogger, result: TaskResult, step: int) -> None:
     name = result.run.task.name
     rows = prediction_rows([result])[:_MAX_TABLE_ROWS]
-    cells = [[row[column] for column in _TABLE_COLUMNS] for row in rows]
+    cells = [[row.get(column, []) for column in _TABLE_COLUMNS] for row in rows]
     logger.log_table(eval_key(name, "predictions"), list(_TABLE_COLUMNS), cells, step=step)
     if "confusion" in result.metrics:
         from PIL import Image  # comes with matplotlib, whose import takes a second

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -24,6 +24,72 @@ _WINDOW = 20
 """Refreshes over which tokens per second are measured."""
 
 
+class Seen(NamedTuple):
+    """How far a run is; the arguments of `progress_text`."""
+
+    step: int
+    num_steps: int | None
+    left_s: float | None
+    losses: dict[str, float]
+    tokens_per_s: float | None
+    num_bytes: int
+
+
+class Pace:
+    """How fast a fit goes, from looks at it now and then."""
+
+    def __init__(self) -> None:
+        self._first_step = 0
+        self._began_s = self._started_s = 0.0
+        self._past: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
+        self._tokens_per_s: float | None = None
+
+    @property
+    def time_s(self) -> float:
+        """Seconds since the start, other work included."""
+        return time.monotonic() - self._began_s
+
+    def start(self, trainer: Trainer) -> None:
+        """Begins at the trainer's current step, which is not 0 where it resumes."""
+        self._began_s = self._started_s = time.monotonic()
+        self._first_step, self._tokens_per_s = trainer.global_step, None
+        self._past.clear()
+        tokens = getattr(trainer.lightning_module, "tokens_seen", None)
+        if tokens is not None:
+            self._past.append((self._began_s, float(tokens)))
+
+    def skip(self, time_s: float | int, in_time_left: bool = False) -> None:
+        """Leaves out work that is not training.
+
+        Args:
+            time_s: Seconds of that work, which tokens per second leave out.
+            in_time_left: Whether the time left expects such work too, as it does validations.
+        """
+        if not in_time_left:
+            self._started_s += time_s
+        moved = [(seen_s + time_s, tokens) for seen_s, tokens in self._past]
+        self._past = deque(moved, maxlen=_WINDOW)
+
+    def look(self, trainer: Trainer) -> Seen:
+        """How far the run is now."""
+        now_s, metrics, step = time.monotonic(), trainer.callback_metrics, trainer.global_step
+        tokens = metrics.get(TRAIN_TOKENS)
+        if tokens is not None:
+            self._past.append((now_s, float(tokens)))
+            (first_s, first), (last_s, last) = self._past[0], self._past[-1]
+            if last_s > first_s:
+                self._tokens_per_s = (last - first) / (last_s - first_s)
+        total = trainer.estimated_stepping_batches
+        num_steps = None if total == float("inf") else int(total)
+        num_done, left_s = step - self._first_step, None
+        if num_steps is not None and num_done:
+            left_s = (num_steps - step) * (now_s - self._started_s) / num_done
+        found = {"train": metrics.get(TRAIN_LOSS), "val": metrics.get(VAL_LOSS)}
+        losses = {key: float(value) for key, value in found.items() if value is not None}
+        memory = _memory_bytes(trainer.strategy.root_device)
+        return Seen(step, num_steps, left_s, losses, self._tokens_per_s, memory)
+
+
 class TrainingProgress(ProgressBar):
     """Shows how far a run is: steps, time left, loss, tokens per second, memory.
 
@@ -38,10 +104,13 @@ class TrainingProgress(ProgressBar):
         self._display: Progress | None = None
         self._training: TaskID | None = None
         self._evaluating: TaskID | None = None
-        self._first_step = 0
-        self._started_s = self._shown_s = 0.0
-        self._past: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
-        self._tokens_per_s: float | None = None
+        self._pace = Pace()
+        self._shown_s = self._evaluating_since_s = 0.0
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether a bar is shown."""
+        return self._is_enabled
 
     @override
     def disable(self) -> None:
@@ -85,8 +154,7 @@ class TrainingProgress(ProgressBar):
         finally:
             display.remove_task(task)
             # It does not count as part of the training's pace.
-            self._started_s += time.monotonic() - began_s
-            self._past.clear()
+            self._pace.skip(time.monotonic() - began_s)
             if is_alone:
                 self._stop()
 
@@ -94,8 +162,7 @@ class TrainingProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_enabled:
             return
-        self._started_s, self._first_step = time.monotonic(), trainer.global_step
-        self._past.clear()
+        self._pace.start(trainer)
         total = trainer.estimated_stepping_batches
         self._training = self._started().add_task(
             "training",
@@ -188,33 +255,15 @@ class TrainingProgress(ProgressBar):
     def _show_training(self, trainer: Trainer) -> None:
         assert self._display is not None
         assert self._training is not None
-        now_s = self._shown_s = time.monotonic()
-        metrics, step = trainer.callback_metrics, trainer.global_step
-        tokens = metrics.get(TRAIN_TOKENS)
-        if tokens is not None:
-            self._past.append((now_s, float(tokens)))
-            (first_s, first), (last_s, last) = self._past[0], self._past[-1]
-            if last_s > first_s:
-                self._tokens_per_s = (last - first) / (last_s - first_s)
-        task = next(one for one in self._display.tasks if one.id == self._training)
-        num_done = step - self._first_step
-        left_s = None
-        if task.total is not None and num_done:
-            left_s = (task.total - step) * (now_s - self._started_s) / num_done
-        found = {"train": metrics.get(TRAIN_LOSS), "val": metrics.get(VAL_LOSS)}
-        text = progress_text(
-            step,
-            None if task.total is None else int(task.total),
-            left_s,
-            {key: float(value) for key, value in found.items() if value is not None},
-            self._tokens_per_s,
-            _memory_bytes(trainer.strategy.root_device),
-        )
-        self._display.update(self._training, completed=step, text=text)
+        self._shown_s = time.monotonic()
+        seen = self._pace.look(trainer)
+        text = progress_text(**seen._asdict())
+        self._display.update(self._training, completed=seen.step, text=text)
 
     def _begin_evaluating(self, what: str, num_batches: Any) -> None:
         if not self._is_enabled:
             return
+        self._evaluating_since_s = time.monotonic()
         counts = num_batches if isinstance(num_batches, list) else [num_batches]
         total = sum(counts)
         self._evaluating = self._started().add_task(
@@ -229,8 +278,7 @@ class TrainingProgress(ProgressBar):
         if self._display is not None and self._evaluating is not None:
             self._display.remove_task(self._evaluating)
         self._evaluating = None
-        # The time of a validation does not count as training.
-        self._past.clear()
+        self._pace.skip(time.monotonic() - self._evaluating_since_s, in_time_left=True)
         if trainer.state.fn != TrainerFn.FITTING:
             self._stop()
 
@@ -249,6 +297,8 @@ def progress_text(
     '1,200/20,000, 2 h 03 min left, loss 3.214, val 3.400, 8,123 tokens/s, 1.5 GiB'
     >>> progress_text(7, None, None, {}, None, 2**20)
     '7 steps, 1.0 MiB'
+    >>> progress_text(7, None, None, {}, 0.25, 2**20)
+    '7 steps, 0.25 tokens/s, 1.0 MiB'
     """
     parts = [f"{step:,} steps" if num_steps is None else f"{step:,}/{num_steps:,}"]
     if left_s is not None and num_steps != step:
@@ -256,7 +306,7 @@ def progress_text(
     names = {"train": "loss", "val": "val"}
     parts += [f"{names[key]} {loss:.3f}" for key, loss in losses.items()]
     if tokens_per_s is not None:
-        parts.append(f"{tokens_per_s:,.0f} tokens/s")
+        parts.append(f"{tokens_per_s:,.{0 if tokens_per_s >= 10 else 2}f} tokens/s")
     return ", ".join([*parts, format_bytes(num_bytes)])
 
 

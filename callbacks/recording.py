@@ -22,6 +22,33 @@ class Budgeted(Protocol):
 
 
 @runtime_checkable
+class PartlyTrained(Protocol):
+    """A module that trains a part of its parameters."""
+
+    def trained_share(self) -> float:
+        """Trained parameters over all."""
+
+
+@runtime_checkable
+class Finetunes(PartlyTrained, Protocol):
+    """A module that trains an adapter of a base."""
+
+    def base_text(self) -> str:
+        """Name of the base, and how it is stored."""
+
+    def adapter_text(self) -> str:
+        """Kind and size of the adapter."""
+
+
+@runtime_checkable
+class KnowsBytes(Protocol):
+    """A datamodule that knows how much text a token stands for."""
+
+    def val_bytes_per_token(self) -> float | None:
+        """UTF-8 bytes per token of the validation text; None where there is none."""
+
+
+@runtime_checkable
 class CountsTokens(Protocol):
     """A module that reports how many tokens of its batches it trains on."""
 

@@ -22,7 +22,15 @@ from typing_extensions import override
 from callbacks.compression import counted_figures
 from callbacks.financial_evaluation import FinancialEvaluation
 from callbacks.memory import MemoryMonitor
-from callbacks.recording import Budgeted, num_tokens, over_ranks, record_in_wandb_summary
+from callbacks.recording import (
+    Budgeted,
+    Finetunes,
+    KnowsBytes,
+    PartlyTrained,
+    num_tokens,
+    over_ranks,
+    record_in_wandb_summary,
+)
 from callbacks.throughput import ThroughputMonitor
 from fingpt_lightning.files import write_json
 from fingpt_lightning.metric_keys import ACCURACY_AFTER, ACCURACY_BEFORE, VAL_LOSS, summary_key
@@ -41,20 +49,12 @@ class HasDenseBaseline(Protocol):
         """The dense baseline, whose ``configure_model`` has not been called yet."""
 
 
-@runtime_checkable
-class PartlyTrained(Protocol):
-    """A module that trains a part of its parameters."""
-
-    def trained_share(self) -> float:
-        """Trained parameters over all."""
-
-
 class RunSummary(Callback):
     """Prints a table of the run when fit ends, and keeps its figures.
 
     They go to ``summary.json`` in the trainer's ``default_root_dir`` and to the summary of a W&B
-    run. A figure that the run did not yield is left out, and a dash in the table; of a module
-    without ``budget()`` those of its blocks are.
+    run. A figure that the run did not yield is left out, of the table too; of a module without
+    ``budget()`` those of its blocks are.
 
     Keys in W&B; without ``summary/`` those of the file:
 
@@ -62,12 +62,16 @@ class RunSummary(Callback):
     - ``summary/block_parameters``, ``summary/parameters``: stored in the blocks, and in total.
     - ``summary/dense_block_parameters``, ``summary/dense_parameters``: of the dense baseline.
     - ``summary/block_parameter_ratio``, ``summary/total_parameter_ratio``: dense over stored.
-    - ``summary/trained_share``: trained parameters over all, of a module that freezes some.
+    - ``summary/trained_parameters``, ``summary/trained_share``: trained parameters, and those over
+      all, of a module that freezes some.
+    - ``summary/base``, ``summary/adapter``: what a finetuning starts from, and what it trains.
     - ``summary/TASK/accuracy_before``, ``summary/TASK/accuracy_after``: of each task that a
       `FinancialEvaluation` beside it evaluated first and last.
     - ``summary/first_val_loss``, ``summary/best_val_loss``, ``summary/last_val_loss``:
       ``val/loss`` of this fit's first and last validation, in nats per token, and of the best one,
       those of the runs that it goes on from included.
+    - ``summary/val_bits_per_byte``: the last of them in bits per byte of the text, which losses of
+      two tokenizers can be compared in; where the datamodule knows its bytes per token.
     - ``summary/tokens_per_s``: of the training, as `ThroughputMonitor` beside it measured.
     - ``summary/timed_tokens_per_s``, ``summary/dense_baseline_tokens_per_s``: of the timed steps.
     - ``summary/speed_ratio``: this network's timed tokens per second over the dense baseline's.
@@ -162,7 +166,9 @@ class RunSummary(Callback):
         console = Console()
         console.print(_table(figures))
         for name in ("best_checkpoint", "last_checkpoint", "run_folder", "log_folder"):
-            line = f"{name.replace('_', ' ')}: {figures.get(name, '-')}"
+            if name not in figures:
+                continue
+            line = f"{name.replace('_', ' ')}: {figures[name]}"
             console.print(line, soft_wrap=True, markup=False, highlight=False)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,6 +184,15 @@ class RunSummary(Callback):
                 score = checkpoint.best_model_score
                 known += [] if score is None else [float(score)]
         return min(known, default=None)
+
+    def _bits_per_byte(self, trainer: Trainer) -> float | None:
+        data = getattr(trainer, "datamodule", None)
+        if self._last_val_loss is None or not isinstance(data, KnowsBytes):
+            return None
+        bytes_per_token = data.val_bytes_per_token()
+        if bytes_per_token is None:
+            return None
+        return self._last_val_loss / math.log(2) / bytes_per_token
 
     def _figures(
         self, trainer: Trainer, pl_module: LightningModule
@@ -196,7 +211,11 @@ class RunSummary(Callback):
         else:
             figures |= counted_figures(pl_module)
         if isinstance(pl_module, PartlyTrained):
+            trained = (p.numel() for p in pl_module.parameters() if p.requires_grad)
+            figures["trained_parameters"] = sum(trained)
             figures["trained_share"] = pl_module.trained_share()
+        if isinstance(pl_module, Finetunes):
+            figures |= {"base": pl_module.base_text(), "adapter": pl_module.adapter_text()}
         evaluation = _beside(trainer, FinancialEvaluation)
         for task, found in ({} if evaluation is None else evaluation.history).items():
             if found[0]["step"] == 0:
@@ -208,6 +227,7 @@ class RunSummary(Callback):
             "first_val_loss": self._first_val_loss,
             "best_val_loss": self._best_of_history(trainer),
             "last_val_loss": self._last_val_loss,
+            "val_bits_per_byte": self._bits_per_byte(trainer),
             "tokens_per_s": None if throughput is None else throughput.run_tokens_per_s,
             **self._peak_mib,
             "run_folder": trainer.default_root_dir,
@@ -317,50 +337,48 @@ def _beside(trainer: Trainer, kind: type[_CallbackT]) -> _CallbackT | None:
 
 
 def _table(figures: Mapping[str, float | int | str]) -> Table:
+    """The figures that the run has; a column of the dense baseline where it is known."""
     table = Table(title="Run summary")
-    table.add_column("")
-    for column in ("this run", "dense baseline", ""):
-        table.add_column(column, justify="right")
+    has_dense = any("dense_" in key for key in figures)
+    for column in ("", "this run", *(["dense baseline"] if has_dense else []), ""):
+        table.add_column(column, justify="right" if column else "left")
 
     def cell(key: str, template: str) -> str:
-        return template.format(figures[key]) if key in figures else "-"
+        return template.format(figures[key]) if key in figures else ""
 
     def count(key: str) -> str:
-        return format_count(float(figures[key])) if key in figures else "-"
+        return format_count(float(figures[key])) if key in figures else ""
 
+    def row(name: str, ours: str, dense: str = "", remark: str = "") -> None:
+        if ours:
+            table.add_row(name, ours, *([dense] if has_dense else []), remark)
+
+    row("base", cell("base", "{}"))
+    row("adapter", cell("adapter", "{}"))
     for name, prefix, ratio in (
         ("parameters, blocks", "block_", "block_parameter_ratio"),
         ("parameters, total", "", "total_parameter_ratio"),
     ):
         ours, dense = count(f"{prefix}parameters"), count(f"dense_{prefix}parameters")
-        table.add_row(name, ours, dense, cell(ratio, "{:.2f}x smaller"))
-    verdict = "-"
+        row(name, ours, dense, cell(ratio, "{:.2f}x smaller"))
+    row("parameters, trained", count("trained_parameters"), "", cell("trained_share", "{:.2%}"))
+    verdict = ""
     if "speed_ratio" in figures:
         speed = float(figures["speed_ratio"])
         verdict = f"{speed:.2f}x: {'faster' if speed > 1 else 'not faster'}"
-    table.add_row(
-        "tokens/s, timed in turn",
-        cell("timed_tokens_per_s", "{:,.0f}"),
-        cell("dense_baseline_tokens_per_s", "{:,.0f}"),
-        verdict,
-    )
-    on_cuda = "peak_allocated_mib" in figures
-    for name, key, template in (
-        ("tokens/s, training", "tokens_per_s", "{:,.0f}"),
-        ("optimizer steps", "steps", "{:,}"),
-        ("first validation loss", "first_val_loss", "{:.4f}"),
-        ("last validation loss", "last_val_loss", "{:.4f}"),
-        ("peak memory, allocated", "peak_allocated_mib", "{:,.1f} MiB")
-        if on_cuda
-        else ("peak memory, process", "peak_rss_mib", "{:,.1f} MiB"),
-    ):
-        table.add_row(name, cell(key, template), "", "")
-    if "trained_share" in figures:
-        table.add_row("trained parameters", cell("trained_share", "{:.2%}"), "", "")
+    timed, dense_timed = "timed_tokens_per_s", "dense_baseline_tokens_per_s"
+    row("tokens/s, timed in turn", cell(timed, "{:,.0f}"), cell(dense_timed, "{:,.0f}"), verdict)
+    row("tokens/s, training", cell("tokens_per_s", "{:,.0f}"))
+    row("optimizer steps", cell("steps", "{:,}"))
+    row("first validation loss", cell("first_val_loss", "{:.4f}"))
+    bits = cell("val_bits_per_byte", "{:.3f} bits per byte")
+    row("last validation loss", cell("last_val_loss", "{:.4f}"), "", bits)
+    row("peak memory, allocated", cell("peak_allocated_mib", "{:,.1f} MiB"))
+    row("peak memory, process", cell("peak_rss_mib", "{:,.1f} MiB"))
     for key in figures:
         if key.endswith(_AFTER):
             task = key.removesuffix(_AFTER)
             before = f"{task}/{ACCURACY_BEFORE}"
             change = f"before: {cell(before, '{:.3f}')}" if before in figures else ""
-            table.add_row(f"accuracy, {task}", cell(key, "{:.3f}"), "", change)
+            row(f"accuracy, {task}", cell(key, "{:.3f}"), "", change)
     return table

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from callbacks.progress import TrainingProgress
 from callbacks.recording import Budgeted, Cadence, num_tokens, over_ranks
 from fingpt_lightning.metric_keys import (
     THROUGHPUT_GPU_UTILIZATION,
@@ -119,7 +120,7 @@ class ThroughputMonitor(Callback):
         self._begin_window()
         if isinstance(pl_module, Budgeted):
             self._flops_per_token = pl_module.budget().training_flops_per_token
-            self._peak_flops_per_s = self._find_peak(str(trainer.precision))
+            self._peak_flops_per_s = self._find_peak(trainer)
         elif self._peak_tflops is not None:
             rank_zero_warn(
                 f"ThroughputMonitor(peak_tflops={self._peak_tflops}) has no effect:"
@@ -181,7 +182,8 @@ class ThroughputMonitor(Callback):
     ) -> None:
         self._remove_hook()
 
-    def _find_peak(self, precision: str) -> float | None:
+    def _find_peak(self, trainer: Trainer) -> float | None:
+        precision = str(trainer.precision)
         if self._peak_tflops is not None:
             return self._peak_tflops * 1e12
         if precision not in _COMPUTE_DTYPES:
@@ -195,9 +197,10 @@ class ThroughputMonitor(Callback):
                 return listed
         measured = measured_peak_flops_per_s(self._device, dtype)
         _print(
+            trainer,
             f"{THROUGHPUT_MFU} is relative to {measured / 1e12:.3g} TFLOP/s, the"
             f" rate of {name} matrix products measured on this {self._device.type} just now; its"
-            " data sheet's peak is not known here (peak_tflops sets it)"
+            " data sheet's peak is not known here (peak_tflops sets it)",
         )
         return measured
 
@@ -256,9 +259,13 @@ class ThroughputMonitor(Callback):
 
 
 @rank_zero_only
-def _print(line: str) -> None:
+def _print(trainer: Trainer, line: str) -> None:
     # Like the tables of the run, not through Lightning's log, which the command line silences.
-    Console().print(line, soft_wrap=True, markup=False, highlight=False)
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, TrainingProgress) and bar.is_enabled:
+        bar.print(line)  # above the bar, not inside of it
+    else:
+        Console().print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _gpu_utilization_percent(device: torch.device) -> float | None:

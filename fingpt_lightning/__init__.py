@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fingpt_lightning import callbacks
+    from fingpt_lightning.compression.command import compress
     from fingpt_lightning.data.instructions import FinancialInstructions
     from fingpt_lightning.data.text_blocks import TextBlocks
     from fingpt_lightning.decomposition.command import decompose
@@ -36,6 +37,7 @@ __all__ = [
     "TextBlocks",
     "__version__",
     "callbacks",
+    "compress",
     "decompose",
     "evaluate",
     "export",
@@ -54,6 +56,7 @@ _MODULES = {
     "PipelineStrategy": "strategies.pipeline",
     "QuantizedFinetuning": "modules.quantized_finetuning",
     "TextBlocks": "data.text_blocks",
+    "compress": "compression.command",
     "decompose": "decomposition.command",
     "evaluate": "evaluation.command",
     "export": "deploy.export_command",

@@ -63,11 +63,27 @@ EVAL_FIGURES: Mapping[str, str] = {
     "accuracy_norm": "by length",
     "macro_f1": "macro F1",
     "weighted_f1": "weighted F1",
+    "average_f1": "average F1",
     "mcc": "MCC",
+    "exact_match": "exact match",
+    "f1": "F1 of words",
+    "close_match": "close",
+    "entity_f1": "entity F1",
+    "entity_precision": "entity precision",
+    "entity_recall": "entity recall",
+    "token_f1": "token F1",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "pearson": "Pearson",
+    "rmse": "RMSE",
+    "mae": "MAE",
     "missing": "missing",
     "perplexity": "perplexity",
 }
 """What each figure of a task is called in tables; a task has those that its kind has."""
+LESS_IS_BETTER = ("rmse", "mae", "missing", "perplexity")
+"""The figures of `EVAL_FIGURES` of which less is better."""
 EVAL_MEDIA = ("confusion", "predictions")
 
 ACCURACY_BEFORE, ACCURACY_AFTER = "accuracy_before", "accuracy_after"
@@ -79,12 +95,16 @@ SUMMARY_FIGURES = (
     "dense_parameters",
     "block_parameter_ratio",
     "total_parameter_ratio",
+    "trained_parameters",
     "trained_share",
+    "base",
+    "adapter",
     f"{TASK}/{ACCURACY_BEFORE}",
     f"{TASK}/{ACCURACY_AFTER}",
     "first_val_loss",
     "best_val_loss",
     "last_val_loss",
+    "val_bits_per_byte",
     "tokens_per_s",
     "timed_tokens_per_s",
     "dense_baseline_tokens_per_s",

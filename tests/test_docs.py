@@ -61,6 +61,11 @@ NOT_RUN = {
     " tests/test_configs.py",
     "fingpt fit --config configs/finetune_llama2_70b_qlora_pipeline.yaml": "needs four GPUs",
     "fingpt fit --config quickstart": "as an installed wheel does: tests/test_wheel.py",
+    "fingpt serve": "goes on until it is ended: tests/serving/test_command.py",
+    "curl": "asks a server: tests/serving/test_app.py",
+    "fingpt compare": "needs two results on the same rows: tests/reporting/test_comparison.py",
+    "fingpt tasks audit --data_dir data --train_files": "ends with status 1 where rows occur twice:"
+    " tests/tasks/test_audit.py",
     "fingpt sweep": "each trial is a process: tests/benchmarks/test_local_sweep.py",
     "--trainer.callbacks+ callbacks.PipelineTrace": "tests/callbacks/test_pipeline_trace.py",
 }  # fmt: skip
@@ -75,6 +80,10 @@ SMALLER = {
     "generate": ("--max_new_tokens", "3"),
     # Two processes are those of tests/decomposition/test_command.py.
     "decompose": ("--workers", "1"),
+    "compress": (
+        *("--calibration_tokens", "300", "--refine", "2", "--heal", "2", "--block_length", "32"),
+        *("--precision", "32-true", "--text_tokens", "64", "--limit", "2"),
+    ),
 }
 
 COMMANDS_OF = {guide: shell_commands(guide) for guide in GUIDES}

@@ -40,13 +40,15 @@ def explain(
     'no option --trainer.max_stps; did you mean --trainer.max_steps?'
     """
     text = " ".join(message.split())
-    key = ".".join(re.findall(r'Parser key "([\w.]+)":', text))
+    key = ""
+    for part in re.findall(r'Parser key "([\w.]+)":', text):  # that of a block repeats its group
+        key = part if not key or part.startswith(f"{key}.") else f"{key}.{part}"
     if found := re.search(r"Option '([\w.]+)' is not accepted", text):
         name = found[1]
         class_path = re.search(r"'class_path': '([\w.]+)'", text)
         class_name = class_path[1] if class_path else (default_classes or {}).get(key)
         known = _settings_of(class_name) if class_name else []
-        return f"{key} has no setting {name!r}{nearest(name, known)}{_where(name, words)}"
+        return f"{key} has no setting {name!r}{nearest(name, known)}{where(name, words)}"
     if found := re.match(r"unrecognized arguments: (--[^\s=]+)", text):
         return f"no option {found[1]}{nearest(found[1], options)}"
     if found := re.search(r"does not accept option '([\w.]+)'", text):
@@ -54,7 +56,7 @@ def explain(
         first, last = found[1].partition(".")[0], found[1].rpartition(".")[2]
         parts = {option.partition(".")[0] for option in known}
         meant = nearest(found[1], known) or nearest(first, parts - {first})
-        return f"no setting {found[1]!r}{meant}{_where(last, words)}"
+        return f"no setting {found[1]!r}{meant}{where(last, words)}"
     if found := re.search(r"Problem with given class_path '([\w.]+)'", text):
         module, _, name = found[1].rpartition(".")
         return f"{key}: no class {found[1]!r}{nearest(name, _classes_of(module))}"
@@ -62,12 +64,14 @@ def explain(
         example = (default_classes or {}).get(key)
         such = f" such as {example}" if example else ""
         return f"{key}: {found[1]!r} is no class path{such}"
-    if "Unexpected config" in text and (reason := _no_settings(words)):
+    if "Unexpected config" in text and (reason := broken_config(words)):
         return reason
     if "Problems parsing config" in text:
         return _first_broken(words) or text
     innermost = text.rpartition('Parser key "')[2]
-    if found := re.search(r"Expected an? (.+?)\. Got value: (.*?)(?= - Expected|$)", innermost):
+    if found := re.search(
+        r"Expected an? (.+?)\. Got value: (.*?)(?= - Expected| - Not a valid subclass|$)", innermost
+    ):
         return f"{key}: expected {_allowed(found[1])}, got {found[2]!r}"
     found = re.search(r"Subtypes: \[(.*?)\] Errors: (.*?) Given value type: .*?: (.*?)$", innermost)
     if found and "Namespace(" in found[3]:  # a class that refused its settings
@@ -92,8 +96,13 @@ def _classes_of(module: str) -> list[str]:
     return [name for name, value in found.items() if inspect.isclass(value)]
 
 
-def _where(name: str, words: Sequence[str]) -> str:
-    """The line of a config, or of a block that it names, which holds the key ``name``."""
+def where(name: str, words: Sequence[str]) -> str:
+    """The line of a config, or of a block that it names, which holds the key ``name``.
+
+    Args:
+        name: Last part of a setting.
+        words: Command line, which names the configs.
+    """
     for path in _configs(words):
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
             if re.match(rf"\s*(- )?[{{]?\s*{re.escape(name)}\s*:", line):
@@ -172,8 +181,12 @@ def undecodable(words: Sequence[str]) -> str:
     return _first_broken(words) or "a config is no UTF-8 text"
 
 
-def _no_settings(words: Sequence[str]) -> str | None:
-    """What the first config without settings contains instead; its file is not echoed."""
+def broken_config(words: Sequence[str]) -> str | None:
+    """What is wrong with the first config that holds no settings; its contents are not echoed.
+
+    Args:
+        words: Command line, which names the configs.
+    """
     if broken := _first_broken(words):
         return broken
     for path in _configs(words):

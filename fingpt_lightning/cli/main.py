@@ -4,7 +4,6 @@ Nothing heavy is imported before a command needs it, so that ``fingpt --help`` a
 """
 
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import NamedTuple, NoReturn
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.cli.signals import raised_sigterm
 from fingpt_lightning.terminal.command_line import WrongOptions
-from fingpt_lightning.terminal.messages import error_line, is_panic, nearest
+from fingpt_lightning.terminal.messages import error_line, is_panic, launched_rank, nearest
 
 
 class Command(NamedTuple):
@@ -40,6 +39,11 @@ COMMANDS = {
         "fingpt_lightning.evaluation.options",
         "fingpt_lightning.evaluation.command",
     ),
+    "compare": Command(
+        "results of the same rows side by side, with intervals and McNemar's test",
+        "fingpt_lightning.reporting.compare_options",
+        "fingpt_lightning.reporting.compare_command",
+    ),
     "generate": Command(
         "text that goes on from prompts",
         "fingpt_lightning.deploy.generate_options",
@@ -50,10 +54,20 @@ COMMANDS = {
         "fingpt_lightning.deploy.label_options",
         "fingpt_lightning.deploy.label_command",
     ),
+    "serve": Command(
+        "a model and its adapters behind OpenAI's routes: completions, chats, labels",
+        "fingpt_lightning.serving.options",
+        "fingpt_lightning.serving.command",
+    ),
     "decompose": Command(
         "a dense model's layers as low-rank layers; the folder trains on, evaluates and exports",
         "fingpt_lightning.decomposition.options",
         "fingpt_lightning.decomposition.command",
+    ),
+    "compress": Command(
+        "a dense model made small in one command: decomposed, refined, healed, rounded, measured",
+        "fingpt_lightning.compression.options",
+        "fingpt_lightning.compression.command",
     ),
     "export": Command(
         "a model in the form that other tools read, compared before it is handed over",
@@ -143,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         if debug:
             traceback.print_exc()
-        _fail(_one_line(error), 2 if isinstance(error, ConfigError) else 1)
+        _fail(one_line(error), 2 if isinstance(error, ConfigError) else 1)
 
 
 def _run(words: list[str]) -> None:
@@ -153,18 +167,30 @@ def _run(words: list[str]) -> None:
             raise ConfigError(f"there is no command {command!r}: {_INSTEAD[command]}")
         known = ", ".join(COMMANDS)
         raise ConfigError(f"command {command!r} is none of {known}{nearest(command, COMMANDS)}")
+    # Not at the top: it reads YAML, which --help does without.
+    from fingpt_lightning.cli.early_checks import check_command, check_trainer_command
+
     _, options, entry = COMMANDS[command]
     if options is not None and entry is not None:
         try:
             read = importlib.import_module(options).parse_options(words[1:])
         except WrongOptions as error:
             raise ConfigError(str(error)) from error
+        check_command(command, read)
         importlib.import_module(entry).run(read)
         return
+    check_trainer_command(command, words[1:])
+    _tell_start(words)
     _check_callbacks_package()
     from fingpt_lightning.cli.trainer import run_trainer_command
 
     run_trainer_command(words)
+
+
+def _tell_start(words: list[str]) -> None:
+    """A line before the imports, which take seconds; from the first process only."""
+    if launched_rank() == "0":
+        print(f"fingpt: {' '.join(words)}", file=sys.stderr, flush=True)
 
 
 def _check_callbacks_package() -> None:
@@ -177,7 +203,12 @@ def _check_callbacks_package() -> None:
         )
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """A failure as the program reports it.
+
+    Args:
+        error: Exception that ended the command.
+    """
     text = " ".join(str(error).split())
     if len(text) > _LONGEST_MESSAGE:  # one that echoes a whole file
         text = f"{text[:_LONGEST_MESSAGE]} ... ({len(text)} characters)"
@@ -192,8 +223,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    process_rank = next((os.environ[name] for name in names if name in os.environ), "0")
+    process_rank = launched_rank()
     # Where each node starts its own process, only Lightning knows the number of the process.
     lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
     process_rank = getattr(getattr(lightning, "rank_zero_only", None), "rank", process_rank)

@@ -4,8 +4,7 @@
 """
 
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
+from fingpt_lightning.cli.checkpoint_names import NAMED, checkpoints_named, newest_first
 from fingpt_lightning.files import make_owned, new_folder, remove_leftovers
 from fingpt_lightning.models.formats.checkpoint import load_contents
 from fingpt_lightning.strategies.rendezvous import START_S, meet
@@ -94,20 +94,11 @@ def find_checkpoint(
         FileNotFoundError: There is no such checkpoint.
         ValueError: There are such checkpoints, but none can be read.
     """
-    if ckpt_path not in ("last", "best"):
-        path = Path(ckpt_path)
-        if not path.exists():
-            raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file")
-        if not (path.is_file() or path.is_dir()):
-            raise ValueError(f"ckpt_path {ckpt_path} is neither a file nor a folder")
-        return path
-    found = _newest_first(run_name, runs_dir, [ckpt_path])
-    if not found:
-        raise FileNotFoundError(
-            f"ckpt_path {ckpt_path}: no {runs_dir}/{run_name}-*/checkpoints/{ckpt_path}.ckpt"
-        )
+    found = checkpoints_named(ckpt_path, run_name, runs_dir)
+    if ckpt_path not in NAMED:
+        return found[0]
     newest, reason = found[0], None
-    others = found if ckpt_path == "best" else _newest_first(run_name, runs_dir, ["last", "best"])
+    others = found if ckpt_path == "best" else newest_first(run_name, runs_dir, NAMED)
     for path in [newest, *(path for path in others if path != newest)]:
         try:
             step = read_checkpoint_lazily(path).get("global_step")
@@ -136,15 +127,6 @@ def read_checkpoint_lazily(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _newest_first(run_name: str, runs_dir: Path, kinds: Sequence[str]) -> list[Path]:
-    """Checkpoints of these kinds of all runs of a name; of equal age, the first kind first."""
-    folders = runs_dir.iterdir() if runs_dir.is_dir() else ()
-    stamped = [folder for folder in folders if _is_stamped(folder.name, run_name)]
-    paths = [folder / "checkpoints" / f"{kind}.ckpt" for kind in kinds for folder in stamped]
-    dated = [(path.stat().st_mtime_ns, path) for path in paths if path.is_file()]
-    return [path for _, path in sorted(dated, key=lambda pair: pair[0], reverse=True)]
-
-
 def remove_run_leftovers(checkpoint: Path) -> None:
     """Removes what a killed run was writing: the run that resumes from it has its own folder.
 
@@ -162,10 +144,6 @@ def keep_old_metrics(run_folder: Path) -> None:
     if path.exists():
         number = 1 + sum(1 for _ in run_folder.glob("metrics-*.csv"))
         path.rename(run_folder / f"metrics-{number}.csv")
-
-
-def _is_stamped(folder: str, run_name: str) -> bool:
-    return re.fullmatch(re.escape(run_name) + r"-\d{8}-\d{6}(-\d+)?", folder) is not None
 
 
 def _remove_empty(folder: Path) -> None:

@@ -33,8 +33,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from callbacks.log_lines import LogLines
 from callbacks.progress import TrainingProgress
 from fingpt_lightning.cli.config_errors import check_configs, explain, undecodable
+from fingpt_lightning.cli.early_checks import check_start, check_trainer_inputs
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.cli.metrics_file import RunMetrics
 from fingpt_lightning.cli.run_folders import (
@@ -64,7 +66,7 @@ from fingpt_lightning.strategies.checkpoint_files import WholeCheckpoints
 from fingpt_lightning.strategies.rendezvous import START_S
 from fingpt_lightning.terminal.command_line import as_list
 
-_DEFAULT_CLASSES = {
+DEFAULT_CLASSES = {
     "model": "fingpt_lightning.modules.LowRankPretraining",
     "data": "fingpt_lightning.data.TextBlocks",
 }
@@ -152,12 +154,23 @@ class RaisingParser(LightningArgumentParser):
         raise ConfigError(message) from ex
 
 
-def _options(parser: ArgumentParser) -> Iterator[str]:
+def forget_unions() -> None:
+    """Keeps the order of types in a union as each class has it.
+
+    typing hands out the Union[float, int] of lightning.fabric for our int | float where it still
+    remembers it, and jsonargparse 4.53 would make a rank of 8 the share 8.0.
+    """
+    for forget in typing._cleanups:  # type: ignore[attr-defined]
+        forget()
+
+
+def options_of(parser: ArgumentParser) -> Iterator[str]:
+    """All options of a parser and of those of its commands."""
     for action in parser._actions:
         yield from (option for option in action.option_strings if option.startswith("--"))
         if isinstance(action.choices, Mapping):  # the parsers of the commands
             for below in action.choices.values():
-                yield from _options(below)
+                yield from options_of(below)
 
 
 class RunRecord(SaveConfigCallback):
@@ -237,17 +250,14 @@ class FinGPTCLI(LightningCLI):
         parser.add_argument(
             "--runs_dir", type=str, default="runs", help="Where each run gets a folder of its own."
         )
-        parser.set_defaults({key: {"class_path": c} for key, c in _DEFAULT_CLASSES.items()})
+        parser.set_defaults({key: {"class_path": c} for key, c in DEFAULT_CLASSES.items()})
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
-        # typing hands out the Union[float, int] of lightning.fabric for our int | float where it
-        # still remembers it, and jsonargparse 4.53 would make a rank of 8 the share 8.0.
-        for forget in typing._cleanups:  # type: ignore[attr-defined]
-            forget()
+        forget_unions()
         try:
             check_configs(args)
         except ValueError as error:
@@ -256,7 +266,7 @@ class FinGPTCLI(LightningCLI):
             given = parser.parse_args(args, defaults=False)[self.command]
             # Where another class is chosen, the default one must not leave its settings of the
             # same names behind (jsonargparse 4.53).
-            for key, default in _DEFAULT_CLASSES.items():
+            for key, default in DEFAULT_CLASSES.items():
                 chosen = given.get(f"{key}.class_path")
                 if chosen is not None and not _is_same_class(chosen, default):
                     self._parser(self.command).set_defaults({key: {"class_path": chosen}})
@@ -264,7 +274,7 @@ class FinGPTCLI(LightningCLI):
         except UnicodeDecodeError as error:
             raise ConfigError(undecodable(args)) from error
         except ConfigError as error:
-            line = explain(str(error), sorted(_options(parser)), _DEFAULT_CLASSES, args)
+            line = explain(str(error), sorted(options_of(parser)), DEFAULT_CLASSES, args)
             raise ConfigError(line) from error
         settings = self.config[self.command]
         if ckpt_path := settings.get("ckpt_path"):
@@ -275,20 +285,17 @@ class FinGPTCLI(LightningCLI):
             _fill_from_checkpoint(settings, given, path)
         elif self.command != "fit":
             self._check_start(settings)
+        if self.runs and not settings.get("ckpt_path"):
+            groups = [settings[key].get("init_args") or Namespace() for key in ("model", "data")]
+            check_trainer_inputs(self.command, *(group.as_dict() for group in groups))
         _take_tokenizer_of_model(settings)
 
     def _check_start(self, settings: Namespace) -> None:
         """Refuses to evaluate random weights; reports which weights are evaluated untrained."""
-        model = settings.model.get("init_args") or Namespace()
-        keys = [key for key in ("init_from", "base") if key in model]
-        if not keys:  # a user's own class, which loads its weights itself
+        model = (settings.model.get("init_args") or Namespace()).as_dict()
+        start = check_start(self.command, model)
+        if start is None:  # a user's own class, which loads its weights itself
             return
-        start = next((key for key in keys if model[key] is not None), None)
-        if start is None:
-            raise ConfigError(
-                f"{self.command} has no trained weights: give --ckpt_path (a file, last or best),"
-                f" or model.{keys[0]}"
-            )
         _tell(f"{self.command} of model.{start} {model[start]} as it is, without a checkpoint")
 
     @override
@@ -358,6 +365,9 @@ class FinGPTCLI(LightningCLI):
         if settings.enable_progress_bar and not any(isinstance(x, ProgressBar) for x in own):
             # First, so that it is gone from the screen when others print the results of the run.
             own = [TrainingProgress(), *own]
+        if not any(isinstance(x, LogLines) for x in own):
+            # After the others, so that what they did in a step is told.
+            own = [*own, LogLines()]
         plugins = as_list(settings.plugins)
         strategy_writes = getattr(settings.strategy, "_checkpoint_io", None) is not None
         if not strategy_writes and not any(isinstance(x, CheckpointIO) for x in plugins):

@@ -1,5 +1,7 @@
-"""Tokens of text or of a task's rows, on which the outputs of compressed layers are kept."""
+"""Tokens of text and of tasks' rows, on which the outputs of compressed layers are kept."""
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,8 @@ from fingpt_lightning.terminal.progress import shown_progress
 
 CALIBRATION_TOKENS = 32768
 BLOCK_LENGTH = 512
+_TASK = "task:"
+_WEIGHTED = re.compile(r"(?P<name>.+)=(?P<weight>[^=/]*)")
 
 
 class Calibration(NamedTuple):
@@ -46,7 +50,7 @@ def read_calibration(
     Args:
         tokenizer: Tokenizer of the network.
         config: Config of the network.
-        calibration: Paths of text files.
+        calibration: Paths of text files, or a mixture as `calibration_sources` reads it.
         calibration_task: Name of a task, in place of files.
         calibration_tokens: Largest number of tokens that are read; None is `CALIBRATION_TOKENS`.
         data_dir: Folder of the task's rows; None reads them from the hub.
@@ -59,22 +63,73 @@ def read_calibration(
     if number < 1:
         raise ValueError(f"calibration_tokens {number} is below 1")
     if calibration is not None:
-        files = TextFiles(calibration_files(calibration))
-        return text_calibration(files, tokenizer, config, number)
+        sources = calibration_sources(calibration)
+        if len(sources) == 1 and isinstance(sources[0].read, TextFiles):
+            return text_calibration(sources[0].read, tokenizer, config, number)
+        return mixed_calibration(sources, data_dir, tokenizer, config, number)
     if calibration_task is not None:
         return task_calibration(calibration_task, data_dir, tokenizer, config, number)
     return None
 
 
-def calibration_files(calibration: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
-    """The text files of a calibration.
+class CalibrationSource(NamedTuple):
+    """One part of a mixture.
+
+    Args:
+        read: Text files, or the name of a task.
+        weight: Number of its tokens in proportion to those of the other parts, above 0.
+    """
+
+    read: TextFiles | str
+    weight: float = 1.0
+
+
+def calibration_sources(
+    calibration: str | Path | Sequence[str | Path],
+) -> tuple[CalibrationSource, ...]:
+    """The parts of a calibration.
+
+    Paths alone are one part, read one after the other. Where one is written ``PATH=WEIGHT``,
+    ``task:NAME`` or ``task:NAME=WEIGHT``, each is a part of its own, with weight 1 if none is
+    given.
+
+    Args:
+        calibration: Paths, folders, globs, and tasks after ``task:``.
 
     Raises:
-        ValueError: There is no file, or one is of another kind.
+        ValueError: There is no file, one is of another kind, or a weight is not above 0.
         FileNotFoundError: A path does not exist.
     """
     given = [calibration] if isinstance(calibration, str | Path) else calibration
-    return find_text_files([str(path) for path in given], "calibration")
+    words = [str(word) for word in given]
+    parts = [_weighted(word) for word in words]
+    is_mixture = any(
+        name.startswith(_TASK) or name != word for word, (name, _) in zip(words, parts, strict=True)
+    )
+    if not is_mixture:
+        return (CalibrationSource(TextFiles(find_text_files(words, "calibration"))),)
+    found = []
+    for name, weight in parts:
+        if name.startswith(_TASK):
+            read: TextFiles | str = find_task(name.removeprefix(_TASK)).name
+        else:
+            read = TextFiles(find_text_files(name, "calibration"))
+        found.append(CalibrationSource(read, weight))
+    return tuple(found)
+
+
+def _weighted(word: str) -> tuple[str, float]:
+    """Name and weight of a part of a mixture; a file of that very name has none."""
+    match = _WEIGHTED.fullmatch(word)
+    if match is None or Path(word).expanduser().exists():
+        return word, 1.0
+    try:
+        weight = float(match["weight"])
+    except ValueError:
+        return word, 1.0  # a path with an equals sign
+    if not 0 < weight < math.inf:
+        raise ValueError(f"calibration {word}: weight {match['weight']} is not above 0")
+    return match["name"], weight
 
 
 def text_calibration(
@@ -96,7 +151,14 @@ def text_calibration(
     Raises:
         ValueError: There is no text, or the model has no tokenizer for it.
     """
-    tokenizer = _needed(tokenizer)
+    tokens = _text_tokens(files, _needed(tokenizer), num_tokens)
+    check_tokens(_needed(tokenizer), [tokens], config.vocab_size, "calibration")
+    return _rows(tokens, config, block_length, f"{files}, {files.fingerprint()}")
+
+
+def _text_tokens(
+    files: TextFiles, tokenizer: PreTrainedTokenizerFast, num_tokens: int
+) -> list[int]:
     tokens: list[int] = []
     for piece in files.pieces():
         tokens += tokenizer.encode(piece.text, add_special_tokens=False, verbose=False)
@@ -106,9 +168,7 @@ def text_calibration(
             break
     if not tokens:
         raise ValueError(f"calibration: {files} holds no text")
-    name = f"{files}, {files.fingerprint()}"
-    check_tokens(tokenizer, [tokens[:num_tokens]], config.vocab_size, "calibration")
-    return _rows(tokens[:num_tokens], config, block_length, name)
+    return tokens[:num_tokens]
 
 
 def task_calibration(
@@ -133,7 +193,67 @@ def task_calibration(
         ValueError: There is no such task, no row, or no tokenizer.
         FileNotFoundError: The split is missing.
     """
+    tokens, described = _task_tokens(name, data_dir, _needed(tokenizer), config, num_tokens)
+    check_tokens(_needed(tokenizer), [tokens], config.vocab_size, "calibration")
+    return _rows(tokens, config, block_length, described)
+
+
+def mixed_calibration(
+    sources: Sequence[CalibrationSource],
+    data_dir: str | Path | None,
+    tokenizer: PreTrainedTokenizerFast | None,
+    config: PretrainedConfig,
+    num_tokens: int = CALIBRATION_TOKENS,
+    block_length: int = BLOCK_LENGTH,
+) -> Calibration:
+    """Tokens of several sources by their weights, one source after the other.
+
+    Args:
+        sources: Parts of the mixture.
+        data_dir: Folder of all sets of the tasks; None reads from the hub.
+        tokenizer: Tokenizer of the network.
+        config: Config of the network.
+        num_tokens: Number of tokens of all parts.
+        block_length: As in `text_calibration`; a row may hold the end of a part and the beginning
+            of the next.
+
+    Raises:
+        ValueError: As in `text_calibration` and `task_calibration`; or a source has fewer tokens
+            than its weight gives it.
+    """
     tokenizer = _needed(tokenizer)
+    whole = math.fsum(source.weight for source in sources)
+    tokens: list[int] = []
+    names: list[str] = []
+    for read, weight in sources:
+        number = round(num_tokens * weight / whole)
+        if number < 1:
+            raise ValueError(
+                f"calibration: weight {weight:g} leaves {read} no token of {num_tokens}"
+            )
+        if isinstance(read, TextFiles):
+            part, name = _text_tokens(read, tokenizer, number), f"{read}, {read.fingerprint()}"
+        else:
+            part, name = _task_tokens(read, data_dir, tokenizer, config, number)
+        if len(part) < number:
+            raise ValueError(
+                f"calibration: {read} has {len(part):,} tokens, fewer than the {number:,} of weight"
+                f" {weight:g}; lower --calibration_tokens or the weight"
+            )
+        tokens += part
+        names.append(f"{len(part)} of {name}")
+    check_tokens(tokenizer, [tokens], config.vocab_size, "calibration")
+    return _rows(tokens, config, block_length, "; ".join(names))
+
+
+def _task_tokens(
+    name: str,
+    data_dir: str | Path | None,
+    tokenizer: PreTrainedTokenizerFast,
+    config: PretrainedConfig,
+    num_tokens: int,
+) -> tuple[list[int], str]:
+    """The tokens, and what they are."""
     task = find_task(name)
     rows = read_rows(task, data_dir, "train")
     known = [example for example in rows.examples if example.gold is not None]
@@ -151,8 +271,7 @@ def task_calibration(
     stride = max(1, int(len(known) * mean_length / num_tokens))
     encoded = encode_rows(tokenizer, known[::stride], longest)
     tokens = [token for row in encoded.kept for token in row.tokens]
-    check_tokens(tokenizer, [tokens[:num_tokens]], config.vocab_size, "calibration")
-    return _rows(tokens[:num_tokens], config, block_length, f"train of {task.name}, {rows.sha256}")
+    return tokens[:num_tokens], f"train of {task.name}, {rows.sha256}"
 
 
 def shown_moments(network: PreTrainedModel, calibration: Calibration) -> Iterator[InputMoments]:

@@ -11,9 +11,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from fingpt_lightning.data.corpus import Piece
 from fingpt_lightning.data.documents import document_of_row
+from fingpt_lightning.terminal import inputs
 from fingpt_lightning.terminal.messages import first_line, no_field
 
-HUB_PREFIX = "hf://"
+HUB_PREFIX = inputs.HUB_PREFIX
 """Prefix that distinguishes the name of a data set from a path."""
 
 _SPELLING = "hf://OWNER/NAME[/CONFIG][@REVISION][:SPLIT]"

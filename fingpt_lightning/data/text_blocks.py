@@ -27,6 +27,9 @@ from fingpt_lightning.data.tokenizers import (
     train_cached_tokenizer,
 )
 
+_DECODED_TOKENS = 100_000
+"""Tokens of which the bytes are counted; a corpus may have billions."""
+
 
 class TextBlocks(TokenizedData):
     """Blocks of text for next-token prediction, tokenized once and cached.
@@ -116,6 +119,13 @@ class TextBlocks(TokenizedData):
     def num_train_tokens(self) -> int:
         """Tokens of the training text, of all corpora together."""
         return sum(file.num_tokens for file in self._opened("train"))
+
+    def val_bytes_per_token(self) -> float | None:
+        """UTF-8 bytes per token of the validation text, by its first tokens."""
+        ids = [int(i) for file in self._opened("val") for i in file.open()[:_DECODED_TOKENS]]
+        assert self.tokenizer is not None
+        text = str(self.tokenizer.decode(ids[:_DECODED_TOKENS], skip_special_tokens=True))
+        return len(text.encode()) / min(len(ids), _DECODED_TOKENS) if ids and text else None
 
     @override
     def prepare_data(self) -> None:

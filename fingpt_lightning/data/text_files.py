@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fingpt_lightning.data.corpus import Piece
 from fingpt_lightning.data.documents import READERS, ending_of
-from fingpt_lightning.terminal.messages import nearest_name
+from fingpt_lightning.terminal.inputs import refuse_missing_texts
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,15 @@ def find_text_files(paths: str | Sequence[str], key: str = "files") -> tuple[Pat
     """
     found: list[Path] = []
     for text in [paths] if isinstance(paths, str) else paths:
-        if not text:  # which a path takes for the current folder
-            raise ValueError(f"{key}: an empty path")
+        refuse_missing_texts(text, key)
         path = Path(text).expanduser()
         if path.is_dir():
             found += _files_in_folder(path, key)
         elif path.is_file():
             found.append(path)
-        elif path.exists():  # reading it could wait forever, or never end
-            raise ValueError(f"{key}: {path} is neither a file nor a folder")
-        elif glob.has_magic(text):
-            found += _files_of_glob(path, key)
         else:
-            raise FileNotFoundError(f"{key}: {path} does not exist{nearest_name(path)}")
+            names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
+            found += [file for file in map(Path, names) if file.is_file()]
     if not found:
         raise ValueError(f"{key}: no path is given")
     for path in found:
@@ -123,14 +119,6 @@ def _files_in_folder(folder: Path, key: str) -> list[Path]:
             f" {counted}; text is what ends in {_endings()}",
             stacklevel=2,
         )
-    return found
-
-
-def _files_of_glob(pattern: Path, key: str) -> list[Path]:
-    found = [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207
-    found = [path for path in found if path.is_file()]
-    if not found:
-        raise FileNotFoundError(f"{key}: no file matches {pattern}")
     return found
 
 

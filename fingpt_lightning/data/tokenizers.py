@@ -17,7 +17,9 @@ from fingpt_lightning.models.formats.tokenizer import (
     read_tokenizer,
     try_out,
 )
-from fingpt_lightning.terminal.messages import first_line, nearest_name
+from fingpt_lightning.terminal.inputs import refuse_missing_tokenizer
+from fingpt_lightning.terminal.messages import first_line
+from fingpt_lightning.terminal.progress import announced
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
@@ -37,13 +39,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
             name, or the tokenizer has no end-of-text token or no fast implementation.
     """
     folder = Path(name_or_path).expanduser()
-    is_path = folder.is_absolute() or name_or_path.startswith((".", "~"))
+    refuse_missing_tokenizer(name_or_path)
     tokenizer: object
     if folder.suffix == ".gguf" and folder.is_file():
         tokenizer = read_tokenizer(folder.parent, folder.name)
     elif not folder.is_dir():
-        if is_path or name_or_path.count("/") > 1:
-            raise FileNotFoundError(f"tokenizer: no folder {folder}{nearest_name(folder)}")
         tokenizer = _load_from_hub(name_or_path)
     else:
         tokenizer = _load_from_folder(folder)
@@ -105,7 +105,8 @@ def train_cached_tokenizer(
     if not folder.is_dir():
         _log.info("training a tokenizer of %d entries on %s", vocab_size, corpus)
         texts = (piece.text for piece in short_pieces(corpus.pieces()))
-        tokenizer = train_tokenizer(texts, vocab_size)
+        with announced(f"training a tokenizer of {vocab_size:,} entries on {corpus}"):
+            tokenizer = train_tokenizer(texts, vocab_size)
         with scratch_folder(folder) as made:
             tokenizer.save_pretrained(made)
             sync_files(made)

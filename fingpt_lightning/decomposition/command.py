@@ -48,6 +48,7 @@ def decompose(
     data_dir: str | Path | None = None,
     damping: float | None = None,
     sequential: bool = False,
+    refine: int = 0,
     method: str = "exact",
     seed: int | None = None,
     workers: int = 1,
@@ -67,16 +68,19 @@ def decompose(
         rank_ratio: Share r / min(in, out) of each layer, to 1; give one of these three.
         compression: Parameters of the dense model over those stored, from 1 on.
         energy: Share of the squared singular values that each layer keeps.
-        allocation: ``spectrum`` (None) or ``uniform``: how ``compression`` is shared out.
+        allocation: ``uniform`` (None) or ``spectrum``: how ``compression`` is shared out.
         embedding_rank: Rank, or share of the width, of an embedding tied to the head; None keeps
             it dense.
-        calibration: Text files; the layers' outputs on them are kept.
+        calibration: Text files, or a mixture of ``PATH=WEIGHT`` and ``task:NAME=WEIGHT``; the
+            layers' outputs on them are kept.
         calibration_task: Name of a task to take prompts and answers of, in place of files.
         calibration_tokens: Most tokens that are read; None is 32768.
         data_dir: Folder that holds ``TASK/train.jsonl``; None reads from the Hugging Face hub.
         damping: Weight of the weights' own error beside that of the outputs; None is 0, or
             0.01 with ``sequential``.
         sequential: Whether each layer is fitted to what reaches it through those before it.
+        refine: Adam steps over the factors of each block on the difference of block outputs; with
+            a calibration.
         method: ``exact`` or ``randomized``.
         seed: Seed of the randomized method; None is 1.
         workers: Processes of one thread that share the layers, on the CPU.
@@ -102,13 +106,14 @@ def decompose(
         rank_ratio=rank_ratio,
         compression=compression,
         energy=energy,
-        allocation="spectrum" if allocation is None else allocation,
+        allocation="uniform" if allocation is None else allocation,
         embedding_rank=embedding_rank,
         method=Method(method),
         seed=1 if seed is None else seed,
         dtype=dtype,
         damping=damping,
         sequential=sequential,
+        refine=refine,
     )
     devices = find_devices(device)
     if workers < 1:
@@ -147,6 +152,15 @@ def run(options: argparse.Namespace) -> None:
     for table in (layer_table(made.layers), kind_table(made.layers)):
         console.print(table, soft_wrap=False)
         console.print()
+    if made.blocks:
+        before, after = (
+            statistics.median(getattr(block, name) for block in made.blocks)
+            for name in ("before", "after")
+        )
+        console.print(
+            f"refined: median error of a block's outputs {100 * before:.2f} % before,"
+            f" {100 * after:.2f} % after"
+        )
     if not holds_tokenizer(options.output):
         console.print("no tokenizer that fits is with the model, so none is written; --tokenizer")
     if made.calibration is not None:

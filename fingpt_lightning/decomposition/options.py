@@ -39,7 +39,7 @@ def build_parser() -> OptionParser:
     add(
         "--allocation",
         choices=ALLOCATIONS,
-        help="of --compression: ranks by the layers' spectra, or one ratio; default: spectrum",
+        help="of --compression: ranks by the layers' spectra, or one ratio; default: uniform",
     )
     add(
         "--embedding_rank",
@@ -58,6 +58,14 @@ def build_parser() -> OptionParser:
         action="store_true",
         help="of the calibration: layer after layer, each for what reaches it through the factors"
         " before it; slower, and nearer to the model",
+    )
+    add(
+        "--refine",
+        type=_seed,
+        default=0,
+        metavar="STEPS",
+        help="of the calibration: Adam steps over the factors of each block, so that it puts out"
+        " what the dense block did; default: %(default)s",
     )
     add("--method", choices=METHODS, default="exact", help="default: %(default)s")
     add("--seed", type=_seed, help="of --method randomized; default: 1")
@@ -108,6 +116,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise WrongOptions("--damping has an effect with a calibration alone")
     if options.sequential and not asks_for_calibration(options):
         raise WrongOptions("--sequential needs --calibration or --calibration_task")
+    if options.refine and not asks_for_calibration(options):
+        raise WrongOptions("--refine needs --calibration or --calibration_task")
     if options.sequential and options.damping == 0:
         raise WrongOptions("--sequential needs a --damping above 0; 0.01 if not said")
     if options.sequential and options.energy is not None:

@@ -22,13 +22,13 @@ from fingpt_lightning.decomposition.layer_files import (
     moments_file,
     read_result,
     read_tensors,
-    result_file,
     spectrum_file,
     write_tensors,
 )
 from fingpt_lightning.decomposition.layer_pool import LayerPool
 from fingpt_lightning.decomposition.options import ALLOCATIONS
-from fingpt_lightning.decomposition.sequential import decompose_in_sequence
+from fingpt_lightning.decomposition.refinement import BlockErrors, last_factors, read_errors
+from fingpt_lightning.decomposition.sequential import block_of, decompose_in_sequence
 from fingpt_lightning.decomposition.source import Source, with_moments
 from fingpt_lightning.files import (
     PARTIAL,
@@ -46,6 +46,7 @@ from fingpt_lightning.files import (
     to_json,
     write_json,
 )
+from fingpt_lightning.low_rank import LowRankEmbedding
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.low_rank.rank_allocation import (
@@ -95,6 +96,8 @@ class Request:
             for the default: 0.01 with ``sequential``, else 0.
         sequential: Whether layers are taken apart one after the other, each for what reaches it
             through the low-rank layers before it; with calibration and without ``energy`` alone.
+        refine: Number of Adam steps over the factors of each block on the difference of block
+            outputs, from 0 on; with calibration alone.
 
     Raises:
         ValueError: A value is outside its range, or not exactly one of the first three is given.
@@ -103,13 +106,14 @@ class Request:
     rank_ratio: float | None = None
     compression: float | None = None
     energy: float | None = None
-    allocation: str = "spectrum"
+    allocation: str = "uniform"
     embedding_rank: int | float | None = None
     method: Method = Method.EXACT
     seed: int = 1
     dtype: str = "float32"
     damping: float | None = None
     sequential: bool = False
+    refine: int = 0
 
     def __post_init__(self) -> None:
         sizes = ("rank_ratio", "compression", "energy")
@@ -128,6 +132,8 @@ class Request:
         check_choice("allocation", self.allocation, ALLOCATIONS)
         if self.seed < 0:
             raise ValueError(f"seed {self.seed} is below 0")
+        if self.refine < 0:
+            raise ValueError(f"refine {self.refine} is below 0")
         if self.damping is not None and not 0 <= self.damping < float("inf"):
             raise ValueError(f"damping {self.damping} is not a number from 0 on")
 
@@ -158,7 +164,8 @@ class Decomposition:
         dense_parameters: Parameters of the model.
         layer_parameters: Stored parameters of only those layers that could become low-rank.
         dense_layer_parameters: Parameters of the same layers in the model.
-        layers: Layers in the order of the network.
+        layers: Layers in the order of the network, with their errors before refinement.
+        blocks: Errors of refined blocks, before and after.
     """
 
     source: str
@@ -170,6 +177,7 @@ class Decomposition:
     layer_parameters: int
     dense_layer_parameters: int
     layers: tuple[DecomposedLayer, ...]
+    blocks: tuple[BlockErrors, ...] = ()
 
     @property
     def total_compression_ratio(self) -> float:
@@ -185,6 +193,7 @@ class Decomposition:
         """The contents of ``decomposition.json``."""
         found = asdict(self) | {
             "layers": [layer._asdict() for layer in self.layers],
+            "blocks": [block._asdict() for block in self.blocks],
             "total_compression_ratio": self.total_compression_ratio,
             "layer_compression_ratio": self.layer_compression_ratio,
         }
@@ -237,9 +246,17 @@ def decompose_model(
     check_output(output, overwrite)
     if request.embedding_rank is not None:
         check_plain_embedding(family_of(source.network))
+    if request.embedding_rank is not None and isinstance(
+        source.network.get_input_embeddings(), LowRankEmbedding
+    ):
+        raise ValueError(
+            f"embedding_rank {request.embedding_rank}: the embedding is factorized already"
+        )
     if request.embedding_rank is not None and source.embedding is None:
         raise ValueError("embedding_rank: the embedding is not tied to the head, and stays dense")
     revision = files_sha256(source.weights.files)
+    if request.refine and calibration is None:
+        raise ValueError(f"refine {request.refine} needs a calibration")
     if request.sequential and (calibration is None or request.energy is not None):
         raise ValueError("sequential needs a calibration, and rank_ratio or compression")
     if request.sequential:
@@ -304,9 +321,13 @@ def _decomposed(
     if request.sequential:
         assert calibration is not None
         on_device = replace(work, device=devices[0])
-        decompose_in_sequence(source, calibration, source.layers, on_device)
+        decompose_in_sequence(source, calibration, source.layers, on_device, request.refine)
     pending = [pair for pair in pending if read_result(folder, pair[1].name) is None]
     pool.run(decompose_batch, pending, "taking layers apart")
+    if request.refine and not request.sequential:
+        assert calibration is not None
+        refined = replace(work, device=devices[0])
+        decompose_in_sequence(source, calibration, source.layers, refined, request.refine)
     made = _assembled(source, request, folder, layers)
     record = Decomposition(
         source.name,
@@ -314,13 +335,20 @@ def _decomposed(
         {
             key: value
             for key, value in asdict(request).items()
-            if value is not None and value is not False
+            if value is not None and value is not False and (key, value) != ("refine", 0)
         },
         _described(calibration),
         *made,
+        blocks=_block_errors(folder, source.layers),
     )
     (folder / WHOLE / RECORD).write_text(record.to_json(), encoding="utf-8")
     return record
+
+
+def _block_errors(folder: Path, layers: Sequence[LayerWeight]) -> tuple[BlockErrors, ...]:
+    names = dict.fromkeys(block_of(layer.name) for layer in layers)
+    found = (read_errors(folder, name) for name in names)
+    return tuple(errors for errors in found if errors is not None)
 
 
 def _needs_moments(request: Request) -> bool:
@@ -475,13 +503,14 @@ def _whole_tensors(
         name = full_name(source.network, stored)
         layer, _, part = name.rpartition(".")
         if layer in decomposed and part == "weight":
-            factors = read_tensors(result_file(folder, layer))
+            block = None if layer == embedding else block_of(layer)
+            factors = last_factors(folder, layer, block)
             if layer == embedding:
-                yield f"{layer}.table", factors["up"]
-                yield f"{layer}.up", factors["down"].T
+                yield f"{layer}.table", factors.up
+                yield f"{layer}.up", factors.down.T
             else:
-                yield f"{layer}.down", factors["down"]
-                yield f"{layer}.up", factors["up"]
+                yield f"{layer}.down", factors.down
+                yield f"{layer}.up", factors.up
         elif name in own:
             check_finite(stored, tensor)
             yield name, to_finite(stored, tensor, dtype)

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.decomposition.layer_files import LayerWeight, SafetensorsReader, TensorReader
+from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.models.adapting import linear_names
 from fingpt_lightning.models.formats.checkpoint import read_checkpoint
 from fingpt_lightning.models.formats.gguf import GgufTensors
-from fingpt_lightning.models.formats.quantized_folder import is_low_rank
 from fingpt_lightning.models.formats.safetensors_files import stored_shapes
 from fingpt_lightning.models.formats.tokenizer import check_vocabulary
 from fingpt_lightning.models.formats.weights import Weights
@@ -32,7 +32,8 @@ class Source:
         tokenizer: Tokenizer of the network, where there is one that it has rows for: of a GGUF file
             transformers may add a token.
         layers: The linear ones of the blocks.
-        embedding: Embedding that is tied to the head; None where the head is its own.
+        embedding: Embedding that is tied to the head; None where the head is its own, or the
+            embedding is factorized already.
         reader: Reader of the weights of both.
         model: Path or name under which the model was found.
         name: Name for people.
@@ -99,7 +100,8 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
 
     Raises:
         FileNotFoundError: There is nothing by that name.
-        ValueError: It is an adapter, is quantized, has low-rank layers already, or cannot be read.
+        ValueError: It is an adapter, is quantized, has low-rank layers in its blocks already, or
+            cannot be read.
     """
     stored = open_stored(path, tokenizer)
     weights = stored.weights
@@ -108,7 +110,8 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
             f"{path} is stored in {weights.quantized.method}; decompose the model it was made of"
         )
     network = lay_out(weights.config, weights.shapes)
-    if is_low_rank(network):
+    # A factorized embedding may stand before dense blocks, as in a dense baseline of ours.
+    if any(isinstance(module, LowRankLinear) for module in network.modules()):
         raise ValueError(
             f"{path} has low-rank layers already; fingpt export --format hf makes it dense"
         )

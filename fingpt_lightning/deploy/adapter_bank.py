@@ -42,6 +42,10 @@ class LayerAdapter(NamedTuple):
         return self.down.nbytes + self.up.nbytes + factor
 
 
+_MOST_GROUPS = 8
+"""Clients of a batch whose rows are added group by group; with more, each row has a copy."""
+
+
 class _Active(NamedTuple):
     """What a layer adds in the current batch, in the network's dtype, with the scale in ``up``.
 
@@ -51,6 +55,13 @@ class _Active(NamedTuple):
     down: Tensor
     up: Tensor
     factor: Tensor | None
+
+
+class _Groups(NamedTuple):
+    """The rows of each client in a batch of so many, and what is added to them."""
+
+    num_rows: int
+    parts: tuple[tuple[Tensor, _Active], ...]
 
 
 class RoutedLinear(nn.Module):
@@ -66,7 +77,7 @@ class RoutedLinear(nn.Module):
         super().__init__()
         self.base_layer, self.in_features, self.out_features = base_layer, in_features, out_features
         self.adapters: dict[str, LayerAdapter] = {}
-        self.active: _Active | None = None
+        self.active: _Active | _Groups | None = None
 
     @property
     def bias(self) -> Tensor | None:
@@ -79,12 +90,20 @@ class RoutedLinear(nn.Module):
         y: Tensor = self.base_layer(x)
         if self.active is None:
             return y
-        down, up, factor = self.active
+        if isinstance(self.active, _Groups):
+            self._check_rows(self.active.num_rows, x)
+            for rows, active in self.active.parts:
+                y = y.index_copy(0, rows, self._added(active, x[rows], y[rows]))
+            return y
+        if self.active.down.ndim > 2:
+            self._check_rows(len(self.active.down), x)
+        return self._added(self.active, x, y)
+
+    def _added(self, active: _Active, x: Tensor, y: Tensor) -> Tensor:
+        down, up, factor = active
         if down.ndim == 2:
             y = y + F.linear(F.linear(x, down), up)
         else:
-            if len(down) != len(x):
-                raise ValueError(f"a batch of {len(x)} rows with adapters for {len(down)}")
             y = torch.baddbmm(y, torch.bmm(x, down.mT), up.mT)
         if factor is not None:
             y = y * factor
@@ -92,12 +111,32 @@ class RoutedLinear(nn.Module):
                 y = y + bias * (1 - factor)
         return y
 
+    def _check_rows(self, num_rows: int, x: Tensor) -> None:
+        if num_rows != len(x):
+            raise ValueError(f"a batch of {len(x)} rows with adapters for {num_rows}")
+
     def activate(self, names: Sequence[str | None], dtype: torch.dtype) -> None:
         """Prepares for a batch: one name per row, or one for all."""
         there = [self.adapters.get(name) if name is not None else None for name in names]
-        if not any(there):
+        clients = {name: adapter for name, adapter in zip(names, there, strict=True) if adapter}
+        if not clients:
             self.active = None
-            return
+        elif len(names) == 1:
+            (adapter,) = clients.values()
+            self.active = _ready(adapter, dtype)
+        elif len(clients) <= _MOST_GROUPS:
+            parts = []
+            for name, adapter in clients.items():
+                rows = [row for row, of_row in enumerate(names) if of_row == name]
+                parts.append(
+                    (torch.tensor(rows, device=adapter.down.device), _ready(adapter, dtype))
+                )
+            self.active = _Groups(len(names), tuple(parts))
+        else:
+            self.active = self._copies(there, dtype)
+
+    def _copies(self, there: Sequence[LayerAdapter | None], dtype: torch.dtype) -> _Active:
+        """The factors of each row, padded to one rank."""
         rank = max(len(adapter.down) for adapter in there if adapter is not None)
         device = next(adapter.down.device for adapter in there if adapter is not None)
         rows = len(there)
@@ -113,18 +152,20 @@ class RoutedLinear(nn.Module):
             up_BOR[row, :, :own] = adapter.up.to(dtype) * adapter.scale
             if adapter.factor is not None:
                 factor_B1O[row, 0] = adapter.factor
-        if rows == 1:
-            factor = factor_B1O[0, 0] if has_factor else None
-            self.active = _Active(down_BRI[0], up_BOR[0], factor)
-        else:
-            self.active = _Active(down_BRI, up_BOR, factor_B1O if has_factor else None)
+        return _Active(down_BRI, up_BOR, factor_B1O if has_factor else None)
+
+
+def _ready(adapter: LayerAdapter, dtype: torch.dtype) -> _Active:
+    """One client's part for all rows that it has."""
+    factor = None if adapter.factor is None else adapter.factor.to(dtype)
+    return _Active(adapter.down.to(dtype), adapter.up.to(dtype) * adapter.scale, factor)
 
 
 class AdapterBank:
     """The adapters of one base, by the names of their clients.
 
-    A further client costs the bytes of its adapter. While a batch with several clients runs, it
-    also holds a copy of the adapter for each row.
+    A further client costs the bytes of its adapter. While a batch runs, it also holds a copy in the
+    network's dtype for each of its clients, or for each of its rows where there are many clients.
 
     Args:
         network: Base network, quantized or not, in evaluation mode and without adapters. Its layers

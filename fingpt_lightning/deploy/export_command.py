@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from fingpt_lightning.data.calibration_text import calibration_files, read_calibration
+from fingpt_lightning.data.calibration_text import calibration_sources, read_calibration
 from fingpt_lightning.deploy import exporting
 from fingpt_lightning.deploy.comparing import TEXTS
 from fingpt_lightning.deploy.export_options import EMBEDDINGS, FORMATS, check_options
@@ -62,7 +62,8 @@ def export(
             models.
         prompts: File of real prompts to compare on: ``.txt``, one per line, or ``.jsonl``.
         tolerance: Largest relative error of the logits; None takes that of the format.
-        calibration: Text files; rounding to int8 or nf4 keeps the layers' outputs on them.
+        calibration: Text files, or a mixture of ``PATH=WEIGHT`` and ``task:NAME=WEIGHT``; rounding
+            to int8 or nf4 keeps the layers' outputs on them.
         calibration_task: Name of a task whose prompts and answers replace the files.
         calibration_tokens: Largest number of tokens that are read; None is 32768.
         data_dir: Folder that holds ``TASK/train.jsonl``; None reads from the Hugging Face hub.
@@ -88,7 +89,7 @@ def export(
         raise ValueError(f"device {device}: exports are made on the CPU")
     texts = [p.text for p in read_prompts(Path(prompts))] if prompts is not None else list(TEXTS)
     if calibration is not None:
-        calibration_files(calibration)
+        calibration_sources(calibration)
     source = load_model(
         model, dtype=working_dtype(dtype), quantize=quantize, adapter=adapter, tokenizer=tokenizer
     )

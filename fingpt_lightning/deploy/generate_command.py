@@ -14,6 +14,7 @@ from fingpt_lightning.deploy.sampling import Sampling
 from fingpt_lightning.files import not_utf8, to_json, write_whole
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
 from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
+from fingpt_lightning.terminal.inputs import refuse_missing_prompts
 from fingpt_lightning.terminal.messages import nearest
 from fingpt_lightning.terminal.progress import shown_progress
 
@@ -80,9 +81,7 @@ def read_prompts(file: Path) -> list[Prompt]:
         ValueError: A line is blank or wrong, or there is none; the message begins with file and
             line.
     """
-    if not file.is_file():
-        there = [path.name for path in file.parent.glob("*")] if file.parent.is_dir() else []
-        raise FileNotFoundError(f"prompts: no file {file}{nearest(file.name, there)}")
+    refuse_missing_prompts(file)
     prompts = []
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")

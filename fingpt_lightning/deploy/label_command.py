@@ -75,11 +75,14 @@ def run(options: argparse.Namespace) -> None:
     counts: Counter[str | None] = Counter()
     for _, row in open_rows(options.output):
         counts += count_labels(task, [row])
+    what = "answer" if task.is_generated else "label"
     found = ", ".join(f"{label} {counts[label]:,}" for label in task.labels)
+    if task.is_generated:
+        found = f"{counts['']:,} answers"
     console.print(f"{options.output}: {num_rows:,} rows: {found}")
     if counts[None]:
         console.print(
-            f"{counts[None]:,} rows have no label: their text is empty, or the model's context too"
+            f"{counts[None]:,} rows have no {what}: their text is empty, or the model's context too"
             " short for the prompt"
         )
 
@@ -142,7 +145,7 @@ def _schema(file: Path, task: Task, form: CsvForm) -> Any:
                     f"{file}: its rows have no common types, which Parquet needs ({reason}); write"
                     " .jsonl"
                 ) from None
-    label, *probabilities = label_columns(task)
+    label, *probabilities = label_columns(task)  # or the answer, and its number
     schema = schema.append(pyarrow.field(label, pyarrow.string()))
     for name in probabilities:
         schema = schema.append(pyarrow.field(name, pyarrow.float64()))

@@ -12,13 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.deploy.labelled_file import check_writable
+from fingpt_lightning.evaluation.numbers import read_number
 from fingpt_lightning.evaluation.runner import predict
+from fingpt_lightning.evaluation.scoring import Prediction
 from fingpt_lightning.tasks import Example, Task
 from fingpt_lightning.tasks.examples import example_of_fields, field_names
 from fingpt_lightning.tasks.row_files import CsvForm, open_rows
+from fingpt_lightning.tasks.task import Kind
 from fingpt_lightning.terminal.messages import nearest
 
 CHUNK_ROWS = 1024
+_NUMBERS: tuple[Kind, ...] = ("numeric", "regression")
+"""The kinds of which a column holds the number that was read, too."""
 Row = Mapping[str, object]
 
 
@@ -39,12 +44,12 @@ class Columns(NamedTuple):
 
 
 class Labeller:
-    """A model that labels rows of a task.
+    """A model that labels rows of a task, or writes an answer to each.
 
     Args:
         network: Network in evaluation mode.
         tokenizer: Tokenizer of the network.
-        task: Task of kind ``labels``.
+        task: Task of kind ``labels``, or of one whose answers are written.
         columns: Columns of the rows.
         calibrate: Whether the bias for labels without content is taken out.
         batch_tokens: Tokens of a batch, as in `fingpt_lightning.evaluation.scoring.score`.
@@ -67,7 +72,7 @@ class Labeller:
         self._batch_tokens = batch_tokens
 
     def label(self, rows: Sequence[Row], first: int) -> list[dict[str, object]]:
-        """The rows, each with its label and probabilities.
+        """The rows, each with its label and probabilities, or with the answer that was written.
 
         They are None where the text is empty or the row does not fit the context without it.
 
@@ -92,14 +97,25 @@ class Labeller:
             else:
                 with self._bank.rows(name):
                     answers = self._predict(examples)
-            for (place, _), (choice, scores) in zip(found, answers, strict=True):
-                if choice is not None:
-                    values = [self._task.labels[choice], *(round(math.exp(x), 6) for x in scores)]
+            for (place, _), answer in zip(found, answers, strict=True):
+                if (values := self._values(answer)) is not None:
                     labelled[place] |= zip(nothing, values, strict=True)
         return labelled
 
-    def _predict(self, examples: list[Example]) -> list[tuple[int | None, tuple[float, ...]]]:
-        found = predict(
+    def _values(self, answer: Prediction) -> list[object] | None:
+        """The values of the added columns; None where there is no answer."""
+        if self._task.kind in _NUMBERS:
+            text = answer.answer.strip()
+            return [text, read_number(text)] if text else None
+        if self._task.is_generated:
+            text = answer.answer.strip()
+            return [text] if text else None
+        if answer.choice is None:
+            return None
+        return [self._task.labels[answer.choice], *(round(math.exp(x), 6) for x in answer.scores)]
+
+    def _predict(self, examples: list[Example]) -> list[Prediction]:
+        return predict(
             self._network,
             self._tokenizer,
             self._task,
@@ -107,11 +123,13 @@ class Labeller:
             calibrate=self._calibrate,
             batch_tokens=self._batch_tokens,
         )
-        return [(answer.choice, answer.scores) for answer in found]
 
 
 def label_columns(task: Task) -> list[str]:
-    """The columns that labeling adds: the label, and the probability of each."""
+    """The columns that labeling adds: the label and the probability of each, or the answer."""
+    if task.is_generated:
+        value = [f"{task.name}_value"] if task.kind in _NUMBERS else []
+        return [f"{task.name}_answer", *value]
     return [f"{task.name}_label", *(f"{task.name}_{'_'.join(x.split())}" for x in task.labels)]
 
 
@@ -159,7 +177,7 @@ def checked_rows(
     """Reads a whole file, so that hours of labeling do not end at a wrong row.
 
     Args:
-        task: Task of kind ``labels``.
+        task: Task of kind ``labels``, or of one whose answers are written.
         file: Input file.
         columns: Columns of its rows.
         adapters: Names of the adapters that rows may have.
@@ -173,7 +191,7 @@ def checked_rows(
         FileNotFoundError: There is no such file.
         ValueError: A row is wrong; the message begins with file and line.
     """
-    if task.kind != "labels":
+    if task.kind != "labels" and not task.is_generated:
         raise ValueError(f"task {task.name} is of kind {task.kind}: it has no labels to give")
     names: dict[str, None] = {}
     added, num_rows = set(label_columns(task)), 0
@@ -219,10 +237,10 @@ def row_chunks(
 
 
 def count_labels(task: Task, rows: Sequence[Row]) -> Counter[str | None]:
-    """How often each label was given; None counts rows without one."""
+    """How often each label was given, or an answer at all; None counts rows without one."""
     column = label_columns(task)[0]
     counted: Counter[str | None] = Counter()
     for row in rows:
         label = row[column]
-        counted[None if label in (None, "") else str(label)] += 1
+        counted[None if label in (None, "") else "" if task.is_generated else str(label)] += 1
     return counted

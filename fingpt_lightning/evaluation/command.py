@@ -14,11 +14,18 @@ from rich.console import Console
 from fingpt_lightning.evaluation import runner
 from fingpt_lightning.evaluation.batches import default_batch_tokens
 from fingpt_lightning.evaluation.options import check_options
-from fingpt_lightning.evaluation.results import check_output, remarks, table, write_results
-from fingpt_lightning.evaluation.runner import Scoring, TaskResult, read_tasks
+from fingpt_lightning.evaluation.results import (
+    EVALUATION_PACKAGES,
+    check_output,
+    remarks,
+    table,
+    write_results,
+)
+from fingpt_lightning.evaluation.runner import Scoring, TaskResult, read_tasks, scorings_of
 from fingpt_lightning.models.device import AUTO_DTYPE, dtype_remark, find_device, find_dtype
 from fingpt_lightning.models.families import max_positions
-from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
+from fingpt_lightning.models.formats.peft_adapter import adapter_digest
+from fingpt_lightning.models.formats.tokenizer import chat_template_in_use, tokenizer_sha256
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.profiling.versions import installed_versions
 from fingpt_lightning.tasks.chat import AUTO, choose_chat_template
@@ -26,8 +33,6 @@ from fingpt_lightning.tasks.encoding import TooLong
 from fingpt_lightning.terminal.command_line import options_as_arguments
 from fingpt_lightning.terminal.messages import check_choice
 from fingpt_lightning.terminal.progress import shown_progress
-
-_PACKAGES = ("fingpt-lightning", "torch", "transformers", "tokenizers", "bitsandbytes")
 
 _TABLE_WIDTH = 110
 
@@ -37,7 +42,8 @@ class Evaluation(NamedTuple):
 
     Attributes:
         model: Path or name of the model, with its kind.
-        results: Answers and metrics by name of the task.
+        results: Answers and metrics by name of the task; with scoring ``both``, also those of
+            ``TASK_generated``.
         head: Model, settings, time and versions, as ``results.json`` has them.
         num_positions: Largest number of tokens that the model reads.
         model_remarks: Lines about the chat template and the dtype, where there is something to
@@ -102,7 +108,8 @@ def evaluate(
         output: Folder for the results; None writes none.
         overwrite: Whether results in that folder are replaced.
         scoring: ``choices`` takes the most likely of the possible answers, ``generate`` reads the
-            label in a written one.
+            label in a written one, ``both`` gives tasks of labels a result each. Numbers, spans,
+            summaries and scores are written in any case.
         calibrate: Whether the bias for labels without content is taken out.
         strict: Whether an empty text is an error; else its row is left out.
         too_long: ``cut`` takes tokens of their text from rows of more tokens than the model reads,
@@ -169,23 +176,28 @@ def evaluate(
     network = loaded.network
     batch_tokens = batch_tokens or default_batch_tokens(network.device.type)
     results = {}
-    for run in runs:
-        what = f"evaluating {run.task.name}"
+    named = [(*one, run) for run in runs for one in scorings_of(run.task, how).items()]
+    for name, own_scoring, run in named:
+        what = f"evaluating {name}"
         with shown_progress(what, len(run.examples), "rows", in_log=False) as show:
-            results[run.task.name] = runner.evaluate(
+            result = runner.evaluate(
                 network,
                 reader,
                 run,
-                scoring=how,
+                scoring=own_scoring,
                 calibrate=calibrate,
                 batch_tokens=batch_tokens,
                 too_long=TooLong(too_long),
                 on_answered=show,
             )
+        results[name] = result._replace(name=name)
+    adapter_place = loaded.source.adapter
     head = {
         "model": loaded.description,
         "revision": loaded.revision,
-        "adapter": None if loaded.source.adapter is None else str(loaded.source.adapter),
+        "adapter": None if adapter_place is None else str(adapter_place),
+        "adapter_sha256": None if adapter_place is None else adapter_digest(adapter_place),
+        "tokenizer_sha256": tokenizer_sha256(reader),
         "settings": {
             "dtype": found_dtype,
             "quantize": quantize,
@@ -201,7 +213,7 @@ def evaluate(
         },
         "started_at": started_at.isoformat(timespec="seconds"),
         "seconds": time.perf_counter() - started_s,
-        "versions": installed_versions(_PACKAGES),
+        "versions": installed_versions(EVALUATION_PACKAGES),
     }
     num_positions = max_positions(network.config)
     lines = (line for line in (remark, dtype_remark(dtype, found_dtype)) if line is not None)

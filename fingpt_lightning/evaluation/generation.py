@@ -1,4 +1,4 @@
-"""Free-form answers: greedy decoding in batches, and the label that an answer names.
+"""Free-form answers: greedy decoding in batches, stop texts, the label that an answer names.
 
 Axes: B rows, T tokens of a prompt, S keys, D width.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.evaluation.batches import default_batch_tokens, plan_batches
@@ -59,15 +60,64 @@ def generate(
         ValueError: As in `score`.
         FloatingPointError: As in `score`.
     """
-    if batch_tokens is None:
-        batch_tokens = default_batch_tokens(network.device.type)
     if not examples:
         return []
     labels = examples[0].choices
-    num_positions = max_positions(network.config)
     (first,) = encode_examples(tokenizer, examples[:1], sys.maxsize)
     assert first is not None  # nothing is longer than that
     num_new = _EXTRA_TOKENS + max(len(text.tokens) - text.first_scored for text in first.texts)
+    answered = write_answers(
+        network,
+        tokenizer,
+        examples,
+        num_new,
+        batch_tokens=batch_tokens,
+        too_long=too_long,
+        on_answered=on_answered,
+    )
+    return [
+        one if one.is_dropped else one._replace(choice=read_label(one.answer, labels))
+        for one in answered
+    ]
+
+
+@torch.no_grad()
+def write_answers(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[Example],
+    num_new: int,
+    *,
+    stop: Sequence[str] = (),
+    batch_tokens: int | None = None,
+    too_long: TooLong = TooLong.CUT,
+    on_answered: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """Writes an answer to every example, greedily, in batches with a cache of keys and values.
+
+    What all prompts begin with is run once. An answer ends before the tokenizer's end token or the
+    first of the stop texts; a batch ends when all of its answers have.
+
+    Args:
+        network: Network in evaluation mode.
+        tokenizer: Tokenizer of the network.
+        examples: Examples of one task, with one prompt each.
+        num_new: Largest number of tokens of an answer.
+        stop: Texts before which an answer ends.
+        batch_tokens: Tokens of the prompts of a batch, as in `generate`.
+        too_long: Treatment of rows that do not fit with their answer, as in `score`.
+        on_answered: Callback, as in `generate`.
+
+    Returns:
+        Predictions with ``answer`` and no ``choice``.
+
+    Raises:
+        ValueError: As in `score`.
+        FloatingPointError: As in `score`.
+    """
+    if batch_tokens is None:
+        batch_tokens = default_batch_tokens(network.device.type)
+    num_positions = max_positions(network.config)
     encoded = encode_prompts(tokenizer, examples, num_positions, num_new, too_long=too_long)
     places, rows = kept_rows(encoded)
     predictions = [DROPPED] * len(encoded)
@@ -83,10 +133,9 @@ def generate(
     for batch in plan_batches([len(prompt) - num_shared for prompt in prompts], batch_tokens):
         names = [f"row {examples[i].row}" for i in batch]
         of_batch = [prompts[i] for i in batch]
-        written = _continue(network, tokenizer, of_batch, prefix, num_new, names)
+        written = _continue(network, tokenizer, of_batch, prefix, num_new, stop, names)
         for index, answer in zip(batch, written, strict=True):
-            choice = read_label(answer, labels)
-            predictions[places[index]] = Prediction(choice, (), rows[index].is_cut, answer)
+            predictions[places[index]] = Prediction(None, (), rows[index].is_cut, answer)
         num_answered += len(batch)
         if on_answered is not None:
             on_answered(num_answered)
@@ -107,12 +156,41 @@ def read_label(answer: str, labels: Sequence[str]) -> int | None:
     return None if found is None else words[found[1]]
 
 
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    r"""The text up to the first of the stop texts in it.
+
+    >>> before_stop("12.5 million\nQuestion", ["\n", "###"])
+    '12.5 million'
+    """
+    ends = [place for one in stop if (place := text.find(one)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+class _StopTexts:
+    """Finds the rows in whose new tokens a stop text shows.
+
+    A stop text has at least as many bytes as tokens, so that as many of the last tokens hold one
+    that ends there.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._num_last = max(len(one.encode()) for one in stop) + 1
+
+    def __call__(self, written_BN: Tensor) -> Tensor:
+        last = written_BN[:, -self._num_last :].tolist()
+        texts = self._tokenizer.batch_decode(last, skip_special_tokens=True)
+        has_stop = [any(one in text for one in self._stop) for text in texts]
+        return torch.tensor(has_stop, device=written_BN.device)
+
+
 def _continue(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[tuple[int, ...]],
     prefix: SharedPrefix,
     num_new: int,
+    stop: Sequence[str],
     names: Sequence[str],
 ) -> list[str]:
     device = network.device
@@ -132,6 +210,8 @@ def _continue(
         num_new,
         allowed=allowed_BS,
         end_tokens=end_tokens(tokenizer),
+        has_stopped=_StopTexts(tokenizer, stop) if stop else None,
         names=names,
     )
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [before_stop(text, stop) for text in texts]

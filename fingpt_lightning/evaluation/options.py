@@ -36,8 +36,9 @@ def build_parser() -> OptionParser:
     add(
         "--scoring",
         default="choices",
-        choices=("choices", "generate"),
-        help="the likeliest of the possible answers, or the label in a written one",
+        choices=("choices", "generate", "both"),
+        help="the likeliest of the possible answers, or the label in a written one; numbers, spans,"
+        " summaries and scores are written in any case",
     )
     add("--calibrate", action="store_true", help="take out the bias for labels without content")
     add("--strict", action="store_true", help="an empty text is an error, not left out")

@@ -15,16 +15,23 @@ from fingpt_lightning.evaluation.run_evaluations import (
     step_folders,
 )
 from fingpt_lightning.evaluation.runner import TaskResult
+from fingpt_lightning.evaluation.written_answers import row_fields
 from fingpt_lightning.files import to_json, write_json, write_whole
+from fingpt_lightning.metric_keys import EVAL_FIGURES
 from fingpt_lightning.tasks.encoding import length_remarks
+from fingpt_lightning.tasks.rows import examples_sha256
+
+EVALUATION_PACKAGES = ("fingpt-lightning", "torch", "transformers", "tokenizers", "bitsandbytes")
+"""The packages whose versions stand in ``results.json``."""
 
 _COLUMNS = {
     "accuracy": "accuracy (95 %)",
     "accuracy_norm": "by length",
-    "macro_f1": "macro F1",
-    "weighted_f1": "weighted F1",
-    "mcc": "MCC",
-    "missing": "missing",
+    **{
+        key: title
+        for key, title in EVAL_FIGURES.items()
+        if key not in ("accuracy", "accuracy_norm", "perplexity")
+    },
     "n": "n",
 }
 
@@ -54,7 +61,7 @@ def table(results: Sequence[TaskResult]) -> Table:
         made.add_column(title, justify="right", no_wrap=True)
     for result in results:
         cells = [_cell(result.metrics, key) for key in shown]
-        made.add_row(result.run.task.name, *cells, f"{result.prompts_per_s:.1f}")
+        made.add_row(result.name, *cells, f"{result.prompts_per_s:.1f}")
     return made
 
 
@@ -68,7 +75,7 @@ def remarks(results: Sequence[TaskResult], max_length: int) -> list[str]:
     found = []
     for result in results:
         num_rows, num_cut = len(result.predictions), result.num_cut
-        name = result.run.task.name
+        name = result.name
         found += length_remarks(name, num_rows, num_cut, result.num_dropped, max_length)
         num_shots = result.run.num_fewshot
         if num_shots and (num_cut or result.num_dropped):
@@ -87,10 +94,15 @@ def results_of(result: TaskResult) -> dict[str, Any]:
     return {
         **result.metrics,
         **({"labels": list(run.task.labels)} if run.task.labels else {}),
+        "kind": run.task.kind,
+        "scoring": result.scoring.value,
         "main_metric": run.task.main_metric,
         "task_version": run.task.version,
+        "template_sha256": run.task.template_sha256,
         "split": run.split,
+        "split_rule": run.split_rule,
         "split_sha256": run.sha256,
+        "rows_sha256": examples_sha256(run.examples),
         "num_fewshot": run.num_fewshot,
         "num_skipped": run.num_skipped,
         "num_cut": result.num_cut,
@@ -120,7 +132,7 @@ def write_results(
     Raises:
         ValueError: A figure is NaN or infinite; nothing is written then.
     """
-    by_task = {result.run.task.name: results_of(result) for result in results}
+    by_task = {result.name: results_of(result) for result in results}
     found = {"tasks": by_task, **head}
     to_json(found)  # raises before anything is written
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +174,7 @@ class RunEvaluations:
             ValueError: A figure is NaN or infinite.
         """
         write_results(self._folder / str(step), {"step": step, **head}, results, has_pictures=False)
-        by_task = {result.run.task.name: results_of(result) for result in results}
+        by_task = {result.name: results_of(result) for result in results}
         self._scores[step] = score_of({"tasks": by_task})
         best = max(self._scores, key=lambda one: (self._scores[one], one))
         kept = {min(self._scores), best, step}
@@ -175,9 +187,7 @@ def _pictures(results: Sequence[TaskResult]) -> dict[str, bytes]:
     from fingpt_lightning.evaluation.pictures import confusion_png  # matplotlib takes a second
 
     return {
-        f"confusion_{result.run.task.name}.png": confusion_png(
-            result.metrics["confusion"], result.run.task
-        )
+        f"confusion_{result.name}.png": confusion_png(result.metrics["confusion"], result.run.task)
         for result in results
         if "confusion" in result.metrics
     }
@@ -192,12 +202,23 @@ def prediction_rows(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
             if len(example.prompts) > 1:  # the prompts differ, not what follows them
                 answers = tuple(map(str, range(len(answers))))
             row: dict[str, Any] = {
-                "task": result.run.task.name,
+                "task": result.name,
                 "row": example.row,
                 "text": example.text,
+            }
+            if result.run.task.is_generated:
+                row |= row_fields(result.run.task, example, prediction.answer)
+                row |= {"is_dropped": True} if prediction.is_dropped else {}
+                rows.append(row | {"answer": prediction.answer})
+                continue
+            row |= {
                 "gold": _answer(answers, example.gold),
                 "prediction": _answer(answers, prediction.choice),
             }
+            if example.group:
+                row["group"] = example.group
+            if example.gold is not None and not prediction.is_dropped:
+                row["is_right"] = prediction.choice == example.gold
             if prediction.is_dropped:
                 row |= {"scores": [], "is_dropped": True}
             elif prediction.scores:
@@ -217,7 +238,7 @@ def _cell(metrics: Mapping[str, Any], key: str) -> str:
         return "-"
     if key == "n":
         return f"{metrics[key]:,}"
-    if key == "accuracy":
-        low, high = metrics["accuracy_interval"]
+    if key == "accuracy" or (f"{key}_interval" in metrics and "accuracy" not in metrics):
+        low, high = metrics[f"{key}_interval"]
         return f"{metrics[key]:.3f} ({low:.2f}-{high:.2f})"
     return f"{metrics[key]:.3f}"

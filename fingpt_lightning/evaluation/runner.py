@@ -9,11 +9,18 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.evaluation.calibration import calibrate as calibrated
-from fingpt_lightning.evaluation.generation import generate
+from fingpt_lightning.evaluation.generation import generate, write_answers
 from fingpt_lightning.evaluation.metrics import choice_metrics, label_metrics
+from fingpt_lightning.evaluation.paired import intervals, row_statistics
 from fingpt_lightning.evaluation.scoring import Prediction, score
-from fingpt_lightning.tasks import Example, Task, find_task, read_rows
+from fingpt_lightning.evaluation.written_answers import (
+    check_readable,
+    row_fields,
+    written_metrics,
+)
+from fingpt_lightning.tasks import Example, Task, read_rows
 from fingpt_lightning.tasks.encoding import TooLong
+from fingpt_lightning.tasks.library import find_scored_task
 from fingpt_lightning.tasks.shots import with_examples_before
 
 
@@ -24,13 +31,21 @@ class Scoring(StrEnum):
     """The most likely of the possible answers."""
     GENERATE = "generate"
     """Text is written and the label in it is read; unreadable answers count as missing."""
+    BOTH = "both"
+    """Tasks of labels are answered both ways, each with a result of its own."""
 
 
 class TaskRun(NamedTuple):
     """A task and its rows, ready to be answered.
 
-    ``sha256`` is of the whole split; ``examples`` are the first of it where there is a limit. Each
-    has ``num_fewshot`` examples of the split ``train`` before it.
+    Attributes:
+        task: Task of the rows.
+        split: Name of the split.
+        examples: Examples, the first of the split where there is a limit.
+        sha256: Digest of the whole split.
+        num_skipped: Number of examples left out because their text is empty.
+        split_rule: Rule that selects the rows of the split.
+        num_fewshot: Number of examples of the split ``train`` before each question.
     """
 
     task: Task
@@ -38,16 +53,28 @@ class TaskRun(NamedTuple):
     examples: list[Example]
     sha256: str
     num_skipped: int
+    split_rule: str
     num_fewshot: int = 0
 
 
 class TaskResult(NamedTuple):
-    """The answers to a task; ``metrics`` are those of answered rows with a known gold answer."""
+    """The answers to a task.
+
+    Attributes:
+        run: Task and rows.
+        predictions: Answers to the rows.
+        metrics: Figures of answered rows with a known gold answer.
+        seconds: Duration.
+        scoring: How the answers came about.
+        name: Name of the result: that of the task, with an ending where it is answered twice.
+    """
 
     run: TaskRun
     predictions: list[Prediction]
     metrics: dict[str, Any]
     seconds: float
+    scoring: Scoring
+    name: str
 
     @property
     def num_cut(self) -> int:
@@ -105,15 +132,14 @@ def read_tasks(
             raise ValueError(f"{key} {value} is below 0")
     runs: dict[str, TaskRun] = {}
     for name in dict.fromkeys(names):
-        task = find_task(name)
+        task = find_scored_task(name)
         if task.name in runs:
             raise ValueError(f"two tasks are named {task.name}")
-        if task.kind == "instructions":
-            raise ValueError(f"task {task.name} is there to train on: it has no right answers")
-        if scoring is Scoring.GENERATE and task.kind != "labels":
+        if scoring is Scoring.GENERATE and not (task.kind == "labels" or task.is_generated):
             raise ValueError(
                 f"scoring generate reads labels, which task {task.name} of kind {task.kind} has not"
             )
+        check_readable(task)
         rows = read_rows(
             task, data_dir, split, strict=strict, separator=separator, encoding=encoding
         )
@@ -128,7 +154,9 @@ def read_tasks(
                 examples = with_examples_before(examples, pool.examples, num_fewshot, fewshot_seed)
             except ValueError as error:
                 raise ValueError(f"{task.name}: {error}") from None
-        runs[task.name] = TaskRun(task, split, examples, rows.sha256, rows.num_skipped, num_fewshot)
+        runs[task.name] = TaskRun(
+            task, split, examples, rows.sha256, rows.num_skipped, rows.split_rule, num_fewshot
+        )
     if calibrate and scoring is Scoring.GENERATE:
         raise ValueError("calibrate has no effect on generated answers; leave one of them out")
     if calibrate and not any(run.task.kind == "labels" for run in runs.values()):
@@ -192,6 +220,17 @@ def _predict(
     too_long: TooLong,
     on_answered: Callable[[int], None] | None,
 ) -> list[Prediction]:
+    if task.is_generated:
+        return write_answers(
+            network,
+            tokenizer,
+            examples,
+            task.max_new_tokens,
+            stop=task.stop,
+            batch_tokens=batch_tokens,
+            too_long=too_long,
+            on_answered=on_answered,
+        )
     if scoring is Scoring.GENERATE:
         return generate(
             network,
@@ -248,7 +287,28 @@ def evaluate(
     except ValueError as error:
         raise ValueError(f"{run.task.name}: {error}") from error
     seconds = time.perf_counter() - started_s
-    return TaskResult(run, predictions, metrics_of(run, predictions), seconds)
+    return TaskResult(
+        run,
+        predictions,
+        metrics_of(run, predictions),
+        seconds,
+        scoring_of(run.task, scoring),
+        run.task.name,
+    )
+
+
+def scoring_of(task: Task, scoring: Scoring) -> Scoring:
+    """How a task is answered where a scoring is requested: written answers are always generated."""
+    return Scoring.GENERATE if task.is_generated else scoring
+
+
+def scorings_of(task: Task, scoring: Scoring) -> dict[str, Scoring]:
+    """The results that a task has, by name, and how the answers of each come about."""
+    if scoring is not Scoring.BOTH:
+        return {task.name: scoring_of(task, scoring)}
+    if task.kind != "labels":
+        return {task.name: scoring_of(task, Scoring.CHOICES)}
+    return {task.name: Scoring.CHOICES, f"{task.name}_generated": Scoring.GENERATE}
 
 
 def metrics_of(run: TaskRun, predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -269,13 +329,39 @@ def metrics_of(run: TaskRun, predictions: Sequence[Prediction]) -> dict[str, Any
             f"{run.task.name}: no row with a right answer fits the context of the network"
             + (f" after {run.num_fewshot} examples" if run.num_fewshot else "")
         )
+    if run.task.is_generated:
+        fields = [row_fields(run.task, example, one.answer) for example, _, one in known]
+        return written_metrics(run.task, fields)
     gold = [right for _, right, _ in known]
     predicted = [prediction.choice for _, _, prediction in known]
     if run.task.kind == "labels":
-        return label_metrics(gold, predicted, len(run.task.labels))._asdict()
+        found = label_metrics(gold, predicted, len(run.task.labels))._asdict()
+        return found | _average_f1(run.task, [example for example, _, _ in known], predicted)
     scores = [prediction.scores for _, _, prediction in known]
     choices = [example.choices for example, _, _ in known]
-    found = choice_metrics(gold, predicted, scores, choices)._asdict()
+    of_choices = choice_metrics(gold, predicted, scores, choices)._asdict()
     if run.task.kind == "partial":  # one continuation for all: its length says nothing
-        del found["accuracy_norm"]
-    return {name: value for name, value in found.items() if value is not None}
+        del of_choices["accuracy_norm"]
+    return {name: value for name, value in of_choices.items() if value is not None}
+
+
+def _average_f1(
+    task: Task, examples: Sequence[Example], predicted: Sequence[int | None]
+) -> dict[str, Any]:
+    """The mean over groups, such as questions, of the weighted F1; nothing without groups."""
+    if task.group is None:
+        return {}
+    labels = task.labels
+    rows = [
+        {
+            "gold": labels[example.gold].strip(),
+            "prediction": None if choice is None else labels[choice].strip(),
+            "group": example.group,
+        }
+        for example, choice in zip(examples, predicted, strict=True)
+        if example.gold is not None
+    ]
+    statistics = row_statistics("average_f1", rows, labels)
+    assert statistics is not None
+    ((interval,), _) = intervals([statistics])
+    return {"average_f1": statistics.value, "average_f1_interval": interval}

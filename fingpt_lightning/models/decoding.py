@@ -19,6 +19,8 @@ from fingpt_lightning.models.key_value_cache import preallocated_cache
 
 Choose = Callable[[Tensor], Tensor]
 """Function from logits, one row per text, to the next token of each."""
+HasStopped = Callable[[Tensor], Tensor]
+"""Function from the new tokens of all rows so far to whether each row has ended."""
 
 
 def greedy(logits: Float[Tensor, "B V"]) -> Int[Tensor, "B"]:
@@ -94,6 +96,7 @@ def write_on(
     *,
     allowed: Bool[Tensor, "B S"] | None = None,
     end_tokens: Sequence[int] = (),
+    has_stopped: HasStopped | None = None,
     choose: Choose = greedy,
     names: Sequence[str] | None = None,
 ) -> list[list[int]]:
@@ -108,6 +111,8 @@ def write_on(
         allowed: Tokens that each row attends to, of those in the cache and ``num_new`` more; None
             is all.
         end_tokens: End tokens as in `decode`.
+        has_stopped: Function called after each token; nothing is written once all rows have
+            stopped or ended, but tokens of rows that stopped before others stay.
         choose: Choice of tokens as in `decode`.
         names: Names of rows as in `decode`.
 
@@ -132,8 +137,10 @@ def write_on(
         written.append(token_B)
         if len(ends):
             has_ended_B |= torch.isin(token_B, ends)
-            if has_ended_B.all():
-                break
+        if has_stopped is not None:
+            has_ended_B |= has_stopped(torch.stack(written, 1))
+        if has_ended_B.all():
+            break
         if step < num_new - 1:
             seen = None if allowed is None else allowed[:, : num_before + step + 1]
             hidden = decode_step(network, token_B, position + step, cache, seen)

@@ -2,6 +2,8 @@
 
 import torch
 
+from fingpt_lightning.terminal.inputs import refuse_unknown_device
+
 AUTO_DTYPE = "auto"
 """The dtype that fits the device."""
 
@@ -14,10 +16,8 @@ def find_device(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is none: cpu, cuda or cuda:1") from None
+    refuse_unknown_device(name)
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
     return device

@@ -24,6 +24,7 @@ from fingpt_lightning.models.quantization.quantized_embedding import (
     QuantizedEmbedding,
     QuantizedHead,
 )
+from fingpt_lightning.models.split_layers import join_split_layers
 from fingpt_lightning.models.tied_head import tie_head
 
 
@@ -137,6 +138,7 @@ def expand(network: PreTrainedModel) -> None:
         else:
             weight = dense_weight(layer)
         network.set_submodule(name, _dense_layer(network, weight, getattr(layer, "bias", None)))
+    join_split_layers(network)
     embedding = network.get_input_embeddings()
     if isinstance(embedding, LowRankEmbedding):
         _set_dense_embedding(network, embedding.table.double() @ embedding.up.double().T)

@@ -62,6 +62,7 @@ class Family:
         shared_inputs: Groups of linear layers of a block that read the same tensor.
         into_residual: Linear layers whose result is added to the residual stream.
         dense_layer: Class of the blocks' linear layers.
+        fused: Linear layers of a block that can be split, with the names of their equal parts.
         head: The head over the vocabulary.
         positions: Table of learned positions, added before the blocks; None where there is none.
         front: Other modules before the blocks.
@@ -91,6 +92,7 @@ class Family:
     shared_inputs: tuple[tuple[str, ...], ...] = ()
     into_residual: tuple[str, ...]
     dense_layer: type[nn.Linear] | type[Conv1D] = nn.Linear
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head: str = "lm_head"
     positions: str | None = None
     front: tuple[str, ...] = ()
@@ -161,6 +163,7 @@ GPT2 = Family(
     mlp=("mlp.c_fc", "mlp.c_proj"),
     into_residual=("attn.c_proj", "mlp.c_proj"),
     dense_layer=Conv1D,
+    fused={"attn.c_attn": ("q", "k", "v")},
     positions="transformer.wpe",
     front=("transformer.drop",),
     attention_dropout="attn_pdrop",

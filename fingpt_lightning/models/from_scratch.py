@@ -1,6 +1,7 @@
 """Networks of any family from scratch, linear layers and if wanted embedding and head low-rank."""
 
 import bisect
+import copy
 import functools
 import hashlib
 import math
@@ -36,6 +37,7 @@ from fingpt_lightning.models.families import (
 from fingpt_lightning.models.layout import compute_buffers, features_of
 from fingpt_lightning.models.low_rank_config import note_low_rank, note_own_head
 from fingpt_lightning.models.shapes import AnyShape, GPT2Shape, LlamaShape, resized
+from fingpt_lightning.models.split_layers import part_names, split_fused_layers
 from fingpt_lightning.models.tied_head import tie_head
 
 INITIALIZER_STD = 0.02
@@ -53,15 +55,33 @@ def _dense(shape: AnyShape, vocab_size: int) -> PreTrainedModel:
     return network
 
 
-def block_layers(shape: AnyShape) -> dict[str, tuple[int, int]]:
-    """In and out features of the blocks' linear layers, by full name."""
+def block_layers(shape: AnyShape, rank: RankRule | None = None) -> dict[str, tuple[int, int]]:
+    """In and out features of the blocks' linear layers, by full name.
+
+    Args:
+        shape: Sizes of the network.
+        rank: Rule for the rank of each layer; one that names parts of fused layers splits them.
+    """
     network = _dense(shape, 1)
+    if rank is not None and _splits(rank, network):
+        network = copy.deepcopy(network)
+        split_fused_layers(network)
     family = family_of(network)
     return {
         name: features_of(module)
         for name, module in network.named_modules()
         if isinstance(module, family.dense_layer) and family.is_in_block(name)
     }
+
+
+def _splits(rank: RankRule, network: PreTrainedModel) -> bool:
+    """Whether a rule has a pattern for a part of a fused layer that the whole does not fit."""
+    family = family_of(network)
+    return any(
+        set(rank.patterns_of(part)) - set(rank.patterns_of(name))
+        for name, _ in network.named_modules()
+        for part in part_names(family, name)
+    )
 
 
 def rank_ratio_of(
@@ -90,7 +110,8 @@ def rank_ratio_of(
     """
     if not 1 <= compression < math.inf:
         raise ValueError(f"compression {compression} is below 1 (dense over stored parameters)")
-    layers, rule = block_layers(shape), RankRule(None, overrides or {})
+    rule = RankRule(None, overrides or {})
+    layers = block_layers(shape, rule)
     free = {name: size for name, size in layers.items() if not rule.patterns_of(name)}
     given = {name: rule.rank_of(name, *layers[name]) for name in layers.keys() - free.keys()}
     network = _dense(shape, vocab_size)
@@ -158,7 +179,7 @@ def check_ranks(shape: AnyShape, rank: RankRule, embedding_rank: Rank) -> None:
     Raises:
         ValueError: A rank that does not fit a layer, or a pattern that names no layer.
     """
-    layers = block_layers(shape)
+    layers = block_layers(shape, rank)
     for name, size in layers.items():
         rank.rank_of(name, *size)
     if unused := rank.unused_patterns(list(layers)):
@@ -267,6 +288,8 @@ def _replace_linears(
     network: PreTrainedModel, rank: RankRule, activation: str, expansion: float
 ) -> None:
     family = family_of(network)
+    if _splits(rank, network):
+        split_fused_layers(network)
     for name, module in list(network.named_modules()):
         if not (isinstance(module, family.dense_layer) and family.is_in_block(name)):
             continue

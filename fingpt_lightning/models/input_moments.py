@@ -44,8 +44,24 @@ class ReachedLayers(NamedTuple):
     moments: ShiftedMoments | None
 
 
-_Call: TypeAlias = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
+BlockCall: TypeAlias = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 """Hidden states, and what else a block is called with."""
+
+
+class ChangedBlock(NamedTuple):
+    """A block whose layers have all been changed, and what it was to put out.
+
+    Args:
+        name: Name of the block in the network.
+        block: Block to change further, a copy of the network's.
+        calls: Its calls in the network that is changed, a batch of rows each.
+        targets: Outputs of the network's own block for the same rows, in the network as it is.
+    """
+
+    name: str
+    block: nn.Module
+    calls: list[BlockCall]
+    targets: list[Tensor]
 
 
 class _Batch(NamedTuple):
@@ -59,7 +75,7 @@ class _Batch(NamedTuple):
     hidden: Tensor
     beside: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
 
-    def call(self, index: int) -> _Call:
+    def call(self, index: int) -> BlockCall:
         """The call of a block."""
         return self.hidden, *self.beside[index]
 
@@ -114,6 +130,7 @@ def shifted_moments(
     ids: Int[Tensor, "N T"],
     is_wanted: Callable[[Sequence[str]], bool],
     batch_rows: int = 4,
+    finish: Callable[[ChangedBlock], None] = lambda _: None,
 ) -> Iterator[ReachedLayers]:
     """Layer after layer, what it reads in the network, and what in one that is changed on the way.
 
@@ -125,8 +142,9 @@ def shifted_moments(
         ids: Tokens in rows of equal length.
         is_wanted: Function from a layer's name to whether its moments are wanted.
         batch_rows: Number of rows that go through a block at a time.
+        finish: Function that may change a block once more when all its layers have been taken.
 
-    Memory: the hidden states of all rows twice, a copy of a block, three moments.
+    Memory: the hidden states of all rows three times, a copy of a block, three moments.
 
     Cost: for each block two passes, and a part of two for each group of layers, about seven in all.
     """
@@ -148,11 +166,14 @@ def shifted_moments(
                 )
                 moments = _shifted(reads, ids.numel())
             yield ReachedLayers(own, layers, moments)
+        targets = _outputs(block, index, whole)
+        calls = [batch.call(index) for batch in changed]
+        finish(ChangedBlock(f"{name}.{index}", own, calls, targets))
         changed = _next_batches(_outputs(own, index, changed), changed)
-        whole = _next_batches(_outputs(block, index, whole), whole)
+        whole = _next_batches(targets, whole)
 
 
-def _groups(block: nn.Module, call: _Call) -> list[list[str]]:
+def _groups(block: nn.Module, call: BlockCall) -> list[list[str]]:
     """The linear layers of a block in the order they are reached, those of one input together."""
     groups: list[list[str]] = []
     last: list[Tensor] = []
@@ -183,7 +204,7 @@ def _watching(block: nn.Module, reached: Callable[[str, Tensor], None]) -> Itera
         yield
 
 
-def _input(block: nn.Module, name: str, call: _Call) -> Tensor:
+def _input(block: nn.Module, name: str, call: BlockCall) -> Tensor:
     """What one of its layers reads, as a matrix of rows."""
     hidden, args, kwargs = call
     found: Tensor = _call_of(block.get_submodule(name), lambda: block(hidden, *args, **kwargs))[0]
@@ -253,7 +274,7 @@ def _blocks(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def _first_batch(network: PreTrainedModel, ids: Int[Tensor, "N T"]) -> _Batch:
     """What the first block reads, and what each block is called with beside it."""
     _, blocks = _blocks(network)
-    calls: list[_Call] = []
+    calls: list[BlockCall] = []
 
     def pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         calls.append((hidden, args, kwargs))
@@ -268,9 +289,9 @@ def _first_batch(network: PreTrainedModel, ids: Int[Tensor, "N T"]) -> _Batch:
 
 
 @torch.no_grad()
-def _call_of(module: nn.Module, run: Callable[[], object]) -> _Call:
+def _call_of(module: nn.Module, run: Callable[[], object]) -> BlockCall:
     """The arguments of a module's call, in a run that ends there."""
-    found: list[_Call] = []
+    found: list[BlockCall] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args[0], args[1:], kwargs))

@@ -18,8 +18,9 @@ from fingpt_lightning.models.families import (
     head_of,
 )
 from fingpt_lightning.models.finite import check_stored
-from fingpt_lightning.models.low_rank_config import has_own_head, noted_activation
+from fingpt_lightning.models.low_rank_config import has_own_head, is_split, noted_activation
 from fingpt_lightning.models.quantization.layers import is_linear, quantized_layer
+from fingpt_lightning.models.split_layers import split_fused_layers
 from fingpt_lightning.models.tied_head import tie_head
 
 
@@ -39,6 +40,8 @@ def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     config.use_cache = True  # pretraining saves it switched off
     with torch.device("meta"):
         network = family.network_class(config)
+        if is_split(config):
+            split_fused_layers(network)
         for stored, shape in shapes.items():
             name = full_name(network, stored)
             layer_name, _, part = name.rpartition(".")

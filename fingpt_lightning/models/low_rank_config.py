@@ -16,7 +16,8 @@ from fingpt_lightning.metric_keys import VAL_LOSS
 
 _ACTIVATION, _EXPANSION = "factor_activation", "factor_expansion"
 _OWN_HEAD = "low_rank_head"
-NOTED = (_ACTIVATION, _EXPANSION, _OWN_HEAD)
+_SPLIT = "split_fused_layers"
+NOTED = (_ACTIVATION, _EXPANSION, _OWN_HEAD, _SPLIT)
 """The keys that ours add to a network's config."""
 
 
@@ -55,6 +56,29 @@ def forget_own_head(config: PreTrainedConfig) -> None:
         config: Config of the network; changed in place.
     """
     config.__dict__.pop(_OWN_HEAD, None)
+
+
+def note_split(config: PreTrainedConfig) -> None:
+    """Notes that the fused linear layers of the blocks are split into their parts.
+
+    Args:
+        config: Config of the network; changed in place.
+    """
+    setattr(config, _SPLIT, True)
+
+
+def is_split(config: PreTrainedConfig) -> bool:
+    """Whether the fused linear layers of the blocks are split into their parts."""
+    return bool(getattr(config, _SPLIT, False))
+
+
+def forget_split(config: PreTrainedConfig) -> None:
+    """Takes the note away, where the layers are whole again.
+
+    Args:
+        config: Config of the network; changed in place.
+    """
+    config.__dict__.pop(_SPLIT, None)
 
 
 def noted_activation(config: PreTrainedConfig) -> str:

@@ -34,8 +34,8 @@ IMPLEMENTATION = "fingpt_packed"
 _CELLS_OF_A_CALL = {"cpu": 10_000, "cuda": 500_000}
 """Scores of all heads that one more call costs as much as, by device.
 
-Measured with 9 heads on two cores. For CUDA on paper, not measured: the 40 kernels of a call and its
-backward pass are started in 0.15 ms, in which 30 TFLOP/s compute half a million scores.
+Measured with 9 heads on two cores. For CUDA on paper, not measured: the 40 kernels of a call and
+its backward pass are started in 0.15 ms, in which 30 TFLOP/s compute half a million scores.
 """
 
 

@@ -3,12 +3,11 @@
 Nothing but small configs is read here; `fingpt_lightning.models.loading` builds from the result.
 """
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 
 from fingpt_lightning.models.formats.checkpoint import CHECKPOINT, read_adapter_checkpoint
 from fingpt_lightning.models.formats.hf_folder import CONFIG, SAFETENSORS, SAFETENSORS_INDEX
@@ -22,12 +21,17 @@ from fingpt_lightning.models.formats.peft_adapter import (
 )
 from fingpt_lightning.models.formats.safetensors_files import refuse_pickled
 from fingpt_lightning.models.formats.tokenizer import holds_tokenizer, tokenizer_of_checkpoint
-from fingpt_lightning.terminal.messages import first_line, nearest_sibling
+from fingpt_lightning.terminal.inputs import (
+    refuse_missing_adapter,
+    refuse_missing_model,
+    refuse_missing_tokenizer,
+    refuse_unknown_on_hub,
+)
+from fingpt_lightning.terminal.messages import first_line
 
 GGUF = ".gguf"
 """Suffix of the other kind of one file, beside a checkpoint, that holds a network."""
 _CHECKPOINTS = ("checkpoints/best.ckpt", "best.ckpt", "checkpoints/last.ckpt", "last.ckpt")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 
 
@@ -109,6 +113,7 @@ def resolve_source(
         read_adapter_config(adapter)
     weights = _weights_at(place.path)
     if tokenizer is not None:
+        refuse_missing_tokenizer(str(tokenizer))
         found: Path | None = Path(tokenizer).expanduser()
     elif adapter is not None and (its_own := _tokenizer_beside(adapter)) is not None:
         found = its_own
@@ -142,6 +147,7 @@ def find_adapter(path: str | Path) -> Path:
         FileNotFoundError: There is no adapter.
         ValueError: A checkpoint is not one of adapters, or cannot be read.
     """
+    refuse_missing_adapter(path)
     path = Path(path).expanduser()
     if (found := adapter_at(path)) is not None:
         return found
@@ -191,18 +197,12 @@ def _find(name: str, revision: str | None) -> _Place:
         if revision is not None:
             raise ValueError(f"revision {revision}: {name} is a local path, which has none")
         return _Place(path, None)
-    if path.suffix in (CHECKPOINT, GGUF) or not _HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(f"model {name}: no such file or folder{_nearest(path)}")
-    folder = _hub_folder(name, revision, _nearest(path))
+    refuse_missing_model(name, revision)
+    folder = _hub_folder(name, revision)
     return _Place(folder, folder.name)
 
 
-def _nearest(path: Path) -> str:
-    near = nearest_sibling(path)
-    return "" if near is None else f"; did you mean {near}?"
-
-
-def _hub_folder(name: str, revision: str | None, hint: str) -> Path:
+def _hub_folder(name: str, revision: str | None) -> Path:
     """The snapshot of a model in the local cache of the hub, fetched where it is not there."""
     try:
         folder = _snapshot(name, revision, local_files_only=True)
@@ -210,13 +210,12 @@ def _hub_folder(name: str, revision: str | None, hint: str) -> Path:
             return folder  # else only its tokenizer has been used before
     except OSError:
         pass
+    refuse_unknown_on_hub(name, revision)
     try:
-        # One request, for without it loading repeats each failed request for most of a minute.
-        HfApi().model_info(name, revision=revision, timeout=10)
         return _snapshot(name, revision, local_files_only=False)
     except Exception as error:
         raise FileNotFoundError(
-            f"model {name}: no such file or folder{hint}, and not to be had from the Hugging Face"
+            f"model {name}: no such file or folder, and not to be had from the Hugging Face"
             f" hub ({first_line(error)})"
         ) from error
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from fingpt_lightning.low_rank import Spectron
+from fingpt_lightning.low_rank.factor_optimizer import FactorOptimizer
 
 
 class StepFigure(NamedTuple):
@@ -83,7 +83,7 @@ def can_skip(optimizer: Optimizer, value: Tensor) -> bool:
         optimizer: Optimizer of the step.
         value: One of the numbers that the step depends on.
     """
-    if value.device.type != "cuda" or not isinstance(optimizer, AdamW | Spectron):
+    if value.device.type != "cuda" or not isinstance(optimizer, AdamW | FactorOptimizer):
         return False
     # Behind a gradient scaler neither is fused. A sharded parameter takes no plain flag.
     return all(

@@ -5,7 +5,7 @@ Axes: B batch, T tokens, D width.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
@@ -39,8 +39,11 @@ from fingpt_lightning.models.formats.checkpoint import describe_network
 from fingpt_lightning.models.formats.tokenizer import num_rows_reached
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
 from fingpt_lightning.modules.finite_steps import FiniteSteps, StepFigure, can_skip
-from fingpt_lightning.modules.optimization import cosine_with_warmup
+from fingpt_lightning.modules.optimization import cosine_with_warmup, trapezoid
+from fingpt_lightning.modules.teacher import Teacher
 
+COOLDOWN = 0.2
+"""Share of the steps in which the rate of a warmup-stable-decay schedule falls by default."""
 _LOSS_SCALE = 1024.0
 """Divides the summed loss before the backward pass, undone exactly after it.
 
@@ -99,7 +102,8 @@ class LanguageModelingModule(LightningModule):
 
     Keys: ``train/loss`` (nats per token over the window and all ranks), ``train/learning_rate``,
     ``train/gradient_norm`` (before clipping), ``train/tokens`` (supervised so far, all ranks);
-    ``val/loss``, ``val/perplexity``, ``test/loss``, ``test/perplexity``.
+    ``val/loss``, ``val/perplexity``, ``test/loss``, ``test/perplexity``. With a teacher
+    ``train/loss`` is the mix of divergence and cross-entropy; the others are cross-entropies.
 
     Raises:
         FloatingPointError: A step's loss or gradient norm is not finite. The weights stay those
@@ -118,6 +122,7 @@ class LanguageModelingModule(LightningModule):
         self._tokens_seen = 0
         self._new_tokens: Tensor | None = None
         self._finite_steps = FiniteSteps()
+        self.teacher: Teacher | None = None
         self._window: LossSums | None = None
         self._evaluated: LossSums | None = None
         self._batch_idx = 0
@@ -164,15 +169,51 @@ class LanguageModelingModule(LightningModule):
                 "data.batching packs several rows into one, which"
                 f" {type(self).__name__} would not keep apart: set data.batching padded"
             )
+        return self.hidden_states_of(self.network, batch)
+
+    def hidden_states_of(
+        self, network: PreTrainedModel, batch: TokenBatch
+    ) -> Float[Tensor, "B T D"]:
+        """The final hidden states of any network on a batch that `hidden_states` takes.
+
+        Args:
+            network: Network, such as that of a teacher.
+            batch: Batch of the data.
+        """
         ids, positions = batch["input_ids"], batch.get("position_ids")
-        output = self.network.base_model(
+        output = network.base_model(
             input_ids=ids,
             position_ids=positions,
             # Positions may say that several texts follow one another in a row.
-            attention_mask=causal_marker(self.network, ids) if positions is None else None,
+            attention_mask=causal_marker(network, ids) if positions is None else None,
             use_cache=False,
         )
         return cast("Tensor", output.last_hidden_state)
+
+    def training_sums(self, batch: TokenBatch, hidden: Float[Tensor, "B T D"]) -> LossSums:
+        """The loss of one microbatch in training: with a teacher, the divergence from it too."""
+        if self.teacher is None:
+            return self.batch_loss(batch, hidden)
+        teacher_hidden = self.teacher.hidden_states(batch, self.hidden_states_of)
+        return self.teacher.loss(
+            self.network, hidden, teacher_hidden, batch["labels"], self.loss_chunk_size
+        )
+
+    def load_teacher(self) -> None:
+        """Loads the teacher where the attached trainer trains with one.
+
+        Raises:
+            ValueError: The strategy gives each process a part of the network, or the teacher does
+                not fit.
+        """
+        if self.teacher is None or not self.is_fitting:
+            return
+        if self.partial_network is not None:
+            raise ValueError(
+                f"model.teacher {self.teacher.path} is a second network, which the schedule of a"
+                " pipeline does not run: set it null, or take ddp"
+            )
+        self.teacher.load(self, self.network)
 
     def loss_sum_and_tokens(
         self, hidden: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]
@@ -255,7 +296,7 @@ class LanguageModelingModule(LightningModule):
 
     @override
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        sums = self.batch_loss(batch, self.hidden_states(batch))
+        sums = self.training_sums(batch, self.hidden_states(batch))
         self.log_step(sums)
         return self.backward_start(sums.loss_sum)
 
@@ -339,6 +380,8 @@ class LanguageModelingModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._finite_steps.read()
         checkpoint["tokens_seen"] = self.tokens_seen
+        if self.teacher is not None:
+            checkpoint["teacher_revision"] = self.teacher.revision
         source = self.text_source
         reference = None if source is None else source.tokenizer_reference()
         describe_network(checkpoint, self.network.config, reference)
@@ -348,6 +391,8 @@ class LanguageModelingModule(LightningModule):
         if self.is_fitting:
             fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
             self._loader_states = fit_loop.get("state_dict", {}).get("combined_loader", [])
+            if self.teacher is not None:
+                self.teacher.check_revision(checkpoint)
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._check_stored(checkpoint)
         saved = checkpoint.get("tokenizer")
@@ -411,8 +456,10 @@ class LanguageModelingModule(LightningModule):
         """Whether this is in a trainer that trains."""
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
-    def with_cosine_schedule(self, optimizer: Optimizer) -> OptimizerLRScheduler:
+    def with_schedule(self, optimizer: Optimizer) -> OptimizerLRScheduler:
         """An optimizer and its schedule, by the hyper-parameters of warm-up and last rate.
+
+        A module without the hyper-parameter ``schedule`` has the cosine.
 
         Raises:
             ValueError: The trainer's settings give the run no end.
@@ -426,14 +473,23 @@ class LanguageModelingModule(LightningModule):
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
         ]
-        num_steps, warmup = int(num_steps), self.hparams["warmup"]
-        warmup_steps = round(warmup * num_steps) if isinstance(warmup, float) else warmup
-        final_ratio = self.hparams["final_learning_rate_ratio"]
-        scheduler = LambdaLR(optimizer, cosine_with_warmup(num_steps, warmup_steps, final_ratio))
+        scheduler = LambdaLR(optimizer, self._rate_factor(int(num_steps)))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _rate_factor(self, num_steps: int) -> Callable[[int], float]:
+        hparams = self.hparams
+        warmup_steps = _steps_of(hparams["warmup"], num_steps)
+        final_ratio = hparams["final_learning_rate_ratio"]
+        kind = hparams.get("schedule", "cosine")
+        if kind == "cosine":
+            return cosine_with_warmup(num_steps, warmup_steps, final_ratio)
+        cooldown_steps = num_steps
+        if kind == "wsd":
+            cooldown_steps = _steps_of(hparams["cooldown"] or COOLDOWN, num_steps)
+        return trapezoid(num_steps, warmup_steps, cooldown_steps, final_ratio)
 
     def fused_adamw(self, groups: list[dict[str, Any]], **settings: Any) -> AdamW:
         """AdamW in one kernel; but a fused one cannot clip behind a gradient scaler (float16)."""
@@ -489,6 +545,11 @@ def _scale(gradients: list[Tensor], factor: Float[Tensor, ""]) -> None:
     for dtype in {gradient.dtype for gradient in gradients}:
         alike = [gradient for gradient in gradients if gradient.dtype == dtype]
         torch._foreach_mul_(alike, factor.to(dtype))
+
+
+def _steps_of(length: int | float, num_steps: int) -> int:
+    """A part of a run: an int is steps, a float the share of all steps."""
+    return round(length * num_steps) if isinstance(length, float) else length
 
 
 def _added(so_far: LossSums | None, sums: LossSums) -> LossSums:

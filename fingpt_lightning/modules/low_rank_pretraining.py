@@ -18,10 +18,12 @@ from typing_extensions import override
 from fingpt_lightning.data.batch import TokenBatch
 from fingpt_lightning.low_rank import (
     Initialization,
+    LoRAMuon,
     ModelBudget,
     RankRule,
     Spectron,
     decay_products,
+    embedding_factors,
     low_rank_factors,
 )
 from fingpt_lightning.models import (
@@ -52,20 +54,37 @@ from fingpt_lightning.models.shapes import (
 )
 from fingpt_lightning.models.sources import ModelSource
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule, TextSource
-from fingpt_lightning.modules.optimization import adamw_8bit, decay_groups, factor_groups
+from fingpt_lightning.modules.optimization import (
+    adamw_8bit,
+    decay_groups,
+    factor_groups,
+    split_embedding,
+)
 from fingpt_lightning.modules.quantization_aware import RoundingSchedule
 from fingpt_lightning.modules.ranges import check_below_1, check_optimization
-from fingpt_lightning.modules.recipe import PLAIN, check_recipe, low_rank_changes
+from fingpt_lightning.modules.recipe import (
+    FACTOR_OPTIMIZERS,
+    PLAIN,
+    check_recipe,
+    check_schedule,
+    low_rank_changes,
+    moves_dense_alike,
+)
 from fingpt_lightning.modules.self_guided import GuideSchedule
 from fingpt_lightning.modules.sharding import shard
+from fingpt_lightning.modules.teacher import Teacher
 from fingpt_lightning.modules.weight_averaging import prepare_averaging
 from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.progress import announced
 
 _PRESET = "gpt2-small"
 _RANK_RATIO = 0.25
 _DRAWN_STD = 0.02
 # What the optimizer's state depends on, and the values of checkpoints that lack it.
-_STATE_SETTINGS = {"optimizer": "adamw", "factor_decay": "factors", "spectron_dense": False}
+_STATE_SETTINGS = {
+    "optimizer": "adamw", "factor_decay": "factors", "spectron_dense": False,
+    "lora_muon_dense": False, "embedding_optimizer": "adamw",
+}  # fmt: skip
 
 
 class _Start(NamedTuple):
@@ -91,7 +110,9 @@ class LowRankPretraining(LanguageModelingModule):
             r / min(in, out); null is the dense baseline. A layer whose factors would not be smaller
             stays dense. Query, key and value are one layer with one ``down``. ``auto`` is what
             ``compression`` or ``init_from`` request, and 0.25 without them.
-        rank_overrides: Other ranks by name pattern, such as ``{"*.mlp.*": 0.5}``.
+        rank_overrides: Other ranks by name pattern, such as ``{"*.mlp.*": 0.5}``; one for a part of
+            a fused layer, such as ``{"*.c_attn.v": 0.5}`` (q, k or v of a GPT-2), gives each part
+            factors of its own.
         embedding_rank: The rank of embedding and head, tied or not; null keeps the full tables.
         compression: All parameters of the dense baseline over all of this network, embedding
             included; the one rank ratio that comes nearest is found. In place of ``rank``.
@@ -112,6 +133,10 @@ class LowRankPretraining(LanguageModelingModule):
         learning_rate: Highest learning rate of the schedule.
         final_learning_rate_ratio: Ratio of the last to the highest learning rate.
         warmup: Length of the warm-up: an int is steps, a float the share of all steps.
+        schedule: Learning rate after the warm-up: ``cosine``, half a cosine down to the last rate;
+            ``linear``, a line; ``wsd`` (warmup-stable-decay), constant until the ``cooldown``, then
+            a line.
+        cooldown: Length of the last part of ``wsd``, as ``warmup``; null is 0.2 of all steps.
         weight_decay: Weight decay of matrices; biases and norms do not decay.
         beta1: AdamW's decay of the gradient's mean.
         beta2: AdamW's decay of the gradient's square.
@@ -130,16 +155,36 @@ class LowRankPretraining(LanguageModelingModule):
         factor_decay: ``factors`` decays each factor by ``weight_decay``; ``product`` decays their
             product up down.
         optimizer: ``adamw``; ``adamw_8bit``, its state in 8 bits; ``spectron``, which moves factor
-            matrices along orthogonalized momentum by a bounded step, and all else by AdamW.
+            matrices along orthogonalized momentum by a bounded step, and all else by AdamW;
+            ``lora_muon``, which moves them so that their product takes the step of Muon.
+        embedding_optimizer: ``adamw``, or ``same`` for factors of embedding and head that are moved
+            as those of the blocks are, with ``spectron`` or ``lora_muon``.
+        embedding_learning_rate: Highest learning rate of the embedding and the head, factors or
+            full tables; null is the rate of what else their optimizer moves.
         spectron_learning_rate: Highest learning rate of the factors with ``spectron``: about the
             spectral norm by which a step changes a product.
         spectron_momentum: Momentum of ``spectron``.
         spectron_dense: Whether, with ``spectron``, layers of the blocks that stay dense are moved
             alike, by ``spectron_learning_rate`` in the spectral norm: a dense baseline on equal
             terms.
+        spectron_adjust_lr: ``original`` multiplies the step of a factor of ``spectron`` by
+            sqrt(max(1, rows / columns)), as its authors' code does; ``none`` is their formula.
+        lora_muon_learning_rate: Highest learning rate of the factors with ``lora_muon``: about the
+            spectral norm by which a step changes a product, and that of Muon for a dense matrix.
+        lora_muon_momentum: Momentum of ``lora_muon``.
+        lora_muon_dense: Whether, with ``lora_muon``, layers of the blocks that stay dense are moved
+            by Muon at ``lora_muon_learning_rate``.
         quantization_aware: ``int8`` or ``nf4`` trains the end of the run with weights rounded as
             an export in that format stores them; null does not.
         quantization_start: Share of the steps from which on weights are rounded, in [0, 1].
+        teacher: Folder, hub name, GGUF file, checkpoint or run folder of a frozen model with the
+            same tokenizer, such as the one that ``init_from`` was decomposed from: at every
+            position with a label the network learns its whole distribution. Each device holds it.
+        teacher_quantize: ``nf4`` or ``int8`` for the teacher's linear layers; null keeps them.
+        teacher_dtype: Dtype of the teacher's other weights and of its products.
+        teacher_weight: Share w, in (0, 1], of the divergence KL(teacher || network) in the loss
+            w T^2 KL + (1 - w) cross-entropy.
+        teacher_temperature: Divisor T of the logits of both networks in the divergence.
 
     Raises:
         ValueError: A value outside its range; the message names it.
@@ -174,6 +219,8 @@ class LowRankPretraining(LanguageModelingModule):
         learning_rate: float = 0.0006,
         final_learning_rate_ratio: float = 0.1,
         warmup: int | float = 0.05,
+        schedule: Literal["cosine", "linear", "wsd"] = "cosine",
+        cooldown: int | float | None = None,
         weight_decay: float = 0.1,
         beta1: float = 0.9,
         beta2: float = 0.95,
@@ -182,12 +229,23 @@ class LowRankPretraining(LanguageModelingModule):
         factor_expansion: float = 0.0,
         self_guided: float = 0.0,
         factor_decay: Literal["factors", "product"] = "factors",
-        optimizer: Literal["adamw", "adamw_8bit", "spectron"] = "adamw",
+        optimizer: Literal["adamw", "adamw_8bit", "spectron", "lora_muon"] = "adamw",
+        embedding_optimizer: Literal["adamw", "same"] = "adamw",
+        embedding_learning_rate: float | None = None,
         spectron_learning_rate: float = 0.07,
         spectron_momentum: float = 0.95,
         spectron_dense: bool = False,
+        spectron_adjust_lr: Literal["none", "original"] = "none",
+        lora_muon_learning_rate: float = 0.02,
+        lora_muon_momentum: float = 0.95,
+        lora_muon_dense: bool = False,
         quantization_aware: Literal["nf4", "int8"] | None = None,
         quantization_start: float = 0.8,
+        teacher: str | None = None,
+        teacher_quantize: Literal["nf4", "int8"] | None = None,
+        teacher_dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16",
+        teacher_weight: float = 1.0,
+        teacher_temperature: float = 1.0,
     ) -> None:
         super().__init__()
         if compression is not None:
@@ -242,10 +300,22 @@ class LowRankPretraining(LanguageModelingModule):
             beta2=beta2,
             loss_chunk_size=loss_chunk_size,
         )
-        check_below_1(dropout=dropout, spectron_momentum=spectron_momentum)
+        check_below_1(dropout=dropout)
+        check_schedule(schedule, warmup, cooldown)
         check_recipe(
-            initialization, factor_activation, factor_expansion, self_guided, factor_decay,
-            optimizer, spectron_learning_rate, spectron_dense, quantization_aware,
+            {
+                "initialization": initialization, "factor_activation": factor_activation,
+                "factor_expansion": factor_expansion, "self_guided": self_guided,
+                "factor_decay": factor_decay, "optimizer": optimizer,
+                "embedding_optimizer": embedding_optimizer,
+                "embedding_learning_rate": embedding_learning_rate,
+                "spectron_learning_rate": spectron_learning_rate,
+                "spectron_momentum": spectron_momentum, "spectron_dense": spectron_dense,
+                "spectron_adjust_lr": spectron_adjust_lr,
+                "lora_muon_learning_rate": lora_muon_learning_rate,
+                "lora_muon_momentum": lora_muon_momentum, "lora_muon_dense": lora_muon_dense,
+                "quantization_aware": quantization_aware, "weight_decay": weight_decay,
+            }
         )  # fmt: skip
         self.rounding = RoundingSchedule.checked(quantization_aware, quantization_start)
         self.guiding = GuideSchedule(self_guided)
@@ -253,6 +323,7 @@ class LowRankPretraining(LanguageModelingModule):
         self._start: _Start | None = None
         self._is_dense_baseline = False
         self.save_hyperparameters()
+        self.teacher = Teacher.checked(self.hparams)
         # Drawn now, so that nothing that draws before the network is built changes the network.
         self.initialization_seed = int(torch.randint(2**31, ()))
 
@@ -349,6 +420,7 @@ class LowRankPretraining(LanguageModelingModule):
             # The trainer is in this context too, unless a callback calls this.
             with self._precision_context():
                 self._make_network()
+        self.load_teacher()
         if self.is_fitting:
             self.guiding.attach(self.network)
 
@@ -360,15 +432,14 @@ class LowRankPretraining(LanguageModelingModule):
     def _make_network(self) -> None:
         self._check_recipe_fits()
         if self.init_from is not None:
-            self.network = self._loaded()
+            with announced(f"loading {self.init_from}"):
+                self.network = self._loaded()
         else:
             network = self.laid_out()
             self.keep_own_part(network)
-            materialize(
-                network,
-                self.initialization_seed,
-                Initialization(self.hparams["initialization"]),
-            )
+            start = Initialization(self.hparams["initialization"])
+            with announced(f"initializing the network ({start.value})"):
+                materialize(network, self.initialization_seed, start)
             self.network = network
         recompute_blocks(self.network, self.hparams["recompute"])
         if self.hparams["compile"]:
@@ -411,19 +482,21 @@ class LowRankPretraining(LanguageModelingModule):
         )
         if self._decays_products:
             decay_products(optimizer)
-        return self.with_cosine_schedule(optimizer)
+        return self.with_schedule(optimizer)
 
     def _optimizer(self, kind: str, betas: tuple[float, float], lr: float) -> Optimizer:
-        if kind == "spectron" or self._decays_products:
+        if kind in FACTOR_OPTIMIZERS or self._decays_products:
             groups = self._factor_groups()
         else:
             groups = decay_groups(self.named_parameters(), self.hparams["weight_decay"])
+        if (settings := self._embedding_settings()) is not None:
+            groups = split_embedding(groups, self.network, settings)
         if kind == "adamw_8bit":
             return adamw_8bit(groups, betas, lr)
-        if kind == "spectron":
+        if kind in FACTOR_OPTIMIZERS:
             precision = self.trainer.precision_plugin
             is_bf16 = isinstance(precision, MixedPrecision) and precision.precision == "bf16-mixed"
-            return Spectron(
+            return (LoRAMuon if kind == "lora_muon" else Spectron)(
                 groups,
                 lr,
                 betas=betas,
@@ -438,16 +511,34 @@ class LowRankPretraining(LanguageModelingModule):
         dense: dict[str, Any] = {"weight_decay": decay}
         if self._decays_products:
             factor_settings = {"weight_decay": 0.0, "product_decay": decay}
-        if self.hparams["optimizer"] == "spectron":
-            steps = {
-                "lr": self.hparams["spectron_learning_rate"],
-                "momentum": self.hparams["spectron_momentum"],
-            }
+        if self.hparams["optimizer"] in FACTOR_OPTIMIZERS:
+            steps = self._factor_steps()
             expansion = self.hparams["factor_expansion"]
             factor_settings |= steps | {"is_low_rank": True, "expansion": expansion}
             dense |= steps | {"is_dense": True}
-        moved_alike = dense if self.hparams["spectron_dense"] else None
+        moved_alike = dense if moves_dense_alike(self.hparams) else None
         return factor_groups(self.network, decay, factor_settings, moved_alike)
+
+    def _factor_steps(self) -> dict[str, Any]:
+        """Settings of every group whose matrices `FACTOR_OPTIMIZERS` move."""
+        kind = self.hparams["optimizer"]
+        steps = {
+            "lr": self.hparams[f"{kind}_learning_rate"],
+            "momentum": self.hparams[f"{kind}_momentum"],
+        }
+        if kind == "spectron":
+            steps["adjust_lr"] = self.hparams["spectron_adjust_lr"]
+        return steps
+
+    def _embedding_settings(self) -> dict[str, Any] | None:
+        """Settings of a group of embedding and head; None leaves them with the other matrices."""
+        rate = self.hparams["embedding_learning_rate"]
+        settings: dict[str, Any] = {"weight_decay": self.hparams["weight_decay"]}
+        if self.hparams["embedding_optimizer"] == "same":
+            settings |= self._factor_steps() | {"is_low_rank": True, "is_embedding": True}
+        elif rate is None:
+            return None
+        return settings if rate is None else settings | {"lr": rate}
 
     @property
     def _decays_products(self) -> bool:
@@ -456,9 +547,17 @@ class LowRankPretraining(LanguageModelingModule):
     def _check_recipe_fits(self) -> None:
         """Raises where a setting has no effect or is not possible in this run."""
         hparams = self.hparams
-        of_pairs = low_rank_changes(hparams)
-        if of_pairs and not low_rank_factors(self.laid_out()):
-            key, value = next(iter(of_pairs.items()))
+        changes = low_rank_changes(hparams)
+        if changes.pop("embedding_optimizer", None):
+            if not embedding_factors(self.laid_out()):
+                raise ValueError(
+                    "model.embedding_optimizer same is about factors of the embedding, and here it"
+                    " is one table: set adamw, or model.embedding_rank"
+                )
+            for key in ("optimizer", "spectron_adjust_lr"):
+                changes.pop(key, None)  # they act on these factors
+        if changes and not low_rank_factors(self.laid_out()):
+            key, value = next(iter(changes.items()))
             of_none = ", as model.rank is null" if hparams["rank"] is None else ""
             raise ValueError(
                 f"model.{key} {value} is about low-rank layers, and the network has none{of_none}:"
@@ -479,6 +578,7 @@ class LowRankPretraining(LanguageModelingModule):
         self.check_architecture(checkpoint)
         if self.is_fitting:
             self.check_optimizer(checkpoint, _STATE_SETTINGS)
+            self._check_groups(checkpoint)
             self._check_guidance(checkpoint)
         if not self.is_fitting:
             drop_guides(checkpoint["state_dict"], "the checkpoint")
@@ -490,6 +590,17 @@ class LowRankPretraining(LanguageModelingModule):
                 f" {checkpoint['hyper_parameters']['self_guided']}"
             )
         super().on_load_checkpoint(checkpoint)
+
+    def _check_groups(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("hyper_parameters", {})
+        before = saved.get("embedding_learning_rate")
+        now, kind = (self.hparams[f"embedding_{key}"] for key in ("learning_rate", "optimizer"))
+        if kind == "adamw" and (before is None) != (now is None):
+            before, now = ("null" if rate is None else rate for rate in (before, now))
+            raise ValueError(
+                f"model.embedding_learning_rate is {now}, the checkpoint was trained with {before}:"
+                " its optimizer has another number of groups; set both or neither"
+            )
 
     def _check_guidance(self, checkpoint: dict[str, Any]) -> None:
         before = checkpoint.get("hyper_parameters", {}).get("self_guided", 0.0)

@@ -30,6 +30,26 @@ def decay_groups(
     return [group for group in groups if group["params"]]
 
 
+def split_embedding(
+    groups: list[dict[str, Any]], network: PreTrainedModel, settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The groups without the embedding and the head, and one more of these.
+
+    It stays where it is empty, as on the processes of a pipeline that have neither.
+
+    Args:
+        groups: Parameter groups of a network, changed.
+        network: Network whose trained parameters they hold.
+        settings: Settings of the new group.
+    """
+    family = family_of(network)
+    ends = (network.get_submodule(family.embedding), network.get_submodule(family.head))
+    found = {p: None for end in ends for p in end.parameters() if p.requires_grad and p.ndim >= 2}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p not in found]
+    return [*groups, {"params": list(found), **settings}]
+
+
 def cosine_with_warmup(
     num_steps: int, warmup_steps: int, final_ratio: float
 ) -> Callable[[int], float]:
@@ -50,6 +70,38 @@ def cosine_with_warmup(
             return (step + 1) / warmup_steps
         progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
         return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def trapezoid(
+    num_steps: int, warmup_steps: int, cooldown_steps: int, final_ratio: float
+) -> Callable[[int], float]:
+    """The factor on the learning rate: a line up, a constant, a line down to ``final_ratio``.
+
+    Also known as warmup-stable-decay. A cooldown of all steps after the warm-up is the linear
+    schedule.
+
+    Args:
+        num_steps: Number of optimizer steps of the whole run; later steps stay at ``final_ratio``.
+        warmup_steps: Number of steps of the linear warm-up; step 0 already has a rate above zero.
+        cooldown_steps: Number of last steps in which the rate falls; cut where the warm-up ends.
+        final_ratio: The last factor, in [0, 1].
+
+    Source: https://arxiv.org/abs/2404.06395, section 4; https://arxiv.org/abs/2405.18392 (a linear
+    cooldown); https://arxiv.org/abs/2502.15938 (linear to zero).
+
+    >>> factor = trapezoid(num_steps=10, warmup_steps=2, cooldown_steps=4, final_ratio=0.2)
+    >>> [round(factor(step), 3) for step in (0, 1, 2, 6, 8, 10, 99)]
+    [0.5, 1.0, 1.0, 1.0, 0.6, 0.2, 0.2]
+    """
+    first = max(warmup_steps, num_steps - cooldown_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, max(0, step - first) / max(1, num_steps - first))
+        return 1 - (1 - final_ratio) * progress
 
     return factor
 

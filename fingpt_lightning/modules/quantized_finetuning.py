@@ -49,7 +49,9 @@ from fingpt_lightning.modules.base_model import RandomLlama, random_llama
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import adamw_8bit
 from fingpt_lightning.modules.ranges import check_above_0, check_from_0, check_optimization
+from fingpt_lightning.modules.teacher import Teacher
 from fingpt_lightning.modules.weight_averaging import prepare_averaging
+from fingpt_lightning.terminal.progress import announced
 
 _OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 _RECOMPUTE = ("none", "block", "offload")
@@ -94,6 +96,14 @@ class QuantizedFinetuning(LanguageModelingModule):
         kl_positions: Most positions of a microbatch at which the divergence is taken.
         loss_chunk_size: Tokens whose logits over the vocabulary are held at a time.
         random_base: Sizes of a random Llama in place of ``base``, to try a config out.
+        teacher: Folder, hub name, GGUF file, checkpoint or run folder of a frozen model with the
+            same tokenizer, such as the one that ``base`` was decomposed from: at every position
+            with a label the network learns its whole distribution. Each device holds all of it.
+        teacher_quantize: ``nf4`` or ``int8`` for the teacher's linear layers; null keeps them.
+        teacher_dtype: Dtype of the teacher's other weights and of its products.
+        teacher_weight: Share w, in (0, 1], of the divergence KL(teacher || network) in the loss
+            w T^2 KL + (1 - w) cross-entropy.
+        teacher_temperature: Divisor T of the logits of both networks in the divergence.
 
     Keys: those of `LanguageModelingModule`; ``train/loss`` includes the weighted divergence,
     ``val/loss`` does not.
@@ -133,6 +143,11 @@ class QuantizedFinetuning(LanguageModelingModule):
         kl_positions: int = 64,
         loss_chunk_size: int = 512,
         random_base: RandomLlama | None = None,
+        teacher: str | None = None,
+        teacher_quantize: Literal["nf4", "int8"] | None = None,
+        teacher_dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16",
+        teacher_weight: float = 1.0,
+        teacher_temperature: float = 1.0,
     ) -> None:
         super().__init__()
         if (base is None) == (random_base is None):
@@ -166,6 +181,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         self._source: ModelSource | None = None
         self.strict_loading = False  # a checkpoint holds no base
         self.save_hyperparameters(ignore=["random_base"])
+        self.teacher = Teacher.checked(self.hparams)
         self.hparams["random_base"] = None if random_base is None else dict(vars(random_base))
         self.register_load_state_dict_post_hook(_miss_no_base)  # type: ignore[no-untyped-call]
         # Drawn now, so that nothing that draws before the adapters are made changes them.
@@ -180,14 +196,16 @@ class QuantizedFinetuning(LanguageModelingModule):
         hparams = self.hparams
         dtype, device = DTYPES[hparams["dtype"]], self._base_device()
         if self.base is not None:
-            loaded = load_model(
-                self.base,
-                dtype=dtype,
-                device=device,
-                quantize=hparams["quantize"],
-                revision=hparams["revision"],
-                keep_part=self._keep_part,
-            )
+            how = hparams["quantize"]
+            with announced(f"loading {self.base}{f', quantized to {how}' if how else ''}"):
+                loaded = load_model(
+                    self.base,
+                    dtype=dtype,
+                    device=device,
+                    quantize=how,
+                    revision=hparams["revision"],
+                    keep_part=self._keep_part,
+                )
             self.network, self.base_revision = loaded.network, loaded.revision
             self._source = loaded.source
         else:
@@ -219,12 +237,19 @@ class QuantizedFinetuning(LanguageModelingModule):
         self.network.train()  # a loaded one is in evaluation mode
         use_packed_attention(self.network)
         recompute_blocks(self.network, hparams["recompute"])
+        self.load_teacher()
 
     @override
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "B T D"]:
+        return self.hidden_states_of(self.network, batch)
+
+    @override
+    def hidden_states_of(
+        self, network: PreTrainedModel, batch: TokenBatch
+    ) -> Float[Tensor, "B T D"]:
         if "packing" not in batch:
-            return super().hidden_states(batch)
-        return run_packed(self.network, batch["input_ids"], batch["position_ids"], batch["packing"])
+            return super().hidden_states_of(network, batch)
+        return run_packed(network, batch["input_ids"], batch["position_ids"], batch["packing"])
 
     @override
     def prepared(self, batch: TokenBatch) -> TokenBatch:
@@ -252,11 +277,20 @@ class QuantizedFinetuning(LanguageModelingModule):
     ) -> LossSums:
         if not self.hparams["supervised_logits_only"]:
             return super().loss_sum_and_tokens(hidden, labels)
-        if places is None:
-            places = _places_of_labels(labels)
-        hidden_ND = hidden.flatten(0, 1).index_select(0, places)
-        labels_N = labels.flatten().index_select(0, places)
-        return super().loss_sum_and_tokens(hidden_ND[None], labels_N[None])
+        labels_1N, hidden_1ND = _labelled(labels, places, hidden)
+        return super().loss_sum_and_tokens(hidden_1ND, labels_1N)
+
+    @override
+    def training_sums(self, batch: TokenBatch, hidden: Float[Tensor, "B T D"]) -> LossSums:
+        if self.teacher is None or not self.hparams["supervised_logits_only"]:
+            return super().training_sums(batch, hidden)
+        teacher_hidden = self.teacher.hidden_states(batch, self.hidden_states_of)
+        labels_1N, hidden_1ND, teacher_1ND = _labelled(
+            batch["labels"], batch.get("supervised"), hidden, teacher_hidden
+        )
+        return self.teacher.loss(
+            self.network, hidden_1ND, teacher_1ND, labels_1N, self.loss_chunk_size
+        )
 
     @override
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
@@ -264,7 +298,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         if not weight:
             return super().training_step(batch, batch_idx)
         hidden = self.hidden_states(batch)
-        sums = self.batch_loss(batch, hidden)
+        sums = self.training_sums(batch, hidden)
         divergence = self.divergence_from_base(batch, hidden)
         sums = LossSums(sums.loss_sum + weight * sums.num_tokens * divergence, sums.num_tokens)
         self.log_step(sums)
@@ -306,7 +340,17 @@ class QuantizedFinetuning(LanguageModelingModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        return self.with_cosine_schedule(self._optimizer())
+        return self.with_schedule(self._optimizer())
+
+    def base_text(self) -> str:
+        """Name of the base, and how it is stored."""
+        how = self.hparams["quantize"] or self.hparams["dtype"]
+        return f"{'random Llama' if self.base is None else self.base} in {how}"
+
+    def adapter_text(self) -> str:
+        """Kind and rank of the adapter."""
+        kind = "DoRA" if self.options.dora else "LoRA"
+        return f"{kind} of rank {self.options.rank}"
 
     def trained_share(self) -> float:
         """Trained parameters over all, those of the base counted unquantized."""
@@ -476,6 +520,23 @@ class QuantizedFinetuning(LanguageModelingModule):
                 f"data.tokenizer has {self.num_rows_needed} tokens, {self.base}"
                 f" {config.vocab_size}: take the base's own"
             )
+
+
+def _labelled(
+    labels: Int[Tensor, "B T"],
+    places: Int[Tensor, "N"] | None,
+    *states: Float[Tensor, "B T _"],
+) -> list[Tensor]:
+    """The labels, and the states of some networks, of the places that have one, in one row.
+
+    Args:
+        labels: Labels of a batch.
+        places: Places in the flattened batch that have a label; None looks for them.
+        states: States of the batch.
+    """
+    places = _places_of_labels(labels) if places is None else places
+    parts = (labels.flatten(), *(hidden.flatten(0, 1) for hidden in states))
+    return [part.index_select(0, places)[None] for part in parts]
 
 
 def _miss_no_base(module: nn.Module, found: _IncompatibleKeys) -> None:

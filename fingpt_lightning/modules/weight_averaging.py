@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_swa_avg_fn
 
 
@@ -15,7 +15,8 @@ def prepare_averaging(module: LightningModule) -> None:
 
     To be called at each ``configure_model``, which `WeightAveraging` calls before it copies the
     module: numbers that are equal then stay equal to the bit. Averaging would round frozen weights,
-    and take codes of 4 and 8 bits for numbers.
+    and take codes of 4 and 8 bits for numbers. An average that begins later than the run is the
+    trained weights until then.
 
     Raises:
         ValueError: A callback averages what it cannot see all of, or what changes under it.
@@ -44,6 +45,8 @@ def prepare_averaging(module: LightningModule) -> None:
                     f" model.{key} {module.hparams[key]} changes in between; leave one of them out"
                 )
         _keep_equal_numbers(callback)
+        if not isinstance(callback.should_update, _FollowUntilFirst):
+            callback.should_update = _FollowUntilFirst(callback, module)  # type: ignore[method-assign]
 
 
 def _keep_equal_numbers(callback: WeightAveraging) -> None:
@@ -56,6 +59,35 @@ def _keep_equal_numbers(callback: WeightAveraging) -> None:
     single = settings.get("avg_fn")
     if multiple is None and not isinstance(single, _UnlessEqual):
         settings["avg_fn"] = _UnlessEqual(single or get_swa_avg_fn())
+
+
+class _FollowUntilFirst:
+    """``should_update`` of a callback whose average is the trained weights until its first update.
+
+    Lightning 2.6 leaves the average at the initial weights where the callback starts later, as with
+    ``update_starting_at_step``: validated, stored, and kept by a run that ends before.
+    """
+
+    def __init__(self, callback: WeightAveraging, module: LightningModule) -> None:
+        self._callback, self._module = callback, module
+        self._should_update = callback.should_update
+
+    def __call__(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        if self._should_update(step_idx=step_idx, epoch_idx=epoch_idx):
+            return True
+        average = self._callback._average_model
+        if step_idx is not None and average is not None and not average.n_averaged:
+            self._follow(average.module)
+        return False
+
+    @torch.no_grad()
+    def _follow(self, average: nn.Module) -> None:
+        for ours, theirs in zip(average.parameters(), self._module.parameters(), strict=True):
+            if theirs.requires_grad:
+                ours.copy_(theirs)
+        buffers = zip(average.buffers(), self._module.buffers(), strict=True)
+        for averaged, current in buffers:
+            averaged.copy_(current)
 
 
 class _UnlessEqual:

@@ -18,13 +18,14 @@ from fingpt_lightning.models.adapting import adapt, linear_names, matching_names
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.hf_folder import CONFIG
 from fingpt_lightning.models.layout import features_of, lay_out
-from fingpt_lightning.models.loading import DTYPES, stored_config
+from fingpt_lightning.models.loading import DTYPES, open_stored, stored_config
 from fingpt_lightning.models.low_rank_config import is_guide
 from fingpt_lightning.models.packed_attention import use_packed_attention
 from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER
 from fingpt_lightning.models.sources import GGUF, adapter_at, resolve_source
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 from fingpt_lightning.modules.base_model import RandomLlama
+from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.pipeline import NetworkCosts, network_costs
 from fingpt_lightning.planning.fake_step import fake_parameters
 from fingpt_lightning.profiling.memory import storage_bytes
@@ -99,6 +100,49 @@ def blueprint(
     raise TypeError(
         f"{type(module).__name__} cannot be planned: LowRankPretraining and QuantizedFinetuning can"
     )
+
+
+class TeacherCosts(NamedTuple):
+    """The costs of a frozen network beside the one that is trained.
+
+    Attributes:
+        weights: Bytes of its weights as the run holds them.
+        loss: Bytes of its logits, of the positions whose logits are held at a time.
+        flops_per_token: Operations of its forward pass, head included.
+    """
+
+    weights: int
+    loss: int
+    flops_per_token: float
+
+
+def teacher_costs(module: LanguageModelingModule, block_length: int) -> TeacherCosts | None:
+    """What the teacher of a module adds to a step; None where it has none.
+
+    Args:
+        module: Module that was made and not yet configured.
+        block_length: Most tokens per sequence.
+
+    Raises:
+        OSError: There is no model at the path.
+        ValueError: It cannot be read.
+    """
+    if module.teacher is None:
+        return None
+    teacher = module.teacher
+    stored = open_stored(teacher.path).weights
+    network = lay_out(stored.config, stored.shapes)
+    itemsize, linear = DTYPES[teacher.dtype].itemsize, set(linear_names(network))
+    in_matrix = BYTES_PER_NUMBER.get(teacher.quantize or "", itemsize)
+    costs = network_costs(network, block_length)
+    weights = sum(
+        p.numel() * (in_matrix if name.removesuffix(".weight") in linear else itemsize)
+        for name, p in network.named_parameters()
+    )
+    # Logits in the teacher's dtype, and in float32 as the softmax takes them.
+    loss = module.loss_chunk_size * network.config.vocab_size * (itemsize + 4)
+    flops = sum(cost.flops_per_token for cost in (*costs.blocks, costs.back))
+    return TeacherCosts(round(weights), loss, flops)
 
 
 def base_config(

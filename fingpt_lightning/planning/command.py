@@ -25,15 +25,21 @@ from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.instructions import tokenizer_of_base
 from fingpt_lightning.files import write_json
-from fingpt_lightning.low_rank import low_rank_factors
+from fingpt_lightning.low_rank import embedding_factors, low_rank_factors
 from fingpt_lightning.metric_keys import MEMORY_PARTS
 from fingpt_lightning.models.families import family_of
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import dense_in_blocks
+from fingpt_lightning.modules.recipe import FACTOR_OPTIMIZERS, moves_dense_alike
 from fingpt_lightning.pipeline import Balance, Workload
 from fingpt_lightning.pipeline.schedule import largest_layout
-from fingpt_lightning.planning.blueprint import Blueprint, blueprint
+from fingpt_lightning.planning.blueprint import (
+    Blueprint,
+    TeacherCosts,
+    blueprint,
+    teacher_costs,
+)
 from fingpt_lightning.planning.fake_step import StepBytes, count_step, fake_batch, with_more_blocks
 from fingpt_lightning.planning.plan import (
     MemoryPlan,
@@ -141,13 +147,20 @@ def _plan(
     optimizer = cli.model.hparams.get("optimizer", "adamw")
     gradients = sum(count * width for count, width in made.trained_parameters)
     state = optimizer_bytes(made.trained_parameters, optimizer)
-    if optimizer == "spectron":
-        moved = [(min(p.shape), p) for p in low_rank_factors(made.network)]
-        if cli.model.hparams["spectron_dense"]:
+    if optimizer in FACTOR_OPTIMIZERS:
+        has_vectors = optimizer == "spectron"
+        factors = low_rank_factors(made.network)
+        if cli.model.hparams["embedding_optimizer"] == "same":
+            factors += embedding_factors(made.network)
+        moved = [(min(p.shape) if has_vectors else 0, p) for p in factors]
+        if moves_dense_alike(cli.model.hparams):
             moved += [(0, p) for p in dense_in_blocks(made.network)]
         state -= factor_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
     # At the optimizer step gradients are whole and activations are gone.
     peak = made.weights + state + max(step.peak, gradients)
+    teacher = teacher_costs(cli.model, length)
+    if teacher is not None:
+        peak += teacher.weights + teacher.loss
     memory = MemoryPlan(made.weights, gradients, state, step.activations, step.loss, peak)
     batches = None
     replicas = _num_replicas(trainer)
@@ -167,7 +180,7 @@ def _plan(
             measured, step_time_s = _calibrated(cli)
     is_calibrated = step_time_s is not None
     if step_time_s is None and lasts.steps is not None:
-        batch_s, note = _time_by_flops(made, cli.model, data.batch, trainer)
+        batch_s, note = _time_by_flops(made, teacher, cli.model, data.batch, trainer)
         step_time_s = accumulate * batch_s
         notes.append(note)
     plan = {
@@ -177,6 +190,7 @@ def _plan(
         "same_size_dense": None if made.same_size is None else made.same_size._asdict(),
         "trained": made.trained,
         "bytes": jsonable(memory),
+        "teacher_bytes": 0 if teacher is None else teacher.weights,
         "offloaded_bytes": _offloaded(cli.model, made, data.batch, device),
         "measured_bytes": measured,
         "steps": lasts.steps,
@@ -349,7 +363,11 @@ def _calibrated(cli: LightningCLI) -> tuple[dict[str, int], float]:
 
 
 def _time_by_flops(
-    made: Blueprint, module: LightningModule, batch: Any, trainer: Trainer
+    made: Blueprint,
+    teacher: TeacherCosts | None,
+    module: LightningModule,
+    batch: Any,
+    trainer: Trainer,
 ) -> tuple[float, str]:
     """Seconds of a batch at the peak of the device, and a sentence that names the peak."""
     device, precision = trainer.strategy.root_device, str(trainer.precision)
@@ -362,6 +380,8 @@ def _time_by_flops(
         num_logits = int((batch["labels"] != IGNORED_LABEL).sum())
     of_blocks = sum(cost.flops_per_token for cost in made.costs.blocks)
     flops = passes * (of_blocks * num_tokens + made.costs.back.flops_per_token * num_logits)
+    if teacher is not None:
+        flops += teacher.flops_per_token * num_tokens
     is_bf16 = "bf16" in precision or module.hparams.get("dtype") == "bfloat16"
     name = "bf16" if is_bf16 else "fp16" if precision.startswith("16") else "fp32"
     peak, source = None, "its data sheet"

@@ -65,8 +65,8 @@ def optimizer_bytes(parameters: Iterable[tuple[int, int]], optimizer: str = "ada
 
     Args:
         parameters: Numbers and bytes per number of each trained parameter.
-        optimizer: ``adamw``; ``spectron``, without what `factor_saving` counts; or one in 8 bits:
-            ``adamw_8bit``, ``paged_adamw_8bit``.
+        optimizer: ``adamw``; ``spectron`` or ``lora_muon``, without what `factor_saving` counts;
+            or one in 8 bits: ``adamw_8bit``, ``paged_adamw_8bit``.
 
     Source: torch.optim.AdamW (a step count in float32 beside each parameter);
     bitsandbytes.optim.optimizer.Optimizer2State (blocks of 256, small parameters in 32 bits).
@@ -89,11 +89,11 @@ def optimizer_bytes(parameters: Iterable[tuple[int, int]], optimizer: str = "ada
 
 
 def factor_saving(factors: Iterable[tuple[int, int, int]]) -> int:
-    """What the state of ``spectron`` lacks beside AdamW's: one mean a number, and the step count.
+    """What the state of ``spectron`` lacks beside AdamW's: one mean per number, and the step count.
 
     Args:
-        factors: Rank, numbers and bytes per number of each; a dense matrix that is moved alike has
-            no vector, so 0 for the rank.
+        factors: Rank, numbers and bytes per number of each; 0 for the rank of a dense matrix that
+            is moved alike, and of all under ``lora_muon``, which keeps no vector.
 
     >>> factor_saving([(10, 1000, 4)])  # a vector of the rank is kept instead
     3964

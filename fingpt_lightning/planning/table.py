@@ -44,6 +44,8 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
         own = measured.get(part)
         beside = ["-" if own is None else format_bytes(own)] if measured else []
         table.add_row(_NAMES.get(part, part), format_bytes(plan["bytes"][part]), *beside)
+    if plan.get("teacher_bytes"):
+        row("the teacher's weights, in the peak", format_bytes(plan["teacher_bytes"]))
     if plan["offloaded_bytes"]:
         row("of these in the host's memory", format_bytes(plan["offloaded_bytes"]))
     row(f"free on {plan['device']}", format_bytes(plan["free_bytes"]))

@@ -11,18 +11,28 @@ from fingpt_lightning.tasks import find_task, task_names
 
 
 class Answer(NamedTuple):
-    """One row of a task; ``confidence`` is the share of probability on the answer, where known."""
+    """One row of a task.
+
+    Attributes:
+        row: Number of the row.
+        text: Text of the row.
+        gold: Right answer, where it is known.
+        prediction: Answer; None where it is missing.
+        confidence: Share of probability on the answer, where known.
+        is_right: Whether it is right; None where that is not known, or a matter of degree.
+    """
 
     row: int
     text: str
     gold: str | None
     prediction: str | None
     confidence: float | None
+    is_right: bool | None
 
     @property
     def is_wrong(self) -> bool:
         """Whether the right answer is known and is another one."""
-        return self.gold is not None and self.gold != self.prediction
+        return self.is_right is False
 
 
 class StoredResult(NamedTuple):
@@ -120,7 +130,7 @@ def confusion_of(result: StoredResult) -> Confusion | None:
 def worst(result: StoredResult, count: int) -> list[Answer]:
     """The wrong answers of which the model was most certain, the most certain first.
 
-    >>> sure = Answer(1, "a", "yes", "no", 0.9)
+    >>> sure = Answer(1, "a", "yes", "no", 0.9, False)
     >>> answers = (sure._replace(row=2, confidence=0.6), sure)
     >>> [answer.row for answer in worst(StoredResult("t", "", {}, answers), 5)]
     [1, 2]
@@ -137,4 +147,7 @@ def _answer(row: dict[str, Any]) -> Answer:
     # Scores of several choices are normalized: their exponentials add up to 1.
     confidence = math.exp(max(scores)) if len(scores) > 1 else None
     gold, prediction = row.get("gold"), row.get("prediction")
-    return Answer(int(row["row"]), str(row["text"]), gold, prediction, confidence)
+    is_right = row.get("is_right")
+    if is_right is None and gold is not None and not {"figures", "values"} & row.keys():
+        is_right = gold == prediction
+    return Answer(int(row["row"]), str(row["text"]), gold, prediction, confidence, is_right)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fingpt_lightning.metric_keys import (
+    COMPRESSION_FIGURES,
     EVAL_FIGURES,
     MEMORY_PEAK_ALLOCATED,
     MEMORY_PEAK_RSS,
@@ -14,10 +15,11 @@ from fingpt_lightning.metric_keys import (
     compression_key,
 )
 from fingpt_lightning.reporting.answers import StoredResult
-from fingpt_lightning.reporting.page import Card, Cell, Section, Table, number
+from fingpt_lightning.reporting.page import Block, Card, Cell, Note, Section, Table, number
 from fingpt_lightning.reporting.runs import Evaluation, Run, Sweep
 from fingpt_lightning.units import MIB, format_bytes, format_count, format_duration
 
+NOT_COMPARABLE = "their losses per token are not comparable, bits per byte are"
 _MAX_PARAMETERS_IN_CARD = 3
 
 
@@ -58,7 +60,10 @@ def tokens_per_s(run: Run) -> float | None:
 
 def compression(run: Run, figure: str) -> float | None:
     """One of `COMPRESSION_FIGURES`, from the summary or the log."""
-    return _number(run.summary.get(figure)) or _last(run.values(compression_key(figure)))
+    found = _number(run.summary.get(figure))
+    if found is None and figure in COMPRESSION_FIGURES:
+        found = _last(run.values(compression_key(figure)))
+    return found
 
 
 def _last(values: Sequence[float]) -> float | None:
@@ -80,6 +85,12 @@ def _compression_ratio(run: Run) -> float | None:
 _FIGURES = (
     Figure("last validation loss", last_val_loss, "{:.4f}".format, -1),
     Figure("best validation loss", _best_val_loss, "{:.4f}".format, -1),
+    Figure(
+        "bits per byte",
+        lambda run: _number(run.summary.get("val_bits_per_byte")),
+        "{:.3f}".format,
+        -1,
+    ),
     Figure("parameters", lambda run: compression(run, "parameters"), format_count, -1),
     Figure("dense over stored", _compression_ratio, "{:.2f}x".format, 1),
     Figure("tokens/s", tokens_per_s, "{:,.0f}".format, 1),
@@ -92,17 +103,27 @@ _FIGURES = (
 )
 
 
+_PER_TOKEN = ("last validation loss", "best validation loss")
+"""The figures that depend on the tokenizer."""
+
+
+def has_one_tokenizer(runs: Sequence[Run]) -> bool:
+    """Whether losses per token can be compared: no two runs have different tokenizers."""
+    return len({run.tokenizer for run in runs if run.tokenizer is not None}) <= 1
+
+
 def glance_section(runs: Sequence[Run]) -> Section | None:
     """Several runs in a table, a column per run; the best of a row is marked."""
     if len(runs) < 2:
         return None
-    rows = []
+    rows, is_fair = [], has_one_tokenizer(runs)
     for figure in _FIGURES:
         values = [figure.value(run) for run in runs]
         known = [value for value in values if value is not None]
         if not known:
             continue
-        best = {1: max, -1: min}[figure.better](known) if figure.better else None
+        better = figure.better if is_fair or figure.title not in _PER_TOKEN else 0
+        best = {1: max, -1: min}[better](known) if better else None
         differs = len(set(known)) > 1
         cells = [
             number("-") if x is None else number(figure.write(x), is_best=differs and x == best)
@@ -113,7 +134,10 @@ def glance_section(runs: Sequence[Run]) -> Section | None:
         return None
     head = [Cell(""), *(Cell(run.name, is_number=True, run=i) for i, run in enumerate(runs))]
     lead = "The same figures of all runs; the best of each row is bold."
-    return Section("glance", "Side by side", lead, [Table(head, rows)])
+    blocks: list[Block] = [Table(head, rows)]
+    if not is_fair:
+        blocks.append(Note(f"The runs have different tokenizers: {NOT_COMPARABLE}."))
+    return Section("glance", "Side by side", lead, blocks)
 
 
 def cards(
@@ -153,13 +177,20 @@ def _run_cards(run: Run) -> list[Card]:
     losses = run.values(VAL_LOSS)
     if (loss := last_val_loss(run)) is not None:
         note = f"from {losses[0]:.3f} at the first validation" if len(losses) > 1 else ""
+        if (bits := _number(run.summary.get("val_bits_per_byte"))) is not None:
+            note = ", ".join(filter(None, (f"{bits:.3f} bits per byte", note)))
         found.append(Card("validation loss", f"{loss:.3f}", note))
     for task in dict.fromkeys(result.task for result in run.task_results):
         task_results = [result for result in run.task_results if result.task == task]
         found.append(
             _task_card(task_results[-1], task_results[0] if len(task_results) > 1 else None, "")
         )
-    if (ratio := compression(run, "total_parameter_ratio")) is not None:
+    if (adapter := run.summary.get("adapter")) is not None:
+        trained, share = compression(run, "trained_parameters"), run.summary.get("trained_share")
+        note = f"{adapter} on {run.summary.get('base')}"
+        if trained is not None and isinstance(share, float):
+            found.append(Card("trained parameters", format_count(trained), f"{share:.2%}, {note}"))
+    elif (ratio := compression(run, "total_parameter_ratio")) is not None:
         ours, dense = compression(run, "parameters"), compression(run, "dense_parameters")
         note = f"{format_count(ours)} of {format_count(dense)} parameters" if ours and dense else ""
         found.append(Card("smaller than dense", f"{ratio:.2f}x", note))
@@ -181,6 +212,7 @@ def _best_cards(runs: Sequence[Run]) -> list[Card]:
     found = []
     named = {
         "last validation loss": "lowest validation loss",
+        "bits per byte": "fewest bits per byte",
         "dense over stored": "smallest beside dense",
         "tokens/s": "most tokens per second",
         "peak memory": "least peak memory",
@@ -188,6 +220,8 @@ def _best_cards(runs: Sequence[Run]) -> list[Card]:
     for figure in _FIGURES:
         known = [(figure.value(run), place) for place, run in enumerate(runs)]
         values = [(value, place) for value, place in known if value is not None]
+        if figure.title in _PER_TOKEN and not has_one_tokenizer(runs):
+            continue
         if figure.title not in named or len({value for value, _ in values}) < 2:
             continue
         value, place = max(values, key=lambda found: figure.better * found[0])

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fingpt_lightning.terminal.command_line import OptionParser
+from fingpt_lightning.terminal.command_line import OptionParser, positive_int
 
 
 def build_parser() -> OptionParser:
@@ -20,6 +20,14 @@ def build_parser() -> OptionParser:
         help="folder of a run, a sweep or an evaluation; several stand side by side",
     )
     add("--output", type=Path, default=Path("report.html"), help="the page; default: %(default)s")
+    add(
+        "--watch",
+        nargs="?",
+        type=positive_int,
+        const=10,
+        metavar="SECONDS",
+        help="write the page anew while a run goes on; a browser shows it by itself; default: 10",
+    )
     return parser
 
 

@@ -126,6 +126,7 @@ class Page(NamedTuple):
     labels: Sequence[Label]
     sections: Sequence[Section]
     missing: Sequence[str]
+    refresh_s: int | None = None
 
 
 def to_html(page: Page) -> str:

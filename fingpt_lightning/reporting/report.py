@@ -23,16 +23,37 @@ _NUM_TRIALS_SHOWN = 5
 """How many of a sweep's trials, the best ones, are shown beside each other as runs."""
 
 
-def write_page(paths: Sequence[Path], output: Path) -> None:
-    """The implementation of `fingpt_lightning.reporting.write_report`, with its messages."""
+def write_page(paths: Sequence[Path], output: Path, refresh_s: int | None = None) -> bool:
+    """The implementation of `fingpt_lightning.reporting.write_report`, with its messages.
+
+    Args:
+        paths: Folders.
+        output: File of the page.
+        refresh_s: Seconds after which a browser reads the page again, where a run goes on.
+
+    Returns:
+        Whether a run of them is not finished.
+    """
     if not paths:
         raise ValueError("no run, sweep or evaluation is given")
     if not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"output {output}: there is no folder {output.parent}")
     if output.is_dir():
         raise ValueError(f"output {output} is a folder; name a file, as {output / 'report.html'}")
-    html = to_html(_page([read_folder(path) for path in dict.fromkeys(paths)]))
-    write_whole(output, html)
+    found = [read_folder(path) for path in dict.fromkeys(paths)]
+    goes_on = any(not is_over(one) for one in found)
+    page = _page(found)._replace(refresh_s=refresh_s if goes_on else None)
+    write_whole(output, to_html(page))
+    return goes_on
+
+
+def is_over(one: Run | Sweep | Evaluation) -> bool:
+    """Whether a run has written its summary, or a sweep has no trial that runs."""
+    if isinstance(one, Run):
+        return one.is_finished or one.error is not None
+    if isinstance(one, Sweep):
+        return all(trial.state != "running" for trial in one.trials)
+    return True
 
 
 def _page(found: Sequence[Run | Sweep | Evaluation]) -> Page:

@@ -23,7 +23,12 @@ from fingpt_lightning.reporting.charts import (
     line_chart,
     timeline_chart,
 )
-from fingpt_lightning.reporting.headline import compression, peak_bytes
+from fingpt_lightning.reporting.headline import (
+    NOT_COMPARABLE,
+    compression,
+    has_one_tokenizer,
+    peak_bytes,
+)
 from fingpt_lightning.reporting.page import (
     Block,
     Cell,
@@ -59,7 +64,7 @@ _MIN_SHARE = 0.1
 
 
 def learning_section(runs: Sequence[Run]) -> Section | str | None:
-    """Loss by tokens and by time."""
+    """Loss by tokens, by steps and by time."""
     if not runs:
         return None
     blocks: list[Block] = []
@@ -70,6 +75,7 @@ def learning_section(runs: Sequence[Run]) -> Section | str | None:
     time_label = f"{'minutes' if in_minutes else 'seconds'} of training"
     for axis, label, scale, title in (
         (TRAIN_TOKENS, "tokens", 1, "Loss by tokens"),
+        ("step", "optimizer steps", 1, "Loss by steps"),
         (THROUGHPUT_TRAINING_TIME_S, time_label, unit, "Loss by time"),
     ):
         lines = []
@@ -88,6 +94,8 @@ def learning_section(runs: Sequence[Run]) -> Section | str | None:
             blocks.append(Note(f"{run.name}: the loss is no number from step {step:,} on."))
         if not run.values(VAL_LOSS):
             blocks.append(Note(f"{run.name}: it ended before its first validation, or has none."))
+    if not has_one_tokenizer(runs):
+        blocks.append(Note(f"The runs have different tokenizers: {NOT_COMPARABLE}."))
     lead = "Thin lines are training loss, marked ones validation loss."
     return Section("learning", "Learning", lead, blocks)
 
@@ -187,6 +195,8 @@ def compression_section(runs: Sequence[Run]) -> Section | str | None:
                 number(f"{dense / ours:.2f}x"),
             ]
         )
+    if not rows and any("adapter" in run.summary for run in runs):
+        return None  # an adapter has no dense baseline
     if not rows:
         return (
             "Compression: no parameters were counted; callbacks.CompressionMonitor and RunSummary"

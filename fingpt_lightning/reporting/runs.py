@@ -1,5 +1,6 @@
 """A run, a sweep or an evaluation, read from the folder that it left."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from fingpt_lightning.reporting.answers import (
 )
 from fingpt_lightning.reporting.environment import ENVIRONMENT
 from fingpt_lightning.reporting.files import Row, read_config, read_metrics, read_object
-from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.inputs import refuse_missing_run
 
 _RUN_FILES = ("config.yaml", "metrics.csv", "summary.json")
 _FINISHED = "finished"
@@ -41,6 +42,7 @@ class Run(NamedTuple):
     task_results: tuple[StoredResult, ...]
     steps: tuple[RecordedStep, ...]
     error: str | None = None
+    tokenizer: str | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -128,10 +130,7 @@ def read_folder(folder: Path) -> Run | Sweep | Evaluation:
         ValueError: It is none of the three, or a file in it is broken.
         FileNotFoundError: There is no such folder.
     """
-    if not folder.is_dir():
-        siblings = [path.name for path in _folders(folder.parent)]
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"{folder} {what}{nearest(folder.name, siblings)}")
+    refuse_missing_run(folder)
     if (folder / "sweep.json").exists():
         return _read_sweep(folder)
     if (folder / "results.json").exists():
@@ -169,7 +168,13 @@ def read_run(folder: Path, name: str | None = None, error: str | None = None) ->
         task_results=tuple(task_results_of_run(folder)),
         steps=tuple(_recorded_steps(folder / "pipeline")),
         error=error,
+        tokenizer=_digest(folder / "tokenizer" / "tokenizer.json"),
     )
+
+
+def _digest(path: Path) -> str | None:
+    """A digest of the tokenizer of a run; None where it is not in its folder."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _rows(folder: Path) -> list[Row]:

@@ -96,6 +96,8 @@ def _mistakes(source: _Source, result: StoredResult) -> list[Block]:
     if not result.answers:
         text = "predictions.jsonl is not there; figures only"
         return [Note(f"{source.name}, {result.task}: {text}.")]
+    if all(answer.is_right is None for answer in result.answers):
+        return []  # summaries and scores are right to a degree
     found = worst(result, _NUM_WORST)
     if not found:
         return [Note(f"{source.name}, {result.task}: no answer is wrong.")]

@@ -6,8 +6,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fingpt_lightning.tasks import audit_command
 from fingpt_lightning.tasks.examples import Example
 from fingpt_lightning.tasks.library import find_task, task_names
+from fingpt_lightning.tasks.options import AUDIT
 from fingpt_lightning.tasks.rows import read_rows
 from fingpt_lightning.tasks.sources import splits_in
 from fingpt_lightning.tasks.task import Task
@@ -16,7 +18,7 @@ _WIDTH = 160
 
 
 def run(options: argparse.Namespace) -> None:
-    """Lists the tasks, or shows one.
+    """Lists the tasks, shows one, or audits their rows.
 
     Args:
         options: Result of `parse_options`.
@@ -30,10 +32,12 @@ def run(options: argparse.Namespace) -> None:
     folder = options.data_dir
     if folder is not None and not folder.expanduser().is_dir():
         raise FileNotFoundError(f"data_dir: no folder {folder}")
-    if options.name is None:
+    if options.words[:1] == [AUDIT]:
+        audit_command.run(options, console)
+    elif not options.words:
         console.print(_table([find_task(name) for name in task_names()], folder))
     else:
-        _show(find_task(options.name), folder, console)
+        _show(find_task(options.words[0]), folder, console)
 
 
 def _table(tasks: list[Task], data_dir: Path | None) -> Table:

@@ -2,16 +2,23 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
+from fingpt_lightning.tasks.references import (
+    Reference,
+    entities_of,
+    list_as_text,
+    marked_lines,
+    reference_of,
+    tagged_spans,
+    written,
+)
 from fingpt_lightning.tasks.task import Field, Shape, Task, Template, whole_number
 from fingpt_lightning.terminal.messages import nearest
 
 Row = Mapping[str, object]
 
 _UNKNOWN_GOLD = ("", "-1")
-_OUTSIDE = "O"
 _ASSISTANT = "assistant"
 _ROLES = {
     **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
@@ -21,8 +28,8 @@ _ROLES = {
 _VERBATIM = "gap"
 """The field that keeps its blanks: the text between a prompt in a file and its answer."""
 _CONTEXT, _INSTRUCTION = {"context", "target"}, {"instruction", "output"}
-_LISTS = ("choices", "contexts", "names")
-"""The fields that are lists of texts."""
+_LISTS = ("choices", "contexts", "names", "answer")
+"""The fields that may be lists of texts."""
 
 
 class Turn(NamedTuple):
@@ -56,6 +63,8 @@ class Example(NamedTuple):
         turns: Turns of a conversation, the last of them the assistant's; prompts and choices are
             then empty texts. Every turn of the assistant is an answer.
         shots: Examples before the question.
+        reference: Right answer of a kind whose answers are written.
+        group: Value of the task's field ``group``.
     """
 
     prefix: str
@@ -68,6 +77,8 @@ class Example(NamedTuple):
     message: tuple[str, tuple[int, int] | None] | None = None
     turns: tuple[Turn, ...] = ()
     shots: tuple[Shot, ...] = ()
+    reference: Reference | None = None
+    group: str = ""
 
 
 def examples_of_row(task: Task, row: Row, number: int) -> Iterator[Example | None]:
@@ -92,7 +103,7 @@ def _examples_of_shape(task: Task, shape: Shape, row: Row, number: int) -> Itera
         return
     translated = shape.translated_columns
     columns = {
-        name: _text_or_texts(name, _column(row, name), translated.get(name, ()))
+        name: _rendered(shape, name, _column(row, name), translated.get(name, ()))
         for name in shape.columns
     }
     for raw_fields in _expanded(shape, columns):
@@ -159,40 +170,30 @@ def example_of_fields(task: Task, values: Row, number: int) -> Example | None:
     """Makes the example of a text that has no label yet; None where a field is empty.
 
     Args:
-        task: Task of kind ``labels``.
+        task: Task of kind ``labels``, or of one whose answers are written.
         values: Value of each of `field_names`, translated as in the task's files.
         number: Number of the row, for messages.
 
     Raises:
         ValueError: A value is not allowed.
     """
-    known = {field: tuple(values) for field, values in task.shapes[0].values.items()}
-    fields = {
-        name: _tidy(task, _text(name, values[name], known.get(name, ())))
-        for name in field_names(task)
+    shape = task.shapes[0]
+    known = {field: tuple(values) for field, values in shape.values.items()}
+    forms = {
+        name: shape.lists[source]
+        for name, source in shape.fields.items()
+        if isinstance(source, str) and source in shape.lists
     }
-    fields["label"] = ""
+    fields: dict[str, Field] = {}
+    for name in field_names(task):
+        value = values[name]
+        if name in forms and not isinstance(value, str):
+            value = list_as_text(name, value, forms[name])
+        fields[name] = _tidy(task, _text(name, value, known.get(name, ())))
+    fields |= {"label": "", "answer": ""}
     if not all(fields[name] for name in field_names(task)):
         return None
     return _example(task, fields, number) if _translate(task.shapes[0], fields) else None
-
-
-def tagged_spans(tokens: Sequence[str], tags: Sequence[str]) -> list[tuple[str, str]]:
-    """The runs of tokens that share a tag other than ``O``, and that tag.
-
-    A tag with ``B-`` begins a run, which the same tag with ``I-`` continues.
-
-    >>> tagged_spans(["Silicon", "Valley", "Bank", "lends"], ["B-ORG", "I-ORG", "I-ORG", "O"])
-    [('Silicon Valley Bank', 'I-ORG')]
-    """
-    num_begun = 0
-    keys = []
-    for tag in tags:
-        num_begun += tag.startswith("B-")
-        keys.append(("I-" + tag.removeprefix("B-") if tag.startswith("B-") else tag, num_begun))
-    runs = groupby(zip(tokens, keys, strict=True), key=lambda pair: pair[1])
-    spans = [(" ".join(token for token, _ in run), tag) for (tag, _), run in runs]
-    return [(entity, tag) for entity, tag in spans if tag != _OUTSIDE]
 
 
 def _shape_of_row(task: Task, row: Row) -> Shape:
@@ -257,6 +258,13 @@ def _column(row: Row, name: str) -> object:
     return value
 
 
+def _rendered(shape: Shape, name: str, value: object, known: Collection[str]) -> Field:
+    """The value of a column as the shape has it; lists that it renders become texts."""
+    if name in shape.lists and not isinstance(value, str):
+        return list_as_text(name, value, shape.lists[name])
+    return _text_or_texts(name, value, known)
+
+
 def _text_or_texts(name: str, value: object, known: Collection[str] = ()) -> Field:
     if isinstance(value, list | tuple):
         return tuple(_text(name, item) for item in value)
@@ -300,6 +308,18 @@ def _expanded(shape: Shape, columns: Mapping[str, Field]) -> Iterator[dict[str, 
             raise ValueError(f"{' and '.join(shape.spans.values())} must be lists of one length")
         for entity, tag in tagged_spans(tokens, tags):
             yield fields | {"text": " ".join(tokens), "entity": entity, "label": tag}
+    elif shape.entities:
+        tokens, tags = columns[shape.entities.tokens], columns[shape.entities.tags]
+        if isinstance(tokens, str) or isinstance(tags, str):
+            raise ValueError(f"{' and '.join(shape.entities[:2])} must be lists of one length")
+        answer = entities_of(shape.entities, tokens, tags)
+        yield fields | {"text": " ".join(tokens), "answer": answer}
+    elif shape.marked:
+        marks = columns[shape.marked.marks]
+        if isinstance(marks, str):
+            raise ValueError(f"field {shape.marked.marks!r} is not a list")
+        text = _one_text(shape.marked.lines, columns[shape.marked.lines])
+        yield fields | {"text": text, "answer": marked_lines(shape.marked, text, marks)}
     elif shape.questions:
         for column, question in shape.questions.items():
             yield fields | {"question": question, "label": _one_text(column, columns[column])}
@@ -388,6 +408,7 @@ def _example(task: Task, fields: dict[str, Field], number: int) -> Example | Non
     spans = tuple(_own_text_span(task, template, version) for version in versions)
     choices: tuple[str, ...]
     gold: int | None
+    reference: Reference | None = None
     match task.kind:
         case "labels":
             choices, gold = task.labels, _gold_label(task, str(fields["label"]))
@@ -405,7 +426,12 @@ def _example(task: Task, fields: dict[str, Field], number: int) -> Example | Non
             spans = tuple(span and (span[0], min(span[1], len(context))) for span in spans)
         case "instructions":
             choices, gold = (str(fields["output"]),), 0
-    if not all(choices):
+        case _:
+            reference = reference_of(task, fields)
+            # What is not known is not compared with anything: any text stands for it.
+            choices = ("" if reference is None else written(reference),)
+            gold = None if reference is None else 0
+    if not all(choices) and gold is not None:
         return None
     delimiter = str(fields.get(_VERBATIM) or task.delimiter_after(template))
     answers = tuple(delimiter + choice for choice in choices)
@@ -413,7 +439,19 @@ def _example(task: Task, fields: dict[str, Field], number: int) -> Example | Non
     message = None
     if task.kind == "instructions" and "instruction" in template.names:
         message = _message(fields)
-    return Example(task.instruction, prompts, answers, gold, number, text, spans, message)
+    group = "" if task.group is None else str(fields[task.group])
+    return Example(
+        task.instruction,
+        prompts,
+        answers,
+        gold,
+        number,
+        text,
+        spans,
+        message,
+        reference=reference,
+        group=group,
+    )
 
 
 def _message(fields: Mapping[str, Field]) -> tuple[str, tuple[int, int] | None]:

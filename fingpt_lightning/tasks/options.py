@@ -3,7 +3,10 @@
 import argparse
 from pathlib import Path
 
-from fingpt_lightning.terminal.command_line import OptionParser
+from fingpt_lightning.tasks.audit import NGRAM, THRESHOLD
+from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions, names
+
+AUDIT = "audit"
 
 
 def build_parser() -> OptionParser:
@@ -11,11 +14,28 @@ def build_parser() -> OptionParser:
     parser = OptionParser(
         "fingpt tasks", "The tasks that are shipped, with source and license; or one in detail."
     )
-    parser.add_argument("name", nargs="?", help="a task, or a YAML file of your own")
-    parser.add_argument(
-        "--data_dir", type=Path, help="holds TASK/SPLIT.jsonl, whose rows are counted"
+    add = parser.add_argument
+    add(
+        "words",
+        nargs="*",
+        metavar="TASK",
+        help="a task, or a YAML file of your own; or audit, and the tasks whose rows are searched"
+        " for rows that occur twice (all where none is named)",
     )
+    add("--data_dir", type=Path, help="holds TASK/SPLIT.jsonl, whose rows are counted")
+    add(
+        "--train_files",
+        type=_paths,
+        help="of audit: files of instructions that are trained on, with commas",
+    )
+    add("--ngram", type=int, help="of audit: words of an n-gram; default: 8")
+    add("--threshold", type=float, help="of audit: share of n-grams seen; default: 0.5")
+    add("--strict", action="store_true", help="of audit: status 1 where splits share a row")
     return parser
+
+
+def _paths(text: str) -> list[Path]:
+    return [Path(name) for name in names(text)]
 
 
 def parse_options(words: list[str]) -> argparse.Namespace:
@@ -25,7 +45,21 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         words: Part of the command line after the command.
 
     Raises:
-        WrongOptions: An option is unknown.
+        WrongOptions: An option is unknown, has an invalid value, or has no effect.
         SystemExit: With status 0, after ``--help`` has been answered.
     """
-    return build_parser().read(words)
+    options = build_parser().read(words)
+    if options.words[:1] == [AUDIT]:
+        if options.data_dir is None:
+            raise WrongOptions("--data_dir is required: audit reads the rows that lie there")
+        options.ngram = NGRAM if options.ngram is None else options.ngram
+        options.threshold = THRESHOLD if options.threshold is None else options.threshold
+        return options
+    if len(options.words) > 1:
+        raise WrongOptions(
+            f"one task is shown at a time, not {len(options.words)}; audit takes several"
+        )
+    for name in ("train_files", "ngram", "threshold", "strict"):
+        if getattr(options, name) not in (None, False):
+            raise WrongOptions(f"--{name} has an effect with audit alone")
+    return options

@@ -19,12 +19,14 @@ class TaskRows(NamedTuple):
         path: Path of the file; for the hub, its name, config and split.
         sha256: Digest of all examples' texts, choices and gold, whatever the form of the file.
         num_skipped: Number of examples left out because their text is empty.
+        split_rule: Rule that selects the rows of the split.
     """
 
     examples: list[Example]
     path: Path
     sha256: str
     num_skipped: int
+    split_rule: str
 
 
 def read_rows(
@@ -82,7 +84,7 @@ def _read(task: Task, sources: Sequence[Source], strict: bool) -> TaskRows:
     examples = []
     num_skipped = 0
     seen = set()
-    for path, number, row in ((path, *row) for path, rows in sources for row in rows):
+    for path, number, row in ((one.path, *row) for one in sources for row in one.rows):
         try:
             made = list(examples_of_row(task, row, number))
         except ValueError as error:
@@ -97,13 +99,15 @@ def _read(task: Task, sources: Sequence[Source], strict: bool) -> TaskRows:
             elif (question := (example.prompts, example.choices)) not in seen:
                 examples.append(example)
                 seen.add(question)
-    return TaskRows(examples, sources[0].path, _sha256(examples), num_skipped)
+    rule = " and ".join(dict.fromkeys(source.split_rule for source in sources))
+    return TaskRows(examples, sources[0].path, examples_sha256(examples), num_skipped, rule)
 
 
-def _sha256(examples: Iterable[Example]) -> str:
+def examples_sha256(examples: Iterable[Example]) -> str:
+    """The digest of the examples' texts, choices and gold, in their order."""
     digest = hashlib.sha256()
     for example in examples:
-        turns = [example.turns] if example.turns else []
-        line = json.dumps([example.text, example.choices, example.gold, *turns])
+        more = [part for part in (example.turns, example.reference) if part]
+        line = json.dumps([example.text, example.choices, example.gold, *more])
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()

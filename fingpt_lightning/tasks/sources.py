@@ -20,10 +20,17 @@ _CUT_SPLITS = ("train", "test")
 
 
 class Source(NamedTuple):
-    """Where rows come from, and the rows with their numbers from 1."""
+    """Where rows come from.
+
+    Args:
+        path: File or folder; for the hub, its name, config and split.
+        rows: Rows with their numbers from 1.
+        split_rule: Rule that selects the rows of the split, for results that name it.
+    """
 
     path: Path
     rows: Iterable[NumberedRow]
+    split_rule: str
 
 
 def open_split(
@@ -54,21 +61,57 @@ def open_split(
             if value is not None:
                 raise ValueError(f"{key} {value!r} has an effect with data_dir alone")
         return _open_on_hub(task, split)
-    folder = Path(data_dir).expanduser() / task.folder
-    if not folder.is_dir():
-        advice = nearest(folder.name, [path.name for path in folder.parent.glob("*")])
-        raise FileNotFoundError(f"task {task.name}: no folder {folder}{advice}")
+    folder = find_folder(task, data_dir)
+    if task.cut and task.cut.splits:
+        return _cut_anew(task, task.cut, data_dir, split, separator, encoding)
+    return _open_in_folder(task, folder, data_dir, split, separator, encoding)
+
+
+def _cut_anew(
+    task: Task,
+    cut: Cut,
+    data_dir: str | Path,
+    split: str,
+    separator: str | None,
+    encoding: str | None,
+) -> Source:
+    """A part of the set's own splits, which are put together and cut."""
+    whole = f"splits {' + '.join(cut.splits)}"
+    if split not in _CUT_SPLITS:
+        raise FileNotFoundError(
+            f"task {task.name} has no split {split!r}, only {' and '.join(_CUT_SPLITS)}: its"
+            f" {whole} are cut anew"
+        )
+    folder = task.folder_in(Path(data_dir).expanduser())
+    rows: list[NumberedRow] = []
+    for own in cut.splits:
+        # Rows are numbered through, so that a number names one row.
+        source = _open_in_folder(task, folder, data_dir, own, separator, encoding)
+        rows += [(len(rows) + place, row) for place, (_, row) in enumerate(source.rows, start=1)]
+    return Source(folder, _part(rows, cut, split, folder), _cut_rule(cut, whole))
+
+
+def _open_in_folder(
+    task: Task,
+    folder: Path,
+    data_dir: str | Path,
+    split: str,
+    separator: str | None,
+    encoding: str | None,
+) -> Source:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     found = [path for path in files if _split_of(path) == split]
     if len(found) > 1:
         both = " and ".join(path.name for path in found)
         raise ValueError(f"task {task.name}: {folder} has {both}; keep one of them")
     if found:
-        return Source(found[0], open_file(task, found[0], separator, encoding).rows)
+        return open_file(task, found[0], separator, encoding)
     published = [folder / name for name in task.files.get(split, ())]
     if found := [path for path in published if path.is_file()]:
         parts = [open_file(task, path, separator, encoding).rows for path in found]
-        return Source(found[0] if len(found) == 1 else folder, itertools.chain.from_iterable(parts))
+        whole_rows = itertools.chain.from_iterable(parts)
+        path = found[0] if len(found) == 1 else folder
+        return Source(path, whole_rows, f"all rows of {' and '.join(one.name for one in found)}")
     names = task.line_file.names if task.line_file else ()
     whole = next((folder / name for name in names if (folder / name).is_file()), None)
     if task.line_file and task.cut and whole and split in _CUT_SPLITS:
@@ -77,7 +120,7 @@ def open_split(
             rows = list(_line_rows(whole, task.line_file))
         else:
             rows = list(open_file(task, whole, separator, encoding).rows)
-        return Source(whole, _part(rows, task.cut, split, whole))
+        return Source(whole, _part(rows, task.cut, split, whole), _cut_rule(task.cut, whole.name))
     there = ", ".join(splits_in(task, data_dir)) or "none"
     unread = [path.name for path in files if path.name.startswith(f"{split}.")]
     not_read = f"; {', '.join(unread)} ends in none of these" if unread else ""
@@ -87,12 +130,28 @@ def open_split(
     )
 
 
+def find_folder(task: Task, data_dir: str | Path) -> Path:
+    """The folder of a task's files.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    folder = task.folder_in(Path(data_dir).expanduser())
+    if not folder.is_dir():
+        advice = nearest(folder.name, [path.name for path in folder.parent.glob("*")])
+        raise FileNotFoundError(f"task {task.name}: no folder {folder}{advice}")
+    return folder
+
+
 def splits_in(task: Task, data_dir: str | Path) -> list[str]:
     """The splits of a task that a data folder holds, sorted."""
-    folder = Path(data_dir).expanduser() / task.folder
+    folder = task.folder_in(Path(data_dir).expanduser())
     files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     whole = task.line_file.names if task.line_file else ()
     published = {name: split for split, names in task.files.items() for name in names}
+    if task.cut and task.cut.splits:
+        there = {_split_of(path) for path in files}
+        return sorted(_CUT_SPLITS) if there >= set(task.cut.splits) else []
     splits = {published.get(path.name, _split_of(path)) for path in files if path.name not in whole}
     if task.cut and any(path.name in whole for path in files):
         splits |= set(_CUT_SPLITS)
@@ -109,8 +168,9 @@ def open_file(task: Task, path: Path, separator: str | None, encoding: str | Non
     check_csv_settings(path, separator, encoding)
     rows = open_rows(path, task.csv.overridden(separator, encoding))
     if not task.files:
-        return Source(path, rows)
-    return Source(path, ((number, {FILE_NAME: path.name, **row}) for number, row in rows))
+        return Source(path, rows, f"all rows of {path.name}")
+    named = ((number, {FILE_NAME: path.name, **row}) for number, row in rows)
+    return Source(path, named, f"all rows of {path.name}")
 
 
 def _split_of(path: Path) -> str | None:
@@ -157,9 +217,23 @@ def _open_on_hub(task: Task, split: str) -> Source:
         raise ValueError(f"task {task.name}: {hub.name} has no split {split!r}, only {there}")
     path = Path(hub.name, hub.config or hub.data_dir or "", split)
     if task.cut is None:
-        return Source(path, _hub_rows(hub, hub.splits[split]))
-    (whole,) = hub.splits.values()
-    return Source(path, _part(list(_hub_rows(hub, whole)), task.cut, split, path))
+        rule = f"split {hub.splits[split]} of {_named(hub)}"
+        return Source(path, _hub_rows(hub, hub.splits[split]), rule)
+    names = task.cut.splits or tuple(hub.splits)
+    whole = [hub.splits[name] for name in names]
+    every = (row for name in whole for _, row in _hub_rows(hub, name))
+    rows = _part(list(enumerate(every, start=1)), task.cut, split, path)
+    what = f"split{'s' if len(whole) > 1 else ''} {' + '.join(whole)} of {_named(hub)}"
+    return Source(path, rows, _cut_rule(task.cut, what))
+
+
+def _named(hub: Hub) -> str:
+    parts = (hub.name, hub.config or hub.data_dir, hub.revision and f"at {hub.revision}")
+    return " ".join(part for part in parts if part)
+
+
+def _cut_rule(cut: Cut, what: str) -> str:
+    return f"train_test_split(test_size={cut.test_size}, seed={cut.seed}) of {what}"
 
 
 def _hub_rows(hub: Hub, split: str) -> Iterator[NumberedRow]:

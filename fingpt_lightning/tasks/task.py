@@ -4,16 +4,30 @@ A template names fields in braces, ``{text}``, or ``{text|capitalize}`` for a fi
 case and all others in lower. Braces around anything but a name, ``{Yes/No}``, are plain text.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 from fingpt_lightning.tasks.row_files import CsvForm
 
-Kind = Literal["labels", "choices", "partial", "last_word", "instructions"]
-Metric = Literal["accuracy", "accuracy_norm", "macro_f1", "weighted_f1", "loss"]
+# fmt: off
+Kind = Literal[
+    "labels", "choices", "partial", "last_word", "instructions",
+    "numeric", "spans", "summary", "regression",
+]
+Metric = Literal[
+    "accuracy", "accuracy_norm", "macro_f1", "weighted_f1", "average_f1", "mcc", "loss",
+    "exact_match", "f1", "close_match", "entity_f1", "token_f1",
+    "rouge1", "rouge2", "rouge_l", "pearson",
+]
+# fmt: on
+NumberRule = Literal["tatqa", "value"]
+ListForm = Literal["table", "lines", "sentences"]
 Field = str | tuple[str, ...]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -24,8 +38,29 @@ FIELDS_OF_KIND: Mapping[Kind, tuple[str, ...]] = {
     "partial": ("contexts", "continuation", "gold"),
     "last_word": (),
     "instructions": ("output",),
+    "numeric": ("answer",),
+    "spans": ("answer",),
+    "summary": ("answer",),
+    "regression": ("answer",),
 }
 """The fields that the rows of each kind have, besides those that the templates name."""
+
+GENERATED: tuple[Kind, ...] = ("numeric", "spans", "summary", "regression")
+"""The kinds whose answers are written, and read in what was written."""
+METRICS_OF_KIND: Mapping[Kind, tuple[Metric, ...]] = {
+    "labels": ("accuracy", "macro_f1", "weighted_f1", "average_f1", "mcc"),
+    "choices": ("accuracy", "accuracy_norm"),
+    "partial": ("accuracy",),
+    "last_word": ("accuracy",),
+    "instructions": ("loss",),
+    "numeric": ("exact_match", "f1", "close_match"),
+    "spans": ("entity_f1", "token_f1", "exact_match"),
+    "summary": ("rouge_l", "rouge1", "rouge2"),
+    "regression": ("pearson",),
+}
+"""The metrics that may be a kind's main one; of all of them more is better."""
+NUMBER_RULES: tuple[NumberRule, ...] = get_args(NumberRule)
+LIST_FORMS: tuple[ListForm, ...] = get_args(ListForm)
 
 _WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0*")
 _FIELD = re.compile(r"\{(\w+)(\|capitalize)?\}")
@@ -44,8 +79,8 @@ def whole_number(text: str) -> str:
 
 
 def _inserted(found: re.Match[str], fields: Mapping[str, Field]) -> str:
-    field = fields[found[1]]
-    text = field if isinstance(field, str) else " / ".join(field)
+    value = fields[found[1]]
+    text = value if isinstance(value, str) else " / ".join(value)
     return text.capitalize() if found[2] else text
 
 
@@ -93,6 +128,49 @@ class Template:
         }
 
 
+class Entities(NamedTuple):
+    """Columns of tagged tokens, which make up one row with all its entities.
+
+    Args:
+        tokens: Column of the tokens.
+        tags: Column of their tags.
+        types: Word of the task by tag, in lower case; None leaves entities of that tag out. Without
+            any, the type is the tag without ``B-`` and ``I-``.
+    """
+
+    tokens: str
+    tags: str
+    types: Mapping[str, str | None]
+
+
+class Marked(NamedTuple):
+    """Columns of a text and of marks, which make up the text's summary.
+
+    Args:
+        lines: Column of the text, a sentence per line.
+        marks: Column of a list with 1 for each line that belongs to the summary, else 0.
+    """
+
+    lines: str
+    marks: str
+
+
+class Numbers(NamedTuple):
+    """How a written number is compared with the right one.
+
+    Args:
+        rule: Rule of the exact match: ``tatqa`` is that of TAT-QA's scorer, ``value`` that of
+            FinQA's, on executed programs: equal after rounding to five decimals.
+        tolerance: Relative deviation up to which a number counts as close.
+    """
+
+    rule: NumberRule = "value"
+    tolerance: float = 0.01
+
+
+_USUAL_NUMBERS = Numbers()
+
+
 @dataclass(frozen=True)
 class Shape:
     """One form in which a task's rows are shipped, and how its columns become the task's fields.
@@ -112,6 +190,12 @@ class Shape:
             with the fields ``text``, ``entity`` and, from the tag, ``label``.
         each: Column of a list of objects: a row becomes one for each, with its columns too.
         chat: Column of the turns of a conversation, of which such a row consists.
+        entities: Columns of tagged tokens: the row has the fields ``text`` and ``answer``, a list
+            of the entities with their types.
+        marked: Columns of lines and marks: the row has the fields ``text`` and ``answer``, the
+            lines that are marked, in one line.
+        lists: Forms in which columns that hold lists become texts: a ``table`` of rows of cells,
+            ``lines``, or ``sentences`` of one line.
     """
 
     fields: Mapping[str, str | Template | tuple[Template, ...]]
@@ -122,6 +206,9 @@ class Shape:
     spans: Mapping[str, str]
     each: str | None = None
     chat: str | None = None
+    entities: Entities | None = None
+    marked: Marked | None = None
+    lists: Mapping[str, ListForm] = field(default_factory=dict)
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -133,6 +220,8 @@ class Shape:
         groups = self._groups()
         used = [name for name in named if name not in groups]
         own = [self.chat] if self.chat else []
+        own += self.entities[:2] if self.entities else []
+        own += self.marked or []
         return tuple(
             dict.fromkeys([*self.parse, *self.questions, *self.spans.values(), *used, *own])
         )
@@ -141,9 +230,9 @@ class Shape:
     def translated_columns(self) -> dict[str, tuple[str, ...]]:
         """Columns mapped to the values, in lower case, that the task translates."""
         found: dict[str, tuple[str, ...]] = {}
-        for field, values in self.values.items():
-            source = self.fields.get(field)
-            of_label = list(self.questions) if field == "label" else []
+        for name, values in self.values.items():
+            source = self.fields.get(name)
+            of_label = list(self.questions) if name == "label" else []
             for column in [source, *of_label] if isinstance(source, str) else of_label:
                 found[column] = (*found.get(column, ()), *values)
         return found
@@ -154,6 +243,7 @@ class Shape:
         made = [*self.fields, *self._groups()]
         made += ["question", "label"] if self.questions else []
         made += ["text", "entity", "label"] if self.spans else []
+        made += ["text", "answer"] if self.entities or self.marked else []
         # A template of kind `partial` sees one of the contexts at a time.
         made += ["context"] if "contexts" in made else []
         return tuple(dict.fromkeys(made))
@@ -195,10 +285,17 @@ class Cut:
     """How a set that is shipped whole becomes ``train`` and ``test``.
 
     It is what ``datasets.Dataset.train_test_split`` does.
+
+    Args:
+        test_size: Share of the rows that are the test.
+        seed: Seed of the order.
+        splits: Splits of the set that are put together first, in this order; none where it is
+            shipped without splits.
     """
 
     test_size: float
     seed: int
+    splits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -209,12 +306,14 @@ class Task:
         name: Stem of the file; part of logged keys.
         kind: Kind of what is scored: one of the same ``labels`` in every row, each row's own
             ``choices``, one ``continuation`` after several contexts (``partial``), the
-            ``last_word``, or nothing (``instructions``: the output is there to train on).
+            ``last_word``, nothing (``instructions``: the output is there to train on), or what is
+            written: a number or spans out of a report (``numeric``), a list of ``spans``, a
+            ``summary``, a score (``regression``).
         version: Number that rises when results are no longer comparable with earlier ones.
         source: Place where the set comes from.
         license: License of the set, not of this project.
         folder: Folder in the data directory.
-        labels: Answer words in canonical order; only kind ``labels`` has them.
+        labels: Answer words in canonical order, or the types of ``spans``.
         instruction: Text before every prompt. It ends where tokenizers split anyway, so that
             its keys and values are computed once for all rows: after the line end, not before it,
             because GPT-2's splits ``.\nInput`` into ``.``, ``\n``, ``Input``, but those of Llama 3
@@ -235,6 +334,11 @@ class Task:
         cut: Way in which a set without splits is divided.
         files: Names under which each split is published, of which those that are there count. Rows
             then have the column `FILE_NAME`.
+        stop: Texts before which a written answer ends.
+        max_new_tokens: Largest number of tokens of a written answer.
+        numbers: Comparison of numbers.
+        group: Field by whose values ``average_f1`` is a mean, such as the question.
+        other_folders: Folders in the data directory that count where ``folder`` is not there.
     """
 
     name: str
@@ -259,6 +363,29 @@ class Task:
     csv: CsvForm
     cut: Cut | None
     files: Mapping[str, tuple[str, ...]]
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 0
+    numbers: Numbers = _USUAL_NUMBERS
+    group: str | None = None
+    other_folders: tuple[str, ...] = ()
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether its answers are written, whatever the scoring."""
+        return self.kind in GENERATED
+
+    def folder_in(self, data_dir: Path) -> Path:
+        """The folder of its rows: the first of its names that is there, else the first."""
+        folders = [data_dir / name for name in (self.folder, *self.other_folders)]
+        return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+    @cached_property
+    def template_sha256(self) -> str:
+        """The digest of all that makes a prompt and its answers of a row's fields."""
+        substitute = [[pattern.pattern, by] for pattern, by in self.substitute.items()]
+        patterns = [template.pattern for template in self.templates]
+        parts = [self.instruction, patterns, self.delimiters, self.labels, substitute]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def delimiter_after(self, template: Template) -> str:
         """The text between the prompt of a template and the answer."""

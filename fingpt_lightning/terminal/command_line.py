@@ -47,10 +47,17 @@ class OptionParser(argparse.ArgumentParser):
                 value.
             SystemExit: With status 0, after ``--help`` has been answered.
         """
-        options, unknown = self.parse_known_args(words)
+        known = [text for action in self._actions for text in action.option_strings]
+        try:
+            options, unknown = self.parse_known_args(words)
+        except WrongOptions:
+            # An option that is missing may be the one that is misspelled.
+            unknown = [word for word in words if word.startswith("--")]
+            unknown = [word for word in unknown if word.partition("=")[0] not in known]
+            if not unknown:
+                raise
         if unknown:
             name = unknown[0].partition("=")[0]
-            known = [text for action in self._actions for text in action.option_strings]
             raise WrongOptions(f"unrecognized arguments: {' '.join(unknown)}{nearest(name, known)}")
         return options
 
@@ -169,7 +176,9 @@ def add_calibration_options(parser: OptionParser) -> None:
     group.add_argument(
         "--calibration",
         nargs="+",
-        help="text files (.jsonl, .txt, .parquet): the layers' outputs on them are kept",
+        metavar="FILE[=WEIGHT]",
+        help="text files (.jsonl, .txt, .parquet): the layers' outputs on them are kept; with"
+        " weights a mixture, in which task:NAME[=WEIGHT] is a task's prompts and answers",
     )
     group.add_argument(
         "--calibration_task",
@@ -197,8 +206,16 @@ def check_calibration_options(options: argparse.Namespace) -> None:
     """
     if options.calibration is not None and options.calibration_task is not None:
         raise WrongOptions("--calibration and --calibration_task: give one of them")
-    if options.data_dir is not None and options.calibration_task is None:
-        raise WrongOptions("--data_dir has an effect with --calibration_task alone")
+    named = as_list(options.calibration)
+    if (
+        options.data_dir is not None
+        and options.calibration_task is None
+        and not any(str(name).startswith("task:") for name in named)
+    ):
+        raise WrongOptions(
+            "--data_dir has an effect with task:NAME in --calibration or with --calibration_task"
+            " alone"
+        )
     if options.calibration_tokens is not None and not asks_for_calibration(options):
         raise WrongOptions(
             "--calibration_tokens has an effect with --calibration or --calibration_task alone"
@@ -209,4 +226,4 @@ def as_list(given: Any) -> list[Any]:
     """A setting that may be given as one item, as a list of several, or be left out."""
     if given is None:
         return []
-    return given if isinstance(given, list) else [given]
+    return list(given) if isinstance(given, list | tuple) else [given]

@@ -1,6 +1,7 @@
 """Parts of messages: the nearest right name, missing fields, the first line of a foreign error."""
 
 import difflib
+import os
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -95,6 +96,12 @@ def error_line(message: str, process_rank: int | str = 0) -> str:
     """
     where = "" if str(process_rank) == "0" else f" (rank {process_rank})"
     return f"fingpt: error{where}: {message}"
+
+
+def launched_rank() -> str:
+    """Number of this process among those of the run, as its launcher has set it; else 0."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0")
 
 
 def is_panic(error: BaseException) -> bool:

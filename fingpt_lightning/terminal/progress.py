@@ -1,5 +1,6 @@
 """What a terminal or a log shows of long work."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fingpt_lightning.terminal.messages import launched_rank
 from fingpt_lightning.units import format_duration
 
 _QUIET_S = 2.0
@@ -114,6 +116,33 @@ def shown_progress(
     if display.is_shown and in_log:
         rate = f"{done / display.time_s:.3g} per second"
         display.print(f"{what}: {done:,} {unit} in {format_duration(display.time_s)}, {rate}")
+
+
+@contextmanager
+def announced(what: str) -> Iterator[None]:
+    """Tells on stderr of work that takes longer than two seconds and has no parts to count.
+
+    One line when it turns out to be long, and one at its end with the time; of the first process.
+
+    Args:
+        what: Name of the work, as in "quantizing the base".
+    """
+    if launched_rank() != "0":
+        yield
+        return
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    started_s = time.monotonic()
+    timer = threading.Timer(_QUIET_S, lambda: console.print(f"{what} ...", markup=False))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+    time_s = time.monotonic() - started_s
+    if time_s >= _QUIET_S:
+        console.print(f"{what}: {format_duration(time_s)}", markup=False)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 import json
+import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from typing_extensions import override
@@ -17,6 +19,7 @@ from tests.callbacks.tiny_run import (
     VOCABULARY,
     WIDTH,
     Batch,
+    Batches,
     PlainModule,
     TinyModule,
     fit,
@@ -95,7 +98,7 @@ def test_a_whole_run_is_summed_up_in_table_and_file(
         assert shown in printed
 
 
-def test_what_a_run_did_not_yield_is_left_out_and_a_dash(
+def test_what_a_run_did_not_yield_has_no_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = tiny_trainer(tmp_path, [RunSummary()], logger=False, limit_val_batches=1, max_steps=1)
@@ -107,11 +110,70 @@ def test_what_a_run_did_not_yield_is_left_out_and_a_dash(
         for line in printed.splitlines()
         if line.startswith(_BAR)
     }
+    assert cells.keys() == {"parameters, total", "optimizer steps", "peak memory, process"}
     assert cells["optimizer steps"] == "1"
-    for name in ("parameters, blocks", "first validation loss", "tokens/s, timed in turn"):
-        assert cells[name] == "-"
-    assert "best checkpoint: -\n" in printed
-    assert "log folder: -\n" in printed
+    assert "dense baseline" not in printed
+    assert "checkpoint:" not in printed
+    assert "log folder:" not in printed
+
+
+class _Adapter(PlainModule):
+    """Trains its head on a frozen embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network[0].requires_grad_(False)
+
+    def trained_share(self) -> float:
+        return 0.25
+
+    def base_text(self) -> str:
+        return "models/base in nf4"
+
+    def adapter_text(self) -> str:
+        return "LoRA of rank 3"
+
+
+class _Bytes(LightningDataModule):
+    """Knows its bytes per token."""
+
+    def val_bytes_per_token(self) -> float | None:
+        return 4.0
+
+    @override
+    def train_dataloader(self) -> Any:
+        return Batches([make_batch()] * 2)
+
+    @override
+    def val_dataloader(self) -> Any:
+        return Batches([make_batch()])
+
+
+def test_a_finetuning_shows_base_adapter_and_what_it_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = _Adapter()
+    fit(tiny_trainer(tmp_path, [RunSummary()], logger=False), module, [make_batch()] * 2)
+    figures, printed = _written(tmp_path), capsys.readouterr().out
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert figures["trained_parameters"] == trained
+    assert figures["trained_share"] == 0.25
+    assert (figures["base"], figures["adapter"]) == ("models/base in nf4", "LoRA of rank 3")
+    for text in ("models/base in nf4", "LoRA of rank 3", f"{trained}", "25.00%"):
+        assert text in printed
+    assert "dense baseline" not in printed
+    assert not re.search(rf"{_BAR} +- +{_BAR}", printed)
+
+
+def test_bits_per_byte_stand_beside_the_loss_where_the_data_know_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = tiny_trainer(tmp_path, [RunSummary()], logger=False, limit_val_batches=1)
+    trainer.fit(PlainModule(), _Bytes())
+    figures = _written(tmp_path)
+    bits = figures["last_val_loss"] / math.log(2) / 4
+    assert figures["val_bits_per_byte"] == pytest.approx(bits)
+    assert f"{bits:.3f} bits per byte" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("monitor", "expected"), [("val/loss", 0.25), ("val/other", 1.5)])

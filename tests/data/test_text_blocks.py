@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fingpt_lightning.data import tokenizing
+from fingpt_lightning.data import text_blocks, tokenizing
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.blocks import ResumableDataLoader
 from fingpt_lightning.data.synthetic_news import synthetic_news
@@ -106,6 +106,21 @@ def test_null_trains_on_synthetic_news(tmp_path: Path) -> None:
     assert data.vocabulary_size == len(data.tokenizer) == 300
     assert data.num_train_tokens > 1000
     assert int(batch["input_ids"].max()) < 300
+
+
+def test_bytes_per_token_are_those_of_the_validation_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = _ready(_data(tmp_path))
+    assert data.tokenizer is not None
+    (file,) = data._opened("val")
+    ids = file.open().tolist()
+    text = str(data.tokenizer.decode(ids, skip_special_tokens=True))
+    assert 1 < len(text.encode()) / len(ids) < 8
+    assert data.val_bytes_per_token() == len(text.encode()) / len(ids)
+    first = str(data.tokenizer.decode(ids[:7], skip_special_tokens=True))
+    monkeypatch.setattr(text_blocks, "_DECODED_TOKENS", 7)
+    assert data.val_bytes_per_token() == len(first.encode()) / 7
 
 
 def test_the_tokenizer_reference_knows_its_tokenizer_again(tmp_path: Path) -> None:

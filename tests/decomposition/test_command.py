@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fingpt_lightning
 from fingpt_lightning.cli.main import main
-from fingpt_lightning.decomposition import layer_files, runner, sequential
+from fingpt_lightning.data import TextBlocks
+from fingpt_lightning.decomposition import layer_files, refinement, runner, sequential
 from fingpt_lightning.files import owned, put_in_place
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
 from fingpt_lightning.low_rank.rank import resolve_rank
@@ -211,6 +213,66 @@ def test_a_sequence_that_was_killed_goes_on(
     assert status == 0, error
     first, second = (_linear(load_model(tmp_path / n).network) for n in ("whole", "out"))
     torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("extra", [(), ("--sequential",)], ids=["at_once", "in_sequence"])
+def test_refined_blocks_come_nearer_and_are_what_is_written(
+    decompose: Decompose, model: Path, text: Path, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    words = ("--compression", "1.4", "--calibration", text, *extra)
+    gaps = []
+    for name, refine in (("plain", "0"), ("refined", "60")):
+        status, output, error = decompose(
+            model, *words, "--refine", refine, "--output", tmp_path / name
+        )
+        assert status == 0, error
+        gaps.append(_logit_gap(tmp_path / name, model))
+    assert gaps[1] < gaps[0]
+    assert "refined: median error of a block's outputs" in output
+    plain, refined = (
+        json.loads((tmp_path / name / "decomposition.json").read_text())
+        for name in ("plain", "refined")
+    )
+    assert "refine" not in plain["settings"]
+    assert refined["settings"]["refine"] == 60
+    assert not plain["blocks"]
+    assert len(refined["blocks"]) == 2
+    assert all(0 < row["after"] < row["before"] for row in refined["blocks"])
+    ranks = [[row["rank"] for row in record["layers"]] for record in (plain, refined)]
+    assert ranks[0] == ranks[1]
+    own, source = (dict(load_model(x).network.named_parameters()) for x in
+                   (tmp_path / "refined", model))  # fmt: skip
+    kept = [name for name in own.keys() & source.keys() if torch.equal(own[name], source[name])]
+    assert kept == list(own.keys() & source.keys()), "factors alone change"
+
+
+def test_a_refinement_that_was_killed_goes_on(
+    decompose: Decompose, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--rank_ratio", "0.4", "--calibration", text, "--sequential", "--refine", "5")
+    status, _, error = decompose(model, *words, "--output", tmp_path / "whole")
+    assert status == 0, error
+    real = refinement.refine_block
+    done: list[int] = []
+
+    def killed(*arguments: Any) -> tuple[float, float]:
+        if done:
+            raise RuntimeError("killed")
+        done.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(sequential, "refine_block", killed)
+    status, _, error = decompose(model, *words)
+    assert (status, "killed" in error) == (1, True)
+    monkeypatch.setattr(sequential, "refine_block", real)
+    (kept,) = (tmp_path / "out.partial/refined").iterdir()
+    time_of = kept.stat().st_mtime_ns
+    monkeypatch.setattr(runner, "clear_owned", lambda folder: None)
+    status, _, error = decompose(model, *words)
+    assert status == 0, error
+    assert kept.stat().st_mtime_ns == time_of
+    first, second = (_linear(load_model(tmp_path / n).network) for n in ("whole", "out"))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "spectrum"])
@@ -415,6 +477,7 @@ def test_the_tables_name_rank_and_error_of_each_layer(decompose: Decompose, mode
         (("--rank_ratio", "0.3", "--calibration_tokens", "9"), 2, "or --calibration_task alone"),
         (("--rank_ratio", "0.3", "--damping", "0.1"), 2, "--damping has an effect with a calib"),
         (("--rank_ratio", "0.3", "--damping", "-1"), 2, "--damping: -1 is no number from 0 on"),
+        (("--rank_ratio", "0.3", "--refine", "3"), 2, "--refine needs --calibration or"),
         (("--rank_ratio", "0.3", "--sequential"), 2, "--sequential needs --calibration or"),
         (("--rank_ratio", "0.3", "--sequential", "--damping", "0", "--calibration", "{}/a.txt"), 2,
          "--sequential needs a --damping above 0"),
@@ -454,6 +517,68 @@ def test_models_that_are_not_dense_are_refused(decompose: Decompose, tmp_path: P
     ):
         status, _, error = decompose(model, "--rank_ratio", "0.4")
         assert (status, message in error) == (1, True), error
+
+
+@pytest.fixture(scope="module")
+def dense_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of ours with dense blocks behind a factorized embedding: its checkpoint, its folder."""
+    folder = tmp_path_factory.mktemp("dense_run")
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    text = folder / "text.txt"
+    text.write_text(" ".join(LINES * 40))
+    module = LowRankPretraining(
+        "gpt2-nano", num_layers=2, width=24, num_heads=2, num_positions=64, rank=None,
+        embedding_rank=7,
+    )  # fmt: skip
+    data = TextBlocks(
+        str(text), str(text), tokenizer=str(folder / "tokenizer"), block_length=16, batch_size=2,
+        cache_dir=str(folder / "cache"),
+    )  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu", max_steps=2, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(folder / "run.ckpt")
+    main(["export", "--model", str(folder / "run.ckpt"), "--format", "low_rank", "--output",
+          str(folder / "exported")])  # fmt: skip
+    return {"checkpoint": folder / "run.ckpt", "folder": folder / "exported"}
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "folder"])
+@pytest.mark.parametrize("way", [(), ("--calibration",), ("--calibration", "--sequential")])
+def test_a_dense_run_with_a_factorized_embedding_is_decomposed_in_every_form(
+    decompose: Decompose, dense_run: dict[str, Path], text: Path, tmp_path: Path, form: str,
+    way: tuple[str, ...],
+) -> None:  # fmt: skip
+    words = [*way[:1], *([text] if way else []), *way[1:]]
+    if way:
+        words += ["--refine", "2"]
+    source = dense_run[form]
+    status, _, error = decompose(source, "--rank_ratio", "0.4", *words)
+    assert status == 0, error
+    before, made = (load_model(path).network for path in (source, tmp_path / "out"))
+    tables = []
+    for network in (before, made):
+        embedding = network.get_input_embeddings()
+        assert isinstance(embedding, LowRankEmbedding)
+        tables.append(embedding.table)
+    assert torch.equal(*tables)
+    kinds = [{type(m).__name__ for m in network.modules()} for network in (before, made)]
+    assert "LowRankLinear" not in kinds[0]
+    assert "LowRankLinear" in kinds[1]
+    record = json.loads((tmp_path / "out" / "decomposition.json").read_text())
+    assert record["dense_parameters"] == sum(p.numel() for p in before.parameters())
+    assert record["parameters"] == sum(p.numel() for p in made.parameters())
+
+
+def test_an_embedding_that_is_factorized_already_has_its_rank(
+    decompose: Decompose, dense_run: dict[str, Path]
+) -> None:
+    words = ("--rank_ratio", "0.4", "--embedding_rank", "4")
+    status, _, error = decompose(dense_run["folder"], *words)
+    assert (status, "embedding_rank 4: the embedding is factorized already" in error) == (1, True)
 
 
 def test_an_output_is_replaced_when_asked(
@@ -570,7 +695,7 @@ def _put(value: float) -> Callable[[Tensor], Tensor]:
     [
         ("--rank_ratio", "0.4"),
         ("--energy", "0.9"),
-        ("--compression", "1.5"),
+        ("--compression", "1.5", "--allocation", "spectrum"),
         ("--compression", "1.5", "--workers", "2"),
         ("--rank_ratio", "0.4", "--calibration", "TEXT"),
         ("--rank_ratio", "0.4", "--calibration", "TEXT", "--sequential"),

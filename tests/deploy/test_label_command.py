@@ -14,6 +14,7 @@ import pyarrow  # type: ignore[import-untyped]
 import pytest
 from pyarrow import parquet
 
+from fingpt_lightning.cli.early_checks import OFF_VARIABLE
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.deploy import label_command, labelled_file, labelling
 from fingpt_lightning.deploy.labelled_file import LabelledFile, check_writable
@@ -245,8 +246,9 @@ def test_no_value_is_written_as_python_prints_it(
 
 
 def test_what_a_cell_cannot_hold_is_named_before_the_model_is_loaded(
-    label: Label, tmp_path: Path
+    label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(OFF_VARIABLE, "1")
     file = write(tmp_path / "news.jsonl", [{"text": "a", "by": 1}, {"text": "b", "by": ["Ann"]}])
     words = ("--input", str(file), "--model", "no/such/model")
     status, _, error = label(*words, "--output", str(tmp_path / "out.csv"))
@@ -258,17 +260,18 @@ def test_what_a_cell_cannot_hold_is_named_before_the_model_is_loaded(
 def test_a_row_that_does_not_fit_has_no_label_and_is_counted(label: Label, tmp_path: Path) -> None:
     rows = [{"text": "Foo " * 500, "entity": "Foo"}, {"text": "Foo", "entity": "Foo " * 500}]
     file = write(tmp_path / "news.jsonl", rows)
-    status, output, error = label("--input", str(file), "--task", "fin_ner")
+    status, output, error = label("--input", str(file), "--task", "fin_ner_types")
     assert status == 0, error
     fits, too_long = read(tmp_path / "out.jsonl")
-    assert fits["fin_ner_label"] is not None
-    assert [too_long[name] for name in fits if name.startswith("fin_ner_")] == [None] * 4
+    assert fits["fin_ner_types_label"] is not None
+    assert [too_long[name] for name in fits if name.startswith("fin_ner_types_")] == [None] * 4
     assert "1 rows have no label: their text is empty, or the model's context too short" in output
 
 
 def test_types_that_parquet_cannot_hold_are_named_before_the_model_is_loaded(
     label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(OFF_VARIABLE, "1")
     _small_chunks(monkeypatch, 1)
     file = write(tmp_path / "news.jsonl", [{"text": "a", "by": 1}, {"text": "b", "by": "Ann"}])
     words = ("--input", str(file), "--output", str(tmp_path / "out.parquet"))
@@ -506,8 +509,9 @@ def test_bad_input_is_one_line_and_status_1_before_anything_is_written(
     ],
 )
 def test_a_wrong_row_is_found_before_the_model_is_loaded(
-    label: Label, tmp_path: Path, content: str, message: str
+    label: Label, tmp_path: Path, content: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(OFF_VARIABLE, "1")  # else the model is named, being missing
     (tmp_path / "in.jsonl").write_text(content)
     status, _, error = label("--model", "no/such/model")
     assert status == 1

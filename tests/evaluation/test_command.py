@@ -79,8 +79,13 @@ def test_a_table_and_all_files_are_made(evaluate: Evaluate, tmp_path: Path) -> N
     fpb = results["tasks"]["fpb"]
     assert fpb["labels"] == ["negative", "neutral", "positive"]
     assert sum(map(sum, fpb["confusion"])) == fpb["n"] == 5
-    assert len(fpb["split_sha256"]) == 64
-    assert fpb["split"] == "validation"
+    for digest in ("split_sha256", "rows_sha256", "template_sha256"):
+        assert re.fullmatch("[0-9a-f]{64}", fpb[digest]), digest
+    assert fpb["split_sha256"] == fpb["rows_sha256"]
+    assert (fpb["split"], fpb["split_rule"]) == ("validation", "all rows of validation.jsonl")
+    assert fpb["kind"] == "labels"
+    assert len(results["tokenizer_sha256"]) == len(results["revision"]) == 64
+    assert results["adapter_sha256"] is None
     assert {"accuracy", "accuracy_norm"} <= results["tasks"]["piqa"].keys()
     assert "accuracy_norm" not in results["tasks"]["winogrande"]
     assert results["tasks"]["lambada"]["perplexity"] > 1
@@ -93,7 +98,7 @@ def test_a_table_and_all_files_are_made(evaluate: Evaluate, tmp_path: Path) -> N
     assert rows[0]["text"] == "Shares of Foo fell"
     assert rows[0]["gold"] == "negative"
     assert {row["prediction"] for row in rows if row["task"] == "winogrande"} <= {"0", "1"}
-    right = sum(row["gold"] == row["prediction"] for row in rows if row["task"] == "fpb")
+    right = sum(row["is_right"] for row in rows if row["task"] == "fpb")
     assert right / 5 == pytest.approx(fpb["accuracy"])
     with Image.open(tmp_path / "results" / "confusion_nwgi7.png") as picture:
         assert min(picture.size) > 200
@@ -115,6 +120,10 @@ def test_settings_reach_the_evaluation(evaluate: Evaluate, tmp_path: Path) -> No
     assert status == 0, error
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert results["adapter"] == str(tmp_path / "adapter")
+    weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert results["adapter_sha256"] == hashlib.sha256(weights).hexdigest()
+    fpb = results["tasks"]["fpb"]
+    assert fpb["rows_sha256"] != fpb["split_sha256"], "the first two rows alone"
     assert results["model"].endswith("base (llama, nf4)")
     assert results["settings"] == {
         "dtype": "bfloat16", "quantize": "nf4", "scoring": "generate", "calibrate": False,

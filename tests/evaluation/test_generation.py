@@ -1,11 +1,19 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fingpt_lightning.evaluation.generation import generate, read_label
+from fingpt_lightning.evaluation.generation import (
+    before_stop,
+    generate,
+    read_label,
+    write_answers,
+)
+from fingpt_lightning.models import decoding
+from fingpt_lightning.models.decode_step import decode_step
 from tests.evaluation.tiny_language import examples_of, tiny_network, tiny_tokenizer
 
 _LABELS = (" negative", " neutral", " positive", " mildly negative")
@@ -41,6 +49,36 @@ def test_an_end_token_ends_an_answer(tmp_path: Path) -> None:
         network.lm_head.weight[tokenizer.eos_token_id] = 99 * hidden
     ended = generate(network, tokenizer, examples)
     assert (ended[0].answer, ended[0].choice) == ("", None)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100_000])
+def test_a_stop_text_ends_an_answer_and_the_batch(
+    batch_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, tokenizer = tiny_network("llama").double(), tiny_tokenizer()
+    examples = examples_of(tmp_path, "fpb")
+    whole = write_answers(network, tokenizer, examples, 24, batch_tokens=batch_tokens)
+    steps: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        steps.append(1)
+        return decode_step(*given)
+
+    monkeypatch.setattr(decoding, "decode_step", counted)
+    stop = whole[0].answer[6:8]
+    found = write_answers(
+        network, tokenizer, examples, 24, stop=["@@@", stop], batch_tokens=batch_tokens
+    )
+    for ended, one in zip(found, whole, strict=True):
+        assert ended.answer == before_stop(one.answer, ["@@@", stop])
+        assert ended.choice is None
+    assert stop not in found[0].answer
+    assert len(found[0].answer) <= 6
+    num_steps = len(steps)
+    steps.clear()
+    write_answers(network, tokenizer, examples[:1], 24, stop=[stop], batch_tokens=batch_tokens)
+    assert len(steps) < 23, "nothing is written after the stop text"
+    assert num_steps <= 23 * len(examples)
 
 
 def test_nothing_in_nothing_out() -> None:

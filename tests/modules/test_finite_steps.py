@@ -17,6 +17,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adamw": {},
     "product decay": {"factor_decay": "product"},
     "spectron": {"optimizer": "spectron"},
+    "lora-muon": {"optimizer": "lora_muon"},
     "spectron of dense layers": {
         "optimizer": "spectron", "spectron_dense": True, "rank_overrides": {"*.mlp.*": None},
         "factor_decay": "product",

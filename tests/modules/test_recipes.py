@@ -1,11 +1,11 @@
-"""The ways to train pairs: each resumes, loads as a network, and is the same on several ranks."""
+"""Recipes for low-rank layers: each resumes, loads as a network, is the same on several ranks."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -14,14 +14,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fingpt_lightning.deploy.exporting import export
-from fingpt_lightning.low_rank import LowRankLinear, Spectron, low_rank_factors
+from fingpt_lightning.low_rank import LowRankLinear, Spectron, embedding_factors, low_rank_factors
+from fingpt_lightning.low_rank.factor_optimizer import FactorOptimizer
 from fingpt_lightning.models.expansion import expand, merge_into_base
 from fingpt_lightning.models.formats.hf_folder import write_network
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.quantization.layers import quantized_layer
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.optimization import dense_in_blocks
-from fingpt_lightning.modules.recipe import PLAIN, check_recipe
+from fingpt_lightning.modules.recipe import PLAIN, check_recipe, check_schedule
 from fingpt_lightning.planning.plan import factor_saving, optimizer_bytes
 from fingpt_lightning.profiling.memory import module_memory
 from fingpt_lightning.strategies import FullySharded, PipelineStrategy
@@ -36,7 +37,25 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "spectron": {"optimizer": "spectron", "initialization": "orthogonal", "factor_expansion": 0.5},
-    "pairs, product": {
+    "lora_muon": {
+        "optimizer": "lora_muon",
+        "lora_muon_dense": True,
+        "factor_expansion": 0.5,
+        "rank_overrides": {"*.c_fc": None},
+    },
+    "spectron, embedding": {
+        "optimizer": "spectron",
+        "embedding_optimizer": "same",
+        "embedding_learning_rate": 0.3,
+        "spectron_adjust_lr": "original",
+    },
+    "lora_muon, embedding": {"optimizer": "lora_muon", "embedding_optimizer": "same"},
+    "ranks by kind": {
+        "optimizer": "lora_muon",
+        "rank_overrides": {"*.c_attn.[qk]": 2, "*.c_attn.v": 5},
+    },
+    "embedding rate": {"embedding_learning_rate": 0.03, "initialization": "orthogonal"},
+    "spectron, product": {
         "optimizer": "spectron",
         "factor_decay": "product",
         "spectron_dense": True,
@@ -45,8 +64,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adamw_8bit": {"optimizer": "adamw_8bit", "rank_overrides": {"*.c_fc": None}, "width": 36},
     "product": {"factor_decay": "product", "initialization": "cola"},
     "silu": {"factor_activation": "silu", "initialization": "cola"},
+    "wsd": {"schedule": "wsd", "cooldown": 0.4, "optimizer": "spectron"},
     "guided": {"self_guided": 0.8, "factor_expansion": 0.5},
-    "guided, pairs": {"self_guided": 0.8, "optimizer": "spectron", "spectron_dense": True},
+    "guided, spectron": {"self_guided": 0.8, "optimizer": "spectron", "spectron_dense": True},
     "guided, 8 bits": {"self_guided": 0.8, "optimizer": "adamw_8bit", "width": 36},
 }
 NUM_STEPS, CHECKPOINT_STEP = 6, 4  # the checkpoint is at the end of the second epoch
@@ -111,14 +131,14 @@ def test_a_resumed_run_drops_what_one_that_was_not_stopped_does(tmp_path: Path) 
         assert torch.equal(resumed[key], weight), key
 
 
-@pytest.mark.parametrize("name", ["spectron", "product", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["spectron", "lora_muon", "product", "adamw_8bit"])
 def test_settings_of_the_optimiser_are_those_of_the_resumed_run(tmp_path: Path, name: str) -> None:
     recipe = RECIPES[name]
     precise: dict[str, Any] = {"plugins": []} if name == "adamw_8bit" else {}
     fit_recipe(tmp_path, recipe, **precise)
     changed = recipe | {
         "learning_rate": 0.002, "spectron_learning_rate": 0.03, "weight_decay": 0.7, "beta1": 0.5,
-        "spectron_momentum": 0.6,
+        "spectron_momentum": 0.6, "lora_muon_learning_rate": 0.03, "lora_muon_momentum": 0.6,
     }  # fmt: skip
     resumed = fit_recipe(
         tmp_path / "two", changed, resume_from=checkpoint_of(tmp_path), **precise
@@ -172,19 +192,28 @@ def test_momentum_is_orthogonalised_in_the_dtype_of_products_and_all_the_state_i
     tmp_path: Path,
 ) -> None:
     bf16: dict[str, Any] = {"plugins": [], "precision": "bf16-mixed"}
-    for options, dtype in (({}, None), (bf16, torch.bfloat16)):
-        mixed = {"rank_overrides": {"*.c_fc": None}, "spectron_dense": True}
-        module = fit_recipe(tmp_path, RECIPES["spectron"] | mixed, **options)
+    mixed = {"rank_overrides": {"*.c_fc": None}, "spectron_dense": True}
+    for name, recipe, options, dtype in (
+        ("spectron", RECIPES["spectron"] | mixed, {}, None),
+        ("spectron", RECIPES["spectron"] | mixed, bf16, torch.bfloat16),
+        ("lora_muon", RECIPES["lora_muon"], bf16, torch.bfloat16),
+        ("lora_muon", RECIPES["lora_muon"] | {"embedding_optimizer": "same"}, {}, None),
+    ):
+        module = fit_recipe(tmp_path, recipe, **options)
         (optimizer,) = module.trainer.optimizers
-        assert isinstance(optimizer, Spectron)
+        assert isinstance(optimizer, FactorOptimizer)
         assert optimizer.product_dtype == dtype
         assert optimizer.param_groups[2]["expansion"] == 0.5
         trained = [(p.numel(), p.element_size()) for p in module.parameters()]
         dense = dense_in_blocks(module.network)
-        moved = [(min(p.shape), p) for p in low_rank_factors(module)] + [(0, p) for p in dense]
+        has_vectors = name == "spectron"
+        factors = low_rank_factors(module)
+        if recipe.get("embedding_optimizer") == "same":
+            factors += embedding_factors(module)
+        moved = [(min(p.shape) if has_vectors else 0, p) for p in factors] + [(0, p) for p in dense]
         assert len(dense) == 2
         saving = factor_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
-        planned = optimizer_bytes(trained, "spectron") - saving
+        planned = optimizer_bytes(trained, name) - saving
         assert module_memory(module, optimizer).optimizer == planned
 
 
@@ -212,7 +241,8 @@ def test_the_product_decays_by_rate_and_weight_decay(tmp_path: Path) -> None:
 def test_the_dense_baseline_of_any_recipe_is_plain(tmp_path: Path) -> None:
     for recipe in RECIPES.values():
         twin = LowRankPretraining(**(SIZES | recipe)).dense_baseline()
-        expected = "spectron" if recipe.get("spectron_dense") else "adamw"
+        kind = recipe.get("optimizer", "adamw")
+        expected = kind if recipe.get(f"{kind}_dense") else "adamw"
         if recipe.get("optimizer") == "adamw_8bit":
             expected = "adamw_8bit"
         assert (twin.hparams["optimizer"], twin.hparams["initialization"]) == (expected, "svd")
@@ -227,6 +257,40 @@ def test_the_dense_baseline_of_any_recipe_is_plain(tmp_path: Path) -> None:
         ({"spectron_learning_rate": 0.0}, "spectron_learning_rate 0.0 is not above 0"),
         ({"spectron_momentum": 1.0}, r"spectron_momentum 1.0 is outside \[0, 1\)"),
         ({"spectron_dense": True}, "spectron_dense has no effect with optimizer adamw"),
+        (
+            {"optimizer": "lora_muon", "spectron_adjust_lr": "original"},
+            "spectron_adjust_lr original has no effect with optimizer lora_muon: set spectron",
+        ),
+        (
+            {"embedding_optimizer": "same"},
+            "embedding_optimizer same has no effect with optimizer adamw: set spectron or lora_mu",
+        ),
+        ({"cooldown": 0.3}, "cooldown 0.3 has no effect with schedule cosine: set wsd"),
+        (
+            {"schedule": "wsd", "cooldown": 1.5},
+            r"cooldown 1.5 is neither a share in \(0, 1\] nor a",
+        ),
+        ({"schedule": "wsd", "cooldown": 0}, "cooldown 0 is neither a share"),
+        ({"schedule": "wsd", "cooldown": float("nan")}, "cooldown nan is neither a share"),
+        (
+            {"schedule": "wsd", "cooldown": 0.8, "warmup": 0.3},
+            "warmup 0.3 and cooldown 0.8 are more than the whole run",
+        ),
+        ({"embedding_learning_rate": 0.0}, "embedding_learning_rate 0.0 is not above 0"),
+        ({"lora_muon_learning_rate": -0.1}, "lora_muon_learning_rate -0.1 is not above 0"),
+        ({"lora_muon_momentum": 1.0}, r"lora_muon_momentum 1.0 is outside \[0, 1\)"),
+        (
+            {"optimizer": "spectron", "lora_muon_dense": True},
+            "lora_muon_dense has no effect with optimizer spectron: set lora_muon",
+        ),
+        (
+            {"optimizer": "lora_muon", "lora_muon_learning_rate": 2.0, "weight_decay": 0.5},
+            "lora_muon_learning_rate 2.0 times weight_decay 0.5 is not below 1: lower one",
+        ),
+        (
+            {"optimizer": "lora_muon", "factor_activation": "silu"},
+            "which with factor_activation silu is not the weight: set spectron or adamw",
+        ),
         ({"factor_expansion": -1.0}, "factor_expansion -1.0 is below 0"),
         ({"factor_expansion": 0.5, "factor_activation": "silu"}, "cannot be folded behind"),
         (
@@ -250,6 +314,8 @@ def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: st
         ({"initialization": "svdd"}, "initialization 'svdd' is none of .*did you mean svd"),
         ({"factor_activation": "gelu"}, "factor_activation 'gelu' is none of none, silu"),
         ({"factor_decay": "both"}, "factor_decay 'both' is none of factors, product"),
+        ({"embedding_optimizer": "sam"}, "embedding_optimizer 'sam' is none .* did you mean same"),
+        ({"spectron_adjust_lr": "orig"}, "spectron_adjust_lr 'orig' is none of none, original"),
         ({"optimizer": "spectrum"}, "optimizer 'spectrum' is none of .*did you mean spectron"),
     ],
 )
@@ -258,13 +324,19 @@ def test_a_word_that_is_none_of_a_settings_is_refused(
 ) -> None:
     # Of the check alone: the annotations of the module's arguments are checked before it here.
     with pytest.raises(ValueError, match=message):
-        check_recipe(**{**PLAIN, "spectron_learning_rate": 0.07, **settings})
+        check_recipe(
+            LowRankPretraining(**SIZES).hparams | settings  # type: ignore[operator]
+        )
 
 
 @pytest.mark.parametrize(
-    "settings", [{"optimizer": "spectron"}, {"factor_decay": "product"}, {"initialization": "cola"}]
-)
-def test_a_recipe_for_pairs_needs_pairs(settings: dict[str, str]) -> None:
+    "settings",
+    [
+        {"optimizer": "spectron"}, {"optimizer": "lora_muon"}, {"factor_decay": "product"},
+        {"initialization": "cola"},
+    ],
+)  # fmt: skip
+def test_a_recipe_for_low_rank_layers_needs_some(settings: dict[str, str]) -> None:
     module = LowRankPretraining(**(SIZES | settings | {"rank": None, "vocab_size": 23}))
     ((key, value),) = settings.items()
     with pytest.raises(
@@ -276,10 +348,81 @@ def test_a_recipe_for_pairs_needs_pairs(settings: dict[str, str]) -> None:
         module.configure_model()
 
 
+def test_rates_are_those_of_the_schedule(tmp_path: Path) -> None:
+    rates: dict[str, list[float]] = {"wsd": [], "linear": []}
+
+    class Reader(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            kind = pl_module.hparams["schedule"]
+            rates[kind].append(trainer.optimizers[0].param_groups[2]["lr"])
+
+    to_zero = {"spectron_learning_rate": 1.0, "final_learning_rate_ratio": 0.0}
+    for recipe in (RECIPES["wsd"], {"schedule": "linear", "optimizer": "spectron"}):
+        fit_recipe(tmp_path, recipe | to_zero, callbacks=[Reader()], enable_checkpointing=False)
+    assert rates["wsd"] == pytest.approx([1, 1, 1, 1, 1, 0.5])
+    assert rates["linear"] == pytest.approx([1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_a_constant_rate_goes_on_with_more_steps_as_if_they_had_been_planned(
+    tmp_path: Path,
+) -> None:
+    fit_recipe(tmp_path / "short", RECIPES["wsd"])
+    path = checkpoint_of(tmp_path / "short")
+    more: dict[str, Any] = {"max_steps": NUM_STEPS + 4}
+    longer = fit_recipe(tmp_path / "longer", RECIPES["wsd"], resume_from=path, **more).state_dict()
+    for key, weight in fit_recipe(tmp_path / "whole", RECIPES["wsd"], **more).state_dict().items():
+        assert torch.equal(longer[key], weight), key
+
+
+def test_a_word_that_is_no_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"schedule 'cosin' is none of .*did you mean cosine"):
+        check_schedule("cosin", 0.1, None)
+
+
+def test_factors_of_the_embedding_need_an_embedding_of_factors() -> None:
+    same = {"optimizer": "spectron", "embedding_optimizer": "same", "vocab_size": 23}
+    module = LowRankPretraining(**(SIZES | same | {"embedding_rank": None}))
+    with pytest.raises(ValueError, match=r"same is about factors of the embedding, and here it is"):
+        module.configure_model()
+    LowRankPretraining(**(SIZES | same | {"rank": None})).configure_model()
+
+
+def test_the_rate_of_the_embedding_is_its_own_under_every_optimizer(tmp_path: Path) -> None:
+    once: dict[str, Any] = {"max_steps": 1, "callbacks": [], "enable_checkpointing": False}
+    for optimizer in ("adamw", "spectron", "lora_muon"):
+        for rank in (5, None):
+            recipe = {
+                "optimizer": optimizer, "embedding_learning_rate": 0.25, "embedding_rank": rank
+            }  # fmt: skip
+            module = fit_recipe(tmp_path, recipe, **once)
+            groups = module.trainer.optimizers[0].param_groups
+            (group,) = (group for group in groups if group["initial_lr"] == 0.25)
+            table: Any = module.network.get_input_embeddings()
+            assert set(group["params"]) == set(table.parameters())
+            assert sum(len(group["params"]) for group in groups) == len([*module.parameters()])
+
+
+@pytest.mark.parametrize("rates", [(None, 0.1), (0.1, None)])
+def test_a_rate_of_the_embedding_is_not_begun_or_ended_in_mid_run(
+    tmp_path: Path, rates: tuple[float | None, float | None]
+) -> None:
+    fit_recipe(tmp_path, {"embedding_learning_rate": rates[0]})
+    message = f"embedding_learning_rate is {rates[1] or 'null'}, .* with {rates[0] or 'null'}: "
+    with pytest.raises(ValueError, match=message):
+        fit_recipe(
+            tmp_path, {"embedding_learning_rate": rates[1]}, resume_from=checkpoint_of(tmp_path)
+        )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"embedding_optimizer": "same"},
+            r"model.embedding_optimizer is same, whose state .* of adamw",
+        ),
         ({"optimizer": "adamw"}, r"model.optimizer is adamw, whose state .* of spectron"),
+        ({"optimizer": "lora_muon"}, r"model.optimizer is lora_muon, whose state .* of spectron"),
         (
             {"factor_decay": "product"},
             r"model.factor_decay is product, whose state .* of factors",
@@ -315,10 +458,18 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
     results = {
         **fit("ddp", "spectron", DDPStrategy(), batch_size=2),
         **fit("pipeline", "spectron", pipeline()),
-        **fit("pipeline, product", "pairs, product", pipeline()),
+        **fit("pipeline, product", "spectron, product", pipeline()),
+        **fit("pipeline, embedding", "spectron, embedding", pipeline()),
+        **fit("pipeline, muon embedding", "lora_muon, embedding", pipeline()),
+        **fit("pipeline, kinds", "ranks by kind", pipeline()),
+        **fit("ddp, lora_muon", "lora_muon", DDPStrategy(), batch_size=2),
+        **fit("pipeline, lora_muon", "lora_muon", pipeline()),
         **fit("of one", "spectron", pipeline(), resume_from=checkpoint_of(folder / "one")),
     }
-    for recipe, key in (("spectron", "optimizer spectron"), ("product", "factor_decay product")):
+    for recipe, key in (
+        ("spectron", "optimizer spectron"), ("lora_muon", "optimizer lora_muon"),
+        ("product", "factor_decay product"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"splits each matrix, which model.{key}"):
             fit("sharded", recipe, FullySharded(), batch_size=2)
     mesh = init_device_mesh("cpu", (num_ranks,))
@@ -330,14 +481,29 @@ def _on_two(process_rank: int, num_ranks: int, name: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_ranks_train_pairs_as_one_and_take_each_others_checkpoints(tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_and_take_each_others_checkpoints(
+    tmp_path: Path,
+) -> None:
     one = {
         name: fit_recipe(tmp_path / folder, RECIPES[name]).state_dict()
-        for folder, name in (("one", "spectron"), ("one, product", "pairs, product"))
+        for folder, name in (
+            ("one", "spectron"),
+            ("one, product", "spectron, product"),
+            ("one, muon", "lora_muon"),
+            ("one, embedding", "spectron, embedding"),
+            ("one, muon embedding", "lora_muon, embedding"),
+            ("one, kinds", "ranks by kind"),
+        )
     }
     per_rank = run_ranks(_on_two, 2, str(tmp_path), timeout_s=300)
     cases = {"ddp": "spectron", "pipeline": "spectron", "of one": "spectron"}
-    cases["pipeline, product"] = "pairs, product"
+    cases |= {"ddp, lora_muon": "lora_muon", "pipeline, lora_muon": "lora_muon"}
+    cases |= {
+        "pipeline, product": "spectron, product",
+        "pipeline, embedding": "spectron, embedding",
+        "pipeline, muon embedding": "lora_muon, embedding",
+        "pipeline, kinds": "ranks by kind",
+    }
     for case, recipe in cases.items():
         truth, seen = one[recipe], set[str]()
         for results in per_rank:
@@ -345,10 +511,17 @@ def test_two_ranks_train_pairs_as_one_and_take_each_others_checkpoints(tmp_path:
                 torch.testing.assert_close(weight, truth[key], rtol=0, atol=1e-10)
             seen |= results[case].keys()
         assert seen == truth.keys()
-    path = checkpoint_of(tmp_path / "pipeline")
-    ours = torch.load(path, weights_only=True)["optimizer_states"]
-    theirs = torch.load(checkpoint_of(tmp_path / "one"), weights_only=True)["optimizer_states"]
-    assert ours[0]["state"].keys() == theirs[0]["state"].keys()
-    back = fit_recipe(tmp_path / "back", RECIPES["spectron"], resume_from=path).state_dict()
-    for key, weight in one["spectron"].items():
-        torch.testing.assert_close(back[key], weight, rtol=0, atol=1e-10)
+    for case, folder in (
+        ("pipeline", "one"),
+        ("pipeline, embedding", "one, embedding"),
+        ("pipeline, muon embedding", "one, muon embedding"),
+        ("pipeline, kinds", "one, kinds"),
+    ):
+        path = checkpoint_of(tmp_path / case)
+        ours = torch.load(path, weights_only=True)["optimizer_states"]
+        theirs = torch.load(checkpoint_of(tmp_path / folder), weights_only=True)["optimizer_states"]
+        torch.testing.assert_close(ours[0]["state"], theirs[0]["state"], rtol=0, atol=1e-10)
+        recipe = cases[case]
+        back = fit_recipe(tmp_path / "back", RECIPES[recipe], resume_from=path).state_dict()
+        for key, weight in one[recipe].items():
+            torch.testing.assert_close(back[key], weight, rtol=0, atol=1e-10)

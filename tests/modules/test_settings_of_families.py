@@ -219,9 +219,48 @@ PRETRAINING: dict[str, Row] = {
         {"optimizer": "spectron", "spectron_momentum": 0.5},
         lambda seen: seen.groups("is_low_rank")[0]["momentum"] == 0.5,
     ),
+    "spectron_adjust_lr": Row(
+        {"optimizer": "spectron", "spectron_adjust_lr": "original"},
+        lambda seen: seen.groups("is_low_rank")[0]["adjust_lr"] == "original",
+    ),
+    "embedding_optimizer": Row(
+        {"optimizer": "spectron", "embedding_optimizer": "same"},
+        refused={"": "embedding_optimizer same is about factors of the embedding, and here it is"},
+    ),
+    "embedding_learning_rate": Row(
+        {"embedding_learning_rate": 0.25},
+        lambda seen: (
+            {id(p) for p in seen.network.get_input_embeddings().parameters()}
+            <= {
+                id(p)
+                for group in seen.module.trainer.optimizers[0].param_groups
+                for p in group["params"]
+                if group["initial_lr"] == 0.25
+            }
+        ),
+    ),
     "spectron_dense": Row(
         {
             "optimizer": "spectron", "spectron_dense": True, "spectron_learning_rate": RATE,
+            "weight_decay": 0.0, "warmup": 0,
+        },
+        _moves_dense_matrices,
+    ),
+    "optimizer, lora_muon": Row(
+        {"optimizer": "lora_muon"},
+        lambda seen: len(seen.groups("is_low_rank")[0]["params"]) == 4 * len(seen.family.mlp),
+    ),
+    "lora_muon_learning_rate": Row(
+        {"optimizer": "lora_muon", "lora_muon_learning_rate": 0.03},
+        lambda seen: seen.groups("is_low_rank")[0]["initial_lr"] == 0.03,
+    ),
+    "lora_muon_momentum": Row(
+        {"optimizer": "lora_muon", "lora_muon_momentum": 0.5},
+        lambda seen: seen.groups("is_low_rank")[0]["momentum"] == 0.5,
+    ),
+    "lora_muon_dense": Row(
+        {
+            "optimizer": "lora_muon", "lora_muon_dense": True, "lora_muon_learning_rate": RATE,
             "weight_decay": 0.0, "warmup": 0,
         },
         _moves_dense_matrices,
@@ -234,7 +273,8 @@ PRETRAINING: dict[str, Row] = {
 }  # fmt: skip
 PRETRAINING_ALIKE = {
     "loss_chunk_size", "learning_rate", "final_learning_rate_ratio", "warmup", "weight_decay",
-    "beta1", "beta2",
+    "beta1", "beta2", "schedule", "cooldown", "teacher", "teacher_quantize",
+    "teacher_dtype", "teacher_weight", "teacher_temperature",
 }  # fmt: skip
 """Settings that treat all parameters alike, or the head alone."""
 
@@ -281,7 +321,8 @@ FINETUNING: dict[str, Row] = {
 FINETUNING_ALIKE = {
     "revision", "dtype", "learning_rate", "lora_plus_ratio", "final_learning_rate_ratio",
     "warmup", "weight_decay", "beta1", "beta2", "optimizer", "supervised_logits_only",
-    "kl_weight", "kl_positions", "loss_chunk_size", "random_base",
+    "kl_weight", "kl_positions", "loss_chunk_size", "random_base", "teacher", "teacher_quantize",
+    "teacher_dtype", "teacher_weight", "teacher_temperature",
 }  # fmt: skip
 
 

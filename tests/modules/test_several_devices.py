@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.profiling.memory import module_memory
 from fingpt_lightning.strategies import FullySharded
+from tests.models.tiny_models import tiny_gpt2
 from tests.support.lightning_ranks import RanksEnvironment
 from tests.support.ranks import run_ranks
 from tests.support.token_data import TokenData
@@ -92,6 +93,13 @@ def _fit_in_one_process(folder: Path, **options: Any) -> dict[str, Any]:
     return _fit(folder, batch_size=2, **options)
 
 
+def _taught(folder: Path) -> dict[str, Any]:
+    return {
+        "teacher": str(folder / "teacher"), "teacher_dtype": "float64", "teacher_weight": 0.7,
+        "teacher_temperature": 2.0,
+    }  # fmt: skip
+
+
 def _checkpoint(folder: Path) -> Path:
     return folder / f"step={CHECKPOINT_STEP}.ckpt"
 
@@ -130,6 +138,8 @@ def _fit_on_ranks(process_rank: int, world_size: int, name: str) -> dict[str, di
         "fsdp": fit("fsdp", FullySharded()),
         "fsdp recompute": fit("recompute", FullySharded(), changes={"recompute": "block"}),
         "fsdp dense": fit("dense", FullySharded(), changes=DENSE),
+        "ddp taught": fit("ddp_taught", DDPStrategy(), changes=_taught(folder)),
+        "fsdp taught": fit("fsdp_taught", FullySharded(), changes=_taught(folder)),
         "fsdp resumed from fsdp": resume_from("fsdp"),
         "fsdp resumed from one": resume_from("one"),
         "fsdp bf16": fit("bf16", FullySharded(), observers=[dtypes], **BF16)
@@ -144,6 +154,8 @@ class Runs:
         self.folder = folder
         self.one = _fit_in_one_process(folder / "one")
         self.one_bf16 = _fit_in_one_process(folder / "one_bf16", **BF16)
+        tiny_gpt2().save_pretrained(folder / "teacher")
+        self.one_taught = _fit_in_one_process(folder / "one_taught", changes=_taught(folder))
         self.one_dense = _fit_in_one_process(folder / "one_dense", changes=DENSE)
         self.per_rank = run_ranks(_fit_on_ranks, 2, str(folder), timeout_s=120)
 
@@ -184,6 +196,14 @@ def test_two_ranks_equal_one_process(runs: Runs, case: str, num_steps: int) -> N
 def test_a_tied_dense_network_is_split_exactly_too(runs: Runs) -> None:
     for results in runs.per_rank:
         _assert_same(results["fsdp dense"], runs.one_dense)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ddp taught", "fsdp taught"])
+def test_two_ranks_learn_from_a_teacher_as_one_process_does(runs: Runs, case: str) -> None:
+    assert runs.one_taught["losses"] != pytest.approx(runs.one["losses"], rel=0.1)
+    for results in runs.per_rank:
+        _assert_same(results[case], runs.one_taught)
 
 
 @pytest.mark.slow

@@ -143,6 +143,46 @@ def test_an_average_is_validated_saved_and_gone_on_from(case: str, tmp_path: Pat
         assert torch.equal(kept, as_it_was), name
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lora_muon"])
+def test_an_average_of_the_tail_is_the_trained_weights_until_it_begins(
+    optimizer: str, tmp_path: Path
+) -> None:
+    def made() -> tuple[LightningModule, Any]:
+        return _pretraining(optimizer=optimizer, embedding_rank=5)
+
+    module, data = made()
+    _trainer(tmp_path, [watch := Watch()]).fit(module, datamodule=data)
+    steps = [*watch.steps, _trained(module)][-4:]
+
+    def tail() -> EMAWeightAveraging:
+        return EMAWeightAveraging(decay=_DECAY, update_starting_at_step=2)
+
+    module, data = made()
+    trainer = _trainer(
+        tmp_path, [tail(), seen := Watch(), _SaveAt(2, tmp_path / "two.ckpt")],
+        limit_val_batches=1, val_check_interval=1, check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    assert len(seen.validated) == 4
+    for validated, step in zip(seen.validated, steps[:3], strict=False):
+        _check_equal(validated, step)
+    _check_equal(seen.validated[3], _average(steps[2:]))
+    _check_equal(_trained(module), _average(steps[2:]))
+    saved = torch.load(tmp_path / "two.ckpt", weights_only=True)["state_dict"]
+    _check_equal({n: t for n, t in saved.items() if n in steps[1]}, steps[1])
+
+    resumed, data = made()
+    path = tmp_path / "two.ckpt"
+    _trainer(tmp_path, [tail()]).fit(resumed, datamodule=data, ckpt_path=path, weights_only=True)
+    _check_equal(_trained(resumed), _average(steps[2:]))
+
+    short, data = made()  # it ends before the average begins
+    never = EMAWeightAveraging(update_starting_at_step=100)
+    _trainer(tmp_path, [never]).fit(short, datamodule=data)
+    _check_equal(_trained(short), steps[3])
+
+
 class _SaveAt(Callback):
     def __init__(self, step: int, path: Path) -> None:
         self._step, self._path = step, path

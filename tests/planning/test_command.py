@@ -9,6 +9,7 @@ import pytest
 # Lightning sets an environment variable when it is imported: not in a test.
 import fingpt_lightning.planning.command  # noqa: F401
 from fingpt_lightning.cli.main import main
+from tests.models.tiny_models import tiny_gpt2
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -106,3 +107,22 @@ def test_wrong_words_are_told_as_by_fit(plan: Plan) -> None:
     status, text, _ = plan("debug_quickstart.yaml", "--calibrate", "--no_calibrate")
     assert status == 2
     assert "not allowed with" in text
+
+
+def test_a_teacher_is_counted_in_the_peak_and_in_the_time(plan: Plan, tmp_path: Path) -> None:
+    words = ("--trainer.accelerator", "cpu", "--no_calibrate")
+    _, _, alone = plan("debug_pretrain_gpt2_small.yaml", *words)
+    folder = tmp_path.with_name(f"{tmp_path.name}_teacher")
+    network = tiny_gpt2()
+    network.save_pretrained(folder)
+    taught = ("--model.teacher", str(folder), "--model.teacher_dtype")
+    status, text, found = plan("debug_pretrain_gpt2_small.yaml", *words, *taught, "float32")
+    assert status == 0, text
+    weights = 4 * sum(p.numel() for p in network.parameters())
+    assert found["teacher_bytes"] == weights
+    logits = 512 * network.config.vocab_size * 8
+    assert found["bytes"]["peak"] == alone["bytes"]["peak"] + weights + logits
+    assert "the teacher's weights, in the peak" in text
+    assert found["bytes"]["weights"] == alone["bytes"]["weights"]
+    _, _, halved = plan("debug_pretrain_gpt2_small.yaml", *words, *taught, "bfloat16")
+    assert halved["teacher_bytes"] == weights // 2

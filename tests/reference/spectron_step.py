@@ -1,11 +1,11 @@
-"""Spectron's step for one pair of factors, in float64, written from the paper's formulas."""
+"""Spectron's step for the factors of one layer, in float64, written from the paper's formulas."""
 
 import torch
 from torch import Tensor
 
 
-class PairReference:
-    """A pair and its momenta; singular values come from a decomposition, not from an iteration.
+class SpectronReference:
+    """Factors and their momenta; singular values come from a decomposition, not from an iteration.
 
     Source: https://arxiv.org/abs/2602.12429.
     """
@@ -15,15 +15,33 @@ class PairReference:
         self.momenta = [torch.zeros_like(factor) for factor in self.factors]
 
     def step(
-        self, gradients: list[Tensor], lr: float, momentum: float, decay: float, more: float = 0.0
+        self,
+        gradients: list[Tensor],
+        lr: float,
+        momentum: float,
+        decay: float,
+        more: float = 0.0,
+        adjusts: bool = False,
     ) -> None:
-        """Moves both factors."""
+        """Moves both factors.
+
+        Args:
+            gradients: Gradients of both factors.
+            lr: Learning rate.
+            momentum: Momentum.
+            decay: Weight decay.
+            more: Number added to the bound's denominator.
+            adjusts: Whether steps are multiplied by sqrt(max(1, rows / columns)).
+        """
         norms = [float(torch.linalg.svdvals(factor)[0]) for factor in self.factors]
         bound = lr / (sum(norms) + more + 1)
         for index, gradient in enumerate(gradients):
             self.momenta[index] = momentum * self.momenta[index] + gradient
             direction = newton_schulz(gradient + momentum * self.momenta[index])
-            self.factors[index] = (1 - lr * decay) * self.factors[index] - bound * direction
+            rows, columns = direction.shape
+            factor = max(1, rows / columns) ** 0.5 if adjusts else 1
+            kept = (1 - lr * decay) * self.factors[index]
+            self.factors[index] = kept - bound * factor * direction
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from tests.reporting.folders import make_evaluation, make_run, write_run_evaluat
 
 
 def _answer(row: int, gold: str | None, said: str | None, sure: float | None = None) -> Answer:
-    return Answer(row, f"text {row}", gold, said, sure)
+    is_right = None if gold is None else gold == said
+    return Answer(row, f"text {row}", gold, said, sure, is_right)
 
 
 def test_confusion_counts_known_rows_in_the_order_of_the_tasks_labels() -> None:

@@ -47,3 +47,31 @@ def test_report_tells_each_mistake_in_one_line(
     assert status == 1
     assert f"{run / 'metrics.csv'}:2: train/loss is 'x', which is no number" in text
     assert not (tmp_path / "x.html").exists()
+
+
+def test_watch_writes_the_page_until_the_run_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, page = make_run(tmp_path / "mine", 4, is_finished=False), tmp_path / "page.html"
+    slept: list[float | int] = []
+
+    def sleep(seconds: float | int) -> None:
+        assert "not finished" in page.read_text()
+        slept.append(seconds)
+        if len(slept) == 2:
+            (run / "summary.json").write_text('{"steps": 4}')
+
+    monkeypatch.setattr("time.sleep", sleep)
+    status, text = _run(capsys, "report", run, "--output", page, "--watch", "3")
+    assert status == 0
+    assert slept == [3, 3]
+    assert f"{page}: written every 3 s until the run ends" in text
+    assert "not finished" not in page.read_text()
+
+
+def test_watch_of_a_finished_run_writes_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it sleeps"))
+    run = make_run(tmp_path / "mine", 4)
+    assert _run(capsys, "report", run, "--output", tmp_path / "x.html", "--watch")[0] == 0

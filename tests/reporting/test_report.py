@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fingpt_lightning.reporting import write_report
+from fingpt_lightning.reporting.report import write_page
 from tests.reporting.folders import (
     make_evaluation,
     make_run,
@@ -224,3 +225,62 @@ def test_a_sweep_record_without_its_keys_is_named(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text(json.dumps({"name": "x", "trials": []}))
     with pytest.raises(ValueError, match=r"sweep\.json is no record of a sweep: KeyError"):
         _report(tmp_path, tmp_path)
+
+
+def _with_tokenizer(run: Path, text: str, bits: float) -> Path:
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer" / "tokenizer.json").write_text(text)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"val_bits_per_byte": bits}))
+    return run
+
+
+def _row(html: str, title: str) -> list[str]:
+    row = re.search(rf"<td>{title}</td>(.*?)</tr>", html, flags=re.DOTALL)
+    assert row is not None, title
+    return [kinds for kinds, _ in re.findall(r'<td class="([\w ]+)">(.*?)</td>', row[1])]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_losses_of_two_tokenizers_are_not_ranked(same: bool, tmp_path: Path) -> None:
+    one = _with_tokenizer(make_run(tmp_path / "one", final_loss=3.8), "a", 1.4)
+    other = make_run(tmp_path / "other", final_loss=4.2)
+    html = _report(tmp_path, one, _with_tokenizer(other, "a" if same else "b", 1.3))
+    best = ["number best", "number"]
+    for title in ("last validation loss", "best validation loss"):
+        assert _row(html, title) == (best if same else ["number", "number"])
+    assert _row(html, "bits per byte") == best[::-1]
+    assert ("The runs have different tokenizers" in html) is not same
+    assert ("lowest validation loss" in html) is same
+    assert "fewest bits per byte" in html
+
+
+def test_curves_stand_over_tokens_steps_and_time(tmp_path: Path) -> None:
+    html = _report(tmp_path, make_run(tmp_path / "mine"), make_run(tmp_path / "other"))
+    for title in ("Loss by tokens", "Loss by steps", "Loss by time"):
+        assert f"<h3>{title}</h3>" in html
+
+
+def test_a_finetuning_has_its_adapter_in_place_of_a_dense_baseline(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tuned", tasks=["fpb"])
+    figures = {"base": "models/base in nf4", "adapter": "LoRA of rank 16", "steps": 40}
+    counts = {"parameters": 135e6, "trained_parameters": 4.9e6, "trained_share": 0.035}
+    (run / "summary.json").write_text(json.dumps(figures | counts))
+    write_metrics(run / "metrics.csv", [{"step": 3, "train/loss": 0.5, "train/tokens": 9.0}])
+    html = _report(tmp_path, run)
+    assert "LoRA of rank 16 on models/base in nf4" in html
+    assert "3.50%" in html
+    assert "smaller than dense" not in html
+    assert "Compression" not in html
+
+
+def test_a_page_is_read_again_while_a_run_goes_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "mine", 8, is_finished=False)
+    page = tmp_path / "watched.html"
+    refresh = '<meta http-equiv="refresh" content="7">'
+    assert write_page([run], page, 7)
+    assert refresh in page.read_text()
+    (run / "summary.json").write_text('{"steps": 8}')
+    assert not write_page([run], page, 7)
+    assert refresh not in page.read_text()
+    assert "refresh" not in _report(tmp_path, make_run(tmp_path / "other", 8, is_finished=False))

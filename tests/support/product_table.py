@@ -25,8 +25,9 @@ from fingpt_lightning.low_rank import (
     LowRankLinear,
 )
 from fingpt_lightning.low_rank.adapters import SharedDown
+from fingpt_lightning.low_rank.factor_optimizer import orthogonalized
 from fingpt_lightning.low_rank.frozen_products import frozen_linear
-from fingpt_lightning.low_rank.spectron import orthogonalized, spectral_norms
+from fingpt_lightning.low_rank.spectron import spectral_norms
 from fingpt_lightning.models import vocabulary_loss
 from fingpt_lightning.models.attention import causal_attention
 from fingpt_lightning.models.decode_step import decode_step

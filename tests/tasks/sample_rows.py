@@ -18,6 +18,39 @@ TOKENS = ["Silicon", "Valley", "Bank", "lends", "to", "Ann", "under", "GAAP"]
 TAGS = ["I-ORG", "I-ORG", "I-ORG", "O", "O", "I-PER", "O", "I-MISC"]
 
 _FOUR = ["heat", "light", "sound", "mass"]
+_CALL = "Good morning.\nRevenue rose by 5 %.\nWe raise the outlook."
+_TABLE = {"table": [["", "2019", "2018"], ["Revenue", "112", "105"]]}
+_PAGE = {
+    "pre_text": ["the following is taken from the report .", "it is in millions ."],
+    "post_text": ["revenue grew ."],
+    **_TABLE,
+}
+_QUESTION: Row = {
+    "question": "What was the revenue in 2019?",
+    "answer": ["112"],
+    "answer_type": "span",
+    "scale": "million",
+}
+
+
+def _flare(query: str, text: str, answer: str) -> Row:
+    """A row as PIXIU and FinBen ship sets of labels."""
+    choices = ["good", "bad"] if answer in ("good", "bad") else ["negative", "positive"]
+    gold = choices.index(answer)
+    return {"id": "x0", "query": query, "answer": answer, "text": text} | {
+        "choices": choices,
+        "gold": gold,
+    }
+
+
+_STOCK: Row = {
+    "id": "s0",
+    "query": "Will $ba rise or fall at 2020-11-02?\nContext: date,open\n2020-10-19,1.2\nAnswer:",
+    "answer": "Fall",
+    "text": "date,open",
+    "choices": ["Rise", "Fall"],
+    "gold": 1,
+}
 
 # One row a shape, in the order of the task's shapes; all rows of a task say the same.
 ROWS: dict[str, list[Row]] = {
@@ -46,7 +79,48 @@ ROWS: dict[str, list[Row]] = {
         {"query": "Passage: Ice\nmelts.\nQuestion: is it?", "choices": ["no", "yes"], "gold": 1},
         {"passage": "Ice\nmelts.", "question": "is it", "answer": True},
     ],
-    "fin_ner": [{"tokens": TOKENS, "tags": TAGS}],
+    "cfa": [
+        {
+            "query": "Read the question, and choose.\nQ: What is 1 kg?",
+            "answer": "D",
+            "text": "What is 1 kg?",
+            "choices": _FOUR,
+            "gold": 3,
+        }
+    ],
+    "convfinqa": [
+        {
+            **_PAGE,
+            "annotation": {
+                "cur_dial": ["what was the revenue in 2019?", "and in 2018?"],
+                "exe_ans": 105.0,
+            },
+        }
+    ],
+    "credit_german": [_flare("Text: checking account: none", "checking account: none", "bad")],
+    "credit_australian": [_flare("Text: A1: 1.0", "A1: 1.0", "good")],
+    "ectsum": [{"id": "ect0", "query": "q", "answer": "0\n1", "label": [0, 1, 1], "text": _CALL}],
+    "edtsum": [{"id": "edt0", "query": "q", "answer": "Foo grows", "text": SENTENCE}],
+    "fin_ner": [
+        {"tokens": TOKENS, "tags": TAGS},
+        {"text": " ".join(TOKENS), "answer": "Silicon Valley Bank, organization; Ann, person"},
+    ],
+    "fin_ner_types": [{"tokens": TOKENS, "tags": TAGS}],
+    "finer139": [{"tokens": ["Debt", "of", "12.5"], "ner_tags": ["O", "O", "B-DebtFaceAmount"]}],
+    "finer_ord": [
+        {"token": TOKENS[:-1], "label": TAGS[:-1], "query": "q"},
+        {"tokens": TOKENS[:-1], "tags": TAGS[:-1]},
+    ],
+    "finqa": [{**_PAGE, "qa": {"question": "how much did it grow?", "exe_ans": 0.06667}}],
+    "fiqa_sa_pixiu": [
+        _flare(
+            "What is the sentiment of the following financial post: Positive, Negative, or"
+            f" Neutral?\nText: {SENTENCE}\nAnswer:",
+            SENTENCE,
+            "positive",
+        )
+    ],
+    "fnxl": [{"token": ["Debt", "of", "12.5"], "label": ["O", "O", "B-DebtFaceAmount"]}],
     "fiqa_sa": [
         {"text": SENTENCE, "kind": "post", "score": 0.1},
         {"sentence": SENTENCE, "format": "post", "sentiment_score": 0.1},
@@ -98,6 +172,20 @@ ROWS: dict[str, list[Row]] = {
         {"query": "Question: dry paint\n", "choices": ["wait", "run"], "gold": 0},
         {"goal": "dry paint", "sol1": "wait", "sol2": "run", "label": 0},
     ],
+    "stock_acl18": [_STOCK],
+    "stock_bigdata22": [_STOCK],
+    "stock_cikm18": [_STOCK],
+    "tatqa": [
+        {**_TABLE, "paragraphs": ["Profit rose.", "It was kept."], **_QUESTION},
+        {
+            "table": {"uid": "t", **_TABLE},
+            "paragraphs": [
+                {"uid": "a", "order": 1, "text": "Profit rose."},
+                {"uid": "b", "order": 2, "text": "It was kept."},
+            ],
+            "questions": [{"uid": "q", "order": 1, "derivation": "", **_QUESTION}],
+        },
+    ],
     "tfns": [{"text": SENTENCE, "label": 1}],
     "winogrande": [
         {
@@ -115,7 +203,7 @@ ROWS: dict[str, list[Row]] = {
 }
 # The layouts of FinGPT and FinLoRA and of Alpaca, whose rows are questions.
 for _name, _target in {
-    "fin_ner": "organization", "fiqa_sa": "positive", "fomc": "hawkish", "headline": "Yes",
+    "fin_ner_types": "organization", "fiqa_sa": "positive", "fomc": "hawkish", "headline": "Yes",
     "fpb": "positive", "nwgi": "mildly positive", "tfns": "positive",
 }.items():  # fmt: skip
     _task = find_task(_name)
@@ -132,6 +220,7 @@ for _name, _target in {
         }
     )
 ROWS["arc_challenge"] = ROWS["arc_easy"]
+ROWS["fiqa_sa_fingpt"] = [ROWS["fiqa_sa"][place] for place in (0, 1, 2, 3, 4, 5)]
 ROWS["nwgi7"] = ROWS["nwgi"]
 
 

@@ -219,7 +219,8 @@ def test_a_row_whose_text_is_too_short_is_left_out() -> None:
     [
         ("boolq", {"passage": _TEXT, "question": "is it", "answer": True}, "Question: is it?"),
         ("boolq", {"passage": "It.", "question": _TEXT, "answer": True}, None),
-        ("fin_ner", {"tokens": ["Foo", *_TEXT.split()], "tags": ["I-ORG"] + ["O"] * 60}, "'Foo'"),
+        ("fin_ner_types", {"tokens": ["Foo", *_TEXT.split()], "tags": ["I-ORG"] + ["O"] * 60},
+         "'Foo'"),
         ("winogrande", {"sentence": f"{_TEXT} _ fell.", "option1": "Foo", "option2": "Corp",
                         "answer": "1"}, "Foo fell."),
     ],

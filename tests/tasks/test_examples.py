@@ -11,7 +11,8 @@ from tokenizers import Regex, pre_tokenizers
 
 from fingpt_lightning import tasks
 from fingpt_lightning.tasks import find_task, task_names
-from fingpt_lightning.tasks.examples import Example, Turn, tagged_spans
+from fingpt_lightning.tasks.examples import Example, Turn
+from fingpt_lightning.tasks.references import tagged_spans
 from tests.tasks.sample_rows import (
     HEADLINE_ANSWERS,
     ROWS,
@@ -35,7 +36,8 @@ def test_there_is_a_sample_of_every_shape_of_every_task() -> None:
     assert sorted(ROWS) == task_names()
     for name, rows in ROWS.items():
         for shape, row in zip(find_task(name).shapes, rows, strict=True):
-            known = set(row) | set(row["info"][0] if "info" in row else ())  # type: ignore[index]
+            parts: Any = row[shape.each] if shape.each else [{}]
+            known = {*row, *parts[0]}
             assert {column.split(".")[0] for column in shape.columns} <= known, name
 
 
@@ -126,7 +128,7 @@ def test_a_headline_becomes_six_questions() -> None:
 
 
 def test_entities_become_questions_and_miscellaneous_ones_none() -> None:
-    made = [example for example in examples("fin_ner", ROWS["fin_ner"][0]) if example]
+    made = [example for example in examples("fin_ner_types", ROWS["fin_ner_types"][0]) if example]
     assert [example.gold for example in made] == [1, 0]
     assert made[0].prefix + made[0].prompts[0] + made[0].choices[1] == (
         "Instruction: What is the entity type of 'Silicon Valley Bank' in the input sentence.\n"
@@ -250,8 +252,24 @@ _CHOICES = {"query": "Question: x", "choices": ["a", "b"], "gold": 0}
         ("fiqa_sa", {"text": "x", "kind": "post", "score": "high"}, "score 'high' is no number"),
         ("fiqa_sa", {"text": "x", "kind": "post", "score": math.nan}, "'score' holds nan, which"),
         ("headline", {"text": "x", **HEADLINE_ANSWERS, "price_up": 2}, "label '2' is none of No,"),
+        ("fin_ner_types", {"tokens": ["a"], "tags": []}, "tokens and tags must be lists of one l"),
+        ("fin_ner_types", {"tokens": ["a"], "tags": ["I-DATE"]}, "label 'I-DATE' is none of pers"),
         ("fin_ner", {"tokens": ["a"], "tags": []}, "tokens and tags must be lists of one length"),
-        ("fin_ner", {"tokens": ["a"], "tags": ["I-DATE"]}, "label 'I-DATE' is none of person,"),
+        ("fin_ner", {"tokens": "a", "tags": ["O"]}, "tokens and tags must be lists of one length"),
+        ("fin_ner", {"tokens": ["a"], "tags": ["I-PERS"]}, "'I-PERS' is none of o, b-per, i-per"),
+        ("fin_ner", {"text": "a", "answer": "Ann"}, "answer 'Ann' is not a name, a comma and one"),
+        ("tatqa", {**ROWS["tatqa"][0], "scale": "milion"}, "scale 'milion' is none of thousand, m"),
+        ("tatqa", {**ROWS["tatqa"][0], "table": ["a"]}, "'table' is not a list of rows of cells"),
+        ("tatqa", {**ROWS["tatqa"][0], "table": 3}, "field 'table' holds a int, not a list"),
+        ("tatqa", {**ROWS["tatqa"][0], "table": [[{}]]}, "field 'table': a dict is not a text"),
+        ("tatqa", {**ROWS["tatqa"][1], "questions": [
+            {"question": "x", "answer": 1, "scale": "", "answer_type": "count"}, 3]},
+         "field 'questions' is not a list of objects"),
+        ("finqa", {**ROWS["finqa"][0], "qa": {"question": "x", "exe_ans": "up"}},
+         "answer 'up' is neither a number nor yes or no"),
+        ("ectsum", {"text": "a\nb", "label": [1]}, "'label' is not a list of 0 or 1 for each of t"),
+        ("ectsum", {"text": "a\nb", "label": 1}, "field 'label' is not a list"),
+        ("edtsum", {"text": "a", "answer": ["b"]}, "answer ('b',) is a list, not one text"),
         ("piqa", _CHOICES | {"gold": 2}, "gold '2' is none of 0, 1"),
         ("piqa", _CHOICES | {"choices": "ab"}, "choices 'ab' is no list of two texts or more"),
         ("openbookqa", {"question_stem": "x", "choices": {"text": ["a", "b"], "label": ["A"]},

@@ -36,9 +36,11 @@ def _write(
 
 def test_the_shipped_tasks_are_there() -> None:
     assert task_names() == [
-        *("alpaca", "arc_challenge", "arc_easy", "boolq", "fin_ner", "fiqa_sa", "fomc", "fpb"),
-        *("headline", "hellaswag", "lambada", "nwgi", "nwgi7", "openbookqa", "piqa", "tfns"),
-        "winogrande",
+        *("alpaca", "arc_challenge", "arc_easy", "boolq", "cfa", "convfinqa"),
+        *("credit_australian", "credit_german", "ectsum", "edtsum", "fin_ner", "fin_ner_types"),
+        *("finer139", "finer_ord", "finqa", "fiqa_sa", "fiqa_sa_fingpt", "fiqa_sa_pixiu", "fnxl"),
+        *("fomc", "fpb", "headline", "hellaswag", "lambada", "nwgi", "nwgi7", "openbookqa", "piqa"),
+        *("stock_acl18", "stock_bigdata22", "stock_cikm18", "tatqa", "tfns", "winogrande"),
     ]
 
 
@@ -92,6 +94,12 @@ def test_a_missing_file_is_told_with_its_neighbour(tmp_path: Path) -> None:
 
 
 _FIELDS = {"text": "body", "label": "direction"}
+_NUMERIC: dict[str, object] = {
+    "kind": "numeric",
+    "main_metric": "exact_match",
+    "labels": None,
+    "shapes": [{"fields": {"text": "body", "answer": "number"}}],
+}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +109,7 @@ _FIELDS = {"text": "body", "label": "direction"}
         ({"zzz": 1}, ": no key 'zzz'; there are version, title,"),
         ({"title": None}, ": key 'title' is missing"),
         ({"kind": "label"}, ": kind: 'label' is none of labels, choices, partial, last_word, "
-         "instructions; did you mean labels?"),
+         "instructions, numeric, spans, summary, regression; did you mean labels?"),
         ({"main_metric": "acuracy"}, "; did you mean accuracy?"),
         ({"version": 0}, ": version: a whole number, 1 or above, is needed, not 0"),
         ({"version": True}, "is needed, not True"),
@@ -141,6 +149,29 @@ _FIELDS = {"text": "body", "label": "direction"}
         ({"hub": {"name": "a/b"}}, ": hub: key 'splits' is missing"),
         ({"hub": {"name": "a/b", "splits": {"train": "a", "test": "b"}},
           "cut": {"test_size": 0.5, "seed": 1}}, ": hub: one split is needed"),
+        ({"hub": {"name": "a/b", "splits": {"train": "a", "test": "b"}},
+          "cut": {"test_size": 0.5, "seed": 1, "splits": ["train", "tset"]}},
+         ": cut: hub has no split 'tset'; did you mean test?"),
+        ({"main_metric": "exact_match"}, ": main_metric: a task of kind labels has accuracy"),
+        ({"main_metric": "average_f1"}, ": main_metric: average_f1 needs the key group"),
+        ({"group": "txet"}, ": group: shapes, item 1 gives no field 'txet'; did you mean text"),
+        ({"stop": "\n"}, ": stop: a task of kind labels has none"),
+        ({"max_new_tokens": 3}, ": max_new_tokens: a task of kind labels has none"),
+        ({"numbers": {"rule": "tatqa"}}, ": numbers: a task of kind labels has none"),
+        ({"shapes": [{"entities": {"tokens": "a", "tags": "b"}, "fields": {"label": "c"}}]},
+         ": shapes, item 1: a task of kind labels reads no entities"),
+        ({"shapes": [{"fields": _FIELDS, "lists": {"body": "tabel"}}]},
+         "lists: body: 'tabel' is none of table, lines, sentences; did you mean table?"),
+        (_NUMERIC | {"numbers": {"rule": "tatq"}}, "'tatq' is none of tatqa, value; did you"),
+        (_NUMERIC | {"numbers": {"tolerance": 2}}, "numbers: tolerance: 2.0 is outside (0, 1)"),
+        (_NUMERIC | {"stop": ["a", ""]}, ": stop: a text is empty"),
+        (_NUMERIC | {"max_new_tokens": 0}, ": max_new_tokens: a whole number, 1 or above, is need"),
+        (_NUMERIC | {"group": "text"}, ": group: a task of kind numeric has none"),
+        (_NUMERIC | {"labels": ["a", "b"]}, ": labels: a task of kind numeric has none"),
+        (_NUMERIC | {"shapes": [{"fields": {"text": "a"}}]}, "numeric needs the field 'answer'"),
+        ({"kind": "spans", "main_metric": "entity_f1", "shapes": [{"entities": {
+            "tokens": "a", "tags": "b", "types": {"I-UP": "upp"}}}]},
+         ": shapes: 'upp' is none of the labels; did you mean up?"),
         ({"cut": {"test_size": 1, "seed": 1}}, ": cut: test_size: 1.0 is outside (0, 1)"),
         ({"line_file": {"names": "a.txt", "separator": "@", "columns": ["body", "direction"]}},
          ": line_file: a cut is needed"),

@@ -23,10 +23,14 @@ _NUM_EXAMPLES = {
     ("arc_easy", "validation"): 511,
     ("boolq", "train"): 1953,
     ("boolq", "validation"): 678,
-    ("fin_ner", "train"): 732,
-    ("fin_ner", "validation"): 68,
+    ("fin_ner", "train"): 1034,
+    ("fin_ner", "validation"): 112,
+    ("fin_ner_types", "train"): 732,
+    ("fin_ner_types", "validation"): 68,
     ("fiqa_sa", "train"): 821,
     ("fiqa_sa", "validation"): 89,
+    ("fomc", "train"): 1600,
+    ("fomc", "validation"): 268,
     ("fpb", "train"): 3245,
     ("fpb", "validation"): 358,
     ("headline", "train"): 6 * 7338,
@@ -37,6 +41,8 @@ _NUM_EXAMPLES = {
     ("openbookqa", "validation"): 110,
     ("piqa", "train"): 1114,
     ("piqa", "validation"): 375,
+    ("tatqa", "train"): 1248,
+    ("tatqa", "validation"): 420,
     ("tfns", "train"): 8431,
     ("tfns", "validation"): 930,
     ("winogrande", "train"): 773,
@@ -81,7 +87,7 @@ def test_a_repeated_question_is_asked_once(tmp_path: Path) -> None:
     row: dict[str, object] = {"tokens": TOKENS, "tags": TAGS}
     twice: dict[str, object] = {"tokens": ["Ann", "pays", "Ann"], "tags": ["I-PER", "O", "I-PER"]}
     _write(tmp_path, "fin_ner", [row, twice, row])
-    rows = read_rows(find_task("fin_ner"), tmp_path, "train")
+    rows = read_rows(find_task("fin_ner_types"), tmp_path, "train")
     assert [(example.row, example.gold) for example in rows.examples] == [(1, 1), (1, 0), (2, 0)]
 
 

@@ -9,7 +9,7 @@ import datasets  # type: ignore[import-untyped]
 import pytest
 
 from fingpt_lightning.tasks import Example, find_task, read_rows
-from fingpt_lightning.tasks.sources import open_split
+from fingpt_lightning.tasks.sources import open_split, splits_in
 
 # The byte 0x85 ends a line in some readings of ISO-8859-1, and a sentence may hold the separator.
 _SENTENCES = [
@@ -274,3 +274,83 @@ def test_the_published_files_of_fiqa_are_one_split(tmp_path: Path) -> None:
     assert [example.prompts[0].split("?")[0] for example in found.examples] == [" news", " tweet"]
     with pytest.raises(FileNotFoundError, match=r"the splits there: train$"):
         read_rows(task, tmp_path, "test")
+
+
+def _write_fiqa(folder: Path) -> list[str]:
+    """As many rows as the hub's three splits of FiQA have, on one topic each."""
+    number = 0
+    for split, num_rows in (("train", 961), ("validation", 102), ("test", 150)):
+        rows = [
+            {"sentence": f"Foo {number + place}", "format": "post", "sentiment_score": 0.0}
+            for place in range(num_rows)
+        ]
+        number += num_rows
+        path = folder / "fiqa_sa" / f"{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return [f"Foo {place}" for place in range(number)]
+
+
+def test_fingpts_split_of_fiqa_is_cut_out_of_all_three(tmp_path: Path) -> None:
+    texts = _write_fiqa(tmp_path)
+    task = find_task("fiqa_sa_fingpt")
+    test, train = (read_rows(task, tmp_path, split) for split in ("test", "train"))
+    assert (len(test.examples), len(train.examples)) == (275, 938)
+    assert sorted(one.text for one in (*test.examples, *train.examples)) == sorted(texts)
+    # What FinGPT's benchmarks/fiqa.py does with the hub's data set.
+    whole = datasets.Dataset.from_dict({"text": texts})
+    expected = whole.train_test_split(0.226, seed=42)["test"]["text"]
+    assert [example.text for example in test.examples] == expected
+    assert [example.row for example in test.examples] == [texts.index(x) + 1 for x in expected]
+    assert test.split_rule == (
+        "train_test_split(test_size=0.226, seed=42) of splits train + validation + test"
+    )
+
+
+def test_a_cut_of_splits_needs_all_of_them(tmp_path: Path) -> None:
+    _write_fiqa(tmp_path)
+    task = find_task("fiqa_sa_fingpt")
+    assert splits_in(task, tmp_path) == ["test", "train"]
+    with pytest.raises(FileNotFoundError, match="no split 'validation', only train and test: its"):
+        open_split(task, tmp_path, "validation")
+    (tmp_path / "fiqa_sa" / "test.jsonl").unlink()
+    assert splits_in(task, tmp_path) == []
+    with pytest.raises(FileNotFoundError, match="has no split 'test'"):
+        open_split(task, tmp_path, "train")
+
+
+def test_a_source_says_by_which_rule_its_rows_are_the_split(
+    fpb: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_lines(fpb, "utf-8")
+    rule = "train_test_split(test_size=0.25, seed=42) of "
+    assert open_split(find_task("fpb"), fpb.parent, "test").split_rule == (
+        f"{rule}Sentences_50Agree.txt"
+    )
+    (fpb / "dev.jsonl").write_text("{}")
+    assert open_split(find_task("fpb"), fpb.parent, "dev").split_rule == "all rows of dev.jsonl"
+    rows = [{"sentence": f"Foo {n}", "label": 0, "sentiment_score": 0.1} for n in range(9)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: rows)
+    assert open_split(find_task("fpb"), None, "test").split_rule == (
+        f"{rule}split train of takala/financial_phrasebank sentences_50agree at"
+        " refs/convert/parquet"
+    )
+    assert open_split(find_task("tfns"), None, "train").split_rule == (
+        "split train of zeroshot/twitter-financial-news-sentiment"
+    )
+    whole = open_split(find_task("fiqa_sa_fingpt"), None, "test")
+    assert whole.split_rule == (
+        "train_test_split(test_size=0.226, seed=42) of splits train + validation + test of"
+        " pauri32/fiqa-2018"
+    )
+    assert len(list(whole.rows)) == 7
+
+
+def test_the_first_folder_that_is_there_counts(tmp_path: Path) -> None:
+    task = find_task("fomc")
+    row = json.dumps({"text": "Rates rise.", "label": "hawkish"})
+    for name, number in (("fomc_stance", 2), ("fomc", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(f"{row}\n" * number)
+        assert len(read_rows(task, tmp_path, "train").examples) == number
+    assert splits_in(task, tmp_path) == ["train"]

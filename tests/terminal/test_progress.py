@@ -1,9 +1,11 @@
+import re
 import sys
+import time
 
 import pytest
 
 from fingpt_lightning.terminal import progress
-from fingpt_lightning.terminal.progress import SoFar, shown_tokenizing
+from fingpt_lightning.terminal.progress import SoFar, announced, shown_tokenizing
 
 
 def _show(what: str, num_bytes: int | None = None) -> None:
@@ -70,3 +72,28 @@ def test_work_that_fails_is_not_said_to_be_done(
     work.__enter__()(SoFar())
     assert not work.__exit__(KeyError, KeyError(), None)
     assert capsys.readouterr().err.splitlines() == ["tokenizing failing"]
+
+
+def test_long_work_without_parts_has_a_line_at_its_start_and_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_QUIET_S", 0.01)
+    with announced("loading [base]"):
+        time.sleep(0.1)
+        begun = capsys.readouterr().err
+    assert begun == "loading [base] ...\n"
+    assert re.fullmatch(r"loading \[base\]: [\d.]+ ms\n", capsys.readouterr().err)
+
+
+def test_short_work_other_ranks_and_failures_have_no_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with announced("short"):
+        pass
+    monkeypatch.setattr(progress, "_QUIET_S", 0.01)
+    with pytest.raises(KeyError), announced("failing"):
+        raise KeyError
+    monkeypatch.setenv("RANK", "1")
+    with announced("on another rank"):
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,268 @@
+"""What is left of a pretrained model at a share of its parameters, by what is done to it?
+
+Each row is one model: the original, and at each share one decomposed by plain singular values, by
+whitening, in sequence, refined block by block, healed on the original's predictions, and rounded to
+NF4. The record is written after every row, and a row in it is not made again; decomposition,
+refinement and healing go on where a killed call was. Tokens written and rows answered per second
+are of one model after the other on the same machine.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.record import markdown_table, new_record, started_record, write_record
+from fingpt_lightning.compression.figures import measure
+from fingpt_lightning.compression.healing import heal
+from fingpt_lightning.data.calibration_text import (
+    Calibration,
+    CalibrationSource,
+    calibration_sources,
+    mixed_calibration,
+    text_calibration,
+)
+from fingpt_lightning.data.text_files import TextFiles, find_text_files
+from fingpt_lightning.decomposition.runner import RECORD, Request, decompose_model
+from fingpt_lightning.decomposition.source import Source, open_source
+from fingpt_lightning.deploy.exporting import export
+from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.profiling import keep_freed_memory
+from fingpt_lightning.profiling.memory import peak_rss_bytes
+
+QUESTION = (
+    "What is left of a pretrained model at a share of its parameters: by plain singular values, by"
+    " whitening, in sequence, refined block by block, healed on the original's predictions, in NF4?"
+)
+TEXTS = {
+    "wikitext2_test": "wikitext2/test.txt",
+    "reuters_validation": "reuters21578/validation.jsonl",
+    "fed_text_validation": "fed_text/validation.jsonl",
+}
+CALIBRATION = (
+    "fed_text/train.jsonl=3", "reuters21578/train.jsonl=2", "wikitext2/validation.txt=2",
+    "task:arc_easy=0.5", "task:arc_challenge=0.5", "task:piqa=0.5", "task:boolq=0.5",
+    "task:openbookqa=0.5", "task:winogrande=0.5",
+)  # fmt: skip
+TASKS = ("arc_easy", "arc_challenge", "piqa", "boolq", "openbookqa", "winogrande")
+ORIGINAL, REFINED, HEALED, NF4 = "original", "refined", "healed", "healed, NF4"
+
+
+class Way(NamedTuple):
+    """Settings of a decomposition; ``is_calibrated`` is whether outputs count."""
+
+    is_calibrated: bool = True
+    sequential: bool = False
+    refine: bool = False
+    damping: float | None = None
+    allocation: str = "uniform"
+
+
+WAYS = {
+    "plain SVD": Way(is_calibrated=False),
+    "whitened": Way(),
+    "whitened, by spectra": Way(allocation="spectrum"),
+    "whitened, damping 0.02": Way(damping=0.02),
+    "sequential": Way(sequential=True),
+    REFINED: Way(sequential=True, refine=True),
+}
+
+
+def main() -> None:
+    """Makes the rows that the record does not hold yet."""
+    options = _parser().parse_args()
+    keep_freed_memory()
+    asides = ("json", "work_dir", "data_dir", "max_rows", "only")
+    settings = {key: value for key, value in vars(options).items() if key not in asides}
+    record = started_record(options.json, QUESTION, settings, rows=[])
+    made = 0
+    for share, contender in contenders(options.shares):
+        if any((row["contender"], row["share"]) == (contender, share) for row in record["rows"]):
+            continue
+        if options.only and contender not in (ORIGINAL, *options.only.split(";")):
+            continue
+        if made >= options.max_rows:
+            break
+        row = measured(share, contender, options)
+        record["rows"].append(row | {"commit": new_record("", {})["commit"]})
+        record["summary"] = summary(record["rows"])
+        write_record(options.json, record, table(record["rows"]))
+        made += 1
+    print(table(record["rows"]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--json", type=Path, required=True, help="record to write; .md beside")
+    add("--model", default="models/smollm2-135m")
+    add("--data_dir", type=Path, required=True, help="with the texts and tasks")
+    add("--work_dir", type=Path, required=True, help="for models and checkpoints")
+    add("--shares", default="0.73,0.5", help="parameters kept, of all, with commas")
+    add("--calibration", default=",".join(CALIBRATION), help="with commas, under --data_dir")
+    add("--calibration_tokens", type=int, default=32768)
+    add("--refine", type=int, default=40, help="steps per block")
+    add("--heal", type=int, default=200, help="steps")
+    add("--batch_size", type=int, default=8)
+    add("--block_length", type=int, default=512)
+    add("--learning_rate", type=float, default=0.0005)
+    add("--precision", default="bf16-mixed", help="of healing")
+    add("--tokens", type=int, default=16384, help="of each text whose perplexity is measured")
+    add("--tasks", default=",".join(TASKS))
+    add("--limit", type=int, default=None, help="rows of each task")
+    add("--only", default="", help="contenders of this call, with semicolons")
+    add("--max_rows", type=int, default=10**9, help="rows that this call makes at most")
+    return parser
+
+
+def contenders(shares: str) -> Iterator[tuple[float, str]]:
+    """Share of the parameters and treatment of each row, in the order of the record."""
+    yield 1.0, ORIGINAL
+    for text in shares.split(","):
+        for name in (*WAYS, HEALED, NF4):
+            yield float(text), name
+
+
+def measured(share: float, contender: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One row: the model is made, unless it exists, and measured."""
+    source = open_source(options.model)
+    parameters = sum(parameter.numel() for parameter in source.network.parameters())
+    row: dict[str, Any] = {"contender": contender, "share": share}
+    model = Path(options.model)
+    if contender != ORIGINAL:
+        started = time.perf_counter()
+        model = _model(share, contender, source, options)
+        row["making_time_s"] = time.perf_counter() - started
+        record = _folder(share, contender if contender in WAYS else REFINED, options) / RECORD
+        parameters = json.loads(record.read_text(encoding="utf-8"))["parameters"]
+    config = source.network.config
+    texts = {
+        name: text_calibration(
+            TextFiles(find_text_files(str(options.data_dir / file))), source.tokenizer, config,
+            options.tokens, options.block_length,
+        ).ids
+        for name, file in TEXTS.items()
+    }  # fmt: skip
+    tasks = [name for name in options.tasks.split(",") if name]
+    figures = measure(model, texts, tasks, data_dir=options.data_dir, limit=options.limit)
+    row |= {"parameters": parameters, "file_bytes": figures["file_bytes"]}
+    row |= {f"{name}_perplexity": value for name, value in figures["perplexity"].items()}
+    row |= {f"{name}_accuracy": value for name, value in figures["tasks"].items()}
+    if figures["tasks"]:
+        row["mean_accuracy"] = statistics.fmean(figures["tasks"].values())
+    for key in ("decoded_tokens_per_s", "answered_rows_per_s"):
+        if key in figures:
+            row[key] = figures[key]
+    row["peak_memory_gib"] = peak_rss_bytes() / 2**30
+    return row
+
+
+def _model(share: float, contender: str, source: Source, options: argparse.Namespace) -> Path:
+    """The folder of a contender, made where it does not exist."""
+    folder = _folder(share, contender, options)
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sources = _sources(options)
+    if contender in WAYS:
+        way = WAYS[contender]
+        request = Request(
+            compression=1 / share,
+            allocation=way.allocation,
+            damping=way.damping,
+            sequential=way.sequential,
+            refine=options.refine if way.refine else 0,
+        )
+        calibration = _calibration(sources, source, options) if way.is_calibrated else None
+        decompose_model(source, request, folder, calibration)
+    elif contender == HEALED:
+        assert source.tokenizer is not None
+        refined = _model(share, REFINED, source, options)
+        checkpoint = heal(
+            folder.with_suffix(".run"), refined, options.model, sources, source.tokenizer,
+            steps=options.heal, batch_size=options.batch_size, block_length=options.block_length,
+            learning_rate=options.learning_rate, precision=options.precision,
+            teacher_dtype="bfloat16", data_dir=options.data_dir, seed=1,
+        )  # fmt: skip
+        export(load_model(checkpoint, tokenizer=refined), "low_rank", folder)
+    else:
+        healed = _model(share, HEALED, source, options)
+        calibration = _calibration(sources, source, options)
+        export(load_model(healed), "nf4", folder, calibration=calibration)
+    return folder
+
+
+def _folder(share: float, contender: str, options: argparse.Namespace) -> Path:
+    name = f"{contender.replace(', ', '_').replace(' ', '_').replace('.', '_')}-{share:g}"
+    found: Path = options.work_dir / name.replace(".", "_")
+    return found
+
+
+def _sources(options: argparse.Namespace) -> tuple[CalibrationSource, ...]:
+    words = options.calibration.split(",")
+    return calibration_sources(
+        [word if word.startswith("task:") else str(options.data_dir / word) for word in words]
+    )
+
+
+def _calibration(
+    sources: Sequence[CalibrationSource], source: Source, options: argparse.Namespace
+) -> Calibration:
+    return mixed_calibration(
+        sources, options.data_dir, source.tokenizer, source.network.config,
+        options.calibration_tokens, options.block_length,
+    )  # fmt: skip
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Ratios to the original by share and contender."""
+    original = rows[0]
+    found = {}
+    for row in rows[1:]:
+        name = f"{row['share']:g}_{row['contender'].replace(', ', '_').replace(' ', '_')}"
+        for key in (
+            *(f"{text}_perplexity" for text in TEXTS), "mean_accuracy", "decoded_tokens_per_s",
+            "answered_rows_per_s", "file_bytes",
+        ):  # fmt: skip
+            if key in row and original.get(key):
+                found[f"{key}_ratio_{name}"] = row[key] / original[key]
+        healed = next(
+            (x for x in rows if (x["contender"], x["share"]) == (HEALED, row["share"])), None
+        )
+        if row["contender"] == NF4 and healed is not None:
+            ratios = [row[f"{t}_perplexity"] / healed[f"{t}_perplexity"] for t in TEXTS]
+            found[f"perplexity_ratio_nf4_over_healed_{row['share']:g}"] = max(ratios)
+    return {key: value for key, value in found.items() if math.isfinite(value)}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The Markdown table."""
+    original = rows[0]
+    lines = []
+    for row in rows:
+        cells = [
+            row["contender"], f"{row['parameters'] / 1e6:.1f}",
+            f"{row['parameters'] / original['parameters']:.3f}", f"{row['file_bytes'] / 1e6:.0f}",
+        ]  # fmt: skip
+        cells += [f"{row[f'{text}_perplexity']:,.2f}" for text in TEXTS]
+        cells.append(f"{row['mean_accuracy']:.3f}" if "mean_accuracy" in row else "-")
+        cells += [
+            f"{row[key] / original[key]:.2f}" if key in row and key in original else "-"
+            for key in ("decoded_tokens_per_s", "answered_rows_per_s")
+        ]
+        cells.append(f"{row['making_time_s'] / 60:.1f}" if "making_time_s" in row else "-")
+        cells.append(f"{row['peak_memory_gib']:.1f}")
+        lines.append(cells)
+    return markdown_table(
+        ["", "parameters (M)", "of all", "file (MB)", *(f"perplexity, {text}" for text in TEXTS),
+         "mean accuracy", "decoding, ratio", "answering, ratio", "minutes", "peak GiB"],
+        lines,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""What a command needs, checked before it imports torch: a mistake is named at once.
+
+The commands check the same things by the same functions when they come to them. What costs time to
+find out, such as whether a file holds what its name says, is left to them.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fingpt_lightning.cli.checkpoint_names import checkpoints_named
+from fingpt_lightning.cli.early_options import GivenSettings, check_ranges, given_settings
+from fingpt_lightning.cli.errors import ConfigError
+from fingpt_lightning.cli.shipped import SWEEPS, find_file, with_config_files
+from fingpt_lightning.tasks.library import find_scored_task, find_task
+from fingpt_lightning.tasks.row_files import check_csv_settings, open_rows
+from fingpt_lightning.tasks.sources import find_folder, open_split
+from fingpt_lightning.terminal.command_line import as_list
+from fingpt_lightning.terminal.inputs import (
+    refuse_missing_adapter,
+    refuse_missing_model,
+    refuse_missing_prompts,
+    refuse_missing_run,
+    refuse_missing_texts,
+    refuse_missing_tokenizer,
+    refuse_unknown_device,
+)
+
+OFF_VARIABLE = "FINGPT_NO_EARLY_CHECKS"
+"""Set to 1, every mistake is left to the command itself; benchmarks compare the two."""
+
+_WEIGHTS = ("init_from", "base")
+"""The settings that name what a run starts from."""
+_TEXTS = ("train_files", "val_files", "test_files", "validation_files")
+
+
+def check_trainer_command(command: str, words: list[str], runs: bool = True) -> None:
+    """Refuses words of a Trainer command that it would refuse.
+
+    Args:
+        command: ``fit``, ``validate`` or ``test``.
+        words: Words after the command.
+        runs: Whether the command reads its data; ``plan`` does not.
+
+    Raises:
+        ConfigError: The command line or a config is wrong.
+        OSError: What is to be read is missing.
+        ValueError: A task is unknown.
+    """
+    if not is_on():
+        return
+    given = given_settings(command, with_config_files(words))
+    if given is None:
+        return
+    if runs:
+        _check_checkpoint(command, given)
+    check_ranges(given)
+    if runs and given.values.get("ckpt_path") is None:
+        check_trainer_inputs(command, given.init_args["model"], given.init_args["data"])
+
+
+def _check_checkpoint(command: str, given: GivenSettings) -> None:
+    ckpt_path = given.values.get("ckpt_path")
+    if ckpt_path is not None:
+        run_name = Path(given.configs[0]).stem if given.configs else "run"
+        runs_dir = Path(str(given.values.get("runs_dir", "runs")))
+        checkpoints_named(str(ckpt_path), run_name, runs_dir)
+    elif command != "fit":
+        model = given.init_args["model"]
+        check_start(command, {key: model.get(key) for key in given.known["model"]})
+
+
+def check_start(command: str, settings: Mapping[str, Any]) -> str | None:
+    """The setting that names the weights to evaluate; None for a class that loads its own.
+
+    Args:
+        command: ``validate`` or ``test``.
+        settings: All settings of the model's class.
+
+    Raises:
+        ConfigError: None of them names any.
+    """
+    keys = [key for key in _WEIGHTS if key in settings]
+    if not keys:
+        return None
+    start = next((key for key in keys if settings[key] is not None), None)
+    if start is None:
+        raise ConfigError(
+            f"{command} has no trained weights: give --ckpt_path (a file, last or best), or"
+            f" model.{keys[0]}"
+        )
+    return start
+
+
+def check_trainer_inputs(command: str, model: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Refuses files, folders, models and tasks of a run that are not there.
+
+    Args:
+        command: ``fit``, ``validate`` or ``test``.
+        model: Settings of the model's class that are given.
+        data: Settings of the data's class that are given.
+
+    Raises:
+        ConfigError: A task is unknown.
+        OSError: Something is missing.
+    """
+    names = _task_names(data.get("tasks"))
+    try:
+        tasks = [find_task(name) for name in names]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for key in _TEXTS if command == "fit" else ():
+        if isinstance(data.get(key), str | list):
+            refuse_missing_texts(data[key], key)
+    if data.get("data_dir") is not None:
+        for task in tasks:
+            find_folder(task, data["data_dir"])
+    if data.get("tokenizer") is not None:
+        refuse_missing_tokenizer(str(data["tokenizer"]))
+    for key in _WEIGHTS:
+        if model.get(key) is not None:
+            refuse_missing_model(str(model[key]), model.get("revision"))
+
+
+def _task_names(given: Any) -> list[str]:
+    if given is None or given == "synthetic":
+        return []
+    return [str(name) for name in (given if isinstance(given, dict) else as_list(given))]
+
+
+def _check_evaluate(options: argparse.Namespace) -> None:
+    tasks = [find_scored_task(name) for name in options.tasks]
+    if options.data_dir is not None:
+        form = {"separator": options.separator, "encoding": options.encoding}
+        for task in tasks:
+            open_split(task, options.data_dir, options.split, **form)
+    _check_model(options)
+
+
+def _check_label(options: argparse.Namespace) -> None:
+    find_task(options.task)
+    check_csv_settings(options.input, options.separator, options.encoding)
+    open_rows(options.input)
+    _check_model(options)
+
+
+def _check_generate(options: argparse.Namespace) -> None:
+    if options.prompts is not None:
+        refuse_missing_prompts(options.prompts)
+    _check_model(options)
+
+
+def _check_compression(options: argparse.Namespace) -> None:
+    if getattr(options, "prompts", None) is not None:
+        refuse_missing_prompts(options.prompts)
+    if options.calibration is not None:
+        refuse_missing_texts(options.calibration, "calibration")
+    if options.calibration_task is not None:
+        task = find_task(options.calibration_task)
+        if options.data_dir is not None:
+            find_folder(task, options.data_dir)
+    _check_model(options)
+
+
+def _check_model(options: argparse.Namespace) -> None:
+    refuse_missing_model(options.model)
+    adapters = dict(getattr(options, "adapters", None) or {})
+    for path in (getattr(options, "adapter", None), *adapters.values()):
+        if path is not None:
+            refuse_missing_adapter(path)
+    if options.tokenizer is not None:
+        refuse_missing_tokenizer(options.tokenizer)
+    if options.device is not None:
+        refuse_unknown_device(options.device)
+
+
+def _check_sweep(options: argparse.Namespace) -> None:
+    if options.sweep is not None:
+        find_file(str(options.sweep), SWEEPS, "sweep")
+
+
+def _check_plan(options: argparse.Namespace) -> None:
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        raise ValueError(f"json {options.json}: there is no folder {options.json.parent}")
+    check_trainer_command("fit", options.words, runs=False)
+
+
+def _check_report(options: argparse.Namespace) -> None:
+    for path in options.paths:
+        refuse_missing_run(path)
+
+
+_CHECKS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "evaluate": _check_evaluate,
+    "label": _check_label,
+    "generate": _check_generate,
+    "decompose": _check_compression,
+    "export": _check_compression,
+    "sweep": _check_sweep,
+    "plan": _check_plan,
+    "report": _check_report,
+}
+
+
+def check_command(command: str, options: argparse.Namespace) -> None:
+    """Refuses options of a command that it would refuse.
+
+    Args:
+        command: Name of a command that is not one of the Trainer.
+        options: Result of its ``parse_options``.
+
+    Raises:
+        ConfigError: A config or a sweep is wrong.
+        OSError: What is to be read is missing.
+        ValueError: A task is unknown, or a folder is not there.
+    """
+    if is_on() and command in _CHECKS:
+        _CHECKS[command](options)
+
+
+def is_on() -> bool:
+    """Whether mistakes are looked for before the command."""
+    return os.environ.get(OFF_VARIABLE) != "1"

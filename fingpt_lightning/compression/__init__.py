@@ -1,0 +1,1 @@
+"""``fingpt compress``: a dense model decomposed, refined, healed, rounded and measured."""

@@ -1,0 +1,77 @@
+"""The table original / small, and the model card that holds it."""
+
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fingpt_lightning.units import format_bytes, format_count
+
+MARK = "<!-- made by: fingpt compress -->"
+
+
+def figures_rows(
+    original: Mapping[str, Any], small: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str, str]]:
+    """Name, original, small, and small over original, of each figure that both have.
+
+    Args:
+        original: Figures of `figures.measure`, and ``parameters``.
+        small: The same of the small model.
+    """
+    for key, name, form in (
+        ("parameters", "parameters", format_count),
+        ("file_bytes", "bytes of the weights' files", format_bytes),
+        ("memory_bytes", "bytes of the weights in memory", format_bytes),
+    ):
+        yield _row(name, original[key], small[key], form)
+    for text in original["perplexity"]:
+        before, after = (figures["perplexity"][text] for figures in (original, small))
+        yield _row(f"perplexity, {text}", before, after, lambda x: f"{x:,.2f}")
+    for task in original["tasks"]:
+        before, after = (figures["tasks"][task] for figures in (original, small))
+        yield _row(f"accuracy, {task}", before, after, lambda x: f"{x:.3f}")
+    if len(original["tasks"]) > 1:
+        before, after = (statistics.fmean(f["tasks"].values()) for f in (original, small))
+        yield _row("accuracy, mean", before, after, lambda x: f"{x:.3f}")
+    for key, name in (
+        ("decoded_tokens_per_s", "tokens written per second"),
+        ("answered_rows_per_s", "rows of tasks answered per second"),
+    ):
+        if key in original and key in small:
+            yield _row(name, original[key], small[key], lambda x: f"{x:,.1f}")
+
+
+def compression_card(
+    name: str, settings: Mapping[str, Any], original: Mapping[str, Any], small: Mapping[str, Any]
+) -> str:
+    """The text of ``README.md``.
+
+    Args:
+        name: Name of the folder.
+        settings: Settings of the compression.
+        original: Figures of the original.
+        small: Figures of the small model.
+    """
+    lines = [
+        f"# {name}", "", MARK, "",
+        f"Made of `{settings['model']}` by `fingpt compress`: {settings['size']:g} of its"
+        f" parameters, {settings['refine']} steps of refinement per block, {settings['heal']} steps"
+        f" of training on its predictions, stored as {settings['format']}.",
+        "", f"Calibration: {', '.join(f'`{text}`' for text in settings['calibration'])},"
+        f" {settings['calibration_tokens']:,} tokens.", "",
+        "| | original | small | small / original |", "| --- | --: | --: | --: |",
+    ]  # fmt: skip
+    lines += ["| " + " | ".join(row) + " |" for row in figures_rows(original, small)]
+    lines += [
+        "", "```python", "# pip install fingpt-lightning; without it transformers does not know the"
+        " model type", "import fingpt_lightning", "",
+        f'network = fingpt_lightning.load_model("{name}").network', "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _row(
+    name: str, original: int | float, small: int | float, form: Any
+) -> tuple[str, str, str, str]:
+    ratio = f"{small / original:.3f}" if original else "-"
+    return name, form(original), form(small), ratio

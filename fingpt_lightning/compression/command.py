@@ -1,0 +1,201 @@
+"""``fingpt compress`` and the function `compress`: a dense model in, a small one out."""
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from fingpt_lightning.compression.card import figures_rows
+from fingpt_lightning.compression.options import (
+    ALLOCATIONS,
+    FORMATS,
+    LEARNING_RATE,
+    REFINE_STEPS,
+    check_options,
+)
+from fingpt_lightning.compression.plan import StagePlan, plan_stages
+from fingpt_lightning.compression.settings import Settings
+from fingpt_lightning.compression.stages import Compression, check_output, run_stages
+from fingpt_lightning.data.calibration_text import (
+    CALIBRATION_TOKENS,
+    calibration_sources,
+    mixed_calibration,
+    text_calibration,
+)
+from fingpt_lightning.data.text_files import TextFiles, find_text_files
+from fingpt_lightning.decomposition.source import open_source
+from fingpt_lightning.evaluation.runner import read_tasks
+from fingpt_lightning.terminal.command_line import options_as_arguments
+from fingpt_lightning.terminal.messages import check_choice
+from fingpt_lightning.units import format_bytes, format_duration
+
+_LOG_COLUMNS = 120
+
+
+def compress(
+    model: str | Path,
+    output: str | Path,
+    *,
+    size: float,
+    calibration: str | Path | Sequence[str | Path],
+    format: str = "low_rank",
+    calibration_tokens: int | None = None,
+    data_dir: str | Path | None = None,
+    allocation: str = "uniform",
+    embedding_rank: int | None = None,
+    refine: int = REFINE_STEPS,
+    heal: int = 0,
+    batch_size: int = 4,
+    block_length: int = 512,
+    learning_rate: float = LEARNING_RATE,
+    precision: str = "bf16-mixed",
+    teacher_dtype: str = "bfloat16",
+    texts: Sequence[str | Path] = (),
+    text_tokens: int = 16384,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int = 1,
+    tokenizer: str | Path | None = None,
+    plan: bool = False,
+    overwrite: bool = False,
+) -> Compression | list[StagePlan]:
+    """Makes a small model of a dense one, as ``fingpt compress`` does.
+
+    Everything that can be checked is checked, and the plan is printed, before any weight is read.
+    The folder appears whole or not at all; a run that was killed goes on where it was, in every
+    stage.
+
+    Args:
+        model: Hugging Face folder or hub name, GGUF, checkpoint or run folder.
+        output: Folder to make.
+        size: Share of all parameters that is kept, in (0, 1).
+        calibration: Text files, or a mixture of ``PATH=WEIGHT`` and ``task:NAME=WEIGHT``.
+        format: ``low_rank``, ``int8`` or ``nf4``.
+        calibration_tokens: Tokens that are read; None is 32768.
+        data_dir: Folder of the tasks' rows; None reads from the hub.
+        allocation: ``uniform`` or ``spectrum``.
+        embedding_rank: Rank of an embedding tied to the head; None keeps it dense.
+        refine: Steps over the factors of each block.
+        heal: Steps of training on the original's predictions.
+        batch_size: Rows of a step of healing.
+        block_length: Tokens per row of healing.
+        learning_rate: Highest learning rate of healing.
+        precision: Precision of healing.
+        teacher_dtype: Dtype of the original in healing.
+        texts: Files whose perplexity is measured.
+        text_tokens: Tokens of each of them.
+        tasks: Tasks whose validation is scored.
+        limit: Rows of each task; None takes all.
+        seed: Seed of refinement and healing.
+        tokenizer: Folder of the tokenizer, where the model has none beside it.
+        plan: Whether the plan alone is made.
+        overwrite: Whether a compression in the folder is replaced, and begun anew.
+
+    Returns:
+        The record that lies beside the weights; with ``plan`` the stages.
+
+    Raises:
+        ValueError: The model or a setting is not as it must be.
+        OSError: A path leads nowhere, or the output is there.
+    """
+    given = [calibration] if isinstance(calibration, str | Path) else list(calibration)
+    words = [str(word) for word in given]
+    with options_as_arguments():
+        check_options(argparse.Namespace(**(locals() | {"calibration": words})))
+    if not 0 < size < 1:
+        raise ValueError(f"size {size} is outside (0, 1)")
+    check_choice("format", format, FORMATS)
+    check_choice("allocation", allocation, ALLOCATIONS)
+    output = Path(output)
+    check_output(output, overwrite)
+    folder = None if data_dir is None else Path(data_dir)
+    source = open_source(model, tokenizer)
+    config = source.network.config
+    sources = calibration_sources(words)
+    number = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
+    tokens = mixed_calibration(sources, folder, source.tokenizer, config, number)
+    read = {name: files for text in texts for name, files in [_named(text)]}
+    measured = {
+        name: text_calibration(files, source.tokenizer, config, text_tokens).ids
+        for name, files in read.items()
+    }
+    if tasks:
+        read_tasks(tasks, folder, "validation", limit=limit)
+    settings = Settings(
+        model=str(model), size=size, format=format, calibration=tuple(words),
+        calibration_tokens=number, data_dir=None if folder is None else str(folder),
+        allocation=allocation, embedding_rank=embedding_rank, refine=refine, heal=heal,
+        batch_size=batch_size, block_length=block_length, learning_rate=learning_rate,
+        precision=precision, teacher_dtype=teacher_dtype,
+        texts={name: files.fingerprint() for name, files in read.items()},
+        text_tokens=text_tokens, tasks=tuple(tasks), limit=limit, seed=seed,
+        tokenizer=None if tokenizer is None else str(tokenizer),
+    )  # fmt: skip
+    stages = plan_stages(source, settings, tokens.ids.numel())
+    _print_plan(stages)
+    if plan:
+        return stages
+    return run_stages(source, settings, sources, tokens, measured, output, overwrite=overwrite)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compresses a model as the options request, and prints the table original / small.
+
+    Args:
+        options: Result of `parse_options`.
+
+    Raises:
+        ValueError: The model or a setting is not as it must be.
+        OSError: A path leads nowhere, or the output is there.
+    """
+    logging.disable_progress_bar()
+    started = time.perf_counter()
+    made = compress(**vars(options))
+    if not isinstance(made, Compression):
+        return
+    console = _console()
+    console.print(figures_table(made.original, made.small), soft_wrap=False)
+    took = format_duration(time.perf_counter() - started)
+    console.print(f"{options.output}: made in {took}", markup=False)
+
+
+def figures_table(original: Mapping[str, Any], small: Mapping[str, Any]) -> Table:
+    """One row per figure: original, small, small over original."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for title in ("original", "small", "small / original"):
+        table.add_column(title, justify="right")
+    for row in figures_rows(original, small):
+        table.add_row(*row)
+    return table
+
+
+def _named(text: str | Path) -> tuple[str, TextFiles]:
+    path = Path(text)
+    name = "/".join(path.parts[-2:])
+    return name, TextFiles(find_text_files(str(text), "texts"))
+
+
+def _print_plan(stages: Sequence[StagePlan]) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("stage")
+    table.add_column("", overflow="fold")
+    for title in ("time", "memory"):
+        table.add_column(title, justify="right")
+    for stage in stages:
+        table.add_row(
+            stage.name, stage.what, f"about {format_duration(stage.seconds)}",
+            format_bytes(stage.num_bytes),
+        )  # fmt: skip
+    _console().print(table, soft_wrap=False)
+
+
+def _console() -> Console:
+    width = None if sys.stdout.isatty() else _LOG_COLUMNS
+    return Console(soft_wrap=True, highlight=False, width=width)

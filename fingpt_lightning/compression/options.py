@@ -1,0 +1,152 @@
+"""The options of ``fingpt compress``, read without importing anything heavy."""
+
+import argparse
+from pathlib import Path
+
+from fingpt_lightning.terminal.command_line import (
+    OptionParser,
+    WrongOptions,
+    names,
+    positive_int,
+)
+
+FORMATS = ("low_rank", "int8", "nf4")
+ALLOCATIONS = ("uniform", "spectrum")
+PRECISIONS = ("bf16-mixed", "32-true")
+TEACHER_DTYPES = ("bfloat16", "float32")
+REFINE_STEPS = 40
+LEARNING_RATE = 0.0005
+
+
+def build_parser() -> OptionParser:
+    """The parser of ``fingpt compress``."""
+    parser = OptionParser(
+        "fingpt compress",
+        "A dense model in, a small one out: decomposed, refined, healed, rounded, measured.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="Hugging Face folder or hub name, GGUF or run folder")
+    add("--size", type=_size, required=True, help="share of all parameters that is kept, in (0, 1)")
+    add("--output", type=Path, required=True, help="folder that is made")
+    add(
+        "--format",
+        choices=FORMATS,
+        default="low_rank",
+        help="of the weights: as they are, or rounded with calibration; default: %(default)s",
+    )
+    add(
+        "--calibration",
+        nargs="+",
+        required=True,
+        metavar="FILE[=WEIGHT]",
+        help="text files, and task:NAME, with weights: layers' outputs on them are kept, and"
+        " healing trains on them",
+    )
+    add("--calibration_tokens", type=positive_int, help="that are read; default: 32768")
+    add("--data_dir", type=Path, help="holds TASK/train.jsonl and TASK/validation.jsonl")
+    add(
+        "--allocation",
+        choices=ALLOCATIONS,
+        default="uniform",
+        help="one rank ratio, or ranks by the layers' spectra; default: %(default)s",
+    )
+    add("--embedding_rank", type=positive_int, help="of an embedding tied to the head")
+    add(
+        "--refine",
+        type=_count,
+        default=REFINE_STEPS,
+        metavar="STEPS",
+        help="Adam steps over the factors of each block; default: %(default)s",
+    )
+    add(
+        "--heal",
+        type=_count,
+        default=0,
+        metavar="STEPS",
+        help="steps of training all weights on the original's predictions; default: %(default)s",
+    )
+    add("--batch_size", type=positive_int, default=4, help="rows of a step; default: %(default)s")
+    add("--block_length", type=positive_int, default=512, help="tokens per row; default: 512")
+    add(
+        "--learning_rate",
+        type=_rate,
+        default=LEARNING_RATE,
+        help="of healing, the highest; default: %(default)s",
+    )
+    add("--precision", choices=PRECISIONS, default="bf16-mixed", help="of healing")
+    add("--teacher_dtype", choices=TEACHER_DTYPES, default="bfloat16", help="of the original")
+    add(
+        "--texts",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text whose perplexity is measured before and after; best of no calibration file",
+    )
+    add("--text_tokens", type=positive_int, default=16384, help="of each; default: %(default)s")
+    add("--tasks", type=names, default=[], help="whose validation is scored, with commas")
+    add("--limit", type=positive_int, help="rows of each task; default: all")
+    add("--seed", type=_count, default=1, help="of refinement and healing; default: %(default)s")
+    add("--tokenizer", help="folder of the tokenizer, where the model has none beside it")
+    add("--plan", action="store_true", help="print stages, time and memory, and make nothing")
+    add("--overwrite", action="store_true", help="replace the folder, and begin anew")
+    return parser
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt compress``.
+
+    Args:
+        words: Part of the command line after the command.
+
+    Raises:
+        WrongOptions: An option is unknown, missing, has an invalid value, or has no effect beside
+            another.
+        SystemExit: ``--help`` was given; the status is 0.
+    """
+    options = build_parser().read(words)
+    check_options(options)
+    return options
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuses options that have no effect beside each other.
+
+    Raises:
+        WrongOptions: There is one.
+    """
+    has_tasks = bool(options.tasks) or any(
+        str(name).startswith("task:") for name in options.calibration
+    )
+    if options.data_dir is not None and not has_tasks:
+        raise WrongOptions("--data_dir has an effect with --tasks or task:NAME of --calibration")
+    if options.limit is not None and not options.tasks:
+        raise WrongOptions("--limit has an effect with --tasks alone")
+    if not options.heal and options.learning_rate != LEARNING_RATE:
+        raise WrongOptions("--learning_rate has an effect with --heal alone")
+
+
+def _size(text: str) -> float:
+    number = _number(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1)")
+    return number
+
+
+def _rate(text: str) -> float:
+    number = _number(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None

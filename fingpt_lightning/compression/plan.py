@@ -1,0 +1,80 @@
+"""What each stage of a compression will take, by the operations it makes."""
+
+from typing import NamedTuple
+
+import torch
+
+from fingpt_lightning.compression.settings import Settings
+from fingpt_lightning.decomposition.source import Source
+from fingpt_lightning.models.loading import DTYPES
+from fingpt_lightning.profiling import measured_peak_flops_per_s
+from fingpt_lightning.units import format_count
+
+_SEQUENTIAL_PASSES = 7
+_SHARE_OF_PEAK = 0.4
+"""Share of the rate of large products that whole networks reach on a CPU."""
+_FACTOR_OPERATIONS = 60
+"""Operations per cube of a layer's smaller side, in float64, about: eigenvectors twice."""
+
+
+class StagePlan(NamedTuple):
+    """One stage: what it does, and about what it takes."""
+
+    name: str
+    what: str
+    seconds: float
+    num_bytes: int
+
+
+def plan_stages(source: Source, settings: Settings, calibration_tokens: int) -> list[StagePlan]:
+    """The stages with times at the rate of products timed just now, and memory.
+
+    Args:
+        source: Opened model.
+        settings: Settings of the compression.
+        calibration_tokens: Number of tokens of the calibration.
+    """
+    network = source.network
+    dense = sum(parameter.numel() for parameter in network.parameters())
+    in_blocks = sum(layer.in_features * layer.out_features for layer in source.layers)
+    small = settings.size * dense
+    small_blocks = in_blocks - (dense - small)
+    width = int(network.config.hidden_size)
+    cpu = torch.device("cpu")
+    rate = _SHARE_OF_PEAK * measured_peak_flops_per_s(cpu, torch.float32)
+    fast = torch.bfloat16 if settings.precision == "bf16-mixed" else torch.float32
+    training_rate = _SHARE_OF_PEAK * measured_peak_flops_per_s(cpu, fast)
+    states = 4 * calibration_tokens * width
+    cubes = sum(min(layer.size) ** 3 for layer in source.layers)
+    flops = _SEQUENTIAL_PASSES * 2 * in_blocks * calibration_tokens + _FACTOR_OPERATIONS * cubes
+    stages = [
+        StagePlan(
+            "decompose",
+            f"{format_count(dense)} to {format_count(round(small))} parameters, on"
+            f" {calibration_tokens:,} tokens",
+            flops / rate,
+            4 * dense + 3 * states,
+        )
+    ]
+    if settings.refine:
+        rows = 4 * 512
+        seconds = 6 * small_blocks * settings.refine * rows / rate
+        what = f"{settings.refine} steps for each of {network.config.num_hidden_layers} blocks"
+        stages.append(StagePlan("refine", what, seconds, 4 * dense + 3 * states))
+    if settings.heal:
+        tokens = settings.batch_size * settings.block_length
+        per_token = 6 * small + 2 * dense
+        seconds = settings.heal * tokens * per_token / training_rate
+        teacher = DTYPES[settings.teacher_dtype].itemsize * dense
+        activations = 40 * tokens * width * int(network.config.num_hidden_layers)
+        what = f"{settings.heal} steps of {tokens:,} tokens on the original's predictions"
+        num_bytes = round(16 * small) + teacher + activations
+        stages.append(StagePlan("heal", what, seconds, num_bytes))
+    if settings.format != "low_rank":
+        seconds = 2 * 2 * small * calibration_tokens / rate + _FACTOR_OPERATIONS * cubes / rate
+        what = f"to {settings.format}, on {calibration_tokens:,} tokens"
+        stages.append(StagePlan("round", what, seconds, round(8 * small) + 2 * states))
+    tokens = len(settings.texts) * settings.text_tokens
+    what = f"{len(settings.texts)} texts, {len(settings.tasks)} tasks; tasks take their time beside"
+    seconds = 2 * (dense + small) * tokens / rate
+    return [*stages, StagePlan("evaluate", what, seconds, 4 * dense)]

@@ -1,0 +1,220 @@
+"""The stages of a compression, each kept when it is finished."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from jaxtyping import Int
+from torch import Tensor
+
+from fingpt_lightning.compression.card import compression_card
+from fingpt_lightning.compression.figures import measure
+from fingpt_lightning.compression.healing import heal
+from fingpt_lightning.compression.settings import Settings
+from fingpt_lightning.data.calibration_text import Calibration, CalibrationSource
+from fingpt_lightning.decomposition.runner import RECORD as DECOMPOSITION
+from fingpt_lightning.decomposition.runner import Request, decompose_model
+from fingpt_lightning.decomposition.source import Source
+from fingpt_lightning.deploy.exporting import export
+from fingpt_lightning.deploy.model_card import CARD
+from fingpt_lightning.files import (
+    PARTIAL,
+    SETTINGS,
+    WHOLE,
+    check_replaceable,
+    clear_finished,
+    clear_owned,
+    files_sha256,
+    is_unused,
+    mark_finished,
+    owned,
+    put_in_place,
+    remove_finished,
+    to_json,
+    write_json,
+    write_whole,
+)
+from fingpt_lightning.models.loading import load_model
+
+RECORD = "compression.json"
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The record that lies beside the weights.
+
+    Args:
+        settings: Settings of the compression.
+        original: Figures of the original.
+        small: Figures of the small model.
+    """
+
+    settings: Mapping[str, Any]
+    original: Mapping[str, Any]
+    small: Mapping[str, Any]
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises where a compression could not be written.
+
+    Raises:
+        FileExistsError: ``output`` is there and not to be replaced, or is not a compression.
+    """
+    remove_finished(_parts_of(output))
+    check_replaceable(output, overwrite, (output / RECORD).is_file(), "compression")
+
+
+def run_stages(
+    source: Source,
+    settings: Settings,
+    sources: Sequence[CalibrationSource],
+    calibration: Calibration,
+    texts: Mapping[str, Int[Tensor, "N T"]],
+    output: Path,
+    *,
+    overwrite: bool = False,
+) -> Compression:
+    """Makes the small model; stages that an earlier run finished in ``OUTPUT.partial`` are kept.
+
+    Args:
+        source: Opened model.
+        settings: Settings of the compression.
+        sources: Parts of the calibration, to train on.
+        calibration: Tokens of the calibration.
+        texts: Tokens whose perplexity is measured, by name.
+        output: Folder to make.
+        overwrite: Whether to replace a compression that is there, and begin anew.
+
+    Raises:
+        FileExistsError: The output is refused by `check_output`.
+        InUseError: Another process makes this output.
+        ValueError: A stage is refused, or the folder of an unfinished run is of another.
+    """
+    check_output(output, overwrite)
+    revision = files_sha256(source.weights.files)
+    with owned(_parts_of(output)) as folder:
+        try:
+            _begin(folder, asdict(settings) | {"revision": revision}, overwrite)
+            if not (folder / WHOLE / RECORD).is_file():
+                made = _stored(folder, source, settings, sources, calibration)
+                _finish(folder, made, source, settings, texts, output.name)
+            record = json.loads((folder / WHOLE / RECORD).read_text(encoding="utf-8"))
+            check_output(output, overwrite)  # another process may have been quicker
+            mark_finished(folder)
+            put_in_place(folder / WHOLE, output)
+            clear_owned(folder)
+        finally:
+            if is_unused(folder, SETTINGS):
+                clear_owned(folder)
+    return Compression(**record)
+
+
+def _parts_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}{PARTIAL}")
+
+
+def _begin(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Checks that what an earlier run finished may be used; where it finished nothing, begins."""
+    clear_finished(folder)
+    if overwrite or is_unused(folder, SETTINGS):
+        clear_owned(folder)
+    file, now = folder / SETTINGS, json.loads(to_json(settings))
+    if not file.is_file():
+        write_json(file, now)
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{folder} is of an unfinished run with {name} {before.get(name)!r}, now"
+                f" {value!r}; remove it or --overwrite"
+            )
+
+
+def _stored(
+    folder: Path,
+    source: Source,
+    settings: Settings,
+    sources: Sequence[CalibrationSource],
+    calibration: Calibration,
+) -> Path:
+    """The folder of the small model, all stages but the last done."""
+    made = folder / "decomposed"
+    if not (made / DECOMPOSITION).is_file():
+        request = Request(
+            compression=1 / settings.size,
+            allocation=settings.allocation,
+            embedding_rank=settings.embedding_rank,
+            sequential=True,
+            refine=settings.refine,
+            seed=settings.seed,
+        )
+        decompose_model(source, request, made, calibration)
+    if settings.heal:
+        healed = folder / "healed"
+        if not healed.exists():
+            assert source.tokenizer is not None  # the calibration has read text
+            checkpoint = heal(
+                folder / "healing", made, settings.model, sources, source.tokenizer,
+                steps=settings.heal, batch_size=settings.batch_size,
+                block_length=settings.block_length, learning_rate=settings.learning_rate,
+                precision=settings.precision,
+                teacher_dtype=settings.teacher_dtype,  # type: ignore[arg-type]
+                data_dir=None if settings.data_dir is None else Path(settings.data_dir),
+                seed=settings.seed,
+            )  # fmt: skip
+            export(load_model(checkpoint, tokenizer=made), "low_rank", healed)
+        made = healed
+    if settings.format != "low_rank":
+        rounded = folder / "rounded"
+        if not rounded.exists():
+            export(load_model(made), settings.format, rounded, calibration=calibration)
+        made = rounded
+    return made
+
+
+def _finish(
+    folder: Path,
+    made: Path,
+    source: Source,
+    settings: Settings,
+    texts: Mapping[str, Int[Tensor, "N T"]],
+    name: str,
+) -> None:
+    """Measures both models, and makes ``WHOLE`` of the small one with its card and record."""
+
+    def figures(which: str, model: str | Path, parameters: int, tokenizer: str | None) -> Any:
+        def measured() -> dict[str, Any]:
+            found = measure(
+                model, texts, settings.tasks,
+                data_dir=None if settings.data_dir is None else Path(settings.data_dir),
+                limit=settings.limit, tokenizer=tokenizer,
+            )  # fmt: skip
+            return {"parameters": parameters} | found
+
+        return _kept(folder / "figures" / f"{which}.json", measured)
+
+    dense = sum(parameter.numel() for parameter in source.network.parameters())
+    record = json.loads((folder / "decomposed" / DECOMPOSITION).read_text(encoding="utf-8"))
+    original = figures("original", settings.model, dense, settings.tokenizer)
+    small = figures("small", made, record["parameters"], None)
+    described = json.loads(to_json(asdict(settings)))
+    shutil.rmtree(folder / WHOLE, ignore_errors=True)
+    shutil.copytree(made, folder / WHOLE)
+    write_json(folder / WHOLE / DECOMPOSITION, record)
+    card = compression_card(name, described, original, small)
+    write_whole(folder / WHOLE / CARD, card)
+    write_json(
+        folder / WHOLE / RECORD, {"settings": described, "original": original, "small": small}
+    )
+
+
+def _kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds, made where it is not there."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, make())
+    return cast("dict[str, Any]", json.loads(file.read_text(encoding="utf-8")))

@@ -1,0 +1,1 @@
+"""A server of one model and its adapters, with the routes of OpenAI's API."""

@@ -1,0 +1,161 @@
+"""What a command is given to read: refused where it is missing, before anything heavy is imported.
+
+The commands call these functions at the place where they read, and once more before they import
+torch: a mistake is named at once, in the same words.
+"""
+
+import functools
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fingpt_lightning.terminal.messages import first_line, nearest, nearest_name, nearest_sibling
+
+FILES_OF_ONE_MODEL = (".ckpt", ".gguf")
+"""Suffixes of files that hold a whole model: never the name of one on the hub."""
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|xla|mtia|meta)(:\d+)?")
+_CONFIGS = ("config.json", "adapter_config.json")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_PREFIX = "hf://"
+"""What names of data sets on the hub begin with."""
+
+
+def refuse_missing_texts(paths: str | Sequence[str], key: str) -> None:
+    """Refuses text files of which one is missing, and globs that match no file.
+
+    Args:
+        paths: Files, folders or globs; ``hf://`` names are not looked up.
+        key: Setting that the paths come from, for the messages.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: A path is empty, or neither a file nor a folder.
+    """
+    for text in [paths] if isinstance(paths, str) else paths:
+        if not text:  # which a path takes for the current folder
+            raise ValueError(f"{key}: an empty path")
+        if text.startswith(HUB_PREFIX):
+            continue
+        path = Path(text).expanduser()
+        if path.is_dir() or path.is_file():
+            continue
+        if path.exists():  # reading it could wait forever, or never end
+            raise ValueError(f"{key}: {path} is neither a file nor a folder")
+        if not glob.has_magic(text):
+            raise FileNotFoundError(f"{key}: {path} does not exist{nearest_name(path)}")
+        if not any(Path(name).is_file() for name in glob.iglob(str(path), recursive=True)):  # noqa: PTH207
+            raise FileNotFoundError(f"{key}: no file matches {path}")
+
+
+def refuse_missing_tokenizer(name: str) -> None:
+    """Refuses a tokenizer's folder that is missing; names of the hub are not looked up.
+
+    Raises:
+        FileNotFoundError: A path is not a folder.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file()):
+        return
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"tokenizer: no folder {folder}{nearest_name(folder)}")
+
+
+def refuse_missing_model(name: str, revision: str | None = None) -> None:
+    """Refuses a model that is neither a local path nor to be had from the Hugging Face hub.
+
+    Args:
+        name: Path or hub name.
+        revision: Branch, tag or commit of a hub name.
+
+    Raises:
+        FileNotFoundError: There is no such model.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return
+    if path.suffix in FILES_OF_ONE_MODEL or not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"model {name}: no such file or folder{_nearest(path)}")
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = (try_to_load_from_cache(name, file, revision=revision) for file in _CONFIGS)
+    if not any(isinstance(path, str) for path in cached):
+        refuse_unknown_on_hub(name, revision)
+
+
+def refuse_unknown_on_hub(name: str, revision: str | None = None) -> None:
+    """Refuses a name that the hub does not know, or when it cannot be reached.
+
+    One request, for without it loading repeats each failed request for most of a minute.
+
+    Raises:
+        FileNotFoundError: The model cannot be had.
+    """
+    if (reason := _reason_of_hub(name, revision)) is not None:
+        raise FileNotFoundError(
+            f"model {name}: no such file or folder{_nearest(Path(name))}, and not to be had from"
+            f" the Hugging Face hub ({reason})"
+        )
+
+
+@functools.cache
+def _reason_of_hub(name: str, revision: str | None) -> str | None:
+    """Why the hub does not give a model; None where it does. Asked once per process."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except Exception as error:  # of many libraries; each means that the model cannot be had
+        return first_line(error)
+    return None
+
+
+def refuse_missing_adapter(path: str | Path) -> None:
+    """Refuses an adapter that is not there.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"adapter {path}: no such file or folder{_nearest(path)}")
+
+
+def refuse_unknown_device(name: str) -> None:
+    """Refuses what cannot be the name of a device; whether this machine has it is not asked.
+
+    Raises:
+        ValueError: It is not such a name.
+    """
+    if _DEVICE.fullmatch(name) is None:
+        raise ValueError(f"device {name!r} is none: cpu, cuda or cuda:1")
+
+
+def refuse_missing_prompts(file: Path) -> None:
+    """Refuses a file of prompts that is missing.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    if not file.is_file():
+        there = [path.name for path in file.parent.glob("*")] if file.parent.is_dir() else []
+        raise FileNotFoundError(f"prompts: no file {file}{nearest(file.name, there)}")
+
+
+def refuse_missing_run(folder: Path) -> None:
+    """Refuses a path that is not the folder of a run, a sweep or an evaluation.
+
+    Raises:
+        FileNotFoundError: It is not a folder.
+    """
+    if not folder.is_dir():
+        parent = folder.parent
+        beside = parent.iterdir() if parent.is_dir() else ()
+        siblings = [path.name for path in beside if path.is_dir()]
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{folder} {what}{nearest(folder.name, siblings)}")
+
+
+def _nearest(path: Path) -> str:
+    near = nearest_sibling(path)
+    return "" if near is None else f"; did you mean {near}?"

@@ -1,0 +1,343 @@
+"""Mistakes are named before torch is imported, in the words of the command itself.
+
+Every kind of mistake is walked for every command: once by the early checks alone, once by the
+command with them switched off.
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from fingpt_lightning.cli import early_options, option_table
+from fingpt_lightning.cli.early_checks import OFF_VARIABLE, check_command, check_trainer_command
+from fingpt_lightning.cli.early_options import TABLE, Option, read_table, signature_digest
+from fingpt_lightning.cli.errors import ConfigError
+from fingpt_lightning.cli.main import COMMANDS, main, one_line
+from fingpt_lightning.cli.shipped import CONFIGS, shipped_files
+from fingpt_lightning.terminal import inputs
+
+_FIT = ("fit", "--config", "debug_quickstart", "--trainer.logger", "false")
+_TUNE = ("fit", "--config", "debug_finetune_smollm2_fpb", "--trainer.logger", "false")
+_FILES = {
+    "key.yaml": "model:\n  init_args:\n    lerning_rate: 0.1\n",
+    "group.yaml": "trainr:\n  max_steps: 3\n",
+    "trainer.yaml": "trainer:\n  max_stps: 3\n",
+    "value.yaml": "trainer:\n  max_steps: many\n",
+    "fraction.yaml": "trainer:\n  max_steps: 1.5\n",
+    "yes.yaml": "trainer:\n  max_steps: true\n",
+    "class.yaml": "model:\n  class_path: fingpt_lightning.modules.LowRankPretrainig\n",
+    "broken.yaml": "model: [\n",
+    "list.yaml": "- 1\n",
+    "nested.yaml": "fit:\n  trainer:\n    max_steps: 3\n",
+    "block.yaml": "trainer: inner.yaml\n",
+    "inner.yaml": "max_stps: 3\n",
+    "block_value.yaml": "trainer: inner_value.yaml\n",
+    "inner_value.yaml": "max_steps: many\n",
+    "texts.csv": "body\nShares rose.\n",
+    "small.yaml": "data:\n  class_path: fingpt_lightning.data.TextBlocks\n"
+    "  init_args:\n    batch_size: 0\n",
+}
+
+WRONG_FITS = (
+    "--trainer.max_stps 3",
+    "--trainer.max_stps=3",
+    "--trainr.max_steps 3",
+    "--best_checkpoint.moniter val/loss",
+    "--runs_dr x",
+    "stray",
+    "stray and --more",
+    "--more 3 stray",
+    "--trainer.max_steps",
+    "--trainer.max_steps --runs_dir x",
+    "--config",
+    "--trainer.max_steps many",
+    "--trainer.max_steps 1.50",
+    "--trainer.max_epochs=many",
+    "--trainer.limit_val_batches x",
+    "--trainer.enable_progress_bar maybe",
+    "--trainer.precision bf17",
+    "--trainer.deterministic wrn",
+    "--seed_everything x",
+    "--model.rnk 3",
+    "--model.init_args.rnk 3",
+    "--model.rank many",
+    "--model.init_args.rank many",
+    "--model.learning_rate fast",
+    "--model.optimizer adam",
+    "--model.preset gpt2-smal",
+    "--model.learning_rate -1",
+    "--model.dropout 1",
+    "--model fingpt_lightning.modules.LowRankPretrainig",
+    "--data.batch_sze 1",
+    "--data.batch_size 1.5",
+    "--data.batch_size 0",
+    "--data.val_share 1.5",
+    "--data.seed 4294967296",
+    "--data.train_files none.jsonl",
+    "--data.train_files none/*.jsonl",
+    "--data.val_files [none.jsonl,value.yaml]",
+    "--data.tokenizer ./none",
+    "--model.init_from ./none --model.preset null",
+    "--ckpt_path none.ckpt",
+    "--ckpt_path last",
+    "--config none.yaml",
+    *(
+        f"--config {name}"
+        for name in _FILES
+        if name.endswith(".yaml") and not name.startswith("inner")
+    ),
+)
+WRONG_TUNINGS = (
+    "--data.tasks [fpd]",
+    "--data.tasks fpd",
+    "--data.tasks own.yaml",
+    "--data.tasks [fpb] --data.data_dir none",
+    "--model.quantize nf5",
+    "--model.rnk 5",
+    "--model.base ./none",
+    "--model.kl_positions 0",
+)
+WRONG = (
+    *(" ".join((*_FIT, wrong)) for wrong in WRONG_FITS),
+    *(" ".join((*_TUNE, wrong)) for wrong in WRONG_TUNINGS),
+    "validate --config debug_quickstart --trainer.max_stps 3",
+    "validate --config debug_quickstart --ckpt_path none.ckpt",
+    "validate --config debug_quickstart",
+    "test --config debug_quickstart --verbose maybe",
+    "test --config debug_quickstart --model.rank many",
+    "plan --config debug_quickstart --trainer.max_stps 3",
+    "plan --config debug_quickstart --no_calibrat",
+    "plan --config debug_quickstart --model.rank many",
+    "plan --config none",
+    "plan --config debug_quickstart --json none/plan.json",
+    "evaluate --model ./none --tasks fpb --data_dir none",
+    "evaluate --model ./none --tasks fpd --data_dir none",
+    "evaluate --model ./none --tasks own.yaml",
+    "evaluate --model ./none --tasks fpb --data_dir sets --split train",
+    "evaluate --model ./none --tasks fpb --data_dir sets",
+    "evaluate --model ./none --tasks fpb --scoring wrong",
+    "evaluate --model ./none --tasks fpb --limitt 3",
+    "label --model ./none --output out.csv --task fpb --input none.csv",
+    "label --model ./none --output out.csv --task fpd --input texts.csv",
+    "label --model ./none --output out.csv --task fpb --input key.yaml",
+    "label --model ./none --output out.csv --task fpb --input texts.csv --text_column body",
+    "label --model ./none --output out.csv --task fpb --input texts.csv --separatr x",
+    "generate --model ./none --prompt x",
+    "generate --model none.gguf --prompt x",
+    "generate --model ./none --prompts none.txt",
+    "generate --model ./none --prompt x --max_new_tokens 0",
+    "generate --model ./none --promt x",
+    "generate --model ./none --prompt x --adapter none",
+    "decompose --model ./none --rank_ratio .5 --output out",
+    "decompose --model ./none --rank_ratio 5 --output out",
+    "decompose --model ./none --rnk_ratio .5 --output out",
+    "export --model ./none --format hf --output out",
+    "export --model ./none --format hff --output out",
+    "export --model ./none --format nf4 --output out --calibration none.jsonl",
+    "export --model ./none --format hf --output out --prompts none.txt",
+    "report none",
+    "report texts.csv",
+    "report none --outptu x",
+    "sweep none",
+    "sweep quick_rank --cont 3",
+    "configs none",
+    "configs quickstart --cpy x",
+    "tasks fpd",
+    "tasks fpb --date_dir x",
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with wrong configs and a small data set."""
+    for name, text in _FILES.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "sets" / "fpb").mkdir(parents=True)
+    row = {"sentence": "Shares rose.", "label": 2}
+    (tmp_path / "sets" / "fpb" / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _early(words: list[str]) -> tuple[int, str] | None:
+    """Status and message of the early checks; None where they find nothing."""
+    command, *rest = words
+    _, options, _ = COMMANDS[command]
+    try:
+        if options is None:
+            check_trainer_command(command, rest)
+        else:
+            check_command(command, importlib.import_module(options).parse_options(rest))
+    except Exception as error:
+        is_config = isinstance(error, ConfigError) or type(error).__name__ == "WrongOptions"
+        return (2 if is_config else 1), one_line(error)
+    return None
+
+
+def _late(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    """Status and message of the command itself."""
+    monkeypatch.setenv(OFF_VARIABLE, "1")
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    errors = re.findall(r"^fingpt: error: (.*)$", capsys.readouterr().err, re.MULTILINE)
+    assert len(errors) == 1, errors
+    return int(str(ended.value.code)), errors[0]
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_mistake_is_named_early_in_the_words_of_the_command(
+    line: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = line.split()
+    early = _early(words)
+    if words[0] not in ("configs", "tasks"):  # these import nothing heavy
+        assert early is not None, "the early checks do not find it"
+    late = _late(words, monkeypatch, capsys)
+    assert early in (late, None)
+
+
+def test_every_command_is_walked() -> None:
+    assert {line.split()[0] for line in WRONG} == set(COMMANDS)
+    assert len(WRONG) > 90
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_shipped_configs_are_never_refused_early(command: str, folder: Path) -> None:
+    files = shipped_files(CONFIGS)
+    assert len(files) > 15
+    table = read_table()
+    assert table is not None
+    for file in files:
+        words = ["--config", str(file.path)]
+        assert early_options.check_options(command, words, table) is not None, file.name
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        "--trainer.max_step 3",  # argparse takes the beginning of one option for it
+        "--trainer.max_steps 1e1",  # wrong, and left to the parser, which reads YAML
+        "--trainer.max_epochs null",
+        "--trainer.max_epochs -1",
+        "--trainer.devices auto",
+        "--trainer.callbacks+ callbacks.MemoryMonitor",
+        "--trainer.callbacks.every_n_steps 3",
+        "--trainer.logger.project name",
+        "--trainer.logger.init_args.project name",
+        "--trainer.strategy ddp",
+        "--model.rank 8 --model.embedding_rank null",
+        "--model.rank .5",
+        "--model.rank_overrides.attn null",
+        "--model fingpt_lightning.modules.QuantizedFinetuning --model.base x",
+        "--model own.module.Class --model.anything 3",
+        "--model.preset null",
+        "--model.learning_rate 1e-3",
+        "--model.help",
+        "--print_config",
+        "--best_checkpoint.mode max",
+    ],
+)
+def test_what_the_parser_may_take_is_left_to_it(taken: str, folder: Path) -> None:
+    assert _early([*_FIT, *taken.split()]) is None
+
+
+def test_the_table_is_that_of_the_parser() -> None:
+    """Remade with ``python -m fingpt_lightning.cli.option_table``."""
+    table = option_table.make_table()
+    assert len(table["options"]) > 30
+    assert option_table.as_text(table) == TABLE.read_text(encoding="utf-8")
+
+
+def test_a_class_that_has_changed_is_left_to_the_parser(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    wrong = [*_FIT, "--model.rnk", "3"]
+    assert _early(wrong) is not None
+    monkeypatch.setattr(early_options, "_digest_of", lambda file, name: "another")
+    assert _early(wrong) is None
+
+
+def test_other_versions_of_the_parser_are_left_to_it(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    wrong = [*_FIT, "--trainer.max_stps", "3"]
+    assert _early(wrong) is not None
+    monkeypatch.setattr(early_options, "version", lambda name: "0")
+    assert _early(wrong) is None
+
+
+def test_a_digest_follows_the_parameters_alone() -> None:
+    one = "class A:\n    def __init__(self, x: int = 1) -> None:\n        self.x = x\n"
+    assert signature_digest(one, "A") == signature_digest(one + "        self.y = 2\n", "A")
+    assert signature_digest(one, "A") != signature_digest(one.replace("= 1", "= 2"), "A")
+    assert signature_digest(one, "B") is None
+
+
+@pytest.mark.parametrize(
+    ("refusal", "taken", "refused"),
+    [
+        ("n {value} is below 1", (1, 7), (0, -3)),
+        ("n {value} is not above 0", (0.1, 2.0), (0, -1.0)),
+        ("n {value} is outside [0, 1)", (0, 0.9), (1, -0.1)),
+        ("n {value} is outside (0, 1]", (0.1, 1), (0, 1.1)),
+        ("n {value} is outside [0, 2**32)", (0, 2**32 - 1), (2**32, -1)),
+    ],
+)
+def test_ranges_are_read_from_the_message(
+    refusal: str, taken: tuple[float | int, ...], refused: tuple[float | int, ...]
+) -> None:
+    option = Option("int or float", ("int", "float"), refusal=refusal)
+    assert [option.refused("n", value) for value in taken] == [None, None]
+    assert [option.refused("n", value) for value in refused] == [
+        refusal.format(value=value) for value in refused
+    ]
+
+
+def test_the_hub_is_asked_once_about_a_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    asked = []
+
+    def model_info(self: object, name: str, **_: object) -> None:
+        asked.append(name)
+        raise OSError("it does not know it")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    inputs._reason_of_hub.cache_clear()
+    words = ["generate", "--model", "nobody/none", "--prompt", "x"]
+    found = [_early(words), _early(words)]
+    assert found == [(1, "model nobody/none: no such file or folder, and not to be had from the"
+                      " Hugging Face hub (it does not know it)")] * 2  # fmt: skip
+    assert asked == ["nobody/none"]
+    inputs._reason_of_hub.cache_clear()
+
+
+def test_early_checks_import_nothing_heavy(folder: Path) -> None:
+    code = (
+        "import sys\n"
+        "from fingpt_lightning.cli.main import main\n"
+        "for words in [\n"
+        "    ['fit', '--config', 'quickstart', '--trainer.max_stps', '3'],\n"
+        "    ['fit', '--config', 'quickstart', '--data.train_files', 'none.jsonl'],\n"
+        "    ['evaluate', '--model', './none', '--tasks', 'fpb'],\n"
+        "    ['sweep', 'none'], ['report', 'none'], ['plan', '--config', 'none'],\n"
+        "]:\n"
+        "    try:\n"
+        "        main(words)\n"
+        "    except SystemExit as error:\n"
+        "        assert error.code\n"
+        "heavy = {'torch', 'lightning', 'transformers', 'wandb', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("fingpt: error: ") == 6

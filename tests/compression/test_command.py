@@ -1,0 +1,204 @@
+"""``fingpt compress``: every stage, and what a killed run keeps."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from fingpt_lightning.cli.main import main
+from fingpt_lightning.compression import command, stages
+from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.modules import LowRankPretraining
+from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer
+
+Compress = Callable[..., tuple[int, str, str]]
+LINES = ["Shares of Foo fell", "Profit rose", "The dividend of Foo Corp was kept as it was"]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, texts and the rows of a task."""
+    folder = tmp_path_factory.mktemp("compress")
+    tiny_network("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    lines = "".join(json.dumps({"text": f"{line} {n}"}) + "\n" for n in range(60) for line in LINES)
+    (folder / "text.jsonl").write_text(lines)
+    (folder / "other.txt").write_text("Foo Corp kept its dividend as profit rose. " * 20)
+    (folder / "fpb").mkdir()
+    for split, number in (("train", 40), ("validation", 5)):
+        rows = [{"text": "Foo rose", "label": "positive"}, {"text": "It fell", "label": "negative"}]
+        text = "".join(f"{json.dumps(row)}\n" for row in rows * number)
+        (folder / "fpb" / f"{split}.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def compress(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Compress:
+    """Runs ``fingpt compress`` into ``small``; gives status, output and error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str | Path) -> tuple[int, str, str]:
+        status = 0
+        capsys.readouterr()
+        own = [
+            "--model", given / "model", "--output", tmp_path / "small", "--size", "0.8",
+            "--calibration", f"{given / 'text.jsonl'}=2", "task:fpb", "--data_dir", given,
+            "--calibration_tokens", "600", "--refine", "3", "--precision", "32-true",
+            "--block_length", "32", "--text_tokens", "128", "--texts", given / "other.txt",
+        ]  # fmt: skip
+        try:
+            main(["compress", *map(str, (*own, *words))])
+        except SystemExit as error:
+            status = int(error.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def _logits(folder: Path) -> torch.Tensor:
+    network: PreTrainedModel = load_model(folder).network
+    with torch.no_grad():
+        logits: torch.Tensor = network(input_ids=torch.arange(20)[None]).logits
+    return logits
+
+
+HEALED = ("--heal", "4", "--learning_rate", "0.003", "--tasks", "fpb", "--limit", "4")
+
+
+def test_a_model_is_made_small_healed_rounded_and_measured(
+    compress: Compress, given: Path, tmp_path: Path
+) -> None:
+    status, output, error = compress(*HEALED, "--format", "int8")
+    assert status == 0, error
+    out = tmp_path / "small"
+    record = json.loads((out / "compression.json").read_text())
+    original, small = record["original"], record["small"]
+    assert small["parameters"] == pytest.approx(0.8 * original["parameters"], rel=0.02)
+    assert small["file_bytes"] < 0.6 * original["file_bytes"]
+    for figures in (original, small):
+        (text,) = figures["perplexity"]
+        assert text.endswith("other.txt")
+        assert figures["perplexity"][text] > 1
+        assert 0 <= figures["tasks"]["fpb"] <= 1
+        assert figures["decoded_tokens_per_s"] > 0
+    assert "small / original" in output
+    assert "accuracy, fpb" in output
+    for stage in ("decompose", "refine", "heal", "round", "evaluate"):
+        assert stage in output
+    card = (out / "README.md").read_text()
+    assert "| parameters |" in card
+    assert "4 steps of training on its predictions, stored as int8" in card
+    assert load_model(out).description.endswith("(low-rank llama, int8)")
+    assert _logits(out).isfinite().all()
+    assert json.loads((out / "decomposition.json").read_text())["blocks"]
+    assert not (tmp_path / "small.partial").exists() or not any(
+        path.is_dir() for path in (tmp_path / "small.partial").iterdir()
+    )
+    status, _, error = compress(*HEALED)
+    assert (status, "is there already" in error) == (1, True)
+
+
+@pytest.mark.parametrize("stage", ["heal", "export", "measure"])
+def test_a_killed_run_goes_on_with_what_is_finished(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    real = getattr(stages, stage)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(stages, stage, killed)
+    status, _, error = compress("--heal", "2")
+    assert (status, "killed" in error) == (1, True)
+    parts = tmp_path / "small.partial"
+    decomposed = parts / "decomposed" / "model.safetensors"
+    finished = [decomposed] if stage == "heal" else [decomposed, parts / "healing" / "end.ckpt"]
+    times = [path.stat().st_mtime_ns for path in finished]
+    seen: list[int] = []
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        seen.extend(path.stat().st_mtime_ns for path in finished)
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(stages, stage, watched)
+    status, _, error = compress("--heal", "3")
+    assert (status, "of an unfinished run with heal 2, now 3" in error) == (1, True)
+    status, _, error = compress("--heal", "2")
+    assert status == 0, error
+    assert seen[: len(times)] == times
+    assert (tmp_path / "small" / "compression.json").is_file()
+
+
+def test_healing_goes_on_at_the_last_checkpoint(
+    compress: Compress, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _, error = compress("--heal", "4")
+    assert status == 0, error
+    shutil.move(tmp_path / "small", tmp_path / "whole")
+    real = LowRankPretraining.training_step
+
+    def killed(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_step == 2:
+            raise RuntimeError("killed")
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(LowRankPretraining, "training_step", killed)
+    status, _, error = compress("--heal", "4")
+    assert (status, "killed" in error) == (1, True)
+    assert (tmp_path / "small.partial" / "healing" / "last.ckpt").is_file()
+    monkeypatch.setattr(LowRankPretraining, "training_step", real)
+    status, _, error = compress("--heal", "4")
+    assert status == 0, error
+    assert torch.equal(_logits(tmp_path / "small"), _logits(tmp_path / "whole"))
+
+
+def test_a_plan_makes_nothing(compress: Compress, tmp_path: Path) -> None:
+    status, output, error = compress("--heal", "4", "--plan", "--format", "nf4")
+    assert status == 0, error
+    rows = [line.split()[0] for line in output.splitlines() if "about" in line]
+    assert rows == ["decompose", "refine", "heal", "round", "evaluate"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (("--size", "1"), 2, r"1 is outside (0, 1)"),
+        (("--limit", "3"), 2, "--limit has an effect with --tasks alone"),
+        (("--learning_rate", "1"), 2, "--learning_rate has an effect with --heal alone"),
+        (("--format", "gguf"), 2, "invalid choice: 'gguf'"),
+        (("--size", "0.01"), 1, "is out of reach"),
+        (("--texts", "gone.txt"), 1, "gone.txt does not exist"),
+        (("--tasks", "fbp"), 1, "fbp"),
+    ],
+)
+def test_wrong_words_are_one_line_and_leave_nothing(
+    compress: Compress, tmp_path: Path, words: tuple[str, ...], status: int, message: str
+) -> None:
+    found, _, error = compress(*words)
+    assert found == status, error
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "owner"]
+
+
+def test_python_and_the_command_line_make_the_same(
+    compress: Compress, given: Path, tmp_path: Path
+) -> None:
+    status, _, error = compress()
+    assert status == 0, error
+    made = command.compress(
+        given / "model", tmp_path / "other", size=0.8, data_dir=given, calibration_tokens=600,
+        calibration=[f"{given / 'text.jsonl'}=2", "task:fpb"], refine=3, precision="32-true",
+        block_length=32, text_tokens=128, texts=[given / "other.txt"],
+    )  # fmt: skip
+    assert isinstance(made, stages.Compression)
+    assert torch.equal(_logits(tmp_path / "small"), _logits(tmp_path / "other"))
