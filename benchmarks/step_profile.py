@@ -7,11 +7,12 @@ import argparse
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.pretraining import RANKS
@@ -28,6 +29,7 @@ _OPERATORS = {
     "attention": (
         "aten::bmm", "aten::_softmax", "aten::_softmax_backward_data", "fingpt::causal_attention",
         "fingpt::causal_attention_backward", "aten::_scaled_dot_product",
+        "aten::_flash_attention", "aten::_efficient_attention", "aten::_cudnn_attention",
     ),
     "softmax": ("aten::_log_softmax", "aten::exp_", "aten::gather", "aten::scatter_add_",
                 "_ChunkedCrossEntropySum"),
@@ -84,7 +86,9 @@ def main() -> None:
     }
     for (_, precision, part), row in zip(median_s, rows, strict=True):
         own_s = row["time_s"]["median"]
-        row["ratio_to_dense"] = round(median_s["dense", precision, part] / own_s, 3)
+        # A part may take no time: a network without one of its operators.
+        dense_s = median_s["dense", precision, part]
+        row["ratio_to_dense"] = round(dense_s / own_s, 3) if own_s else None
     record["rows"] = rows
     record["summary"] = {
         f"{contender}_{precision}_{part}_share": round(
@@ -101,18 +105,38 @@ def _profiled(step: TrainingStep, precision: str, repeats: int) -> dict[str, lis
     step(precision)
     seconds: dict[str, list[float]] = {part: [] for part in (*PARTS, "all")}
     on_cuda = step.tokens.device.type == "cuda"
-    activities = [ProfilerActivity.CUDA] if on_cuda else [ProfilerActivity.CPU]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     for _ in range(repeats):
         with profile(activities=activities) as profiler:
             step(precision)
-        taken = dict.fromkeys(PARTS, 0.0)
-        for event in profiler.key_averages():
-            us = event.self_device_time_total if on_cuda else event.self_cpu_time_total
-            taken[part_of(event.key)] += us / 1e6
+        taken = time_by_part(profiler.key_averages(), on_cuda=on_cuda)
         for part, value in taken.items():
             seconds[part].append(value)
         seconds["all"].append(sum(taken.values()))
     return seconds
+
+
+def time_by_part(events: Iterable[Any], *, on_cuda: bool) -> dict[str, float]:
+    """Seconds of each part of a step.
+
+    Args:
+        events: Sums over a profile, of operators and, with CUDA, of kernels.
+        on_cuda: Whether time is that of the kernels that an operator starts, not its own.
+
+    Raises:
+        RuntimeError: The profile has no time.
+    """
+    taken = dict.fromkeys(PARTS, 0.0)
+    for event in events:
+        # A kernel is an event too, under a name of its own; its time is in its operator's.
+        if event.device_type == DeviceType.CPU:
+            us = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+            taken[part_of(event.key)] += us / 1e6
+    if not any(taken.values()):
+        raise RuntimeError(
+            "the profile has no time of operators: is there CUPTI, which profiles CUDA?"
+        )
+    return taken
 
 
 def part_of(operator: str) -> str:
@@ -197,8 +221,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{row['contender']}, {row['precision']}, {row['part']}",
                 f"{taken:.2f}",
                 "" if bound is None else f"{bound:.2f}",
-                "" if bound is None else f"{taken / bound:.1f}x",
-                f"{row['ratio_to_dense']:.2f}x",
+                "" if not bound else f"{taken / bound:.1f}x",
+                "" if row["ratio_to_dense"] is None else f"{row['ratio_to_dense']:.2f}x",
             ]
         )
     return markdown_table(["", "s a step", "bound (s)", "time / bound", "dense / this"], lines)

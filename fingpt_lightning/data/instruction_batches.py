@@ -31,10 +31,12 @@ class Collate:
     Args:
         batching: Layout of the rows.
         eos_token_id: Token id that pads rows.
+        device_type: Type of the device that the batches are for.
     """
 
-    def __init__(self, batching: Batching, eos_token_id: int) -> None:
+    def __init__(self, batching: Batching, eos_token_id: int, device_type: str = "cpu") -> None:
         self.batching = batching
+        self.device_type = device_type
         self.eos_token_id = eos_token_id
 
     def __call__(self, rows: Sequence[dict[str, Tensor]]) -> TokenBatch:
@@ -43,10 +45,10 @@ class Collate:
             ids = pad_sequence([row["input_ids"] for row in rows], True, self.eos_token_id)
             labels = pad_sequence([row["labels"] for row in rows], True, IGNORED_LABEL)
             return {"input_ids": ids, "labels": labels}
-        return _packed(rows, self.batching is Batching.SHARED_PREFIX)
+        return _packed(rows, self.batching is Batching.SHARED_PREFIX, self.device_type)
 
 
-def _packed(rows: Sequence[dict[str, Tensor]], shares_prefix: bool) -> TokenBatch:
+def _packed(rows: Sequence[dict[str, Tensor]], shares_prefix: bool, device_type: str) -> TokenBatch:
     groups: dict[int, list[dict[str, Tensor]]] = {}
     for row in rows:
         groups.setdefault(int(row["task"]), []).append(row)
@@ -67,7 +69,7 @@ def _packed(rows: Sequence[dict[str, Tensor]], shares_prefix: bool) -> TokenBatc
         lengths = [len(row["input_ids"]) for row in group]
         positions += [torch.arange(num_shared), *(torch.arange(num_shared, n) for n in lengths)]
         own = [length - num_shared for length in lengths]
-        packing.append(packed_group(first, num_shared, own))
+        packing.append(packed_group(first, num_shared, own, device_type))
         first += num_shared + sum(own)
     return {
         "input_ids": torch.cat(ids)[None],

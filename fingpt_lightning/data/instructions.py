@@ -350,7 +350,9 @@ class FinancialInstructions(TokenizedData):
 
     @override
     def _loading(self) -> dict[str, Any]:
-        return {**super()._loading(), "collate_fn": Collate(self.batching, self.eos_token_id)}
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        collate = Collate(self.batching, self.eos_token_id, device.type)
+        return {**super()._loading(), "collate_fn": collate}
 
     def _load_tokenizer(self) -> PreTrainedTokenizerFast:
         if self.tokenizer_name is not None:

@@ -9,7 +9,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import override
 
-from fingpt_lightning.data.batch import TokenBatch
+from fingpt_lightning.data.batch import PreparesBatches, TokenBatch
 from fingpt_lightning.data.blocks import BlockSampler, TokenBlocks
 from fingpt_lightning.data.tokenizers import vocabulary_size
 from fingpt_lightning.models.formats.tokenizer import check_tokens, tokenizer_sha256
@@ -50,19 +50,20 @@ class TokenizedData(LightningDataModule):
 
     @override
     def on_before_batch_transfer(self, batch: TokenBatch, dataloader_idx: int) -> TokenBatch:
-        """Raises where a text has a token that the network has no row for.
+        """Checks a batch on the host, and has the module prepare it there.
 
-        Only a tokenizer with more entries than the network has rows can give such a token.
+        Only a tokenizer with more entries than the network has rows can give a token without one.
 
         Raises:
             ValueError: There is such a token; the message names it.
         """
-        network = getattr(getattr(self.trainer, "lightning_module", None), "network", None)
+        module = getattr(self.trainer, "lightning_module", None)
+        network = getattr(module, "network", None)
         num_rows = getattr(getattr(network, "config", None), "vocab_size", None)
         highest = [int(batch["input_ids"].max()), int(batch["labels"].max())]
         if num_rows is not None and max(highest) >= num_rows:
             check_tokens(self.tokenizer, [highest], num_rows, "a row of the data")
-        return batch
+        return module.prepared(batch) if isinstance(module, PreparesBatches) else batch
 
     @override
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:

@@ -31,7 +31,7 @@ def build_parser() -> OptionParser:
     parser = OptionParser(
         "fingpt export", "A model in another form, loaded again and compared before it is there."
     )
-    add_model_options(parser)
+    add_model_options(parser, stores=True)
     add = parser.add_argument
     add(
         "--format",

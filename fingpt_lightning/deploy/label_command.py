@@ -101,7 +101,7 @@ def _settings(options: argparse.Namespace, task: Task, ready: ReadyModel) -> dic
         "adapter": None if adapter is None else adapter_digest(adapter),
         "adapters": adapters,
         "tokenizer": options.tokenizer,
-        "dtype": options.dtype,
+        "dtype": ready.dtype,
         "quantize": options.quantize,
         "task": task.name,
         "task_version": task.version,

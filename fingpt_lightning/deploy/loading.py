@@ -8,7 +8,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
-from fingpt_lightning.models.device import find_device
+from fingpt_lightning.models.device import dtype_remark, find_device, find_dtype
 from fingpt_lightning.models.formats.peft_adapter import trained_quantization
 from fingpt_lightning.models.formats.tokenizer import (
     stored_chat_template,
@@ -30,6 +30,7 @@ class ReadyModel(NamedTuple):
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     bank: AdapterBank | None
+    dtype: str = "float32"
     remark: str | None = None
 
 
@@ -47,7 +48,8 @@ def load_with_adapters(options: argparse.Namespace) -> ReadyModel:
     if source.adapter is not None and options.adapters:
         raise ValueError(f"--adapters need a base; {options.model} has an adapter already")
     device = find_device(options.device)
-    loaded = build_model(source, dtype=options.dtype, device=device, quantize=quantize)
+    dtype = find_dtype(options.dtype, device)
+    loaded = build_model(source, dtype=dtype, device=device, quantize=quantize)
     network, tokenizer, bank = loaded.network, loaded.require_tokenizer(), None
     if options.adapters:
         bank = AdapterBank(network)
@@ -55,7 +57,8 @@ def load_with_adapters(options: argparse.Namespace) -> ReadyModel:
             bank.load(name, find_adapter(path))
     use_template_of_adapters(tokenizer, options)
     remark = choose_chat_template(tokenizer, options.chat_template, options.model, source.base.path)
-    return ReadyModel(loaded, network, tokenizer, bank, remark)
+    lines = [line for line in (remark, dtype_remark(options.dtype, dtype)) if line is not None]
+    return ReadyModel(loaded, network, tokenizer, bank, dtype, "\n".join(lines) or None)
 
 
 def use_template_of_adapters(

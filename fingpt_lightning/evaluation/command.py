@@ -22,7 +22,7 @@ from fingpt_lightning.evaluation.results import (
     write_results,
 )
 from fingpt_lightning.evaluation.runner import Scoring, TaskResult, read_tasks, scorings_of
-from fingpt_lightning.models.device import find_device
+from fingpt_lightning.models.device import AUTO_DTYPE, dtype_remark, find_device, find_dtype
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use, tokenizer_sha256
@@ -46,14 +46,15 @@ class Evaluation(NamedTuple):
             ``TASK_generated``.
         head: Model, settings, time and versions, as ``results.json`` has them.
         num_positions: Largest number of tokens that the model reads.
-        chat_remark: Line about the chat template, where there is something to tell.
+        model_remarks: Lines about the chat template and the dtype, where there is something to
+            tell.
     """
 
     model: str
     results: dict[str, TaskResult]
     head: dict[str, Any]
     num_positions: int
-    chat_remark: str | None = None
+    model_remarks: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Writes ``results.json``, ``predictions.jsonl`` and pictures; the folder is made."""
@@ -66,7 +67,7 @@ def evaluate(
     *,
     adapter: str | Path | None = None,
     tokenizer: str | Path | None = None,
-    dtype: str = "float32",
+    dtype: str = AUTO_DTYPE,
     quantize: str = "auto",
     device: str | None = None,
     data_dir: str | Path | None = None,
@@ -95,7 +96,8 @@ def evaluate(
         tasks: Names or YAML files; one string may hold several, with commas.
         adapter: LoRA adapter for the model: folder, or a finetuning's run folder or checkpoint.
         tokenizer: Folder of the tokenizer, where the model has none beside it.
-        dtype: Type of weights and products: float32, bfloat16, float16 or float64.
+        dtype: Type of weights and products: float32, bfloat16, float16 or float64; ``auto`` is
+            bfloat16 on a GPU that computes in it, else float32.
         quantize: ``nf4`` or ``int8`` for the linear layers of the blocks, ``none``, or ``auto``
             for what the adapter was trained on.
         device: ``cpu``, ``cuda`` or ``cuda:1``; None is CUDA where there is one.
@@ -158,10 +160,12 @@ def evaluate(
         num_fewshot=num_fewshot,
         fewshot_seed=seed,
     )
+    found_device = find_device(device)
+    found_dtype = find_dtype(dtype, found_device)
     loaded = load_model(
         model,
-        dtype=dtype,
-        device=find_device(device),
+        dtype=found_dtype,
+        device=found_device,
         quantize=quantize,
         adapter=adapter,
         tokenizer=tokenizer,
@@ -195,7 +199,7 @@ def evaluate(
         "adapter_sha256": None if adapter_place is None else adapter_digest(adapter_place),
         "tokenizer_sha256": tokenizer_sha256(reader),
         "settings": {
-            "dtype": dtype,
+            "dtype": found_dtype,
             "quantize": quantize,
             "scoring": scoring,
             "calibrate": calibrate,
@@ -212,7 +216,8 @@ def evaluate(
         "versions": installed_versions(EVALUATION_PACKAGES),
     }
     num_positions = max_positions(network.config)
-    evaluation = Evaluation(loaded.description, results, head, num_positions, remark)
+    lines = (line for line in (remark, dtype_remark(dtype, found_dtype)) if line is not None)
+    evaluation = Evaluation(loaded.description, results, head, num_positions, tuple(lines))
     if output is not None:
         evaluation.write(Path(output))
     return evaluation
@@ -237,8 +242,8 @@ def run(options: argparse.Namespace) -> None:
     # Rich takes 80 columns for a file, which would cut the figures.
     console = Console(width=max(Console().width, _TABLE_WIDTH), soft_wrap=True)
     console.print(evaluation.model, highlight=False, markup=False)
-    if evaluation.chat_remark:
-        console.print(evaluation.chat_remark, highlight=False, markup=False)
+    for line in evaluation.model_remarks:
+        console.print(line, highlight=False, markup=False)
     console.print(table(results), soft_wrap=False)
     for remark in remarks(results, evaluation.num_positions):
         console.print(remark)

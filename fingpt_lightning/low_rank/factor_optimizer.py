@@ -94,6 +94,9 @@ class FactorOptimizer(Optimizer):
     Nothing is drawn and no rank needs another: equal gradients give equal steps. All state is a
     parameter's own, so that a checkpoint of some parameters is a part of a checkpoint of all.
 
+    Where ``found_inf`` is set, as on torch's fused AdamW, a step at which it is 1 leaves all
+    parameters as they are, whatever the gradients; but not the momenta.
+
     Args:
         groups: Parameter groups. One with ``is_low_rank`` True holds down, up, down, up, ... and
             may set ``momentum``, and ``expansion``, the alpha of `LowRankLinear`; with
@@ -131,6 +134,7 @@ class FactorOptimizer(Optimizer):
             "is_embedding": False, "expansion": 0.0,
         }  # fmt: skip
         self.product_dtype = product_dtype
+        self.found_inf: Tensor | None = None
         super().__init__(groups, defaults)
         for group in self.param_groups:
             self._check_group(group)
@@ -165,8 +169,10 @@ class FactorOptimizer(Optimizer):
         moving = [p for p in group["params"] if p.grad is not None]
         for p in moving:
             if not self.state[p]:
+                # Only the fused kernel counts on the device; the other would read each count there.
+                on = p.device if group["fused"] else "cpu"
                 self.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    "step": torch.zeros((), dtype=torch.float32, device=on),
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
@@ -182,6 +188,7 @@ class FactorOptimizer(Optimizer):
                 [],
                 [state["step"] for state in states],
                 fused=group["fused"],
+                found_inf=self.found_inf if group["fused"] else None,
                 amsgrad=False,
                 beta1=beta1,
                 beta2=beta2,
@@ -212,9 +219,17 @@ class FactorOptimizer(Optimizer):
         if not moving:
             return
         self._add_gradients(moving, group["momentum"])
-        torch._foreach_mul_(moving, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(moving, self._unless_skipped(1 - group["lr"] * group["weight_decay"]))
         for some in batches(moving, lambda p: wide(p).shape):
             self._move(some, torch.stack([steps[p] for p in some]), group["momentum"])
+
+    def _unless_skipped(self, kept: float) -> Any:
+        """A factor of weights that decay; 1 in a step that is skipped."""
+        return kept if self.found_inf is None else torch.where(self.found_inf > 0, 1.0, kept)
+
+    def _none_if_skipped_(self, moves: Tensor) -> Tensor:
+        """Moves, set to 0 in place in a step that is skipped, whatever they are."""
+        return moves if self.found_inf is None else moves.masked_fill_(self.found_inf > 0, 0)
 
     def _add_gradients(self, moving: list[Tensor], momentum: float) -> None:
         for p in moving:
@@ -234,6 +249,7 @@ class FactorOptimizer(Optimizer):
         gradients_NRF = torch.stack([wide(p.grad) for p in some if p.grad is not None])
         moves_NRF = self._orthogonalized(gradients_NRF.add_(momenta_NRF, alpha=momentum))
         moves_NRF *= steps_N[:, None, None]
+        self._none_if_skipped_(moves_NRF)
         moves = [
             move if p.shape == move.shape else move.T
             for p, move in zip(some, moves_NRF, strict=True)

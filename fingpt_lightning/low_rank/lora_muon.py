@@ -80,9 +80,9 @@ class LoRAMuon(FactorOptimizer):
                 [_lying(self._nesterov(p, group["momentum"]), p in standing) for p in some]
             )
             roots_NRR = torch.stack([roots[partner[p]] for p in some])
-            moves_NRF = self._moves(momenta_NRF, roots_NRR)
+            moves_NRF = self._none_if_skipped_(self._moves(momenta_NRF, roots_NRR))
             moves = [_lying(move, p in standing) for p, move in zip(some, moves_NRF, strict=True)]
-            torch._foreach_mul_(some, kept)
+            torch._foreach_mul_(some, self._unless_skipped(kept))
             torch._foreach_sub_(some, torch._foreach_mul(moves, group["lr"] / 2 / kept))
 
     def _cholesky_factors(

@@ -29,10 +29,14 @@ def decay_products(optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def _decay(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    found_inf = getattr(optimizer, "found_inf", None)
     for group in optimizer.param_groups:
         if decay := group.get("product_decay"):
             params = group["params"]
             for down, up in zip(params[::2], params[1::2], strict=True):
                 gram_of_up, gram_of_down = up.T @ up, down @ down.T
+                if found_inf is not None:  # the step was skipped where it is 1
+                    gram_of_up *= 1 - found_inf
+                    gram_of_down *= 1 - found_inf
                 down.sub_(gram_of_up @ down, alpha=group["lr"] * decay)
                 up.sub_(up @ gram_of_down, alpha=group["lr"] * decay)

@@ -10,7 +10,7 @@ queries, K = tokens up to the end of that block.
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -25,6 +25,9 @@ from fingpt_lightning.models.families import capped, family_of
 
 IMPLEMENTATION = "fingpt_blocked"
 """The name under which transformers finds `blocked_or_sdpa_attention` (``attn_implementation``)."""
+
+MARKED = {IMPLEMENTATION}
+"""Names of the attention functions that take `causal_marker`."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers in a config of transformers, and the keys of masks by kind."""
@@ -101,7 +104,7 @@ def _joined(x: Tensor) -> Tensor:
 def _attention_weights(query_GQD: Tensor, key_GKD: Tensor, scale: float) -> Tensor:
     num_queries = query_GQD.shape[1]
     scores_GQK = torch.bmm(query_GQD * scale, key_GKD.mT)
-    future_QQ = torch.full((num_queries, num_queries), -torch.inf, dtype=query_GQD.dtype).triu_(1)
+    future_QQ = query_GQD.new_full((num_queries, num_queries), -torch.inf).triu_(1)
     scores_GQK[:, :, -num_queries:] += future_QQ
     return torch.softmax(scores_GQK, -1)
 
@@ -149,6 +152,7 @@ def blocked_or_sdpa_attention(
     grouped heads. In float32 torch's kernel is as fast. With a cap on the scores it is
     `capped_attention`.
     """
+    attention_mask = without_marker(query, attention_mask)
     if softcap is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = capped_attention(query, key, value, attention_mask, scale, softcap, dropout)
@@ -168,6 +172,35 @@ def blocked_or_sdpa_attention(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return causal_attention(query, key, value, scale).transpose(1, 2), None
+
+
+def causal_marker(
+    network: PreTrainedModel, input_ids: Int[Tensor, "B T"]
+) -> Bool[Tensor, "1 1 1 1"] | None:
+    """The mask that has our attention functions attend causally to whole rows, as None does.
+
+    Given no mask, transformers looks into the positions for rows that hold several texts, which
+    makes the host wait for the device in each forward pass. A mask of four axes is handed on as it
+    is. This one has no numbers: it is known by its shape.
+
+    Args:
+        network: Network that the mask is for.
+        input_ids: Tokens of the rows.
+
+    Returns:
+        None where another function attends, or a layer does not see the whole row.
+    """
+    config, num_tokens = network.config, input_ids.shape[1]
+    sees_all = all(window is None or window >= num_tokens for window in layer_windows(config))
+    if config._attn_implementation not in MARKED or num_tokens == 1 or not sees_all:
+        return None
+    return torch.empty(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+
+
+def without_marker(query: Float[Tensor, "B H T D"], mask: Tensor | None) -> Tensor | None:
+    """The mask that an attention function was given; None in place of `causal_marker`."""
+    is_marker = mask is not None and mask.shape == (1, 1, 1, 1) and query.shape[2] > 1
+    return None if is_marker else mask
 
 
 def capped_attention(

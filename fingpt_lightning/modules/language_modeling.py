@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -31,11 +32,13 @@ from fingpt_lightning.metric_keys import (
     TRAIN_TOKENS,
     split_keys,
 )
+from fingpt_lightning.models.attention import causal_marker
 from fingpt_lightning.models.families import head_of, logit_cap
 from fingpt_lightning.models.finite import check_stored, not_finite
 from fingpt_lightning.models.formats.checkpoint import describe_network
 from fingpt_lightning.models.formats.tokenizer import num_rows_reached
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
+from fingpt_lightning.modules.finite_steps import FiniteSteps, StepFigure, can_skip
 from fingpt_lightning.modules.optimization import cosine_with_warmup, trapezoid
 from fingpt_lightning.modules.teacher import Teacher
 
@@ -103,9 +106,10 @@ class LanguageModelingModule(LightningModule):
     ``train/loss`` is the mix of divergence and cross-entropy; the others are cross-entropies.
 
     Raises:
-        FloatingPointError: A step's loss or gradient norm is not finite, raised before weights
-            change; the last checkpoint on disk stays the last good one. Outside of fit, the
-            loss of a split is not finite.
+        FloatingPointError: A step's loss or gradient norm is not finite. The weights stay those
+            before the step, and the last checkpoint on disk the last good one; on CUDA it is raised
+            within the next step, before a validation and before a checkpoint (see `FiniteSteps`).
+            Outside of fit, the loss of a split is not finite.
     """
 
     network: PreTrainedModel
@@ -115,13 +119,27 @@ class LanguageModelingModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.loss_chunk_size = 512
-        self.tokens_seen = 0
+        self._tokens_seen = 0
+        self._new_tokens: Tensor | None = None
+        self._finite_steps = FiniteSteps()
         self.teacher: Teacher | None = None
         self._window: LossSums | None = None
         self._evaluated: LossSums | None = None
         self._batch_idx = 0
         self._loader_states: list[dict[str, Any]] = []
         self._group_settings: list[dict[str, Any]] = []
+
+    @property
+    def tokens_seen(self) -> int:
+        """Supervised tokens so far on all ranks; reading it waits for the device."""
+        if self._new_tokens is not None:
+            self._tokens_seen += int(self._new_tokens)
+            self._new_tokens = None
+        return self._tokens_seen
+
+    @tokens_seen.setter
+    def tokens_seen(self, num_tokens: int) -> None:
+        self._tokens_seen, self._new_tokens = num_tokens, None
 
     @property
     def num_rows_needed(self) -> int:
@@ -162,15 +180,20 @@ class LanguageModelingModule(LightningModule):
             network: Network, such as that of a teacher.
             batch: Batch of the data.
         """
+        ids, positions = batch["input_ids"], batch.get("position_ids")
         output = network.base_model(
-            input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False
+            input_ids=ids,
+            position_ids=positions,
+            # Positions may say that several texts follow one another in a row.
+            attention_mask=causal_marker(network, ids) if positions is None else None,
+            use_cache=False,
         )
         return cast("Tensor", output.last_hidden_state)
 
     def training_sums(self, batch: TokenBatch, hidden: Float[Tensor, "B T D"]) -> LossSums:
         """The loss of one microbatch in training: with a teacher, the divergence from it too."""
         if self.teacher is None:
-            return self.loss_sum_and_tokens(hidden, batch["labels"])
+            return self.batch_loss(batch, hidden)
         teacher_hidden = self.teacher.hidden_states(batch, self.hidden_states_of)
         return self.teacher.loss(
             self.network, hidden, teacher_hidden, batch["labels"], self.loss_chunk_size
@@ -229,6 +252,7 @@ class LanguageModelingModule(LightningModule):
 
     @override
     def on_train_start(self) -> None:
+        self._finite_steps = FiniteSteps()
         # Lightning 2.6 leaves the loader at the start of its epoch where the schedule has requested
         # `estimated_stepping_batches` before (issue 20550): then its loader is already made when
         # the positions are loaded. Where it did load them, this does the same again.
@@ -262,6 +286,14 @@ class LanguageModelingModule(LightningModule):
             digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
             torch.manual_seed(int.from_bytes(digest, "little"))
 
+    def prepared(self, batch: TokenBatch) -> TokenBatch:
+        """The batch, still on the host, with what the step would have to ask the device for."""
+        return batch
+
+    def batch_loss(self, batch: TokenBatch, hidden: Float[Tensor, "B T D"]) -> LossSums:
+        """`loss_sum_and_tokens` of a prepared batch."""
+        return self.loss_sum_and_tokens(hidden, batch["labels"])
+
     @override
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         sums = self.training_sums(batch, self.hidden_states(batch))
@@ -271,19 +303,28 @@ class LanguageModelingModule(LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         assert self._window is not None
+        self._finite_steps.read()
         loss_sum, num_tokens = self._over_ranks(self._window)
         self._window = None
         loss = loss_sum / num_tokens
-        self._stop_unless_finite(TRAIN_LOSS, loss)
+        self._check_finite(TRAIN_LOSS, loss, optimizer)
         # Lightning divides by the microbatches of a full window, the strategy by the replicas.
         averaged_over = self.trainer.accumulate_grad_batches * self._num_replicas()
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, _LOSS_SCALE * averaged_over / int(num_tokens))
-        self.tokens_seen += int(num_tokens)
-        self.log(TRAIN_LOSS, loss, prog_bar=True)
-        self.log(TRAIN_LEARNING_RATE, optimizer.param_groups[0]["lr"])
-        self.log(TRAIN_TOKENS, float(self.tokens_seen))
+            _scale(gradients, _LOSS_SCALE * averaged_over / num_tokens.double())
+        new = num_tokens if self._new_tokens is None else self._new_tokens + num_tokens
+        self._new_tokens = new.detach()
+        self.log(TRAIN_LOSS, loss, prog_bar=self._is_bar_of_lightning)
+        # Numbers of Python would be copied to the device, and the host would wait for it.
+        rate = torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32)
+        self.log(TRAIN_LEARNING_RATE, rate)
+        self.log(TRAIN_TOKENS, (self._new_tokens + self._tokens_seen).float())
+
+    @property
+    def _is_bar_of_lightning(self) -> bool:
+        # What such a bar shows is read from the device at each step, whether it is drawn or not.
+        return isinstance(self.trainer.progress_bar_callback, TQDMProgressBar | RichProgressBar)
 
     @override
     def configure_gradient_clipping(
@@ -296,7 +337,8 @@ class LanguageModelingModule(LightningModule):
         norm = self._gradient_norm(trained)
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             # With a gradient scaler an overflow is its business: it skips the step.
-            self._stop_unless_finite(TRAIN_GRADIENT_NORM, norm)
+            self._check_finite(TRAIN_GRADIENT_NORM, norm, optimizer)
+        self._finite_steps.skip_unless_finite(optimizer)
         self.log(TRAIN_GRADIENT_NORM, norm)
         if gradient_clip_val is None:
             return
@@ -307,7 +349,7 @@ class LanguageModelingModule(LightningModule):
 
     @override
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        self.log_evaluation(self.loss_sum_and_tokens(self.hidden_states(batch), batch["labels"]))
+        self.log_evaluation(self.batch_loss(batch, self.hidden_states(batch)))
 
     @override
     def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
@@ -319,6 +361,14 @@ class LanguageModelingModule(LightningModule):
         return self.likeliest_tokens(self.hidden_states(batch))
 
     @override
+    def on_validation_start(self) -> None:
+        self._finite_steps.read()
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self._finite_steps.read()
+
+    @override
     def on_validation_epoch_end(self) -> None:
         self._log_evaluated("val")
 
@@ -328,6 +378,7 @@ class LanguageModelingModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._finite_steps.read()
         checkpoint["tokens_seen"] = self.tokens_seen
         if self.teacher is not None:
             checkpoint["teacher_revision"] = self.teacher.revision
@@ -476,16 +527,24 @@ class LanguageModelingModule(LightningModule):
             # In the same row, so that a chart of it can go by tokens.
             self.log(TRAIN_TOKENS, float(self.tokens_seen), sync_dist=True)
 
-    def _stop_unless_finite(self, key: str, value: Tensor) -> None:
-        if torch.isfinite(value):
-            return
-        optimizer = self.trainer.optimizers[0]
-        raise FloatingPointError(
-            f"{key} is {value.item()} at step {self.trainer.global_step}, learning rate"
+    def _check_finite(self, key: str, value: Tensor, optimizer: Optimizer) -> None:
+        step = (
+            f"step {self.trainer.global_step}, learning rate"
             f" {optimizer.param_groups[0]['lr']:.3g}, batch {self._batch_idx} of epoch"
-            f" {self.current_epoch}; the weights of this step were not changed and the last"
-            " checkpoint is good"
+            f" {self.current_epoch}"
         )
+        is_late = can_skip(optimizer, value)
+        self._finite_steps.add(StepFigure(key, value.detach(), step), is_late=is_late)
+
+
+def _scale(gradients: list[Tensor], factor: Float[Tensor, ""]) -> None:
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        torch._foreach_mul_(gradients, factor.item())  # a shard takes no plain tensor
+        return
+    # One kernel takes those that have the factor's dtype.
+    for dtype in {gradient.dtype for gradient in gradients}:
+        alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+        torch._foreach_mul_(alike, factor.to(dtype))
 
 
 def _steps_of(length: int | float, num_steps: int) -> int:

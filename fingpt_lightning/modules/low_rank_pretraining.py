@@ -466,6 +466,7 @@ class LowRankPretraining(LanguageModelingModule):
 
     @override
     def on_validation_start(self) -> None:
+        super().on_validation_start()
         if self.is_fitting:
             self.rounding.apply(self.trainer)
 

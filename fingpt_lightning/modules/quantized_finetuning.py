@@ -252,12 +252,32 @@ class QuantizedFinetuning(LanguageModelingModule):
         return run_packed(network, batch["input_ids"], batch["position_ids"], batch["packing"])
 
     @override
+    def prepared(self, batch: TokenBatch) -> TokenBatch:
+        made = batch.copy()
+        if self.hparams["supervised_logits_only"]:
+            made["supervised"] = self._pinned(_places_of_labels(batch["labels"]))
+        if self.hparams["kl_weight"]:
+            made["compared"] = self._pinned(self._places_to_compare(batch["labels"]))
+        return made
+
+    def _pinned(self, places: Tensor) -> Tensor:
+        # The host does not wait for copies out of such memory.
+        return places.pin_memory() if self.device.type == "cuda" else places
+
+    @override
+    def batch_loss(self, batch: TokenBatch, hidden: Float[Tensor, "B T D"]) -> LossSums:
+        return self.loss_sum_and_tokens(hidden, batch["labels"], batch.get("supervised"))
+
+    @override
     def loss_sum_and_tokens(
-        self, hidden: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]
+        self,
+        hidden: Float[Tensor, "B T D"],
+        labels: Int[Tensor, "B T"],
+        places: Int[Tensor, "N"] | None = None,
     ) -> LossSums:
         if not self.hparams["supervised_logits_only"]:
             return super().loss_sum_and_tokens(hidden, labels)
-        labels_1N, hidden_1ND = _labelled(labels, hidden)
+        labels_1N, hidden_1ND = _labelled(labels, places, hidden)
         return super().loss_sum_and_tokens(hidden_1ND, labels_1N)
 
     @override
@@ -265,7 +285,9 @@ class QuantizedFinetuning(LanguageModelingModule):
         if self.teacher is None or not self.hparams["supervised_logits_only"]:
             return super().training_sums(batch, hidden)
         teacher_hidden = self.teacher.hidden_states(batch, self.hidden_states_of)
-        labels_1N, hidden_1ND, teacher_1ND = _labelled(batch["labels"], hidden, teacher_hidden)
+        labels_1N, hidden_1ND, teacher_1ND = _labelled(
+            batch["labels"], batch.get("supervised"), hidden, teacher_hidden
+        )
         return self.teacher.loss(
             self.network, hidden_1ND, teacher_1ND, labels_1N, self.loss_chunk_size
         )
@@ -294,24 +316,27 @@ class QuantizedFinetuning(LanguageModelingModule):
 
         Cost: one more forward pass, without gradients.
         """
-        is_labeled = batch["labels"] != IGNORED_LABEL
+        places = batch.get("compared")
+        if places is None:
+            places = self._places_to_compare(batch["labels"])
+        with torch.no_grad(), without_adapters(self.network):
+            base_hidden = self.hidden_states(batch)
+        log_p, base_log_p = (
+            F.log_softmax(logits_of(self.network, states.flatten(0, 1)[places]).float(), -1)
+            for states in (hidden, base_hidden)
+        )
+        return F.kl_div(log_p, base_log_p, reduction="batchmean", log_target=True)
+
+    def _places_to_compare(self, labels: Int[Tensor, "B T"]) -> Int[Tensor, "M"]:
+        is_labeled = labels != IGNORED_LABEL
         is_before_a_label = is_labeled.flip(1).cumsum(1).flip(1) > 0
-        positions = (is_before_a_label & ~is_labeled).flatten().nonzero().squeeze(1)
-        if not len(positions):
+        places = (is_before_a_label & ~is_labeled).flatten().nonzero().squeeze(1)
+        if not len(places):
             raise ValueError(
                 f"model.kl_weight {self.hparams['kl_weight']:g} compares with the base where"
                 " nothing is trained, as on prompts, and these data train every token: set 0"
             )
-        with torch.no_grad(), without_adapters(self.network):
-            base_hidden = self.hidden_states(batch)
-        stride = max(1, -(-len(positions) // self.hparams["kl_positions"]))
-        log_p, base_log_p = (
-            F.log_softmax(
-                logits_of(self.network, states.flatten(0, 1)[positions[::stride]]).float(), -1
-            )
-            for states in (hidden, base_hidden)
-        )
-        return F.kl_div(log_p, base_log_p, reduction="batchmean", log_target=True)
+        return places[:: max(1, -(-len(places) // self.hparams["kl_positions"]))]
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -497,11 +522,21 @@ class QuantizedFinetuning(LanguageModelingModule):
             )
 
 
-def _labelled(labels: Int[Tensor, "B T"], *states: Float[Tensor, "B T _"]) -> list[Tensor]:
-    """The labels, and the states of some networks, of the positions that have one, in one row."""
-    positions = (labels.flatten() != IGNORED_LABEL).nonzero().squeeze(1)
+def _labelled(
+    labels: Int[Tensor, "B T"],
+    places: Int[Tensor, "N"] | None,
+    *states: Float[Tensor, "B T _"],
+) -> list[Tensor]:
+    """The labels, and the states of some networks, of the places that have one, in one row.
+
+    Args:
+        labels: Labels of a batch.
+        places: Places in the flattened batch that have a label; None looks for them.
+        states: States of the batch.
+    """
+    places = _places_of_labels(labels) if places is None else places
     parts = (labels.flatten(), *(hidden.flatten(0, 1) for hidden in states))
-    return [part.index_select(0, positions)[None] for part in parts]
+    return [part.index_select(0, places)[None] for part in parts]
 
 
 def _miss_no_base(module: nn.Module, found: _IncompatibleKeys) -> None:
@@ -514,6 +549,11 @@ def _miss_no_base(module: nn.Module, found: _IncompatibleKeys) -> None:
         for key in found.missing_keys
         if not any(key == name or key.endswith(f".{name}") for name in frozen)
     ]
+
+
+def _places_of_labels(labels: Int[Tensor, "B T"]) -> Int[Tensor, "N"]:
+    """Places in the flattened batch; on a device the host waits for their number."""
+    return (labels.flatten() != IGNORED_LABEL).nonzero().squeeze(1)
 
 
 def _no_base_dropout(network: nn.Module) -> None:

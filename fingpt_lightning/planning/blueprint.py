@@ -39,6 +39,9 @@ _LLAMA_2 = {
 }
 
 
+_CPU = torch.device("cpu")
+
+
 class Blueprint(NamedTuple):
     """A network on fake tensors, in the module that would train it.
 
@@ -67,7 +70,11 @@ class Blueprint(NamedTuple):
 
 
 def blueprint(
-    module: LightningModule, vocabulary_size: int, block_length: int, precision: str
+    module: LightningModule,
+    vocabulary_size: int,
+    block_length: int,
+    precision: str,
+    device: torch.device = _CPU,
 ) -> Blueprint:
     """Lays out the network of a module that was made and not yet configured.
 
@@ -76,6 +83,7 @@ def blueprint(
         vocabulary_size: Size of the vocabulary of the data's tokenizer.
         block_length: Most tokens per sequence.
         precision: Precision of the trainer.
+        device: Device whose kernels are counted.
 
     Raises:
         TypeError: The module is none of ours.
@@ -86,9 +94,9 @@ def blueprint(
     )
     match module:
         case LowRankPretraining():
-            return _pretraining(module, vocabulary_size, block_length, dtype)
+            return _pretraining(module, vocabulary_size, block_length, dtype, device)
         case QuantizedFinetuning():
-            return _finetuning(module, vocabulary_size, block_length)
+            return _finetuning(module, vocabulary_size, block_length, device)
     raise TypeError(
         f"{type(module).__name__} cannot be planned: LowRankPretraining and QuantizedFinetuning can"
     )
@@ -188,6 +196,7 @@ def _pretraining(
     vocabulary_size: int,
     block_length: int,
     dtype: torch.dtype | None,
+    device: torch.device,
 ) -> Blueprint:
     hparams: Any = module.hparams
     if hparams["vocab_size"] is None and module.init_from is None:
@@ -198,14 +207,16 @@ def _pretraining(
     costs = network_costs(network, block_length, keeps_inputs_alone=recompute is Recompute.BLOCK)
     module.guiding.attach(network)
     mode = FakeTensorMode()
-    fake_parameters(network, mode, dtype)
+    fake_parameters(network, mode, dtype, device)
     recompute_blocks(network, recompute)
     module.network = network
     budget = module.budget(block_length)
     return _blueprint(network, mode, costs, budget, {})
 
 
-def _finetuning(module: QuantizedFinetuning, vocabulary_size: int, block_length: int) -> Blueprint:
+def _finetuning(
+    module: QuantizedFinetuning, vocabulary_size: int, block_length: int, device: torch.device
+) -> Blueprint:
     hparams: Any = module.hparams
     config = base_config(module.base, module.random_base, vocabulary_size)
     if block_length > max_positions(config):
@@ -231,7 +242,7 @@ def _finetuning(module: QuantizedFinetuning, vocabulary_size: int, block_length:
     network.train()
     use_packed_attention(network)
     mode = FakeTensorMode()
-    fake_parameters(network, mode, None)
+    fake_parameters(network, mode, None, device)
     if hparams["recompute"] != "none":
         recompute_blocks(network, Recompute.BLOCK)
     module.network = network

@@ -140,8 +140,10 @@ def _plan(
     data = _read_data(cli)
     notes = [data.note] if data.note else []
     length = int(cli.datamodule.block_length)
-    made = blueprint(cli.model, data.vocabulary_size, length, str(trainer.precision))
-    step = _count(cli.model, made, data.batch, str(trainer.precision))
+    device = trainer.strategy.root_device
+    precision = str(trainer.precision)
+    made = blueprint(cli.model, data.vocabulary_size, length, precision, device)
+    step = _count(cli.model, made, data.batch, precision)
     optimizer = cli.model.hparams.get("optimizer", "adamw")
     gradients = sum(count * width for count, width in made.trained_parameters)
     state = optimizer_bytes(made.trained_parameters, optimizer)
@@ -167,7 +169,6 @@ def _plan(
     accumulate = settings.trainer.accumulate_grad_batches
     lasts = run_length(settings.trainer.max_steps, settings.trainer.max_epochs, batches, accumulate)
     tokens_a_step = round(data.tokens_per_batch * accumulate * replicas)
-    device = trainer.strategy.root_device
     free = _free_bytes(device)
     measured: dict[str, int] | None = None
     step_time_s: float | None = None
@@ -304,7 +305,8 @@ def _count(module: LightningModule, made: Blueprint, batch: Any, precision: str)
 
 def _counted(module: LightningModule, made: Blueprint, batch: Any, precision: str) -> StepBytes:
     assert isinstance(module, LanguageModelingModule)
-    given = fake_batch(batch, made.mode)
+    device = made.network.device
+    given = fake_batch(batch, made.mode, device)
     num_labels = int((batch["labels"] != IGNORED_LABEL).sum())
     on_labels_only = bool(module.hparams.get("supervised_logits_only"))
 
@@ -312,14 +314,14 @@ def _counted(module: LightningModule, made: Blueprint, batch: Any, precision: st
         labels = given["labels"]
         if on_labels_only:
             # Which positions have labels is in the numbers, which fake tensors have not.
-            places = torch.zeros(num_labels, dtype=torch.int64)
+            places = torch.zeros(num_labels, dtype=torch.int64, device=device)
             hidden = hidden.flatten(0, 1).index_select(0, places)[None]
-            labels = torch.zeros(1, num_labels, dtype=torch.int64)
+            labels = torch.zeros(1, num_labels, dtype=torch.int64, device=device)
         sums = LanguageModelingModule.loss_sum_and_tokens(module, hidden, labels)
         return module.backward_start(sums.loss_sum)
 
     dtype = _COMPUTE.get(precision)
-    context: Any = torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
+    context: Any = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
     return count_step(lambda: module.hidden_states(given), loss, made.mode, context)
 
 

@@ -36,13 +36,19 @@ def with_more_blocks(two: StepBytes, three: StepBytes, num_blocks: int) -> StepB
     return StepBytes(*(a + (num_blocks - 2) * (b - a) for a, b in zip(two, three, strict=True)))
 
 
-def fake_parameters(network: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> None:
-    """Gives a network fake parameters and buffers on the CPU in place of its own, ties kept.
+def fake_parameters(
+    network: nn.Module,
+    mode: FakeTensorMode,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Gives a network fake parameters and buffers in place of its own, ties kept.
 
     Args:
         network: Network on any device, the meta device too; changed in place.
         mode: Fake mode of its tensors.
         dtype: Dtype of parameters of floating-point numbers; None keeps theirs.
+        device: Device whose kernels a step is to be counted with.
     """
     made: dict[int, Tensor] = {}
 
@@ -50,7 +56,10 @@ def fake_parameters(network: nn.Module, mode: FakeTensorMode, dtype: torch.dtype
         if id(tensor) not in made:
             is_cast = dtype is not None and tensor.is_floating_point()
             own = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=dtype if is_cast else tensor.dtype
+                tensor.shape,
+                tensor.stride(),
+                dtype=dtype if is_cast else tensor.dtype,
+                device=device,
             )
             is_parameter = isinstance(tensor, nn.Parameter)
             made[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if is_parameter else own
@@ -64,9 +73,14 @@ def fake_parameters(network: nn.Module, mode: FakeTensorMode, dtype: torch.dtype
                         tensors[name] = fake(tensor)  # type: ignore[assignment]
 
 
-def fake_batch(batch: Any, mode: FakeTensorMode) -> Any:
-    """The batch with fake tensors of the same shapes in place of its own."""
-    return tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, batch)
+def fake_batch(batch: Any, mode: FakeTensorMode, device: torch.device | str = "cpu") -> Any:
+    """The batch with fake tensors of the same shapes, on a device, in place of its own."""
+
+    def fake(leaf: Any) -> Any:
+        return mode.from_tensor(leaf).to(device) if isinstance(leaf, Tensor) else leaf
+
+    with mode:
+        return tree_map(fake, batch)
 
 
 def count_step(
@@ -75,7 +89,7 @@ def count_step(
     mode: FakeTensorMode,
     context: AbstractContextManager[Any],
 ) -> StepBytes:
-    """Runs forward and backward pass on fake tensors; kernels of the CPU, no memory, no numbers.
+    """Runs forward and backward pass on fake tensors: their device's kernels, but no numbers.
 
     Args:
         hidden_states: Forward pass of the body.

@@ -110,8 +110,13 @@ def named_paths(text: str) -> dict[str, Path]:
     return found
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that select which model is loaded and how."""
+def add_model_options(parser: argparse.ArgumentParser, *, stores: bool = False) -> None:
+    """The options that select which model is loaded and how.
+
+    Args:
+        parser: Parser that gets them.
+        stores: Whether the dtype is that of stored weights, which fits no device of its own accord.
+    """
     add = parser.add_argument
     add(
         "--model",
@@ -125,9 +130,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", help="folder of the tokenizer, where the model has none beside it")
     add(
         "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16", "float64"),
-        help="of weights and products; default: %(default)s",
+        default="float32" if stores else "auto",
+        choices=(*(() if stores else ("auto",)), "float32", "bfloat16", "float16", "float64"),
+        help="of weights and products; default: %(default)s"
+        + ("" if stores else ", bfloat16 on a GPU that computes in it, else float32"),
     )
     add(
         "--quantize",

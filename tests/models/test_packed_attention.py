@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fingpt_lightning.models.packed_attention import (
+    _Masks,
     packed_group,
     run_packed,
     use_packed_attention,
@@ -134,3 +135,44 @@ def test_what_cannot_be_packed_is_named() -> None:
     network.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="flash_attention_2"):
         use_packed_attention(network)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 6, 40])
+@pytest.mark.parametrize("per_key", [1, 3])
+def test_a_mask_hides_what_comes_after_a_token_and_what_is_beyond_its_window(
+    window: int | None, per_key: int
+) -> None:
+    config = LlamaConfig(
+        hidden_size=6, num_attention_heads=3, num_key_value_heads=3 // per_key, vocab_size=7,
+        intermediate_size=2, num_hidden_layers=1,
+    )  # fmt: skip
+    groups = [packed_group(0, 4, [1, 2, 7]), packed_group(14, 0, [5]), packed_group(19, 9, [2, 3])]
+    masks = _Masks(groups, LlamaForCausalLM(config), window)
+    for num_tokens, num_shared in ((7, 4), (1, 4), (5, 0), (3, 9), (9, 0)):
+        token = torch.arange(num_shared, num_shared + num_tokens)[:, None]
+        behind = token - torch.arange(num_shared + num_tokens)
+        hidden = (behind < 0) | (behind >= (window or 99))
+        truth = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf).repeat(per_key, 1)
+        mask = masks.of(num_tokens, num_shared)
+        if mask is None:
+            assert num_shared == 0
+            assert per_key == 1
+            assert window is None or num_tokens <= window
+            continue
+        assert torch.equal(mask, truth)
+        assert mask.is_contiguous()
+
+
+def test_on_a_gpu_rows_share_a_call_until_padding_costs_more_than_it() -> None:
+    few, many = [3, 30, 60], [40] * 20 + [900] * 20
+    sizes = {
+        (device, len(rows)): [b.num_rows for b in packed_group(0, 20, rows, device).buckets]
+        for device in ("cpu", "cuda")
+        for rows in (few, many)
+    }
+    assert sizes == {
+        ("cpu", 3): [3], ("cuda", 3): [3], ("cpu", 40): [20, 20], ("cuda", 40): [20, 20]
+    }  # fmt: skip
+    apart = [20] * 8 + [120] * 8
+    assert [b.num_rows for b in packed_group(0, 20, apart).buckets] == [8, 8]
+    assert [b.num_rows for b in packed_group(0, 20, apart, "cuda").buckets] == [16]

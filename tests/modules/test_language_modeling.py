@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
+from callbacks.progress import TrainingProgress
 from fingpt_lightning.modules import LowRankPretraining
 from tests.support.lightning_ranks import RanksEnvironment
 from tests.support.ranks import run_ranks
@@ -255,3 +256,13 @@ def test_a_checkpoint_of_integers_or_truth_values_is_refused_by_name(
     call = again.fit if fits else again.validate
     with pytest.raises(ValueError, match=message):
         call(_module(), datamodule=TokenData(8), ckpt_path=path, weights_only=True)
+
+
+@pytest.mark.parametrize(("bar", "shown"), [(TQDMProgressBar, True), (TrainingProgress, False)])
+def test_a_bar_of_lightning_shows_the_loss_and_ours_has_it_read_at_no_step(
+    tmp_path: Path, bar: type[Callback], shown: bool
+) -> None:
+    trainer = _trainer(tmp_path, enable_progress_bar=True, callbacks=[bar()], limit_val_batches=0)
+    trainer.fit(_module(), datamodule=TokenData(batch_size=2))
+    assert ("train/loss" in trainer.progress_bar_metrics) == shown
+    assert "train/loss" in trainer.callback_metrics

@@ -32,8 +32,13 @@ class NF4Linear(_Linear4bit):  # type: ignore[misc]
         return nf4_rows(self._matrix, ids, dtype)
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
-        """The product of bitsandbytes, without the CPU faults of 0.50.2 (see `nf4_values`)."""
-        if x.device.type == "cpu" and (self.in_features % NF4_BLOCK or x.dtype == torch.float64):
+        """The product of bitsandbytes where it has one.
+
+        On no device has 0.50.2 a kernel for rows that blocks do not divide: on the CPU it is wrong
+        (see `nf4_values`), on CUDA it dequantizes the weight, as we do, and warns of it. In float64
+        it refuses on CUDA, and leaves numbers unfilled on the CPU.
+        """
+        if self.in_features % NF4_BLOCK or x.dtype == torch.float64:
             return product(x, self, self.bias)
         made: Tensor = super().forward(x)
         return made
