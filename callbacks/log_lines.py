@@ -52,6 +52,7 @@ class LogLines(Callback):
             raise ValueError(f"every_n_steps {every_n_steps} is below 1")
         self._every_s, self._every_n_steps, self._to_file = every_s, every_n_steps, file
         self._pace = Pace()
+        self._has_begun = False
         self._told_s = self._began_s = 0.0
         self._told_step = 0
         self._num_lines = 0
@@ -80,6 +81,7 @@ class LogLines(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pace.start(trainer)
+        self._has_begun = True
         self._told_s, self._told_step, self._num_lines = time.monotonic(), trainer.global_step, 0
         self._best, self._saved_step, self._first_batch_s = None, None, None
         for text in start_texts(trainer, pl_module):
@@ -165,7 +167,9 @@ class LogLines(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self.tell(trainer, f"ended by {type(exception).__name__} at step {trainer.global_step:,}")
+        if self._has_begun:  # else the program's own line says all, and no file is to be left
+            what = type(exception).__name__
+            self.tell(trainer, f"ended by {what} at step {trainer.global_step:,}")
 
     def _tell_step(self, trainer: Trainer) -> None:
         self._told_s, self._told_step = time.monotonic(), trainer.global_step

@@ -171,6 +171,18 @@ def test_a_failure_and_other_callbacks_have_lines(lines: Lines, tmp_path: Path) 
     assert written.endswith("ended by RuntimeError at step 1\n")
 
 
+class _FailingAtOnce(Callback):
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise RuntimeError("no data")
+
+
+def test_a_failure_before_the_first_step_leaves_no_file(lines: Lines, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no data"):
+        lines(LogLines(), 3, _FailingAtOnce())
+    assert not (tmp_path / LOG_FILE).exists()
+
+
 def test_a_slow_first_batch_is_told(
     lines: Lines, clock: _Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ import yaml
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from callbacks.progress import TrainingProgress
+from fingpt_lightning.cli.early_checks import OFF_VARIABLE
 from fingpt_lightning.cli.main import COMMANDS, main
 from fingpt_lightning.cli.run_folders import RUN_FOLDER_VARIABLE
 from fingpt_lightning.cli.trainer import FinGPTCLI
@@ -79,7 +80,10 @@ def test_random_weights_are_not_evaluated(command: str, run: Run, tmp_path: Path
     assert not list(tmp_path.iterdir()), "no run folder is made"
 
 
-def test_the_untrained_base_is_evaluated_and_named(run: Run) -> None:
+def test_the_untrained_base_is_evaluated_and_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(OFF_VARIABLE, "1")  # else only the model is named, being missing
     words = ("--config", str(DEBUG), "--trainer.logger", "false", "--model.init_from", "./nowhere")
     status, stderr = run("validate", *words)
     assert status != 0

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_watch_writes_the_page_until_the_run_ends(
         if len(slept) == 2:
             (run / "summary.json").write_text('{"steps": 4}')
 
-    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     status, text = _run(capsys, "report", run, "--output", page, "--watch", "3")
     assert status == 0
     assert slept == [3, 3]
@@ -72,6 +73,6 @@ def test_watch_writes_the_page_until_the_run_ends(
 def test_watch_of_a_finished_run_writes_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it sleeps"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it sleeps"))
     run = make_run(tmp_path / "mine", 4)
     assert _run(capsys, "report", run, "--output", tmp_path / "x.html", "--watch")[0] == 0
