@@ -76,6 +76,9 @@ MISTAKES: dict[str, dict[str, tuple[str, ...]]] = {
     "configs": {"unknown option": ("quickstart", "--cpy", "x"), "missing file": ("none",)},
     "tasks": {"unknown option": ("fpb", "--date_dir", "x"), "unknown task": ("fpd",)},
     "report": {"unknown option": ("none", "--outptu", "x"), "missing file": ("none",)},
+    "serve": {"unknown option": (*_MODEL, "--prt", "3")},
+    "compare": {"unknown option": ("one", "other", "--outptu", "x")},
+    "compress": {"unknown option": (*_MODEL, "--outptu", "x")},
     "plan": {
         "unknown option": (*_FIT, "--trainer.max_stps", "3"),
         "wrong value": (*_FIT, "--model.rank", "many"),
