@@ -14,6 +14,9 @@ import torch
 
 from tests.support.leaks import ProcessState
 
+# Looking for doctests imports every file, and this one turns the process into one with a GPU.
+collect_ignore = ["support/cuda_emulation/recipes.py"]
+
 # Read when the libraries are imported, and by child processes.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",

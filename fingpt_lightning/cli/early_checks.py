@@ -19,6 +19,7 @@ from fingpt_lightning.tasks.row_files import check_csv_settings, open_rows
 from fingpt_lightning.tasks.sources import find_folder, open_split
 from fingpt_lightning.terminal.command_line import as_list
 from fingpt_lightning.terminal.inputs import (
+    TASK_PREFIX,
     refuse_missing_adapter,
     refuse_missing_model,
     refuse_missing_prompts,
@@ -26,6 +27,7 @@ from fingpt_lightning.terminal.inputs import (
     refuse_missing_texts,
     refuse_missing_tokenizer,
     refuse_unknown_device,
+    weighted_name,
 )
 
 OFF_VARIABLE = "FINGPT_NO_EARLY_CHECKS"
@@ -58,7 +60,9 @@ def check_trainer_command(command: str, words: list[str], runs: bool = True) -> 
         _check_checkpoint(command, given)
     check_ranges(given)
     if runs and given.values.get("ckpt_path") is None:
-        check_trainer_inputs(command, given.init_args["model"], given.init_args["data"])
+        # Of a class that is not ours, settings of these names may mean anything.
+        ours = {key: given.init_args[key] if given.known[key] else {} for key in ("model", "data")}
+        check_trainer_inputs(command, ours["model"], ours["data"])
 
 
 def _check_checkpoint(command: str, given: GivenSettings) -> None:
@@ -125,9 +129,11 @@ def check_trainer_inputs(command: str, model: Mapping[str, Any], data: Mapping[s
 
 
 def _task_names(given: Any) -> list[str]:
-    if given is None or given == "synthetic":
-        return []
-    return [str(name) for name in (given if isinstance(given, dict) else as_list(given))]
+    names = given.split(",") if isinstance(given, str) else given
+    if not isinstance(names, dict):
+        names = as_list(names)
+    stripped = (str(name).strip() for name in names)
+    return [name for name in stripped if name and name != "synthetic"]
 
 
 def _check_evaluate(options: argparse.Namespace) -> None:
@@ -155,13 +161,21 @@ def _check_generate(options: argparse.Namespace) -> None:
 def _check_compression(options: argparse.Namespace) -> None:
     if getattr(options, "prompts", None) is not None:
         refuse_missing_prompts(options.prompts)
-    if options.calibration is not None:
-        refuse_missing_texts(options.calibration, "calibration")
+    for word in options.calibration or ():
+        name, _ = weighted_name(str(word))
+        if name.startswith(TASK_PREFIX):
+            _check_calibration_task(name.removeprefix(TASK_PREFIX), options.data_dir)
+        else:
+            refuse_missing_texts(name, "calibration")
     if options.calibration_task is not None:
-        task = find_task(options.calibration_task)
-        if options.data_dir is not None:
-            find_folder(task, options.data_dir)
+        _check_calibration_task(options.calibration_task, options.data_dir)
     _check_model(options)
+
+
+def _check_calibration_task(name: str, data_dir: Path | None) -> None:
+    task = find_task(name)
+    if data_dir is not None:
+        find_folder(task, data_dir)
 
 
 def _check_model(options: argparse.Namespace) -> None:

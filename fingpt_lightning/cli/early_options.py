@@ -396,7 +396,9 @@ def _content(given: str, words: Sequence[str]) -> tuple[dict[str, Any], Path]:
 
 def _is_value(word: str) -> bool:
     """Whether argparse takes a word for the value of the option before it."""
-    return not word.startswith("-") or re.fullmatch(r"-\d+|-\d*\.\d+", word) is not None
+    if not word.startswith("-") or word == "-" or " " in word:
+        return True
+    return re.fullmatch(r"-\d+|-\d*\.\d+", word) is not None
 
 
 def _is_within(value: float | int, refusal: str) -> bool:

@@ -286,8 +286,8 @@ class FinGPTCLI(LightningCLI):
         elif self.command != "fit":
             self._check_start(settings)
         if self.runs and not settings.get("ckpt_path"):
-            groups = [settings[key].get("init_args") or Namespace() for key in ("model", "data")]
-            check_trainer_inputs(self.command, *(group.as_dict() for group in groups))
+            groups = [_init_args_of_ours(settings[key]) for key in ("model", "data")]
+            check_trainer_inputs(self.command, *groups)
         _take_tokenizer_of_model(settings)
 
     def _check_start(self, settings: Namespace) -> None:
@@ -429,6 +429,14 @@ def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> 
                     f"{part}.{key}: {_plain(given_args[key])} as given, in place of {value} in"
                     f" {path}"
                 )
+
+
+def _init_args_of_ours(given: Namespace) -> dict[str, Any]:
+    """The settings of a class of this package; of others the names may mean anything."""
+    if not str(given.get("class_path")).startswith("fingpt_lightning."):
+        return {}
+    found: dict[str, Any] = (given.get("init_args") or Namespace()).as_dict()
+    return found
 
 
 def _is_same_class(one: str, other: str) -> bool:

@@ -1,7 +1,6 @@
 """Tokens of text and of tasks' rows, on which the outputs of compressed layers are kept."""
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +16,11 @@ from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.tokenizer import check_tokens
 from fingpt_lightning.models.input_moments import InputMoments, input_moments
 from fingpt_lightning.tasks import find_task, read_rows
+from fingpt_lightning.terminal.inputs import TASK_PREFIX, weighted_name
 from fingpt_lightning.terminal.progress import shown_progress
 
 CALIBRATION_TOKENS = 32768
 BLOCK_LENGTH = 512
-_TASK = "task:"
-_WEIGHTED = re.compile(r"(?P<name>.+)=(?P<weight>[^=/]*)")
 
 
 class Calibration(NamedTuple):
@@ -102,34 +100,21 @@ def calibration_sources(
     """
     given = [calibration] if isinstance(calibration, str | Path) else calibration
     words = [str(word) for word in given]
-    parts = [_weighted(word) for word in words]
+    parts = [weighted_name(word) for word in words]
     is_mixture = any(
-        name.startswith(_TASK) or name != word for word, (name, _) in zip(words, parts, strict=True)
+        name.startswith(TASK_PREFIX) or name != word
+        for word, (name, _) in zip(words, parts, strict=True)
     )
     if not is_mixture:
         return (CalibrationSource(TextFiles(find_text_files(words, "calibration"))),)
     found = []
     for name, weight in parts:
-        if name.startswith(_TASK):
-            read: TextFiles | str = find_task(name.removeprefix(_TASK)).name
+        if name.startswith(TASK_PREFIX):
+            read: TextFiles | str = find_task(name.removeprefix(TASK_PREFIX)).name
         else:
             read = TextFiles(find_text_files(name, "calibration"))
         found.append(CalibrationSource(read, weight))
     return tuple(found)
-
-
-def _weighted(word: str) -> tuple[str, float]:
-    """Name and weight of a part of a mixture; a file of that very name has none."""
-    match = _WEIGHTED.fullmatch(word)
-    if match is None or Path(word).expanduser().exists():
-        return word, 1.0
-    try:
-        weight = float(match["weight"])
-    except ValueError:
-        return word, 1.0  # a path with an equals sign
-    if not 0 < weight < math.inf:
-        raise ValueError(f"calibration {word}: weight {match['weight']} is not above 0")
-    return match["name"], weight
 
 
 def text_calibration(

@@ -58,7 +58,9 @@ class Sampler:
     def __call__(self, logits: Float[Tensor, "B V"]) -> Int[Tensor, "B"]:
         """The next token of each row."""
         rule = self.sampling
-        scores_BV, order_BV = (logits.double() / rule.temperature).sort(1, descending=True)
+        sorted_BV, order_BV = logits.double().sort(1, descending=True)
+        # The likeliest is 0, so that no temperature makes an infinity of it.
+        scores_BV = (sorted_BV - sorted_BV[:, :1]) / rule.temperature
         if rule.top_k is not None:
             scores_BV[:, rule.top_k :] = -torch.inf
         kept_BV = scores_BV.softmax(1)

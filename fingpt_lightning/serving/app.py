@@ -68,6 +68,7 @@ class Served:
         tasks: Tasks of ``/v1/label``, by name.
         api_key: Key that requests have to name; None is none.
         max_body_bytes: Largest body of a request.
+        timeout_s: Seconds in which a body has to arrive.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Served:
     tasks: Mapping[str, Task] = field(default_factory=dict)
     api_key: str | None = None
     max_body_bytes: int = 2**20
+    timeout_s: float = 300.0
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -126,20 +128,22 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-def build_app(served: Served, *, only_loopback: bool = True) -> FastAPI:
+def build_app(served: Served, *, loopback: str | None = "127.0.0.1") -> FastAPI:
     """The application that answers requests.
 
     Args:
         served: Model, adapters and engine.
-        only_loopback: Whether only names of this machine are accepted as the host, so that pages
-            of other sites cannot reach the server through a name of theirs.
+        loopback: Address of this machine at which it listens: no other names are accepted as the
+            host, so that pages of other sites cannot reach the server through a name of theirs.
+            None for an address that others reach.
     """
     app = FastAPI(title="fingpt serve", openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit, max_bytes=served.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=served.max_body_bytes, timeout_s=served.timeout_s)
     if served.api_key:
         app.add_middleware(KeyCheck, key=served.api_key, path="/v1/")
-    if only_loopback:
-        hosts = ["localhost", "127.0.0.1", "[::1]", "testserver"]
+    if loopback is not None:
+        own = f"[{loopback}]" if ":" in loopback else loopback
+        hosts = ["localhost", "127.0.0.1", "[::1]", own]
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
 
     @app.exception_handler(ApiError)
@@ -415,12 +419,11 @@ async def _answered(
 ) -> Any:
     engine = answer.served.engine
     try:
-        for one in asked:
-            engine.submit(one.job)
+        engine.submit(*(one.job for one in asked))
     except OverloadedError as error:
-        for one in asked:
-            engine.cancel(one.job)
         raise ApiError(503, str(error), code="overloaded") from None
+    except ValueError as error:
+        raise ApiError(400, str(error), "n") from None
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = _stream(answer, asked, usage, body.n)

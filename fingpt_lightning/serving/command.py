@@ -63,9 +63,17 @@ def run(options: argparse.Namespace) -> None:
             tasks,
             os.environ.get(API_KEY),
             options.max_body_kib * 1024,
+            float(options.timeout_s),
         )
-        app = build_app(served, only_loopback=is_loopback(options.host))
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
+        app = build_app(served, loopback=options.host if is_loopback(options.host) else None)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            # For clients that neither send nor read: requests themselves end before.
+            timeout_graceful_shutdown=options.timeout_s,
+        )
 
         class DrainingServer(uvicorn.Server):
             """Answers what it has accepted before it ends; a second signal ends it at once."""

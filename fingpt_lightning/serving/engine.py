@@ -180,25 +180,29 @@ class Engine:
         """Starts the thread."""
         self._thread.start()
 
-    def submit(self, job: Completing | LabelJob) -> None:
-        """Takes a request, whose events come in the engine's thread.
+    def submit(self, *jobs: Completing | LabelJob) -> None:
+        """Takes the parts of a request, all or none; their events come in the engine's thread.
 
         Raises:
             OverloadedError: Too many wait, or the engine is about to stop.
-            ValueError: The adapter is not loaded.
+            ValueError: An adapter is not loaded, or there are more parts than may ever wait.
         """
-        if isinstance(job, Completing) and job.adapter is not None and self._bank is not None:
-            self._bank.check(job.adapter)
+        for job in jobs:
+            if isinstance(job, Completing) and job.adapter is not None and self._bank is not None:
+                self._bank.check(job.adapter)
+        if len(jobs) > self._max_queue:
+            raise ValueError(f"{len(jobs)} texts in one request, {self._max_queue} may wait")
         with self._changed:
-            if self._is_draining:
+            if self._is_draining or not self._thread.is_alive():
                 raise OverloadedError("the server is about to stop")
-            if self.num_waiting >= self._max_queue:
+            if self.num_waiting + len(jobs) > self._max_queue:
                 raise OverloadedError(f"{self.num_waiting} requests are waiting already")
-            job.deadline_s = time.monotonic() + self._timeout_s
-            if isinstance(job, Completing):
-                self._waiting.append(job)
-            else:
-                self._labels.append(job)
+            for job in jobs:
+                job.deadline_s = time.monotonic() + self._timeout_s
+                if isinstance(job, Completing):
+                    self._waiting.append(job)
+                else:
+                    self._labels.append(job)
             self._changed.notify()
 
     def cancel(self, job: Completing | LabelJob) -> None:
@@ -334,8 +338,13 @@ class Engine:
             return
         first = len(self._rows)
         for row, job in enumerate(jobs):
+            try:
+                self._slots.add(cache, row, len(job.tokens))
+            except Exception as error:  # such as too little memory, of which rows are a part
+                for left in jobs[row:]:
+                    self._fail(left, error)
+                raise
             self.counts.prompt_tokens += len(job.tokens)
-            self._slots.add(cache, row, len(job.tokens))
             self._rows.append(_Writing(job, self._tokenizer))
         self._take(range(first, len(self._rows)), logits_BV)
 
@@ -374,9 +383,14 @@ class Engine:
                 over.append(row)
                 continue
             token = likeliest[place]
-            if writing.sampler is not None:
-                token = int(writing.sampler(logits_BV[place : place + 1]))
-            if self._write(writing, token, logits_BV[place]):
+            try:
+                if writing.sampler is not None:
+                    token = int(writing.sampler(logits_BV[place : place + 1]))
+                is_over = self._write(writing, token, logits_BV[place])
+            except Exception as error:  # the fault of this request: the others go on
+                self._fail(writing.job, error)
+                is_over = True
+            if is_over:
                 over.append(row)
         for row in reversed(over):
             self._remove(row)
@@ -434,9 +448,10 @@ class Engine:
         if self._bank is None or names == self._active:
             return
         self._activation.close()
-        self._active = names
+        self._active = None
         if names is not None:
             self._activation.enter_context(self._bank.rows(names))
+            self._active = names
 
 
 def _score(token: int, logits_V: Tensor, num_top: int) -> TokenScore:

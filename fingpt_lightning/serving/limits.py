@@ -1,5 +1,6 @@
 """Checks of requests before anything of them is read as JSON."""
 
+import asyncio
 import hmac
 
 from starlette.responses import JSONResponse
@@ -12,10 +13,11 @@ class BodyLimit:
     Args:
         app: Application behind it.
         max_bytes: Largest body.
+        timeout_s: Seconds in which it has to arrive.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        self._app, self._max_bytes, self._timeout_s = app, max_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on."""
@@ -29,14 +31,20 @@ class BodyLimit:
         # A body without a length is read here, as far as it may go.
         messages: list[Message] = []
         num_bytes, goes_on = 0, True
-        while goes_on:
-            message = await receive()
-            messages.append(message)
-            num_bytes += len(message.get("body", b""))
-            goes_on = message["type"] == "http.request" and message.get("more_body", False)
-            if num_bytes > self._max_bytes:
-                await self._refuse(scope, receive, send)
-                return
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while goes_on:
+                    message = await receive()
+                    messages.append(message)
+                    num_bytes += len(message.get("body", b""))
+                    goes_on = message["type"] == "http.request" and message.get("more_body", False)
+                    if num_bytes > self._max_bytes:
+                        await self._refuse(scope, receive, send)
+                        return
+        except TimeoutError:
+            text = f"the body has not arrived after {self._timeout_s:g} s"
+            await _refusal(408, text, "timeout")(scope, receive, send)
+            return
 
         async def replayed() -> Message:
             return messages.pop(0) if messages else await receive()

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_TEXTS = 256
 """Texts of one request for labels."""
@@ -19,6 +19,14 @@ class _Request(BaseModel):
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, fields: Any) -> Any:
+        # To OpenAI a null is a field that is left out, whatever the field.
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class StreamOptions(BaseModel):
@@ -68,6 +76,15 @@ class Message(BaseModel):
     role: Literal["system", "user", "assistant"]
     content: str
     name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _of_parts(cls, value: Any) -> Any:
+        """The text of a list of parts that are texts."""
+        if not isinstance(value, list):
+            return value
+        are_texts = all(isinstance(part, dict) and part.get("type") == "text" for part in value)
+        return "".join(str(part.get("text", "")) for part in value) if are_texts else value
 
 
 class ChatRequest(_Sampled):

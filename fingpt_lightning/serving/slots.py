@@ -70,14 +70,19 @@ class _SlotLayer(CacheLayerMixin):
             filled = memory[:num_rows, :, first:end]
             if made is memory:  # the parts may overlap
                 filled = filled.clone()
+            made[:num_rows, :, :before] = 0
             made[:num_rows, :, before : before + end - first] = filled
             moved.append(made)
         self.keys, self.values = moved
 
     def fill(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """Puts a row's tokens before the end."""
+        """Puts a row's tokens before the end, and zeros before them.
+
+        What is masked is multiplied all the same: a NaN of the row that was there would spread.
+        """
         end = self.columns.end
         for memory, new in zip(self._memory(), (keys, values), strict=True):
+            memory[row, :, : end - new.shape[1]] = 0
             memory[row, :, end - new.shape[1] : end] = new
 
     def copy_row(self, source: int, target: int) -> None:
@@ -85,6 +90,7 @@ class _SlotLayer(CacheLayerMixin):
         end = self.columns.end
         first = end - self.columns.lengths[source]
         for memory in self._memory():
+            memory[target, :, :first] = 0
             memory[target, :, first:end] = memory[source, :, first:end]
 
     def _memory(self) -> tuple[Tensor, Tensor]:

@@ -191,7 +191,8 @@ def example_of_fields(task: Task, values: Row, number: int) -> Example | None:
             value = list_as_text(name, value, forms[name])
         fields[name] = _tidy(task, _text(name, value, known.get(name, ())))
     fields |= {"label": "", "answer": ""}
-    if not all(fields[name] for name in field_names(task)):
+    # Of several templates each says what it needs.
+    if len(task.templates) == 1 and not all(fields[name] for name in field_names(task)):
         return None
     return _example(task, fields, number) if _translate(task.shapes[0], fields) else None
 

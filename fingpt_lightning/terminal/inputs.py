@@ -6,6 +6,7 @@ torch: a mistake is named at once, in the same words.
 
 import functools
 import glob
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ FILES_OF_ONE_MODEL = (".ckpt", ".gguf")
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|xla|mtia|meta)(:\d+)?")
 _CONFIGS = ("config.json", "adapter_config.json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+TASK_PREFIX = "task:"
+"""What the names of tasks begin with in a calibration."""
+_WEIGHTED = re.compile(r"(?P<name>.+)=(?P<weight>[^=/]*)")
 HUB_PREFIX = "hf://"
 """What names of data sets on the hub begin with."""
 
@@ -159,3 +163,24 @@ def refuse_missing_run(folder: Path) -> None:
 def _nearest(path: Path) -> str:
     near = nearest_sibling(path)
     return "" if near is None else f"; did you mean {near}?"
+
+
+def weighted_name(word: str) -> tuple[str, float]:
+    """Name and weight of a part of a mixture; a file of that very name has weight 1.
+
+    >>> weighted_name("task:fpb=0.5"), weighted_name("texts/a.jsonl")
+    (('task:fpb', 0.5), ('texts/a.jsonl', 1.0))
+
+    Raises:
+        ValueError: The weight is not above 0.
+    """
+    match = _WEIGHTED.fullmatch(word)
+    if match is None or Path(word).expanduser().exists():
+        return word, 1.0
+    try:
+        weight = float(match["weight"])
+    except ValueError:
+        return word, 1.0  # a path with an equals sign
+    if not 0 < weight < math.inf:
+        raise ValueError(f"calibration {word}: weight {match['weight']} is not above 0")
+    return match["name"], weight

@@ -188,6 +188,8 @@ WRONG: list[tuple[str, Any, int, str]] = [
     ("completions", {"model": "base", "prompt": []}, 400, "0 prompts, allowed are 1 to 256"),
     ("completions", {"model": "base", "prompt": ["a"] * 17, "n": 16}, 400,
      "17 prompts, allowed are 1 to 16"),
+    ("completions", {"model": "base", "prompt": "a", "max_tokens": 1.5}, 400,
+     "max_tokens: input should be a valid integer"),
     ("completions", {"model": "base", "prompt": "a", "frequency_penalty": 1}, 400,
      "frequency_penalty: input should be less than or equal to 0"),
     ("completions", {"model": "base", "prompt": "a", "max_tokens": 10**6}, 400,
@@ -224,6 +226,34 @@ def test_what_is_wrong_with_a_request_is_said_in_one_line(
     assert error["type"] == "invalid_request_error"
 
 
+def test_null_is_left_out_and_parts_of_text_are_joined(server: _Server) -> None:
+    body = {
+        "model": "base", "temperature": 0, "max_tokens": 4, "n": None, "stop": None, "tools": None,
+        "logprobs": None, "stream": None, "logit_bias": None,
+    }  # fmt: skip
+    parts = [{"type": "text", "text": "Foo"}, {"type": "text", "text": " fell"}]
+    answers = [
+        httpx.post(
+            f"{server.url}/v1/chat/completions",
+            json=body | {"messages": [{"role": "user", "content": content}]},
+            timeout=60,
+        ).json()["choices"][0]["message"]["content"]
+        for content in ("Foo fell", parts)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_a_temperature_close_to_zero_is_greedy_and_harms_no_other(server: _Server) -> None:
+    client = server.client()
+    texts = [
+        client.completions.create(
+            model="base", prompt=PROMPT, max_tokens=5, temperature=temperature
+        ).choices[0].text
+        for temperature in (0, 1e-308)
+    ]  # fmt: skip
+    assert texts[0] == texts[1]
+
+
 def test_a_body_without_a_length_and_a_foreign_host_are_refused(server: _Server) -> None:
     parts = (b"x" * 5_000 for _ in range(10))
     answer = httpx.post(f"{server.url}/v1/completions", content=parts, timeout=60)
@@ -243,12 +273,30 @@ def test_a_key_is_asked_for_and_what_is_too_much_is_told_to_come_again(tmp_path:
         assert httpx.get(f"{server.url}/health").status_code == 200
         client = server.client("secret")
         assert len(list(client.models.list())) == 3
-        with pytest.raises(openai.InternalServerError) as caught:
+        with pytest.raises(openai.BadRequestError, match="9 texts in one request, 1 may wait"):
             client.completions.create(model="base", prompt=["Foo"] * 9, max_tokens=50)
+        stop = threading.Event()
+        server.network.base_model.register_forward_pre_hook(lambda *_: stop.wait(60) and None)
+        # One is run, one waits, the third is too much.
+        asking = [
+            threading.Thread(
+                target=lambda: client.completions.create(model="base", prompt="Foo", max_tokens=2)
+            )
+            for _ in range(2)
+        ]
+        for thread in asking:
+            thread.start()
+        while server.engine.num_waiting == 0:
+            time.sleep(0.01)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(model="base", prompt="Foo", max_tokens=2)
         assert caught.value.status_code == 503
         assert caught.value.response.headers["retry-after"]
         assert "waiting already" in caught.value.message
         server.engine.drain()
+        stop.set()
+        for thread in asking:
+            thread.join(60)
         with pytest.raises(openai.InternalServerError, match="about to stop"):
             client.completions.create(model="base", prompt="Foo")
         assert httpx.get(f"{server.url}/health").status_code == 503
