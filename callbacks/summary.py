@@ -291,6 +291,8 @@ def _copy(module: LightningModule) -> LightningModule:
     for part, its_copy in zip(module.modules(), copied.modules(), strict=True):
         if part._compiled_call_impl is not None:
             its_copy.compile()
+    if hasattr(copied, "teacher"):
+        copied.teacher = None  # type: ignore[assignment]  # the dense baseline has none either
     return copied
 
 

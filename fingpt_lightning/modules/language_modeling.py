@@ -362,7 +362,8 @@ class LanguageModelingModule(LightningModule):
 
     @override
     def on_validation_start(self) -> None:
-        self._finite_steps.read()
+        if self.is_fitting:
+            self._finite_steps.read()
 
     @override
     def on_train_epoch_end(self) -> None:
@@ -544,7 +545,11 @@ def _scale(gradients: list[Tensor], factor: Float[Tensor, ""]) -> None:
     # One kernel takes those that have the factor's dtype.
     for dtype in {gradient.dtype for gradient in gradients}:
         alike = [gradient for gradient in gradients if gradient.dtype == dtype]
-        torch._foreach_mul_(alike, factor.to(dtype))
+        if torch.finfo(dtype).bits < torch.finfo(factor.dtype).bits:
+            for gradient in alike:  # the factor keeps its digits, the product is rounded once
+                gradient.copy_(gradient.to(factor.dtype).mul_(factor))
+        else:
+            torch._foreach_mul_(alike, factor.to(dtype))
 
 
 def _steps_of(length: int | float, num_steps: int) -> int:

@@ -72,7 +72,7 @@ from fingpt_lightning.modules.recipe import (
 )
 from fingpt_lightning.modules.self_guided import GuideSchedule
 from fingpt_lightning.modules.sharding import shard
-from fingpt_lightning.modules.teacher import Teacher
+from fingpt_lightning.modules.teacher import WITHOUT_TEACHER, Teacher
 from fingpt_lightning.modules.weight_averaging import prepare_averaging
 from fingpt_lightning.terminal.messages import nearest
 from fingpt_lightning.terminal.progress import announced
@@ -700,6 +700,8 @@ class LowRankPretraining(LanguageModelingModule):
         """The module of the same settings with every layer dense, its network not yet built."""
         settings = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
         plain = {key: PLAIN[key] for key in low_rank_changes(settings)}
+        # What another network's pass costs is no matter of the factors.
+        plain |= {"teacher": None, **WITHOUT_TEACHER}
         if self.init_from is not None:
             twin = type(self)(**(settings | plain))
             twin._is_dense_baseline = True

@@ -190,8 +190,11 @@ class QuantizedFinetuning(LanguageModelingModule):
     @override
     def configure_model(self) -> None:
         prepare_averaging(self)
-        if "network" in self._modules:
-            return
+        if "network" not in self._modules:
+            self._make_network()
+        self.load_teacher()
+
+    def _make_network(self) -> None:
         self._check_strategy()
         hparams = self.hparams
         dtype, device = DTYPES[hparams["dtype"]], self._base_device()
@@ -237,7 +240,6 @@ class QuantizedFinetuning(LanguageModelingModule):
         self.network.train()  # a loaded one is in evaluation mode
         use_packed_attention(self.network)
         recompute_blocks(self.network, hparams["recompute"])
-        self.load_teacher()
 
     @override
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "B T D"]:
@@ -256,7 +258,8 @@ class QuantizedFinetuning(LanguageModelingModule):
         made = batch.copy()
         if self.hparams["supervised_logits_only"]:
             made["supervised"] = self._pinned(_places_of_labels(batch["labels"]))
-        if self.hparams["kl_weight"]:
+        is_evaluating = self._trainer is not None and not self._trainer.training
+        if self.hparams["kl_weight"] and not is_evaluating:
             made["compared"] = self._pinned(self._places_to_compare(batch["labels"]))
         return made
 

@@ -22,7 +22,7 @@ from fingpt_lightning.models.quantization.layers import QUANTIZATIONS
 from fingpt_lightning.modules.ranges import check_above_0
 from fingpt_lightning.terminal.messages import nearest
 
-PLAIN: Mapping[str, Any] = {
+WITHOUT_TEACHER: Mapping[str, Any] = {
     "teacher_quantize": None, "teacher_dtype": "bfloat16", "teacher_weight": 1.0,
     "teacher_temperature": 1.0,
 }  # fmt: skip
@@ -66,7 +66,7 @@ class Teacher:
         """
         path = settings["teacher"]
         if path is None:
-            for key, plain in PLAIN.items():
+            for key, plain in WITHOUT_TEACHER.items():
                 if settings[key] != plain:
                     raise ValueError(f"{key} {settings[key]} has no effect without teacher")
             return None
@@ -113,6 +113,12 @@ class Teacher:
                 f" {own}: take a teacher with the same tokenizer"
             )
         source: Any = None if trainer is None else getattr(trainer, "datamodule", None)
+        reader = getattr(source, "tokenizer", None)
+        if None not in (reader, loaded.tokenizer) and not _share_tokens(reader, loaded.tokenizer):
+            raise ValueError(
+                f"model.teacher {self.path} has other tokens of the same number: take a teacher"
+                " with the tokenizer of the data"
+            )
         length = getattr(source, "block_length", None)
         if isinstance(length, int) and length > (longest := max_positions(loaded.network.config)):
             raise ValueError(
@@ -180,3 +186,9 @@ class Teacher:
             self.temperature,
             chunk_size,
         )
+
+
+def _share_tokens(first: Any, second: Any) -> bool:
+    """Whether two tokenizers number the same tokens alike."""
+    same: bool = first.get_vocab() == second.get_vocab()
+    return same

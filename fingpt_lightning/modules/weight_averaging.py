@@ -45,7 +45,12 @@ def prepare_averaging(module: LightningModule) -> None:
                     f" model.{key} {module.hparams[key]} changes in between; leave one of them out"
                 )
         _keep_equal_numbers(callback)
-        if not isinstance(callback.should_update, _FollowUntilFirst):
+        if isinstance(callback.should_update, _FollowUntilFirst):
+            # A callback of an earlier fit follows the module of this one; a twin that is only timed
+            # is not the trainer's.
+            if trainer.lightning_module is module:
+                callback.should_update.follow(module)
+        else:
             callback.should_update = _FollowUntilFirst(callback, module)  # type: ignore[method-assign]
 
 
@@ -71,6 +76,10 @@ class _FollowUntilFirst:
     def __init__(self, callback: WeightAveraging, module: LightningModule) -> None:
         self._callback, self._module = callback, module
         self._should_update = callback.should_update
+
+    def follow(self, module: LightningModule) -> None:
+        """Follows the weights of another module."""
+        self._module = module
 
     def __call__(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         if self._should_update(step_idx=step_idx, epoch_idx=epoch_idx):

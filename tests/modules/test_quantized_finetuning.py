@@ -217,7 +217,7 @@ def test_a_base_from_a_folder_is_trained_and_its_adapter_is_in_the_run_folder(
             torch.testing.assert_close(network.eval()(ids).logits, module.network(ids).logits)
     assert 0 < module.trained_share() < 0.5
     assert module.base_text().endswith((" in nf4", " in int8", " in float32", " in bfloat16"))
-    assert module.adapter_text() == f"LoRA of rank {module.options.rank}"
+    assert module.adapter_text() == f"DoRA of rank {module.options.rank}"
 
 
 def test_the_adapter_of_the_best_checkpoint_is_kept_and_is_what_the_run_is_loaded_with(

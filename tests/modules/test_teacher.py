@@ -19,7 +19,7 @@ from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 from fingpt_lightning.modules.base_model import RandomLlama
-from fingpt_lightning.modules.teacher import PLAIN, Teacher
+from fingpt_lightning.modules.teacher import WITHOUT_TEACHER, Teacher
 from fingpt_lightning.strategies import PipelineStrategy
 from tests.models.tiny_models import tiny_gpt2, tiny_llama
 from tests.support.token_data import TokenData
@@ -249,4 +249,4 @@ def test_a_setting_outside_its_range_is_refused(settings: dict[str, Any], messag
 )
 def test_an_unknown_name_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Teacher.checked({"teacher": "x", **PLAIN, **settings})
+        Teacher.checked({"teacher": "x", **WITHOUT_TEACHER, **settings})
