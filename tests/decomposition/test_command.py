@@ -144,6 +144,7 @@ def test_damping_trades_outputs_for_weights(
     for damping in ("0", "1"):
         folder = tmp_path / damping
         words = ("--compression", "1.3", "--calibration", text, "--damping", damping)
+        words += ("--allocation", "spectrum")
         assert decompose(model, *words, "--output", folder)[0] == 0
         record = json.loads((folder / "decomposition.json").read_text())
         assert record["settings"]["damping"] == float(damping)
