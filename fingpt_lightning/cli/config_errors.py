@@ -202,6 +202,10 @@ def _allowed(types: str) -> str:
     types = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types)
     types = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: found[1].replace("'", ""), types)
     names = ["null" if name == "NoneType" else name for name in _split(types)]
+    if {"int", "float"} <= set(names):
+        # Python gives a union in the order in which the process first met its types.
+        names.remove("int")
+        names.insert(names.index("float"), "int")
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 

@@ -123,7 +123,7 @@ def _described(action: Action, key: str) -> dict[str, Any]:
         told = explain(str(error.message))
         found = re.fullmatch(rf"{re.escape(key)}: expected (.*), got '{_NO_WORD}'", told)
         assert found is not None, told
-        return {"allowed": found[1], "kinds": kinds, **({"words": words} if words else {})}
+        return {"allowed": found[1], "kinds": sorted(kinds), **({"words": words} if words else {})}
     raise AssertionError(f"{key} takes {_NO_WORD!r}")
 
 
