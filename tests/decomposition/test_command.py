@@ -143,9 +143,8 @@ def test_damping_trades_outputs_for_weights(
     rows = {}
     for damping in ("0", "1"):
         folder = tmp_path / damping
-        words = ("--compression", "1.3", "--calibration", text, "--damping", damping)
-        words += ("--allocation", "spectrum")
-        assert decompose(model, *words, "--output", folder)[0] == 0
+        words = ("--compression", "1.3", "--allocation", "spectrum", "--calibration", text)
+        assert decompose(model, *words, "--damping", damping, "--output", folder)[0] == 0
         record = json.loads((folder / "decomposition.json").read_text())
         assert record["settings"]["damping"] == float(damping)
         rows[damping] = [row for row in record["layers"] if row["rank"] is not None]

@@ -51,13 +51,18 @@ class _Server:
         self._thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
         self._thread.start()
         self.engine.start()
+        self._clients: list[openai.OpenAI] = []
         while not self.server.started:
             time.sleep(0.01)
 
     def client(self, key: str = "any") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        self._clients.append(made)
+        return made
 
     def close(self) -> None:
+        for client in self._clients:
+            client.close()
         self.server.should_exit = True
         self._thread.join(30)
         self.engine.stop(30.0)
@@ -275,8 +280,13 @@ def test_a_key_is_asked_for_and_what_is_too_much_is_told_to_come_again(tmp_path:
         assert len(list(client.models.list())) == 3
         with pytest.raises(openai.BadRequestError, match="9 texts in one request, 1 may wait"):
             client.completions.create(model="base", prompt=["Foo"] * 9, max_tokens=50)
-        stop = threading.Event()
-        server.network.base_model.register_forward_pre_hook(lambda *_: stop.wait(60) and None)
+        entered, stop = threading.Event(), threading.Event()
+
+        def hold(*_: object) -> None:
+            entered.set()
+            assert stop.wait(60)
+
+        server.network.base_model.register_forward_pre_hook(hold)
         # One is run, one waits, the third is too much.
         asking = [
             threading.Thread(
@@ -284,8 +294,9 @@ def test_a_key_is_asked_for_and_what_is_too_much_is_told_to_come_again(tmp_path:
             )
             for _ in range(2)
         ]
-        for thread in asking:
-            thread.start()
+        asking[0].start()
+        assert entered.wait(60)
+        asking[1].start()
         while server.engine.num_waiting == 0:
             time.sleep(0.01)
         with pytest.raises(openai.InternalServerError) as caught:
