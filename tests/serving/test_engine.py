@@ -151,15 +151,15 @@ def test_more_than_may_wait_and_what_comes_after_the_end_is_refused(base: Path) 
 def test_late_and_cancelled_requests_leave_and_a_failure_is_of_its_own_request(base: Path) -> None:
     network = load_model(base).network
     gate = _Gate(network)
-    engine = _started(network, batch_size=1, timeout_s=1.0)
+    engine = _started(network, batch_size=1, timeout_s=4.0)
     first = _Asked(engine, WORDS[0], 100)
     assert gate.entered.wait(60)
     late, cancelled = _Asked(engine, WORDS[1], 3), _Asked(engine, WORDS[1], 3)
     engine.cancel(cancelled.job)
-    time.sleep(1.1)
+    time.sleep(4.2)
     gate.open.set()
     for one in (first, late):
-        with pytest.raises(TimeoutError, match="not done after 1 s"):
+        with pytest.raises(TimeoutError, match="not done after 4 s"):
             one.answer()
     assert _Asked(engine, WORDS[1], 3).answer()[1].num_tokens
     assert cancelled.events.empty()

@@ -1,4 +1,4 @@
-"""Compiles the emulated device, once per version of torch, and runs modules on it."""
+"""Compiles the emulated device, once per installed torch, and runs modules on it."""
 
 import hashlib
 import os
@@ -49,7 +49,9 @@ def _library() -> Path:
     if torch.version.cuda is not None:
         pytest.skip("this build of torch has CUDA itself, which the emulation cannot replace")
     source = _SOURCE.read_bytes()
-    digest = hashlib.blake2b(source + torch.__version__.encode(), digest_size=8).hexdigest()
+    # The library finds torch's where it was when it was compiled.
+    of_torch = f"{torch.__version__} {Path(torch.__file__).resolve()}"
+    digest = hashlib.blake2b(source + of_torch.encode(), digest_size=8).hexdigest()
     folder = Path(tempfile.gettempdir()) / f"fingpt-cuda-emulation-{os.getuid()}"
     library = folder / f"{digest}.so"
     if not library.is_file():
