@@ -9,6 +9,7 @@ from fingpt_lightning.terminal.command_line import (
     names,
     positive_int,
 )
+from fingpt_lightning.terminal.inputs import TASK_PREFIX
 
 FORMATS = ("low_rank", "int8", "nf4")
 ALLOCATIONS = ("uniform", "spectrum")
@@ -115,7 +116,7 @@ def check_options(options: argparse.Namespace) -> None:
         WrongOptions: There is one.
     """
     has_tasks = bool(options.tasks) or any(
-        str(name).startswith("task:") for name in options.calibration
+        str(name).startswith(TASK_PREFIX) for name in options.calibration
     )
     if options.data_dir is not None and not has_tasks:
         raise WrongOptions("--data_dir has an effect with --tasks or task:NAME of --calibration")

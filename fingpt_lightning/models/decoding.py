@@ -63,7 +63,6 @@ def decode(
     longest = max(lengths)
     if cache is None:
         cache = preallocated_cache(network.config, longest + num_new)
-    ids_BT = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
     lengths_B = torch.tensor(lengths, device=device)
     allowed_BS = None
     if min(lengths) < longest:
@@ -71,11 +70,9 @@ def decode(
         # prompt; tokens written later must not see it.
         place_S = torch.arange(longest + num_new, device=device)
         allowed_BS = (place_S < lengths_B[:, None]) | (place_S >= longest)
-    output = network.base_model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
-    hidden_BD = output.last_hidden_state[torch.arange(len(prompts), device=device), lengths_B - 1]
     return write_on(
         network,
-        hidden_BD,
+        run_prompts(network, prompts, cache),
         lengths_B,
         cache,
         num_new,
@@ -84,6 +81,24 @@ def decode(
         choose=choose,
         names=names,
     )
+
+
+def run_prompts(
+    network: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: Cache
+) -> Float[Tensor, "B D"]:
+    """The final hidden state of each prompt's last token; rows are padded on the right.
+
+    Args:
+        network: Network in evaluation mode.
+        prompts: Prompts of one token at least.
+        cache: Empty cache, which takes their keys and values, those of padding included.
+    """
+    device, longest = network.device, max(map(len, prompts))
+    ids_BT = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
+    output = network.base_model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
+    last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    hidden: Tensor = output.last_hidden_state[torch.arange(len(prompts), device=device), last_B]
+    return hidden
 
 
 @torch.no_grad()

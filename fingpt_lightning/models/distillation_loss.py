@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fingpt_lightning.low_rank.embedding import head_factors
-from fingpt_lightning.models.vocabulary_loss import IGNORED_LABEL, LossSums
+from fingpt_lightning.models.vocabulary_loss import (
+    IGNORED_LABEL,
+    LossSums,
+    add_outer_,
+    saved_gradients,
+)
 
 _SOFTMAX_BYTES = 2**22
 """Bytes of the rows of one softmax on the CPU, as many as a core's share of cache holds."""
@@ -69,12 +74,8 @@ class _ChunkedDistillationSum(torch.autograd.Function):
             grad_CV = logits_CV
             if grad_features is not None:
                 torch.matmul(grad_CV, weight_VK, out=grad_features[chunk])
-            if grad_weight is None:
-                continue
-            if grad_weight.dtype == compute_dtype:
-                grad_weight.addmm_(grad_CV.T, features_CK)
-            else:
-                grad_weight += grad_CV.T @ features_CK
+            if grad_weight is not None:
+                add_outer_(grad_weight, grad_CV, features_CK)
         ctx.save_for_backward(grad_features, grad_weight)
         ctx.dtypes = features.dtype, weight.dtype
         return loss_sum
@@ -82,12 +83,7 @@ class _ChunkedDistillationSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, for the weight's gradient is large; a second backward pass is then refused.
-        grad_features, grad_weight = (
-            None if grad is None else grad.mul_(grad_output).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return grad_features, grad_weight, None, None, None, None, None, None
+        return *saved_gradients(ctx, grad_output), None, None, None, None, None, None
 
 
 def _loss_and_gradient_(

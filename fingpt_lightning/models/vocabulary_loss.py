@@ -69,12 +69,8 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
             grad_CV = logits_CV
             if grad_features is not None:
                 torch.matmul(grad_CV, weight_VK, out=grad_features[first : first + chunk_size])
-            if grad_weight is None:
-                continue
-            if grad_weight.dtype == compute_dtype:
-                grad_weight.addmm_(grad_CV.T, features_CK)
-            else:
-                grad_weight += grad_CV.T @ features_CK
+            if grad_weight is not None:
+                add_outer_(grad_weight, grad_CV, features_CK)
         ctx.save_for_backward(grad_features, grad_weight)
         ctx.dtypes = features.dtype, weight.dtype
         return loss_sum
@@ -82,12 +78,7 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, for the weight's gradient is large; a second backward pass is then refused.
-        grad_features, grad_weight = (
-            None if grad is None else grad.mul_(grad_output).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return grad_features, grad_weight, None, None, None, None
+        return *saved_gradients(ctx, grad_output), None, None, None, None
 
 
 def _aligned_rows(num_rows: int, num_columns: int, like: Tensor) -> Tensor:
@@ -99,6 +90,25 @@ def _aligned_rows(num_rows: int, num_columns: int, like: Tensor) -> Tensor:
     # https://github.com/uxlfoundation/oneDNN/pull/5603
     rows[:, num_columns:].zero_()
     return rows[:, :num_columns]
+
+
+def add_outer_(
+    grad_weight: Float[Tensor, "V K"], grad: Float[Tensor, "C V"], features: Float[Tensor, "C K"]
+) -> None:
+    """Adds one chunk's part of the weight's gradient, which may be wider than its factors."""
+    if grad_weight.dtype == features.dtype:
+        grad_weight.addmm_(grad.T, features)
+    else:
+        grad_weight += grad.T @ features
+
+
+def saved_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients that the forward pass of a loss has made, times that of the loss."""
+    # In place, for the weight's gradient is large; a second backward pass is then refused.
+    return tuple(
+        None if grad is None else grad.mul_(grad_output).to(dtype)
+        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    )
 
 
 def _loss_and_gradient_(

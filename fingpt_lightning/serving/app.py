@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -364,7 +365,7 @@ def _text_choice(
     logprobs = None
     if scores:
         names = [_token_text(answer.served, score.token) for score in scores]
-        offsets = [sum(map(len, names[:place])) for place in range(len(names))]
+        offsets = [0, *accumulate(map(len, names[:-1]))]
         logprobs = {
             "tokens": names,
             "token_logprobs": [score.logprob for score in scores],
@@ -418,12 +419,7 @@ async def _answered(
     request: Request,
 ) -> Any:
     engine = answer.served.engine
-    try:
-        engine.submit(*(one.job for one in asked))
-    except OverloadedError as error:
-        raise ApiError(503, str(error), code="overloaded") from None
-    except ValueError as error:
-        raise ApiError(400, str(error), "n") from None
+    _submit(engine, *(one.job for one in asked))
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = _stream(answer, asked, usage, body.n)
@@ -438,6 +434,20 @@ async def _answered(
         for index, (scores, end) in enumerate(gathered)
     ]
     return answer.whole(choices, _usage(asked, [end for _, end in gathered], body.n))
+
+
+def _submit(engine: Engine, *jobs: Completing | LabelJob) -> None:
+    """Hands the parts of a request to the engine.
+
+    Raises:
+        ApiError: Too many requests wait, or the parts of this one can never wait together.
+    """
+    try:
+        engine.submit(*jobs)
+    except OverloadedError as error:
+        raise ApiError(503, str(error), code="overloaded") from None
+    except ValueError as error:
+        raise ApiError(400, str(error), "n") from None
 
 
 async def _gathered(asked: Sequence[_Asked]) -> list[tuple[list[TokenScore], Finished]]:
@@ -543,10 +553,7 @@ def _add_labels(app: FastAPI, served: Served) -> None:
             Labeller(served.network, served.engine.tokenizer, task, columns, bank=served.bank),
         )
         job = LabelJob(labeller, rows, _posting(asyncio.get_running_loop(), events))
-        try:
-            served.engine.submit(job)
-        except OverloadedError as error:
-            raise ApiError(503, str(error), code="overloaded") from None
+        _submit(served.engine, job)
         try:
             event = await _unless_gone(request, events.get())
         finally:

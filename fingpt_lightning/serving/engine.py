@@ -14,13 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from transformers.cache_utils import Cache
 
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.deploy.labelling import Labeller, Row
 from fingpt_lightning.deploy.sampling import Sampler, Sampling
 from fingpt_lightning.models.decode_step import decode_step
-from fingpt_lightning.models.decoding import end_tokens_of
+from fingpt_lightning.models.decoding import end_tokens_of, run_prompts
 from fingpt_lightning.models.families import logits_of
 from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.models.key_value_cache import preallocated_cache
@@ -323,15 +322,18 @@ class Engine:
         longest = 0
         with self._changed:
             while self._waiting and len(self._rows) + len(jobs) < self._batch_size:
-                longest = max(longest, len(self._waiting[0].tokens))
-                if jobs and longest * (len(jobs) + 1) > _PROMPT_TOKENS:
+                padded = max(longest, len(self._waiting[0].tokens))
+                if jobs and padded * (len(jobs) + 1) > _PROMPT_TOKENS:
                     break
+                longest = padded
                 jobs.append(self._waiting.popleft())
         if not jobs:
             return
         try:
             self._adapt([job.adapter for job in jobs])
-            cache, logits_BV = self._run_prompts([job.tokens for job in jobs])
+            cache = preallocated_cache(self._network.config, longest)
+            hidden_BD = run_prompts(self._network, [job.tokens for job in jobs], cache)
+            logits_BV = logits_of(self._network, hidden_BD)
         except Exception as error:  # the fault of these prompts: the others go on
             for job in jobs:
                 self._fail(job, error)
@@ -347,16 +349,6 @@ class Engine:
             self.counts.prompt_tokens += len(job.tokens)
             self._rows.append(_Writing(job, self._tokenizer))
         self._take(range(first, len(self._rows)), logits_BV)
-
-    def _run_prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[Cache, Tensor]:
-        device, longest = self._network.device, max(map(len, prompts))
-        cache = preallocated_cache(self._network.config, longest)
-        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-        ids_BT = torch.tensor(padded, device=device)
-        output = self._network.base_model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
-        rows_B = torch.arange(len(prompts), device=device)
-        last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-        return cache, logits_of(self._network, output.last_hidden_state[rows_B, last_B])
 
     def _step(self) -> None:
         """One token more of each row."""

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from typing_extensions import override
 
+from fingpt_lightning.terminal.inputs import TASK_PREFIX
 from fingpt_lightning.terminal.messages import nearest
 
 
@@ -210,7 +211,7 @@ def check_calibration_options(options: argparse.Namespace) -> None:
     if (
         options.data_dir is not None
         and options.calibration_task is None
-        and not any(str(name).startswith("task:") for name in named)
+        and not any(str(name).startswith(TASK_PREFIX) for name in named)
     ):
         raise WrongOptions(
             "--data_dir has an effect with task:NAME in --calibration or with --calibration_task"
