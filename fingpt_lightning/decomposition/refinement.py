@@ -79,8 +79,13 @@ def refine_block(
     num_steps: int,
     seed: int,
     show: Callable[[int], None] = lambda _: None,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[float, float]:
     """Takes Adam steps over the factors of a block; they stay as they were if that is better.
+
+    The factors are rounded to ``dtype`` before they are compared, so that the better ones are
+    those that give the smaller error as they are stored.
 
     A step takes one batch of rows, and the error of a token counts relative to the size of its
     target, since some tokens' states are hundreds of times larger than others'. The step size of
@@ -93,10 +98,14 @@ def refine_block(
         targets: Outputs of the dense block for the same rows, with what reaches that.
         num_steps: Number of steps, at least 1.
         seed: Seed of the order of the batches.
-        show: Function that is told the number of finished steps.
+        show: Function that receives the number of finished steps.
+        dtype: Dtype that the factors are stored in.
 
     Returns:
         Relative errors of the outputs before and after, as in `BlockErrors`.
+
+    Raises:
+        FloatingPointError: The block's outputs are not finite before a step is taken.
 
     Source: https://arxiv.org/abs/2604.02119 (AA-SVD), whose errors are not relative.
     """
@@ -106,7 +115,12 @@ def refine_block(
         if isinstance(layer, LowRankLinear)
         for factor in (layer.up, layer.down)
     ]
+    with torch.no_grad():
+        for factor in factors:
+            factor.copy_(factor.to(dtype))
     before = _error(block, calls, targets)
+    if not math.isfinite(before):
+        raise FloatingPointError("its outputs are not finite on the calibration text")
     if not factors:
         return before, before
     start = [factor.detach().clone() for factor in factors]
@@ -138,6 +152,9 @@ def refine_block(
     for parameter in (*frozen, *factors):
         parameter.requires_grad_(True)
         parameter.grad = None
+    with torch.no_grad():
+        for factor in factors:
+            factor.copy_(factor.to(dtype))
     after = _error(block, calls, targets)
     if after < before:
         return before, after

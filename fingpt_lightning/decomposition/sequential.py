@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -100,22 +99,31 @@ def block_of(name: str) -> str:
 
 
 def _refine(work: Work, changed: ChangedBlock, num_steps: int, show: Callable[[int], None]) -> None:
-    """Refines a block, unless it is refined already, and leaves it as it is stored."""
+    """Refines a block, unless it is refined already; later blocks read its stored factors.
+
+    Raises:
+        FloatingPointError: The block's outputs are not finite.
+    """
     if read_errors(work.folder, changed.name) is not None:
         return
     number = int(changed.name.rpartition(".")[2])
-    errors = refine_block(
-        changed.block, changed.calls, changed.targets, num_steps, work.seed + number, show
-    )
+    try:
+        errors = refine_block(
+            changed.block,
+            changed.calls,
+            changed.targets,
+            num_steps,
+            work.seed + number,
+            show,
+            dtype=work.dtype,
+        )
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{changed.name}: {error}") from error
     layers = {
         f"{changed.name}.{place}": layer
         for place, layer in changed.block.named_modules()
         if isinstance(layer, LowRankLinear)
     }
-    with torch.no_grad():  # later blocks read what the stored factors give
-        for layer in layers.values():
-            for factor in (layer.up, layer.down):
-                factor.copy_(factor.to(work.dtype))
     write_refined(work.folder, changed.name, layers, errors, work.dtype)
 
 
