@@ -1,10 +1,10 @@
 """What is left of a pretrained model at a share of its parameters, by what is done to it?
 
 Each row is one model: the original, and at each share one decomposed by plain singular values, by
-whitening, in sequence, refined block by block, healed on the original's predictions, and rounded to
-NF4. The record is written after every row, and a row in it is not made again; decomposition,
-refinement and healing go on where a killed call was. Tokens written and rows answered per second
-are of one model after the other on the same machine.
+whitening, in sequence, refined block by block, without some of its blocks, healed on the original's
+predictions, and rounded to NF4. The record is written after every row, and a row in it is not made
+again; decomposition, refinement and healing go on where a killed call was. Tokens written and rows
+answered per second are of one model after the other on the same machine.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.record import markdown_table, new_record, started_record, write_record
+from fingpt_lightning.compression.depth import write_shorter
 from fingpt_lightning.compression.figures import measure
 from fingpt_lightning.compression.healing import heal
 from fingpt_lightning.data.calibration_text import (
@@ -50,16 +51,27 @@ CALIBRATION = (
 )  # fmt: skip
 TASKS = ("arc_easy", "arc_challenge", "piqa", "boolq", "openbookqa", "winogrande")
 ORIGINAL, REFINED, HEALED, NF4 = "original", "refined", "healed", "healed, NF4"
+DROPPED, HALF_DROPPED = "blocks dropped", "half by blocks, refined"
+HEALED_OF = {
+    HEALED: REFINED, "blocks dropped, healed": DROPPED, "half by blocks, healed": HALF_DROPPED,
+}  # fmt: skip
+"""What each healed contender was before."""
 
 
 class Way(NamedTuple):
-    """Settings of a decomposition; ``is_calibrated`` is whether outputs count."""
+    """Settings of a decomposition.
+
+    Attributes:
+        is_calibrated: Whether outputs count.
+        depth: Share of the parameters to save that dropped blocks save; 1 leaves all layers dense.
+    """
 
     is_calibrated: bool = True
     sequential: bool = False
     refine: bool = False
     damping: float | None = None
     allocation: str = "uniform"
+    depth: float = 0.0
 
 
 WAYS = {
@@ -69,6 +81,8 @@ WAYS = {
     "whitened, damping 0.02": Way(damping=0.02),
     "sequential": Way(sequential=True),
     REFINED: Way(sequential=True, refine=True),
+    DROPPED: Way(depth=1.0),
+    HALF_DROPPED: Way(sequential=True, refine=True, depth=0.5),
 }
 
 
@@ -123,7 +137,7 @@ def contenders(shares: str) -> Iterator[tuple[float, str]]:
     """Share of the parameters and treatment of each row, in the order of the record."""
     yield 1.0, ORIGINAL
     for text in shares.split(","):
-        for name in (*WAYS, HEALED, NF4):
+        for name in (*WAYS, *HEALED_OF, NF4):
             yield float(text), name
 
 
@@ -137,8 +151,8 @@ def measured(share: float, contender: str, options: argparse.Namespace) -> dict[
         started = time.perf_counter()
         model = _model(share, contender, source, options)
         row["making_time_s"] = time.perf_counter() - started
-        record = _folder(share, contender if contender in WAYS else REFINED, options) / RECORD
-        parameters = json.loads(record.read_text(encoding="utf-8"))["parameters"]
+        way = REFINED if contender == NF4 else HEALED_OF.get(contender, contender)
+        parameters = _num_parameters(_folder(share, way, options))
     config = source.network.config
     texts = {
         name: text_calibration(
@@ -170,18 +184,28 @@ def _model(share: float, contender: str, source: Source, options: argparse.Names
     sources = _sources(options)
     if contender in WAYS:
         way = WAYS[contender]
+        calibration = _calibration(sources, source, options) if way.is_calibrated else None
+        kept = share * source.network.num_parameters()
+        if way.depth:
+            assert calibration is not None
+            shorter = folder if way.depth == 1 else folder.with_name(f"{folder.name}-shorter")
+            if not shorter.exists():
+                number = _num_blocks(source, way.depth * (1 - share))
+                write_shorter(options.model, None, number, calibration, shorter)
+            if way.depth == 1:
+                return folder
+            source = open_source(shorter)
         request = Request(
-            compression=1 / share,
+            compression=source.network.num_parameters() / kept,
             allocation=way.allocation,
             damping=way.damping,
             sequential=way.sequential,
             refine=options.refine if way.refine else 0,
         )
-        calibration = _calibration(sources, source, options) if way.is_calibrated else None
         decompose_model(source, request, folder, calibration)
-    elif contender == HEALED:
+    elif contender in HEALED_OF:
         assert source.tokenizer is not None
-        refined = _model(share, REFINED, source, options)
+        refined = _model(share, HEALED_OF[contender], source, options)
         checkpoint = heal(
             folder.with_suffix(".run"), refined, options.model, sources, source.tokenizer,
             steps=options.heal, batch_size=options.batch_size, block_length=options.block_length,
@@ -194,6 +218,19 @@ def _model(share: float, contender: str, source: Source, options: argparse.Names
         calibration = _calibration(sources, source, options)
         export(load_model(healed), "nf4", folder, calibration=calibration)
     return folder
+
+
+def _num_blocks(source: Source, saved: float) -> int:
+    """The number of blocks that hold about a share of all parameters."""
+    of_block = sum(layer.in_features * layer.out_features for layer in source.layers)
+    of_block //= int(source.network.config.num_hidden_layers)
+    return round(saved * source.network.num_parameters() / of_block)
+
+
+def _num_parameters(folder: Path) -> int:
+    if (folder / RECORD).is_file():
+        return int(json.loads((folder / RECORD).read_text(encoding="utf-8"))["parameters"])
+    return int(open_source(folder).network.num_parameters())
 
 
 def _folder(share: float, contender: str, options: argparse.Namespace) -> Path:

@@ -55,8 +55,9 @@ def compression_card(
     lines = [
         f"# {name}", "", MARK, "",
         f"Made of `{settings['model']}` by `fingpt compress`: {settings['size']:g} of its"
-        f" parameters, {settings['refine']} steps of refinement per block, {settings['heal']} steps"
-        f" of training on its predictions, stored as {settings['format']}.",
+        f" parameters,{_dropped(settings)} {settings['refine']} steps of refinement per block,"
+        f" {settings['heal']} steps of training on its predictions, stored as"
+        f" {settings['format']}.",
         "", f"Calibration: {', '.join(f'`{text}`' for text in settings['calibration'])},"
         f" {settings['calibration_tokens']:,} tokens.", "",
         "| | original | small | small / original |", "| --- | --: | --: | --: |",
@@ -68,6 +69,11 @@ def compression_card(
         f'network = fingpt_lightning.load_model("{name}").network', "```", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _dropped(settings: Mapping[str, Any]) -> str:
+    number = settings["drop_blocks"]
+    return f" {number} of its blocks left out," if number else ""
 
 
 def _row(

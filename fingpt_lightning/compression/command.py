@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from fingpt_lightning.compression.card import figures_rows
+from fingpt_lightning.compression.depth import check_depth
 from fingpt_lightning.compression.options import (
     ALLOCATIONS,
     FORMATS,
@@ -48,6 +49,7 @@ def compress(
     calibration_tokens: int | None = None,
     data_dir: str | Path | None = None,
     allocation: str = "uniform",
+    drop_blocks: int = 0,
     embedding_rank: int | None = None,
     refine: int = REFINE_STEPS,
     heal: int = 0,
@@ -80,6 +82,7 @@ def compress(
         calibration_tokens: Tokens that are read; None is 32768.
         data_dir: Folder of the tasks' rows; None reads from the hub.
         allocation: ``uniform`` or ``spectrum``.
+        drop_blocks: Number of blocks left out before the rest is decomposed.
         embedding_rank: Rank of an embedding tied to the head; None keeps it dense.
         refine: Steps over the factors of each block.
         heal: Steps of training on the original's predictions.
@@ -116,6 +119,7 @@ def compress(
     check_output(output, overwrite)
     folder = None if data_dir is None else Path(data_dir)
     source = open_source(model, tokenizer)
+    check_depth(source.network, drop_blocks, size)
     config = source.network.config
     sources = calibration_sources(words)
     number = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
@@ -130,7 +134,8 @@ def compress(
     settings = Settings(
         model=str(model), size=size, format=format, calibration=tuple(words),
         calibration_tokens=number, data_dir=None if folder is None else str(folder),
-        allocation=allocation, embedding_rank=embedding_rank, refine=refine, heal=heal,
+        allocation=allocation, drop_blocks=drop_blocks, embedding_rank=embedding_rank,
+        refine=refine, heal=heal,
         batch_size=batch_size, block_length=block_length, learning_rate=learning_rate,
         precision=precision, teacher_dtype=teacher_dtype,
         texts={name: files.fingerprint() for name, files in read.items()},

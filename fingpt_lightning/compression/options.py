@@ -51,6 +51,14 @@ def build_parser() -> OptionParser:
         default="uniform",
         help="one rank ratio, or ranks by the layers' spectra; default: %(default)s",
     )
+    add(
+        "--drop_blocks",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="blocks left out before the rest is decomposed: those that the calibration text misses"
+        " least; default: %(default)s",
+    )
     add("--embedding_rank", type=positive_int, help="of an embedding tied to the head")
     add(
         "--refine",

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import torch
 
+from fingpt_lightning.compression.depth import TRIAL_TOKENS
 from fingpt_lightning.compression.settings import Settings
 from fingpt_lightning.decomposition.source import Source
+from fingpt_lightning.models.depth import num_trials
 from fingpt_lightning.models.loading import DTYPES
 from fingpt_lightning.profiling import measured_peak_flops_per_s
 from fingpt_lightning.units import format_count
@@ -38,6 +40,9 @@ def plan_stages(source: Source, settings: Settings, calibration_tokens: int) -> 
     dense = sum(parameter.numel() for parameter in network.parameters())
     in_blocks = sum(layer.in_features * layer.out_features for layer in source.layers)
     small = settings.size * dense
+    num_blocks = int(network.config.num_hidden_layers)
+    num_left = num_blocks - settings.drop_blocks
+    left = dense - round(in_blocks * settings.drop_blocks / num_blocks)
     small_blocks = in_blocks - (dense - small)
     width = int(network.config.hidden_size)
     cpu = torch.device("cpu")
@@ -45,28 +50,36 @@ def plan_stages(source: Source, settings: Settings, calibration_tokens: int) -> 
     fast = torch.bfloat16 if settings.precision == "bf16-mixed" else torch.float32
     training_rate = _SHARE_OF_PEAK * measured_peak_flops_per_s(cpu, fast)
     states = 4 * calibration_tokens * width
-    cubes = sum(min(layer.size) ** 3 for layer in source.layers)
-    flops = _SEQUENTIAL_PASSES * 2 * in_blocks * calibration_tokens + _FACTOR_OPERATIONS * cubes
-    stages = [
+    cubes = sum(min(layer.size) ** 3 for layer in source.layers) * num_left / num_blocks
+    stages = []
+    if settings.drop_blocks:
+        tokens = min(TRIAL_TOKENS, calibration_tokens)
+        trials = num_trials(num_blocks, settings.drop_blocks)
+        seconds = trials * 2 * tokens * (in_blocks / 2 + dense - in_blocks) / rate
+        what = f"{settings.drop_blocks} of {num_blocks} blocks, by the loss on {tokens:,} tokens"
+        memory = 4 * dense + 4 * tokens * (width + network.config.vocab_size)
+        stages.append(StagePlan("drop blocks", what, seconds, memory))
+    flops = _SEQUENTIAL_PASSES * 2 * (left - dense + in_blocks) * calibration_tokens
+    stages.append(
         StagePlan(
             "decompose",
-            f"{format_count(dense)} to {format_count(round(small))} parameters, on"
+            f"{format_count(left)} to {format_count(round(small))} parameters, on"
             f" {calibration_tokens:,} tokens",
-            flops / rate,
-            4 * dense + 3 * states,
+            (flops + _FACTOR_OPERATIONS * cubes) / rate,
+            4 * left + 3 * states,
         )
-    ]
+    )
     if settings.refine:
         rows = 4 * 512
         seconds = 6 * small_blocks * settings.refine * rows / rate
-        what = f"{settings.refine} steps for each of {network.config.num_hidden_layers} blocks"
+        what = f"{settings.refine} steps for each of {num_left} blocks"
         stages.append(StagePlan("refine", what, seconds, 4 * dense + 3 * states))
     if settings.heal:
         tokens = settings.batch_size * settings.block_length
         per_token = 6 * small + 2 * dense
         seconds = settings.heal * tokens * per_token / training_rate
         teacher = DTYPES[settings.teacher_dtype].itemsize * dense
-        activations = 40 * tokens * width * int(network.config.num_hidden_layers)
+        activations = 40 * tokens * width * num_left
         what = f"{settings.heal} steps of {tokens:,} tokens on the original's predictions"
         num_bytes = round(16 * small) + teacher + activations
         stages.append(StagePlan("heal", what, seconds, num_bytes))

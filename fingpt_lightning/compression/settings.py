@@ -16,6 +16,7 @@ class Settings:
         calibration_tokens: Number of tokens of it.
         data_dir: Folder of tasks' rows.
         allocation: Way of sharing parameters out.
+        drop_blocks: Number of blocks left out.
         embedding_rank: Rank of a tied embedding; None is dense.
         refine: Steps for each block.
         heal: Steps of training.
@@ -39,6 +40,7 @@ class Settings:
     calibration_tokens: int
     data_dir: str | None
     allocation: str
+    drop_blocks: int
     embedding_rank: int | None
     refine: int
     heal: int

@@ -11,13 +11,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fingpt_lightning.compression.card import compression_card
+from fingpt_lightning.compression.depth import write_shorter
 from fingpt_lightning.compression.figures import measure
 from fingpt_lightning.compression.healing import heal
 from fingpt_lightning.compression.settings import Settings
 from fingpt_lightning.data.calibration_text import Calibration, CalibrationSource
 from fingpt_lightning.decomposition.runner import RECORD as DECOMPOSITION
 from fingpt_lightning.decomposition.runner import Request, decompose_model
-from fingpt_lightning.decomposition.source import Source
+from fingpt_lightning.decomposition.source import Source, open_source
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.deploy.model_card import CARD
 from fingpt_lightning.files import (
@@ -144,8 +145,16 @@ def _stored(
     """The folder of the small model, all stages but the last done."""
     made = folder / "decomposed"
     if not (made / DECOMPOSITION).is_file():
+        kept = settings.size * source.network.num_parameters()
+        if settings.drop_blocks:
+            shorter = folder / "shorter"
+            if not shorter.exists():
+                write_shorter(
+                    settings.model, settings.tokenizer, settings.drop_blocks, calibration, shorter
+                )
+            source = open_source(shorter)
         request = Request(
-            compression=1 / settings.size,
+            compression=source.network.num_parameters() / kept,
             allocation=settings.allocation,
             embedding_rank=settings.embedding_rank,
             sequential=True,
@@ -197,7 +206,7 @@ def _finish(
 
         return _kept(folder / "figures" / f"{which}.json", measured)
 
-    dense = sum(parameter.numel() for parameter in source.network.parameters())
+    dense = source.network.num_parameters()
     record = json.loads((folder / "decomposed" / DECOMPOSITION).read_text(encoding="utf-8"))
     original = figures("original", settings.model, dense, settings.tokenizer)
     small = figures("small", made, record["parameters"], None)

@@ -22,7 +22,7 @@ from fingpt_lightning.decomposition.layer_files import (
 from fingpt_lightning.files import to_json
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.low_rank.factorize import Factors
-from fingpt_lightning.models.input_moments import BlockCall
+from fingpt_lightning.models.block_calls import BlockCall
 
 LEARNING_RATE = 0.002
 """Step of a factor's entries at the start, in units of their root mean square."""

@@ -6,7 +6,7 @@ Axes: N rows, T tokens, D width, I in_features of a layer.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank.decomposition import ShiftedMoments
+from fingpt_lightning.models.block_calls import (
+    BlockCall,
+    block_outputs,
+    blocks_of,
+    first_batch,
+    next_batches,
+)
 from fingpt_lightning.models.families import family_of
 from fingpt_lightning.models.quantization.layers import is_linear
 
@@ -44,10 +51,6 @@ class ReachedLayers(NamedTuple):
     moments: ShiftedMoments | None
 
 
-BlockCall: TypeAlias = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
-"""Hidden states, and what else a block is called with."""
-
-
 class ChangedBlock(NamedTuple):
     """A block whose layers have all been changed, and what it was to put out.
 
@@ -62,22 +65,6 @@ class ChangedBlock(NamedTuple):
     block: nn.Module
     calls: list[BlockCall]
     targets: list[Tensor]
-
-
-class _Batch(NamedTuple):
-    """Rows on their way through the blocks.
-
-    Args:
-        hidden: What the next block reads.
-        beside: What else each block is called with: masks and rotations may differ by its kind.
-    """
-
-    hidden: Tensor
-    beside: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
-
-    def call(self, index: int) -> BlockCall:
-        """The call of a block."""
-        return self.hidden, *self.beside[index]
 
 
 class _Reached(Exception):
@@ -106,16 +93,16 @@ def input_moments(
 
     Cost: one forward pass without the head, and 2 I^2 operations per token for each distinct input.
     """
-    name, blocks = _blocks(network)
-    batches = [_first_batch(network, part) for part in ids.split(batch_rows)]
+    name, blocks = blocks_of(network)
+    batches = [first_batch(network, part) for part in ids.split(batch_rows)]
     for index, block in enumerate(blocks):
         sums = _Sums(f"{name}.{index}")
         with sums.watching(block):
-            outputs = _outputs(block, index, batches)
+            outputs = block_outputs(block, index, batches)
         yield sums.means(ids.numel())
         if refresh:
-            outputs = _outputs(block, index, batches)
-        batches = _next_batches(outputs, batches)
+            outputs = block_outputs(block, index, batches)
+        batches = next_batches(outputs, batches)
     family = family_of(network)
     norm = network.get_submodule(family.norm)
     sums = _Sums("")
@@ -148,8 +135,8 @@ def shifted_moments(
 
     Cost: for each block two passes, and a part of two for each group of layers, about seven in all.
     """
-    name, blocks = _blocks(network)
-    whole = [_first_batch(network, part) for part in ids.split(batch_rows)]
+    name, blocks = blocks_of(network)
+    whole = [first_batch(network, part) for part in ids.split(batch_rows)]
     changed = whole
     for index, block in enumerate(blocks):
         own = copy.deepcopy(block)
@@ -166,11 +153,11 @@ def shifted_moments(
                 )
                 moments = _shifted(reads, ids.numel())
             yield ReachedLayers(own, layers, moments)
-        targets = _outputs(block, index, whole)
+        targets = block_outputs(block, index, whole)
         calls = [batch.call(index) for batch in changed]
         finish(ChangedBlock(f"{name}.{index}", own, calls, targets))
-        changed = _next_batches(_outputs(own, index, changed), changed)
-        whole = _next_batches(targets, whole)
+        changed = next_batches(block_outputs(own, index, changed), changed)
+        whole = next_batches(targets, whole)
 
 
 def _groups(block: nn.Module, call: BlockCall) -> list[list[str]]:
@@ -219,17 +206,6 @@ def _shifted(reads: Iterator[tuple[Tensor, Tensor]], num_tokens: int) -> Shifted
     return ShiftedMoments(*(total / num_tokens for total in sums))
 
 
-def _next_batches(outputs: Sequence[Tensor], batches: Sequence[_Batch]) -> list[_Batch]:
-    return [_Batch(hidden, b.beside) for hidden, b in zip(outputs, batches, strict=True)]
-
-
-@torch.no_grad()
-def _outputs(block: nn.Module, index: int, batches: Sequence[_Batch]) -> list[Tensor]:
-    calls = (batch.call(index) for batch in batches)
-    outputs = (block(hidden, *args, **kwargs) for hidden, args, kwargs in calls)
-    return [out[0] if isinstance(out, tuple) else out for out in outputs]
-
-
 class _Sums:
     """Sums X X' of the layers of a module."""
 
@@ -261,31 +237,6 @@ class _Sums:
         """Moments of all that was added."""
         moments = {name: total / num_tokens for name, total in self._sums.items()}
         return InputMoments(self._groups, moments)
-
-
-def _blocks(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    name = family_of(network).blocks
-    blocks = network.get_submodule(name)
-    assert isinstance(blocks, nn.ModuleList)
-    return name, blocks
-
-
-@torch.no_grad()
-def _first_batch(network: PreTrainedModel, ids: Int[Tensor, "N T"]) -> _Batch:
-    """What the first block reads, and what each block is called with beside it."""
-    _, blocks = _blocks(network)
-    calls: list[BlockCall] = []
-
-    def pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        calls.append((hidden, args, kwargs))
-        return hidden
-
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.callback(delattr, block, "forward")
-            block.forward = pass_on
-        network.base_model(input_ids=ids, use_cache=False)
-    return _Batch(calls[0][0], [(args, kwargs) for _, args, kwargs in calls])
 
 
 @torch.no_grad()

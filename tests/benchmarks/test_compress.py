@@ -46,14 +46,16 @@ def test_the_benchmark_goes_on_where_it_ended(
     rows = first["rows"]
     assert isinstance(rows, list)
     assert [row["contender"] for row in rows] == ["original", "plain SVD"]
-    again = run("--only", f"sequential;{compress.NF4}")
+    again = run("--only", f"sequential;{compress.NF4};blocks dropped, healed")
     found = again["rows"]
     assert isinstance(found, list)
     assert found[:2] == rows
     names = [row["contender"] for row in found]
-    assert names == ["original", "plain SVD", "sequential", compress.NF4]
+    assert names == ["original", "plain SVD", "sequential", "blocks dropped, healed", compress.NF4]
     made = sorted(path.name for path in (tmp_path / "work").glob("*-0_8"))
     assert made == [
+        "blocks_dropped-0_8",
+        "blocks_dropped_healed-0_8",
         "healed-0_8",
         "healed_NF4-0_8",
         "plain_SVD-0_8",

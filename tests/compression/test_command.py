@@ -1,6 +1,7 @@
 """``fingpt compress``: every stage, and what a killed run keeps."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,34 @@ def test_healing_goes_on_at_the_last_checkpoint(
     assert torch.equal(_logits(tmp_path / "small"), _logits(tmp_path / "whole"))
 
 
+def test_a_block_is_left_out_and_the_rest_is_taken_apart(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--size", "0.7", "--drop_blocks", "1", "--heal", "2")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "decompose_model", killed)
+        status, output, error = compress(*words)
+        assert (status, "killed" in error) == (1, True)
+    assert re.search(r"drop blocks +1 of 2 blocks, by the loss on", output)
+    assert re.search(r"^dropping blocks [01]$", output, re.MULTILINE)
+    status, output, error = compress(*words)
+    assert status == 0, error
+    assert "dropping blocks" not in output, "the finished stage was made again"
+    out = tmp_path / "small"
+    record = json.loads((out / "compression.json").read_text())
+    ratio = record["small"]["parameters"] / record["original"]["parameters"]
+    assert ratio == pytest.approx(0.7, rel=0.02)
+    network = load_model(out).network
+    assert network.config.num_hidden_layers == 1
+    assert network.num_parameters() == record["small"]["parameters"]
+    assert "1 of its blocks left out" in (out / "README.md").read_text()
+    assert _logits(out).isfinite().all()
+
+
 def test_a_plan_makes_nothing(compress: Compress, tmp_path: Path) -> None:
     status, output, error = compress("--heal", "4", "--plan", "--format", "nf4")
     assert status == 0, error
@@ -183,6 +212,12 @@ def test_a_plan_makes_nothing(compress: Compress, tmp_path: Path) -> None:
         (("--learning_rate", "1"), 2, "--learning_rate has an effect with --heal alone"),
         (("--format", "gguf"), 2, "invalid choice: 'gguf'"),
         (("--size", "0.01"), 1, "is out of reach"),
+        (("--drop_blocks", "2"), 1, "drop_blocks 2 of 2 blocks is outside [0, 1]"),
+        (
+            ("--size", "0.9", "--drop_blocks", "1"),
+            1,
+            "of the parameters, no more than size 0.9; at most 0 fit",
+        ),
         (("--texts", "gone.txt"), 1, "gone.txt does not exist"),
         (("--tasks", "fbp"), 1, "fbp"),
     ],

@@ -10,7 +10,7 @@ from fingpt_lightning.decomposition import refinement
 from fingpt_lightning.decomposition.refinement import refine_block
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.low_rank.factorize import Factors
-from fingpt_lightning.models.input_moments import BlockCall
+from fingpt_lightning.models.block_calls import BlockCall
 
 _WIDTH, _RANK = 16, 4
 
