@@ -212,7 +212,8 @@ def _model(share: float, contender: str, source: Source, options: argparse.Names
             learning_rate=options.learning_rate, precision=options.precision,
             teacher_dtype="bfloat16", data_dir=options.data_dir, seed=1,
         )  # fmt: skip
-        export(load_model(checkpoint, tokenizer=refined), "low_rank", folder)
+        form = "hf" if HEALED_OF[contender] == DROPPED else "low_rank"
+        export(load_model(checkpoint, tokenizer=refined), form, folder)
     else:
         healed = _model(share, HEALED, source, options)
         calibration = _calibration(sources, source, options)
