@@ -1,8 +1,8 @@
 """Reads the imports of the source tree and finds those that point the wrong way.
 
 A package is a folder of ``fingpt_lightning``, a file at its top, or ``callbacks``,
-``benchmarks`` or ``documentation``; ``fingpt_lightning.callbacks``, an alias of ``callbacks``, counts as it. Files of
-a package import each other in one direction too.
+``benchmarks`` or ``documentation``; ``fingpt_lightning.callbacks``, an alias of ``callbacks``,
+counts as it. Files of a package import each other in one direction too.
 """
 
 import ast
