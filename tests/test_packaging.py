@@ -40,7 +40,7 @@ def test_every_dependency_admits_the_version_that_the_tests_run_with(
     lines = (_REPOSITORY / "constraints.txt").read_text().split()
     pinned = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
     requirements = [Requirement(text) for text in project["dependencies"]]
-    for name in ("test", "bench"):
+    for name in ("test", "docs", "bench"):
         requirements += [Requirement(text) for text in project["optional-dependencies"][name]]
     checked = 0
     for requirement in requirements:

@@ -1,8 +1,8 @@
 """Reads the imports of the source tree and finds those that point the wrong way.
 
-A package is a folder of ``fingpt_lightning``, a file at its top, or ``callbacks`` or
-``benchmarks``; ``fingpt_lightning.callbacks``, an alias of ``callbacks``, counts as it. Files of
-a package import each other in one direction too.
+A package is a folder of ``fingpt_lightning``, a file at its top, or ``callbacks``,
+``benchmarks`` or ``documentation``; ``fingpt_lightning.callbacks``, an alias of ``callbacks``,
+counts as it. Files of a package import each other in one direction too.
 """
 
 import ast
@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGES = ("fingpt_lightning", "callbacks", "benchmarks")
+PACKAGES = ("fingpt_lightning", "callbacks", "benchmarks", "documentation")
 
 # From top to bottom; a package imports only those below it, so that there is no circle.
 ORDER = (
+    "documentation",
     "benchmarks",
     "__main__",
     "cli",
@@ -220,7 +221,7 @@ def _module_name(file: Path) -> str:
 
 def _package_of_module(module: str) -> str | None:
     package, _, inner = module.partition(".")
-    if package in ("callbacks", "benchmarks"):
+    if package in PACKAGES[1:]:
         return package
     if package != "fingpt_lightning" or not inner or inner == "__version__":
         return None

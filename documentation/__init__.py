@@ -1,0 +1,4 @@
+"""What makes the documentation: the site's hook and the pictures.
+
+Beside the package, not in the wheel.
+"""
