@@ -14,9 +14,10 @@ from fingpt_lightning.evaluation.paired import (
 )
 from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS, RESULTS
 from fingpt_lightning.metric_keys import EVAL_FIGURES, LESS_IS_BETTER
+from fingpt_lightning.reporting.compare_options import refuse_missing_results
 from fingpt_lightning.reporting.files import read_object, read_objects
 from fingpt_lightning.reporting.page import Block, Cell, Note, Page, Section, Table, number
-from fingpt_lightning.terminal.messages import nearest, nearest_name
+from fingpt_lightning.terminal.messages import nearest
 
 _TOLERANCE = 1e-6
 _GRADED = {"figures", "values"}
@@ -58,8 +59,7 @@ def comparison_page(paths: Sequence[Path], tasks: Sequence[str] | None = None) -
             a file is broken.
         FileNotFoundError: A folder or a file does not exist.
     """
-    if len(dict.fromkeys(path.resolve() for path in paths)) < 2:
-        raise ValueError("compare needs two results or more; fingpt report shows a single one")
+    refuse_missing_results(paths)
     results = _with_own_names([read_result(path) for path in dict.fromkeys(paths)])
     shared = [
         task
@@ -93,27 +93,15 @@ def comparison_page(paths: Sequence[Path], tasks: Sequence[str] | None = None) -
 
 
 def read_result(folder: Path) -> Result:
-    """Reads the files of an evaluation.
+    """Reads the files of an evaluation, which are there.
 
     Raises:
-        ValueError: A file is broken, or the folder holds no results.
-        FileNotFoundError: The folder does not exist.
+        ValueError: A file is broken.
     """
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"{folder} {what}{nearest_name(folder)}")
-    if not (folder / RESULTS).is_file():
-        inner = sorted(folder.glob(f"eval/*/{RESULTS}"))
-        advice = f"; a run has one for each step, as {inner[-1].parent}" if inner else ""
-        raise ValueError(f"{folder} holds no {RESULTS}{advice}")
     found = read_object(folder / RESULTS)
     tasks = found.get("tasks")
     if not isinstance(tasks, dict) or not all(isinstance(one, dict) for one in tasks.values()):
         raise ValueError(f"{folder / RESULTS} is not the results of an evaluation: no tasks")
-    if not (folder / PREDICTIONS).is_file():
-        raise FileNotFoundError(
-            f"{folder / PREDICTIONS} is not there: results are compared row by row"
-        )
     rows: dict[str, list[Row]] = {}
     for row in read_objects(folder / PREDICTIONS):
         rows.setdefault(str(row.get("task")), []).append(row)

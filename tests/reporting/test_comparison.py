@@ -169,7 +169,7 @@ def test_wrong_paths_and_options_are_one_line(
         ((base, bare), 1, "predictions.jsonl is not there: results are compared row by row"),
         ((base, alone), 1, "no two results have a task in common (base: fpb; alone: tfns)"),
         ((base, other, "--tasks", "fbp"), 1, "task 'fbp' is not one that two results have; did y"),
-        ((base, other, "--output", tmp_path / "x.htm"), 1, "ends in none of .html, .md; did you"),
+        ((base, other, "--output", tmp_path / "x.htm"), 2, "ends in none of .html, .md; did you"),
         ((base, other, "--output", tmp_path / "no" / "x.md"), 1, "there is no folder"),
         ((base, other, "--outptu", "x.md"), 2, "did you mean --output?"),
         ((), 2, "required: RESULTS"),
