@@ -14,7 +14,12 @@ from typing_extensions import override
 from callbacks.progress import Pace, TrainingProgress, progress_text
 from callbacks.recording import PartlyTrained
 from fingpt_lightning.low_rank.parameters import parameter_counts
-from fingpt_lightning.metric_keys import TRAIN_LEARNING_RATE, VAL_LOSS, VAL_PERPLEXITY
+from fingpt_lightning.metric_keys import (
+    TRAIN_LEARNING_RATE,
+    VAL_BITS_PER_BYTE,
+    VAL_LOSS,
+    VAL_PERPLEXITY,
+)
 from fingpt_lightning.units import format_bytes, format_duration
 
 LOG_FILE = "log.txt"
@@ -140,6 +145,8 @@ class LogLines(Callback):
             self._best = loss if is_best else self._best
         if (value := metrics.get(VAL_PERPLEXITY)) is not None:
             parts.append(f"perplexity {float(value):.4g}")
+        if (value := metrics.get(VAL_BITS_PER_BYTE)) is not None:
+            parts.append(f"{float(value):.4f} bits per byte")
         parts.append(format_duration(took_s))
         is_fit = trainer.state.fn == TrainerFn.FITTING
         when = f" after step {trainer.global_step:,}" if is_fit else ""

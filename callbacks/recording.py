@@ -41,14 +41,6 @@ class Finetunes(PartlyTrained, Protocol):
 
 
 @runtime_checkable
-class KnowsBytes(Protocol):
-    """A datamodule that knows how much text a token stands for."""
-
-    def val_bytes_per_token(self) -> float | None:
-        """UTF-8 bytes per token of the validation text; None where there is none."""
-
-
-@runtime_checkable
 class CountsTokens(Protocol):
     """A module that reports how many tokens of its batches it trains on."""
 

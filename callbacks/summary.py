@@ -25,13 +25,13 @@ from callbacks.memory import MemoryMonitor
 from callbacks.recording import (
     Budgeted,
     Finetunes,
-    KnowsBytes,
     PartlyTrained,
     num_tokens,
     over_ranks,
     record_in_wandb_summary,
 )
 from callbacks.throughput import ThroughputMonitor
+from fingpt_lightning.data.batch import KnowsBytes
 from fingpt_lightning.files import write_json
 from fingpt_lightning.metric_keys import ACCURACY_AFTER, ACCURACY_BEFORE, VAL_LOSS, summary_key
 from fingpt_lightning.profiling.memory import peak_rss_bytes
@@ -189,7 +189,7 @@ class RunSummary(Callback):
         data = getattr(trainer, "datamodule", None)
         if self._last_val_loss is None or not isinstance(data, KnowsBytes):
             return None
-        bytes_per_token = data.val_bytes_per_token()
+        bytes_per_token = data.bytes_per_token("val")
         if bytes_per_token is None:
             return None
         return self._last_val_loss / math.log(2) / bytes_per_token
