@@ -23,7 +23,8 @@ def run(options: argparse.Namespace) -> None:
     """
     output = options.output
     check_inputs(options)
-    page = comparison_page(options.paths, options.tasks)
+    is_html = output is not None and output.suffix == ".html"
+    page = comparison_page(options.paths, options.tasks, has_pictures=is_html)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if output is None:
         console.print(to_markdown(page), end="")
