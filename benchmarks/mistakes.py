@@ -21,6 +21,7 @@ QUESTION = "How long does it take until a mistake on the command line is named?"
 LIMIT_S = 2.5
 FIRST_LINE_LIMIT_S = 4.0
 _MODEL = ("--model", "./none")
+_COMPRESS = (*_MODEL, "--size", "0.5", "--output", "out", "--calibration")
 _FIT = ("--config", "quickstart")
 _TUNE = ("--config", "finetune_smollm2_fpb")
 MISTAKES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -76,9 +77,24 @@ MISTAKES: dict[str, dict[str, tuple[str, ...]]] = {
     "configs": {"unknown option": ("quickstart", "--cpy", "x"), "missing file": ("none",)},
     "tasks": {"unknown option": ("fpb", "--date_dir", "x"), "unknown task": ("fpd",)},
     "report": {"unknown option": ("none", "--outptu", "x"), "missing file": ("none",)},
-    "serve": {"unknown option": (*_MODEL, "--prt", "3")},
-    "compare": {"unknown option": ("one", "other", "--outptu", "x")},
-    "compress": {"unknown option": (*_MODEL, "--outptu", "x")},
+    "serve": {
+        "unknown option": (*_MODEL, "--prt", "3"),
+        "wrong value": (*_MODEL, "--port", "many"),
+        "missing model": _MODEL,
+        "unknown task": (*_MODEL, "--tasks", "fpd"),
+    },
+    "compare": {
+        "unknown option": ("one", "other", "--outptu", "x"),
+        "wrong value": ("one", "other", "--output", "x.htm"),
+        "missing file": ("one", "other"),
+    },
+    "compress": {
+        "unknown option": (*_MODEL, "--outptu", "x"),
+        "wrong value": (*_COMPRESS, "none.jsonl", "--format", "nf5"),
+        "missing file": (*_COMPRESS, "none.jsonl"),
+        "missing model": (*_COMPRESS, "task:fpb"),
+        "unknown task": (*_COMPRESS, "task:fpd"),
+    },
     "plan": {
         "unknown option": (*_FIT, "--trainer.max_stps", "3"),
         "wrong value": (*_FIT, "--model.rank", "many"),

@@ -4,11 +4,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from typing_extensions import override
 
-from callbacks.recording import Budgeted, record_in_wandb_summary
-from fingpt_lightning.low_rank.parameters import parameter_counts
+from callbacks.recording import (
+    Budgeted,
+    ParameterTotals,
+    parameter_totals,
+    record_in_wandb_summary,
+)
 from fingpt_lightning.metric_keys import COMPRESSION_BITS, compression_key
 from fingpt_lightning.units import MIB, format_bytes, format_count
 
@@ -42,6 +45,7 @@ class CompressionMonitor(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        totals = parameter_totals(trainer, pl_module)  # which all ranks count together
         if not trainer.is_global_zero:
             return
         figures: dict[str, float | int]
@@ -57,7 +61,7 @@ class CompressionMonitor(Callback):
                 "linear_flop_share": budget.linear_flop_share,
             }
         else:
-            figures = counted_figures(pl_module)
+            figures = counted_figures(totals)
             table = _counted_table(figures, type(pl_module).__name__)
         for whole, count in (("total", "parameters"), ("dense", "dense_parameters")):
             if count in figures:
@@ -72,12 +76,12 @@ class CompressionMonitor(Callback):
                 logger.save()
 
 
-def counted_figures(module: nn.Module) -> dict[str, float | int]:
+def counted_figures(totals: ParameterTotals) -> dict[str, float | int]:
     """The figures of a module without a budget: its parameters, and those of its dense baseline.
 
     Only a module with low-rank layers of ours has a known dense baseline.
     """
-    stored, dense = parameter_counts(module)
+    stored, dense = totals.stored, totals.dense
     figures: dict[str, float | int] = {"parameters": stored}
     if dense != stored:
         figures |= {"dense_parameters": dense, "total_parameter_ratio": dense / stored}

@@ -12,9 +12,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from callbacks.progress import Pace, TrainingProgress, progress_text
-from callbacks.recording import PartlyTrained
-from fingpt_lightning.low_rank.parameters import parameter_counts
-from fingpt_lightning.metric_keys import TRAIN_LEARNING_RATE, VAL_LOSS, VAL_PERPLEXITY
+from callbacks.recording import HoldsStages, PartlyTrained, parameter_totals
+from fingpt_lightning.metric_keys import (
+    TRAIN_LEARNING_RATE,
+    VAL_BITS_PER_BYTE,
+    VAL_LOSS,
+    VAL_PERPLEXITY,
+)
 from fingpt_lightning.units import format_bytes, format_duration
 
 LOG_FILE = "log.txt"
@@ -140,6 +144,8 @@ class LogLines(Callback):
             self._best = loss if is_best else self._best
         if (value := metrics.get(VAL_PERPLEXITY)) is not None:
             parts.append(f"perplexity {float(value):.4g}")
+        if (value := metrics.get(VAL_BITS_PER_BYTE)) is not None:
+            parts.append(f"{float(value):.4f} bits per byte")
         parts.append(format_duration(took_s))
         is_fit = trainer.state.fn == TrainerFn.FITTING
         when = f" after step {trainer.global_step:,}" if is_fit else ""
@@ -206,25 +212,29 @@ def tell(trainer: Trainer, text: str) -> None:
 
 
 def start_texts(trainer: Trainer, pl_module: LightningModule) -> list[str]:
-    """What a run is, before its first step: its length, what it trains, what that takes."""
+    """What a run is, before its first step: its length, what it trains, what that takes.
+
+    All ranks call it together: a pipeline's parameters are those of all its stages.
+    """
     steps = trainer.estimated_stepping_batches
     until = "" if steps == float("inf") else f" to {int(steps):,}"
     first = f"{trainer.global_step + 1:,}"
     ranks = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
     where = f"{ranks}{trainer.strategy.root_device.type}, {trainer.precision}"
     trained = [p for p in pl_module.parameters() if p.requires_grad]
-    num_trained = sum(p.numel() for p in trained)
-    num_all = parameter_counts(pl_module)[0]
-    if isinstance(pl_module, PartlyTrained) and num_trained:
+    num_all, _, num_trained = parameter_totals(trainer, pl_module)
+    is_part = isinstance(trainer.strategy, HoldsStages)
+    if isinstance(pl_module, PartlyTrained) and num_trained and not is_part:
         num_all = round(num_trained / pl_module.trained_share())  # a base in 4 bits is packed
     weights = sum(p.numel() * p.element_size() for p in pl_module.parameters())
     gradients = sum(p.numel() * p.element_size() for p in trained)
+    on_first = " on the first rank" if is_part else ""
     return [
         f"training of {type(pl_module).__name__}: steps {first}{until}, {where}",
         # As PEFT prints it.
         f"trainable params: {num_trained:,} || all params: {num_all:,} || trainable%:"
         f" {100 * num_trained / max(num_all, 1):.4f}",
-        f"memory before activations: weights {format_bytes(weights)}, gradients"
+        f"memory before activations{on_first}: weights {format_bytes(weights)}, gradients"
         f" {format_bytes(gradients)}; optimizer state and activations come on top",
     ]
 

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.low_rank.budget import ModelBudget
+from fingpt_lightning.low_rank.parameters import parameter_counts, unpacked_size
 
 
 @runtime_checkable
@@ -41,11 +42,47 @@ class Finetunes(PartlyTrained, Protocol):
 
 
 @runtime_checkable
-class KnowsBytes(Protocol):
-    """A datamodule that knows how much text a token stands for."""
+class HoldsStages(Protocol):
+    """A strategy under which each rank holds some stages of the network."""
 
-    def val_bytes_per_token(self) -> float | None:
-        """UTF-8 bytes per token of the validation text; None where there is none."""
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The parameters that this rank answers for: of all stages together each is there once."""
+
+    def over_stages(self, counts: Sequence[int]) -> list[int]:
+        """Counts added up over the stages; the ranks call it together."""
+
+
+class ParameterTotals(NamedTuple):
+    """The numbers of parameters of a whole module.
+
+    Attributes:
+        stored: All of them, those of a packed base unpacked.
+        dense: Those of the dense baseline.
+        trained: Those that are trained.
+    """
+
+    stored: int
+    dense: int
+    trained: int
+
+
+def parameter_totals(trainer: Trainer, pl_module: LightningModule) -> ParameterTotals:
+    """The parameters of all stages of a pipeline, else of the module; all ranks call it together.
+
+    Args:
+        trainer: Trainer of the run.
+        pl_module: Module, or the part of it that this rank holds.
+    """
+    stored, dense = parameter_counts(pl_module)
+    strategy, own = trainer.strategy, list(pl_module.parameters())
+    if isinstance(strategy, HoldsStages):
+        own = strategy.own_parameters()
+    trained = sum(p.numel() for p in own if p.requires_grad)
+    if not isinstance(strategy, HoldsStages):
+        return ParameterTotals(stored, dense, trained)
+    counts = [sum(map(unpacked_size, own)), dense - stored, trained]
+    stored, saved, trained = strategy.over_stages(counts)
+    return ParameterTotals(stored, stored + saved, trained)
 
 
 @runtime_checkable

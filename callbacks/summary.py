@@ -25,13 +25,16 @@ from callbacks.memory import MemoryMonitor
 from callbacks.recording import (
     Budgeted,
     Finetunes,
-    KnowsBytes,
+    HoldsStages,
+    ParameterTotals,
     PartlyTrained,
     num_tokens,
     over_ranks,
+    parameter_totals,
     record_in_wandb_summary,
 )
 from callbacks.throughput import ThroughputMonitor
+from fingpt_lightning.data.batch import KnowsBytes
 from fingpt_lightning.files import write_json
 from fingpt_lightning.metric_keys import ACCURACY_AFTER, ACCURACY_BEFORE, VAL_LOSS, summary_key
 from fingpt_lightning.profiling.memory import peak_rss_bytes
@@ -101,12 +104,14 @@ class RunSummary(Callback):
         self._best_val_loss: float | None = None
         self._last_val_loss: float | None = None
         self._peak_mib: dict[str, float] = {}
+        self._totals: ParameterTotals | None = None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_batch = None
         self._first_val_loss = self._best_val_loss = self._last_val_loss = None
         self._peak_mib = {}
+        self._totals = parameter_totals(trainer, pl_module)  # a run may be without a step
         if self._dense_baseline_steps == 0:
             return
         if not isinstance(pl_module, HasDenseBaseline):
@@ -146,6 +151,7 @@ class RunSummary(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here, since all ranks must join, and before the timed steps add to the peak.
+        self._totals = parameter_totals(trainer, pl_module)
         device = trainer.strategy.root_device
         monitor = _beside(trainer, MemoryMonitor)
         on_cuda = device.type == "cuda"
@@ -189,7 +195,7 @@ class RunSummary(Callback):
         data = getattr(trainer, "datamodule", None)
         if self._last_val_loss is None or not isinstance(data, KnowsBytes):
             return None
-        bytes_per_token = data.val_bytes_per_token()
+        bytes_per_token = data.bytes_per_token("val")
         if bytes_per_token is None:
             return None
         return self._last_val_loss / math.log(2) / bytes_per_token
@@ -197,6 +203,8 @@ class RunSummary(Callback):
     def _figures(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, float | int | str]:
+        totals = self._totals
+        assert totals is not None
         figures: dict[str, float | int | str | None] = {"steps": trainer.global_step}
         if isinstance(pl_module, Budgeted):
             budget = pl_module.budget()
@@ -209,11 +217,13 @@ class RunSummary(Callback):
                 "total_parameter_ratio": budget.total_compression_ratio,
             }
         else:
-            figures |= counted_figures(pl_module)
+            figures |= counted_figures(totals)
         if isinstance(pl_module, PartlyTrained):
-            trained = (p.numel() for p in pl_module.parameters() if p.requires_grad)
-            figures["trained_parameters"] = sum(trained)
-            figures["trained_share"] = pl_module.trained_share()
+            figures["trained_parameters"] = totals.trained
+            # What a module knows is its own part, of which a stage is one.
+            is_part = isinstance(trainer.strategy, HoldsStages)
+            share = totals.trained / totals.stored if is_part else pl_module.trained_share()
+            figures["trained_share"] = share
         if isinstance(pl_module, Finetunes):
             figures |= {"base": pl_module.base_text(), "adapter": pl_module.adapter_text()}
         evaluation = _beside(trainer, FinancialEvaluation)

@@ -13,10 +13,13 @@ TRAIN_LOSS = "train/loss"
 TRAIN_LEARNING_RATE = "train/learning_rate"
 TRAIN_GRADIENT_NORM = "train/gradient_norm"
 TRAIN_TOKENS = "train/tokens"
+TRAIN_BYTES = "train/bytes"
 VAL_LOSS = "val/loss"
 VAL_PERPLEXITY = "val/perplexity"
+VAL_BITS_PER_BYTE = "val/bits_per_byte"
 TEST_LOSS = "test/loss"
 TEST_PERPLEXITY = "test/perplexity"
+TEST_BITS_PER_BYTE = "test/bits_per_byte"
 
 MEMORY_PEAK_ALLOCATED = "memory/peak_allocated_mib"
 MEMORY_PEAK_RESERVED = "memory/peak_reserved_mib"
@@ -119,13 +122,16 @@ SUMMARY_FIGURES = (
 """The keys of ``summary.json``."""
 
 
-def split_keys(split: str) -> tuple[str, str]:
-    """The keys of the loss and the perplexity of a split.
+def split_keys(split: str) -> tuple[str, str, str]:
+    """The keys of the loss, the perplexity and the bits per byte of a split.
 
     Args:
         split: ``val`` or ``test``.
     """
-    return {"val": (VAL_LOSS, VAL_PERPLEXITY), "test": (TEST_LOSS, TEST_PERPLEXITY)}[split]
+    return {
+        "val": (VAL_LOSS, VAL_PERPLEXITY, VAL_BITS_PER_BYTE),
+        "test": (TEST_LOSS, TEST_PERPLEXITY, TEST_BITS_PER_BYTE),
+    }[split]
 
 
 def compression_key(figure: str) -> str:
@@ -180,10 +186,13 @@ LOGGED_BY: Mapping[str, tuple[str, ...]] = {
         TRAIN_LEARNING_RATE,
         TRAIN_GRADIENT_NORM,
         TRAIN_TOKENS,
+        TRAIN_BYTES,
         VAL_LOSS,
         VAL_PERPLEXITY,
+        VAL_BITS_PER_BYTE,
         TEST_LOSS,
         TEST_PERPLEXITY,
+        TEST_BITS_PER_BYTE,
     ),
     "MemoryMonitor": (
         MEMORY_PEAK_ALLOCATED,

@@ -14,7 +14,8 @@ from fingpt_lightning.cli.checkpoint_names import checkpoints_named
 from fingpt_lightning.cli.early_options import GivenSettings, check_ranges, given_settings
 from fingpt_lightning.cli.errors import ConfigError
 from fingpt_lightning.cli.shipped import SWEEPS, find_file, with_config_files
-from fingpt_lightning.tasks.library import find_scored_task, find_task
+from fingpt_lightning.reporting.compare_options import check_inputs
+from fingpt_lightning.tasks.library import find_label_task, find_scored_task, find_task
 from fingpt_lightning.tasks.row_files import check_csv_settings, open_rows
 from fingpt_lightning.tasks.sources import find_folder, open_split
 from fingpt_lightning.terminal.command_line import as_list
@@ -161,14 +162,35 @@ def _check_generate(options: argparse.Namespace) -> None:
 def _check_compression(options: argparse.Namespace) -> None:
     if getattr(options, "prompts", None) is not None:
         refuse_missing_prompts(options.prompts)
+    _check_calibration(options)
+    if options.calibration_task is not None:
+        _check_calibration_task(options.calibration_task, options.data_dir)
+    _check_model(options)
+
+
+def _check_calibration(options: argparse.Namespace) -> None:
     for word in options.calibration or ():
         name, _ = weighted_name(str(word))
         if name.startswith(TASK_PREFIX):
             _check_calibration_task(name.removeprefix(TASK_PREFIX), options.data_dir)
         else:
             refuse_missing_texts(name, "calibration")
-    if options.calibration_task is not None:
-        _check_calibration_task(options.calibration_task, options.data_dir)
+
+
+def _check_compress(options: argparse.Namespace) -> None:
+    _check_calibration(options)
+    for text in options.texts:
+        refuse_missing_texts(text, "texts")
+    tasks = [find_scored_task(name) for name in options.tasks]
+    _check_model(options)
+    if options.data_dir is not None:
+        for task in tasks:
+            open_split(task, options.data_dir, "validation")
+
+
+def _check_serve(options: argparse.Namespace) -> None:
+    for name in options.tasks or ():
+        find_label_task(name)
     _check_model(options)
 
 
@@ -186,7 +208,7 @@ def _check_model(options: argparse.Namespace) -> None:
             refuse_missing_adapter(path)
     if options.tokenizer is not None:
         refuse_missing_tokenizer(options.tokenizer)
-    if options.device is not None:
+    if getattr(options, "device", None) is not None:
         refuse_unknown_device(options.device)
 
 
@@ -215,6 +237,9 @@ _CHECKS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "sweep": _check_sweep,
     "plan": _check_plan,
     "report": _check_report,
+    "serve": _check_serve,
+    "compare": check_inputs,
+    "compress": _check_compress,
 }
 
 

@@ -24,7 +24,13 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.sdk.lib import wbauth
 
-from fingpt_lightning.metric_keys import TRAIN_LOSS, TRAIN_TOKENS, VAL_LOSS, VAL_PERPLEXITY
+from fingpt_lightning.metric_keys import (
+    TRAIN_LOSS,
+    TRAIN_TOKENS,
+    VAL_BITS_PER_BYTE,
+    VAL_LOSS,
+    VAL_PERPLEXITY,
+)
 from fingpt_lightning.terminal.messages import first_line
 
 PROBE_TIMEOUT_S = 10.0
@@ -46,7 +52,7 @@ LIMIT_VARIABLES = tuple(_LIMITS)
 """Variables that limit how long W&B may delay a run's processes, those of an agent included."""
 
 _WITHOUT_SERVER = ("offline", "dryrun", "disabled")
-_BY_TOKENS = (TRAIN_LOSS, VAL_LOSS, VAL_PERPLEXITY)
+_BY_TOKENS = (TRAIN_LOSS, VAL_LOSS, VAL_PERPLEXITY, VAL_BITS_PER_BYTE)
 
 
 class Unreachable(NamedTuple):

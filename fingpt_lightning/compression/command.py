@@ -32,6 +32,7 @@ from fingpt_lightning.data.calibration_text import (
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
 from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.evaluation.runner import read_tasks
+from fingpt_lightning.tasks.library import find_scored_task
 from fingpt_lightning.terminal.command_line import options_as_arguments
 from fingpt_lightning.terminal.messages import check_choice
 from fingpt_lightning.units import format_bytes, format_duration
@@ -118,13 +119,15 @@ def compress(
     output = Path(output)
     check_output(output, overwrite)
     folder = None if data_dir is None else Path(data_dir)
+    sources = calibration_sources(words)
+    read = {name: files for text in texts for name, files in [_named(text)]}
+    for name in tasks:
+        find_scored_task(name)
     source = open_source(model, tokenizer)
     check_depth(source.network, drop_blocks, size)
     config = source.network.config
-    sources = calibration_sources(words)
     number = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
     tokens = mixed_calibration(sources, folder, source.tokenizer, config, number)
-    read = {name: files for text in texts for name, files in [_named(text)]}
     measured = {
         name: text_calibration(files, source.tokenizer, config, text_tokens).ids
         for name, files in read.items()

@@ -11,7 +11,7 @@ from torch import Tensor
 from fingpt_lightning.models.packed_attention import PackedGroup
 from fingpt_lightning.models.vocabulary_loss import IGNORED_LABEL
 
-__all__ = ["IGNORED_LABEL", "PreparesBatches", "TokenBatch"]
+__all__ = ["IGNORED_LABEL", "KnowsBytes", "PreparesBatches", "TokenBatch"]
 
 
 class TokenBatch(TypedDict):
@@ -31,6 +31,14 @@ class TokenBatch(TypedDict):
     packing: NotRequired[tuple[PackedGroup, ...]]
     supervised: NotRequired[Int64[Tensor, "N"]]
     compared: NotRequired[Int64[Tensor, "M"]]
+
+
+@runtime_checkable
+class KnowsBytes(Protocol):
+    """A datamodule that knows how much text a token stands for."""
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """UTF-8 bytes of a split's text over its tokens; None where they are not known."""
 
 
 @runtime_checkable

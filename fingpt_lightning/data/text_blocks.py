@@ -1,5 +1,6 @@
 """The data of pretraining: text files in, blocks of tokens out."""
 
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,9 +27,6 @@ from fingpt_lightning.data.tokenizers import (
     load_tokenizer,
     train_cached_tokenizer,
 )
-
-_DECODED_TOKENS = 100_000
-"""Tokens of which the bytes are counted; a corpus may have billions."""
 
 
 class TextBlocks(TokenizedData):
@@ -120,12 +118,27 @@ class TextBlocks(TokenizedData):
         """Tokens of the training text, of all corpora together."""
         return sum(file.num_tokens for file in self._opened("train"))
 
-    def val_bytes_per_token(self) -> float | None:
-        """UTF-8 bytes per token of the validation text, by its first tokens."""
-        ids = [int(i) for file in self._opened("val") for i in file.open()[:_DECODED_TOKENS]]
-        assert self.tokenizer is not None
-        text = str(self.tokenizer.decode(ids[:_DECODED_TOKENS], skip_special_tokens=True))
-        return len(text.encode()) / min(len(ids), _DECODED_TOKENS) if ids and text else None
+    def bytes_per_token(self, split: Split) -> float | None:
+        """UTF-8 bytes of a split's text over its tokens, the ends of documents among them.
+
+        Those of a mixture count by their weights.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+
+        Returns:
+            The bytes that were counted when the text was tokenized; None of a cache that has not
+            counted them, as those of version 0.2.
+        """
+        files = self._opened(split)
+        ratios = [None if x.num_bytes is None else x.num_bytes / x.num_tokens for x in files]
+        known = [ratio for ratio in ratios if ratio is not None]
+        if len(known) < len(files):
+            return None
+        weights: Sequence[float] = [float(file.num_tokens) for file in files]
+        if split == "train" and self.sources.weights:
+            weights = list(self.sources.weights.values())
+        return sum(map(operator.mul, known, weights)) / sum(weights)
 
     @override
     def prepare_data(self) -> None:

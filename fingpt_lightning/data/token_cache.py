@@ -34,6 +34,7 @@ class TokenFile:
 
     Attributes:
         num_skipped: Number of blank documents, which are not among ``num_documents``.
+        num_bytes: Number of bytes of the text in UTF-8; None in a cache of version 0.2.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class TokenFile:
     num_tokens: int
     num_documents: int
     num_skipped: int
+    num_bytes: int | None = None
 
     def open(self) -> npt.NDArray[np.unsignedinteger]:
         """Maps the ids into memory, read-only."""
@@ -72,7 +74,7 @@ def build_token_file(
     cache_dir.mkdir(parents=True, exist_ok=True)
     path = cache_dir / f"{key}.bin"
     dtype = "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
-    num_skipped, so_far = 0, SoFar()
+    num_skipped, num_bytes, so_far = 0, 0, SoFar()
     batches = encoded_batches(corpus, tokenizer, dtype, num_workers)
     with (
         written_whole(path) as aside,
@@ -83,6 +85,7 @@ def build_token_file(
         for batch in batches:
             file.write(batch.ids.data)  # tofile does not report a full disk
             num_skipped += batch.num_skipped
+            num_bytes += batch.num_bytes
             so_far = SoFar(
                 so_far.num_documents + batch.num_documents,
                 so_far.num_tokens + len(batch.ids),
@@ -97,13 +100,14 @@ def build_token_file(
         "num_tokens": so_far.num_tokens,
         "num_documents": so_far.num_documents,
         "num_skipped": num_skipped,
+        "num_bytes": num_bytes,
         "corpus": str(corpus),
         "corpus_fingerprint_sha256": hashlib.sha256(corpus.fingerprint().encode()).hexdigest(),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
     }
     write_whole(path.with_suffix(".json"), to_json(header, indent=2))
-    return TokenFile(path, dtype, so_far.num_tokens, so_far.num_documents, num_skipped)
+    return TokenFile(path, dtype, so_far.num_tokens, so_far.num_documents, num_skipped, num_bytes)
 
 
 def find_token_file(
@@ -130,7 +134,7 @@ def _find(cache_dir: Path, key: str) -> TokenFile | None:
     try:
         header = json.loads(path.with_suffix(".json").read_bytes())
         names = ("dtype", "num_tokens", "num_documents", "num_skipped")
-        whole = TokenFile(path, *(header[name] for name in names))
+        whole = TokenFile(path, *(header[name] for name in names), header.get("num_bytes"))
         needed_bytes = whole.num_tokens * np.dtype(whole.dtype).itemsize
         size_bytes = path.stat().st_size
     except FileNotFoundError:

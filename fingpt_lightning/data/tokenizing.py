@@ -33,12 +33,14 @@ class EncodedBatch(NamedTuple):
     Attributes:
         num_skipped: Number of blank documents, which are not among ``num_documents``.
         bytes_read: Bytes of the corpus read so far.
+        num_bytes: Number of bytes of the documents' text in UTF-8.
     """
 
     ids: npt.NDArray[np.unsignedinteger]
     num_documents: int
     num_skipped: int
     bytes_read: int
+    num_bytes: int
 
 
 def encoded_batches(
@@ -127,4 +129,6 @@ def _encode(batch: list[Piece], tokenizer: PreTrainedTokenizerFast, dtype: str) 
                 parts.append(end)
     num_skipped = sum(not piece.text for piece in batch)
     num_documents = sum(piece.ends_document for piece in batch) - num_skipped
-    return EncodedBatch(np.concatenate(parts), num_documents, num_skipped, batch[-1].bytes_read)
+    num_bytes = sum(len(piece.text.encode()) for piece in batch)
+    ids, bytes_read = np.concatenate(parts), batch[-1].bytes_read
+    return EncodedBatch(ids, num_documents, num_skipped, bytes_read, num_bytes)

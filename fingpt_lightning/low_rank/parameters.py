@@ -22,7 +22,7 @@ def parameter_counts(module: nn.Module) -> ParameterCounts:
     >>> parameter_counts(nn.Sequential(LowRankLinear(8, 6, rank=2), nn.Linear(6, 3)))
     ParameterCounts(stored=55, dense=75)
     """
-    stored = sum(map(_numel, module.parameters()))
+    stored = sum(map(unpacked_size, module.parameters()))
     dense = stored
     for layer in module.modules():
         if isinstance(layer, LowRankLinear):
@@ -31,10 +31,11 @@ def parameter_counts(module: nn.Module) -> ParameterCounts:
             factors, matrix = (layer.table, layer.up), layer.num_embeddings * layer.embedding_dim
         else:
             continue
-        dense += matrix - sum(map(_numel, factors))
+        dense += matrix - sum(map(unpacked_size, factors))
     return ParameterCounts(stored, dense)
 
 
-def _numel(parameter: nn.Parameter) -> int:
+def unpacked_size(parameter: nn.Parameter) -> int:
+    """The numbers that a parameter stands for, of one that bitsandbytes packed too."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)

@@ -4,6 +4,7 @@ Axes: B batch, T tokens, D width.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
@@ -23,9 +24,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import override
 
-from fingpt_lightning.data.batch import TokenBatch
+from fingpt_lightning.data.batch import KnowsBytes, TokenBatch
 from fingpt_lightning.low_rank.adapters import FrozenBase
 from fingpt_lightning.metric_keys import (
+    TRAIN_BYTES,
     TRAIN_GRADIENT_NORM,
     TRAIN_LEARNING_RATE,
     TRAIN_LOSS,
@@ -104,6 +106,8 @@ class LanguageModelingModule(LightningModule):
     ``train/gradient_norm`` (before clipping), ``train/tokens`` (supervised so far, all ranks);
     ``val/loss``, ``val/perplexity``, ``test/loss``, ``test/perplexity``. With a teacher
     ``train/loss`` is the mix of divergence and cross-entropy; the others are cross-entropies.
+    Where the datamodule knows the bytes of its text (`KnowsBytes`), ``val/bits_per_byte``,
+    ``test/bits_per_byte`` and, beside them, ``train/bytes`` (what ``train/tokens`` stand for).
 
     Raises:
         FloatingPointError: A step's loss or gradient norm is not finite. The weights stay those
@@ -517,16 +521,24 @@ class LanguageModelingModule(LightningModule):
         loss_sum, num_tokens = self._over_ranks(self._evaluated)
         self._evaluated = None
         loss = loss_sum / num_tokens
-        loss_key, perplexity_key = split_keys(split)
+        loss_key, perplexity_key, bits_key = split_keys(split)
         if not (self.is_fitting or torch.isfinite(loss)):
             # While fitting, the next step ends the run and keeps the weights before.
             raise not_finite(self.network, f"{loss_key} {loss.item()}: the losses of the split")
         # Equal on all ranks already; Lightning warns of figures that it did not reduce itself.
         self.log(loss_key, loss, prog_bar=True, sync_dist=True)
         self.log(perplexity_key, loss.exp(), sync_dist=True)
+        if (bytes_per_token := self._bytes_per_token(split)) is not None:
+            self.log(bits_key, loss / (math.log(2) * bytes_per_token), sync_dist=True)
         if self.is_fitting:
-            # In the same row, so that a chart of it can go by tokens.
+            # In the same row, so that a chart of it can go by tokens or bytes.
             self.log(TRAIN_TOKENS, float(self.tokens_seen), sync_dist=True)
+            if (bytes_per_token := self._bytes_per_token("train")) is not None:
+                self.log(TRAIN_BYTES, self.tokens_seen * bytes_per_token, sync_dist=True)
+
+    def _bytes_per_token(self, split: str) -> float | None:
+        source = self.text_source
+        return source.bytes_per_token(split) if isinstance(source, KnowsBytes) else None
 
     def _check_finite(self, key: str, value: Tensor, optimizer: Optimizer) -> None:
         step = (

@@ -70,6 +70,15 @@ class Dot(NamedTuple):
     is_on: bool
 
 
+class Interval(NamedTuple):
+    """A value and what it may be by chance."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+
+
 def line_chart(lines: Sequence[Line], x_label: str, y_label: str) -> str:
     """Curves over a common axis; the page's legend names the colors."""
 
@@ -116,6 +125,34 @@ def bar_chart(bars: Sequence[Bar], x_label: str, limit: float | None = None) -> 
         axis.grid(visible=False, axis="y")
 
     return _svg(draw, height=54 + 27 * max(2, len(bars)))
+
+
+def interval_chart(
+    intervals: Sequence[Interval], x_label: str, reference: float | None = None, first: int = 0
+) -> str:
+    """Rows from the top, each a mark with a bar from the low to the high end.
+
+    Args:
+        intervals: Rows, in the colors of runs.
+        x_label: Label of the axis.
+        reference: Value at which there is a line through all rows.
+        first: Number of the color of the first row.
+    """
+
+    def draw(axis: Any) -> None:
+        if reference is not None:
+            axis.axvline(reference, color=_MUTED, lw=1.2, linestyle="--", zorder=1)
+        for place, one in enumerate(intervals):
+            color = _run(first + place)
+            axis.plot([one.low, one.high], [place, place], color=color, lw=2.4, zorder=2)
+            axis.plot([one.value], [place], "o", color=color, markersize=6.5, zorder=3)
+        axis.set_yticks(range(len(intervals)), [one.label for one in intervals])
+        axis.tick_params(axis="y", length=0, labelcolor=_INK)
+        axis.set_ylim(len(intervals) - 0.5, -0.5)
+        axis.set_xlabel(x_label)
+        axis.grid(visible=False, axis="y")
+
+    return _svg(draw, height=54 + 27 * max(2, len(intervals)))
 
 
 def scatter_chart(dots: Sequence[Dot], x_label: str, y_label: str) -> str:

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write(paths: Sequence[Path], output: Path, every_s: int | None) -> None:
-    """Writes the page once, or again and again until no run goes on."""
+    """Writes the page once, or again and again until no run goes on or Ctrl-C ends it."""
     from fingpt_lightning.reporting.report import write_page
 
     goes_on = write_page(paths, output, every_s)
@@ -35,6 +35,9 @@ def _write(paths: Sequence[Path], output: Path, every_s: int | None) -> None:
         return
     line = f"{output}: written every {every_s} s until the run ends; Ctrl-C ends it now"
     Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
-    while goes_on:
-        time.sleep(every_s)
-        goes_on = write_page(paths, output, every_s)
+    try:
+        while goes_on:
+            time.sleep(every_s)
+            goes_on = write_page(paths, output, every_s)
+    except KeyboardInterrupt:  # as the line above says; the page that stays is not read again
+        write_page(paths, output)

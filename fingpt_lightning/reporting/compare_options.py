@@ -1,9 +1,15 @@
 """The options of ``fingpt compare``, read without importing anything heavy."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from fingpt_lightning.terminal.command_line import OptionParser, names
+from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS, RESULTS
+from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions, names
+from fingpt_lightning.terminal.messages import nearest, nearest_name
+
+FORMS = (".html", ".md")
+"""Endings of the pages that are written."""
 
 
 def build_parser() -> OptionParser:
@@ -32,7 +38,55 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         words: Part of the command line after the command.
 
     Raises:
-        WrongOptions: An option is unknown, missing or has an invalid value.
+        WrongOptions: An option is unknown, missing or has an invalid value, or the page is to be
+            of a form that there is not.
         SystemExit: With status 0, after ``--help`` has been answered.
     """
-    return build_parser().read(words)
+    options = build_parser().read(words)
+    output = options.output
+    if output is not None and output.suffix not in FORMS:
+        advice = nearest(output.suffix, FORMS)
+        raise WrongOptions(f"output {output} ends in none of {', '.join(FORMS)}{advice}")
+    return options
+
+
+def check_inputs(options: argparse.Namespace) -> None:
+    """Refuses paths that are not there, without reading what lies there.
+
+    Args:
+        options: Result of `parse_options`.
+
+    Raises:
+        ValueError: There is one result, a folder holds none, or the output is a folder.
+        FileNotFoundError: A path does not exist.
+    """
+    output = options.output
+    if output is not None:
+        if not output.resolve().parent.is_dir():
+            raise FileNotFoundError(f"output {output}: there is no folder {output.parent}")
+        if output.is_dir():
+            raise ValueError(f"output {output} is a folder; name a file")
+    refuse_missing_results(options.paths)
+
+
+def refuse_missing_results(paths: Sequence[Path]) -> None:
+    """Refuses fewer than two folders, and those without the files of an evaluation.
+
+    Raises:
+        ValueError: There is one path, or a folder holds no results.
+        FileNotFoundError: A folder or a file does not exist.
+    """
+    if len(dict.fromkeys(path.resolve() for path in paths)) < 2:
+        raise ValueError("compare needs two results or more; fingpt report shows a single one")
+    for folder in paths:
+        if not folder.is_dir():
+            what = "is a file, not a folder" if folder.exists() else "does not exist"
+            raise FileNotFoundError(f"{folder} {what}{nearest_name(folder)}")
+        if not (folder / RESULTS).is_file():
+            inner = sorted(folder.glob(f"eval/*/{RESULTS}"))
+            advice = f"; a run has one for each step, as {inner[-1].parent}" if inner else ""
+            raise ValueError(f"{folder} holds no {RESULTS}{advice}")
+        if not (folder / PREDICTIONS).is_file():
+            raise FileNotFoundError(
+                f"{folder / PREDICTIONS} is not there: results are compared row by row"
+            )

@@ -14,15 +14,28 @@ from fingpt_lightning.evaluation.paired import (
 )
 from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS, RESULTS
 from fingpt_lightning.metric_keys import EVAL_FIGURES, LESS_IS_BETTER
+from fingpt_lightning.reporting.compare_options import refuse_missing_results
 from fingpt_lightning.reporting.files import read_object, read_objects
-from fingpt_lightning.reporting.page import Block, Cell, Note, Page, Section, Table, number
-from fingpt_lightning.terminal.messages import nearest, nearest_name
+from fingpt_lightning.reporting.page import (
+    Block,
+    Cell,
+    Chart,
+    Charts,
+    Note,
+    Page,
+    Section,
+    Table,
+    number,
+)
+from fingpt_lightning.terminal.messages import nearest
 
 _TOLERANCE = 1e-6
 _GRADED = {"figures", "values"}
 """Fields of rows whose answers are right to a degree, unless they say that they are right."""
 _DIGITS = 12
 """Of a digest that are shown."""
+_LONGEST_LABEL = 24
+"""Characters of a name beside a drawing."""
 _PROMPT_SETTINGS = ("scoring", "calibrate", "chat_template_sha256", "too_long")
 
 
@@ -44,7 +57,9 @@ class Result(NamedTuple):
     rows: dict[str, list[Row]]
 
 
-def comparison_page(paths: Sequence[Path], tasks: Sequence[str] | None = None) -> Page:
+def comparison_page(
+    paths: Sequence[Path], tasks: Sequence[str] | None = None, *, has_pictures: bool = False
+) -> Page:
     """Compares results on each task that two of them have; the first is the baseline.
 
     Rows that one of them left out, because they do not fit its context, are left out of all.
@@ -52,14 +67,14 @@ def comparison_page(paths: Sequence[Path], tasks: Sequence[str] | None = None) -
     Args:
         paths: Folders with ``results.json`` and ``predictions.jsonl``, two at least.
         tasks: Names of tasks; None takes all that two results have.
+        has_pictures: Whether the main figures and their differences are drawn too.
 
     Raises:
         ValueError: There is one path, results are of different rows or have no task in common, or
             a file is broken.
         FileNotFoundError: A folder or a file does not exist.
     """
-    if len(dict.fromkeys(path.resolve() for path in paths)) < 2:
-        raise ValueError("compare needs two results or more; fingpt report shows a single one")
+    refuse_missing_results(paths)
     results = _with_own_names([read_result(path) for path in dict.fromkeys(paths)])
     shared = [
         task
@@ -73,7 +88,7 @@ def comparison_page(paths: Sequence[Path], tasks: Sequence[str] | None = None) -
         if task not in shared:
             advice = nearest(task, shared) or f"; there are {', '.join(shared)}"
             raise ValueError(f"task {task!r} is not one that two results have{advice}")
-    sections = [_task_section(task, results) for task in tasks or shared]
+    sections = [_task_section(task, results, has_pictures) for task in tasks or shared]
     sections.append(_provenance_section(results))
     names = [result.name for result in results]
     alone = [
@@ -93,27 +108,15 @@ def comparison_page(paths: Sequence[Path], tasks: Sequence[str] | None = None) -
 
 
 def read_result(folder: Path) -> Result:
-    """Reads the files of an evaluation.
+    """Reads the files of an evaluation, which are there.
 
     Raises:
-        ValueError: A file is broken, or the folder holds no results.
-        FileNotFoundError: The folder does not exist.
+        ValueError: A file is broken.
     """
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"{folder} {what}{nearest_name(folder)}")
-    if not (folder / RESULTS).is_file():
-        inner = sorted(folder.glob(f"eval/*/{RESULTS}"))
-        advice = f"; a run has one for each step, as {inner[-1].parent}" if inner else ""
-        raise ValueError(f"{folder} holds no {RESULTS}{advice}")
     found = read_object(folder / RESULTS)
     tasks = found.get("tasks")
     if not isinstance(tasks, dict) or not all(isinstance(one, dict) for one in tasks.values()):
         raise ValueError(f"{folder / RESULTS} is not the results of an evaluation: no tasks")
-    if not (folder / PREDICTIONS).is_file():
-        raise FileNotFoundError(
-            f"{folder / PREDICTIONS} is not there: results are compared row by row"
-        )
     rows: dict[str, list[Row]] = {}
     for row in read_objects(folder / PREDICTIONS):
         rows.setdefault(str(row.get("task")), []).append(row)
@@ -136,7 +139,7 @@ def _with_own_names(results: Sequence[Result]) -> list[Result]:
     ]
 
 
-def _task_section(task: str, results: Sequence[Result]) -> Section:
+def _task_section(task: str, results: Sequence[Result], has_pictures: bool) -> Section:
     having = [result for result in results if task in result.tasks]
     _check_same_rows(task, having)
     known = [_known_rows(task, result) for result in having]
@@ -146,7 +149,8 @@ def _task_section(task: str, results: Sequence[Result]) -> Section:
         raise ValueError(f"{task}: there is no row that all results have answered")
     compared = [[row for p in common if (row := rows[p]) is not None] for rows in known]
     entry = having[0].tasks[task]
-    blocks: list[Block] = [
+    blocks: list[Block] = [_pictures(task, having, compared)] if has_pictures else []
+    blocks += [
         _figures(task, having, compared),
         _differences(task, having, compared),
         Note(_remark(having)),
@@ -224,6 +228,44 @@ def _known_rows(task: str, result: Result) -> list[Row | None]:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: a row of {task} cannot be read: {error!r}") from None
     return known
+
+
+def _pictures(task: str, results: Sequence[Result], compared: Sequence[Sequence[Row]]) -> Charts:
+    """The main figure of each result, and its difference from the first, with intervals."""
+    # Not at the top: it imports torch, which a comparison in a terminal does without.
+    from fingpt_lightning.reporting.charts import Interval, interval_chart
+
+    entries = [result.tasks[task] for result in results]
+    main = str(entries[0]["main_metric"])
+    found = [
+        row_statistics(main, rows, entry.get("labels", ()))
+        for rows, entry in zip(compared, entries, strict=True)
+    ]
+    known = [one for one in found if one is not None]
+    if len(known) < len(results):
+        return Charts([])
+    of_each, of_differences = intervals(known)
+    names, title = [_short(result.name) for result in results], EVAL_FIGURES[main]
+    values = [one.value for one in known]
+    shown = [Interval(n, v, *ends) for n, v, ends in zip(names, values, of_each, strict=True)]
+    gains = [
+        Interval(name, value - values[0], *ends)
+        for name, value, ends in zip(names[1:], values[1:], of_differences, strict=True)
+    ]
+    return Charts(
+        [
+            Chart(f"{task}: {title}", interval_chart(shown, title), "Bars hold 95 %."),
+            Chart(
+                f"Difference from {results[0].name}",
+                interval_chart(gains, f"difference of {title}", reference=0.0, first=1),
+                "A bar across the dashed line: no difference is shown by these rows.",
+            ),
+        ]
+    )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_LABEL else f"...{name[3 - _LONGEST_LABEL :]}"
 
 
 def _figures(task: str, results: Sequence[Result], compared: Sequence[Sequence[Row]]) -> Table:

@@ -11,6 +11,7 @@ from fingpt_lightning.metric_keys import (
     THROUGHPUT_TOKENS_PER_S,
     THROUGHPUT_TRAINING_TIME_S,
     TRAIN_TOKENS,
+    VAL_BITS_PER_BYTE,
     VAL_LOSS,
     compression_key,
 )
@@ -19,7 +20,6 @@ from fingpt_lightning.reporting.page import Block, Card, Cell, Note, Section, Ta
 from fingpt_lightning.reporting.runs import Evaluation, Run, Sweep
 from fingpt_lightning.units import MIB, format_bytes, format_count, format_duration
 
-NOT_COMPARABLE = "their losses per token are not comparable, bits per byte are"
 _MAX_PARAMETERS_IN_CARD = 3
 
 
@@ -38,6 +38,11 @@ class Figure(NamedTuple):
 def last_val_loss(run: Run) -> float | None:
     """The last validation's loss, of the summary or, where the run ended early, of the log."""
     return _last(run.values(VAL_LOSS)) or _number(run.summary.get("last_val_loss"))
+
+
+def bits_per_byte(run: Run) -> float | None:
+    """The last validation's bits per byte of text, of the log or of the summary."""
+    return _last(run.values(VAL_BITS_PER_BYTE)) or _number(run.summary.get("val_bits_per_byte"))
 
 
 def peak_bytes(run: Run) -> float | None:
@@ -85,12 +90,7 @@ def _compression_ratio(run: Run) -> float | None:
 _FIGURES = (
     Figure("last validation loss", last_val_loss, "{:.4f}".format, -1),
     Figure("best validation loss", _best_val_loss, "{:.4f}".format, -1),
-    Figure(
-        "bits per byte",
-        lambda run: _number(run.summary.get("val_bits_per_byte")),
-        "{:.3f}".format,
-        -1,
-    ),
+    Figure("bits per byte", bits_per_byte, "{:.3f}".format, -1),
     Figure("parameters", lambda run: compression(run, "parameters"), format_count, -1),
     Figure("dense over stored", _compression_ratio, "{:.2f}x".format, 1),
     Figure("tokens/s", tokens_per_s, "{:,.0f}".format, 1),
@@ -110,6 +110,20 @@ _PER_TOKEN = ("last validation loss", "best validation loss")
 def has_one_tokenizer(runs: Sequence[Run]) -> bool:
     """Whether losses per token can be compared: no two runs have different tokenizers."""
     return len({run.tokenizer for run in runs if run.tokenizer is not None}) <= 1
+
+
+def tokenizer_remark(runs: Sequence[Run]) -> str | None:
+    """Why losses per token are not ranked; None where they can be."""
+    if has_one_tokenizer(runs):
+        return None
+    without = [run.name for run in runs if bits_per_byte(run) is None]
+    instead = "bits per byte are"
+    if without:
+        instead = f"bits per byte would be, which are not known of {', '.join(without)}"
+    return (
+        "The runs have different tokenizers, so that a token is not the same length of text: their"
+        f" losses per token are not comparable, {instead}."
+    )
 
 
 def glance_section(runs: Sequence[Run]) -> Section | None:
@@ -135,8 +149,8 @@ def glance_section(runs: Sequence[Run]) -> Section | None:
     head = [Cell(""), *(Cell(run.name, is_number=True, run=i) for i, run in enumerate(runs))]
     lead = "The same figures of all runs; the best of each row is bold."
     blocks: list[Block] = [Table(head, rows)]
-    if not is_fair:
-        blocks.append(Note(f"The runs have different tokenizers: {NOT_COMPARABLE}."))
+    if (remark := tokenizer_remark(runs)) is not None:
+        blocks.append(Note(remark))
     return Section("glance", "Side by side", lead, blocks)
 
 
@@ -177,7 +191,7 @@ def _run_cards(run: Run) -> list[Card]:
     losses = run.values(VAL_LOSS)
     if (loss := last_val_loss(run)) is not None:
         note = f"from {losses[0]:.3f} at the first validation" if len(losses) > 1 else ""
-        if (bits := _number(run.summary.get("val_bits_per_byte"))) is not None:
+        if (bits := bits_per_byte(run)) is not None:
             note = ", ".join(filter(None, (f"{bits:.3f} bits per byte", note)))
         found.append(Card("validation loss", f"{loss:.3f}", note))
     for task in dict.fromkeys(result.task for result in run.task_results):

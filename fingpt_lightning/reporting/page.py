@@ -46,10 +46,14 @@ class Charts(NamedTuple):
     Attributes:
         charts: Charts of one subject.
         parts: Names of the parts, by color; empty where colors are of runs.
+        choices: Names of the charts in a switch that shows one of them; empty where all are shown.
+        chosen: Number of the chart that is shown at first.
     """
 
     charts: Sequence[Chart]
     parts: Sequence[str] = ()
+    choices: Sequence[str] = ()
+    chosen: int = 0
     kind: str = "charts"
 
 

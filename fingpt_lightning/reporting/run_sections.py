@@ -1,7 +1,8 @@
 """Sections about runs. Each is a section, or a sentence about what is missing, or None."""
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -13,6 +14,7 @@ from fingpt_lightning.metric_keys import (
     THROUGHPUT_TRAINING_TIME_S,
     TRAIN_LOSS,
     TRAIN_TOKENS,
+    VAL_BITS_PER_BYTE,
     VAL_LOSS,
 )
 from fingpt_lightning.pipeline import Work, bubble_share
@@ -24,10 +26,11 @@ from fingpt_lightning.reporting.charts import (
     timeline_chart,
 )
 from fingpt_lightning.reporting.headline import (
-    NOT_COMPARABLE,
+    bits_per_byte,
     compression,
     has_one_tokenizer,
     peak_bytes,
+    tokenizer_remark,
 )
 from fingpt_lightning.reporting.page import (
     Block,
@@ -64,40 +67,70 @@ _MIN_SHARE = 0.1
 
 
 def learning_section(runs: Sequence[Run]) -> Section | str | None:
-    """Loss by tokens, by steps and by time."""
+    """Loss by tokens, by steps and by time, and bits per byte by bytes; one chart is shown."""
     if not runs:
         return None
     blocks: list[Block] = []
-    charts = []
-    times = [x for run in runs for x in run.values(THROUGHPUT_TRAINING_TIME_S)]
-    in_minutes = bool(times) and max(times) > _LONG_RUN_S
-    unit = _SECONDS_PER_MINUTE if in_minutes else 1
-    time_label = f"{'minutes' if in_minutes else 'seconds'} of training"
-    for axis, label, scale, title in (
-        (TRAIN_TOKENS, "tokens", 1, "Loss by tokens"),
-        ("step", "optimizer steps", 1, "Loss by steps"),
-        (THROUGHPUT_TRAINING_TIME_S, time_label, unit, "Loss by time"),
-    ):
+    is_fair = has_one_tokenizer(runs)
+    charts, choices = [], []
+    for axis in _axes(runs):
+        in_bits = axis.name == "bytes" or (not is_fair and _all_in_bits(runs))
         lines = []
         for place, run in enumerate(runs):
-            for key, has_marks in ((TRAIN_LOSS, False), (VAL_LOSS, True)):
-                points = [(x / scale, y) for x, y in run.curve(key, axis)]
+            per_token = run.bytes_per_token()
+            if axis.name == "bytes" and per_token is None:
+                continue
+            x_scale = (per_token or 1.0) if axis.name == "bytes" else axis.scale
+            y_scale = 1 / (math.log(2) * per_token) if in_bits and per_token else 1.0
+            val_key = VAL_BITS_PER_BYTE if in_bits else VAL_LOSS
+            for key, scale, has_marks in ((TRAIN_LOSS, y_scale, False), (val_key, 1.0, True)):
+                points = [(x * x_scale, y * scale) for x, y in run.curve(key, axis.key)]
                 if len(points) > (not has_marks):
                     lines.append(Line(place, points, has_marks))
         if lines:
-            charts.append(Chart(title, line_chart(lines, label, "nats per token")))
+            unit = "bits per byte" if in_bits else "nats per token"
+            title = f"{'Bits per byte' if in_bits else 'Loss'} by {axis.name}"
+            charts.append(Chart(title, line_chart(lines, axis.label, unit)))
+            choices.append(axis.name)
     if not charts:
         return "Learning curves: no loss was logged before the run ended."
-    blocks.append(Charts(charts))
+    chosen = choices.index("bytes") if not is_fair and "bytes" in choices else 0
+    blocks.append(Charts(charts, choices=choices, chosen=chosen))
     for run in runs:
         if (step := run.diverged_at()) is not None:
             blocks.append(Note(f"{run.name}: the loss is no number from step {step:,} on."))
         if not run.values(VAL_LOSS):
             blocks.append(Note(f"{run.name}: it ended before its first validation, or has none."))
-    if not has_one_tokenizer(runs):
-        blocks.append(Note(f"The runs have different tokenizers: {NOT_COMPARABLE}."))
+    if (remark := tokenizer_remark(runs)) is not None:
+        blocks.append(Note(remark))
     lead = "Thin lines are training loss, marked ones validation loss."
     return Section("learning", "Learning", lead, blocks)
+
+
+class _Axis(NamedTuple):
+    """What curves go by: a logged key, and what its values are multiplied with."""
+
+    name: str
+    key: str
+    label: str
+    scale: float = 1.0
+
+
+def _axes(runs: Sequence[Run]) -> tuple[_Axis, ...]:
+    times = [x for run in runs for x in run.values(THROUGHPUT_TRAINING_TIME_S)]
+    in_minutes = bool(times) and max(times) > _LONG_RUN_S
+    label = f"{'minutes' if in_minutes else 'seconds'} of training"
+    scale = 1 / _SECONDS_PER_MINUTE if in_minutes else 1.0
+    return (
+        _Axis("tokens", TRAIN_TOKENS, "tokens"),
+        _Axis("bytes", TRAIN_TOKENS, "bytes of text"),
+        _Axis("steps", "step", "optimizer steps"),
+        _Axis("time", THROUGHPUT_TRAINING_TIME_S, label, scale),
+    )
+
+
+def _all_in_bits(runs: Sequence[Run]) -> bool:
+    return all(run.bytes_per_token() and bits_per_byte(run) is not None for run in runs)
 
 
 def memory_section(runs: Sequence[Run]) -> Section | str | None:
@@ -110,6 +143,7 @@ def memory_section(runs: Sequence[Run]) -> Section | str | None:
     ]
     if not any(any(parts.values()) for parts in held):
         return "Memory by phase: nothing was logged; callbacks.MemoryMonitor logs it."
+    logged = [part for part in _PARTS if any(parts[part] for parts in held)]
     tops = [max(sum(parts[p] for p in names) for names in _PHASES.values()) for parts in held]
     charts, rows = [], []
     for place, (run, parts) in enumerate(zip(runs, held, strict=True)):
@@ -124,10 +158,10 @@ def memory_section(runs: Sequence[Run]) -> Section | str | None:
         limit = 1.08 * (tops[place] if is_small else max(tops))
         caption = "On a scale of its own." if is_small else ""
         charts.append(Chart(run.name, bar_chart(bars, "MiB", limit), caption))
-        cells = [number(f"{parts[part]:,.2f}" if parts[part] else "-") for part in _PARTS]
+        cells = [number(f"{parts[part]:,.2f}" if parts[part] else "-") for part in logged]
         measured = number("-" if peak is None else format_bytes(peak))
         rows.append([Cell(run.name, run=place), *cells, measured])
-    head = [Cell(""), *(number(f"{part}, MiB") for part in _PARTS), number("measured peak")]
+    head = [Cell(""), *(number(f"{part}, MiB") for part in logged), number("measured peak")]
     blocks: list[Block] = [Charts(charts, parts=_PARTS), Table(head, rows)]
     lead = (
         "What a training step holds, by part: the largest value that was logged. The measured peak"

@@ -7,7 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fingpt_lightning.metric_keys import THROUGHPUT_TRAINING_TIME_S, TRAIN_LOSS
+from fingpt_lightning.metric_keys import (
+    THROUGHPUT_TRAINING_TIME_S,
+    TRAIN_BYTES,
+    TRAIN_LOSS,
+    TRAIN_TOKENS,
+)
 from fingpt_lightning.pipeline import Pass, Work
 from fingpt_lightning.reporting.answers import (
     StoredResult,
@@ -74,6 +79,13 @@ class Run(NamedTuple):
             if place is not None and value is not None and math.isfinite(value):
                 points.append((place, value))
         return points
+
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text that a training token stands for; None where they were not logged."""
+        for row in reversed(self.rows):
+            if row.get(TRAIN_TOKENS) and TRAIN_BYTES in row:
+                return row[TRAIN_BYTES] / row[TRAIN_TOKENS]
+        return None
 
     def diverged_at(self) -> int | None:
         """The first step whose loss is not a finite number; None where all are."""

@@ -4,15 +4,14 @@ import argparse
 import asyncio
 import os
 import socket
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from typing_extensions import override
 
-from fingpt_lightning.serving.options import API_KEY, is_loopback
+from fingpt_lightning.serving.options import API_KEY, is_loopback, served_name
 from fingpt_lightning.tasks import Task, find_task
-from fingpt_lightning.tasks.library import task_names
+from fingpt_lightning.tasks.library import find_label_task, task_names
 from fingpt_lightning.units import MIB
 
 _EXTRA = "fingpt serve needs FastAPI and uvicorn: pip install 'fingpt-lightning[serve]'"
@@ -36,9 +35,7 @@ def run(options: argparse.Namespace) -> None:
     except ImportError:
         raise ImportError(_EXTRA) from None
     tasks = _tasks(options.tasks)
-    name = options.name or Path(options.model.rstrip("/")).name
-    if options.adapters and name in options.adapters:
-        raise ValueError(f"--adapters {name}: the model has this name; give it another by --name")
+    name = served_name(options)
     # Before the model is loaded: a taken port is told at once.
     with _listening(options.host, options.port) as listener:
         from fingpt_lightning.deploy.loading import load_with_adapters
@@ -123,11 +120,11 @@ async def _serve(server: Any, listener: socket.socket) -> None:
 
 def _tasks(names: list[str] | None) -> dict[str, Task]:
     """The tasks with labels among those named; all shipped ones where none are."""
-    found = [find_task(name) for name in names or task_names()]
-    for task in found:
-        if names and task.kind != "labels":
-            raise ValueError(f"--tasks: {task.name} is of kind {task.kind}: it has no labels")
-    return {task.name: task for task in found if task.kind == "labels"}
+    if names:
+        found = [find_label_task(name) for name in names]
+    else:
+        found = [task for name in task_names() if (task := find_task(name)).kind == "labels"]
+    return {task.name: task for task in found}
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import os
+from pathlib import Path
 
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
@@ -54,19 +55,26 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         words: Part of the command line after the command.
 
     Raises:
-        WrongOptions: An option is unknown, missing or has an invalid value, or others could reach
-            the server without a key.
+        WrongOptions: An option is unknown, missing or has an invalid value, an adapter has the
+            name of the model, or others could reach the server without a key.
         SystemExit: With status 0, after ``--help`` has been answered.
     """
     options = build_parser().read(words)
     if options.adapter and options.adapters:
         raise WrongOptions("--adapter and --adapters: give one of them")
+    if options.adapters and (name := served_name(options)) in options.adapters:
+        raise WrongOptions(f"--adapters {name}: the model has this name; give it another by --name")
     if not is_loopback(options.host) and not os.environ.get(API_KEY):
         raise WrongOptions(
             f"--host {options.host} can be reached from other machines: set {API_KEY} to a key that"
             " requests have to name"
         )
     return options
+
+
+def served_name(options: argparse.Namespace) -> str:
+    """The name under which the model itself is served."""
+    return options.name or Path(options.model.rstrip("/")).name
 
 
 def is_loopback(host: str) -> bool:

@@ -1,6 +1,6 @@
 """Pipelined model parallelism: the blocks of one network on several devices."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -418,6 +418,16 @@ class PipelineStrategy(PipelineProcesses):
     def parameters_changed(self) -> None:
         """Takes note that the module lost parameters; the ranks of a pipeline call it together."""
         self._names = None
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The parameters that this rank answers for: of all stages together each is there once."""
+        return list(self._own_names())
+
+    def over_stages(self, counts: Sequence[int]) -> list[int]:
+        """Counts added up over the stages; the ranks of a pipeline call it together."""
+        summed = torch.tensor(counts, dtype=torch.int64, device=self.root_device)
+        dist.all_reduce(summed, group=self._pipeline_group)
+        return [int(count) for count in summed]
 
     def _whole_names(self) -> WholeNames:
         if self._names is None:

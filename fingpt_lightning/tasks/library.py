@@ -85,6 +85,19 @@ def find_scored_task(name: str | Path) -> Task:
     return task
 
 
+def find_label_task(name: str | Path) -> Task:
+    """A task whose answers are labels, as `find_task` finds it.
+
+    Raises:
+        ValueError: No such task is shipped, or it is of another kind.
+        FileNotFoundError: A path does not exist.
+    """
+    task = find_task(name)
+    if task.kind != "labels":
+        raise ValueError(f"task {task.name} is of kind {task.kind}: it has no labels to give")
+    return task
+
+
 def _read_task(path: Path) -> Task:
     if not _NAME.fullmatch(path.stem):
         raise ValueError(f"{path}: a task is named by its file: a-z, 0-9 and _, a letter first")

@@ -137,8 +137,8 @@ class _Adapter(PlainModule):
 class _Bytes(LightningDataModule):
     """Knows its bytes per token."""
 
-    def val_bytes_per_token(self) -> float | None:
-        return 4.0
+    def bytes_per_token(self, split: str) -> float | None:
+        return {"val": 4.0}[split]
 
     @override
     def train_dataloader(self) -> Any:

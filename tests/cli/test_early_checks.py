@@ -24,6 +24,7 @@ from fingpt_lightning.terminal import inputs
 
 _FIT = ("fit", "--config", "debug_quickstart", "--trainer.logger", "false")
 _TUNE = ("fit", "--config", "debug_finetune_smollm2_fpb", "--trainer.logger", "false")
+_COMPRESS = "compress --model ./none --size .5 --output out"
 _FILES = {
     "key.yaml": "model:\n  init_args:\n    lerning_rate: 0.1\n",
     "group.yaml": "trainr:\n  max_steps: 3\n",
@@ -143,8 +144,29 @@ WRONG = (
     "export --model ./none --format hf --output out --prompts none.txt",
     "report none",
     "serve --model ./none --prt 3",
+    "serve --model ./none --port 0",
+    "serve --model ./none --port many",
+    "serve --model ./none --tasks fpd",
+    "serve --model ./none --tasks piqa",
+    "serve --model ./none --tasks own.yaml",
+    "serve --model ./none --adapters none=folder",
+    "serve --model ./none --adapters folder",
     "compare one other --outptu x",
+    "compare one",
+    "compare one other",
+    "compare sets texts.csv",
+    "compare sets one",
+    "compare one other --output x.htm",
+    "compare one other --output none/x.html",
     "compress --model ./none --outptu x",
+    f"{_COMPRESS} --calibration texts.csv --size 2",
+    f"{_COMPRESS} --calibration texts.csv --format nf5",
+    f"{_COMPRESS} --calibration texts.csv --limit 3",
+    f"{_COMPRESS} --calibration none.jsonl",
+    f"{_COMPRESS} --calibration task:fpd",
+    f"{_COMPRESS} --calibration task:fpb --texts none.txt",
+    f"{_COMPRESS} --calibration task:fpb --tasks fpd",
+    f"{_COMPRESS} --calibration task:fpb --tasks fpb --data_dir sets",
     "report texts.csv",
     "report none --outptu x",
     "sweep none",

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fingpt_lightning.data import text_blocks, tokenizing
+from fingpt_lightning.data import tokenizing
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.blocks import ResumableDataLoader
 from fingpt_lightning.data.synthetic_news import synthetic_news
 from fingpt_lightning.data.text_blocks import TextBlocks
+from fingpt_lightning.data.text_sources import MixturePart
+from fingpt_lightning.data.token_cache import TokenFile
 
 
 class _Recorder(LightningModule):
@@ -108,19 +111,35 @@ def test_null_trains_on_synthetic_news(tmp_path: Path) -> None:
     assert int(batch["input_ids"].max()) < 300
 
 
-def test_bytes_per_token_are_those_of_the_validation_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_per_token_are_those_of_the_text(tmp_path: Path) -> None:
+    texts = ["Umsatz stieg um 5 € auf 12 €.", "x" * 700, "", "日本銀行は金利を据え置いた。" * 90]
+    path = _write_jsonl(tmp_path / "train.jsonl", texts)
+    data = _ready(_data(tmp_path, train_files=path, val_files=path, block_length=4))
+    num_bytes = sum(len(text.encode()) for text in texts)
+    for split in ("train", "val", "test"):
+        (file,) = data._opened(split)
+        assert file.num_bytes == num_bytes
+        assert data.bytes_per_token(split) == num_bytes / file.num_tokens
+    again = _ready(_data(tmp_path, train_files=path, val_files=path, block_length=4))
+    assert again.bytes_per_token("val") == data.bytes_per_token("val")
+
+
+def test_bytes_of_a_mixture_count_by_its_weights_and_old_caches_know_none(tmp_path: Path) -> None:
     data = _ready(_data(tmp_path))
-    assert data.tokenizer is not None
-    (file,) = data._opened("val")
-    ids = file.open().tolist()
-    text = str(data.tokenizer.decode(ids, skip_special_tokens=True))
-    assert 1 < len(text.encode()) / len(ids) < 8
-    assert data.val_bytes_per_token() == len(text.encode()) / len(ids)
-    first = str(data.tokenizer.decode(ids[:7], skip_special_tokens=True))
-    monkeypatch.setattr(text_blocks, "_DECODED_TOKENS", 7)
-    assert data.val_bytes_per_token() == len(first.encode()) / 7
+    counts = [(100, 400), (300, 600)]
+    data._token_files["train"] = tuple(
+        TokenFile(tmp_path / "x.bin", "uint16", tokens, 1, 0, num_bytes)
+        for tokens, num_bytes in counts
+    )
+    assert data.bytes_per_token("train") == pytest.approx(1000 / 400)
+    parts: list[MixturePart] = [
+        {"name": "a", "files": "a.txt", "weight": 3.0},
+        {"name": "b", "files": "b.txt", "weight": 1.0},
+    ]
+    data.sources = replace(data.sources, mixture=parts)
+    assert data.bytes_per_token("train") == pytest.approx(0.75 * 4 + 0.25 * 2)
+    data._token_files["val"] = (TokenFile(tmp_path / "x.bin", "uint16", 10, 1, 0),)
+    assert data.bytes_per_token("val") is None
 
 
 def test_the_tokenizer_reference_knows_its_tokenizer_again(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_batches_are_encoded_at_once_and_read_ahead_within_bounds(
 
     def encode(batch: list[Piece], *_: object) -> EncodedBatch:
         both.wait()
-        return EncodedBatch(np.zeros(1, np.uint16), len(batch), 0, 0)
+        return EncodedBatch(np.zeros(1, np.uint16), len(batch), 0, 0, 0)
 
     class Counted(SyntheticCorpus):
         def pieces(self) -> Iterator[Piece]:

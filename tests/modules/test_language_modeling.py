@@ -162,6 +162,29 @@ def test_validation_weighs_every_token_the_same(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[2], rel=1e-12)
 
 
+class _CountedBytes(TokenData):
+    """Knows the bytes of its splits."""
+
+    def bytes_per_token(self, split: str) -> float | None:
+        return {"train": 2.5, "val": 4.0, "test": 5.0}[split]
+
+
+def test_bits_per_byte_are_logged_where_the_data_know_their_bytes(tmp_path: Path) -> None:
+    module = _module(vocab_size=TokenData(2).vocabulary_size)
+    trainer = _trainer(tmp_path, max_steps=2, limit_val_batches=1, val_check_interval=2)
+    trainer.fit(module, datamodule=_CountedBytes(2))
+    logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    bits = logged["val/loss"] / math.log(2) / 4
+    assert logged["val/bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert logged["train/bytes"] == 2.5 * module.tokens_seen > 0
+    (tested,) = _trainer(tmp_path).test(module, datamodule=_CountedBytes(2), verbose=False)
+    bits = tested["test/loss"] / math.log(2) / 5
+    assert tested["test/bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert "train/bytes" not in tested
+    (tested,) = _trainer(tmp_path).test(module, datamodule=TokenData(2), verbose=False)
+    assert "test/bits_per_byte" not in tested
+
+
 @pytest.mark.parametrize("verb", ["validate", "test"])
 def test_a_split_whose_loss_is_no_number_has_no_result(tmp_path: Path, verb: str) -> None:
     module = _module(vocab_size=TokenData(2).vocabulary_size)

@@ -76,3 +76,22 @@ def test_watch_of_a_finished_run_writes_once(
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it sleeps"))
     run = make_run(tmp_path / "mine", 4)
     assert _run(capsys, "report", run, "--output", tmp_path / "x.html", "--watch")[0] == 0
+
+
+def test_ctrl_c_ends_a_watch_with_a_page_that_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, page = make_run(tmp_path / "mine", 4, is_finished=False), tmp_path / "page.html"
+
+    def interrupt(seconds: float | int) -> None:
+        assert 'http-equiv="refresh" content="10"' in page.read_text()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    status, text = _run(capsys, "report", run, "--output", page, "--watch")
+    assert status == 0
+    assert "interrupted" not in text
+    assert f"{page}: " in text.splitlines()[-1]
+    assert page.read_text().rstrip().endswith("</html>")
+    assert "http-equiv" not in page.read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["page.html"]

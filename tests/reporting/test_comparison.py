@@ -8,6 +8,7 @@ import pytest
 
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.evaluation.metrics import label_metrics
+from fingpt_lightning.reporting import charts
 from fingpt_lightning.reporting.comparison import comparison_page
 from fingpt_lightning.reporting.page import Table
 
@@ -108,6 +109,34 @@ def test_pages_are_written_as_html_and_markdown(
         assert "p-values are not corrected for the number of comparisons" in page
         assert "ffffffffffff" in page
     assert "| result | " in markdown
+    assert html.count("<svg") == 2
+    for text in ("fpb: macro F1", "Difference from a/out", "Bars hold 95 %.", "b/out"):
+        assert text in html
+
+
+def test_a_picture_has_the_figures_and_intervals_of_the_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[list[charts.Interval], float | None]] = []
+
+    def draw(intervals: list[charts.Interval], *_: str, **words: Any) -> str:
+        drawn.append((intervals, words.get("reference")))
+        return "<svg></svg>"
+
+    monkeypatch.setattr(charts, "interval_chart", draw)
+    paths = [_make(tmp_path / "base", 1, 0.3), _make(tmp_path / "tuned", 2, 0.9)]
+    page = comparison_page(paths, has_pictures=True)
+    figures, differences, _ = (
+        block for s in page.sections for block in s.blocks if isinstance(block, Table)
+    )
+    (values, no_line), (gains, line) = drawn
+    assert (no_line, line) == (None, 0.0)
+    assert [one.label for one in (*values, *gains)] == ["base", "tuned", "tuned"]
+    for one, row in zip(values, figures.rows, strict=True):
+        assert row[1].text == f"{one.value:.3f} ({one.low:.3f}-{one.high:.3f})"
+    (gain,) = gains
+    text = f"{gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+    assert differences.rows[0][1].text == text
 
 
 def test_what_differs_beside_the_rows_is_said(
@@ -169,7 +198,7 @@ def test_wrong_paths_and_options_are_one_line(
         ((base, bare), 1, "predictions.jsonl is not there: results are compared row by row"),
         ((base, alone), 1, "no two results have a task in common (base: fpb; alone: tfns)"),
         ((base, other, "--tasks", "fbp"), 1, "task 'fbp' is not one that two results have; did y"),
-        ((base, other, "--output", tmp_path / "x.htm"), 1, "ends in none of .html, .md; did you"),
+        ((base, other, "--output", tmp_path / "x.htm"), 2, "ends in none of .html, .md; did you"),
         ((base, other, "--output", tmp_path / "no" / "x.md"), 1, "there is no folder"),
         ((base, other, "--outptu", "x.md"), 2, "did you mean --output?"),
         ((), 2, "required: RESULTS"),

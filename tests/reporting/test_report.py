@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -7,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fingpt_lightning.reporting import write_report
+from fingpt_lightning.reporting.files import read_metrics
 from fingpt_lightning.reporting.report import write_page
 from tests.reporting.folders import (
     make_evaluation,
@@ -227,11 +229,12 @@ def test_a_sweep_record_without_its_keys_is_named(tmp_path: Path) -> None:
         _report(tmp_path, tmp_path)
 
 
-def _with_tokenizer(run: Path, text: str, bits: float) -> Path:
+def _with_tokenizer(run: Path, text: str, bits: float | None) -> Path:
     (run / "tokenizer").mkdir()
     (run / "tokenizer" / "tokenizer.json").write_text(text)
     summary = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").write_text(json.dumps(summary | {"val_bits_per_byte": bits}))
+    summary |= {} if bits is None else {"val_bits_per_byte": bits}
+    (run / "summary.json").write_text(json.dumps(summary))
     return run
 
 
@@ -255,10 +258,62 @@ def test_losses_of_two_tokenizers_are_not_ranked(same: bool, tmp_path: Path) -> 
     assert "fewest bits per byte" in html
 
 
-def test_curves_stand_over_tokens_steps_and_time(tmp_path: Path) -> None:
+def _with_bytes(run: Path, per_token: float, tokenizer: str | None = None) -> Path:
+    """Rewrites a run's rows as where the data know their bytes."""
+    rows = [dict(row) for row in read_metrics(run / "metrics.csv")]
+    tokens = 0.0
+    for row in rows:
+        tokens = row.get("train/tokens", tokens)
+        if "val/loss" in row:
+            bits = row["val/loss"] / math.log(2) / per_token
+            row |= {"val/bits_per_byte": bits, "train/bytes": tokens * per_token}
+            row |= {"train/tokens": tokens}
+    write_metrics(run / "metrics.csv", rows)
+    return run if tokenizer is None else _with_tokenizer(run, tokenizer, None)
+
+
+def _choices(html: str) -> list[tuple[str, bool]]:
+    """Names of the switch, and which one is on."""
+    found = re.findall(r'<input type="radio"[^>]*?( checked)?><label[^>]*>(.*?)</label>', html)
+    return [(name, bool(checked)) for checked, name in found]
+
+
+def test_curves_stand_over_tokens_bytes_steps_and_time(tmp_path: Path) -> None:
     html = _report(tmp_path, make_run(tmp_path / "mine"), make_run(tmp_path / "other"))
     for title in ("Loss by tokens", "Loss by steps", "Loss by time"):
         assert f"<h3>{title}</h3>" in html
+    assert _choices(html) == [("tokens", True), ("steps", False), ("time", False)]
+    html = _report(tmp_path, _with_bytes(tmp_path / "mine", 4.0))
+    assert [name for name, _ in _choices(html)] == ["tokens", "bytes", "steps", "time"]
+    assert "<h3>Bits per byte by bytes</h3>" in html
+    assert "<h3>Loss by tokens</h3>" in html
+    assert "<script" not in html
+    _Page(html)
+    css = "".join(re.findall(r"<style>(.*?)</style>", html, flags=re.DOTALL))
+    for place in range(1, 5):  # what is checked is shown
+        chart = f"figure:nth-of-type({place})"
+        assert f"input:nth-of-type({place}):checked ~ .charts > {chart}" in css
+
+
+def test_curves_of_two_tokenizers_are_in_bits_per_byte(tmp_path: Path) -> None:
+    one = _with_bytes(make_run(tmp_path / "one"), 4.0, "a")
+    other = make_run(tmp_path / "other")
+    html = _report(tmp_path, one, _with_bytes(other, 3.0, "b"))
+    assert dict(_choices(html))["bytes"]
+    for axis in ("tokens", "bytes", "steps", "time"):
+        assert f"<h3>Bits per byte by {axis}</h3>" in html
+    assert _row(html, "bits per byte") == ["number best", "number"]
+    assert "not comparable, bits per byte are." in html
+
+
+def test_two_tokenizers_without_bytes_are_not_ranked_and_it_says_why(tmp_path: Path) -> None:
+    one = _with_bytes(make_run(tmp_path / "one"), 4.0, "a")
+    other = _with_tokenizer(make_run(tmp_path / "other", final_loss=4.5), "b", None)
+    html = _report(tmp_path, one, other)
+    for title in ("last validation loss", "best validation loss", "bits per byte"):
+        assert _row(html, title) == ["number", "number"]
+    assert "bits per byte would be, which are not known of other." in html
+    assert "<h3>Loss by tokens</h3>" in html
 
 
 def test_a_finetuning_has_its_adapter_in_place_of_a_dense_baseline(tmp_path: Path) -> None:

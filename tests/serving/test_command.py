@@ -114,7 +114,7 @@ def _try_page(url: str, folder: Path) -> None:
         (["--port", "TAKEN"], 1, "Address already in use"),
         (["--tasks", "fbp"], 1, "did you mean fpb"),
         (["--tasks", "piqa"], 1, "piqa is of kind choices: it has no labels"),
-        (["--adapters", "base=nowhere"], 1, "the model has this name; give it another by --name"),
+        (["--adapters", "base=nowhere"], 2, "the model has this name; give it another by --name"),
         (["--adapters", "ann=nowhere", "--port", "0"], 1, "nowhere"),
     ],
 )
