@@ -173,8 +173,9 @@ class RoutedLinear(nn.Module):
     def _with_own(self, active: _Stacked, x: Tensor, y: Tensor) -> Tensor:
         """Adds to each row what its own client gives, from the products with all clients."""
         stack, is_foreign_BK, client_B = active
+        given_BTK = F.linear(x.flatten(0, 1), stack.down).view(*x.shape[:2], -1)
         # Not a product with zero: another client's may be infinite.
-        own_BTK = F.linear(x, stack.down).masked_fill_(is_foreign_BK[:, None], 0)
+        own_BTK = given_BTK.masked_fill_(is_foreign_BK[:, None], 0)
         made = y.flatten(0, 1).addmm_(own_BTK.flatten(0, 1), stack.up.T).view(y.shape)
         if stack.factor is None:
             return made
