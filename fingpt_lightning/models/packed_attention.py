@@ -39,8 +39,8 @@ its backward pass are started in 0.15 ms, in which 30 TFLOP/s compute half a mil
 """
 
 
-KeysAndValues: TypeAlias = tuple[Float[Tensor, "H N F"], Float[Tensor, "H N F"]]
-"""What attention of one layer keeps of some tokens."""
+KeysAndValues: TypeAlias = tuple[Tensor, Tensor]
+"""What attention of one layer keeps of some tokens, with the axes heads, tokens, features."""
 
 
 class PackedBucket(NamedTuple):

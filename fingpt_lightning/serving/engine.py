@@ -78,6 +78,8 @@ class Completing:
         num_logprobs: Number of likeliest tokens whose log probabilities are wanted beside that of
             the one chosen; None is neither.
         stream: Number of the text among those of one prompt: each has draws of its own.
+        is_streamed: Whether pieces are wanted while the text is written; else one with the log
+            probabilities, if any, comes before the end.
     """
 
     tokens: Sequence[int]
@@ -88,6 +90,7 @@ class Completing:
     adapter: str | None = None
     num_logprobs: int | None = None
     stream: int = 0
+    is_streamed: bool = True
     is_cancelled: bool = False
     deadline_s: float = field(default=float("inf"))
 
@@ -400,7 +403,8 @@ class Engine:
         self.counts.new_tokens += 1
         if job.num_logprobs is not None:
             writing.scores.append(_score(token, logits_V, job.num_logprobs))
-        piece = writing.text.add(token)
+        is_read = job.is_streamed or bool(job.stops)
+        piece = writing.text.add(token) if is_read else writing.text.keep(token)
         if writing.text.has_stopped or writing.num_new == job.max_new_tokens:
             if piece:
                 self._give(writing, piece)
@@ -410,7 +414,9 @@ class Engine:
             self._give(writing, piece)
         return False
 
-    def _give(self, writing: _Writing, piece: str) -> None:
+    def _give(self, writing: _Writing, piece: str, *, is_last: bool = False) -> None:
+        if not (writing.job.is_streamed or is_last):
+            return
         self._tell(writing.job, Piece(piece, tuple(writing.scores)))
         writing.scores = []
 
@@ -418,8 +424,8 @@ class Engine:
         rest = writing.text.finish()
         if writing.text.has_stopped:
             reason = "stop"
-        if rest or writing.scores:
-            self._give(writing, rest)
+        if writing.scores or (rest and writing.job.is_streamed):
+            self._give(writing, rest, is_last=True)
         self.counts.finished += 1
         self._tell(writing.job, Finished(reason, writing.num_new, writing.text.text))
 
