@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fingpt_lightning.models.decoding import run_prompts
-from fingpt_lightning.models.key_value_cache import preallocated_cache
+from fingpt_lightning.models.key_value_cache import PreallocatedLayer, preallocated_cache
 from fingpt_lightning.models.packed_attention import use_packed_attention
 from fingpt_lightning.models.packed_prompts import packed_order, run_packed_prompts
 from tests.models.tiny_models import TINY, VOCABULARY
@@ -25,6 +25,7 @@ def test_packed_prompts_have_the_states_keys_and_values_of_prompts_alone(family:
         torch.testing.assert_close(made.hidden[place], hidden, rtol=0, atol=1e-5)
         layers = made.keys_and_values(place)
         for layer, (keys, values) in zip(cache.layers, layers, strict=True):
+            assert isinstance(layer, PreallocatedLayer)
             assert layer.keys is not None
             assert layer.values is not None
             torch.testing.assert_close(keys, layer.keys[0], rtol=0, atol=1e-5)
