@@ -1,6 +1,7 @@
 """Many adapters on one base: loaded and unloaded while it runs, mixed in one batch.
 
-Axes: B rows, T tokens, I in_features, O out_features, R rank.
+Axes: B rows, T tokens, I in_features, O out_features, R rank, K ranks of several clients, C
+clients and the base.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -42,8 +43,12 @@ class LayerAdapter(NamedTuple):
         return self.down.nbytes + self.up.nbytes + factor
 
 
-_MOST_GROUPS = 8
-"""Clients of a batch whose rows are added group by group; with more, each row has a copy."""
+_MOST_STACKED = 8
+"""Clients whose factors are stacked: each row is multiplied by all of them, and keeps its own."""
+
+
+_MOST_COPIES = 4
+"""Rows per client up to which each row has a copy of its factors, where there are many clients."""
 
 
 class _Active(NamedTuple):
@@ -57,11 +62,59 @@ class _Active(NamedTuple):
     factor: Tensor | None
 
 
+class _Stack(NamedTuple):
+    """The factors of several clients below each other; K is the sum of their ranks.
+
+    ``factor`` has a row per client, and a last one of ones.
+    """
+
+    clients: tuple[str, ...]
+    ranks: tuple[int, ...]
+    down: Float[Tensor, "K I"]
+    up: Float[Tensor, "O K"]
+    factor: Float[Tensor, "C O"] | None
+
+
+class _Stacked(NamedTuple):
+    """A stack, which of its ranks are not those of each row, and the client of each row."""
+
+    stack: _Stack
+    is_foreign: Tensor
+    clients: Tensor
+
+
 class _Groups(NamedTuple):
     """The rows of each client in a batch of so many, and what is added to them."""
 
     num_rows: int
     parts: tuple[tuple[Tensor, _Active], ...]
+
+
+class _Batch:
+    """The clients of a batch's rows, for all layers.
+
+    Args:
+        names: Names of the rows' clients.
+        clients: Names in the order of stacks.
+        device: Device of the network.
+    """
+
+    def __init__(
+        self, names: Sequence[str | None], clients: tuple[str, ...], device: torch.device
+    ) -> None:
+        self.names, self.clients = names, clients
+        places = {name: place for place, name in enumerate(clients)}
+        found = [len(clients) if name is None else places[name] for name in names]
+        self.client_B = torch.tensor(found, device=device)
+        self._is_foreign: dict[tuple[int, ...], Tensor] = {}
+
+    def is_foreign(self, ranks: tuple[int, ...]) -> Bool[Tensor, "B K"]:
+        """Which ranks of a stack are those of other rows' clients."""
+        if ranks not in self._is_foreign:
+            owners = [place for place, rank in enumerate(ranks) for _ in range(rank)]
+            owner_K = torch.tensor(owners, device=self.client_B.device)
+            self._is_foreign[ranks] = self.client_B[:, None] != owner_K
+        return self._is_foreign[ranks]
 
 
 class RoutedLinear(nn.Module):
@@ -77,7 +130,8 @@ class RoutedLinear(nn.Module):
         super().__init__()
         self.base_layer, self.in_features, self.out_features = base_layer, in_features, out_features
         self.adapters: dict[str, LayerAdapter] = {}
-        self.active: _Active | _Groups | None = None
+        self.active: _Active | _Stacked | _Groups | None = None
+        self._stack: _Stack | None = None
 
     @property
     def bias(self) -> Tensor | None:
@@ -86,18 +140,46 @@ class RoutedLinear(nn.Module):
         return cast("Tensor | None", getattr(last or self.base_layer, "bias", None))
 
     def forward(self, x: Float[Tensor, "B T I"]) -> Float[Tensor, "B T O"]:
-        """Cost: 2 R (I + O) floating-point operations per token beside those of the base."""
+        """Cost: 2 R (I + O) floating-point operations per token beside those of the base.
+
+        R is the sum of the ranks where the factors of several clients are stacked.
+        """
         y: Tensor = self.base_layer(x)
         if self.active is None:
             return y
-        if isinstance(self.active, _Groups):
-            self._check_rows(self.active.num_rows, x)
+        if isinstance(self.active, _Active) and self.active.down.ndim == 2:
+            return self._added(self.active, x, y)
+        # Tokens of a packed sequence are so many rows of one token.
+        shape, num_rows = y.shape, self._num_rows()
+        if len(x) == 1 and x.shape[1] == num_rows:
+            x, y = x.transpose(0, 1), y.transpose(0, 1)
+        if num_rows != len(x):
+            raise ValueError(f"a batch of {len(x)} rows with adapters for {num_rows}")
+        if isinstance(self.active, _Stacked):
+            y = self._with_own(self.active, x, y)
+        elif isinstance(self.active, _Groups):
             for rows, active in self.active.parts:
                 y = y.index_copy(0, rows, self._added(active, x[rows], y[rows]))
-            return y
-        if self.active.down.ndim > 2:
-            self._check_rows(len(self.active.down), x)
-        return self._added(self.active, x, y)
+        else:
+            y = self._added(self.active, x, y)
+        return y.reshape(shape)
+
+    def _num_rows(self) -> int:
+        if isinstance(self.active, _Groups):
+            return self.active.num_rows
+        assert self.active is not None
+        return len(self.active[1] if isinstance(self.active, _Stacked) else self.active.down)
+
+    def _with_own(self, active: _Stacked, x: Tensor, y: Tensor) -> Tensor:
+        """Adds to each row what its own client gives, from the products with all clients."""
+        stack, is_foreign_BK, client_B = active
+        given_BTK = F.linear(x.flatten(0, 1), stack.down).view(*x.shape[:2], -1)
+        # Not a product with zero: another client's may be infinite.
+        own_BTK = given_BTK.masked_fill_(is_foreign_BK[:, None], 0)
+        made = y.flatten(0, 1).addmm_(own_BTK.flatten(0, 1), stack.up.T).view(y.shape)
+        if stack.factor is None:
+            return made
+        return self._scaled(made, stack.factor[client_B][:, None])
 
     def _added(self, active: _Active, x: Tensor, y: Tensor) -> Tensor:
         down, up, factor = active
@@ -105,18 +187,15 @@ class RoutedLinear(nn.Module):
             y = y + F.linear(F.linear(x, down), up)
         else:
             y = torch.baddbmm(y, torch.bmm(x, down.mT), up.mT)
-        if factor is not None:
-            y = y * factor
-            if (bias := self.bias) is not None:
-                y = y + bias * (1 - factor)
-        return y
+        return y if factor is None else self._scaled(y, factor)
 
-    def _check_rows(self, num_rows: int, x: Tensor) -> None:
-        if num_rows != len(x):
-            raise ValueError(f"a batch of {len(x)} rows with adapters for {num_rows}")
+    def _scaled(self, y: Tensor, factor: Tensor) -> Tensor:
+        y = y * factor
+        return y if self.bias is None else y + self.bias * (1 - factor)
 
-    def activate(self, names: Sequence[str | None], dtype: torch.dtype) -> None:
+    def activate(self, batch: _Batch, dtype: torch.dtype) -> None:
         """Prepares for a batch: one name per row, or one for all."""
+        names = batch.names
         there = [self.adapters.get(name) if name is not None else None for name in names]
         clients = {name: adapter for name, adapter in zip(names, there, strict=True) if adapter}
         if not clients:
@@ -124,7 +203,11 @@ class RoutedLinear(nn.Module):
         elif len(names) == 1:
             (adapter,) = clients.values()
             self.active = _ready(adapter, dtype)
-        elif len(clients) <= _MOST_GROUPS:
+        elif len(batch.clients) <= _MOST_STACKED and (stack := self._stacked(batch, dtype)):
+            self.active = _Stacked(stack, batch.is_foreign(stack.ranks), batch.client_B)
+        elif len(names) <= _MOST_COPIES * len(clients):
+            self.active = self._copies(there, dtype)
+        else:
             parts = []
             for name, adapter in clients.items():
                 rows = [row for row, of_row in enumerate(names) if of_row == name]
@@ -132,8 +215,30 @@ class RoutedLinear(nn.Module):
                     (torch.tensor(rows, device=adapter.down.device), _ready(adapter, dtype))
                 )
             self.active = _Groups(len(names), tuple(parts))
-        else:
-            self.active = self._copies(there, dtype)
+
+    def deactivate(self) -> None:
+        """Answers as the base, and frees what was made for a batch."""
+        self.active = self._stack = None
+
+    def _stacked(self, batch: _Batch, dtype: torch.dtype) -> _Stack | None:
+        """The factors of the batch's clients; None where one is not finite."""
+        if self._stack is not None and self._stack.clients == batch.clients:
+            return self._stack
+        of_clients = [self.adapters.get(name) for name in batch.clients]
+        there = [adapter for adapter in of_clients if adapter is not None]
+        up = torch.cat([adapter.up.to(dtype) * adapter.scale for adapter in there], 1)
+        if not up.isfinite().all():  # zero times an infinity would be every row's NaN
+            return None
+        factor = None
+        if any(adapter.factor is not None for adapter in there):
+            factor = up.new_ones(len(of_clients) + 1, self.out_features)
+            for place, adapter in enumerate(of_clients):
+                if adapter is not None and adapter.factor is not None:
+                    factor[place] = adapter.factor
+        ranks = tuple(0 if adapter is None else len(adapter.down) for adapter in of_clients)
+        down = torch.cat([adapter.down.to(dtype) for adapter in there])
+        self._stack = _Stack(batch.clients, ranks, down, up, factor)
+        return self._stack
 
     def _copies(self, there: Sequence[LayerAdapter | None], dtype: torch.dtype) -> _Active:
         """The factors of each row, padded to one rank."""
@@ -182,11 +287,16 @@ class AdapterBank:
         self._linear = set(linear_names(network))
         self._layers: dict[str, RoutedLinear] = {}
         self._names: dict[str, int] = {}
+        self._stacked: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
         """The clients that are loaded, in the order of loading."""
         return list(self._names)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._network.device
 
     def num_bytes(self, name: str) -> int:
         """Bytes of a client's adapter in memory."""
@@ -220,7 +330,7 @@ class AdapterBank:
             raise ValueError(f"adapter {name!r} is loaded already; unload it first")
         folder = Path(folder).expanduser()
         config, layers = read_adapter(folder)
-        device = self._network.device
+        device = self._device
         made: dict[str, tuple[RoutedLinear, LayerAdapter]] = {}
         for layer_name, parts in layers.items():
             layer = self._routed(layer_name, folder)
@@ -248,6 +358,7 @@ class AdapterBank:
             ValueError: It is not loaded.
         """
         self.check(name)
+        self.deactivate()
         for layer in self._layers.values():
             layer.adapters.pop(name, None)
         del self._names[name]
@@ -262,18 +373,42 @@ class AdapterBank:
         Raises:
             ValueError: A name is not loaded.
         """
-        wanted = [names] if names is None or isinstance(names, str) else list(names)
-        for name in set(wanted) - {None}:
-            self.check(cast("str", name))
-        if len(set(wanted)) == 1:
-            wanted = wanted[:1]
         try:
-            for layer in self._layers.values():
-                layer.activate(wanted, self._network.dtype)
+            self.activate([names] if names is None or isinstance(names, str) else names)
             yield
         finally:
-            for layer in self._layers.values():
-                layer.active = None
+            self.deactivate()
+
+    def activate(self, names: Sequence[str | None]) -> None:
+        """Has each row be answered by its own client's adapter, until others are activated.
+
+        What stays the same from batch to batch is kept, which `rows` frees.
+
+        Args:
+            names: One name per row, None for the base; one alone, or all the same, for all rows of
+                any batch. The tokens of a packed sequence count as rows.
+
+        Raises:
+            ValueError: A name is not loaded.
+        """
+        wanted = list(dict.fromkeys(name for name in names if name is not None))
+        for name in wanted:
+            self.check(name)
+        if len(set(names)) == 1:
+            names = names[:1]
+        else:
+            kept = [name for name in self._stacked if name not in wanted]
+            more = kept if len(wanted) + len(kept) <= _MOST_STACKED else []
+            self._stacked = tuple(sorted([*wanted, *more]))
+        batch = _Batch(names, self._stacked if len(names) > 1 else tuple(wanted), self._device)
+        for layer in self._layers.values():
+            layer.activate(batch, self._network.dtype)
+
+    def deactivate(self) -> None:
+        """Answers as the base, and frees the copies that were made for batches."""
+        self._stacked = ()
+        for layer in self._layers.values():
+            layer.deactivate()
 
     def _routed(self, name: str, folder: Path) -> RoutedLinear:
         if name in self._layers:

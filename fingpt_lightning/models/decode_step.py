@@ -14,8 +14,9 @@ from transformers.cache_utils import Cache
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
 from fingpt_lightning.models.attention import attention_mask
 from fingpt_lightning.models.families import family_of
+from fingpt_lightning.models.packed_attention import IMPLEMENTATION as PACKED_ATTENTION
 
-_PLAIN_ATTENTION = ("sdpa", BLOCKED_ATTENTION)
+_PLAIN_ATTENTION = ("sdpa", BLOCKED_ATTENTION, PACKED_ATTENTION)
 
 
 def decode_step(

@@ -19,8 +19,8 @@ def gpt2_step(
     body: Any, token_B: Tensor, position_B: Tensor, cache: Cache, allowed_BS: Tensor | None
 ) -> Tensor:
     """The final hidden states of a GPT-2; see `decode_step` for the arguments."""
-    mask = None if allowed_BS is None else allowed_BS[:, None, None]
     x_B1D = body.wte(token_B[:, None]) + body.wpe(position_B[:, None])
+    mask = _summand(allowed_BS, x_B1D.dtype)
     rows, _, width = x_B1D.shape
     for index, block in enumerate(body.h):
         attention = block.attn
@@ -44,8 +44,8 @@ def llama_step(
 
     See `decode_step` for the arguments.
     """
-    mask = None if allowed_BS is None else allowed_BS[:, None, None]
     x_B1D = body.embed_tokens(token_B[:, None])
+    mask = _summand(allowed_BS, x_B1D.dtype)
     rows = len(token_B)
     cos_B1F, sin_B1F = body.rotary_emb(x_B1D, position_ids=position_B[:, None])
     half = cos_B1F.shape[-1] // 2
@@ -72,3 +72,11 @@ def llama_step(
         x_B1D = x_B1D + mlp.down_proj(mlp.act_fn(mlp.gate_proj(h_B1D)) * mlp.up_proj(h_B1D))
     hidden: Tensor = body.norm(x_B1D)[:, 0]
     return hidden
+
+
+def _summand(allowed_BS: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the scores: made once, where each layer would make it of truth values."""
+    if allowed_BS is None:
+        return None
+    summand_BS = torch.zeros_like(allowed_BS, dtype=dtype).masked_fill_(~allowed_BS, -torch.inf)
+    return summand_BS[:, None, None]

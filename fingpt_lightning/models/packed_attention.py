@@ -11,7 +11,7 @@ P tokens of the beginning.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -37,6 +37,10 @@ _CELLS_OF_A_CALL = {"cpu": 10_000, "cuda": 500_000}
 Measured with 9 heads on two cores. For CUDA on paper, not measured: the 40 kernels of a call and
 its backward pass are started in 0.15 ms, in which 30 TFLOP/s compute half a million scores.
 """
+
+
+KeysAndValues: TypeAlias = tuple[Tensor, Tensor]
+"""What attention of one layer keeps of some tokens, with the axes heads, tokens, features."""
 
 
 class PackedBucket(NamedTuple):
@@ -128,7 +132,7 @@ def _bucket_sizes(num_shared: int, row_lengths: Sequence[int], of_a_call: int) -
 
 
 def use_packed_attention(network: PreTrainedModel) -> None:
-    """Lets a network take ``packing``; without it the network computes as it did.
+    """Lets a network take ``packing``; without it the network computes as with torch's attention.
 
     Raises:
         ValueError: The network's attention is not torch's own or that of this module.
@@ -144,6 +148,7 @@ def run_packed(
     input_ids: Int64[Tensor, "1 N"],
     position_ids: Int64[Tensor, "1 N"],
     packing: Sequence[PackedGroup],
+    kept: list[KeysAndValues] | None = None,
 ) -> Float[Tensor, "1 N W"]:
     """The final hidden states of a packed sequence.
 
@@ -152,6 +157,7 @@ def run_packed(
         input_ids: Tokens of all groups.
         position_ids: Positions of all tokens in their own rows.
         packing: Groups, one behind the other, without a gap.
+        kept: List that gets the keys and values of all tokens, layer by layer.
     """
     # A mask of four axes keeps transformers from making one; attention does not read it.
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
@@ -161,6 +167,7 @@ def run_packed(
         attention_mask=no_mask,
         use_cache=False,
         packing=_with_masks(packing, network),
+        kept=kept,
     )
     return cast("Tensor", output.last_hidden_state)
 
@@ -252,6 +259,7 @@ def packed_or_sdpa_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     packing: dict[int | None, tuple[_Masked, ...]] | None = None,
+    kept: list[KeysAndValues] | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B N H D"], None]:
     """An attention function for transformers: that of a packed sequence where ``packing`` is given.
@@ -269,6 +277,8 @@ def packed_or_sdpa_attention(
         )
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported over packed rows; set it 0")
+    if kept is not None:
+        kept.append((key[0], value[0]))
     # Cut all at once: the backward pass of a slice is as long as the whole.
     sizes = [
         size

@@ -290,6 +290,7 @@ def _jobs(
                 adapter,
                 num_logprobs,
                 stream,
+                is_streamed=body.stream,
             )
             found.append(_Asked(job, events))
     return found

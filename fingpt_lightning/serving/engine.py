@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,16 +18,17 @@ from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.deploy.labelling import Labeller, Row
 from fingpt_lightning.deploy.sampling import Sampler, Sampling
 from fingpt_lightning.models.decode_step import decode_step
-from fingpt_lightning.models.decoding import end_tokens_of, run_prompts
+from fingpt_lightning.models.decoding import end_tokens_of
 from fingpt_lightning.models.families import logits_of
 from fingpt_lightning.models.finite import not_finite
-from fingpt_lightning.models.key_value_cache import preallocated_cache
+from fingpt_lightning.models.packed_attention import use_packed_attention
+from fingpt_lightning.models.packed_prompts import packed_order, run_packed_prompts
 from fingpt_lightning.serving.slots import SlotCache
 from fingpt_lightning.serving.texts import WrittenText
 from fingpt_lightning.tasks.encoding import end_tokens
 
-_PROMPT_TOKENS = 8192
-"""Tokens of prompts, padding included, that are run before those being written go on."""
+_PROMPT_TOKENS = 2048
+"""Tokens of prompts, if not of one alone, that are run before those being written go on."""
 
 
 class TokenScore(NamedTuple):
@@ -78,6 +78,8 @@ class Completing:
         num_logprobs: Number of likeliest tokens whose log probabilities are wanted beside that of
             the one chosen; None is neither.
         stream: Number of the text among those of one prompt: each has draws of its own.
+        is_streamed: Whether pieces are wanted while the text is written; else one with the log
+            probabilities, if any, comes before the end.
     """
 
     tokens: Sequence[int]
@@ -88,6 +90,7 @@ class Completing:
     adapter: str | None = None
     num_logprobs: int | None = None
     stream: int = 0
+    is_streamed: bool = True
     is_cancelled: bool = False
     deadline_s: float = field(default=float("inf"))
 
@@ -160,13 +163,13 @@ class Engine:
     ) -> None:
         self._network, self._tokenizer, self._bank = network, tokenizer, bank
         self._batch_size, self._max_queue, self._timeout_s = batch_size, max_queue, timeout_s
+        use_packed_attention(network)
         self._ends = set(end_tokens_of(network, *end_tokens(tokenizer)))
         self._slots, self._rows = SlotCache(network.config), list[_Writing]()
         self._waiting, self._labels = deque[Completing](), deque[LabelJob]()
         self._changed = threading.Condition()
         self._is_draining = self._is_stopping = False
         self._active: list[str | None] | None = None
-        self._activation = ExitStack()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.counts = Counts()
 
@@ -319,21 +322,22 @@ class Engine:
     def _admit(self) -> None:
         """Runs prompts that fit the batch, and adds them to it."""
         jobs: list[Completing] = []
-        longest = 0
+        num_tokens = 0
         with self._changed:
             while self._waiting and len(self._rows) + len(jobs) < self._batch_size:
-                padded = max(longest, len(self._waiting[0].tokens))
-                if jobs and padded * (len(jobs) + 1) > _PROMPT_TOKENS:
+                num_tokens += len(self._waiting[0].tokens)
+                if jobs and num_tokens > _PROMPT_TOKENS:
                     break
-                longest = padded
                 jobs.append(self._waiting.popleft())
         if not jobs:
             return
         try:
-            self._adapt([job.adapter for job in jobs])
-            cache = preallocated_cache(self._network.config, longest)
-            hidden_BD = run_prompts(self._network, [job.tokens for job in jobs], cache)
-            logits_BV = logits_of(self._network, hidden_BD)
+            prompts = [job.tokens for job in jobs]
+            # The clients of tokens, of which each is a row to the adapters.
+            names = [jobs[place].adapter for place in packed_order(prompts) for _ in prompts[place]]
+            self._adapt(names)
+            made = run_packed_prompts(self._network, prompts)
+            logits_BV = logits_of(self._network, made.hidden)
         except Exception as error:  # the fault of these prompts: the others go on
             for job in jobs:
                 self._fail(job, error)
@@ -341,7 +345,7 @@ class Engine:
         first = len(self._rows)
         for row, job in enumerate(jobs):
             try:
-                self._slots.add(cache, row, len(job.tokens))
+                self._slots.add(made.keys_and_values(row))
             except Exception as error:  # such as too little memory, of which rows are a part
                 for left in jobs[row:]:
                     self._fail(left, error)
@@ -365,7 +369,8 @@ class Engine:
 
     def _take(self, rows: range, logits_BV: Tensor) -> None:
         """Chooses the next token of some rows, and removes those that end with it."""
-        are_finite = logits_BV.isfinite().all(1).tolist()
+        # One pass over the logits: a NaN or an infinity makes the sum one.
+        are_finite = logits_BV.sum(1, dtype=torch.float32).isfinite().tolist()
         likeliest = logits_BV.argmax(1).tolist()
         over = []
         for place, row in enumerate(rows):
@@ -398,7 +403,8 @@ class Engine:
         self.counts.new_tokens += 1
         if job.num_logprobs is not None:
             writing.scores.append(_score(token, logits_V, job.num_logprobs))
-        piece = writing.text.add(token)
+        is_read = job.is_streamed or bool(job.stops)
+        piece = writing.text.add(token) if is_read else writing.text.keep(token)
         if writing.text.has_stopped or writing.num_new == job.max_new_tokens:
             if piece:
                 self._give(writing, piece)
@@ -408,7 +414,9 @@ class Engine:
             self._give(writing, piece)
         return False
 
-    def _give(self, writing: _Writing, piece: str) -> None:
+    def _give(self, writing: _Writing, piece: str, *, is_last: bool = False) -> None:
+        if not (writing.job.is_streamed or is_last):
+            return
         self._tell(writing.job, Piece(piece, tuple(writing.scores)))
         writing.scores = []
 
@@ -416,8 +424,8 @@ class Engine:
         rest = writing.text.finish()
         if writing.text.has_stopped:
             reason = "stop"
-        if rest or writing.scores:
-            self._give(writing, rest)
+        if writing.scores or (rest and writing.job.is_streamed):
+            self._give(writing, rest, is_last=True)
         self.counts.finished += 1
         self._tell(writing.job, Finished(reason, writing.num_new, writing.text.text))
 
@@ -439,10 +447,11 @@ class Engine:
         """Puts in use the adapters of a batch's rows, unless they are already."""
         if self._bank is None or names == self._active:
             return
-        self._activation.close()
         self._active = None
-        if names is not None:
-            self._activation.enter_context(self._bank.rows(names))
+        if names is None:
+            self._bank.deactivate()
+        else:
+            self._bank.activate(names)
             self._active = names
 
 

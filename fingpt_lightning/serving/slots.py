@@ -4,8 +4,9 @@ Axes: B rows in use, H heads of keys and values, T tokens of a prompt, S columns
 row fills, and the new one, F features of a head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -137,22 +138,19 @@ class SlotCache(Cache):
             part.nbytes for slot in self._slots if slot.is_initialized for part in slot._memory()
         )
 
-    def add(self, prompts: Cache, row: int, num_tokens: int) -> None:
+    def add(self, layers: Sequence[tuple[Float[Tensor, "H T F"], Float[Tensor, "H T F"]]]) -> None:
         """Adds a row after the others.
 
         Args:
-            prompts: Cache of prompts that have been run, padded on the right.
-            row: Row of the prompt in ``prompts``.
-            num_tokens: T, without padding.
+            layers: Each layer's keys and values of the row's tokens.
         """
-        made = [_keys_and_values(layer) for layer in prompts.layers]
-        for slot, (keys, values) in zip(self._slots, made, strict=True):
+        for slot, (keys, values) in zip(self._slots, layers, strict=True):
             if not slot.is_initialized:
-                slot.lazy_initialization(keys, values)
-        place = len(self._columns.lengths)
+                slot.lazy_initialization(keys[None], values[None])
+        place, num_tokens = len(self._columns.lengths), layers[0][0].shape[1]
         self._make_room(place + 1, num_tokens)
-        for slot, (keys, values) in zip(self._slots, made, strict=True):
-            slot.fill(place, keys[row, :, :num_tokens], values[row, :, :num_tokens])
+        for slot, (keys, values) in zip(self._slots, layers, strict=True):
+            slot.fill(place, keys, values)
         self._columns.lengths.append(num_tokens)
 
     def remove(self, row: int) -> None:
@@ -204,7 +202,3 @@ class SlotCache(Cache):
         for slot in self._slots:
             slot.move(rows, capacity, len(columns.lengths), needed - filled)
         self._rows, self._capacity, columns.end = rows, capacity, needed
-
-
-def _keys_and_values(layer: Any) -> tuple[Tensor, Tensor]:
-    return layer.keys, layer.values

@@ -46,6 +46,12 @@ class WrittenText:
         self._num_pending = 0
         return self._given(held_back=True)
 
+    def keep(self, token: int) -> str:
+        """Adds a token whose text nobody reads before the end; gives no part of the text."""
+        self._tokens.append(token)
+        self._num_pending += 1
+        return ""
+
     def finish(self) -> str:
         """What has been held back; `text` is then exact."""
         if not self.has_stopped:

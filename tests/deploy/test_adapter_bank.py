@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from fingpt_lightning.deploy.adapter_bank import AdapterBank
+from fingpt_lightning.deploy.adapter_bank import AdapterBank, RoutedLinear
 from fingpt_lightning.deploy.loading import common_quantization
 from fingpt_lightning.models.decoding import decode
 from fingpt_lightning.models.loading import load_model
@@ -62,6 +62,56 @@ def test_each_row_of_a_mixed_batch_has_the_logits_of_its_client_alone(
         torch.testing.assert_close(same, alone, rtol=1e-5, atol=1e-5)
     assert torch.equal(_logits(network, rows), _logits(_alone(base, None), rows))
     assert (mixed[0] - mixed[1]).abs().max() > 0.1
+
+
+def test_tokens_of_a_packed_sequence_and_rows_of_changing_batches_have_their_own_clients(
+    base: Path, tmp_path: Path
+) -> None:
+    clients = save_clients(base, tmp_path, 3)  # LoRA, rsLoRA and DoRA
+    network = load_model(base, dtype="float64").network
+    bank = AdapterBank(network)
+    for client in clients:
+        bank.load(client.name, client)
+    layer = next(part for part in network.modules() if isinstance(part, RoutedLinear))
+    x_1NI = torch.randn(1, 5, layer.in_features, dtype=torch.float64)
+    alone = {}
+    for own in (None, *bank.names):
+        with bank.rows(own):
+            alone[own] = layer(x_1NI)[0]
+    # The second batch has a further client, the third one only some of those before.
+    for names in (
+        ["client0", None, "client2", "client2", "client0"],
+        ["client1", "client1", None, "client0", None],
+        ["client2", None, None, None, "client1"],
+    ):
+        bank.activate(names)
+        mixed = layer(x_1NI)[0]
+        torch.testing.assert_close(layer(x_1NI.transpose(0, 1))[:, 0], mixed)
+        wanted = torch.stack([alone[name][place] for place, name in enumerate(names)])
+        torch.testing.assert_close(mixed, wanted, rtol=1e-10, atol=1e-10)
+    bank.unload("client0")  # what was made for it is not kept
+    assert torch.equal(layer(x_1NI), layer.base_layer(x_1NI))
+
+
+def test_a_client_with_infinite_factors_spoils_no_other_row(base: Path, tmp_path: Path) -> None:
+    one, two, three = save_clients(base, tmp_path, 3)
+    for folder, part in ((one, "lora_A"), (two, "lora_B")):
+        file = folder / "adapter_model.safetensors"
+        tensors = load_file(file)
+        tensors = {k: v.fill_(torch.inf) if part in k else v for k, v in tensors.items()}
+        save_file(tensors, file)
+    network = load_model(base, dtype="float64").network
+    bank = AdapterBank(network)
+    for folder in (one, two, three):
+        bank.load(folder.name, folder)
+    rows = [[9, 8, 7]] * 4
+    with bank.rows([one.name, three.name, two.name, None]):
+        mixed = _logits(network, rows)
+    with bank.rows(three.name):
+        torch.testing.assert_close(mixed[1], _logits(network, rows[:1])[0])
+    torch.testing.assert_close(mixed[3], _logits(network, rows[:1])[0])
+    assert not mixed[0].isfinite().any()
+    assert not mixed[2].isfinite().any()
 
 
 def test_fifty_clients_in_mixed_batches_answer_as_one_at_a_time(base: Path, tmp_path: Path) -> None:

@@ -117,6 +117,21 @@ def test_log_probabilities_are_those_of_the_network(base: Path) -> None:
     assert len(scores) == event.num_tokens
 
 
+@pytest.mark.parametrize("stops", [(), ("Foo",)])
+def test_what_is_not_streamed_comes_in_one_piece(base: Path, stops: tuple[str, ...]) -> None:
+    engine = _started(load_model(base, dtype="float64").network)
+    settings: dict[str, Any] = {"num_logprobs": 1, "stops": stops}
+    text, end = _Asked(engine, WORDS[0], 9, **settings).answer()
+    whole = _Asked(engine, WORDS[0], 9, is_streamed=False, **settings)
+    plain = _Asked(engine, WORDS[0], 9, is_streamed=False, stops=stops)
+    piece, found = whole.events.get(timeout=60), whole.events.get(timeout=60)
+    assert plain.events.get(timeout=60) == found == end
+    engine.stop(30.0)
+    assert end.text == text
+    assert isinstance(piece, Piece)
+    assert len(piece.scores) == end.num_tokens
+
+
 class _Gate:
     """Holds a network before each of its passes until it is opened."""
 

@@ -1,4 +1,5 @@
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,11 @@ from fingpt_lightning.models.families import logits_of
 from fingpt_lightning.models.key_value_cache import preallocated_cache
 from fingpt_lightning.serving.slots import SlotCache
 from tests.models.tiny_models import TINY, VOCABULARY
+
+
+def _row(cache: Any, row: int, num_tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    own = (row, slice(None), slice(num_tokens))
+    return [(layer.keys[own], layer.values[own]) for layer in cache.layers]
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
@@ -25,7 +31,7 @@ def test_rows_that_join_and_leave_are_written_as_alone(family: str) -> None:
         cache = preallocated_cache(network.config, len(prompts[number]))
         ids = torch.tensor([prompts[number]])
         hidden = network.base_model(input_ids=ids, past_key_values=cache).last_hidden_state[:, -1]
-        slots.add(cache, 0, len(prompts[number]))
+        slots.add(_row(cache, 0, len(prompts[number])))
         running.append(number)
         texts[number].append(int(logits_of(network, hidden).argmax()))
 
@@ -60,20 +66,20 @@ def test_memory_follows_the_longest_row_and_is_used_again() -> None:
         network.base_model(input_ids=torch.tensor([[1, 2, 3, 4]]), past_key_values=cache)
         sizes = []
         for _ in range(40):
-            slots.add(cache, 0, 4)
+            slots.add(_row(cache, 0, 4))
             for _ in range(10):
                 position, allowed = slots.begin_step()
                 token = torch.zeros_like(position)
                 decode_step(network, token, position, slots, allowed)
                 slots.end_step()
-            slots.add(cache, 0, 2)
+            slots.add(_row(cache, 0, 2))
             slots.remove(0)
             slots.remove(0)
             sizes.append(slots.num_bytes())
         # A row that is always there: its columns move to the front before memory ends.
-        slots.add(cache, 0, 4)
+        slots.add(_row(cache, 0, 4))
         for _ in range(60):
-            slots.add(cache, 0, 4)
+            slots.add(_row(cache, 0, 4))
             position, allowed = slots.begin_step()
             decode_step(network, torch.zeros_like(position), position, slots, allowed)
             slots.end_step()
