@@ -138,7 +138,8 @@ class TextBlocks(TokenizedData):
         weights: Sequence[float] = [float(file.num_tokens) for file in files]
         if split == "train" and self.sources.weights:
             weights = list(self.sources.weights.values())
-        return sum(map(operator.mul, known, weights)) / sum(weights)
+        total: float = sum(map(operator.mul, known, weights))
+        return total / sum(weights)
 
     @override
     def prepare_data(self) -> None:

@@ -134,7 +134,8 @@ def _find(cache_dir: Path, key: str) -> TokenFile | None:
     try:
         header = json.loads(path.with_suffix(".json").read_bytes())
         names = ("dtype", "num_tokens", "num_documents", "num_skipped")
-        whole = TokenFile(path, *(header[name] for name in names), header.get("num_bytes"))
+        known = {name: header[name] for name in names}
+        whole = TokenFile(path, **known, num_bytes=header.get("num_bytes"))
         needed_bytes = whole.num_tokens * np.dtype(whole.dtype).itemsize
         size_bytes = path.stat().st_size
     except FileNotFoundError:

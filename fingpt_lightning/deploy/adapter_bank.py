@@ -90,7 +90,7 @@ class _Groups(NamedTuple):
     parts: tuple[tuple[Tensor, _Active], ...]
 
 
-class _Batch:
+class RowClients:
     """The clients of a batch's rows, for all layers.
 
     Args:
@@ -193,7 +193,7 @@ class RoutedLinear(nn.Module):
         y = y * factor
         return y if self.bias is None else y + self.bias * (1 - factor)
 
-    def activate(self, batch: _Batch, dtype: torch.dtype) -> None:
+    def activate(self, batch: RowClients, dtype: torch.dtype) -> None:
         """Prepares for a batch: one name per row, or one for all."""
         names = batch.names
         there = [self.adapters.get(name) if name is not None else None for name in names]
@@ -220,7 +220,7 @@ class RoutedLinear(nn.Module):
         """Answers as the base, and frees what was made for a batch."""
         self.active = self._stack = None
 
-    def _stacked(self, batch: _Batch, dtype: torch.dtype) -> _Stack | None:
+    def _stacked(self, batch: RowClients, dtype: torch.dtype) -> _Stack | None:
         """The factors of the batch's clients; None where one is not finite."""
         if self._stack is not None and self._stack.clients == batch.clients:
             return self._stack
@@ -400,7 +400,7 @@ class AdapterBank:
             kept = [name for name in self._stacked if name not in wanted]
             more = kept if len(wanted) + len(kept) <= _MOST_STACKED else []
             self._stacked = tuple(sorted([*wanted, *more]))
-        batch = _Batch(names, self._stacked if len(names) > 1 else tuple(wanted), self._device)
+        batch = RowClients(names, self._stacked if len(names) > 1 else tuple(wanted), self._device)
         for layer in self._layers.values():
             layer.activate(batch, self._network.dtype)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fingpt_lightning.deploy.adapter_bank import LayerAdapter, RoutedLinear
+from fingpt_lightning.deploy.adapter_bank import LayerAdapter, RoutedLinear, RowClients
 from fingpt_lightning.low_rank import (
     AdaptedLinear,
     AdapterOptions,
@@ -319,8 +319,9 @@ def adapters_by_row() -> Compared:
             layer.adapters[name] = LayerAdapter(drawn(rank, i), drawn(o, rank), 0.5, None)
         exact = copy.deepcopy(layer).double()
         for names in (["one"], ["one", "other", None]):
-            layer.activate(names, torch.bfloat16)
-            exact.activate(names, torch.float64)
+            clients = RowClients(names, ("one", "other")[: len(names)], torch.device("cpu"))
+            layer.activate(clients, torch.bfloat16)
+            exact.activate(clients, torch.float64)
             x = drawn(len(names), n, i)
             yield f"{(n, i, o)} {len(names)}", layer(x), exact(x.double())
 
