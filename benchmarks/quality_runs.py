@@ -35,8 +35,10 @@ class Variant:
         model: Settings of `LowRankPretraining` beside those of the grid.
         rates: Learning rates to try.
         tuned: Setting that takes them.
-        rest_rates: Learning rates to try, once `tuned` is, for what another optimizer moves: the
-            embedding, norms and biases. ``model`` holds the one that `tuned` is tried with.
+        rest_rates: Learning rates to try, once `tuned` is, for ``rest``. ``model`` holds the one
+            that `tuned` is tried with.
+        rest: Setting that takes them: by default the rate of what another optimizer moves, the
+            embedding, norms and biases.
     """
 
     name: str
@@ -44,23 +46,26 @@ class Variant:
     rates: Sequence[float]
     tuned: str = "learning_rate"
     rest_rates: Sequence[float] = ()
+    rest: str = REST
 
     def __post_init__(self) -> None:
         if not self.rates:
             raise ValueError(f"variant {self.name!r} has no rates")
-        if self.rest_rates and (self.tuned == REST or REST not in self.model):
-            raise ValueError(f"variant {self.name!r}: rest_rates need a {REST} beside {self.tuned}")
+        if self.rest_rates and (self.tuned == self.rest or self.rest not in self.model):
+            raise ValueError(
+                f"variant {self.name!r}: rest_rates need a {self.rest} beside {self.tuned}"
+            )
 
     @property
     def all_rest_rates(self) -> list[float]:
         """The rest's learning rates to try, the one of ``model`` first; empty if not tuned."""
         if not self.rest_rates:
             return []
-        return list(dict.fromkeys([self.model[REST], *self.rest_rates]))
+        return list(dict.fromkeys([self.model[self.rest], *self.rest_rates]))
 
     def settings(self, rate: float | None = None, rest_rate: float | None = None) -> dict[str, Any]:
         """``model`` with learning rates: by default the first of `rates`, and that of ``model``."""
-        rest = {} if rest_rate is None else {REST: rest_rate}
+        rest = {} if rest_rate is None else {self.rest: rest_rate}
         return {**self.model, **rest, self.tuned: self.rates[0] if rate is None else rate}
 
 

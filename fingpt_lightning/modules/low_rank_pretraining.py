@@ -58,6 +58,7 @@ from fingpt_lightning.modules.optimization import (
     adamw_8bit,
     decay_groups,
     factor_groups,
+    moved_as_dense,
     split_embedding,
 )
 from fingpt_lightning.modules.quantization_aware import RoundingSchedule
@@ -68,7 +69,6 @@ from fingpt_lightning.modules.recipe import (
     check_recipe,
     check_schedule,
     low_rank_changes,
-    moves_dense_alike,
 )
 from fingpt_lightning.modules.self_guided import GuideSchedule
 from fingpt_lightning.modules.sharding import shard
@@ -158,7 +158,9 @@ class LowRankPretraining(LanguageModelingModule):
             matrices along orthogonalized momentum by a bounded step, and all else by AdamW;
             ``lora_muon``, which moves them so that their product takes the step of Muon.
         embedding_optimizer: ``adamw``, or ``same`` for factors of embedding and head that are moved
-            as those of the blocks are, with ``spectron`` or ``lora_muon``.
+            as those of the blocks are, with ``spectron`` or ``lora_muon``; ``mixed``, with one of
+            these two, moves their table by AdamW and the map from it to the width as a dense matrix
+            of a block.
         embedding_learning_rate: Highest learning rate of the embedding and the head, factors or
             full tables; null is the rate of what else their optimizer moves.
         spectron_learning_rate: Highest learning rate of the factors with ``spectron``: about the
@@ -230,7 +232,7 @@ class LowRankPretraining(LanguageModelingModule):
         self_guided: float = 0.0,
         factor_decay: Literal["factors", "product"] = "factors",
         optimizer: Literal["adamw", "adamw_8bit", "spectron", "lora_muon"] = "adamw",
-        embedding_optimizer: Literal["adamw", "same"] = "adamw",
+        embedding_optimizer: Literal["adamw", "same", "mixed"] = "adamw",
         embedding_learning_rate: float | None = None,
         spectron_learning_rate: float = 0.07,
         spectron_momentum: float = 0.95,
@@ -516,8 +518,12 @@ class LowRankPretraining(LanguageModelingModule):
             expansion = self.hparams["factor_expansion"]
             factor_settings |= steps | {"is_low_rank": True, "expansion": expansion}
             dense |= steps | {"is_dense": True}
-        moved_alike = dense if moves_dense_alike(self.hparams) else None
-        return factor_groups(self.network, decay, factor_settings, moved_alike)
+        moved = None
+        if self.hparams["optimizer"] in FACTOR_OPTIMIZERS:
+            moved = moved_as_dense(self.network, self.hparams)
+        if moved is None:
+            return factor_groups(self.network, decay, factor_settings)
+        return factor_groups(self.network, decay, factor_settings, dense, moved)
 
     def _factor_steps(self) -> dict[str, Any]:
         """Settings of every group whose matrices `FACTOR_OPTIMIZERS` move."""
@@ -548,11 +554,11 @@ class LowRankPretraining(LanguageModelingModule):
         """Raises where a setting has no effect or is not possible in this run."""
         hparams = self.hparams
         changes = low_rank_changes(hparams)
-        if changes.pop("embedding_optimizer", None):
+        if of_embedding := changes.pop("embedding_optimizer", None):
             if not embedding_factors(self.laid_out()):
                 raise ValueError(
-                    "model.embedding_optimizer same is about factors of the embedding, and here it"
-                    " is one table: set adamw, or model.embedding_rank"
+                    f"model.embedding_optimizer {of_embedding} is about factors of the embedding,"
+                    " and here it is one table: set adamw, or model.embedding_rank"
                 )
             for key in ("optimizer", "spectron_adjust_lr"):
                 changes.pop(key, None)  # they act on these factors

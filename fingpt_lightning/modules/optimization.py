@@ -1,7 +1,7 @@
 """Parameter groups, optimizers in 8 bits and learning-rate schedules."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -9,7 +9,9 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank import low_rank_factors
+from fingpt_lightning.low_rank.factor_optimizer import embedding_factors
 from fingpt_lightning.models.families import family_of
+from fingpt_lightning.modules.recipe import moves_dense_alike
 
 
 def decay_groups(
@@ -35,7 +37,8 @@ def split_embedding(
 ) -> list[dict[str, Any]]:
     """The groups without the embedding and the head, and one more of these.
 
-    It stays where it is empty, as on the processes of a pipeline that have neither.
+    It stays where it is empty, as on the processes of a pipeline that have neither. What the
+    optimizer of factors moves as a dense matrix is left to it.
 
     Args:
         groups: Parameter groups of a network, changed.
@@ -44,7 +47,13 @@ def split_embedding(
     """
     family = family_of(network)
     ends = (network.get_submodule(family.embedding), network.get_submodule(family.head))
-    found = {p: None for end in ends for p in end.parameters() if p.requires_grad and p.ndim >= 2}
+    elsewhere = {p for group in groups if group.get("is_dense") for p in group["params"]}
+    found = {
+        p: None
+        for end in ends
+        for p in end.parameters()
+        if p.requires_grad and p.ndim >= 2 and p not in elsewhere
+    }
     for group in groups:
         group["params"] = [p for p in group["params"] if p not in found]
     return [*groups, {"params": list(found), **settings}]
@@ -111,8 +120,9 @@ def factor_groups(
     weight_decay: float,
     factor_settings: Mapping[str, Any],
     dense_settings: Mapping[str, Any] | None = None,
+    dense: Collection[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
-    """Matrices that decay, biases and norms that do not, factors, and dense layers of blocks.
+    """Matrices that decay, biases and norms that do not, factors, and dense matrices moved alike.
 
     A group stays where it is empty, so that the processes of a pipeline, which each hold a part of
     the parameters, have the same groups.
@@ -121,13 +131,12 @@ def factor_groups(
         network: Network whose trained parameters are grouped, factors in the order of their names.
         weight_decay: Decay of the matrices that are not factors.
         factor_settings: Settings of the group of factors: down, up, down, up, ...
-        dense_settings: Settings of the group of matrices in blocks that are not factors; None
-            leaves them with the other matrices.
+        dense_settings: Settings of the group of ``dense``; None where there is no such group.
+        dense: Matrices that are moved as factors are, without being factors of a layer.
     """
     factors = low_rank_factors(network)
     among_factors = {id(p) for p in factors}
     others = [p for p in network.parameters() if p.requires_grad and id(p) not in among_factors]
-    dense = [] if dense_settings is None else dense_in_blocks(network)
     in_dense = {id(p) for p in dense}
     matrices = [p for p in others if p.ndim >= 2 and id(p) not in in_dense]
     groups = [
@@ -135,7 +144,30 @@ def factor_groups(
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
         {"params": factors, **factor_settings},
     ]
-    return groups if dense_settings is None else [*groups, {"params": dense, **dense_settings}]
+    if dense_settings is None:
+        return groups
+    return [*groups, {"params": list(dense), **dense_settings}]
+
+
+def moved_as_dense(
+    network: PreTrainedModel, settings: Mapping[str, Any]
+) -> list[nn.Parameter] | None:
+    """The matrices, beside the layers' factors, that an optimizer of factors moves.
+
+    Args:
+        network: Network with trained parameters.
+        settings: Settings of a `LowRankPretraining` with one of `FACTOR_OPTIMIZERS`.
+
+    Returns:
+        The dense matrices of the blocks, the maps of a factorized embedding and head, or both;
+        None where the settings leave all of them to AdamW.
+    """
+    is_mixed = settings["embedding_optimizer"] == "mixed"
+    if not is_mixed and not moves_dense_alike(settings):
+        return None
+    dense = dense_in_blocks(network) if moves_dense_alike(settings) else []
+    # Of table and up, the second turns an embedding into a hidden state, as a matrix of a block.
+    return [*dense, *(embedding_factors(network)[1::2] if is_mixed else [])]
 
 
 def dense_in_blocks(network: PreTrainedModel) -> list[nn.Parameter]:

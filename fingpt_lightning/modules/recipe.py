@@ -16,7 +16,7 @@ PLAIN: Mapping[str, Any] = {
 """The settings of low-rank layers that are trained as dense layers would be."""
 FACTOR_DECAYS = ("factors", "product")
 SCHEDULES = ("cosine", "linear", "wsd")
-EMBEDDING_OPTIMIZERS = ("adamw", "same")
+EMBEDDING_OPTIMIZERS = ("adamw", "same", "mixed")
 LR_ADJUSTMENTS = ("none", "original")
 FACTOR_OPTIMIZERS = ("spectron", "lora_muon")
 """Optimizers with a rule of their own for factors, each with settings that begin with its name."""
@@ -70,9 +70,10 @@ def _check_factor_optimizer(settings: Mapping[str, Any]) -> None:
             f"spectron_adjust_lr {adjustment} has no effect with optimizer {optimizer}: set"
             " spectron"
         )
-    if settings["embedding_optimizer"] == "same" and optimizer not in FACTOR_OPTIMIZERS:
+    of_embedding = settings["embedding_optimizer"]
+    if of_embedding != "adamw" and optimizer not in FACTOR_OPTIMIZERS:
         raise ValueError(
-            f"embedding_optimizer same has no effect with optimizer {optimizer}: set"
+            f"embedding_optimizer {of_embedding} has no effect with optimizer {optimizer}: set"
             f" {' or '.join(FACTOR_OPTIMIZERS)}"
         )
     if settings["embedding_learning_rate"] is not None:

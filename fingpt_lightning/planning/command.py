@@ -30,8 +30,8 @@ from fingpt_lightning.metric_keys import MEMORY_PARTS
 from fingpt_lightning.models.families import family_of
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
-from fingpt_lightning.modules.optimization import dense_in_blocks
-from fingpt_lightning.modules.recipe import FACTOR_OPTIMIZERS, moves_dense_alike
+from fingpt_lightning.modules.optimization import moved_as_dense
+from fingpt_lightning.modules.recipe import FACTOR_OPTIMIZERS
 from fingpt_lightning.pipeline import Balance, Workload
 from fingpt_lightning.pipeline.schedule import largest_layout
 from fingpt_lightning.planning.blueprint import (
@@ -153,8 +153,7 @@ def _plan(
         if cli.model.hparams["embedding_optimizer"] == "same":
             factors += embedding_factors(made.network)
         moved = [(min(p.shape) if has_vectors else 0, p) for p in factors]
-        if moves_dense_alike(cli.model.hparams):
-            moved += [(0, p) for p in dense_in_blocks(made.network)]
+        moved += [(0, p) for p in moved_as_dense(made.network, cli.model.hparams) or ()]
         state -= factor_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
     # At the optimizer step gradients are whole and activations are gone.
     peak = made.weights + state + max(step.peak, gradients)

@@ -50,6 +50,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "spectron_adjust_lr": "original",
     },
     "lora_muon, embedding": {"optimizer": "lora_muon", "embedding_optimizer": "same"},
+    "spectron, mixed embedding": {
+        "optimizer": "spectron",
+        "embedding_optimizer": "mixed",
+        "embedding_learning_rate": 0.03,
+    },
+    "lora_muon, mixed embedding": {
+        "optimizer": "lora_muon",
+        "lora_muon_dense": True,
+        "embedding_optimizer": "mixed",
+        "rank_overrides": {"*.c_fc": None},
+    },
     "ranks by kind": {
         "optimizer": "lora_muon",
         "rank_overrides": {"*.c_attn.[qk]": 2, "*.c_attn.v": 5},
@@ -264,6 +275,10 @@ def test_the_dense_baseline_of_any_recipe_is_plain(tmp_path: Path) -> None:
         (
             {"embedding_optimizer": "same"},
             "embedding_optimizer same has no effect with optimizer adamw: set spectron or lora_mu",
+        ),
+        (
+            {"embedding_optimizer": "mixed", "optimizer": "adamw_8bit"},
+            "embedding_optimizer mixed has no effect with optimizer adamw_8bit: set spectron or lo",
         ),
         ({"cooldown": 0.3}, "cooldown 0.3 has no effect with schedule cosine: set wsd"),
         (
