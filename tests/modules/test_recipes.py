@@ -21,7 +21,7 @@ from fingpt_lightning.models.formats.hf_folder import write_network
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.quantization.layers import quantized_layer
 from fingpt_lightning.modules import LowRankPretraining
-from fingpt_lightning.modules.optimization import dense_in_blocks
+from fingpt_lightning.modules.optimization import dense_in_blocks, split_embedding
 from fingpt_lightning.modules.recipe import PLAIN, check_recipe, check_schedule
 from fingpt_lightning.planning.plan import factor_saving, optimizer_bytes
 from fingpt_lightning.profiling.memory import module_memory
@@ -415,6 +415,40 @@ def test_the_rate_of_the_embedding_is_its_own_under_every_optimizer(tmp_path: Pa
             table: Any = module.network.get_input_embeddings()
             assert set(group["params"]) == set(table.parameters())
             assert sum(len(group["params"]) for group in groups) == len([*module.parameters()])
+
+
+@pytest.mark.parametrize("rank", [3, None])
+@pytest.mark.parametrize("moves_dense", [False, True])
+@pytest.mark.parametrize("rate", [None, 0.25])
+def test_a_mixed_embedding_is_one_table_and_one_dense_matrix(
+    rank: int | None, moves_dense: bool, rate: float | None
+) -> None:
+    recipe = {
+        "optimizer": "spectron", "spectron_dense": moves_dense, "embedding_optimizer": "mixed",
+        "embedding_learning_rate": rate, "spectron_learning_rate": 0.05, "rank": rank,
+        "vocab_size": 23,
+    }  # fmt: skip
+    module = LowRankPretraining(**(SIZES | recipe))
+    module.configure_model()
+    groups = split_embedding_of(module)
+    embedding: Any = module.network.get_input_embeddings()
+    dense = dense_in_blocks(module.network) if moves_dense else []
+    (moved,) = (group for group in groups if group.get("is_dense"))
+    assert {*moved["params"]} == {*dense, embedding.up}
+    assert moved["lr"] == 0.05
+    (of_table,) = (group for group in groups if embedding.table in {*group["params"]})
+    assert of_table.get("lr") == rate
+    assert not of_table.get("is_dense")
+    assert rate is None or of_table["params"] == [embedding.table]
+    every = [p for group in groups for p in group["params"]]
+    assert len(every) == len({*every}) == len([*module.parameters()])
+
+
+def split_embedding_of(module: LowRankPretraining) -> list[dict[str, Any]]:
+    """The groups that the optimizer is made of."""
+    groups = module._factor_groups()
+    settings = module._embedding_settings()
+    return groups if settings is None else split_embedding(groups, module.network, settings)
 
 
 @pytest.mark.parametrize("rates", [(None, 0.1), (0.1, None)])
