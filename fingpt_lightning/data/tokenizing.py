@@ -33,12 +33,16 @@ class EncodedBatch(NamedTuple):
     Attributes:
         num_skipped: Number of blank documents, which are not among ``num_documents``.
         bytes_read: Bytes of the corpus read so far.
+        num_bad_rows: Number of skipped bad rows, which are among neither.
+        first_bad_row: Place and fault of the first of them.
     """
 
     ids: npt.NDArray[np.unsignedinteger]
     num_documents: int
     num_skipped: int
     bytes_read: int
+    num_bad_rows: int = 0
+    first_bad_row: str | None = None
 
 
 def encoded_batches(
@@ -125,6 +129,14 @@ def _encode(batch: list[Piece], tokenizer: PreTrainedTokenizerFast, dtype: str) 
             parts.append(np.array(encoding.ids, dtype))
             if piece.ends_document:
                 parts.append(end)
-    num_skipped = sum(not piece.text for piece in batch)
-    num_documents = sum(piece.ends_document for piece in batch) - num_skipped
-    return EncodedBatch(np.concatenate(parts), num_documents, num_skipped, batch[-1].bytes_read)
+    num_empty = sum(not piece.text for piece in batch)
+    num_documents = sum(piece.ends_document for piece in batch) - num_empty
+    problems = [piece.problem for piece in batch if piece.problem is not None]
+    return EncodedBatch(
+        np.concatenate(parts),
+        num_documents,
+        num_empty - len(problems),
+        batch[-1].bytes_read,
+        len(problems),
+        problems[0] if problems else None,
+    )
