@@ -86,6 +86,14 @@ def parameter_totals(trainer: Trainer, pl_module: LightningModule) -> ParameterT
 
 
 @runtime_checkable
+class SkipsRows(Protocol):
+    """A datamodule that may skip bad rows of its text."""
+
+    def skipped_rows(self) -> tuple[int, str | None]:
+        """Number of skipped rows, and place and fault of the first."""
+
+
+@runtime_checkable
 class CountsTokens(Protocol):
     """A module that reports how many tokens of its batches it trains on."""
 

@@ -28,6 +28,7 @@ from callbacks.recording import (
     HoldsStages,
     ParameterTotals,
     PartlyTrained,
+    SkipsRows,
     num_tokens,
     over_ranks,
     parameter_totals,
@@ -75,6 +76,8 @@ class RunSummary(Callback):
       those of the runs that it goes on from included.
     - ``summary/val_bits_per_byte``: the last of them in bits per byte of the text, which losses of
       two tokenizers can be compared in; where the datamodule knows its bytes per token.
+    - ``summary/skipped_rows``, ``summary/first_skipped_row``: bad rows that the datamodule skipped
+      in its text, and place and fault of the first; where there are any.
     - ``summary/tokens_per_s``: of the training, as `ThroughputMonitor` beside it measured.
     - ``summary/timed_tokens_per_s``, ``summary/dense_baseline_tokens_per_s``: of the timed steps.
     - ``summary/speed_ratio``: this network's timed tokens per second over the dense baseline's.
@@ -171,7 +174,13 @@ class RunSummary(Callback):
         figures = self._figures(trainer, pl_module)
         console = Console()
         console.print(_table(figures))
-        for name in ("best_checkpoint", "last_checkpoint", "run_folder", "log_folder"):
+        for name in (
+            "first_skipped_row",
+            "best_checkpoint",
+            "last_checkpoint",
+            "run_folder",
+            "log_folder",
+        ):
             if name not in figures:
                 continue
             line = f"{name.replace('_', ' ')}: {figures[name]}"
@@ -238,6 +247,7 @@ class RunSummary(Callback):
             "best_val_loss": self._best_of_history(trainer),
             "last_val_loss": self._last_val_loss,
             "val_bits_per_byte": self._bits_per_byte(trainer),
+            **_skipped_rows(trainer),
             "tokens_per_s": None if throughput is None else throughput.run_tokens_per_s,
             **self._peak_mib,
             "run_folder": trainer.default_root_dir,
@@ -260,6 +270,14 @@ class RunSummary(Callback):
             log_folder = logger.log_dir or logger.save_dir
             figures["log_folder"] = log_folder and log_folder.rstrip("/")
         return {key: value for key, value in figures.items() if _is_figure(value)}
+
+
+def _skipped_rows(trainer: Trainer) -> dict[str, int | str | None]:
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, SkipsRows):
+        return {}
+    number, first = data.skipped_rows()
+    return {"skipped_rows": number, "first_skipped_row": first} if number else {}
 
 
 class _Race(NamedTuple):
@@ -385,6 +403,7 @@ def _table(figures: Mapping[str, float | int | str]) -> Table:
     row("first validation loss", cell("first_val_loss", "{:.4f}"))
     bits = cell("val_bits_per_byte", "{:.3f} bits per byte")
     row("last validation loss", cell("last_val_loss", "{:.4f}"), "", bits)
+    row("bad rows skipped", cell("skipped_rows", "{:,}"))
     row("peak memory, allocated", cell("peak_allocated_mib", "{:,.1f} MiB"))
     row("peak memory, process", cell("peak_rss_mib", "{:,.1f} MiB"))
     for key in figures:

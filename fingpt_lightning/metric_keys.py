@@ -108,6 +108,8 @@ SUMMARY_FIGURES = (
     "best_val_loss",
     "last_val_loss",
     "val_bits_per_byte",
+    "skipped_rows",
+    "first_skipped_row",
     "tokens_per_s",
     "timed_tokens_per_s",
     "dense_baseline_tokens_per_s",

@@ -8,19 +8,24 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from fingpt_lightning.data.synthetic_news import synthetic_news
 
+OnBadRow = Literal["error", "skip"]
+"""What is done with a row that holds no text: it ends the run, or is skipped and counted."""
+
 
 class Piece(NamedTuple):
     """A document or a part of one; the pieces of a document join to its text exactly.
 
-    A blank document is one piece with an empty text.
+    A blank document is one piece with an empty text, and so is a bad row that is skipped.
 
     Attributes:
         bytes_read: Bytes of the corpus read so far, of its ``num_bytes``.
+        problem: Place and fault of a bad row; None of all others.
     """
 
     text: str
     ends_document: bool
     bytes_read: int = 0
+    problem: str | None = None
 
 
 @runtime_checkable

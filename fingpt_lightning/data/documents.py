@@ -5,8 +5,9 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from fingpt_lightning.data.corpus import Piece
+from fingpt_lightning.data.corpus import OnBadRow, Piece
 from fingpt_lightning.files import DAMAGED, check_unpacked, lines_of, unpacked
 from fingpt_lightning.terminal.messages import first_line, no_field
 
@@ -21,23 +22,33 @@ _WORD_START = re.compile(r".*\S(?= \S)", re.DOTALL)
 _LONG_LINE_CHARACTERS = 8 * 2**20
 
 
-def jsonl_documents(path: Path, text_field: str) -> Iterator[Piece]:
+class BadRowError(ValueError):
+    """A row that holds no text while the rows after it can still be read."""
+
+
+def jsonl_documents(path: Path, text_field: str, on_bad_row: OnBadRow) -> Iterator[Piece]:
     """Each line is a document; empty lines are skipped.
 
     Raises:
-        ValueError: A line is not a JSON object, or its ``text_field`` is missing or not a text.
+        ValueError: A line is not a JSON object, or its ``text_field`` is missing or not a text,
+            and ``on_bad_row`` is ``error``; a line is too long, or packed data are damaged.
     """
     number = 0
     try:
         for number, line, bytes_read in lines_of(path):
             if not line.isspace():
-                row = _json_object(line, f"{path}:{number}")
-                yield document_of_row(row, text_field, f"{path}:{number}", bytes_read)
+                place = f"{path}:{number}"
+                try:
+                    row = _json_object(line, place)
+                    document = document_of_row(row, text_field, place, bytes_read)
+                except BadRowError as error:
+                    document = skipped_row(error, on_bad_row, bytes_read)
+                yield document
     except DAMAGED as error:
         raise ValueError(_damage(f"{path}:{number + 1}", error)) from None
 
 
-def txt_pieces(path: Path, _: str) -> Iterator[Piece]:
+def txt_pieces(path: Path, _: str, __: OnBadRow) -> Iterator[Piece]:
     """The file is one document, cut at line ends about every MiB, or within very long lines.
 
     Raises:
@@ -79,11 +90,12 @@ def short_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
         yield piece._replace(text=text[start:]) if start else piece
 
 
-def parquet_documents(path: Path, text_field: str) -> Iterator[Piece]:
+def parquet_documents(path: Path, text_field: str, on_bad_row: OnBadRow) -> Iterator[Piece]:
     """Each row is a document; only the column of that name is read.
 
     Raises:
-        ValueError: The file is not Parquet, has no such column, or a row holds no text there.
+        ValueError: The file is not Parquet or has no such column, or a row holds no text there
+            and ``on_bad_row`` is ``error``.
     """
     import pyarrow as pa  # type: ignore[import-untyped]  # it takes 0.1 s that few runs need
     from pyarrow import parquet
@@ -98,17 +110,20 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[Piece]:
             for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_field], use_threads=False):
                 for value in batch.column(0):
                     number += 1
-                    row = {text_field: value.as_py()}
+                    place = f"{path}, row {number}"
                     bytes_read = size_bytes * number // num_rows
-                    yield document_of_row(row, text_field, f"{path}, row {number}", bytes_read)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}, row {number}: no UTF-8 text") from None
+                    try:
+                        row = {text_field: _python_value(value, place)}
+                        document = document_of_row(row, text_field, place, bytes_read)
+                    except BadRowError as error:
+                        document = skipped_row(error, on_bad_row, bytes_read)
+                    yield document
     except (pa.ArrowException, OSError) as error:
         place = f"{path}, row {number + 1}" if number else str(path)
         raise ValueError(f"{place}: no parquet data ({first_line(error)})") from None
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Piece]]] = {
+READERS: dict[str, Callable[[Path, str, OnBadRow], Iterator[Piece]]] = {
     ".jsonl": jsonl_documents,
     ".jsonl.gz": jsonl_documents,
     ".jsonl.zst": jsonl_documents,
@@ -132,19 +147,37 @@ def document_of_row(
     """A document that is a whole row.
 
     Raises:
-        ValueError: ``text_field`` is missing or holds no text; the message starts with ``place``.
+        BadRowError: ``text_field`` is missing or holds no text; the message starts with ``place``.
     """
     if text_field not in row:
-        raise ValueError(no_field(place, text_field, row))
+        raise BadRowError(no_field(place, text_field, row))
     text = row[text_field]
     if not isinstance(text, str):
         kind = type(text).__name__
-        raise ValueError(f"{place}: field {text_field!r} holds a {kind}, not a string")
+        raise BadRowError(f"{place}: field {text_field!r} holds a {kind}, not a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{place}: half a surrogate pair at character {error.start}") from None
+        raise BadRowError(f"{place}: half a surrogate pair at character {error.start}") from None
     return Piece("" if text.isspace() else text, True, bytes_read)
+
+
+def skipped_row(error: BadRowError, on_bad_row: OnBadRow, bytes_read: int = 0) -> Piece:
+    """The piece that stands for a bad row, in its place among the documents.
+
+    Raises:
+        BadRowError: Bad rows are not skipped.
+    """
+    if on_bad_row == "error":
+        raise error
+    return Piece("", True, bytes_read, str(error))
+
+
+def _python_value(value: Any, place: str) -> object:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        raise BadRowError(f"{place}: no UTF-8 text") from None
 
 
 def _damage(place: str, error: Exception) -> str:
@@ -155,11 +188,11 @@ def _json_object(line: bytes, place: str) -> dict[str, object]:
     try:
         row = json.loads(line.decode("utf-8-sig" if place.endswith(":1") else "utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: no UTF-8 text at byte {error.start} of the line") from None
+        raise BadRowError(f"{place}: no UTF-8 text at byte {error.start} of the line") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: no JSON ({error})") from None
+        raise BadRowError(f"{place}: no JSON ({error})") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: a JSON {type(row).__name__} where an object is needed")
+        raise BadRowError(f"{place}: a JSON {type(row).__name__} where an object is needed")
     return row
 
 

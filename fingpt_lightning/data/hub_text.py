@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from fingpt_lightning.data.corpus import Piece
-from fingpt_lightning.data.documents import document_of_row
+from fingpt_lightning.data.corpus import OnBadRow, Piece
+from fingpt_lightning.data.documents import BadRowError, document_of_row, skipped_row
 from fingpt_lightning.terminal import inputs
 from fingpt_lightning.terminal.messages import first_line, no_field
 
@@ -38,6 +38,7 @@ class HubText:
     Attributes:
         config: Config of the data set, where it has several.
         revision: Branch, tag or commit; a full commit is read without resolving it at the hub.
+        on_bad_row: Whether a row without text is an error or an empty piece that names its fault.
     """
 
     repository: str
@@ -45,12 +46,14 @@ class HubText:
     revision: str | None
     split: str
     text_field: str = "text"
+    on_bad_row: OnBadRow = "error"
 
     def pieces(self) -> Iterator[Piece]:
         """Streams all rows.
 
         Raises:
-            ValueError: The hub has no such data set, or a row holds no text.
+            ValueError: The hub has no such data set, or a row holds no text and ``on_bad_row`` is
+                ``error``.
             RuntimeError: The stream broke.
         """
         number = 0
@@ -64,7 +67,11 @@ class HubText:
             if row is None:
                 return
             number += 1
-            yield document_of_row(row, self.text_field, f"{self}, row {number}")
+            try:
+                document = document_of_row(row, self.text_field, f"{self}, row {number}")
+            except BadRowError as error:
+                document = skipped_row(error, self.on_bad_row)
+            yield document
 
     def num_bytes(self) -> None:
         """The size of a stream is unknown."""
@@ -76,7 +83,8 @@ class HubText:
             ValueError: The hub does not report the commit of the revision.
         """
         place = f"{self.repository} {self.config} {self.split} at {self._commit()}"
-        return f"hub field {self.text_field!r} of {place}"
+        skipping = "with bad rows skipped, " if self.on_bad_row == "skip" else ""
+        return f"{skipping}hub field {self.text_field!r} of {place}"
 
     def __str__(self) -> str:
         config = f"/{self.config}" if self.config else ""
@@ -119,7 +127,9 @@ class HubText:
         return f"{self}: cannot be opened ({first_line(error)}){way_out}"
 
 
-def parse_hub_name(name: str, text_field: str, default_split: str, key: str) -> HubText:
+def parse_hub_name(
+    name: str, text_field: str, default_split: str, key: str, on_bad_row: OnBadRow = "error"
+) -> HubText:
     """Reads ``hf://OWNER/NAME[/CONFIG][@REVISION][:SPLIT]``.
 
     Args:
@@ -127,6 +137,7 @@ def parse_hub_name(name: str, text_field: str, default_split: str, key: str) -> 
         text_field: Name of the column that holds the text.
         default_split: Split that is taken where the name has none.
         key: Setting that the name comes from, for the message.
+        on_bad_row: Whether a row without text is an error or is skipped.
 
     Raises:
         ValueError: The name has another form.
@@ -139,7 +150,8 @@ def parse_hub_name(name: str, text_field: str, default_split: str, key: str) -> 
         raise ValueError(f"{key}: {name!r} is not spelled {_SPELLING}")
     parts = match.groupdict()
     split = parts["split"] or default_split
-    return HubText(parts["repository"], parts["config"], parts["revision"], split, text_field)
+    place = (parts["repository"], parts["config"], parts["revision"], split)
+    return HubText(*place, text_field, on_bad_row)
 
 
 @functools.cache

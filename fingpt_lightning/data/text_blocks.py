@@ -1,5 +1,6 @@
 """The data of pretraining: text files in, blocks of tokens out."""
 
+import logging
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,14 @@ from fingpt_lightning.data.block_order import (
     WeightedPart,
 )
 from fingpt_lightning.data.blocks import BlockSampler, ResumableDataLoader, TokenBlocks, num_blocks
+from fingpt_lightning.data.corpus import OnBadRow
 from fingpt_lightning.data.text_sources import MixturePart, Split, TextSources, joined
-from fingpt_lightning.data.token_cache import TokenFile, build_token_file, find_token_file
+from fingpt_lightning.data.token_cache import (
+    BadRows,
+    TokenFile,
+    build_token_file,
+    find_token_file,
+)
 from fingpt_lightning.data.tokenized_data import TokenizedData
 from fingpt_lightning.data.tokenizers import (
     MIN_VOCAB_SIZE,
@@ -27,6 +34,8 @@ from fingpt_lightning.data.tokenizers import (
     load_tokenizer,
     train_cached_tokenizer,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class TextBlocks(TokenizedData):
@@ -54,6 +63,8 @@ class TextBlocks(TokenizedData):
         cache_dir: Folder of tokens and trained tokenizers.
         seed: Seed of the order of training blocks, and of the synthetic news.
         num_synthetic_items: Number of documents of synthetic news.
+        on_bad_row: ``error`` ends the run at a line or row that is not JSON or UTF-8 or has no text
+            in ``text_field``; ``skip`` skips it, counted in the log and the run's summary.
 
     Attributes:
         tokenizer: The tokenizer, after ``setup``.
@@ -79,6 +90,7 @@ class TextBlocks(TokenizedData):
         cache_dir: str = "~/.cache/fingpt_lightning",
         seed: int = 1,
         num_synthetic_items: int = 4000,
+        on_bad_row: OnBadRow = "error",
     ) -> None:
         super().__init__()
         least = {
@@ -101,6 +113,7 @@ class TextBlocks(TokenizedData):
             text_field,
             num_synthetic_items,
             seed,
+            on_bad_row,
         )
         self.save_hyperparameters(logger=False)
         self.tokenizer_name = tokenizer
@@ -141,6 +154,15 @@ class TextBlocks(TokenizedData):
         total: float = sum(map(operator.mul, known, weights))
         return total / sum(weights)
 
+    def skipped_rows(self) -> tuple[int, str | None]:
+        """Bad rows skipped in the text that is open, and place and fault of the first.
+
+        Zero without ``on_bad_row: skip``. Text that two splits read is counted once.
+        """
+        files = {file.path: file for opened in self._token_files.values() for file in opened}
+        total = sum((file.bad_rows for file in files.values()), BadRows())
+        return total.number, total.first
+
     @override
     def prepare_data(self) -> None:
         """Trains the tokenizer and tokenizes the text, unless that has been done before."""
@@ -155,6 +177,10 @@ class TextBlocks(TokenizedData):
             ]
             for split in self._splits()
         }
+        for split, built in files.items():
+            for file in built:
+                if file.bad_rows.number:
+                    _log.warning("%s text: skipped %s", split, file.bad_rows)
         if "train" in files:  # now, before a run's loggers and folders are made
             self._check_fills_a_batch(files["train"])
 

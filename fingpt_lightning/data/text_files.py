@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fingpt_lightning.data.corpus import Piece
+from fingpt_lightning.data.corpus import OnBadRow, Piece
 from fingpt_lightning.data.documents import READERS, ending_of
 from fingpt_lightning.terminal.inputs import refuse_missing_texts
 
@@ -20,22 +20,27 @@ class TextFiles:
 
     Each line of a ``.jsonl`` and each row of a ``.parquet`` is one, and each ``.txt`` as a whole;
     ``.jsonl`` and ``.txt`` with ``.gz`` or ``.zst`` after them are unpacked while they are read.
+
+    Attributes:
+        text_field: Name of the field or column that holds the text.
+        on_bad_row: Whether a bad line or row is an error or an empty piece that names its fault.
     """
 
     paths: tuple[Path, ...]
     text_field: str = "text"
+    on_bad_row: OnBadRow = "error"
 
     def pieces(self) -> Iterator[Piece]:
         """Streams all files.
 
         Raises:
-            ValueError: A line is not a JSON object, lacks ``text_field`` or holds no string there,
-                or a file is not UTF-8 text or damaged. The message names file and line, row or
-                byte.
+            ValueError: A line is not a JSON object, lacks ``text_field`` or holds no string there
+                (where ``on_bad_row`` is ``error``), or a file is not UTF-8 text or damaged. The
+                message names file and line, row or byte.
         """
         first_byte = 0
         for path in self.paths:
-            for piece in READERS[_known_ending(path)](path, self.text_field):
+            for piece in READERS[_known_ending(path)](path, self.text_field, self.on_bad_row):
                 yield piece._replace(bytes_read=first_byte + piece.bytes_read)
             first_byte += path.stat().st_size
 
@@ -46,7 +51,8 @@ class TextFiles:
     def fingerprint(self) -> str:
         """Follows the contents and the order of the files, not their names."""
         digests = [f"{_known_ending(path)} {_sha256_of_file(path)}" for path in self.paths]
-        return f"field {self.text_field!r} of {', '.join(digests)}"
+        skipping = "with bad rows skipped, " if self.on_bad_row == "skip" else ""
+        return f"{skipping}field {self.text_field!r} of {', '.join(digests)}"
 
     def __str__(self) -> str:
         if len(self.paths) == 1:

@@ -4,11 +4,18 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict, get_args
 
-from fingpt_lightning.data.corpus import Corpus, CorpusShare, JoinedCorpus, SyntheticCorpus
+from fingpt_lightning.data.corpus import (
+    Corpus,
+    CorpusShare,
+    JoinedCorpus,
+    OnBadRow,
+    SyntheticCorpus,
+)
 from fingpt_lightning.data.hub_text import HUB_PREFIX, parse_hub_name
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
+from fingpt_lightning.terminal.messages import check_choice
 
 Split = Literal["train", "val", "test"]
 Files = str | list[str] | None
@@ -43,10 +50,11 @@ class TextSources:
         text_field: Name of the field that holds the text.
         num_synthetic_items: Number of documents of synthetic news.
         seed: Seed of the synthetic news.
+        on_bad_row: Whether a line or row that holds no text is an error or is skipped.
 
     Raises:
-        ValueError: The training text is given twice, a part of the mixture is wrong, or
-            ``val_share`` is outside (0, 1).
+        ValueError: The training text is given twice, a part of the mixture is wrong,
+            ``val_share`` is outside (0, 1), or ``on_bad_row`` is unknown.
     """
 
     files: dict[Split, Files]
@@ -55,8 +63,10 @@ class TextSources:
     text_field: str
     num_synthetic_items: int
     seed: int
+    on_bad_row: OnBadRow = "error"
 
     def __post_init__(self) -> None:
+        check_choice("on_bad_row", self.on_bad_row, get_args(OnBadRow))
         if not 0 < self.val_share < 1:
             raise ValueError(f"val_share {self.val_share} is outside (0, 1)")
         if self.mixture is not None:
@@ -116,9 +126,13 @@ class TextSources:
         corpora: list[Corpus] = []
         for on_hub, group in itertools.groupby(names, lambda name: name.startswith(HUB_PREFIX)):
             if on_hub:
-                corpora += [parse_hub_name(name, field, _HUB_SPLITS[split], key) for name in group]
+                corpora += [
+                    parse_hub_name(name, field, _HUB_SPLITS[split], key, self.on_bad_row)
+                    for name in group
+                ]
             else:
-                corpora.append(TextFiles(find_text_files(list(group), key), field))
+                files_found = find_text_files(list(group), key)
+                corpora.append(TextFiles(files_found, field, self.on_bad_row))
         if not corpora:
             raise ValueError(f"{key}: no path is given")
         return joined(corpora)

@@ -29,12 +29,31 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class BadRows:
+    """How many rows of a corpus were skipped because they hold no text.
+
+    Attributes:
+        first: Place and fault of the first, as it was called when it was read; None without any.
+    """
+
+    number: int = 0
+    first: str | None = None
+
+    def __add__(self, other: "BadRows") -> "BadRows":
+        return BadRows(self.number + other.number, self.first or other.first)
+
+    def __str__(self) -> str:
+        return f"{self.number:,} bad {'row' if self.number == 1 else 'rows'}, first {self.first}"
+
+
+@dataclass(frozen=True)
 class TokenFile:
     """A whole token cache.
 
     Attributes:
         num_skipped: Number of blank documents, which are not among ``num_documents``.
         num_bytes: Number of bytes of the text in UTF-8; None in a cache of version 0.2.
+        bad_rows: Skipped rows, which are among neither.
     """
 
     path: Path
@@ -43,6 +62,7 @@ class TokenFile:
     num_documents: int
     num_skipped: int
     num_bytes: int | None = None
+    bad_rows: BadRows = BadRows()
 
     def open(self) -> npt.NDArray[np.unsignedinteger]:
         """Maps the ids into memory, read-only."""
@@ -74,7 +94,7 @@ def build_token_file(
     cache_dir.mkdir(parents=True, exist_ok=True)
     path = cache_dir / f"{key}.bin"
     dtype = "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
-    num_skipped, num_bytes, so_far = 0, 0, SoFar()
+    num_skipped, num_bytes, bad_rows, so_far = 0, 0, BadRows(), SoFar()
     batches = encoded_batches(corpus, tokenizer, dtype, num_workers)
     with (
         written_whole(path) as aside,
@@ -86,6 +106,7 @@ def build_token_file(
             file.write(batch.ids.data)  # tofile does not report a full disk
             num_skipped += batch.num_skipped
             num_bytes += batch.num_bytes
+            bad_rows += BadRows(batch.num_bad_rows, batch.first_bad_row)
             so_far = SoFar(
                 so_far.num_documents + batch.num_documents,
                 so_far.num_tokens + len(batch.ids),
@@ -93,7 +114,9 @@ def build_token_file(
             )
             show(so_far)
         if so_far.num_documents == 0:
-            raise ValueError(f"{corpus}: no text in any of {num_skipped} documents")
+            skipped = f" ({bad_rows})" if bad_rows.number else ""
+            num_read = num_skipped + bad_rows.number
+            raise ValueError(f"{corpus}: no text in any of {num_read} documents{skipped}")
     header = {
         "format_version": FORMAT_VERSION,
         "dtype": dtype,
@@ -101,13 +124,16 @@ def build_token_file(
         "num_documents": so_far.num_documents,
         "num_skipped": num_skipped,
         "num_bytes": num_bytes,
+        "num_bad_rows": bad_rows.number,
+        "first_bad_row": bad_rows.first,
         "corpus": str(corpus),
         "corpus_fingerprint_sha256": hashlib.sha256(corpus.fingerprint().encode()).hexdigest(),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
     }
     write_whole(path.with_suffix(".json"), to_json(header, indent=2))
-    return TokenFile(path, dtype, so_far.num_tokens, so_far.num_documents, num_skipped, num_bytes)
+    counted = so_far.num_tokens, so_far.num_documents, num_skipped
+    return TokenFile(path, dtype, *counted, num_bytes, bad_rows)
 
 
 def find_token_file(
@@ -135,7 +161,9 @@ def _find(cache_dir: Path, key: str) -> TokenFile | None:
         header = json.loads(path.with_suffix(".json").read_bytes())
         names = ("dtype", "num_tokens", "num_documents", "num_skipped")
         known = {name: header[name] for name in names}
-        whole = TokenFile(path, **known, num_bytes=header.get("num_bytes"))
+        # A header of an earlier version counts no bad rows: there were none without ``skip``.
+        bad_rows = BadRows(header.get("num_bad_rows", 0), header.get("first_bad_row"))
+        whole = TokenFile(path, **known, num_bytes=header.get("num_bytes"), bad_rows=bad_rows)
         needed_bytes = whole.num_tokens * np.dtype(whole.dtype).itemsize
         size_bytes = path.stat().st_size
     except FileNotFoundError:

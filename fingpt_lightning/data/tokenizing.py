@@ -34,6 +34,8 @@ class EncodedBatch(NamedTuple):
         num_skipped: Number of blank documents, which are not among ``num_documents``.
         bytes_read: Bytes of the corpus read so far.
         num_bytes: Number of bytes of the documents' text in UTF-8.
+        num_bad_rows: Number of skipped bad rows, which are among neither.
+        first_bad_row: Place and fault of the first of them.
     """
 
     ids: npt.NDArray[np.unsignedinteger]
@@ -41,6 +43,8 @@ class EncodedBatch(NamedTuple):
     num_skipped: int
     bytes_read: int
     num_bytes: int
+    num_bad_rows: int = 0
+    first_bad_row: str | None = None
 
 
 def encoded_batches(
@@ -127,8 +131,15 @@ def _encode(batch: list[Piece], tokenizer: PreTrainedTokenizerFast, dtype: str) 
             parts.append(np.array(encoding.ids, dtype))
             if piece.ends_document:
                 parts.append(end)
-    num_skipped = sum(not piece.text for piece in batch)
-    num_documents = sum(piece.ends_document for piece in batch) - num_skipped
-    num_bytes = sum(len(piece.text.encode()) for piece in batch)
-    ids, bytes_read = np.concatenate(parts), batch[-1].bytes_read
-    return EncodedBatch(ids, num_documents, num_skipped, bytes_read, num_bytes)
+    num_empty = sum(not piece.text for piece in batch)
+    num_documents = sum(piece.ends_document for piece in batch) - num_empty
+    problems = [piece.problem for piece in batch if piece.problem is not None]
+    return EncodedBatch(
+        np.concatenate(parts),
+        num_documents,
+        num_empty - len(problems),
+        batch[-1].bytes_read,
+        sum(len(piece.text.encode()) for piece in batch),
+        len(problems),
+        problems[0] if problems else None,
+    )

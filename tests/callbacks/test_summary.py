@@ -176,6 +176,30 @@ def test_bits_per_byte_stand_beside_the_loss_where_the_data_know_them(
     assert f"{bits:.3f} bits per byte" in capsys.readouterr().out
 
 
+class _Skipping(_Bytes):
+    number = 1234
+
+    def skipped_rows(self) -> tuple[int, str | None]:
+        return self.number, f"news.jsonl:7: no JSON ({'x' * 200})" if self.number else None
+
+
+def test_skipped_rows_stand_in_the_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = _Skipping()
+    trainer = tiny_trainer(tmp_path, [RunSummary()], logger=False, limit_val_batches=1)
+    trainer.fit(PlainModule(), data)
+    figures, printed = _written(tmp_path), capsys.readouterr().out
+    assert figures["skipped_rows"] == 1234
+    assert figures["first_skipped_row"] == data.skipped_rows()[1]
+    assert re.search(r"bad rows skipped +. +1,234", printed)
+    assert f"first skipped row: {figures['first_skipped_row']}" in printed
+    data.number = 0
+    trainer = tiny_trainer(tmp_path, [RunSummary()], logger=False, limit_val_batches=1)
+    trainer.fit(PlainModule(), data)
+    assert "skipped_rows" not in _written(tmp_path)
+
+
 @pytest.mark.parametrize(("monitor", "expected"), [("val/loss", 0.25), ("val/other", 1.5)])
 def test_the_best_loss_is_that_of_the_whole_history_where_checkpoints_know_it(
     tmp_path: Path, monitor: str, expected: float

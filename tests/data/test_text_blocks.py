@@ -183,6 +183,43 @@ def test_nothing_is_tokenized_or_trained_twice(
     assert second.num_train_tokens == first.num_train_tokens
 
 
+def test_skipped_rows_are_counted_and_a_cache_keeps_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = _write_jsonl(tmp_path / "a.jsonl", ["shares rose"] * 100)
+    lines = Path(path).read_text().splitlines()
+    lines[1::2] = ["{broken"] * 50  # among them documents that are held out
+    Path(path).write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: no JSON")):
+        _ready(_data(tmp_path, train_files=path))
+    data = _ready(_data(tmp_path, train_files=path, on_bad_row="skip"))
+    number, first = data.skipped_rows()
+    kept, held_out = data._opened("train")[0], data._opened("val")[0]
+    assert kept.bad_rows.number + held_out.bad_rows.number == number == 50
+    assert held_out.bad_rows.number > 0
+    assert kept.num_documents + held_out.num_documents == 50
+    assert kept.num_skipped == held_out.num_skipped == 0
+    assert first == kept.bad_rows.first
+    assert f"{path}:2: no JSON" in str(first)
+    logged = f"train text: skipped {kept.bad_rows.number} bad rows, first {path}:2: no JSON"
+    assert caplog.text.count(logged) == 1
+    monkeypatch.delattr(tokenizing, "_encode")
+    again = _ready(_data(tmp_path, train_files=path, on_bad_row="skip"))
+    assert again.skipped_rows() == (number, first)
+    assert caplog.text.count(logged) == 2
+    with pytest.raises(ValueError, match="no JSON"):  # not the cache of the other rule
+        _ready(_data(tmp_path, train_files=path))
+
+
+def test_text_of_bad_rows_alone_is_refused_with_the_first(tmp_path: Path) -> None:
+    path = _write_jsonl(tmp_path / "a.jsonl", ["shares rose"] * 100)
+    data = _data(tmp_path, train_files=path, text_field="body", on_bad_row="skip")
+    with pytest.raises(
+        ValueError, match=r"no text in any of \d+ documents \(\d+ bad rows, first .*:1:"
+    ):
+        data.prepare_data()
+
+
 def test_setup_without_prepare_data_says_so(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="prepare_data has to run first"):
         _data(tmp_path).setup()
@@ -201,6 +238,7 @@ def test_setup_without_prepare_data_says_so(tmp_path: Path) -> None:
         ({"num_workers": -1}, "num_workers -1 is below 0"),
         ({"num_tokenizing_workers": 0}, "num_tokenizing_workers 0 is below 1"),
         ({"num_synthetic_items": 0}, "num_synthetic_items 0 is below 1"),
+        ({"on_bad_row": "skp"}, "on_bad_row 'skp' is none of error, skip; did you mean skip?"),
         ({"seed": -1}, "seed -1 is outside [0, 2**32)"),
     ],
 )

@@ -137,6 +137,64 @@ def test_an_empty_path_is_not_the_current_folder(
         find_text_files("", "train_files")
 
 
+_BAD_LINES = [
+    (b"{broken", "no JSON (Expecting property name"),
+    (b'{"body": "x"}', "no field 'text'"),
+    (b'{"text": 3}', "field 'text' holds a int, not a string"),
+    (b'{"text": null}', "field 'text' holds a NoneType, not a string"),
+    (b'{"text": "\xff"}', "no UTF-8 text at byte 10 of the line"),
+    (b'{"text": "\\ud800"}', "half a surrogate pair at character 0"),
+    (b"[1]", "a JSON list where an object is needed"),
+]
+
+
+@pytest.mark.parametrize(("line", "fault"), _BAD_LINES)
+def test_a_bad_line_is_skipped_in_its_place_where_that_is_requested(
+    line: bytes, fault: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n' + line + b'\n{"text": "two"}\n')
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: {fault}")):
+        list(TextFiles((path,)).pieces())
+    one, bad, two = TextFiles((path,), "text", "skip").pieces()
+    assert (one.text, one.problem, two.text, two.problem) == ("one", None, "two", None)
+    assert (bad.text, bad.ends_document) == ("", True)
+    assert bad.problem is not None
+    assert bad.problem.startswith(f"{path}:2: {fault}")
+    assert bad.bytes_read <= two.bytes_read == path.stat().st_size
+
+
+def test_rows_of_parquet_are_skipped_but_a_missing_column_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    broken = pa.Array.from_buffers(  # bytes that are no UTF-8, as a careless writer leaves them
+        pa.utf8(), 3, pa.array([b"one", b"\xff", None]).buffers()
+    )
+    parquet.write_table(pa.table({"text": broken}), path)
+    pieces = list(TextFiles((path,), "text", "skip").pieces())
+    assert [(piece.text, piece.problem) for piece in pieces] == [
+        ("one", None),
+        ("", f"{path}, row 2: no UTF-8 text"),
+        ("", f"{path}, row 3: field 'text' holds a NoneType, not a string"),
+    ]
+    with pytest.raises(ValueError, match="row 2: no UTF-8 text"):
+        list(TextFiles((path,)).pieces())
+    with pytest.raises(ValueError, match="no field 'body'"):
+        list(TextFiles((path,), "body", "skip").pieces())
+
+
+def test_damaged_packed_data_are_not_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "one"}\n' * 9)[:-9])
+    with pytest.raises(ValueError, match="the packed data are damaged or cut off here"):
+        list(TextFiles((path,), "text", "skip").pieces())
+
+
+def test_text_with_rows_skipped_is_another_text(tmp_path: Path) -> None:
+    path = _write_jsonl(tmp_path / "a.jsonl", ["x"])
+    fingerprints = {TextFiles((path,), "text", rule).fingerprint() for rule in ("error", "skip")}
+    assert len(fingerprints) == 2
+
+
 def test_no_path_is_refused() -> None:
     with pytest.raises(ValueError, match="train_files: no path is given"):
         find_text_files([], "train_files")
