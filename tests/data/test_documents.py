@@ -47,7 +47,7 @@ def test_a_word_without_end_is_not_held_whole(
     monkeypatch.setattr("fingpt_lightning.data.documents._LONG_LINE_CHARACTERS", 100)
     path = tmp_path / "a.txt"
     path.write_text("Profitrose" * 100)
-    pieces = list(txt_pieces(path, ""))
+    pieces = list(txt_pieces(path, "", "error"))
     assert "".join(piece.text for piece in pieces) == "Profitrose" * 100
     assert max(len(piece.text) for piece in pieces) <= 140
     assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
