@@ -102,3 +102,23 @@ def test_a_missing_file_is_named_with_its_part(tmp_path: Path) -> None:
 def test_an_empty_list_is_refused() -> None:
     with pytest.raises(ValueError, match="val_files: no path is given"):
         _sources(val=[]).corpora("val")
+
+
+def test_an_unknown_rule_for_bad_rows_is_refused() -> None:
+    sources = TextSources({"train": None, "val": None, "test": None}, None, 0.2, "text", 30, 1)
+    object.__setattr__(sources, "on_bad_row", "skp")  # past the check of types in tests
+    with pytest.raises(ValueError, match="on_bad_row 'skp' is none of error, skip; did you mean"):
+        sources.__post_init__()
+
+
+def test_all_files_of_all_splits_follow_the_rule_for_bad_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    files = [str(tmp_path / "a.jsonl"), "hf://a/b"]
+    given: Any = {"train": files, "val": files, "test": files}
+    sources = TextSources(given, None, 0.2, "text", 30, 1, "skip")
+    for split in given:
+        (corpus,) = sources.corpora(split)
+        assert isinstance(corpus, JoinedCorpus)
+        for part in corpus.corpora:
+            assert isinstance(part, TextFiles | HubText)
+            assert part.on_bad_row == "skip"

@@ -255,11 +255,11 @@ def test_a_refinement_that_was_killed_goes_on(
     real = refinement.refine_block
     done: list[int] = []
 
-    def killed(*arguments: Any) -> tuple[float, float]:
+    def killed(*arguments: Any, **settings: Any) -> tuple[float, float]:
         if done:
             raise RuntimeError("killed")
         done.append(1)
-        return real(*arguments)
+        return real(*arguments, **settings)
 
     monkeypatch.setattr(sequential, "refine_block", killed)
     status, _, error = decompose(model, *words)
