@@ -3,12 +3,13 @@
 import fcntl
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
@@ -56,7 +57,7 @@ class Database:
         self.shown = found.set(drivername=found.get_backend_name()).render_as_string()
         self._lock_file = Path(f"{found.database}.lock")
         options = (
-            {"connect_timeout": _CONNECT_S, "options": "-c timezone=UTC"}
+            {"connect_timeout": _CONNECT_S, "options": "-c timezone=UTC -c client_encoding=UTF8"}
             if self._is_server
             else {"timeout": _CONNECT_S}
         )
@@ -69,7 +70,8 @@ class Database:
                 "--storage: PostgreSQL needs psycopg: pip install 'fingpt-lightning[postgres]'"
             ) from None
         # The first workers would else make the same tables at once.
-        with self.explained(), self.locked():
+        with self.explained(), self.locked(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # of heartbeats
             self.storage = RDBStorage(
                 found.render_as_string(hide_password=False),
                 {"connect_args": options, "pool_pre_ping": True},

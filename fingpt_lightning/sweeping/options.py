@@ -79,9 +79,8 @@ def parse_options(words: list[str]) -> argparse.Namespace:
 def _storage_url(text: str) -> str:
     """The URL of a database, of which no message has more than the scheme."""
     kind, _, variable = text.partition(":")
-    if kind == "env":
-        if not (text := os.environ.get(variable, "")):
-            raise WrongOptions(f"--storage env:{variable}: that environment variable is not set")
+    if kind == "env" and not (text := os.environ.get(variable, "")):
+        raise WrongOptions(f"--storage env:{variable}: that environment variable is not set")
     scheme, separator, _ = text.partition("://")
     if not separator:
         raise WrongOptions(

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import socket
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -131,7 +132,10 @@ class SharedSweep(SweepRunner):
         if self._is_complete(trials):
             return None
         self._seed(sum(frozen.state != StudyState.WAITING for frozen in trials))
-        return self._owned(self.study.ask(), 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Heartbeat of storage")  # ours come from `_tick`
+            trial = self.study.ask()
+        return self._owned(trial, 1)
 
     def _owned(self, trial: Trial, attempt: int) -> Trial:
         self.database.storage.record_heartbeat(trial._trial_id)
@@ -207,7 +211,7 @@ def _joined(
         study = optuna.load_study(study_name=name, storage=database.storage, pruner=pruner)
         attributes = study.user_attrs
         if "count" in attributes:
-            if attributes.get("sweep") != text:
+            if attributes.get("content") != text:
                 raise ValueError(
                     f"study {name!r} in {database.shown} is of another sweep than {sweep.path};"
                     " --study gives this one a name of its own"
@@ -220,7 +224,7 @@ def _joined(
     study = optuna.create_study(
         study_name=name, storage=database.storage, direction=direction(sweep), pruner=pruner
     )
-    fill_study(study, sweep, number, project, sweep=text, identity=secrets.token_hex(8))
+    fill_study(study, sweep, number, project, content=text, identity=secrets.token_hex(8))
     return study
 
 

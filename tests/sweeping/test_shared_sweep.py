@@ -139,7 +139,7 @@ def test_workers_with_folders_of_their_own_share_the_count(tmp_path: Path) -> No
     assert [trial["value"] for trial in _record(tmp_path / "two")["trials"]] == [3, 2, 1]
     # Another sweep under that name, and another study in that folder.
     other = _sweep(tmp_path, {"rank": {"values": [9]}})
-    with pytest.raises(ValueError, match="study 'tiny' in sqlite:.* is of another sweep"):
+    with pytest.raises(ValueError, match=r"study 'tiny' in sqlite:.* is of another sweep"):
         SharedSweep(other, database, "tiny", tmp_path / "three", None, None)
     with pytest.raises(ValueError, match="one is of another study than 'next'"):
         SharedSweep(other, database, "next", tmp_path / "one", None, None)
