@@ -77,10 +77,14 @@ def _run_locally(options: argparse.Namespace, console: Console, report: Report) 
         sweep = read_sweep(_sweep_file(options))
         project = options.project or sweep.content.get("project")
         name = options.study or sweep.name
+        count = options.count or sweep.num_trials
+        # Before there is a study, which a wrong sweep would leave to the other workers.
+        check_sweep(sweep, build_fit, count, _extra(project))
         database = Database(options.storage)
         folder = options.output or _RUNS / name
         local = SharedSweep(sweep, database, name, folder, options.count, project)
-        extra = _check(sweep, build_fit, local.count, local.project, console)
+        extra = _extra(local.project)
+        _show(sweep, local.count, console)
         line = f"study {name!r} in {database.shown}"
         console.print(line, markup=False, highlight=False)
     elif options.resume is not None:
@@ -132,8 +136,17 @@ def _check(
     sweep: Sweep, build: Build, count: int, project: str | None, console: Console
 ) -> list[str]:
     """Checks and shows a sweep; returns the options that its trials need in addition."""
-    extra = [] if project is None else ["--trainer.logger.project", project]
+    extra = _extra(project)
     check_sweep(sweep, build, count, extra)
+    _show(sweep, count, console)
+    return extra
+
+
+def _extra(project: str | None) -> list[str]:
+    return [] if project is None else ["--trainer.logger.project", project]
+
+
+def _show(sweep: Sweep, count: int, console: Console) -> None:
     console.print(described(sweep, count), soft_wrap=False)
     goal = "highest" if sweep.is_maximized else "lowest"
     line = f"{count} trials by {sweep.method} for the {goal} {sweep.metric}: checked"
@@ -141,7 +154,6 @@ def _check(
     if sweep.compared_by.is_default:
         line = f"{sweep.path} names no metric: trials are compared by {sweep.metric}"
         console.print(line, markup=False, highlight=False)
-    return extra
 
 
 def _run_on_server(options: argparse.Namespace, console: Console) -> None:

@@ -1,6 +1,5 @@
 """The database in which several machines keep one sweep."""
 
-import fcntl
 import os
 import time
 import warnings
@@ -14,7 +13,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from fingpt_lightning.files import InUseError
+from fingpt_lightning.files import InUseError, try_lock
 
 DATABASE_ERRORS = (StorageInternalError, SQLAlchemyError)
 HEARTBEAT_S = 15
@@ -69,7 +68,7 @@ class Database:
             raise ValueError(
                 "--storage: PostgreSQL needs psycopg: pip install 'fingpt-lightning[postgres]'"
             ) from None
-        # The first workers would else make the same tables at once.
+        # Without the lock the first workers would make the same tables at once.
         with self.explained(), self.locked(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # of heartbeats
             self.storage = RDBStorage(
@@ -113,7 +112,8 @@ class Database:
         self._lock_file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            yield lambda: _is_locked(descriptor)
+            # Where there are no locks, a warning has said so: as of a sweep's own folder.
+            yield lambda: try_lock(descriptor) is not False
         finally:
             os.close(descriptor)
 
@@ -124,11 +124,3 @@ class Database:
         said = next((line for line in lines if "FATAL" in line or "refused" in line), None)
         line = said or (lines[0] if lines else type(cause).__name__)
         return line.replace(self._password, "***") if self._password else line
-
-
-def _is_locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

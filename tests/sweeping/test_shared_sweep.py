@@ -14,13 +14,13 @@ import pytest
 import yaml
 from rich.console import Console
 
+from benchmarks.postgres import PASSWORD, find_programs, running_postgres
 from fingpt_lightning.sweeping import database as databases
 from fingpt_lightning.sweeping.database import Database
 from fingpt_lightning.sweeping.options import parse_options
 from fingpt_lightning.sweeping.shared_sweep import SharedSweep
 from fingpt_lightning.sweeping.sweep_file import Sweep, read_sweep
 from fingpt_lightning.terminal.command_line import WrongOptions
-from tests.support.postgres import PASSWORD, find_programs, running_postgres
 from tests.sweeping.test_local_sweep import COMMAND, OWN_PROGRAM, ROOT
 
 WORKER = (

@@ -1,4 +1,4 @@
-"""A PostgreSQL server on loopback for tests, where one is installed."""
+"""A PostgreSQL server on loopback for tests and benchmarks, where one is installed."""
 
 import os
 import pwd
@@ -33,10 +33,12 @@ def running_postgres(programs: Path, folder: Path) -> Iterator[str]:
     Yields:
         URL with its password.
     """
-    user = pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+    user: int | None = None
+    group: int | None = None
     if os.geteuid() == 0:
-        os.chown(folder, user.pw_uid, user.pw_gid)
-    given = {"user": user.pw_uid, "group": user.pw_gid} if os.geteuid() == 0 else {}
+        nobody = pwd.getpwnam("nobody")
+        user, group = nobody.pw_uid, nobody.pw_gid
+        os.chown(folder, user, group)
     word = folder / "word"
     word.write_text(PASSWORD)
     word.chmod(0o644)
@@ -47,7 +49,8 @@ def running_postgres(programs: Path, folder: Path) -> Iterator[str]:
             programs / "initdb", "--no-sync", "-A", "scram-sha-256", "-U", "tester",
             f"--pwfile={word}", "-D", data,
         ],
-        check=True, capture_output=True, cwd=folder, env=environment, timeout=_TIMEOUT_S, **given,
+        check=True, capture_output=True, cwd=folder, env=environment, timeout=_TIMEOUT_S,
+        user=user, group=group,
     )  # fmt: skip
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -58,7 +61,7 @@ def running_postgres(programs: Path, folder: Path) -> Iterator[str]:
                 programs / "postgres", "-D", data, "-p", str(port), "-c", "fsync=off",
                 "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=",
             ],
-            stdout=log, stderr=log, cwd=folder, env=environment, **given,
+            stdout=log, stderr=log, cwd=folder, env=environment, user=user, group=group,
         )  # fmt: skip
     try:
         deadline_s = time.monotonic() + _TIMEOUT_S
