@@ -20,8 +20,8 @@ from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.data.text_files import find_text_files
 from fingpt_lightning.models.formats.peft_adapter import read_adapter
 from fingpt_lightning.models.loading import load_model
-from fingpt_lightning.sweeping.local_sweep import num_trials
 from fingpt_lightning.sweeping.sweep_file import WrongSweep, read_sweep
+from fingpt_lightning.sweeping.sweep_runner import num_trials
 from fingpt_lightning.tasks import find_task, read_rows
 from fingpt_lightning.tasks.encoding import encode_conversations
 from tests.tasks.chat_templates import CHATML, chat_tokenizer

@@ -18,9 +18,12 @@ from fingpt_lightning.cli.trainer import build_trainer_command
 from fingpt_lightning.cli.wandb_runs import ServerGuard, find_unreachable, limit_waits
 from fingpt_lightning.files import new_folder
 from fingpt_lightning.sweeping.checking import Build, Built, check_sweep, described
-from fingpt_lightning.sweeping.local_sweep import LocalSweep, num_trials
+from fingpt_lightning.sweeping.database import Database
+from fingpt_lightning.sweeping.local_sweep import LocalSweep
 from fingpt_lightning.sweeping.records import BEST_CONFIG, table
+from fingpt_lightning.sweeping.shared_sweep import SharedSweep
 from fingpt_lightning.sweeping.sweep_file import Sweep, WrongSweep, read_sweep
+from fingpt_lightning.sweeping.sweep_runner import num_trials
 from fingpt_lightning.terminal.messages import first_line
 
 Report = Callable[[Sequence[Path], Path], None]
@@ -69,7 +72,22 @@ def build_fit(words: list[str]) -> Built:
 
 
 def _run_locally(options: argparse.Namespace, console: Console, report: Report) -> None:
-    if options.resume is not None:
+    local: LocalSweep | SharedSweep
+    if options.storage is not None:
+        sweep = read_sweep(_sweep_file(options))
+        project = options.project or sweep.content.get("project")
+        name = options.study or sweep.name
+        count = options.count or sweep.num_trials
+        # Before there is a study, which a wrong sweep would leave to the other workers.
+        check_sweep(sweep, build_fit, count, _extra(project))
+        database = Database(options.storage)
+        folder = options.output or _RUNS / name
+        local = SharedSweep(sweep, database, name, folder, options.count, project)
+        extra = _extra(local.project)
+        _show(sweep, local.count, console)
+        line = f"study {name!r} in {database.shown}"
+        console.print(line, markup=False, highlight=False)
+    elif options.resume is not None:
         local = LocalSweep(options.resume)
         if options.count is not None:
             local.extend(options.count)
@@ -89,14 +107,21 @@ def _run_locally(options: argparse.Namespace, console: Console, report: Report) 
     try:
         best = local.run(console, extra)
     except (KeyboardInterrupt, TerminatedError):
-        console.print(f"go on with: fingpt sweep --resume {folder}", markup=False, highlight=False)
+        line = f"go on with: fingpt sweep --resume {folder}"
+        if options.storage is not None:
+            line = "another worker goes on with its trial; the same command joins again"
+        console.print(line, markup=False, highlight=False)
         raise
     console.print(table(local.sweep, local.study), soft_wrap=False)
     if best is None:
         raise RuntimeError(f"no trial finished; {folder}/trials/NNN/output.txt have the reasons")
     report([folder], folder / _REPORT)
+    best_line = f"best: fingpt fit --config {folder / BEST_CONFIG}"
+    if not (folder / BEST_CONFIG).is_file():
+        attributes = local.study.best_trial.user_attrs
+        best_line = f"best: trial {best} by {attributes['worker']} in {attributes['folder']}"
     for line in (
-        f"best: fingpt fit --config {folder / BEST_CONFIG}",
+        best_line,
         f"report: {folder / _REPORT}",
         f"upload: wandb sync {folder}/trials/*/wandb/offline-run-*",
     ):
@@ -111,8 +136,17 @@ def _check(
     sweep: Sweep, build: Build, count: int, project: str | None, console: Console
 ) -> list[str]:
     """Checks and shows a sweep; returns the options that its trials need in addition."""
-    extra = [] if project is None else ["--trainer.logger.project", project]
+    extra = _extra(project)
     check_sweep(sweep, build, count, extra)
+    _show(sweep, count, console)
+    return extra
+
+
+def _extra(project: str | None) -> list[str]:
+    return [] if project is None else ["--trainer.logger.project", project]
+
+
+def _show(sweep: Sweep, count: int, console: Console) -> None:
     console.print(described(sweep, count), soft_wrap=False)
     goal = "highest" if sweep.is_maximized else "lowest"
     line = f"{count} trials by {sweep.method} for the {goal} {sweep.metric}: checked"
@@ -120,7 +154,6 @@ def _check(
     if sweep.compared_by.is_default:
         line = f"{sweep.path} names no metric: trials are compared by {sweep.metric}"
         console.print(line, markup=False, highlight=False)
-    return extra
 
 
 def _run_on_server(options: argparse.Namespace, console: Console) -> None:

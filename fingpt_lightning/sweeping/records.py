@@ -35,6 +35,16 @@ def best_number(study: Study) -> int | None:
     return study.best_trial.number if finished else None
 
 
+def run_folder(trial: FrozenTrial) -> str:
+    """The run folder of a trial, from that of the sweep.
+
+    A trial that another worker of a shared sweep runs again has a folder of its own, which a worker
+    that was only suspended does not write into.
+    """
+    attempt = trial.user_attrs.get("attempt", 1)
+    return f"trials/{trial.number:03d}" + ("" if attempt == 1 else f"-{attempt}")
+
+
 def write_record(folder: Path, sweep: Sweep, study: Study) -> None:
     """Writes ``sweep.json``, aside and then renamed.
 
@@ -59,14 +69,14 @@ def write_record(folder: Path, sweep: Sweep, study: Study) -> None:
     write_json(folder / RECORD, record)
 
 
-def write_best_config(folder: Path, number: int) -> None:
+def write_best_config(folder: Path, trial: FrozenTrial) -> None:
     """Writes ``best.yaml``: the resolved config of a trial, for a new run of its own.
 
     Args:
         folder: Folder of the sweep.
-        number: Number of the trial.
+        trial: Trial, whose run folder is there.
     """
-    settings = yaml.safe_load((folder / "trials" / f"{number:03d}" / "config.yaml").read_text())
+    settings = yaml.safe_load((folder / run_folder(trial) / "config.yaml").read_text())
     trainer = settings["trainer"]
     trainer["default_root_dir"] = None
     for key in ("best_checkpoint", "last_checkpoint"):
@@ -79,7 +89,7 @@ def write_best_config(folder: Path, number: int) -> None:
             own = {key: None for key in _OF_ONE_LOGGER if key in logger["init_args"]}
             logger["init_args"] |= own | {"offline": not logger["init_args"].get("log_model")}
     text = yaml.safe_dump(settings, sort_keys=False)
-    write_whole(folder / BEST_CONFIG, f"# Trial {number} of {folder.name}.\n{text}")
+    write_whole(folder / BEST_CONFIG, f"# Trial {trial.number} of {folder.name}.\n{text}")
 
 
 def table(sweep: Sweep, study: Study) -> Table:
@@ -121,7 +131,7 @@ def _entry(folder: Path, sweep: Sweep, trial: FrozenTrial) -> dict[str, Any]:
         "state": _STATES[trial.state],
         "value": _value(trial),
         "parameters": _parameters(sweep, trial),
-        "run_folder": f"trials/{trial.number:03d}",
+        "run_folder": run_folder(trial),
         "error": trial.user_attrs.get("error"),
         "seconds": trial.user_attrs.get("seconds"),
     }

@@ -60,6 +60,7 @@ def run_trial(
     metric: str,
     should_stop: Callable[[list[float]], bool] | None = None,
     inherited: Sequence[int] = (),
+    on_poll: Callable[[], None] | None = None,
 ) -> Outcome:
     """Runs a trial to its end; an interruption ends it too.
 
@@ -71,6 +72,7 @@ def run_trial(
         should_stop: Function that gets all values so far whenever there is a new one, and returns
             whether the trial is not worth continuing.
         inherited: Open files that it keeps open.
+        on_poll: Function that is called twice a second; what it raises ends the trial.
 
     Raises:
         KeyboardInterrupt: It was interrupted; its process has ended.
@@ -91,7 +93,7 @@ def run_trial(
             pass_fds=inherited,
         )
         try:
-            is_pruned = _wait(process, folder, metric, should_stop)
+            is_pruned = _wait(process, folder, metric, should_stop, on_poll)
         finally:
             _end(process)
     seconds = time.monotonic() - started_s
@@ -145,6 +147,7 @@ def _wait(
     folder: Path,
     metric: str,
     should_stop: Callable[[list[float]], bool] | None,
+    on_poll: Callable[[], None] | None,
 ) -> bool:
     """Whether the trial was stopped because it was not worth finishing."""
     num_seen = 0
@@ -154,6 +157,8 @@ def _wait(
             return False
         except subprocess.TimeoutExpired:
             values = metric_history(folder, metric) if should_stop else []
+        if on_poll is not None:
+            on_poll()
         if should_stop and len(values) > num_seen:
             num_seen = len(values)
             if should_stop(values):

@@ -171,6 +171,7 @@ WRONG = (
     "report none --outptu x",
     "sweep none",
     "sweep quick_rank --cont 3",
+    "sweep quick_rank --storage postgres://me@database/sweeps",
     "configs none",
     "configs quickstart --cpy x",
     "tasks fpd",

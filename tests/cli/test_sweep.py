@@ -1,5 +1,7 @@
 """What is wrong with a sweep is one line before anything runs."""
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,10 @@ import pytest
 import yaml
 
 # Lightning sets an environment variable when it is imported: not in a test.
-import fingpt_lightning.cli.sweep  # noqa: F401
+import fingpt_lightning.cli.sweep
 from fingpt_lightning.cli.main import main
+from fingpt_lightning.sweeping.options import parse_options
+from tests.sweeping.test_local_sweep import COMMAND
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug_quickstart.yaml"
 
@@ -74,3 +78,74 @@ def test_a_folder_that_is_no_sweep_or_run_is_said_to_be_none(
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "fingpt: error: empty is no " in error
+
+
+def test_a_wrong_sweep_leaves_no_study_to_other_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(_sweep({"rank": {"values": [4, 99]}}))
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", "mine.yaml", "--storage", "sqlite:///study.sqlite"])
+    assert ended.value.code == 2
+    assert "rank 99 is outside [1, 32]" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_a_shared_sweep_names_its_best_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fingpt_lightning.sweeping.sweep_file._PROGRAM", "fake_fit")
+    monkeypatch.setattr(fingpt_lightning.cli.sweep, "check_sweep", lambda *_: None)
+    content = {
+        "method": "grid",
+        "metric": {"name": "val/loss", "goal": "minimize"},
+        "parameters": {"model": {"parameters": {"rank": {"values": [2, 1]}}}},
+        "command": COMMAND,
+    }
+    Path("tiny.yaml").write_text(yaml.safe_dump(content))
+    words = ["tiny.yaml", "--storage", "sqlite:///study.sqlite"]
+    fingpt_lightning.cli.sweep.run(parse_options(words), lambda *_: None)
+    printed = capsys.readouterr().out
+    assert "study 'tiny' in sqlite:///study.sqlite\n" in printed
+    assert "best: fingpt fit --config runs/sweeps/tiny/best.yaml\n" in printed
+    # A worker with a folder of its own, which joins at the end, has only the values.
+    words += ["--output", "other"]
+    fingpt_lightning.cli.sweep.run(parse_options(words), lambda *_: None)
+    folder = tmp_path / "runs/sweeps/tiny"
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        line.startswith("best: trial 1 by process ") and line.endswith(f" in {folder}")
+        for line in lines
+    )
+
+
+@pytest.mark.parametrize(
+    ("is_installed", "message"),
+    [
+        (True, r"postgresql://me:\*\*\*@127\.0\.0\.1:1/x: .*refused"),
+        (False, r"PostgreSQL needs psycopg: pip install 'fingpt-lightning\[postgres\]'"),
+    ],
+)
+def test_a_database_out_of_reach_is_one_line(
+    is_installed: bool,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if is_installed:
+        pytest.importorskip("psycopg")
+    else:
+        monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fingpt_lightning.cli.sweep, "check_sweep", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", "quick_rank", "--storage", "postgresql://me:word@127.0.0.1:1/x"])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert len(error.splitlines()) == 1
+    assert ":word" not in error
+    assert not any(tmp_path.iterdir())

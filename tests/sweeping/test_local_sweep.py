@@ -14,9 +14,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fingpt_lightning.sweeping.local_sweep import LocalSweep, num_trials
+from fingpt_lightning.sweeping.local_sweep import LocalSweep
 from fingpt_lightning.sweeping.records import table
 from fingpt_lightning.sweeping.sweep_file import Sweep, WrongSweep, read_sweep
+from fingpt_lightning.sweeping.sweep_runner import num_trials
 
 FAKE = Path(__file__).parent / "fake_fit.py"
 ROOT = Path(__file__).parents[2]
