@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, NopPruner
@@ -220,7 +220,7 @@ def fill_study(
     study.set_user_attr("count", count)
 
 
-def direction(sweep: Sweep) -> str:
+def direction(sweep: Sweep) -> Literal["minimize", "maximize"]:
     """Optuna's word for which values of the metric are better."""
     return "maximize" if sweep.is_maximized else "minimize"
 
