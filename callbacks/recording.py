@@ -1,7 +1,7 @@
 """When the callbacks' figures are due, and how they reach the loggers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -74,15 +74,17 @@ def parameter_totals(trainer: Trainer, pl_module: LightningModule) -> ParameterT
         pl_module: Module, or the part of it that this rank holds.
     """
     stored, dense = parameter_counts(pl_module)
-    strategy, own = trainer.strategy, list(pl_module.parameters())
-    if isinstance(strategy, HoldsStages):
-        own = strategy.own_parameters()
-    trained = sum(p.numel() for p in own if p.requires_grad)
+    strategy = trainer.strategy
     if not isinstance(strategy, HoldsStages):
-        return ParameterTotals(stored, dense, trained)
-    counts = [sum(map(unpacked_size, own)), dense - stored, trained]
+        return ParameterTotals(stored, dense, _num_trained(pl_module.parameters()))
+    own = strategy.own_parameters()
+    counts = [sum(map(unpacked_size, own)), dense - stored, _num_trained(own)]
     stored, saved, trained = strategy.over_stages(counts)
     return ParameterTotals(stored, stored + saved, trained)
+
+
+def _num_trained(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters if p.requires_grad)
 
 
 @runtime_checkable

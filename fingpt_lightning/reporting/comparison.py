@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from fingpt_lightning.evaluation.paired import (
     Row,
+    RowStatistics,
     intervals,
     is_right,
     mcnemar,
@@ -230,19 +231,27 @@ def _known_rows(task: str, result: Result) -> list[Row | None]:
     return known
 
 
+def _statistics(
+    figure: str, task: str, results: Sequence[Result], compared: Sequence[Sequence[Row]]
+) -> list[RowStatistics] | None:
+    """A figure's statistics of each result; None where one of them has none."""
+    known = []
+    for result, rows in zip(results, compared, strict=True):
+        statistics = row_statistics(figure, rows, result.tasks[task].get("labels", ()))
+        if statistics is None:
+            return None
+        known.append(statistics)
+    return known
+
+
 def _pictures(task: str, results: Sequence[Result], compared: Sequence[Sequence[Row]]) -> Charts:
     """The main figure of each result, and its difference from the first, with intervals."""
     # Not at the top: it imports torch, which a comparison in a terminal does without.
     from fingpt_lightning.reporting.charts import Interval, interval_chart
 
-    entries = [result.tasks[task] for result in results]
-    main = str(entries[0]["main_metric"])
-    found = [
-        row_statistics(main, rows, entry.get("labels", ()))
-        for rows, entry in zip(compared, entries, strict=True)
-    ]
-    known = [one for one in found if one is not None]
-    if len(known) < len(results):
+    main = str(results[0].tasks[task]["main_metric"])
+    known = _statistics(main, task, results, compared)
+    if known is None:
         return Charts([])
     of_each, of_differences = intervals(known)
     names, title = [_short(result.name) for result in results], EVAL_FIGURES[main]
@@ -275,12 +284,8 @@ def _figures(task: str, results: Sequence[Result], compared: Sequence[Sequence[R
     keys = [main, *(key for key in EVAL_FIGURES if key != main)]
     columns: list[tuple[Cell, list[Cell]]] = []
     for key in keys:
-        found = [
-            row_statistics(key, rows, entry.get("labels", ()))
-            for rows, entry in zip(compared, entries, strict=True)
-        ]
-        known = [one for one in found if one is not None]
-        if len(known) < len(results) or not any(key in entry for entry in entries):
+        known = _statistics(key, task, results, compared)
+        if known is None or not any(key in entry for entry in entries):
             continue
         of_each, _ = intervals(known)
         values = [one.value for one in known]
@@ -300,20 +305,15 @@ def _figures(task: str, results: Sequence[Result], compared: Sequence[Sequence[R
 
 def _differences(task: str, results: Sequence[Result], compared: Sequence[Sequence[Row]]) -> Table:
     """A line for each result but the first: what it gains on the first, and whether by chance."""
-    entries = [result.tasks[task] for result in results]
-    main = str(entries[0]["main_metric"])
-    found = [
-        row_statistics(main, rows, entry.get("labels", ()))
-        for rows, entry in zip(compared, entries, strict=True)
-    ]
-    known = [one for one in found if one is not None]
-    of_differences = intervals(known)[1] if len(known) == len(results) else None
+    main = str(results[0].tasks[task]["main_metric"])
+    known = _statistics(main, task, results, compared)
+    of_differences = None if known is None else intervals(known)[1]
     is_tested = not any("is_right" not in row and _GRADED & row.keys() for row in compared[0])
     base = is_right(compared[0]) if is_tested else []
     rows = []
     for place, result in enumerate(results[1:], 1):
         difference = "-"
-        if of_differences is not None:
+        if known is not None and of_differences is not None:
             low, high = of_differences[place - 1]
             difference = f"{known[place].value - known[0].value:+.3f} ({low:+.3f} to {high:+.3f})"
         if not is_tested:
