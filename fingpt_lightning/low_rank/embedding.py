@@ -100,6 +100,8 @@ class LowRankHead(_ProductHead):
 class OwnLowRankHead(_ProductHead):
     """Logits ``h up table'`` with factors of its own, beside an embedding that has others.
 
+    Its table may be that of the embedding (`share_table`): only the map ``up`` is its own then.
+
     Args:
         in_features: D.
         out_features: V.
@@ -123,6 +125,10 @@ class OwnLowRankHead(_ProductHead):
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
         """Sets the factors to those of a dense V x D head drawn from N(0, std^2)."""
         _draw(self.table, self.up, std, generator)
+
+    def share_table(self, embedding: LowRankEmbedding) -> None:
+        """Puts the embedding's table in the place of its own."""
+        self.table = embedding.table
 
     def dense_weight(self) -> Float[Tensor, "V D"]:
         """The head's product, in float64."""

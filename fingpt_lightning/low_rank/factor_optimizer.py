@@ -29,7 +29,10 @@ def low_rank_factors(network: nn.Module) -> list[nn.Parameter]:
 
 
 def embedding_factors(network: nn.Module) -> list[nn.Parameter]:
-    """The trained factors of low-rank embeddings and heads: table, up, ..., each once."""
+    """The trained factors of low-rank embeddings and heads: table, up, ...
+
+    Each is there once, but for a table that a head shares beside a map of its own.
+    """
     layers = [m for m in network.modules() if isinstance(m, LowRankEmbedding | OwnLowRankHead)]
     return [p for m in layers if m.table.requires_grad for p in (m.table, m.up)]
 

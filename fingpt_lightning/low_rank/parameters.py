@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fingpt_lightning.low_rank.embedding import LowRankEmbedding
+from fingpt_lightning.low_rank.embedding import LowRankEmbedding, OwnLowRankHead
 from fingpt_lightning.low_rank.linear import LowRankLinear
 
 
@@ -24,11 +24,17 @@ def parameter_counts(module: nn.Module) -> ParameterCounts:
     """
     stored = sum(map(unpacked_size, module.parameters()))
     dense = stored
+    tables = {m.table for m in module.modules() if isinstance(m, LowRankEmbedding)}
     for layer in module.modules():
+        factors: tuple[nn.Parameter, ...]
         if isinstance(layer, LowRankLinear):
             factors, matrix = (layer.down, layer.up), layer.in_features * layer.out_features
         elif isinstance(layer, LowRankEmbedding):
             factors, matrix = (layer.table, layer.up), layer.num_embeddings * layer.embedding_dim
+        elif isinstance(layer, OwnLowRankHead):
+            is_shared = layer.table in tables
+            factors = (layer.up,) if is_shared else (layer.table, layer.up)
+            matrix = 0 if is_shared else layer.in_features * layer.out_features
         else:
             continue
         dense += matrix - sum(map(unpacked_size, factors))

@@ -8,6 +8,7 @@ from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLine
 from fingpt_lightning.low_rank.budget import LayerBudget, LayerKind, ModelBudget
 from fingpt_lightning.low_rank.embedding import OwnLowRankHead
 from fingpt_lightning.models.families import Family, family_of, head_of
+from fingpt_lightning.models.low_rank_config import has_own_head_map
 
 
 def model_budget(network: PreTrainedModel, sequence_length: int) -> ModelBudget:
@@ -24,8 +25,10 @@ def model_budget(network: PreTrainedModel, sequence_length: int) -> ModelBudget:
     is_tied = {id(p) for p in head.parameters()} <= {
         id(p) for p in network.get_input_embeddings().parameters()
     }
+    table_is_shared = has_own_head_map(network.config)
     layers = [
-        _layer_budget(name, module, is_tied, family) for name, module in network.named_modules()
+        _layer_budget(name, module, is_tied, table_is_shared, family)
+        for name, module in network.named_modules()
     ]
     attention_flops = 4 * sequence_length * _attention_width(network)  # scores and their use
     attention = [
@@ -54,7 +57,7 @@ def _attention_width(network: PreTrainedModel) -> int:
 
 
 def _layer_budget(
-    name: str, module: nn.Module, head_is_tied: bool, family: Family
+    name: str, module: nn.Module, head_is_tied: bool, table_is_shared: bool, family: Family
 ) -> LayerBudget | None:
     kind, rank = LayerKind.LINEAR, None
     held = sum(p.numel() for p in module.parameters(recurse=False))
@@ -83,6 +86,8 @@ def _layer_budget(
             dense = module.in_features * module.out_features
             flops = 2 * rank * (module.in_features + module.out_features)
             dense_flops = 2 * dense
+            if table_is_shared:  # the embedding's own parameters
+                held, dense = held - module.table.numel(), 0
         case nn.Linear():
             flops = dense_flops = 2 * module.weight.numel()
             if family.is_head(name):

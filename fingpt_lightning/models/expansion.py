@@ -64,6 +64,12 @@ def _dequantize_embedding(network: PreTrainedModel, embedding: QuantizedEmbeddin
     made.table = nn.Parameter(table)
     made.up = nn.Parameter(_values(embedding.up, network.dtype))
     network.set_input_embeddings(made)
+    head = head_of(network)
+    if isinstance(head, QuantizedHead) and isinstance(head.up, nn.Parameter):
+        with torch.device("meta"):
+            own_head = OwnLowRankHead(made.embedding_dim, made.num_embeddings, made.rank)
+        own_head.up = head.up
+        network.set_submodule(family_of(network).head, own_head)
     tie_head(network)
 
 
@@ -84,6 +90,7 @@ def _set_dense_embedding(network: PreTrainedModel, table: Tensor) -> None:
         head.weight = nn.Parameter(there.dense_weight().to(network.dtype), requires_grad=False)
         network.set_submodule(family_of(network).head, head)
         forget_own_head(network.config)
+        network._tied_weights_keys = type(network)._tied_weights_keys
     elif isinstance(there, LowRankHead | QuantizedHead):
         network.set_submodule(family_of(network).head, head)
         network.config.tie_word_embeddings = True

@@ -35,7 +35,11 @@ from fingpt_lightning.models.families import (
     head_of,
 )
 from fingpt_lightning.models.layout import compute_buffers, features_of
-from fingpt_lightning.models.low_rank_config import note_low_rank, note_own_head
+from fingpt_lightning.models.low_rank_config import (
+    note_low_rank,
+    note_own_head,
+    note_own_head_map,
+)
 from fingpt_lightning.models.shapes import AnyShape, GPT2Shape, LlamaShape, resized
 from fingpt_lightning.models.split_layers import part_names, split_fused_layers
 from fingpt_lightning.models.tied_head import tie_head
@@ -90,6 +94,7 @@ def rank_ratio_of(
     vocab_size: int,
     overrides: Mapping[str, Rank] | None = None,
     embedding_rank: Rank = None,
+    has_own_head_map: bool = False,
 ) -> float:
     """The rank ratio with which a network comes nearest to a total compression.
 
@@ -100,6 +105,7 @@ def rank_ratio_of(
         overrides: Ranks by name pattern, as in a `RankRule`; layers that match keep theirs.
         embedding_rank: Rank of the embedding, and of a head that is not tied to it; None keeps both
             dense.
+        has_own_head_map: Whether a head with the embedding's table has a map of its own.
 
     Raises:
         ValueError: ``compression`` is below 1, or more than rank 1 everywhere gives.
@@ -123,6 +129,8 @@ def rank_ratio_of(
     fixed = dense - sum(num_parameters(None, *size) for size in layers.values())
     columns = resolve_rank(embedding_rank, *table)
     fixed += num_tables * (num_parameters(columns, *table) - num_parameters(None, *table))
+    if has_own_head_map and columns is not None:
+        fixed += columns * embedding.embedding_dim
     fixed += sum(num_parameters(rank, *layers[name]) for name, rank in given.items())
     left = parameters_left(
         free,
@@ -206,10 +214,12 @@ def lay_out_network(
     eos_token_id: int | None = None,
     factor_activation: str = "none",
     expansion: float = 0.0,
+    has_own_head_map: bool = False,
 ) -> PreTrainedModel:
     """The network of `build_network` on the meta device: names and sizes, no memory.
 
-    What `LowRankLinear` takes beside sizes is noted in the config, where loading looks for it.
+    What `LowRankLinear` takes beside sizes is noted in the config, where loading looks for it; and
+    so is a map of its own of the head, beside the table that it shares with the embedding.
     """
     config = shape.config(vocab_size, dropout, eos_token_id)
     family = family_named(config.model_type)
@@ -222,13 +232,15 @@ def lay_out_network(
         config.tie_word_embeddings = False  # transformers' own tying is for full tables
         if not is_tied:
             note_own_head(config)
+        elif has_own_head_map:
+            note_own_head_map(config)
     with torch.device("meta"):
         network = family.network_class(config)
         _replace_linears(network, rank or RankRule(), factor_activation, expansion)
         if columns is not None:
             embedding = LowRankEmbedding(vocab_size, config.hidden_size, columns)
             network.set_submodule(family.embedding, embedding)
-            if not is_tied:
+            if not is_tied or has_own_head_map:
                 own_head = OwnLowRankHead(config.hidden_size, vocab_size, columns)
                 network.set_submodule(family.head, own_head)
     tie_head(network)
@@ -244,6 +256,7 @@ def build_network(
     eos_token_id: int | None = None,
     seed: int | None = None,
     initialization: Initialization = Initialization.SVD,
+    has_own_head_map: bool = False,
 ) -> PreTrainedModel:
     """A freshly initialized network with every linear layer of its blocks low-rank.
 
@@ -261,6 +274,8 @@ def build_network(
         seed: Seed of the initialization; None draws one from torch's global generator.
         initialization: Initialization of the factors; a factorized embedding is always the
             truncated SVD.
+        has_own_head_map: Whether the head of a factorized embedding that it shares the table of
+            has a map of its own to it, which starts as the embedding's.
 
     Raises:
         ValueError: A rank does not fit its layer.
@@ -268,7 +283,15 @@ def build_network(
     Source: initialization of Radford et al. (2019) as in transformers: N(0, 0.02^2), projections
     into the residual stream divided by sqrt(2 x layers); the factors follow from that draw.
     """
-    network = lay_out_network(shape, vocab_size, rank, embedding_rank, dropout, eos_token_id)
+    network = lay_out_network(
+        shape,
+        vocab_size,
+        rank,
+        embedding_rank,
+        dropout,
+        eos_token_id,
+        has_own_head_map=has_own_head_map,
+    )
     seed = seed if seed is not None else int(torch.randint(2**31, ()))
     materialize(network, seed, initialization)
     return network
@@ -327,6 +350,9 @@ def initialize(
         match module:
             case LowRankLinear():
                 module.reset_parameters(std, stream, initialization)
+            case OwnLowRankHead() if module.table in filled:
+                # The shared table's: the head begins as a tied one.
+                module.up.copy_(network.get_input_embeddings().get_parameter("up"))
             case LowRankEmbedding() | OwnLowRankHead():
                 module.reset_parameters(std, stream)
             case Conv1D() | nn.Linear():

@@ -18,7 +18,12 @@ from fingpt_lightning.models.families import (
     head_of,
 )
 from fingpt_lightning.models.finite import check_stored
-from fingpt_lightning.models.low_rank_config import has_own_head, is_split, noted_activation
+from fingpt_lightning.models.low_rank_config import (
+    has_own_head,
+    has_own_head_map,
+    is_split,
+    noted_activation,
+)
 from fingpt_lightning.models.quantization.layers import is_linear, quantized_layer
 from fingpt_lightning.models.split_layers import split_fused_layers
 from fingpt_lightning.models.tied_head import tie_head
@@ -60,8 +65,11 @@ def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
                 check_plain_embedding(family)
                 embedding = LowRankEmbedding(table.num_embeddings, table.embedding_dim, shape[1])
                 network.set_submodule(layer_name, embedding)
+                if has_own_head_map(config):
+                    sizes = (table.embedding_dim, table.num_embeddings, shape[1])
+                    network.set_submodule(family.head, OwnLowRankHead(*sizes))
                 config.tie_word_embeddings = False  # transformers' own tying is for full tables
-            elif part == "table" and has_own_head(config):
+            elif part == "table" and has_own_head(config) and not has_own_head_map(config):
                 head = _stored_layer(network, layer_name)
                 head_features = features_of(head)
                 network.set_submodule(layer_name, OwnLowRankHead(*head_features, shape[1]))
@@ -138,6 +146,8 @@ def fill(
     """
     family, head = family_of(network), head_of(network)
     head_is_tied = isinstance(head, LowRankHead) or network.config.tie_word_embeddings
+    # Beside a table that it shares, a head may have a map of its own.
+    tied = {f"{family.head}.table"} if has_own_head_map(network.config) else set[str]()
     parameters = dict(network.named_parameters())
     unknown: list[str] = []
     stored_head: list[tuple[str, Tensor]] = []
@@ -145,7 +155,7 @@ def fill(
         name = full_name(network, stored)
         if name in elsewhere:
             continue
-        if head_is_tied and family.is_head(name):
+        if name in tied or (not tied and head_is_tied and family.is_head(name)):
             check_stored(stored, tensor)
             stored_head.append((name, tensor))
             continue

@@ -15,7 +15,7 @@ from fingpt_lightning.low_rank.linear import folded_up
 from fingpt_lightning.metric_keys import VAL_LOSS
 
 _ACTIVATION, _EXPANSION = "factor_activation", "factor_expansion"
-_OWN_HEAD = "low_rank_head"
+_OWN_HEAD, _MAP = "low_rank_head", "map"
 _SPLIT = "split_fused_layers"
 NOTED = (_ACTIVATION, _EXPANSION, _OWN_HEAD, _SPLIT)
 """The keys that ours add to a network's config."""
@@ -44,9 +44,23 @@ def note_own_head(config: PreTrainedConfig) -> None:
     setattr(config, _OWN_HEAD, True)
 
 
+def note_own_head_map(config: PreTrainedConfig) -> None:
+    """Notes that the head has a map of its own, beside the table that it shares.
+
+    Args:
+        config: Config of the network; changed in place.
+    """
+    setattr(config, _OWN_HEAD, _MAP)
+
+
 def has_own_head(config: PreTrainedConfig) -> bool:
-    """Whether the head has factors of its own."""
+    """Whether the head has factors of its own, or a map of its own beside a shared table."""
     return bool(getattr(config, _OWN_HEAD, False))
+
+
+def has_own_head_map(config: PreTrainedConfig) -> bool:
+    """Whether the head has a map of its own beside the embedding's table."""
+    return bool(getattr(config, _OWN_HEAD, False) == _MAP)
 
 
 def forget_own_head(config: PreTrainedConfig) -> None:

@@ -3,8 +3,9 @@
 from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead
+from fingpt_lightning.low_rank.embedding import OwnLowRankHead
 from fingpt_lightning.models.families import family_of
-from fingpt_lightning.models.low_rank_config import has_own_head
+from fingpt_lightning.models.low_rank_config import has_own_head, has_own_head_map
 from fingpt_lightning.models.quantization.quantized_embedding import QuantizedEmbedding
 
 
@@ -15,15 +16,24 @@ def tie_head(network: PreTrainedModel) -> None:
         return
     if isinstance(embedding, QuantizedEmbedding):  # tied where it was placed
         return
-    if has_own_head(network.config):
+    head = family_of(network).head
+    if has_own_head_map(network.config) and isinstance(embedding, LowRankEmbedding):
+        own_head = network.get_submodule(head)
+        assert isinstance(own_head, OwnLowRankHead)
+        own_head.share_table(embedding)
+        _note_tied(network, embedding, head, ["table"])
+    elif has_own_head(network.config):
         return
-    if isinstance(embedding, LowRankEmbedding):
-        head = family_of(network).head
+    elif isinstance(embedding, LowRankEmbedding):
         network.set_submodule(head, LowRankHead(embedding))
-        name = next(name for name, module in network.named_modules() if module is embedding)
-        # So that save_pretrained writes them once.
-        network._tied_weights_keys = {
-            f"{head}.{part}": f"{name}.{part}" for part in ("table", "up")
-        }
+        _note_tied(network, embedding, head, ["table", "up"])
     else:
         network.tie_weights()
+
+
+def _note_tied(
+    network: PreTrainedModel, embedding: LowRankEmbedding, head: str, parts: list[str]
+) -> None:
+    """Has save_pretrained write the shared parts once."""
+    name = next(name for name, module in network.named_modules() if module is embedding)
+    network._tied_weights_keys = {f"{head}.{part}": f"{name}.{part}" for part in parts}

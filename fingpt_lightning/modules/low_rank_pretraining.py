@@ -44,7 +44,7 @@ from fingpt_lightning.models.from_scratch import (
 )
 from fingpt_lightning.models.layout import fill, lay_out
 from fingpt_lightning.models.loading import build_model, open_stored
-from fingpt_lightning.models.low_rank_config import drop_guides, is_guide
+from fingpt_lightning.models.low_rank_config import drop_guides, has_own_head_map, is_guide
 from fingpt_lightning.models.shapes import (
     AnyShape,
     StoredShape,
@@ -77,6 +77,7 @@ from fingpt_lightning.modules.weight_averaging import prepare_averaging
 from fingpt_lightning.terminal.messages import nearest
 from fingpt_lightning.terminal.progress import announced
 
+HEAD_MAPS = ("shared", "own")
 _PRESET = "gpt2-small"
 _RANK_RATIO = 0.25
 _DRAWN_STD = 0.02
@@ -114,6 +115,8 @@ class LowRankPretraining(LanguageModelingModule):
             a fused layer, such as ``{"*.c_attn.v": 0.5}`` (q, k or v of a GPT-2), gives each part
             factors of its own.
         embedding_rank: The rank of embedding and head, tied or not; null keeps the full tables.
+        head_map: Map from the width to the rank in a factorized head that shares the embedding's
+            table: ``shared``, the embedding's own; ``own``, another one, which starts as it.
         compression: All parameters of the dense baseline over all of this network, embedding
             included; the one rank ratio that comes nearest is found. In place of ``rank``.
         init_from: Folder, hub name, GGUF file, checkpoint or run folder of the model to train on,
@@ -196,7 +199,7 @@ class LowRankPretraining(LanguageModelingModule):
 
     architecture_settings = (
         "preset", "architecture", "num_layers", "width", "num_heads", "num_positions",
-        "vocab_size", "rank", "rank_overrides", "embedding_rank", "compression",
+        "vocab_size", "rank", "rank_overrides", "embedding_rank", "head_map", "compression",
         "factor_activation", "factor_expansion",
     )  # fmt: skip
 
@@ -207,6 +210,7 @@ class LowRankPretraining(LanguageModelingModule):
         rank: int | float | Literal["auto"] | None = "auto",
         rank_overrides: dict[str, int | float | None] | None = None,
         embedding_rank: int | float | None = None,
+        head_map: Literal["shared", "own"] = "shared",
         compression: float | None = None,
         init_from: str | None = None,
         num_layers: int | None = None,
@@ -265,13 +269,16 @@ class LowRankPretraining(LanguageModelingModule):
                 "preset": preset, "architecture": architecture,
                 "rank": None if rank == "auto" else repr(rank),
                 "rank_overrides": rank_overrides, "embedding_rank": embedding_rank,
+                "head_map": None if head_map == "shared" else head_map,
                 "compression": compression, "num_layers": num_layers, "width": width,
                 "num_heads": num_heads, "num_positions": num_positions, "vocab_size": vocab_size,
                 "initialization": None if initialization == "svd" else initialization,
                 "factor_activation": None if factor_activation == "none" else factor_activation,
                 "factor_expansion": factor_expansion or None,
             }  # fmt: skip
-            defaults = {"rank": "auto"} | {key: str(value) for key, value in PLAIN.items()}
+            defaults = {"rank": "auto", "head_map": "shared"} | {
+                key: str(value) for key, value in PLAIN.items()
+            }
             for name, value in given.items():
                 if value is not None:
                     default = defaults.get(name, "null")
@@ -288,6 +295,7 @@ class LowRankPretraining(LanguageModelingModule):
             check_dropout(self.shape.config(1).model_type, dropout)
         rank_now = _RANK_RATIO if isinstance(rank, str) else rank
         check_ranks(self.shape, RankRule(rank_now, rank_overrides or {}), embedding_rank)
+        _check_head_map(head_map, embedding_rank, embedding_optimizer, self.shape)
         if recompute not in list(Recompute):
             hint = nearest(recompute, Recompute)
             raise ValueError(f"recompute {recompute!r} is none of {', '.join(Recompute)}{hint}")
@@ -353,6 +361,7 @@ class LowRankPretraining(LanguageModelingModule):
                     self._vocab_size(),
                     overrides,
                     hparams["embedding_rank"],
+                    hparams["head_map"] == "own",
                 )
         return RankRule(rank, overrides)
 
@@ -560,6 +569,11 @@ class LowRankPretraining(LanguageModelingModule):
                     f"model.embedding_optimizer {of_embedding} is about factors of the embedding,"
                     " and here it is one table: set adamw, or model.embedding_rank"
                 )
+            if of_embedding == "same" and has_own_head_map(self.laid_out().config):
+                raise ValueError(
+                    "model.embedding_optimizer same moves pairs of factors, and in"
+                    f" {self.init_from} two share a table: set mixed or adamw"
+                )
             for key in ("optimizer", "spectron_adjust_lr"):
                 changes.pop(key, None)  # they act on these factors
         if changes and not low_rank_factors(self.laid_out()):
@@ -632,6 +646,7 @@ class LowRankPretraining(LanguageModelingModule):
             eos_token_id=None if source is None else source.eos_token_id,
             factor_activation=self.hparams["factor_activation"],
             expansion=self.hparams["factor_expansion"],
+            has_own_head_map=self.hparams["head_map"] == "own",
         )
 
     def _vocab_size(self) -> int:
@@ -713,7 +728,8 @@ class LowRankPretraining(LanguageModelingModule):
             twin._is_dense_baseline = True
             return twin
         dense: dict[str, Any] = {
-            "rank": None, "rank_overrides": None, "embedding_rank": None, "compression": None
+            "rank": None, "rank_overrides": None, "embedding_rank": None, "compression": None,
+            "head_map": "shared",
         }  # fmt: skip
         return type(self)(**(settings | dense | plain))
 
@@ -730,6 +746,36 @@ def _shape_of(
                 " null"
             )
     return stored_shape(architecture)
+
+
+def _check_head_map(
+    head_map: str, embedding_rank: int | float | None, embedding_optimizer: str, shape: AnyShape
+) -> None:
+    """Raises unless the head may have this map.
+
+    Raises:
+        ValueError: ``head_map`` is unknown, or another setting does not fit it.
+    """
+    if head_map not in HEAD_MAPS:
+        hint = nearest(head_map, HEAD_MAPS)
+        raise ValueError(f"head_map {head_map!r} is none of {', '.join(HEAD_MAPS)}{hint}")
+    if head_map == "shared":
+        return
+    if embedding_rank is None:
+        raise ValueError(
+            f"head_map {head_map} is about a factorized embedding: set embedding_rank, or"
+            " head_map shared"
+        )
+    if not shape.config(1).tie_word_embeddings:
+        raise ValueError(
+            f"head_map {head_map}: the head of this architecture is not tied to the embedding and"
+            " has factors of its own; set head_map shared"
+        )
+    if embedding_optimizer == "same":
+        raise ValueError(
+            f"embedding_optimizer same moves pairs of factors, and with head_map {head_map} two"
+            " share a table: set embedding_optimizer mixed or adamw"
+        )
 
 
 def _set_dropout(network: PreTrainedModel, dropout: float) -> None:

@@ -24,6 +24,7 @@ from fingpt_lightning.pipeline.stage import (
     network_costs,
     part_index,
     tied_parameters,
+    unused_maps,
 )
 from fingpt_lightning.pipeline.timeline import Pass, Work, bubble_share, chrome_trace, draw
 
@@ -57,4 +58,5 @@ __all__ = [
     "sum_over",
     "tied_parameters",
     "to_table",
+    "unused_maps",
 ]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank.adapters import FrozenBase
 from fingpt_lightning.models.families import family_of, head_of
+from fingpt_lightning.models.low_rank_config import has_own_head_map
 from fingpt_lightning.pipeline.partition import Cost, NetworkCosts, Span
 
 
@@ -100,6 +101,18 @@ def tied_parameters(network: PreTrainedModel) -> list[str]:
     embedding = network.get_submodule(prefix)
     of_head = {id(parameter) for parameter in head_of(network).parameters()}
     return [f"{prefix}.{n}" for n, p in embedding.named_parameters() if id(p) in of_head]
+
+
+def unused_maps(network: PreTrainedModel, spans: Iterable[Span]) -> list[str]:
+    """Names of parameters that a process holds beside its copy of a table and does not run.
+
+    Where a factorized head has a map of its own beside the embedding's table, either end has both.
+    """
+    if not has_own_head_map(network.config):
+        return []
+    kept, family = list(spans), family_of(network)
+    ends = {family.embedding: "is_first", family.head: "is_last"}
+    return [f"{name}.up" for name, end in ends.items() if not any(getattr(s, end) for s in kept)]
 
 
 def keep_stages(network: PreTrainedModel, spans: Iterable[Span]) -> None:

@@ -39,6 +39,7 @@ from fingpt_lightning.pipeline import (
     sum_over,
     tied_parameters,
     to_table,
+    unused_maps,
 )
 from fingpt_lightning.strategies.checkpoint_files import WholeCheckpoints
 from fingpt_lightning.strategies.pipeline_checkpoint import (
@@ -136,6 +137,7 @@ class PipelineStrategy(PipelineProcesses):
         self._spans: list[Span] = []
         self._names: WholeNames | None = None
         self._tied: frozenset[str] = frozenset()
+        self._not_run: frozenset[str] = frozenset()
         self._runtime: PipelineRuntime | None = None
         self._fresh: list[tuple[nn.Parameter, Tensor | None]] = []
         self._is_in_window = self._is_mid_window = False
@@ -166,7 +168,9 @@ class PipelineStrategy(PipelineProcesses):
         if self.is_global_zero:
             Console().print(to_table(costs, self._spans, self.layout, workload))
         self._tied = frozenset(f"{_PREFIX}{name}" for name in tied_parameters(network))
-        keep_stages(network, [self._spans[s] for s in self.layout.stages_of(self._pipeline_rank)])
+        spans = [self._spans[s] for s in self.layout.stages_of(self._pipeline_rank)]
+        self._not_run = frozenset(f"{_PREFIX}{name}" for name in unused_maps(network, spans))
+        keep_stages(network, spans)
 
     def _recompute_of(self, module: LightningModule) -> str | None:
         """What blocks compute again: the strategy's own setting, else the module's."""
@@ -442,13 +446,16 @@ class PipelineStrategy(PipelineProcesses):
         return self._names
 
     def _own_names(self) -> dict[nn.Parameter, str]:
-        """Names of the parameters this rank answers for: of tied ones the first stage does."""
+        """Names of the parameters this rank answers for: of tied ones the first stage does.
+
+        What it only holds beside its copy of a tied table is another rank's.
+        """
         assert self.lightning_module is not None
         is_other_end = self._pipeline_rank != self.layout.rank_of(0)
         return {
             p: name
             for name, p in self.lightning_module.named_parameters()
-            if not (is_other_end and name in self._tied)
+            if not (is_other_end and name in self._tied) and name not in self._not_run
         }
 
     @property

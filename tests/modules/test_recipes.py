@@ -61,6 +61,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "embedding_optimizer": "mixed",
         "rank_overrides": {"*.c_fc": None},
     },
+    "spectron, own map of the head": {
+        "optimizer": "spectron",
+        "embedding_optimizer": "mixed",
+        "embedding_learning_rate": 0.03,
+        "head_map": "own",
+    },
+    "adamw, own map of the head": {"head_map": "own", "embedding_learning_rate": 0.03},
     "ranks by kind": {
         "optimizer": "lora_muon",
         "rank_overrides": {"*.c_attn.[qk]": 2, "*.c_attn.v": 5},

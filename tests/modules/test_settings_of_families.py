@@ -227,6 +227,10 @@ PRETRAINING: dict[str, Row] = {
         {"optimizer": "spectron", "embedding_optimizer": "same"},
         refused={"": "embedding_optimizer same is about factors of the embedding, and here it is"},
     ),
+    "head_map": Row(
+        {"head_map": "own"},
+        refused={"": "head_map own: init_from .* decides the architecture; leave head_map at sh"},
+    ),
     "embedding_learning_rate": Row(
         {"embedding_learning_rate": 0.25},
         lambda seen: (

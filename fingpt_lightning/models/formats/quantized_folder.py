@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from fingpt_lightning.low_rank.embedding import OwnLowRankHead
 from fingpt_lightning.models.families import check_plain_embedding, family_of, head_of
 from fingpt_lightning.models.input_moments import InputMoments
+from fingpt_lightning.models.low_rank_config import has_own_head_map
 from fingpt_lightning.models.quantization.frozen_matrix import FrozenMatrix
 from fingpt_lightning.models.quantization.layers import (
     bare_layer,
@@ -147,9 +149,17 @@ def _place_embedding(network: PreTrainedModel, name: str, embedding: QuantizedEm
 
 def _set_embedding(network: PreTrainedModel, name: str, embedding: QuantizedEmbedding) -> None:
     check_plain_embedding(family_of(network))
-    is_tied = network.config.tie_word_embeddings or isinstance(head_of(network), LowRankHead)
+    head = head_of(network)
+    is_tied = network.config.tie_word_embeddings or isinstance(head, LowRankHead)
     network.set_submodule(name, embedding)
-    if is_tied:
+    if embedding.up is not None and has_own_head_map(network.config):
+        if isinstance(head, OwnLowRankHead):
+            own_up = head.up
+        else:  # one of a network that is laid out, whose map is filled later
+            sizes = (embedding.embedding_dim, cast("FrozenMatrix", embedding.table).in_features)
+            own_up = nn.Parameter(torch.empty(*sizes, device="meta"))
+        network.set_submodule(family_of(network).head, QuantizedHead(embedding, own_up))
+    elif is_tied:
         network.set_submodule(family_of(network).head, QuantizedHead(embedding))
         network.config.tie_word_embeddings = False  # transformers' own tying knows no codes
 
@@ -225,7 +235,9 @@ def quantized_state(
     state = {
         name: tensor.detach().to("cpu")
         for name, tensor in network.state_dict().items()
-        if name not in tied and not (head_is_codes and family.is_head(name))
+        if name not in tied
+        # Of its parts only a map of its own is a parameter that nothing else has.
+        and not (head_is_codes and family.is_head(name) and name not in is_own)
     }
     # What goes with the codes, scales among them, stays as it is.
     quantised = [name for name, m in network.named_modules() if isinstance(m, FrozenMatrix)]

@@ -72,16 +72,23 @@ class QuantizedHead(nn.Module):
 
     The table is dequantized a few rows at a time, so that it never takes more than 4 or 8 bits per
     number and is multiplied while a core's cache holds it.
+
+    Args:
+        embedding: Embedding whose table it shares.
+        own_up: Map (D, R) in place of the embedding's, which is not quantized.
     """
 
-    def __init__(self, embedding: QuantizedEmbedding) -> None:
+    def __init__(self, embedding: QuantizedEmbedding, own_up: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.table, self.up = embedding.table, embedding.up
+        self.table = embedding.table
+        self.up = embedding.up if own_up is None else own_up
 
     def features(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch K"]:
         """The features that are multiplied with the table."""
         if self.up is None:
             return hidden
+        if isinstance(self.up, nn.Parameter):
+            return hidden @ self.up
         return hidden @ cast("FrozenMatrix", self.up).values(hidden.dtype)
 
     def forward(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
