@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 
-.PHONY: quickstart test docs env smollm2 lint types clean help
+.PHONY: quickstart test docs env smollm2 gpu-check lint types clean help
 
 help:
 	@echo "make quickstart  pretrain a low-rank GPT-2 on synthetic financial news, offline (3 minutes)"
 	@echo "make test        lint, types and tests"
 	@echo "make docs        the documentation as a site that needs no network: site/index.html"
 	@echo "make smollm2     a small real Llama model without a hub: models/smollm2-135m"
+	@echo "make gpu-check   numbers and speed on this machine's GPU, in eight minutes: gpu_check.json, .md"
 	@echo "make env         everything that tests, benchmarks and development need"
 
 $(BIN)/python:
@@ -60,6 +61,10 @@ test: lint types
 docs: $(VENV)/.installed-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html; with search: $(BIN)/python -m http.server --directory site"
+
+# What is installed will do: a machine with a GPU has a torch of its own.
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check --seconds 480 --json gpu_check.json
 
 clean:
 	rm -rf $(VENV) build site *.egg-info

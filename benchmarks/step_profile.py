@@ -68,7 +68,7 @@ def main() -> None:
     for contender in ("dense", "low_rank"):
         step = TrainingStep(contender, work)
         for precision, peak in peaks.items():
-            seconds = _profiled(step, precision, options.repeats)
+            seconds = profiled(step, precision, options.repeats)
             bounds = bounds_s(contender, work, precision, peak, bandwidth)
             rows += [
                 {
@@ -101,7 +101,14 @@ def main() -> None:
     print(json.dumps(record["summary"], indent=1))
 
 
-def _profiled(step: TrainingStep, precision: str, repeats: int) -> dict[str, list[float]]:
+def profiled(step: TrainingStep, precision: str, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each part, and of all together, of some steps after a first one.
+
+    Args:
+        step: Step to profile.
+        precision: Precision: ``fp32`` or ``bf16``.
+        repeats: Number of profiled steps.
+    """
     step(precision)
     seconds: dict[str, list[float]] = {part: [] for part in (*PARTS, "all")}
     on_cuda = step.tokens.device.type == "cuda"
