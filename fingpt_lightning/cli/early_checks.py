@@ -15,6 +15,7 @@ from fingpt_lightning.cli.early_options import GivenSettings, check_ranges, give
 from fingpt_lightning.cli.errors import ConfigError
 from fingpt_lightning.cli.shipped import SWEEPS, find_file, with_config_files
 from fingpt_lightning.reporting.compare_options import check_inputs
+from fingpt_lightning.shards.folders import find_shards
 from fingpt_lightning.tasks.library import find_label_task, find_scored_task, find_task
 from fingpt_lightning.tasks.row_files import check_csv_settings, open_rows
 from fingpt_lightning.tasks.sources import find_folder, open_split
@@ -150,7 +151,13 @@ def _check_label(options: argparse.Namespace) -> None:
     find_task(options.task)
     check_csv_settings(options.input, options.separator, options.encoding)
     open_rows(options.input)
+    _check_shards(options)
     _check_model(options)
+
+
+def _check_shards(options: argparse.Namespace) -> None:
+    if options.merge is not None:
+        find_shards(options.output, options.merge, options.shard_command)
 
 
 def _check_generate(options: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 
 from fingpt_lightning.evaluation import runner
@@ -22,7 +21,13 @@ from fingpt_lightning.evaluation.results import (
     write_results,
 )
 from fingpt_lightning.evaluation.runner import Scoring, TaskResult, read_tasks, scorings_of
-from fingpt_lightning.models.device import AUTO_DTYPE, dtype_remark, find_device, find_dtype
+from fingpt_lightning.models.device import (
+    AUTO_DTYPE,
+    device_name,
+    dtype_remark,
+    find_device,
+    find_dtype,
+)
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use, tokenizer_sha256
@@ -209,7 +214,7 @@ def evaluate(
             "num_fewshot": num_fewshot,
             "fewshot_seed": seed if num_fewshot else None,
             "batch_tokens": batch_tokens,
-            "device": _device_name(network.device),
+            "device": device_name(network.device),
         },
         "started_at": started_at.isoformat(timespec="seconds"),
         "seconds": time.perf_counter() - started_s,
@@ -250,7 +255,3 @@ def run(options: argparse.Namespace) -> None:
     if output is not None:
         evaluation.write(output)
         console.print(f"{output}: results.json, predictions.jsonl", highlight=False)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
