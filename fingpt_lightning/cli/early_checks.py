@@ -144,19 +144,20 @@ def _check_evaluate(options: argparse.Namespace) -> None:
         form = {"separator": options.separator, "encoding": options.encoding}
         for task in tasks:
             open_split(task, options.data_dir, options.split, **form)
-    _check_model(options)
+    _check_shards_or_model(options)
 
 
 def _check_label(options: argparse.Namespace) -> None:
     find_task(options.task)
     check_csv_settings(options.input, options.separator, options.encoding)
     open_rows(options.input)
-    _check_shards(options)
-    _check_model(options)
+    _check_shards_or_model(options)
 
 
-def _check_shards(options: argparse.Namespace) -> None:
-    if options.merge is not None:
+def _check_shards_or_model(options: argparse.Namespace) -> None:
+    if options.merge is None:
+        _check_model(options)
+    else:  # for which the model is not loaded
         find_shards(options.output, options.merge, options.shard_command)
 
 

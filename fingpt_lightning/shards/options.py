@@ -4,7 +4,7 @@ import argparse
 import re
 import shlex
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from fingpt_lightning.terminal.command_line import positive_int
 
@@ -13,7 +13,8 @@ ANY_COUNT = 0
 _SHARD = re.compile(r"(\d{1,9})/(\d{1,9})")
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """One of ``count`` shares of the work on an output, as ``I/N``.
 
     Attributes:

@@ -226,7 +226,7 @@ def test_a_model_that_was_trained_on_meanwhile_is_noticed(
     assert label("--model", str(own), "--shard", "1/2")[0] == 0
     network = tiny_network("llama")
     with torch.no_grad():
-        network.get_input_embeddings().weight[0] += 1
+        next(network.parameters())[0] += 1
     network.save_pretrained(own)
     assert label("--model", str(own), "--shard", "2/2")[0] == 0
     status, _, error = label("--model", str(own), "--merge")
