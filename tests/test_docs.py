@@ -54,6 +54,9 @@ NOT_RUN = {
     "python -m benchmarks.": "at toy size in tests/benchmarks",
     "torchrun": "several processes: tests/modules/test_several_devices.py",
     "#!/bin/bash": "SLURM; its variables: tests/modules/test_several_devices.py",
+    "jobs=$(sbatch": "SLURM; with a stub: tests/test_examples.py",
+    "sbatch": "SLURM; with a stub: tests/test_examples.py",
+    "SHARDS=8 sbatch": "SLURM; with a stub: tests/test_examples.py",
     "fingpt fit --config configs/pretrain_openwebtext.yaml --data.train_files hf://": "needs a"
     " network; a stand-in of the hub: tests/data/test_hub_text.py",
     "fingpt fit --config configs/pretrain_gpt2_small.yaml --config configs/overlays/ddp.yaml":
