@@ -231,6 +231,10 @@ def _check_plan(options: argparse.Namespace) -> None:
     check_trainer_command("fit", options.words, runs=False)
 
 
+def _check_tokenize(options: argparse.Namespace) -> None:
+    check_trainer_command("fit", options.words)
+
+
 def _check_report(options: argparse.Namespace) -> None:
     for path in options.paths:
         refuse_missing_run(path)
@@ -244,6 +248,7 @@ _CHECKS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "export": _check_compression,
     "sweep": _check_sweep,
     "plan": _check_plan,
+    "tokenize": _check_tokenize,
     "report": _check_report,
     "serve": _check_serve,
     "compare": check_inputs,

@@ -28,6 +28,7 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
@@ -111,6 +112,19 @@ def build_trainer_command(words: list[str]) -> "FinGPTCLI":
     """
     with _quiet():
         return _Built(words)
+
+
+def build_data(words: list[str]) -> LightningDataModule:
+    """Parses what a Trainer command would run, and builds its data alone, whatever the devices.
+
+    Args:
+        words: Command and its options.
+
+    Raises:
+        ConfigError: The command line or a config is wrong.
+    """
+    with _quiet():
+        return _DataAlone(words).datamodule
 
 
 @contextmanager
@@ -393,6 +407,21 @@ class _Built(FinGPTCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         assert subcommand == self.command
+
+
+class _DataAlone(_Built):
+    """Needs none of the devices that the run is for, and no run folder."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        self.config[self.command].trainer.default_root_dir = "."
+        super().before_instantiate_classes()
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        here = {"accelerator": "cpu", "devices": 1, "plugins": LightningEnvironment()}
+        return Trainer(**here, **dict.fromkeys(quiet, False))
 
 
 def read_hyper_parameters(path: Path) -> dict[str, dict[str, Any]]:
