@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -28,7 +29,6 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
@@ -124,7 +124,8 @@ def build_data(words: list[str]) -> LightningDataModule:
         ConfigError: The command line or a config is wrong.
     """
     with _quiet():
-        return _DataAlone(words).datamodule
+        data: LightningDataModule = _DataAlone(words).datamodule
+    return data
 
 
 @contextmanager
@@ -419,9 +420,15 @@ class _DataAlone(_Built):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-        here = {"accelerator": "cpu", "devices": 1, "plugins": LightningEnvironment()}
-        return Trainer(**here, **dict.fromkeys(quiet, False))
+        return Trainer(
+            accelerator="cpu",
+            devices=1,
+            plugins=LightningEnvironment(),  # whatever SLURM says of the job
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
 
 
 def read_hyper_parameters(path: Path) -> dict[str, dict[str, Any]]:

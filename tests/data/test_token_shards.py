@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fingpt_lightning.data import token_shards, tokenizing
+from fingpt_lightning.data import tokenizing
 from fingpt_lightning.data.corpus import CorpusShare, SyntheticCorpus
 from fingpt_lightning.data.text_files import TextFiles
 from fingpt_lightning.data.token_cache import build_token_file, find_token_file
@@ -108,7 +108,7 @@ def test_shards_of_another_library_are_not_merged(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_token_shard(CORPUS, tokenizer, tmp_path, Shard(1, 2))
-    monkeypatch.setattr(token_shards.importlib.metadata, "version", lambda name: "0.1")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1")
     build_token_shard(CORPUS, tokenizer, tmp_path, Shard(2, 2))
     with pytest.raises(ValueError, match=r"are of tokenizers '.*', --merge of '0\.1'"):
         merge_token_shards(CORPUS, tokenizer, tmp_path, 2, "")
@@ -129,7 +129,7 @@ def test_both_parts_of_a_corpus_with_a_share_held_out_are_merged(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     for part in ("kept", "held out"):
-        corpus = CorpusShare(CORPUS, 0.3, part)  # type: ignore[arg-type]
+        corpus = CorpusShare(CORPUS, 0.3, part)
         for number in (1, 2):
             build_token_shard(corpus, tokenizer, tmp_path / "cache", Shard(number, 2))
         merged = merge_token_shards(corpus, tokenizer, tmp_path / "cache", 2, "")
