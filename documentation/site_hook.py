@@ -40,7 +40,7 @@ INTERFACE = {
         ),
     ),
 }
-SHOWN_AS = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".txt": "text"}
+SHOWN_AS = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".toml": "toml", ".txt": "text"}
 INTRODUCTION = """Each record holds the question, the command, the commit, the machine, the versions
 and every figure with its spread; the page beside it is made from it."""
 _FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)

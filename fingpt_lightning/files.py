@@ -314,6 +314,29 @@ def clear_owned(folder: Path) -> None:
             path.unlink()
 
 
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings of the parts into a folder of `owned`, or compares them.
+
+    Args:
+        folder: Folder of the parts.
+        settings: Settings that determine the parts.
+
+    Raises:
+        ValueError: The parts that are there are of others; folder and setting are named.
+    """
+    file = folder / SETTINGS
+    if not file.is_file():
+        write_json(file, settings)
+        return
+    before, now = read_json(file), json.loads(to_json(settings))
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{folder} is of an earlier run with {name} {before.get(name)!r}, now {value!r};"
+                " remove it or --overwrite"
+            )
+
+
 def mark_finished(folder: Path) -> None:
     """Notes in a folder of `owned` that its `WHOLE` is complete and about to move to its place."""
     write_whole(folder / _FINISHED, "")

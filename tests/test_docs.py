@@ -54,6 +54,9 @@ NOT_RUN = {
     "python -m benchmarks.": "at toy size in tests/benchmarks",
     "torchrun": "several processes: tests/modules/test_several_devices.py",
     "#!/bin/bash": "SLURM; its variables: tests/modules/test_several_devices.py",
+    "jobs=$(sbatch": "SLURM; with a stub: tests/test_examples.py",
+    "sbatch": "SLURM; with a stub: tests/test_examples.py",
+    "SHARDS=8 sbatch": "SLURM; with a stub: tests/test_examples.py",
     "fingpt fit --config configs/pretrain_openwebtext.yaml --data.train_files hf://": "needs a"
     " network; a stand-in of the hub: tests/data/test_hub_text.py",
     "fingpt fit --config configs/pretrain_gpt2_small.yaml --config configs/overlays/ddp.yaml":
@@ -91,6 +94,7 @@ SMALLER = {
     ),
 }
 
+_CACHING = ("fit", "tokenize")
 COMMANDS_OF = {guide: shell_commands(guide) for guide in GUIDES}
 ALL_COMMANDS = [command for found in COMMANDS_OF.values() for command in found]
 EACH_GUIDE = pytest.mark.parametrize(
@@ -167,7 +171,7 @@ def test_every_command_runs_at_debug_size(
         where = f"{guide.name}, line {command.line}: {command.text}"
         program, *words = command.words
         assert program == "fingpt", f"{where}: what runs it? Give NOT_RUN the reason if nothing"
-        cache = _cache(folder) if "finetune" not in command.text and words[0] == "fit" else ()
+        cache = _cache(folder) if "finetune" not in command.text and words[0] in _CACHING else ()
         try:
             _remove_output(words)
             main([*words, *SMALLER.get(words[0], ()), *cache])
@@ -341,7 +345,7 @@ def _parse_fingpt(words: list[str]) -> None:
     options = COMMANDS[name].options
     if options is not None:
         read = importlib.import_module(options).parse_options(rest)
-        if name != "plan":
+        if name not in ("plan", "tokenize"):
             return
         name, rest = "fit", read.words
     if "--ckpt_path" in rest:  # a file that is not there, without which validate and test refuse

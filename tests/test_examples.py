@@ -1,8 +1,10 @@
 """The examples run as they stand, in seconds, in an empty folder."""
 
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,11 +13,32 @@ from typing import Any
 
 import pytest
 
+from fingpt_lightning.deploy import label_options
+from tests.support.documents import blocks
 from tests.support.programs import ROOT, run_together
 
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
+ARRAY_JOB = EXAMPLES / "array_job.sh"
+
+# An array as SLURM has it: every job has its index and their number; its output goes elsewhere.
+_SBATCH = r"""#!/bin/bash
+while [[ $1 == --* ]]; do
+  case $1 in
+    --array=*) indices=${1#--array=} ;;
+    --dependency=*) echo "after ${1#--dependency=afterok:}" >> "$CALLS" ;;
+  esac
+  shift
+done
+if [[ ${indices:-} == *-* ]]; then indices=$(seq -s , "${indices%-*}" "${indices#*-}"); fi
+read -ra ids <<< "${indices//,/ }"
+if [ ${#ids[@]} = 0 ]; then bash "$@" > /dev/null; fi
+for id in "${ids[@]}"; do
+  SLURM_ARRAY_TASK_ID=$id SLURM_ARRAY_TASK_COUNT=${#ids[@]} bash "$@" > /dev/null
+done
+echo 4242
+"""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -52,7 +75,7 @@ def test_the_examples_are_those_that_are_tested_and_short() -> None:
         "pipeline_with_torchrun",
     ]  # fmt: skip
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in (*SCRIPTS, NOTEBOOK):
+    for path in (*SCRIPTS, NOTEBOOK, ARRAY_JOB):
         assert f"(examples/{path.name})" in readme, path.name
     for path in SCRIPTS:
         text = path.read_text()
@@ -100,6 +123,37 @@ def test_a_pipeline_with_torchrun(tmp_path: Path) -> None:
     assert ranks == ("0", "1")
     assert sizes[0] != sizes[1], "each holds its own part"
     assert losses[0] == losses[1]
+
+
+def test_a_job_array_runs_each_shard_and_the_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["bash", "-n", str(ARRAY_JOB)], check=True)
+    programs, calls = tmp_path / "scratch" / "bin", tmp_path / "scratch" / "calls"
+    programs.mkdir()
+    for name, text in (("sbatch", _SBATCH), ("fingpt", '#!/bin/bash\necho "$*" >> "$CALLS"\n')):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(calls))
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SHARDS"):
+        monkeypatch.delenv(name, raising=False)
+    guide = blocks(ROOT / "docs" / "clusters.md")
+    whole, again = (block.text for block in guide if "sbatch" in block.text)
+    subprocess.run(["bash", "-euc", whole], check=True, cwd=ROOT)
+    lines = calls.read_text().splitlines()
+    label = lines[0].removesuffix(" --shard 1/8")
+    assert label.startswith("label --model ")
+    shards = [f"{label} --shard {number}/8" for number in range(1, 9)]
+    assert lines == [*shards, "after 4242", f"{label} --merge"]
+    for line in lines[:8] + lines[9:]:
+        label_options.parse_options(line.split()[1:])
+    calls.unlink()
+    subprocess.run(["bash", "-euc", again], check=True, cwd=ROOT)
+    assert calls.read_text().splitlines() == [shards[2], shards[4]]
+    calls.unlink()
+    subprocess.run(["bash", ARRAY_JOB, "evaluate"], check=True, env=os.environ | {"SHARDS": "8"})
+    assert calls.read_text() == "evaluate --merge 8\n"
 
 
 def test_the_notebook(capsys: pytest.CaptureFixture[str]) -> None:

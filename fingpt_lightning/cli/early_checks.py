@@ -15,6 +15,7 @@ from fingpt_lightning.cli.early_options import GivenSettings, check_ranges, give
 from fingpt_lightning.cli.errors import ConfigError
 from fingpt_lightning.cli.shipped import SWEEPS, find_file, with_config_files
 from fingpt_lightning.reporting.compare_options import check_inputs
+from fingpt_lightning.shards.folders import find_shards
 from fingpt_lightning.tasks.library import find_label_task, find_scored_task, find_task
 from fingpt_lightning.tasks.row_files import check_csv_settings, open_rows
 from fingpt_lightning.tasks.sources import find_folder, open_split
@@ -143,14 +144,21 @@ def _check_evaluate(options: argparse.Namespace) -> None:
         form = {"separator": options.separator, "encoding": options.encoding}
         for task in tasks:
             open_split(task, options.data_dir, options.split, **form)
-    _check_model(options)
+    _check_shards_or_model(options)
 
 
 def _check_label(options: argparse.Namespace) -> None:
     find_task(options.task)
     check_csv_settings(options.input, options.separator, options.encoding)
     open_rows(options.input)
-    _check_model(options)
+    _check_shards_or_model(options)
+
+
+def _check_shards_or_model(options: argparse.Namespace) -> None:
+    if options.merge is None:
+        _check_model(options)
+    else:  # for which the model is not loaded
+        find_shards(options.output, options.merge, options.shard_command)
 
 
 def _check_generate(options: argparse.Namespace) -> None:
@@ -223,6 +231,10 @@ def _check_plan(options: argparse.Namespace) -> None:
     check_trainer_command("fit", options.words, runs=False)
 
 
+def _check_tokenize(options: argparse.Namespace) -> None:
+    check_trainer_command("fit", options.words)
+
+
 def _check_report(options: argparse.Namespace) -> None:
     for path in options.paths:
         refuse_missing_run(path)
@@ -236,6 +248,7 @@ _CHECKS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "export": _check_compression,
     "sweep": _check_sweep,
     "plan": _check_plan,
+    "tokenize": _check_tokenize,
     "report": _check_report,
     "serve": _check_serve,
     "compare": check_inputs,

@@ -34,6 +34,11 @@ COMMANDS = {
     "fit": Command("train; continues with --ckpt_path last or a checkpoint file"),
     "validate": Command("loss and perplexity on the validation text"),
     "test": Command("loss and perplexity on the test text"),
+    "tokenize": Command(
+        "the text of a run into its token cache, before the run or by many jobs",
+        "fingpt_lightning.cli.tokenize_options",
+        "fingpt_lightning.cli.tokenize",
+    ),
     "evaluate": Command(
         "accuracy and F1 of a model on financial and general tasks",
         "fingpt_lightning.evaluation.options",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -111,6 +112,20 @@ def build_trainer_command(words: list[str]) -> "FinGPTCLI":
     """
     with _quiet():
         return _Built(words)
+
+
+def build_data(words: list[str]) -> LightningDataModule:
+    """Parses what a Trainer command would run, and builds its data alone, whatever the devices.
+
+    Args:
+        words: Command and its options.
+
+    Raises:
+        ConfigError: The command line or a config is wrong.
+    """
+    with _quiet():
+        data: LightningDataModule = _DataAlone(words).datamodule
+    return data
 
 
 @contextmanager
@@ -393,6 +408,27 @@ class _Built(FinGPTCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         assert subcommand == self.command
+
+
+class _DataAlone(_Built):
+    """Needs none of the devices that the run is for, and no run folder."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        self.config[self.command].trainer.default_root_dir = "."
+        super().before_instantiate_classes()
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        return Trainer(
+            accelerator="cpu",
+            devices=1,
+            plugins=LightningEnvironment(),  # whatever SLURM says of the job
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
 
 
 def read_hyper_parameters(path: Path) -> dict[str, dict[str, Any]]:

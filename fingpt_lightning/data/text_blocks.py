@@ -19,7 +19,7 @@ from fingpt_lightning.data.block_order import (
     WeightedPart,
 )
 from fingpt_lightning.data.blocks import BlockSampler, ResumableDataLoader, TokenBlocks, num_blocks
-from fingpt_lightning.data.corpus import OnBadRow
+from fingpt_lightning.data.corpus import Corpus, OnBadRow
 from fingpt_lightning.data.text_sources import MixturePart, Split, TextSources, joined
 from fingpt_lightning.data.token_cache import (
     BadRows,
@@ -166,10 +166,7 @@ class TextBlocks(TokenizedData):
     @override
     def prepare_data(self) -> None:
         """Trains the tokenizer and tokenizes the text, unless that has been done before."""
-        if self.tokenizer_name is None:
-            training = joined(self.sources.corpora("train"))
-            train_cached_tokenizer(training, self.max_vocab_size, self.cache_dir)
-        tokenizer = self._load_tokenizer()
+        tokenizer = self.prepare_tokenizer()
         files = {
             split: [
                 build_token_file(corpus, tokenizer, self.cache_dir, self.num_tokenizing_workers)
@@ -183,6 +180,18 @@ class TextBlocks(TokenizedData):
                     _log.warning("%s text: skipped %s", split, file.bad_rows)
         if "train" in files:  # now, before a run's loggers and folders are made
             self._check_fills_a_batch(files["train"])
+
+    def prepare_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer, trained where it has to be and has not been before."""
+        if self.tokenizer_name is None:
+            training = joined(self.sources.corpora("train"))
+            train_cached_tokenizer(training, self.max_vocab_size, self.cache_dir)
+        return self._load_tokenizer()
+
+    def all_corpora(self) -> list[Corpus]:
+        """What all splits read, each corpus once."""
+        corpora = (corpus for split in self._splits() for corpus in self.sources.corpora(split))
+        return list({corpus.fingerprint(): corpus for corpus in corpora}.values())
 
     @override
     def setup(self, stage: str | None = None) -> None:

@@ -8,6 +8,7 @@ the same key write the same bytes, so that neither can harm the other.
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fingpt_lightning.data.corpus import Corpus
 from fingpt_lightning.data.tokenizers import vocabulary_size
-from fingpt_lightning.data.tokenizing import encoded_batches
+from fingpt_lightning.data.tokenizing import EncodedBatch, encoded_batches
 from fingpt_lightning.files import to_json, write_whole, written_whole
 from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.terminal.progress import SoFar, shown_tokenizing
@@ -69,6 +70,27 @@ class TokenFile:
         return np.memmap(self.path, self.dtype, mode="r", shape=(self.num_tokens,))
 
 
+class TokenPlace:
+    """Where the cache of a corpus lies.
+
+    Args:
+        corpus: Corpus to read.
+        tokenizer: Tokenizer that makes the ids.
+        cache_dir: Folder of the caches.
+
+    Attributes:
+        path: File of the ids.
+        dtype: Type of the ids.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> None:
+        self.corpus, self.tokenizer = corpus, tokenizer
+        settings = (FORMAT_VERSION, corpus.fingerprint(), tokenizer_sha256(tokenizer))
+        key = f"tokens-{hashlib.sha256(repr(settings).encode()).hexdigest()[:24]}"
+        self.path = cache_dir / f"{key}.bin"
+        self.dtype = "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
+
+
 def build_token_file(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerFast,
@@ -88,18 +110,29 @@ def build_token_file(
     Raises:
         ValueError: The corpus has no text, or what it reads is not text (see ``TextFiles``).
     """
-    key = _cache_key(corpus, tokenizer)
-    if (whole := _find(cache_dir, key)) is not None:
+    place = TokenPlace(corpus, tokenizer, cache_dir)
+    if (whole := find_or_none(place)) is not None:
         return whole
     cache_dir.mkdir(parents=True, exist_ok=True)
-    path = cache_dir / f"{key}.bin"
-    dtype = "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
+    with closing(encoded_batches(corpus, tokenizer, place.dtype, num_workers)) as batches:
+        return write_token_file(place, batches)
+
+
+def write_token_file(place: TokenPlace, batches: Iterator[EncodedBatch]) -> TokenFile:
+    """Writes the cache of a corpus from its batches, with progress.
+
+    Args:
+        place: Corpus, tokenizer and file.
+        batches: All batches of the corpus, in order.
+
+    Raises:
+        ValueError: The corpus has no text.
+    """
+    corpus, tokenizer, dtype = place.corpus, place.tokenizer, place.dtype
     num_skipped, num_bytes, bad_rows, so_far = 0, 0, BadRows(), SoFar()
-    batches = encoded_batches(corpus, tokenizer, dtype, num_workers)
     with (
-        written_whole(path) as aside,
+        written_whole(place.path) as aside,
         aside.open("wb") as file,
-        closing(batches),
         shown_tokenizing(str(corpus), corpus.num_bytes()) as show,
     ):
         for batch in batches:
@@ -131,9 +164,9 @@ def build_token_file(
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
     }
-    write_whole(path.with_suffix(".json"), to_json(header, indent=2))
+    write_whole(place.path.with_suffix(".json"), to_json(header, indent=2))
     counted = so_far.num_tokens, so_far.num_documents, num_skipped
-    return TokenFile(path, dtype, *counted, num_bytes, bad_rows)
+    return TokenFile(place.path, dtype, *counted, num_bytes, bad_rows)
 
 
 def find_token_file(
@@ -144,19 +177,15 @@ def find_token_file(
     Raises:
         RuntimeError: It has not been built on this machine.
     """
-    whole = _find(cache_dir, _cache_key(corpus, tokenizer))
+    whole = find_or_none(TokenPlace(corpus, tokenizer, cache_dir))
     if whole is None:
         raise RuntimeError(f"no tokens of {corpus} in {cache_dir}: prepare_data has to run first")
     return whole
 
 
-def _cache_key(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> str:
-    settings = (FORMAT_VERSION, corpus.fingerprint(), tokenizer_sha256(tokenizer))
-    return f"tokens-{hashlib.sha256(repr(settings).encode()).hexdigest()[:24]}"
-
-
-def _find(cache_dir: Path, key: str) -> TokenFile | None:
-    path = cache_dir / f"{key}.bin"
+def find_or_none(place: TokenPlace) -> TokenFile | None:
+    """The whole cache of a corpus; None where there is none, which is logged if it is damaged."""
+    path = place.path
     try:
         header = json.loads(path.with_suffix(".json").read_bytes())
         names = ("dtype", "num_tokens", "num_documents", "num_skipped")

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fingpt_lightning.data.corpus import Corpus, Piece
 from fingpt_lightning.data.documents import short_pieces
+from fingpt_lightning.shards.options import Shard
 
 _BATCH_CHARACTERS = 2**19
 _BATCH_PIECES = 2**10
@@ -48,7 +49,11 @@ class EncodedBatch(NamedTuple):
 
 
 def encoded_batches(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, dtype: str, num_workers: int | None = None
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: str,
+    num_workers: int | None = None,
+    shard: Shard | None = None,
 ) -> Generator[EncodedBatch]:
     """The ids of a corpus, each document followed by EOS; the same for every ``num_workers``.
 
@@ -59,15 +64,19 @@ def encoded_batches(
         tokenizer: Tokenizer that several threads use at once.
         dtype: Type of the ids.
         num_workers: Threads; None for one on each core that this process may use.
+        shard: Share of the batches that is encoded; all of the corpus is read.
     """
+    batches = (
+        batch
+        for index, batch in enumerate(_batches(short_pieces(corpus.pieces())))
+        if shard is None or shard.has(index)
+    )
 
     def encode(batch: list[Piece]) -> EncodedBatch:
         return _encode(batch, tokenizer, dtype)
 
     with _without_the_tokenizers_pool():
-        yield from _map_in_order(
-            encode, _batches(short_pieces(corpus.pieces())), num_workers or num_available_cores()
-        )
+        yield from _map_in_order(encode, batches, num_workers or num_available_cores())
 
 
 def num_available_cores() -> int:

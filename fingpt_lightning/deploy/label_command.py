@@ -1,6 +1,7 @@
 """``fingpt label``: a file of texts in, the same file with labels out."""
 
 import argparse
+import math
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from fingpt_lightning.deploy.labelled_file import LabelledFile
+from fingpt_lightning.deploy.labelled_shards import LabelledShard, merge_labelled
 from fingpt_lightning.deploy.labelling import (
     CHUNK_ROWS,
     Columns,
@@ -19,16 +21,24 @@ from fingpt_lightning.deploy.labelling import (
     row_chunks,
 )
 from fingpt_lightning.deploy.loading import ReadyModel, load_with_adapters
+from fingpt_lightning.evaluation.results import EVALUATION_PACKAGES
+from fingpt_lightning.files import files_sha256
+from fingpt_lightning.models.device import device_name
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
 from fingpt_lightning.models.sources import find_adapter
+from fingpt_lightning.profiling.versions import installed_versions
+from fingpt_lightning.shards.folders import device_remark
+from fingpt_lightning.shards.options import Shard
 from fingpt_lightning.tasks import Task, find_task
 from fingpt_lightning.tasks.row_files import CsvForm, check_csv_settings, open_rows
 from fingpt_lightning.terminal.progress import shown_progress
 
 
 def run(options: argparse.Namespace) -> None:
-    """Labels a file; its rows and the output are checked before the model is loaded.
+    """Labels a file, or a shard of it, or merges shards.
+
+    Rows and output are checked before the model is loaded.
 
     Args:
         options: Result of `parse_options`.
@@ -41,19 +51,27 @@ def run(options: argparse.Namespace) -> None:
     check_csv_settings(options.input, options.separator, options.encoding)
     form = CsvForm().overridden(options.separator, options.encoding)
     columns = Columns(options.text_column, options.adapter_column)
-    adapters = options.adapters or {}
-    LabelledFile(options.output, {}).check_replaceable(options.overwrite)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if options.shard is None:
+        LabelledFile(options.output, {}).check_replaceable(options.overwrite)
+    if options.merge is not None:
+        _merge(options, task, console)
+        return
     num_rows, names = checked_rows(
-        task, options.input, columns, list(adapters), options.output.suffix, form
+        task, options.input, columns, list(options.adapters or {}), options.output.suffix, form
     )
     names += label_columns(task)
     schema = _schema(options.input, task, form) if options.output.suffix == ".parquet" else None
     model = load_with_adapters(options)
-    file = LabelledFile(options.output, _settings(options, task, model), schema)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    file = _output_file(options, task, model, schema, num_rows)
     if model.remark:
         console.print(model.remark)
+    shard = options.shard or Shard(1, 1)
+    num_own_rows = sum(min(CHUNK_ROWS, num_rows - at) for at in _first_rows(shard, num_rows))
     with file.begun(options.overwrite) as num_done:
+        if isinstance(file, LabelledShard) and file.was_finished:
+            console.print(f"{file.folder}: {num_own_rows:,} rows, whole already")
+            return
         labeller = Labeller(
             model.network,
             model.tokenizer,
@@ -63,23 +81,60 @@ def run(options: argparse.Namespace) -> None:
             batch_tokens=options.batch_tokens,
             bank=model.bank,
         )
+        num_labelled = min(num_done * CHUNK_ROWS, num_own_rows)
         if num_done:
-            done = min(num_done * CHUNK_ROWS, num_rows)
-            console.print(f"going on after {done:,} of {num_rows:,} rows")
-        with shown_progress(f"labelling {options.input}", num_rows, "rows") as show:
-            for number, rows in row_chunks(options.input, num_done, form):
-                first = number * CHUNK_ROWS
-                file.add(number, labeller.label(rows, first + 1), names)
-                show(first + len(rows))
+            console.print(f"going on after {num_labelled:,} of {num_own_rows:,} rows")
+        with shown_progress(f"labelling {options.input}", num_own_rows, "rows") as show:
+            first_chunk = num_done * shard.count + shard.number - 1
+            for number, rows in row_chunks(options.input, first_chunk, form):
+                if not shard.has(number):
+                    continue
+                file.add(number, labeller.label(rows, number * CHUNK_ROWS + 1), names)
+                num_labelled += len(rows)
+                show(num_labelled)
         file.finish()
+    if options.shard is not None:
+        console.print(f"{file.folder}: {num_own_rows:,} of {num_rows:,} rows")
+        return
+    _tell_counts(options.output, task, console)
+
+
+def _first_rows(shard: Shard, num_rows: int) -> range:
+    """The first rows of the chunks of a shard."""
+    return range((shard.number - 1) * CHUNK_ROWS, num_rows, shard.count * CHUNK_ROWS)
+
+
+def _output_file(
+    options: argparse.Namespace, task: Task, model: ReadyModel, schema: Any, num_rows: int
+) -> LabelledFile:
+    if options.shard is None:
+        settings = _place(options) | _given(options, task) | _found(options, model)
+        return LabelledFile(options.output, settings, schema)
+    settings = _given_of_shards(options, task) | _found(options, model)
+    settings["versions"] = installed_versions(EVALUATION_PACKAGES)
+    num_parts = math.ceil(num_rows / CHUNK_ROWS)
+    facts = {"num_parts": num_parts, "device": device_name(model.network.device)}
+    return LabelledShard(options.output, settings, schema, options.shard, facts)
+
+
+def _merge(options: argparse.Namespace, task: Task, console: Console) -> None:
+    given = _given_of_shards(options, task)
+    shards = merge_labelled(options.output, options.merge, options.shard_command, given)
+    if (remark := device_remark(shards)) is not None:
+        console.print(remark)
+    console.print(f"{options.output}: merged from {len(shards)} shards")
+    _tell_counts(options.output, task, console)
+
+
+def _tell_counts(output: Path, task: Task, console: Console) -> None:
     counts: Counter[str | None] = Counter()
-    for _, row in open_rows(options.output):
+    for _, row in open_rows(output):
         counts += count_labels(task, [row])
     what = "answer" if task.is_generated else "label"
     found = ", ".join(f"{label} {counts[label]:,}" for label in task.labels)
     if task.is_generated:
         found = f"{counts['']:,} answers"
-    console.print(f"{options.output}: {num_rows:,} rows: {found}")
+    console.print(f"{output}: {counts.total():,} rows: {found}")
     if counts[None]:
         console.print(
             f"{counts[None]:,} rows have no {what}: their text is empty, or the model's context too"
@@ -87,21 +142,24 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-def _settings(options: argparse.Namespace, task: Task, ready: ReadyModel) -> dict[str, object]:
-    model, template = ready.loaded, chat_template_in_use(ready.tokenizer)
-    state, adapter = options.input.stat(), model.source.adapter
-    named = options.adapters or {}
-    adapters = {name: adapter_digest(find_adapter(path)) for name, path in named.items()}
+def _place(options: argparse.Namespace) -> dict[str, object]:
+    """What tells the input from another one on this machine."""
+    state = options.input.stat()
     return {
         "input": str(options.input.resolve()),
         "input_bytes": state.st_size,
         "input_changed_ns": state.st_mtime_ns,
+    }
+
+
+def _given(options: argparse.Namespace, task: Task) -> dict[str, object]:
+    """The settings that are known before a model is loaded."""
+    named = options.adapters or {}
+    adapters = {name: adapter_digest(find_adapter(path)) for name, path in named.items()}
+    return {
         "model": options.model,
-        "revision": model.revision,
-        "adapter": None if adapter is None else adapter_digest(adapter),
         "adapters": adapters,
         "tokenizer": options.tokenizer,
-        "dtype": ready.dtype,
         "quantize": options.quantize,
         "task": task.name,
         "task_version": task.version,
@@ -112,13 +170,32 @@ def _settings(options: argparse.Namespace, task: Task, ready: ReadyModel) -> dic
         "stop": list(task.stop),
         "max_new_tokens": task.max_new_tokens,
         "substitute": {pattern.pattern: by for pattern, by in task.substitute.items()},
-        "chat_template": template and sha256(template.encode()).hexdigest(),
         "separator": options.separator,
         "encoding": options.encoding,
         "text_column": options.text_column,
         "adapter_column": options.adapter_column,
         "calibrate": not options.no_calibrate,
         "chunk_rows": CHUNK_ROWS,
+    }
+
+
+def _given_of_shards(options: argparse.Namespace, task: Task) -> dict[str, object]:
+    """The same of shards, which may lie on several machines and are to have the same bytes."""
+    return {
+        "input_sha256": files_sha256((options.input,)),
+        "batch_tokens": options.batch_tokens,
+        **_given(options, task),
+    }
+
+
+def _found(options: argparse.Namespace, ready: ReadyModel) -> dict[str, object]:
+    """The settings that are found when the model is loaded."""
+    adapter, template = ready.loaded.source.adapter, chat_template_in_use(ready.tokenizer)
+    return {
+        "revision": ready.loaded.revision,
+        "adapter": None if adapter is None else adapter_digest(adapter),
+        "dtype": ready.dtype,
+        "chat_template": template and sha256(template.encode()).hexdigest(),
     }
 
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from fingpt_lightning.shards.options import add_shard_options, shard_command
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
@@ -35,11 +36,12 @@ def build_parser() -> OptionParser:
     add("--no_calibrate", action="store_true", help="keep the bias for labels without content")
     add("--batch_tokens", type=positive_int, help="tokens of a batch, padding included")
     add("--overwrite", action="store_true", help="replace the output; begin anew")
+    add_shard_options(parser, "rows, 1,024 at a time")
     return parser
 
 
 def parse_options(words: list[str]) -> argparse.Namespace:
-    """The options that follow ``fingpt label``.
+    """The options that follow ``fingpt label``; ``shard_command`` is the command of a shard.
 
     Args:
         words: Part of the command line after the command.
@@ -54,4 +56,5 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         raise WrongOptions("--adapter and --adapters: give one of them")
     if bool(options.adapters) != bool(options.adapter_column):
         raise WrongOptions("--adapters and --adapter_column: give both or none")
+    options.shard_command = shard_command("fingpt label", words)
     return options

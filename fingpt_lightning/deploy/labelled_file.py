@@ -10,23 +10,23 @@ import datetime
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 from fingpt_lightning.files import (
     PARTIAL,
-    SETTINGS,
     WHOLE,
+    check_settings,
     clear_finished,
     clear_owned,
     mark_finished,
     owned,
     remove_finished,
     sync_folder,
-    write_json,
     written_whole,
 )
 from fingpt_lightning.terminal.messages import nearest
@@ -92,24 +92,11 @@ class LabelledFile:
             if overwrite or not self._parts():
                 clear_owned(self.folder)
             try:
-                self._check_settings()
+                check_settings(self.folder, self._settings)
                 yield len(self._parts())
             finally:
                 if not self._parts():
                     clear_owned(self.folder)
-
-    def _check_settings(self) -> None:
-        file = self.folder / SETTINGS
-        if not file.is_file():
-            write_json(file, self._settings)
-            return
-        before = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in self._settings.items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"{self.folder} is of an earlier run with {name} {before.get(name)!r}, now"
-                    f" {value!r}; remove it or --overwrite"
-                )
 
     def add(self, number: int, rows: Sequence[Row], names: Sequence[str]) -> None:
         """Writes a part.
@@ -125,23 +112,44 @@ class LabelledFile:
     def finish(self) -> None:
         """Makes the output from the parts."""
         with written_whole(self.folder / WHOLE) as aside:
-            if self.path.suffix == ".parquet":
-                _join_parquet(self._parts(), aside)
-            else:
-                with aside.open("wb") as whole:
-                    for part in self._parts():
-                        with part.open("rb") as opened:
-                            shutil.copyfileobj(opened, whole)
+            join_parts(self._parts(), aside, self.path.suffix)
         mark_finished(self.folder)
         (self.folder / WHOLE).replace(self.path)
         sync_folder(self.path.parent)
         clear_owned(self.folder)
 
     def _part(self, number: int) -> Path:
-        return self.folder / f"{number:07}.part"
+        return part_in(self.folder, number)
 
     def _parts(self) -> list[Path]:
-        return list(_while_there(self._part))
+        """The parts up to the first that is not there."""
+        return list(takewhile(Path.is_file, map(self._part, self._numbers())))
+
+    def _numbers(self) -> Iterable[int]:
+        """The numbers of all parts, in order, without end."""
+        return count()
+
+
+def part_in(folder: Path, number: int) -> Path:
+    """The file of a part in its folder."""
+    return folder / f"{number:07}.part"
+
+
+def join_parts(parts: Sequence[Path], whole: Path, ending: str) -> None:
+    """Writes one file of parts.
+
+    Args:
+        parts: Files of the parts in order, at least one.
+        whole: File to write.
+        ending: Ending of the form that the parts have.
+    """
+    if ending == ".parquet":
+        _join_parquet(parts, whole)
+        return
+    with whole.open("wb") as joined:
+        for part in parts:
+            with part.open("rb") as opened:
+                shutil.copyfileobj(opened, joined)
 
 
 def check_writable(row: Row, ending: str) -> None:
@@ -194,13 +202,6 @@ _PLAIN: Mapping[str, Callable[[str, object], object]] = {
     ".csv": _csv_value,
     ".jsonl": _json_value,
 }
-
-
-def _while_there(part: Callable[[int], Path]) -> Iterator[Path]:
-    number = 0
-    while part(number).is_file():
-        yield part(number)
-        number += 1
 
 
 def _write_csv(

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from fingpt_lightning.shards.options import Shard
+
 _CPU_TOKENS, _GPU_TOKENS = 512, 16384
 """On a CPU the activations of a batch stay in its caches; a GPU needs many rows to be busy."""
 
@@ -36,3 +38,11 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         else:
             batches.append([row])
     return batches
+
+
+def batches_of(shard: Shard | None, batches: Sequence[list[int]]) -> list[list[int]]:
+    """The batches of a shard, dealt out in turn; None has all of them.
+
+    Batches of all rows, not of some: numbers may depend on what else is in a batch.
+    """
+    return [batch for index, batch in enumerate(batches) if shard is None or shard.has(index)]

@@ -37,7 +37,8 @@ def calibrate(
         tokenizer: Tokenizer of the network.
         task: Task of kind ``labels``.
         examples: Examples of the task.
-        predictions: Predictions for the examples, with relative scores.
+        predictions: Predictions for the examples, with relative scores; those that are pending
+            stay so, and change nothing for the others.
         batch_tokens: Tokens of a batch, as in `score`.
 
     Raises:
@@ -113,6 +114,8 @@ def _pattern(template: Template) -> re.Pattern[str]:
 
 
 def _calibrated(prediction: Prediction, content_free: Sequence[tuple[float, ...]]) -> Prediction:
+    if prediction.is_pending:
+        return prediction
     if not content_free:  # not even the empty text fits the context
         return DROPPED
     means = [

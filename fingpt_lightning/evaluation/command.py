@@ -2,14 +2,14 @@
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.evaluation import runner
 from fingpt_lightning.evaluation.batches import default_batch_tokens
@@ -22,12 +22,35 @@ from fingpt_lightning.evaluation.results import (
     write_results,
 )
 from fingpt_lightning.evaluation.runner import Scoring, TaskResult, read_tasks, scorings_of
-from fingpt_lightning.models.device import AUTO_DTYPE, dtype_remark, find_device, find_dtype
+from fingpt_lightning.evaluation.scoring import Prediction
+from fingpt_lightning.evaluation.sharded import (
+    NamedRun,
+    answer_shard,
+    identities,
+    merged_head,
+    merged_results,
+    settings_of_head,
+)
+from fingpt_lightning.models.device import (
+    AUTO_DTYPE,
+    device_name,
+    dtype_remark,
+    find_device,
+    find_dtype,
+)
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use, tokenizer_sha256
-from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.models.loading import LoadedModel, load_model
 from fingpt_lightning.profiling.versions import installed_versions
+from fingpt_lightning.shards.folders import (
+    FinishedShard,
+    begun_shard,
+    device_remark,
+    finish_shard,
+    merged_shards,
+    shard_folder,
+)
 from fingpt_lightning.tasks.chat import AUTO, choose_chat_template
 from fingpt_lightning.tasks.encoding import TooLong
 from fingpt_lightning.terminal.command_line import options_as_arguments
@@ -35,6 +58,7 @@ from fingpt_lightning.terminal.messages import check_choice
 from fingpt_lightning.terminal.progress import shown_progress
 
 _TABLE_WIDTH = 110
+_OF_SHARDS = ("shard", "merge", "shard_command")
 
 
 class Evaluation(NamedTuple):
@@ -125,106 +149,133 @@ def evaluate(
         ValueError: A model, task, row, setting or the output folder is not valid.
         FileNotFoundError: A path does not exist.
     """
+    given = argparse.Namespace(**locals())
     with options_as_arguments():
-        check_options(
-            argparse.Namespace(
-                overwrite=overwrite,
-                output=output,
-                num_fewshot=num_fewshot,
-                fewshot_seed=fewshot_seed,
-            )
-        )
+        check_options(given)
     started_at, started_s = datetime.now(UTC), time.perf_counter()
     if output is not None:
         check_output(Path(output), overwrite)
-    check_choice("scoring", scoring, list(Scoring))
-    check_choice("too_long", too_long, list(TooLong))
-    if batch_tokens is not None and batch_tokens < 1:
-        raise ValueError(f"batch_tokens {batch_tokens} is below 1")
-    how = Scoring(scoring)
-    names = tasks.split(",") if isinstance(tasks, str) else tasks
-    names = [name.strip() for name in names if name.strip()]
-    if not names:
-        raise ValueError("tasks: no name is given")
-    seed = 1 if fewshot_seed is None else fewshot_seed
-    runs = read_tasks(
-        names,
-        data_dir,
-        split,
-        strict=strict,
-        limit=limit,
-        scoring=how,
-        calibrate=calibrate,
-        separator=separator,
-        encoding=encoding,
-        num_fewshot=num_fewshot,
-        fewshot_seed=seed,
-    )
-    found_device = find_device(device)
-    found_dtype = find_dtype(dtype, found_device)
-    loaded = load_model(
-        model,
-        dtype=found_dtype,
-        device=found_device,
-        quantize=quantize,
-        adapter=adapter,
-        tokenizer=tokenizer,
-    )
-    reader = loaded.require_tokenizer()
-    remark = choose_chat_template(reader, chat_template, str(model), loaded.source.base.path)
-    template = chat_template_in_use(reader)
-    network = loaded.network
-    batch_tokens = batch_tokens or default_batch_tokens(network.device.type)
+    named = _read(given)
+    ready = _load(given)
     results = {}
-    named = [(*one, run) for run in runs for one in scorings_of(run.task, how).items()]
-    for name, own_scoring, run in named:
+    for name, own_scoring, task_run in named:
         what = f"evaluating {name}"
-        with shown_progress(what, len(run.examples), "rows", in_log=False) as show:
+        with shown_progress(what, len(task_run.examples), "rows", in_log=False) as show:
             result = runner.evaluate(
-                network,
-                reader,
-                run,
+                ready.network,
+                ready.tokenizer,
+                task_run,
                 scoring=own_scoring,
                 calibrate=calibrate,
-                batch_tokens=batch_tokens,
+                batch_tokens=ready.batch_tokens,
                 too_long=TooLong(too_long),
                 on_answered=show,
             )
         results[name] = result._replace(name=name)
-    adapter_place = loaded.source.adapter
-    head = {
-        "model": loaded.description,
-        "revision": loaded.revision,
-        "adapter": None if adapter_place is None else str(adapter_place),
-        "adapter_sha256": None if adapter_place is None else adapter_digest(adapter_place),
-        "tokenizer_sha256": tokenizer_sha256(reader),
-        "settings": {
-            "dtype": found_dtype,
-            "quantize": quantize,
-            "scoring": scoring,
-            "calibrate": calibrate,
-            "limit": limit,
-            "too_long": too_long,
-            "chat_template_sha256": template and sha256(template.encode()).hexdigest(),
-            "num_fewshot": num_fewshot,
-            "fewshot_seed": seed if num_fewshot else None,
-            "batch_tokens": batch_tokens,
-            "device": _device_name(network.device),
-        },
-        "started_at": started_at.isoformat(timespec="seconds"),
-        "seconds": time.perf_counter() - started_s,
-        "versions": installed_versions(EVALUATION_PACKAGES),
-    }
-    num_positions = max_positions(network.config)
-    lines = (line for line in (remark, dtype_remark(dtype, found_dtype)) if line is not None)
-    evaluation = Evaluation(loaded.description, results, head, num_positions, tuple(lines))
+    head = _head(given, ready, started_at, started_s)
+    evaluation = Evaluation(head["model"], results, head, ready.num_positions, ready.remarks)
     if output is not None:
         evaluation.write(Path(output))
     return evaluation
 
 
+class _Ready(NamedTuple):
+    loaded: LoadedModel
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    dtype: str
+    batch_tokens: int
+    num_positions: int
+    remarks: tuple[str, ...]
+
+
+def _read(options: argparse.Namespace) -> list[NamedRun]:
+    """The rows of all results, checked, from the arguments of `evaluate`."""
+    check_choice("scoring", options.scoring, list(Scoring))
+    check_choice("too_long", options.too_long, list(TooLong))
+    if options.batch_tokens is not None and options.batch_tokens < 1:
+        raise ValueError(f"batch_tokens {options.batch_tokens} is below 1")
+    how = Scoring(options.scoring)
+    names = options.tasks.split(",") if isinstance(options.tasks, str) else options.tasks
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise ValueError("tasks: no name is given")
+    runs = read_tasks(
+        names,
+        options.data_dir,
+        options.split,
+        strict=options.strict,
+        limit=options.limit,
+        scoring=how,
+        calibrate=options.calibrate,
+        separator=options.separator,
+        encoding=options.encoding,
+        num_fewshot=options.num_fewshot,
+        fewshot_seed=_seed(options),
+    )
+    return [NamedRun(*one, run) for run in runs for one in scorings_of(run.task, how).items()]
+
+
+def _seed(options: argparse.Namespace) -> int:
+    return 1 if options.fewshot_seed is None else options.fewshot_seed
+
+
+def _load(options: argparse.Namespace) -> _Ready:
+    """The model, from the arguments of `evaluate`."""
+    device = find_device(options.device)
+    dtype = find_dtype(options.dtype, device)
+    loaded = load_model(
+        options.model,
+        dtype=dtype,
+        device=device,
+        quantize=options.quantize,
+        adapter=options.adapter,
+        tokenizer=options.tokenizer,
+    )
+    tokenizer, network = loaded.require_tokenizer(), loaded.network
+    remark = choose_chat_template(
+        tokenizer, options.chat_template, str(options.model), loaded.source.base.path
+    )
+    lines = (line for line in (remark, dtype_remark(options.dtype, dtype)) if line is not None)
+    batch_tokens = options.batch_tokens or default_batch_tokens(network.device.type)
+    num_positions = max_positions(network.config)
+    return _Ready(loaded, network, tokenizer, dtype, batch_tokens, num_positions, tuple(lines))
+
+
+def _head(
+    options: argparse.Namespace, ready: _Ready, started_at: datetime, started_s: float
+) -> dict[str, Any]:
+    """What ``results.json`` holds beside the tasks."""
+    template, place = chat_template_in_use(ready.tokenizer), ready.loaded.source.adapter
+    return {
+        "model": ready.loaded.description,
+        "revision": ready.loaded.revision,
+        "adapter": None if place is None else str(place),
+        "adapter_sha256": None if place is None else adapter_digest(place),
+        "tokenizer_sha256": tokenizer_sha256(ready.tokenizer),
+        "settings": {
+            "dtype": ready.dtype,
+            "quantize": options.quantize,
+            "scoring": options.scoring,
+            "calibrate": options.calibrate,
+            "limit": options.limit,
+            "too_long": options.too_long,
+            "chat_template_sha256": template and sha256(template.encode()).hexdigest(),
+            "num_fewshot": options.num_fewshot,
+            "fewshot_seed": _seed(options) if options.num_fewshot else None,
+            "batch_tokens": ready.batch_tokens,
+            "device": device_name(ready.network.device),
+        },
+        "started_at": started_at.isoformat(timespec="seconds"),
+        "seconds": time.perf_counter() - started_s,
+        "versions": installed_versions(EVALUATION_PACKAGES),
+    }
+
+
 def run(options: argparse.Namespace) -> None:
     """Evaluates a model as the options request, prints a table, and then writes the files.
+
+    With ``--shard`` only that share of the batches is run, into a folder beside the output.
 
     Args:
         options: Result of `parse_options`.
@@ -233,24 +284,89 @@ def run(options: argparse.Namespace) -> None:
         ValueError: A model, a task, a row or the output folder is not valid.
         FileNotFoundError: A path does not exist.
     """
+    given = {key: value for key, value in vars(options).items() if key not in _OF_SHARDS}
+    # Rich takes 80 columns for a file, which would cut the figures.
+    console = Console(width=max(Console().width, _TABLE_WIDTH), soft_wrap=True)
+    if options.shard is not None:
+        _run_shard(options, console)
+        return
     output = options.output
     if output is not None:
         check_output(output, options.overwrite)
     # The table is printed before files are written: a full disk does not cost the figures.
-    evaluation = evaluate(**vars(options) | {"output": None, "overwrite": False})
+    if options.merge is None:
+        evaluation = evaluate(**given | {"output": None, "overwrite": False})
+        _show(evaluation, console)
+        if output is not None:
+            evaluation.write(output)
+    else:
+        named = _read(options)
+        asked = _given(options, named)
+        with merged_shards(output, options.merge, options.shard_command, asked) as shards:
+            if (remark := device_remark(shards)) is not None:
+                console.print(remark, highlight=False, markup=False)
+            evaluation = _merged(shards, named)
+            _show(evaluation, console)
+            evaluation.write(output)
+    if output is not None:
+        console.print(f"{output}: results.json, predictions.jsonl", highlight=False)
+
+
+def _show(evaluation: Evaluation, console: Console) -> None:
     results = list(evaluation.results.values())
-    # Rich takes 80 columns for a file, which would cut the figures.
-    console = Console(width=max(Console().width, _TABLE_WIDTH), soft_wrap=True)
     console.print(evaluation.model, highlight=False, markup=False)
     for line in evaluation.model_remarks:
         console.print(line, highlight=False, markup=False)
     console.print(table(results), soft_wrap=False)
     for remark in remarks(results, evaluation.num_positions):
         console.print(remark)
-    if output is not None:
-        evaluation.write(output)
-        console.print(f"{output}: results.json, predictions.jsonl", highlight=False)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _run_shard(options: argparse.Namespace, console: Console) -> None:
+    started_at, started_s = datetime.now(UTC), time.perf_counter()
+    named = _read(options)
+    ready = _load(options)
+    folder = shard_folder(options.output, options.shard)
+    settings = _given(options, named)
+    settings |= settings_of_head(_head(options, ready, started_at, started_s))
+
+    def answer(one: NamedRun, on_answered: Callable[[int], None]) -> list[Prediction]:
+        return runner.answers(
+            ready.network,
+            ready.tokenizer,
+            one.run,
+            scoring=one.scoring,
+            calibrate=options.calibrate,
+            batch_tokens=ready.batch_tokens,
+            too_long=TooLong(options.too_long),
+            on_answered=on_answered,
+            shard=options.shard,
+        )
+
+    with begun_shard(folder, settings, options.overwrite) as was_finished:
+        num_rows = answer_shard(folder, options.shard, named, answer)
+        if not was_finished:
+            head = _head(options, ready, started_at, started_s)
+            facts = {"head": head, "device": head["settings"]["device"]}
+            facts |= {"num_positions": ready.num_positions, "remarks": ready.remarks}
+            finish_shard(folder, facts)
+    what = ", whole already" if was_finished else ""
+    console.print(f"{folder}: {num_rows:,} rows answered{what}", highlight=False, markup=False)
+
+
+def _given(options: argparse.Namespace, named: Sequence[NamedRun]) -> dict[str, Any]:
+    """The settings of shards that are known before a model is loaded."""
+    keys = ("tokenizer", "chat_template", "quantize", "calibrate", "limit", "too_long")
+    return {
+        "path": options.model,
+        **{key: getattr(options, key) for key in keys},
+        "fewshot_seed": _seed(options) if options.num_fewshot else None,
+        **identities(named),
+    }
+
+
+def _merged(shards: Sequence[FinishedShard], named: Sequence[NamedRun]) -> Evaluation:
+    head, facts = merged_head(shards), shards[0].facts
+    results = {result.name: result for result in merged_results(shards, named)}
+    remarks = tuple(facts["remarks"])
+    return Evaluation(head["model"], results, head, facts["num_positions"], remarks)

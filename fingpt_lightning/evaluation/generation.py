@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fingpt_lightning.evaluation.batches import default_batch_tokens, plan_batches
+from fingpt_lightning.evaluation.batches import batches_of, default_batch_tokens, plan_batches
 from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
-from fingpt_lightning.evaluation.scoring import DROPPED, Prediction, kept_rows
+from fingpt_lightning.evaluation.scoring import Prediction, kept_rows, unanswered
 from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
 from fingpt_lightning.models.decoding import write_on
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.tokenizer import check_tokens
+from fingpt_lightning.shards.options import Shard
 from fingpt_lightning.tasks import Example
 from fingpt_lightning.tasks.encoding import (
     Text,
@@ -41,6 +42,7 @@ def generate(
     batch_tokens: int | None = None,
     too_long: TooLong = TooLong.CUT,
     on_answered: Callable[[int], None] | None = None,
+    shard: Shard | None = None,
 ) -> list[Prediction]:
     """Writes an answer to every example, greedily, and reads the label in it.
 
@@ -55,6 +57,7 @@ def generate(
             device.
         too_long: Treatment of rows that do not fit, as in `score`.
         on_answered: Callback, called after each batch with the number of examples answered.
+        shard: Share of the batches that is run, as in `score`.
 
     Raises:
         ValueError: As in `score`.
@@ -74,11 +77,18 @@ def generate(
         batch_tokens=batch_tokens,
         too_long=too_long,
         on_answered=on_answered,
+        shard=shard,
     )
     return [
-        one if one.is_dropped else one._replace(choice=read_label(one.answer, labels))
+        one
+        if one.is_dropped or one.is_pending
+        else one._replace(choice=read_label(one.answer, labels))
         for one in answered
     ]
+
+
+def _is_written(prediction: Prediction) -> bool:
+    return not prediction.is_dropped and not prediction.is_pending
 
 
 @torch.no_grad()
@@ -92,6 +102,7 @@ def write_answers(
     batch_tokens: int | None = None,
     too_long: TooLong = TooLong.CUT,
     on_answered: Callable[[int], None] | None = None,
+    shard: Shard | None = None,
 ) -> list[Prediction]:
     """Writes an answer to every example, greedily, in batches with a cache of keys and values.
 
@@ -107,6 +118,7 @@ def write_answers(
         batch_tokens: Tokens of the prompts of a batch, as in `generate`.
         too_long: Treatment of rows that do not fit with their answer, as in `score`.
         on_answered: Callback, as in `generate`.
+        shard: Share of the batches that is run, as in `score`.
 
     Returns:
         Predictions with ``answer`` and no ``choice``.
@@ -120,7 +132,7 @@ def write_answers(
     num_positions = max_positions(network.config)
     encoded = encode_prompts(tokenizer, examples, num_positions, num_new, too_long=too_long)
     places, rows = kept_rows(encoded)
-    predictions = [DROPPED] * len(encoded)
+    predictions = unanswered(len(encoded), places)
     if not rows:
         return predictions
     prompts = [row.texts[0].tokens for row in rows]
@@ -130,7 +142,8 @@ def write_answers(
     num_shared = num_common_tokens([[Text(prompt, len(prompt))] for prompt in prompts])
     prefix = SharedPrefix(network, prompts[0][:num_shared])
     num_answered = 0
-    for batch in plan_batches([len(prompt) - num_shared for prompt in prompts], batch_tokens):
+    batches = plan_batches([len(prompt) - num_shared for prompt in prompts], batch_tokens)
+    for batch in batches_of(shard, batches):
         names = [f"row {examples[i].row}" for i in batch]
         of_batch = [prompts[i] for i in batch]
         written = _continue(network, tokenizer, of_batch, prefix, num_new, stop, names)

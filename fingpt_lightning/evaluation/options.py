@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from fingpt_lightning.shards.options import add_shard_options, shard_command
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
@@ -59,11 +60,12 @@ def build_parser() -> OptionParser:
     add("--fewshot_seed", type=int, help="of their draw; default: 1")
     add("--batch_tokens", type=positive_int, help="tokens of a batch, padding included")
     add("--limit", type=positive_int, help="rows of each task")
+    add_shard_options(parser, "batches of each task")
     return parser
 
 
 def parse_options(words: list[str]) -> argparse.Namespace:
-    """The options that follow ``fingpt evaluate``.
+    """The options that follow ``fingpt evaluate``; ``shard_command`` is the command of a shard.
 
     Args:
         words: Part of the command line after the command.
@@ -74,6 +76,10 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     """
     options = build_parser().read(words)
     check_options(options)
+    for name in ("shard", "merge"):
+        if getattr(options, name) is not None and options.output is None:
+            raise WrongOptions(f"--{name} has an effect with --output alone: shards lie beside it")
+    options.shard_command = shard_command("fingpt evaluate", words)
     return options
 
 

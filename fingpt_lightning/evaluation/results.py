@@ -14,7 +14,7 @@ from fingpt_lightning.evaluation.run_evaluations import (
     score_of,
     step_folders,
 )
-from fingpt_lightning.evaluation.runner import TaskResult
+from fingpt_lightning.evaluation.runner import TaskResult, TaskRun
 from fingpt_lightning.evaluation.written_answers import row_fields
 from fingpt_lightning.files import to_json, write_json, write_whole
 from fingpt_lightning.metric_keys import EVAL_FIGURES
@@ -88,6 +88,19 @@ def remarks(results: Sequence[TaskResult], max_length: int) -> list[str]:
     return found
 
 
+def identity_of(run: TaskRun) -> dict[str, Any]:
+    """What the answers to a task are of: its version, prompts, split and rows, by digest."""
+    return {
+        "task_version": run.task.version,
+        "template_sha256": run.task.template_sha256,
+        "split": run.split,
+        "split_rule": run.split_rule,
+        "split_sha256": run.sha256,
+        "rows_sha256": examples_sha256(run.examples),
+        "num_fewshot": run.num_fewshot,
+    }
+
+
 def results_of(result: TaskResult) -> dict[str, Any]:
     """The entry of a task in ``results.json``."""
     run = result.run
@@ -97,13 +110,7 @@ def results_of(result: TaskResult) -> dict[str, Any]:
         "kind": run.task.kind,
         "scoring": result.scoring.value,
         "main_metric": run.task.main_metric,
-        "task_version": run.task.version,
-        "template_sha256": run.task.template_sha256,
-        "split": run.split,
-        "split_rule": run.split_rule,
-        "split_sha256": run.sha256,
-        "rows_sha256": examples_sha256(run.examples),
-        "num_fewshot": run.num_fewshot,
+        **identity_of(run),
         "num_skipped": run.num_skipped,
         "num_cut": result.num_cut,
         "num_dropped": result.num_dropped,

@@ -18,6 +18,7 @@ from fingpt_lightning.evaluation.written_answers import (
     row_fields,
     written_metrics,
 )
+from fingpt_lightning.shards.options import Shard
 from fingpt_lightning.tasks import Example, Task, read_rows
 from fingpt_lightning.tasks.encoding import TooLong
 from fingpt_lightning.tasks.library import find_scored_task
@@ -175,6 +176,7 @@ def predict(
     batch_tokens: int | None = None,
     too_long: TooLong = TooLong.CUT,
     on_answered: Callable[[int], None] | None = None,
+    shard: Shard | None = None,
 ) -> list[Prediction]:
     """Answers examples of a task.
 
@@ -188,6 +190,7 @@ def predict(
         batch_tokens: Tokens of a batch, as in `score`.
         too_long: Treatment of rows that do not fit, as in `score`.
         on_answered: Callback, as in `score`.
+        shard: Share of the batches that is run, as in `score`.
 
     Raises:
         FloatingPointError: A score or logit is NaN or infinite: task, row and likely cause are
@@ -204,6 +207,7 @@ def predict(
             batch_tokens,
             too_long,
             on_answered,
+            shard,
         )
     except FloatingPointError as error:
         raise FloatingPointError(f"task {task.name}, {error}") from None
@@ -219,6 +223,7 @@ def _predict(
     batch_tokens: int | None,
     too_long: TooLong,
     on_answered: Callable[[int], None] | None,
+    shard: Shard | None,
 ) -> list[Prediction]:
     if task.is_generated:
         return write_answers(
@@ -230,6 +235,7 @@ def _predict(
             batch_tokens=batch_tokens,
             too_long=too_long,
             on_answered=on_answered,
+            shard=shard,
         )
     if scoring is Scoring.GENERATE:
         return generate(
@@ -239,6 +245,7 @@ def _predict(
             batch_tokens=batch_tokens,
             too_long=too_long,
             on_answered=on_answered,
+            shard=shard,
         )
     has_labels = task.kind == "labels"
     found = score(
@@ -249,10 +256,46 @@ def _predict(
         batch_tokens=batch_tokens,
         too_long=too_long,
         on_answered=on_answered,
+        shard=shard,
     )
     if calibrate and has_labels and examples:
         return calibrated(network, tokenizer, task, examples, found, batch_tokens)
     return found
+
+
+def answers(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    run: TaskRun,
+    *,
+    scoring: Scoring = Scoring.CHOICES,
+    calibrate: bool = False,
+    batch_tokens: int | None = None,
+    too_long: TooLong = TooLong.CUT,
+    on_answered: Callable[[int], None] | None = None,
+    shard: Shard | None = None,
+) -> list[Prediction]:
+    """`predict` on all rows of a task.
+
+    Raises:
+        FloatingPointError: As `predict`.
+        ValueError: As `predict`; the task is named.
+    """
+    try:
+        return predict(
+            network,
+            tokenizer,
+            run.task,
+            run.examples,
+            scoring=scoring,
+            calibrate=calibrate,
+            batch_tokens=batch_tokens,
+            too_long=too_long,
+            on_answered=on_answered,
+            shard=shard,
+        )
+    except ValueError as error:
+        raise ValueError(f"{run.task.name}: {error}") from error
 
 
 def evaluate(
@@ -272,20 +315,16 @@ def evaluate(
         ValueError: As `predict`, or no row with a known answer fits the context.
     """
     started_s = time.perf_counter()
-    try:
-        predictions = predict(
-            network,
-            tokenizer,
-            run.task,
-            run.examples,
-            scoring=scoring,
-            calibrate=calibrate,
-            batch_tokens=batch_tokens,
-            too_long=too_long,
-            on_answered=on_answered,
-        )
-    except ValueError as error:
-        raise ValueError(f"{run.task.name}: {error}") from error
+    predictions = answers(
+        network,
+        tokenizer,
+        run,
+        scoring=scoring,
+        calibrate=calibrate,
+        batch_tokens=batch_tokens,
+        too_long=too_long,
+        on_answered=on_answered,
+    )
     seconds = time.perf_counter() - started_s
     return TaskResult(
         run,

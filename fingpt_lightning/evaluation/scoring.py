@@ -8,12 +8,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.evaluation.answer_scores import answer_scores
-from fingpt_lightning.evaluation.batches import default_batch_tokens, plan_batches
+from fingpt_lightning.evaluation.batches import batches_of, default_batch_tokens, plan_batches
 from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
 from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
 from fingpt_lightning.models.families import head_of, logit_cap, max_positions
 from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.models.formats.tokenizer import check_tokens
+from fingpt_lightning.shards.options import Shard
 from fingpt_lightning.tasks import Example
 from fingpt_lightning.tasks.encoding import EncodedExample, TooLong, encode_examples
 
@@ -27,6 +28,7 @@ class Prediction(NamedTuple):
         is_cut: Whether the prompt was cut to fit the context.
         answer: Generated text; empty where choices were scored.
         is_dropped: Whether the row was left out because it does not fit the context.
+        is_pending: Whether another shard answers the row.
     """
 
     choice: int | None
@@ -34,10 +36,13 @@ class Prediction(NamedTuple):
     is_cut: bool
     answer: str = ""
     is_dropped: bool = False
+    is_pending: bool = False
 
 
 DROPPED = Prediction(None, (), is_cut=False, is_dropped=True)
 """What stands for the answer to a row that was left out."""
+PENDING = Prediction(None, (), is_cut=False, is_pending=True)
+"""What stands for the answer to a row of another shard."""
 
 
 @torch.no_grad()
@@ -50,6 +55,7 @@ def score(
     batch_tokens: int | None = None,
     too_long: TooLong = TooLong.CUT,
     on_answered: Callable[[int], None] | None = None,
+    shard: Shard | None = None,
 ) -> list[Prediction]:
     """Scores every choice of every example; the most likely is the prediction.
 
@@ -67,6 +73,8 @@ def score(
         too_long: Treatment of rows that do not fit the context; one that is left out is
             `DROPPED`.
         on_answered: Callback, called after each batch with the number of examples scored.
+        shard: Share of the batches that is run; the batches are those of all examples, so that
+            scores are the same to the last digit. Rows of other shards are `PENDING`.
 
     Raises:
         ValueError: ``batch_tokens`` is below 1, an answer has no token, or a row does not fit
@@ -78,7 +86,7 @@ def score(
     num_positions = max_positions(network.config)
     encoded = encode_examples(tokenizer, examples, num_positions, too_long=too_long)
     places, rows = kept_rows(encoded)
-    predictions = [DROPPED] * len(encoded)
+    predictions = unanswered(len(encoded), places)
     if not rows:
         return predictions
     for place, row in zip(places, rows, strict=True):
@@ -89,7 +97,8 @@ def score(
     trees = [build_tree(row.texts, num_shared) for row in rows]
     head = head_of(network)
     num_answered = 0
-    for batch in plan_batches([len(tree.tokens) for tree in trees], batch_tokens):
+    batches = plan_batches([len(tree.tokens) for tree in trees], batch_tokens)
+    for batch in batches_of(shard, batches):
         of_batch = [trees[index] for index in batch]
         hidden_BTD = run_trees(network, of_batch, prefix)
         found = answer_scores(
@@ -104,6 +113,19 @@ def score(
         num_answered += len(batch)
         if on_answered is not None:
             on_answered(num_answered)
+    return predictions
+
+
+def unanswered(num_rows: int, kept: Sequence[int]) -> list[Prediction]:
+    """What stands for the answers before there are any: rows that are not kept are left out.
+
+    Args:
+        num_rows: Number of all rows.
+        kept: Places of those that will be answered.
+    """
+    predictions = [DROPPED] * num_rows
+    for place in kept:
+        predictions[place] = PENDING
     return predictions
 
 

@@ -37,6 +37,11 @@ def find_dtype(name: str, device: torch.device) -> str:
     return "bfloat16" if has_bfloat16 else "float32"
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or the type of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def dtype_remark(requested: str, dtype: str) -> str | None:
     """The line that says of ``auto`` what it came to, where results are not those of a CPU."""
     if requested != AUTO_DTYPE or dtype == "float32":

@@ -25,6 +25,7 @@ from fingpt_lightning.terminal import inputs
 _FIT = ("fit", "--config", "debug_quickstart", "--trainer.logger", "false")
 _TUNE = ("fit", "--config", "debug_finetune_smollm2_fpb", "--trainer.logger", "false")
 _COMPRESS = "compress --model ./none --size .5 --output out"
+_LABEL = "label --model ./none --output out.csv --task fpb --input news.csv"
 _FILES = {
     "key.yaml": "model:\n  init_args:\n    lerning_rate: 0.1\n",
     "group.yaml": "trainr:\n  max_steps: 3\n",
@@ -40,6 +41,7 @@ _FILES = {
     "inner.yaml": "max_stps: 3\n",
     "block_value.yaml": "trainer: inner_value.yaml\n",
     "inner_value.yaml": "max_steps: many\n",
+    "news.csv": "text\nShares rose.\n",
     "texts.csv": "body\nShares rose.\n",
     "small.yaml": "data:\n  class_path: fingpt_lightning.data.TextBlocks\n"
     "  init_args:\n    batch_size: 0\n",
@@ -117,6 +119,11 @@ WRONG = (
     "plan --config debug_quickstart --model.rank many",
     "plan --config none",
     "plan --config debug_quickstart --json none/plan.json",
+    "tokenize --config debug_quickstart --trainer.max_stps 3",
+    "tokenize --config debug_quickstart --data.train_files none.jsonl",
+    "tokenize --config debug_quickstart --shard 0/8",
+    "tokenize --config debug_quickstart --shard 1/8 --merge 8",
+    "tokenize --config debug_quickstart --overwrite",
     "evaluate --model ./none --tasks fpb --data_dir none",
     "evaluate --model ./none --tasks fpd --data_dir none",
     "evaluate --model ./none --tasks own.yaml",
@@ -124,11 +131,21 @@ WRONG = (
     "evaluate --model ./none --tasks fpb --data_dir sets",
     "evaluate --model ./none --tasks fpb --scoring wrong",
     "evaluate --model ./none --tasks fpb --limitt 3",
+    "evaluate --model ./none --tasks fpb --shard 1/2",
+    "evaluate --model ./none --tasks fpb --output out --shard 3/2",
+    "evaluate --model ./none --tasks fpb --data_dir sets --output out --merge",
     "label --model ./none --output out.csv --task fpb --input none.csv",
     "label --model ./none --output out.csv --task fpd --input texts.csv",
     "label --model ./none --output out.csv --task fpb --input key.yaml",
     "label --model ./none --output out.csv --task fpb --input texts.csv --text_column body",
     "label --model ./none --output out.csv --task fpb --input texts.csv --separatr x",
+    f"{_LABEL} --shard 0/8",
+    f"{_LABEL} --shard 9/8",
+    f"{_LABEL} --shard a/b",
+    f"{_LABEL} --shard 1/8 --merge",
+    f"{_LABEL} --merge 0",
+    f"{_LABEL} --merge",
+    f"{_LABEL} --merge 8",
     "generate --model ./none --prompt x",
     "generate --model none.gguf --prompt x",
     "generate --model ./none --prompts none.txt",

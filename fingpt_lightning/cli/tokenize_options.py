@@ -1,0 +1,36 @@
+"""The options of ``fingpt tokenize``, read without importing anything heavy."""
+
+import argparse
+
+from fingpt_lightning.shards.options import add_shard_options, shard_command
+from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions
+
+
+def build_parser() -> OptionParser:
+    """The parser of ``fingpt tokenize``."""
+    parser = OptionParser(
+        "fingpt tokenize",
+        "Tokenizes the text of a run into its cache, before the run or by many jobs. Takes every"
+        " option of fingpt fit (--config FILE ...) beside these.",
+    )
+    add_shard_options(parser, "text's batches")
+    parser.add_argument("--overwrite", action="store_true", help="begin the shard anew")
+    return parser
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    """The options that follow ``fingpt tokenize``; ``words`` holds those of ``fingpt fit``.
+
+    Args:
+        words: Words of the command line.
+
+    Raises:
+        WrongOptions: An option has an invalid value or no effect.
+        SystemExit: ``--help`` was given; the status is 0.
+    """
+    options, rest = build_parser().parse_known_args(words)
+    if options.overwrite and options.shard is None:
+        raise WrongOptions("--overwrite has an effect with --shard alone")
+    options.words = rest
+    options.shard_command = shard_command("fingpt tokenize", words)
+    return options
