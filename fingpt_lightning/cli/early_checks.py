@@ -14,6 +14,7 @@ from fingpt_lightning.cli.checkpoint_names import checkpoints_named
 from fingpt_lightning.cli.early_options import GivenSettings, check_ranges, given_settings
 from fingpt_lightning.cli.errors import ConfigError
 from fingpt_lightning.cli.shipped import SWEEPS, find_file, with_config_files
+from fingpt_lightning.hub.pushing import refuse_no_access
 from fingpt_lightning.reporting.compare_options import check_inputs
 from fingpt_lightning.tasks.library import find_label_task, find_scored_task, find_task
 from fingpt_lightning.tasks.row_files import check_csv_settings, open_rows
@@ -168,6 +169,12 @@ def _check_compression(options: argparse.Namespace) -> None:
     _check_model(options)
 
 
+def _check_export(options: argparse.Namespace) -> None:
+    if options.push is not None:
+        refuse_no_access()
+    _check_compression(options)
+
+
 def _check_calibration(options: argparse.Namespace) -> None:
     for word in options.calibration or ():
         name, _ = weighted_name(str(word))
@@ -233,7 +240,7 @@ _CHECKS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "label": _check_label,
     "generate": _check_generate,
     "decompose": _check_compression,
-    "export": _check_compression,
+    "export": _check_export,
     "sweep": _check_sweep,
     "plan": _check_plan,
     "report": _check_report,

@@ -66,6 +66,7 @@ def export(
     overwrite: bool = False,
     embeddings: str | None = None,
     calibration: Calibration | None = None,
+    request: str | None = None,
 ) -> Exported:
     """Writes a model in another form; the folder appears whole and compared, or not at all.
 
@@ -87,6 +88,7 @@ def export(
             quantized otherwise. A model that is quantized in the form already keeps what it has.
         calibration: Tokens on which rounding keeps the layers' outputs, for the forms int8 and nf4;
             None rounds each number to its nearest.
+        request: Digest of what was requested, which the card keeps.
 
     Raises:
         FileExistsError: As in `check_output`.
@@ -122,7 +124,7 @@ def export(
             adapter_beside=(made / ADAPTER_FOLDER).is_dir(),
             trained_on=_trained_on(source),
         )
-        card = model_card(source, exported, output.name, reading)
+        card = model_card(source, exported, output.name, reading, request)
         (made / CARD).write_text(card, encoding="utf-8")
         check_output(output, overwrite)  # another process may have been quicker
         put_in_place(made, output)

@@ -1,16 +1,21 @@
 """The ``README.md`` of an export: what it is, how it is loaded, how far it is from its source."""
 
 import importlib.metadata
+import json
 import platform
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from fingpt_lightning.deploy.comparing import Difference
+from fingpt_lightning.files import to_json
+from fingpt_lightning.hub.pushing import Pushed
 from fingpt_lightning.models.loading import LoadedModel
 from fingpt_lightning.units import format_bytes, format_count
 
 CARD = "README.md"
-_MARK = "<!-- made by: fingpt export -->"
+_MARK = "<!-- made by: fingpt export"
+_RECORD = re.compile(re.escape(_MARK) + r"; (\{.*\}) -->$", re.MULTILINE)
 _PACKAGES = ("fingpt-lightning", "torch", "transformers", "bitsandbytes", "gguf")
 _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,7 +39,7 @@ llama = Llama("{name}/model.gguf")"""
 
 
 class Exported(NamedTuple):
-    """Sizes of an export, its differences from its source, and its calibration text."""
+    """Sizes of an export, its differences from its source, its calibration text and its upload."""
 
     format: str
     dtype: str
@@ -43,6 +48,7 @@ class Exported(NamedTuple):
     tolerance: float
     differences: list[Difference]
     calibration: str | None = None
+    pushed: Pushed | None = None
 
 
 class Reading(NamedTuple):
@@ -65,7 +71,37 @@ def made_by_us(folder: Path) -> bool:
     return card.is_file() and _MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
-def model_card(source: LoadedModel, exported: Exported, name: str, reading: Reading) -> str:
+def read_record(folder: Path) -> tuple[str | None, Exported | None]:
+    """The request that an export was made for, and its figures, as its card has them.
+
+    Args:
+        folder: Folder of an export; of one without a record both are None.
+    """
+    card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    if (found := _RECORD.search(card)) is None:
+        return None, None
+    try:
+        record = json.loads(found[1])
+        request = record.pop("request")
+        record["differences"] = [Difference(*one) for one in record["differences"]]
+        return request, Exported(**record)
+    except (KeyError, TypeError, ValueError):  # edited by hand
+        return None, None
+
+
+def _record_of(exported: Exported, request: str | None) -> str:
+    record = {"request": request, **exported._asdict()}
+    del record["pushed"]
+    return to_json(record).replace("--", "-\\u002d")  # which would end the comment
+
+
+def model_card(
+    source: LoadedModel,
+    exported: Exported,
+    name: str,
+    reading: Reading,
+    request: str | None = None,
+) -> str:
     """The text of the card.
 
     Args:
@@ -73,6 +109,7 @@ def model_card(source: LoadedModel, exported: Exported, name: str, reading: Read
         exported: Figures of the export.
         name: Name of the folder.
         reading: What reads it.
+        request: Digest of what was requested.
     """
     found = source.source.adapter
     adapter = f"\nAdapter: `{found}`  " if found is not None else ""
@@ -91,7 +128,7 @@ def model_card(source: LoadedModel, exported: Exported, name: str, reading: Read
         [
             f"# {name}",
             "",
-            _MARK,
+            f"{_MARK}; {_record_of(exported, request)} -->",
             "",
             f"Source: {source.description}  ",
             f"Revision: `{source.revision}`  {adapter}",
