@@ -18,18 +18,19 @@ from fingpt_lightning.deploy.exporting import check_output, working_dtype
 from fingpt_lightning.deploy.generate_command import read_prompts
 from fingpt_lightning.deploy.model_card import Exported, read_record
 from fingpt_lightning.files import to_json
+from fingpt_lightning.hub.card import refuse_missing_results
 from fingpt_lightning.hub.names import check_branch, check_hub_name
 from fingpt_lightning.hub.pushing import push_to_hub, refuse_no_access
 from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.loading import DTYPES, build_model
 from fingpt_lightning.models.sources import ModelSource, resolve_source
-from fingpt_lightning.terminal.command_line import options_as_arguments
+from fingpt_lightning.terminal.command_line import as_list, options_as_arguments
 from fingpt_lightning.terminal.messages import check_choice
 from fingpt_lightning.units import format_bytes, format_count
 
 _OF_THE_FILES = (
     "format", "dtype", "quantize", "embeddings", "prompts", "tolerance", "calibration",
-    "calibration_task", "calibration_tokens", "data_dir",
+    "calibration_task", "calibration_tokens", "data_dir", "results",
 )  # fmt: skip
 """The options that the files of an export depend on, beside the model."""
 
@@ -52,6 +53,7 @@ def export(
     calibration_task: str | None = None,
     calibration_tokens: int | None = None,
     data_dir: str | Path | None = None,
+    results: str | Path | Sequence[str | Path] | None = None,
     push: str | None = None,
     private: bool = False,
     revision: str | None = None,
@@ -84,6 +86,8 @@ def export(
         calibration_task: Name of a task whose prompts and answers replace the files.
         calibration_tokens: Largest number of tokens that are read; None is 32768.
         data_dir: Folder that holds ``TASK/train.jsonl``; None reads from the Hugging Face hub.
+        results: Outputs of `evaluate` on the model, whose figures get into the card, beside those
+            of a run's own evaluations.
         push: OWNER/NAME of a repository of the Hugging Face hub, as in `push_to_hub`.
         private: Whether only its owner sees the repository.
         revision: New branch for the files; None is ``main``.
@@ -133,6 +137,8 @@ def _made_now(given: Mapping[str, Any]) -> Exported:
     texts = [p.text for p in read_prompts(Path(prompts))] if prompts is not None else list(TEXTS)
     if given["calibration"] is not None:
         calibration_sources(given["calibration"])
+    results = [Path(folder) for folder in as_list(given["results"])]
+    refuse_missing_results(results)
     found = _found(given)
     source = build_model(found, dtype=working_dtype(dtype), quantize=given["quantize"])
     tokens = read_calibration(
@@ -154,6 +160,7 @@ def _made_now(given: Mapping[str, Any]) -> Exported:
         embeddings=given["embeddings"],
         calibration=tokens,
         request=_request(found, given),
+        results=results,
     )
 
 

@@ -51,6 +51,13 @@ def build_parser() -> OptionParser:
     add("--tolerance", type=float, help="largest relative error of the logits; by format if unsaid")
     add_calibration_options(parser)
     add(
+        "--results",
+        nargs="+",
+        metavar="FOLDER",
+        help="outputs of fingpt evaluate on the model, whose figures get into the card; those of a"
+        " run's own evaluations do anyhow",
+    )
+    add(
         "--push",
         type=hub_name,
         metavar="OWNER/NAME",

@@ -22,7 +22,7 @@ def check_hub_name(name: str) -> str:
     ValueError: 'my team/small model' is no OWNER/NAME of letters, digits, - _ and .; did you mean \
 my-team/small-model?
     """
-    if _is_hub_name(name):
+    if is_hub_name(name):
         return name
     hint = _nearest_hub_name(name)
     raise ValueError(
@@ -67,7 +67,8 @@ def branch(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
+    """Whether a name is of the form OWNER/NAME as the hub takes it."""
     parts = name.split("/")
     return (
         len(parts) == 2
@@ -88,4 +89,4 @@ def _nearest_hub_name(name: str) -> str | None:
     ]
     cleaned = [part.strip("-.") for part in cleaned]
     found = "/".join(cleaned if len(cleaned) == 2 else ["OWNER", *cleaned])[:_LONGEST].strip("-./")
-    return found if _is_hub_name(found) else None
+    return found if is_hub_name(found) else None

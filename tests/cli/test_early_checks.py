@@ -145,6 +145,7 @@ WRONG = (
     "export --model ./none --format hf --output out --push me/small",
     "export --model ./none --format hf --output out --push small",
     "export --model ./none --format hf --output out --private",
+    "export --model ./none --format hf --output out --results sets",
     "report none",
     "serve --model ./none --prt 3",
     "serve --model ./none --port 0",
