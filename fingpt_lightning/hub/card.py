@@ -99,7 +99,7 @@ def _made_of(place: Path) -> tuple[str | None, tuple[str, ...]]:
         (config.get(key) or {}).get("init_args") or {} if isinstance(config.get(key), dict) else {}
         for key in ("model", "data")
     )
-    return _text(model.get("base") or model.get("init_from")), _datasets(data)
+    return _text(model.get("base") or model.get("init_from")), datasets_of(data)
 
 
 def run_folder_of(place: Path) -> Path | None:
@@ -108,7 +108,12 @@ def run_folder_of(place: Path) -> Path | None:
     return next((folder for folder in folders if (folder / _RUN_CONFIG).is_file()), None)
 
 
-def _datasets(data: Mapping[str, Any]) -> tuple[str, ...]:
+def datasets_of(data: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names on the hub of the data sets that settings of data name.
+
+    Args:
+        data: Settings with ``tasks`` or ``train_files``.
+    """
     tasks, texts = data.get("tasks") or (), data.get("train_files") or ()
     names = [dataset_of(str(name)) for name in ([tasks] if isinstance(tasks, str) else tasks)]
     for text in [texts] if isinstance(texts, str) else texts:

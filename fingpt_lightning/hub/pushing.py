@@ -29,6 +29,10 @@ class PushError(OSError):
     """A folder that could not be uploaded; it stays where it is."""
 
 
+class NoAccessError(PushError):
+    """An upload that was not begun: the client is offline or has no token."""
+
+
 class Pushed(NamedTuple):
     """Where a folder is on the hub, and whether it had to be uploaded."""
 
@@ -42,20 +46,20 @@ def refuse_no_access() -> None:
     No request is made, unless the login of this machine has to be renewed.
 
     Raises:
-        PushError: The client is offline, or has no token.
+        NoAccessError: The client is offline, or has no token.
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import OIDCError
 
     if constants.is_offline_mode():
         name = next((name for name in _OFFLINE if os.environ.get(name)), _OFFLINE[0])
-        raise PushError(f"push: {name} is set, so that nothing is uploaded; unset it")
+        raise NoAccessError(f"push: {name} is set, so that nothing is uploaded; unset it")
     try:
         token = get_token()
     except OIDCError as error:
-        raise PushError(f"push: no token ({first_line(error)})") from error
+        raise NoAccessError(f"push: no token ({first_line(error)})") from error
     if token is None:
-        raise PushError("push: there is no token; log in with hf auth login, or set HF_TOKEN")
+        raise NoAccessError("push: there is no token; log in with hf auth login, or set HF_TOKEN")
 
 
 def push_to_hub(
@@ -91,6 +95,20 @@ def push_to_hub(
         ValueError: The name of repository or branch cannot be one.
     """
     folder = Path(folder).expanduser()
+    try:
+        return upload(folder, name, private, revision, commit_message)
+    except PushError as error:
+        if isinstance(error, NoAccessError):
+            raise
+        raise PushError(
+            f"{error}; {folder} is whole and can be pushed by the same command again"
+        ) from error.__cause__
+
+
+def upload(
+    folder: Path, name: str, private: bool, revision: str | None, commit_message: str | None
+) -> Pushed:
+    """`push_to_hub` of a folder that does not stay."""
     check_hub_name(name)
     revision = MAIN if revision is None else check_branch(revision)
     files = {
@@ -110,10 +128,7 @@ def push_to_hub(
         with announced(f"uploading {folder} to {name}"), _client_that_shows_bars_alone():
             return _pushed(api, files, name, private, revision, message)
     except Exception as error:  # of the client and the libraries below it
-        raise PushError(
-            f"push {name}: {_reason(error, api.endpoint)}; {folder} is whole and can be pushed by"
-            " the same command again"
-        ) from error
+        raise PushError(f"push {name}: {_reason(error, api.endpoint)}") from error
 
 
 def _pushed(
@@ -187,7 +202,7 @@ def _is_equal(file: Path, there: "RepoFile") -> bool:
 def _client_that_shows_bars_alone() -> Iterator[None]:
     """The client's bars on a terminal, none in a log, and no lines of its own beside them."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,

@@ -98,7 +98,8 @@ def test_a_model_is_made_small_healed_rounded_and_measured(
     card = (out / "README.md").read_text()
     assert "| parameters |" in card
     assert "4 steps of training on its predictions, stored as int8" in card
-    metadata = ModelCard(card).data.to_dict()
+    data: Any = ModelCard(card).data
+    metadata = data.to_dict()
     assert metadata["tags"] == ["fingpt-lightning", "low-rank", "compressed", "int8"]
     assert metadata["datasets"] == ["takala/financial_phrasebank"]
     (result,) = metadata["model-index"][0]["results"]

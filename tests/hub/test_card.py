@@ -39,7 +39,7 @@ def test_the_block_is_what_the_client_of_the_hub_reads() -> None:
         datasets=["me/texts", "takala/financial_phrasebank"],
         results=evaluation_results({"fpb": FPB}),
     )
-    data = ModelCard(block + "# small\n").data
+    data: Any = ModelCard(block + "# small\n").data
     assert (data.license, data.language, data.base_model) == ("apache-2.0", ["en"], "me/base")
     assert (data.library_name, data.pipeline_tag) == ("peft", "text-generation")
     assert data.tags == ["fingpt-lightning", "lora"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 
 from fingpt_lightning.hub.pushing import PushError, push_to_hub, refuse_no_access
 from tests.support.hub_server import TOKEN, HubServer, files_of, reach
@@ -219,7 +220,7 @@ def test_a_folder_without_files_is_refused(hub: HubServer, tmp_path: Path) -> No
 def test_the_bars_of_the_client_stay_out_of_logs_and_come_back(
     hub: HubServer, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    huggingface_hub.utils.enable_progress_bars()
+    enable_progress_bars()
     push_to_hub(folder, "me/small")
     assert capsys.readouterr() == ("", "")
-    assert not huggingface_hub.utils.are_progress_bars_disabled()
+    assert not are_progress_bars_disabled()

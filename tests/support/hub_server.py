@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub
 import pytest
 import yaml
-from huggingface_hub.utils import close_session
+from huggingface_hub import close_session
 from typing_extensions import override
 
 TOKEN = "hf_" + "x" * 34
