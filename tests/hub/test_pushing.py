@@ -1,4 +1,5 @@
 import itertools
+import logging
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
@@ -58,6 +59,10 @@ def test_what_is_there_already_is_not_sent_again(hub: HubServer, folder: Path) -
     assert push_to_hub(folder, "me/small").is_new
     assert hub.repositories["me/small"].files() == files_of(folder)
     assert not any(request.startswith("PUT") for request in hub.requests), "weights went twice"
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[::-1])  # of the same size
+    assert push_to_hub(folder, "me/small").is_new
+    assert hub.repositories["me/small"].files() == files_of(folder)
 
 
 def test_weights_of_an_earlier_upload_go_and_other_files_stay(hub: HubServer, folder: Path) -> None:
@@ -218,9 +223,19 @@ def test_a_folder_without_files_is_refused(hub: HubServer, tmp_path: Path) -> No
 
 
 def test_the_bars_of_the_client_stay_out_of_logs_and_come_back(
-    hub: HubServer, folder: Path, capsys: pytest.CaptureFixture[str]
+    hub: HubServer,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     enable_progress_bars()
+    log = logging.getLogger("huggingface_hub")
+    seen = set()
+    monkeypatch.setattr(log, "level", log.level)  # which is restored after the test
+    log.setLevel(logging.INFO)
+    hub.answer_instead = lambda method, path: seen.add(log.level)
     push_to_hub(folder, "me/small")
     assert capsys.readouterr() == ("", "")
+    assert seen == {logging.ERROR}, "lines of its own, such as on each repeated request"
+    assert log.level == logging.INFO
     assert not are_progress_bars_disabled()
