@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fingpt_lightning.decomposition.command import decompose
     from fingpt_lightning.deploy.export_command import export
     from fingpt_lightning.evaluation.command import evaluate
+    from fingpt_lightning.hub.pushing import push_to_hub
     from fingpt_lightning.low_rank.conversion import make_low_rank
     from fingpt_lightning.low_rank.embedding import LowRankEmbedding
     from fingpt_lightning.low_rank.linear import LowRankLinear
@@ -43,6 +44,7 @@ __all__ = [
     "export",
     "load_model",
     "make_low_rank",
+    "push_to_hub",
     "recompute_blocks",
     "vocabulary_loss",
 ]
@@ -62,6 +64,7 @@ _MODULES = {
     "export": "deploy.export_command",
     "load_model": "models.loading",
     "make_low_rank": "low_rank.conversion",
+    "push_to_hub": "hub.pushing",
     "recompute_blocks": "models.recompute",
     "vocabulary_loss": "models.vocabulary_loss",
 }

@@ -69,6 +69,8 @@ NOT_RUN = {
     " tests/test_configs.py",
     "fingpt fit --config configs/finetune_llama2_70b_qlora_pipeline.yaml": "needs four GPUs",
     "fingpt fit --config quickstart": "as an installed wheel does: tests/test_wheel.py",
+    "fingpt export --model runs/NAME --format low_rank --output small --push": "needs the hub; a"
+    " stand-in of it: tests/deploy/test_export_push.py",
     "fingpt serve": "goes on until it is ended: tests/serving/test_command.py",
     "curl": "asks a server: tests/serving/test_app.py",
     "fingpt compare": "needs two results on the same rows: tests/reporting/test_comparison.py",

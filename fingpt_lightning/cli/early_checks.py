@@ -6,7 +6,7 @@ find out, such as whether a file holds what its name says, is left to them.
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from fingpt_lightning.cli.checkpoint_names import checkpoints_named
 from fingpt_lightning.cli.early_options import GivenSettings, check_ranges, given_settings
 from fingpt_lightning.cli.errors import ConfigError
 from fingpt_lightning.cli.shipped import SWEEPS, find_file, with_config_files
+from fingpt_lightning.hub.card import refuse_missing_results
+from fingpt_lightning.hub.pushing import refuse_no_access
 from fingpt_lightning.reporting.compare_options import check_inputs
 from fingpt_lightning.shards.folders import find_shards
 from fingpt_lightning.tasks.library import find_label_task, find_scored_task, find_task
@@ -167,13 +169,20 @@ def _check_generate(options: argparse.Namespace) -> None:
     _check_model(options)
 
 
-def _check_compression(options: argparse.Namespace) -> None:
+def _check_compression(options: argparse.Namespace, results: Sequence[str] = ()) -> None:
     if getattr(options, "prompts", None) is not None:
         refuse_missing_prompts(options.prompts)
     _check_calibration(options)
+    refuse_missing_results(results)
     if options.calibration_task is not None:
         _check_calibration_task(options.calibration_task, options.data_dir)
     _check_model(options)
+
+
+def _check_export(options: argparse.Namespace) -> None:
+    if options.push is not None:
+        refuse_no_access()
+    _check_compression(options, options.results or ())
 
 
 def _check_calibration(options: argparse.Namespace) -> None:
@@ -245,7 +254,7 @@ _CHECKS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "label": _check_label,
     "generate": _check_generate,
     "decompose": _check_compression,
-    "export": _check_compression,
+    "export": _check_export,
     "sweep": _check_sweep,
     "plan": _check_plan,
     "tokenize": _check_tokenize,

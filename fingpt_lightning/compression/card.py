@@ -4,8 +4,19 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fingpt_lightning.hub.card import (
+    PACKAGE,
+    dataset_of,
+    evaluation_results,
+    metadata_block,
+    origin_of,
+)
+from fingpt_lightning.tasks.library import find_task
+from fingpt_lightning.terminal.inputs import TASK_PREFIX, weighted_name
 from fingpt_lightning.units import format_bytes, format_count
 
+SPLIT = "validation"
+"""The split of the tasks that are measured."""
 MARK = "<!-- made by: fingpt compress -->"
 
 
@@ -53,6 +64,7 @@ def compression_card(
         small: Figures of the small model.
     """
     lines = [
+        *_metadata(name, settings, small).splitlines(),
         f"# {name}", "", MARK, "",
         f"Made of `{settings['model']}` by `fingpt compress`: {settings['size']:g} of its"
         f" parameters,{_dropped(settings)} {settings['refine']} steps of refinement per block,"
@@ -69,6 +81,31 @@ def compression_card(
         f'network = fingpt_lightning.load_model("{name}").network', "```", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _metadata(name: str, settings: Mapping[str, Any], small: Mapping[str, Any]) -> str:
+    form = settings["format"]
+    is_quantized = form in ("int8", "nf4")
+    named = [weighted_name(text)[0] for text in settings["calibration"]]
+    tasks = [text.removeprefix(TASK_PREFIX) for text in named if text.startswith(TASK_PREFIX)]
+    results = {
+        task: {
+            "accuracy": accuracy,
+            "kind": find_task(task).kind,
+            "main_metric": "accuracy",
+            "split": SPLIT,
+        }
+        for task, accuracy in small["tasks"].items()
+    }
+    return metadata_block(
+        name,
+        origin_of(settings["model"]),
+        library=PACKAGE,
+        tags=["low-rank", "compressed", *([form] if is_quantized else [])],
+        relation="quantized" if is_quantized else None,
+        datasets=[found for task in tasks if (found := dataset_of(task)) is not None],
+        results=evaluation_results(results),
+    )
 
 
 def _dropped(settings: Mapping[str, Any]) -> str:

@@ -20,7 +20,6 @@ from fingpt_lightning.decomposition.runner import RECORD as DECOMPOSITION
 from fingpt_lightning.decomposition.runner import Request, decompose_model
 from fingpt_lightning.decomposition.source import Source, open_source
 from fingpt_lightning.deploy.exporting import export
-from fingpt_lightning.deploy.model_card import CARD
 from fingpt_lightning.files import (
     PARTIAL,
     SETTINGS,
@@ -38,6 +37,7 @@ from fingpt_lightning.files import (
     write_json,
     write_whole,
 )
+from fingpt_lightning.hub.card import CARD
 from fingpt_lightning.models.loading import load_model
 
 RECORD = "compression.json"

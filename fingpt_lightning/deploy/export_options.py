@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from fingpt_lightning.hub.names import branch, hub_name
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
@@ -49,6 +50,28 @@ def build_parser() -> OptionParser:
     add("--prompts", type=Path, help="real prompts to compare on: .txt, one a line, or .jsonl")
     add("--tolerance", type=float, help="largest relative error of the logits; by format if unsaid")
     add_calibration_options(parser)
+    add(
+        "--results",
+        nargs="+",
+        metavar="FOLDER",
+        help="outputs of fingpt evaluate on the model, whose figures get into the card; those of a"
+        " run's own evaluations do anyhow",
+    )
+    add(
+        "--push",
+        type=hub_name,
+        metavar="OWNER/NAME",
+        help="repository of the Hugging Face hub that the finished folder is uploaded to; where the"
+        " folder is there from the same command before, it is uploaded alone",
+    )
+    add("--private", action="store_true", help="with --push: only its owner sees the repository")
+    add(
+        "--revision",
+        type=branch,
+        metavar="BRANCH",
+        help="with --push: new branch for the files; default: main",
+    )
+    add("--commit_message", metavar="TEXT", help="with --push: of the commit")
     return parser
 
 
@@ -76,3 +99,7 @@ def check_options(options: argparse.Namespace) -> None:
     check_calibration_options(options)
     if asks_for_calibration(options) and options.format not in ("int8", "nf4"):
         raise WrongOptions("calibration has an effect with --format int8 and nf4 alone")
+    if options.push is None:
+        for name in ("private", "revision", "commit_message"):
+            if getattr(options, name):
+                raise WrongOptions(f"--{name} has an effect with --push alone")

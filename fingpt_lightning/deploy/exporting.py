@@ -9,8 +9,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fingpt_lightning.data.calibration_text import Calibration, shown_moments
 from fingpt_lightning.deploy.comparing import TEXTS, differences, logits_of, probes
 from fingpt_lightning.deploy.export_options import FORMATS
-from fingpt_lightning.deploy.model_card import CARD, Exported, Reading, made_by_us, model_card
+from fingpt_lightning.deploy.model_card import (
+    Exported,
+    Reading,
+    known_of,
+    made_by_us,
+    model_card,
+)
 from fingpt_lightning.files import check_replaceable, put_in_place, scratch_folder
+from fingpt_lightning.hub.card import CARD
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.models.adapting import adapted_layers, remove_adapters, save_adapter
 from fingpt_lightning.models.expansion import expand, merge_into_base
@@ -66,6 +73,8 @@ def export(
     overwrite: bool = False,
     embeddings: str | None = None,
     calibration: Calibration | None = None,
+    request: str | None = None,
+    results: Sequence[Path] = (),
 ) -> Exported:
     """Writes a model in another form; the folder appears whole and compared, or not at all.
 
@@ -87,6 +96,8 @@ def export(
             quantized otherwise. A model that is quantized in the form already keeps what it has.
         calibration: Tokens on which rounding keeps the layers' outputs, for the forms int8 and nf4;
             None rounds each number to its nearest.
+        request: Digest of what was requested, which the card keeps.
+        results: Outputs of evaluations of the source, for the card.
 
     Raises:
         FileExistsError: As in `check_output`.
@@ -101,6 +112,7 @@ def export(
     _check_form(source, form, dtype)
     if tolerance is None:
         tolerance = TOLERANCES[form if form in TOLERANCES else dtype]
+    known = known_of(source, results)
     quantized = quantization_of(network)
     asked = probes(network, source.tokenizer, texts)
     expected = logits_of(network, asked)
@@ -121,8 +133,10 @@ def export(
             needs_us=not transformers_reads(source.network),  # as it was written
             adapter_beside=(made / ADAPTER_FOLDER).is_dir(),
             trained_on=_trained_on(source),
+            is_low_rank=is_low_rank(network),
+            keeps_codes=quantized == form and calibration is None,
         )
-        card = model_card(source, exported, output.name, reading)
+        card = model_card(source, exported, output.name, reading, request, known)
         (made / CARD).write_text(card, encoding="utf-8")
         check_output(output, overwrite)  # another process may have been quicker
         put_in_place(made, output)

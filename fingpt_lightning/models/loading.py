@@ -22,6 +22,7 @@ from fingpt_lightning.models.formats.hf_folder import (
     folder_weights,
     make_savable,
 )
+from fingpt_lightning.models.formats.network_config import network_config
 from fingpt_lightning.models.formats.peft_adapter import check_adapter, trained_quantization
 from fingpt_lightning.models.formats.quantized_folder import is_low_rank, place_quantized_layers
 from fingpt_lightning.models.formats.tokenizer import (
@@ -32,6 +33,7 @@ from fingpt_lightning.models.formats.tokenizer import (
 )
 from fingpt_lightning.models.formats.weights import Weights
 from fingpt_lightning.models.layout import cut, fill, lay_out
+from fingpt_lightning.models.low_rank_config import drop_guides, folded_tensors
 from fingpt_lightning.models.quantization.layers import QUANTIZATIONS
 from fingpt_lightning.models.sources import (
     GGUF,
@@ -186,6 +188,24 @@ def build_model(
         kind += f"; its adapter was trained on {trained_on}"
     revision = source.commit or files_sha256(weights.files)
     return LoadedModel(network, tokenizer, source, f"{source.name} ({kind})", revision)
+
+
+def standalone_copy(network: PreTrainedModel) -> PreTrainedModel:
+    """A copy on the CPU of a network in training, as a checkpoint of it would be read.
+
+    An expansion of its factors is folded in, and auxiliary dense weights are left out.
+
+    Args:
+        network: Whole network without adapters, none of its layers quantized.
+    """
+    state = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    drop_guides(state, "the module")
+    config = network_config(network.config.to_dict(), Path("the module"))
+    tensors = folded_tensors(config, state)
+    copied = lay_out(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    fill(copied, tensors, network.dtype, torch.device("cpu"))
+    copied.generation_config = network.generation_config
+    return copied
 
 
 def open_stored(path: str | Path, tokenizer: str | Path | None = None) -> StoredModel:

@@ -32,7 +32,7 @@ from fingpt_lightning.terminal.messages import first_line
 GGUF = ".gguf"
 """Suffix of the other kind of one file, beside a checkpoint, that holds a network."""
 _CHECKPOINTS = ("checkpoints/best.ckpt", "best.ckpt", "checkpoints/last.ckpt", "last.ckpt")
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja", "README.md"]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
@@ -25,6 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import override
 
 from fingpt_lightning.data.batch import KnowsBytes, TokenBatch
+from fingpt_lightning.hub.names import check_hub_name
+from fingpt_lightning.hub.pushing import Pushed, push_to_hub, refuse_no_access, upload
 from fingpt_lightning.low_rank.adapters import FrozenBase
 from fingpt_lightning.metric_keys import (
     TRAIN_BYTES,
@@ -42,6 +46,7 @@ from fingpt_lightning.models.formats.tokenizer import num_rows_reached
 from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
 from fingpt_lightning.modules.finite_steps import FiniteSteps, StepFigure, can_skip
 from fingpt_lightning.modules.optimization import cosine_with_warmup, trapezoid
+from fingpt_lightning.modules.saving import check_savable
 from fingpt_lightning.modules.teacher import Teacher
 
 COOLDOWN = 0.2
@@ -455,6 +460,72 @@ class LanguageModelingModule(LightningModule):
                     f"model.{key} is {now}, whose state is not that of {before}, with which the"
                     " checkpoint was trained"
                 )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the trained model with its tokenizer and a model card, for others to load.
+
+        Under several processes the first one writes.
+
+        Args:
+            folder: Folder that is made; one that was written so before is replaced.
+
+        Raises:
+            FileExistsError: The folder is there, and something else.
+            ValueError: There is no network yet, or each process has a part of it.
+        """
+        check_savable(self)
+        if self._trainer is None or self.trainer.is_global_zero:
+            self.write_model(Path(folder).expanduser())
+
+    def write_model(self, folder: Path) -> None:
+        """Writes what `save_pretrained` promises, on one process."""
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        folder: str | Path | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> Pushed | None:
+        """Uploads what `save_pretrained` writes to a repository of the Hugging Face hub.
+
+        Args:
+            name: OWNER/NAME of the repository, as in `fingpt_lightning.push_to_hub`.
+            folder: Folder that is written and stays; None takes a temporary one.
+            private: Whether only its owner sees the repository.
+            revision: Branch that is made; None commits to ``main``.
+            commit_message: First line of the commit's message.
+
+        Returns:
+            Address of the model; None on all processes but the first.
+
+        Raises:
+            FileExistsError: The folder is there, and something else.
+            PushError: The hub cannot be reached or refuses the upload.
+            ValueError: A name cannot be one, there is no network yet, or each process has a part.
+        """
+        check_hub_name(name)
+        check_savable(self)
+        if self._trainer is not None and not self.trainer.is_global_zero:
+            return None
+        refuse_no_access()
+        if folder is not None:
+            folder = Path(folder).expanduser()
+            self.write_model(folder)
+            return push_to_hub(
+                folder,
+                name,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+            )
+        with TemporaryDirectory() as parent:
+            made = Path(parent) / name.partition("/")[2]
+            self.write_model(made)
+            return upload(made, name, private, revision, commit_message)
 
     @property
     def is_fitting(self) -> bool:

@@ -35,6 +35,7 @@ from fingpt_lightning.models import (
 )
 from fingpt_lightning.models.attention import IMPLEMENTATION as BLOCKED_ATTENTION
 from fingpt_lightning.models.families import family_of, max_positions
+from fingpt_lightning.models.formats.hf_folder import transformers_reads, write_network
 from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.models.from_scratch import (
     check_ranks,
@@ -43,7 +44,7 @@ from fingpt_lightning.models.from_scratch import (
     same_size_dense,
 )
 from fingpt_lightning.models.layout import fill, lay_out
-from fingpt_lightning.models.loading import build_model, open_stored
+from fingpt_lightning.models.loading import build_model, open_stored, standalone_copy
 from fingpt_lightning.models.low_rank_config import drop_guides, has_own_head_map, is_guide
 from fingpt_lightning.models.shapes import (
     AnyShape,
@@ -70,6 +71,7 @@ from fingpt_lightning.modules.recipe import (
     check_schedule,
     low_rank_changes,
 )
+from fingpt_lightning.modules.saving import save_module
 from fingpt_lightning.modules.self_guided import GuideSchedule
 from fingpt_lightning.modules.sharding import shard
 from fingpt_lightning.modules.teacher import WITHOUT_TEACHER, Teacher
@@ -628,6 +630,18 @@ class LowRankPretraining(LanguageModelingModule):
             raise ValueError(
                 f"model.self_guided is {guided}, the checkpoint is of a run that was not guided"
             )
+
+    @override
+    def write_model(self, folder: Path) -> None:
+        copied = standalone_copy(self.network)
+        save_module(
+            self,
+            folder,
+            lambda made: write_network(copied, made, copied.dtype),
+            start=self.init_from,
+            needs_us=not transformers_reads(copied),
+            is_adapter=False,
+        )
 
     def laid_out(self) -> PreTrainedModel:
         """The whole network on the meta device: names and sizes, no memory."""

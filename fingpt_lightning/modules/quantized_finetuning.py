@@ -34,6 +34,7 @@ from fingpt_lightning.models.adapting import (
 )
 from fingpt_lightning.models.families import logits_of, max_positions
 from fingpt_lightning.models.formats.checkpoint import describe_adapters, load_contents
+from fingpt_lightning.models.formats.hf_folder import transformers_reads
 from fingpt_lightning.models.formats.peft_adapter import (
     ADAPTER_FOLDER,
     BEST_ADAPTER_FOLDER,
@@ -49,6 +50,7 @@ from fingpt_lightning.modules.base_model import RandomLlama, random_llama
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import adamw_8bit
 from fingpt_lightning.modules.ranges import check_above_0, check_from_0, check_optimization
+from fingpt_lightning.modules.saving import save_module
 from fingpt_lightning.modules.teacher import Teacher
 from fingpt_lightning.modules.weight_averaging import prepare_averaging
 from fingpt_lightning.terminal.progress import announced
@@ -419,6 +421,24 @@ class QuantizedFinetuning(LanguageModelingModule):
         if path.is_file():
             saved = load_contents(path)
             self._save_adapter(BEST_ADAPTER_FOLDER, self._all_adapters(saved["state_dict"]))
+
+    @override
+    def write_model(self, folder: Path) -> None:
+        """Writes the adapter, which names its base.
+
+        Raises:
+            ValueError: The base is a random one, which nobody else has.
+        """
+        if self.base is None:
+            raise ValueError("an adapter of random_base is of no use to others")
+        save_module(
+            self,
+            folder,
+            lambda made: save_adapter(self.network, made, *self._named_base()),
+            start=self.base,
+            needs_us=not transformers_reads(self.network),
+            is_adapter=True,
+        )
 
     def _save_adapter(self, name: str, whole: WholeAdapters | None) -> None:
         folder = Path(self.trainer.default_root_dir) / name

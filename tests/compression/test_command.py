@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from fingpt_lightning.cli.main import main
@@ -97,6 +98,12 @@ def test_a_model_is_made_small_healed_rounded_and_measured(
     card = (out / "README.md").read_text()
     assert "| parameters |" in card
     assert "4 steps of training on its predictions, stored as int8" in card
+    data: Any = ModelCard(card).data
+    metadata = data.to_dict()
+    assert metadata["tags"] == ["fingpt-lightning", "low-rank", "compressed", "int8"]
+    assert metadata["datasets"] == ["takala/financial_phrasebank"]
+    (result,) = metadata["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == pytest.approx(small["tasks"]["fpb"], abs=1e-4)
     assert load_model(out).description.endswith("(low-rank llama, int8)")
     assert _logits(out).isfinite().all()
     assert json.loads((out / "decomposition.json").read_text())["blocks"]

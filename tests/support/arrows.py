@@ -29,6 +29,7 @@ ORDER = (
     "callbacks",
     "strategies",
     "modules",
+    "hub",
     "evaluation",
     "data",
     "tasks",
@@ -49,6 +50,7 @@ _LIGHTNING_AND_WANDB = ("lightning", "lightning_fabric", "pytorch_lightning", "w
 _HEAVY = (*_LIGHTNING_AND_WANDB, "torch")
 # What the files below a path must never import.
 FOREIGN = {
+    "fingpt_lightning/hub": _HEAVY,
     "fingpt_lightning/low_rank": _LIGHTNING_AND_WANDB,
     "fingpt_lightning/models": _LIGHTNING_AND_WANDB,
     "fingpt_lightning/pipeline": _LIGHTNING_AND_WANDB,
