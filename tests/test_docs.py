@@ -67,6 +67,7 @@ NOT_RUN = {
     "fingpt fit --config configs/finetune_llama2_70b_qlora_pipeline.yaml": "needs four GPUs",
     "fingpt fit --config quickstart": "as an installed wheel does: tests/test_wheel.py",
     "fingpt serve": "goes on until it is ended: tests/serving/test_command.py",
+    "fingpt chat": "talks to a person: tests/deploy/test_chat_command.py",
     "curl": "asks a server: tests/serving/test_app.py",
     "fingpt compare": "needs two results on the same rows: tests/reporting/test_comparison.py",
     "fingpt tasks audit --data_dir data --train_files": "ends with status 1 where rows occur twice:"

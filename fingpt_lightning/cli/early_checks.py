@@ -238,6 +238,7 @@ _CHECKS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "plan": _check_plan,
     "report": _check_report,
     "serve": _check_serve,
+    "chat": _check_model,
     "compare": check_inputs,
     "compress": _check_compress,
 }

@@ -49,6 +49,11 @@ COMMANDS = {
         "fingpt_lightning.deploy.generate_options",
         "fingpt_lightning.deploy.generate_command",
     ),
+    "chat": Command(
+        "a conversation with a model in the terminal, or over lines of a pipe",
+        "fingpt_lightning.deploy.chat_options",
+        "fingpt_lightning.deploy.chat_command",
+    ),
     "label": Command(
         "labels with probabilities for the texts of a file of any size",
         "fingpt_lightning.deploy.label_options",

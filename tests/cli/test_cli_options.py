@@ -64,7 +64,8 @@ def test_no_option_changes_unnoticed() -> None:
     lines = options()
     assert len(CLASSES) >= 15
     assert {line.split()[1] for line in lines if line.startswith("fingpt ")} >= {
-        "evaluate", "generate", "label", "decompose", "export", "sweep", "report", "plan", "tasks",
+        "chat", "evaluate", "generate", "label", "decompose", "export", "sweep", "report", "plan",
+        "tasks",
     }  # fmt: skip
     assert lines == GOLDEN.read_text().splitlines()
 
