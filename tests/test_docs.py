@@ -83,6 +83,7 @@ SMALLER = {
         *("--trainer.logger", "false", "--data.num_synthetic_items", "40"),
     ),
     "validate": ("--trainer.limit_val_batches", "1", "--trainer.logger", "false"),
+    "predict": ("--trainer.limit_predict_batches", "1", "--trainer.logger", "false"),
     "generate": ("--max_new_tokens", "3"),
     # Two processes are those of tests/decomposition/test_command.py.
     "decompose": ("--workers", "1"),

@@ -34,6 +34,7 @@ COMMANDS = {
     "fit": Command("train; continues with --ckpt_path last or a checkpoint file"),
     "validate": Command("loss and perplexity on the validation text"),
     "test": Command("loss and perplexity on the test text"),
+    "predict": Command("answers to the rows of tasks, or the loss of each block, as JSON lines"),
     "evaluate": Command(
         "accuracy and F1 of a model on financial and general tasks",
         "fingpt_lightning.evaluation.options",
@@ -106,9 +107,6 @@ COMMANDS = {
     ),
 }
 
-_INSTEAD = {"predict": "fingpt generate writes text, fingpt label writes labels with probabilities"}
-"""The commands to run in place of those that Lightning users expect."""
-
 _LONGEST_MESSAGE = 2000
 _HELP = """usage: fingpt COMMAND [--config NAME_OR_FILE ...] [--KEY VALUE ...]
 
@@ -168,8 +166,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(words: list[str]) -> None:
     command = words[0]
     if command not in COMMANDS:
-        if command in _INSTEAD:
-            raise ConfigError(f"there is no command {command!r}: {_INSTEAD[command]}")
         known = ", ".join(COMMANDS)
         raise ConfigError(f"command {command!r} is none of {known}{nearest(command, COMMANDS)}")
     # Not at the top: it reads YAML, which --help does without.

@@ -220,7 +220,7 @@ def _predict(
     too_long: TooLong,
     on_answered: Callable[[int], None] | None,
 ) -> list[Prediction]:
-    if task.is_generated:
+    if task.is_generated or task.kind == "instructions":
         return write_answers(
             network,
             tokenizer,

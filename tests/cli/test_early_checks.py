@@ -112,6 +112,10 @@ WRONG = (
     "validate --config debug_quickstart",
     "test --config debug_quickstart --verbose maybe",
     "test --config debug_quickstart --model.rank many",
+    "predict --config debug_quickstart",
+    "predict --config debug_quickstart --predictions.pth x",
+    "predict --config debug_quickstart --predictions.overwrite maybe",
+    "predict --config debug_quickstart --ckpt_path none.ckpt",
     "plan --config debug_quickstart --trainer.max_stps 3",
     "plan --config debug_quickstart --no_calibrat",
     "plan --config debug_quickstart --model.rank many",
@@ -245,7 +249,7 @@ def test_every_command_is_walked() -> None:
     assert len(WRONG) > 90
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_shipped_configs_are_never_refused_early(command: str, folder: Path) -> None:
     files = shipped_files(CONFIGS)
     assert len(files) > 15

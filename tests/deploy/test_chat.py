@@ -25,7 +25,8 @@ def _sliding() -> PreTrainedModel:
             bos_token_id=1, eos_token_id=0, sliding_window=7,
         )
     )  # fmt: skip
-    return network.eval()
+    network.train(False)
+    return network
 
 
 NETWORKS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -166,7 +167,7 @@ def test_an_interrupt_amid_the_layers_leaves_keys_and_values_that_fit(
 ) -> None:
     chat = _chat()
     _ask(chat, "Shares of Foo")
-    layer = chat._network.base_model.layers[1]
+    layer = chat._network.get_submodule("model.layers.1")
     with monkeypatch.context() as patched:
 
         def stop(*_: Any, **__: Any) -> None:
