@@ -49,19 +49,24 @@ def _module() -> LowRankPretraining:
     return LowRankPretraining(**SIZES)
 
 
-def _texts(folder: Path, **settings: Any) -> TextBlocks:
+def _texts(folder: Path) -> TextBlocks:
     text = str(folder / "texts.jsonl")
     return TextBlocks(
-        **{"train_files": text, "val_files": text, "tokenizer": str(folder / "tokenizer"),
-           "block_length": 13, "batch_size": 2, "cache_dir": str(folder / "cache")} | settings
-    )  # fmt: skip
+        text,
+        text,
+        tokenizer=str(folder / "tokenizer"),
+        block_length=13,
+        batch_size=2,
+        cache_dir=str(folder / "cache"),
+    )
 
 
 def _tasks(folder: Path, **settings: Any) -> FinancialInstructions:
-    return FinancialInstructions(
-        **{"tasks": ["fpb", "piqa"], "data_dir": str(folder / "data"), "batch_size": 2,
-           "tokenizer": str(folder / "tokenizer"), "max_length": 330} | settings
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "tasks": ["fpb", "piqa"], "data_dir": str(folder / "data"), "batch_size": 2,
+        "tokenizer": str(folder / "tokenizer"), "max_length": 330,
+    }  # fmt: skip
+    return FinancialInstructions(**(given | settings))
 
 
 def _predict(folder: Path, data: Any, module: LightningModule | None = None, **options: Any) -> Any:
