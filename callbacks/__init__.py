@@ -9,6 +9,7 @@ from callbacks.financial_evaluation import FinancialEvaluation
 from callbacks.log_lines import LogLines
 from callbacks.memory import MemoryMonitor
 from callbacks.pipeline_trace import PipelineTrace
+from callbacks.predictions import PredictionWriter
 from callbacks.progress import TrainingProgress
 from callbacks.summary import RunSummary
 from callbacks.throughput import ThroughputMonitor
@@ -22,6 +23,7 @@ __all__ = [
     "LogLines",
     "MemoryMonitor",
     "PipelineTrace",
+    "PredictionWriter",
     "RunSummary",
     "ThroughputMonitor",
     "TrainingProgress",

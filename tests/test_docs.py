@@ -72,6 +72,7 @@ NOT_RUN = {
     "fingpt export --model runs/NAME --format low_rank --output small --push": "needs the hub; a"
     " stand-in of it: tests/deploy/test_export_push.py",
     "fingpt serve": "goes on until it is ended: tests/serving/test_command.py",
+    "fingpt chat": "talks to a person: tests/deploy/test_chat_command.py",
     "curl": "asks a server: tests/serving/test_app.py",
     "fingpt compare": "needs two results on the same rows: tests/reporting/test_comparison.py",
     "fingpt tasks audit --data_dir data --train_files": "ends with status 1 where rows occur twice:"
@@ -87,6 +88,7 @@ SMALLER = {
         *("--trainer.logger", "false", "--data.num_synthetic_items", "40"),
     ),
     "validate": ("--trainer.limit_val_batches", "1", "--trainer.logger", "false"),
+    "predict": ("--trainer.limit_predict_batches", "1", "--trainer.logger", "false"),
     "generate": ("--max_new_tokens", "3"),
     # Two processes are those of tests/decomposition/test_command.py.
     "decompose": ("--workers", "1"),

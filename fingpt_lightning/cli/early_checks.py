@@ -46,7 +46,7 @@ def check_trainer_command(command: str, words: list[str], runs: bool = True) -> 
     """Refuses words of a Trainer command that it would refuse.
 
     Args:
-        command: ``fit``, ``validate`` or ``test``.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
         words: Words after the command.
         runs: Whether the command reads its data; ``plan`` does not.
 
@@ -84,7 +84,7 @@ def check_start(command: str, settings: Mapping[str, Any]) -> str | None:
     """The setting that names the weights to evaluate; None for a class that loads its own.
 
     Args:
-        command: ``validate`` or ``test``.
+        command: ``validate``, ``test`` or ``predict``.
         settings: All settings of the model's class.
 
     Raises:
@@ -106,7 +106,7 @@ def check_trainer_inputs(command: str, model: Mapping[str, Any], data: Mapping[s
     """Refuses files, folders, models and tasks of a run that are not there.
 
     Args:
-        command: ``fit``, ``validate`` or ``test``.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
         model: Settings of the model's class that are given.
         data: Settings of the data's class that are given.
 
@@ -260,6 +260,7 @@ _CHECKS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "tokenize": _check_tokenize,
     "report": _check_report,
     "serve": _check_serve,
+    "chat": _check_model,
     "compare": check_inputs,
     "compress": _check_compress,
 }

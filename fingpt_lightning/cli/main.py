@@ -39,6 +39,7 @@ COMMANDS = {
         "fingpt_lightning.cli.tokenize_options",
         "fingpt_lightning.cli.tokenize",
     ),
+    "predict": Command("answers to the rows of tasks, or the loss of each block, as JSON lines"),
     "evaluate": Command(
         "accuracy and F1 of a model on financial and general tasks",
         "fingpt_lightning.evaluation.options",
@@ -53,6 +54,11 @@ COMMANDS = {
         "text that goes on from prompts",
         "fingpt_lightning.deploy.generate_options",
         "fingpt_lightning.deploy.generate_command",
+    ),
+    "chat": Command(
+        "a conversation with a model in the terminal, or over lines of a pipe",
+        "fingpt_lightning.deploy.chat_options",
+        "fingpt_lightning.deploy.chat_command",
     ),
     "label": Command(
         "labels with probabilities for the texts of a file of any size",
@@ -105,9 +111,6 @@ COMMANDS = {
         "fingpt_lightning.cli.plan",
     ),
 }
-
-_INSTEAD = {"predict": "fingpt generate writes text, fingpt label writes labels with probabilities"}
-"""The commands to run in place of those that Lightning users expect."""
 
 _LONGEST_MESSAGE = 2000
 _HELP = """usage: fingpt COMMAND [--config NAME_OR_FILE ...] [--KEY VALUE ...]
@@ -168,8 +171,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(words: list[str]) -> None:
     command = words[0]
     if command not in COMMANDS:
-        if command in _INSTEAD:
-            raise ConfigError(f"there is no command {command!r}: {_INSTEAD[command]}")
         known = ", ".join(COMMANDS)
         raise ConfigError(f"command {command!r} is none of {known}{nearest(command, COMMANDS)}")
     # Not at the top: it reads YAML, which --help does without.

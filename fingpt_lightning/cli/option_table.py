@@ -19,7 +19,6 @@ from jsonargparse import ArgumentParser as TypedParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from typing_extensions import override
 
-from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from fingpt_lightning.cli.config_errors import explain
 from fingpt_lightning.cli.early_options import TABLE, signature_digest
 from fingpt_lightning.cli.trainer import DEFAULT_CLASSES, FinGPTCLI, forget_unions, options_of
@@ -27,7 +26,7 @@ from fingpt_lightning.data import FinancialInstructions, TextBlocks
 from fingpt_lightning.files import write_whole
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 
-COMMANDS = ("fit", "validate", "test")
+COMMANDS = ("fit", "validate", "test", "predict")
 _PACKAGES = ("jsonargparse", "lightning")
 _MODULES = ("fingpt_lightning.modules", "fingpt_lightning.data")
 _CLASSES: Mapping[str, tuple[type, Mapping[str, Any]]] = {
@@ -36,7 +35,6 @@ _CLASSES: Mapping[str, tuple[type, Mapping[str, Any]]] = {
     "fingpt_lightning.data.TextBlocks": (TextBlocks, {}),
     "fingpt_lightning.data.FinancialInstructions": (FinancialInstructions, {"tasks": ["fpb"]}),
 }
-_GROUPS: Mapping[str, type] = {"best_checkpoint": BestCheckpoint, "last_checkpoint": LastCheckpoint}
 _NO_WORD = "no-such-word"
 _LIMIT = r"( is (?:below [\d.]+|not above [\d.]+|outside [\[(][\d.]+, [\d.*]+[\])]))"
 _NAMES = {int: "int", float: "float", bool: "bool", type(None): "null"}

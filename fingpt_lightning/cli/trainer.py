@@ -1,4 +1,4 @@
-"""``fingpt fit|validate|test``: LightningCLI with one folder per run and clear errors.
+"""``fingpt fit|validate|test|predict``: LightningCLI with one folder per run and clear errors.
 
 A setting comes from, weakest first: defaults, checkpoint, config files, command line.
 """
@@ -35,6 +35,7 @@ from typing_extensions import override
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.log_lines import LogLines
+from callbacks.predictions import PredictionWriter
 from callbacks.progress import TrainingProgress
 from fingpt_lightning.cli.config_errors import check_configs, explain, undecodable
 from fingpt_lightning.cli.early_checks import check_start, check_trainer_inputs
@@ -253,7 +254,8 @@ class FinGPTCLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         # One parser takes a tenth of a second to build: only that of this command.
         # Checkpoints are always read with weights_only=True: there is no option to run a pickle.
-        return {self.command: LightningCLI.subcommands()[self.command] | {"weights_only"}}
+        left_out = {"weights_only", "return_predictions"}  # they are in the file, not in memory
+        return {self.command: LightningCLI.subcommands()[self.command] | left_out}
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -268,6 +270,8 @@ class FinGPTCLI(LightningCLI):
         parser.set_defaults({key: {"class_path": c} for key, c in DEFAULT_CLASSES.items()})
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+        if self.command == "predict":
+            parser.add_lightning_class_args(PredictionWriter, "predictions")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -359,6 +363,11 @@ class FinGPTCLI(LightningCLI):
                 self.model.check_block_length(self.datamodule.block_length)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ConfigError(explain(str(error))) from error
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        return kwargs | ({"return_predictions": False} if subcommand == "predict" else {})
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

@@ -21,6 +21,7 @@ class TokenBatch(TypedDict):
     aligned here, once, and never shifted again. With ``packing`` B is 1, and rows follow one
     another, after the prefix that they share.
 
+    ``place`` numbers the rows of a split that is predicted for; -1 is a row that only fills up.
     ``supervised`` and ``compared`` are places in the flattened batch, prepared on the host: those
     with a label, and those where a network is compared with another.
     """
@@ -28,6 +29,7 @@ class TokenBatch(TypedDict):
     input_ids: Int64[Tensor, "B T"]
     labels: Int64[Tensor, "B T"]
     position_ids: NotRequired[Int64[Tensor, "B T"]]
+    place: NotRequired[Int64[Tensor, "B"]]
     packing: NotRequired[tuple[PackedGroup, ...]]
     supervised: NotRequired[Int64[Tensor, "N"]]
     compared: NotRequired[Int64[Tensor, "M"]]

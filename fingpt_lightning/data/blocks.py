@@ -105,7 +105,7 @@ class BlockSampler(DistributedSampler[int]):
 
     def __init__(
         self,
-        dataset: TokenBlocks | ConcatDataset[dict[str, Tensor]],
+        dataset: TokenBlocks | ConcatDataset[Any],
         batch_size: int,
         *,
         training: bool,

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -24,6 +25,7 @@ from fingpt_lightning.data.block_order import (
 from fingpt_lightning.data.blocks import BlockSampler, ResumableDataLoader
 from fingpt_lightning.data.instruction_batches import Batching, Collate
 from fingpt_lightning.data.instruction_rows import InstructionRow, InstructionRows, encode_rows
+from fingpt_lightning.data.predicted_rows import CollateQuestions, Questions
 from fingpt_lightning.data.synthetic_news import SENTIMENTS, synthetic_news
 from fingpt_lightning.data.tokenized_data import TokenizedData
 from fingpt_lightning.data.tokenizers import (
@@ -68,7 +70,7 @@ class FinancialInstructions(TokenizedData):
         balance_labels: Whether the labels of a task are drawn equally often; rows of rare labels
             then repeat within an epoch.
         val_share: Share of each task's training rows that is held out to validate on, in (0, 1).
-        test_split: Name of the split that ``test`` reads.
+        test_split: Name of the split that ``test`` reads, and ``predict`` answers.
         num_workers: Processes that read ahead; rows are in memory, so 0 is fast.
         seed: Seed of the held-out rows, of the order, and of the synthetic news.
         num_synthetic_items: Number of rows of synthetic news.
@@ -82,6 +84,8 @@ class FinancialInstructions(TokenizedData):
         chat_template: Text around prompts and answers: ``auto``, the base's own where it is an
             instruct model, or the one that an adapter was trained with; ``none``; or a file with a
             template in Jinja. It is stored with the tokenizer beside the adapter.
+        max_new_tokens: Largest number of tokens that ``predict`` writes as an answer, where a task
+            does not say it itself.
 
     Attributes:
         tokenizer: The tokenizer, after ``setup``.
@@ -112,6 +116,7 @@ class FinancialInstructions(TokenizedData):
         separator: str | None = None,
         encoding: str | None = None,
         chat_template: str = AUTO,
+        max_new_tokens: int = 128,
     ) -> None:
         super().__init__()
         least = {
@@ -119,6 +124,7 @@ class FinancialInstructions(TokenizedData):
             "max_length": (max_length, 2),
             "num_workers": (num_workers, 0),
             "num_synthetic_items": (num_synthetic_items, 1),
+            "max_new_tokens": (max_new_tokens, 1),
         }
         for name, (value, minimum) in least.items():
             if value < minimum:
@@ -151,6 +157,7 @@ class FinancialInstructions(TokenizedData):
         self.validation_files = validation_files
         self.separator, self.encoding = separator, encoding
         self.chat_template = chat_template
+        self.max_new_tokens = max_new_tokens
         self.tokenizer_name = tokenizer
         self.batching = Batching(batching)
         self.batch_size = batch_size
@@ -201,7 +208,9 @@ class FinancialInstructions(TokenizedData):
                 for split, name in (("train", "train"), (VALIDATION, "val")):
                     (own,) = self._encode(self._read(split))
                     self._rows[name] = [row for row in own if row is not None]
-        if self.test_split in splits and "test" not in self._rows:
+        if self._predicts():
+            self._check_questions(found[self.test_split])
+        elif self.test_split in splits and "test" not in self._rows:
             rows = self._encode(found[self.test_split])
             self._rows["test"] = [row for part in rows for row in part if row is not None]
 
@@ -234,6 +243,36 @@ class FinancialInstructions(TokenizedData):
         # By length, so that padded rows have little padding; sums do not depend on the order.
         rows = sorted(self._of(split), key=lambda row: (row.task, len(row.tokens)))
         return InstructionRows(rows, self.eos_token_id)
+
+    @override
+    def _predicted(self) -> Questions:
+        tasks = []
+        for name, examples in zip(self.weights, self._read(self.test_split), strict=True):
+            task = find_task("fpb") if name == SYNTHETIC else self._tasks[name]
+            if task.kind == "instructions":
+                task = replace(task, max_new_tokens=self.max_new_tokens)
+            tasks.append((name, task, examples))
+        return Questions(tasks)
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The questions of the test split, each once and in their order."""
+        data = self._predicted()
+        sampler = BlockSampler(data, self.batch_size, training=False, **self._ranks())
+        collate = CollateQuestions(self.too_long)
+        return DataLoader(data, sampler=sampler, **{**self._loading(), "collate_fn": collate})
+
+    def _predicts(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+
+    def _check_questions(self, tasks: Sequence[Sequence[Example]]) -> None:
+        for name, examples in zip(self.weights, tasks, strict=True):
+            row = next((example.row for example in examples if example.turns), None)
+            if row is not None:
+                raise ValueError(
+                    f"{name}: row {row} is a conversation of several turns, and predict answers"
+                    " single questions"
+                )
 
     def _splits(self) -> list[str]:
         """The splits that the trainer is about to read, or all without a trainer."""

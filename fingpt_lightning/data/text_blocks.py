@@ -20,6 +20,7 @@ from fingpt_lightning.data.block_order import (
 )
 from fingpt_lightning.data.blocks import BlockSampler, ResumableDataLoader, TokenBlocks, num_blocks
 from fingpt_lightning.data.corpus import Corpus, OnBadRow
+from fingpt_lightning.data.predicted_rows import NumberedBlocks
 from fingpt_lightning.data.text_sources import MixturePart, Split, TextSources, joined
 from fingpt_lightning.data.token_cache import (
     BadRows,
@@ -234,6 +235,10 @@ class TextBlocks(TokenizedData):
     def _evaluated(self, split: Split) -> TokenBlocks:
         (file,) = self._opened(split)
         return self._blocks(file)
+
+    @override
+    def _predicted(self) -> NumberedBlocks:
+        return NumberedBlocks(self._evaluated("test"))
 
     def _order(self, files: Sequence[TokenFile]) -> BlockOrder:
         sizes = [num_blocks(file.num_tokens, self.block_length) for file in files]

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from fingpt_lightning.data.batch import PreparesBatches, TokenBatch
 from fingpt_lightning.data.blocks import BlockSampler, TokenBlocks
+from fingpt_lightning.data.predicted_rows import QuestionBatch
 from fingpt_lightning.data.tokenizers import vocabulary_size
 from fingpt_lightning.models.formats.tokenizer import check_tokens, tokenizer_sha256
 
@@ -49,7 +50,9 @@ class TokenizedData(LightningDataModule):
         }
 
     @override
-    def on_before_batch_transfer(self, batch: TokenBatch, dataloader_idx: int) -> TokenBatch:
+    def on_before_batch_transfer(
+        self, batch: TokenBatch | QuestionBatch, dataloader_idx: int
+    ) -> TokenBatch | QuestionBatch:
         """Checks a batch on the host, and has the module prepare it there.
 
         Only a tokenizer with more entries than the network has rows can give a token without one.
@@ -57,6 +60,8 @@ class TokenizedData(LightningDataModule):
         Raises:
             ValueError: There is such a token; the message names it.
         """
+        if isinstance(batch, QuestionBatch):
+            return batch
         module = getattr(self.trainer, "lightning_module", None)
         network = getattr(module, "network", None)
         num_rows = getattr(getattr(network, "config", None), "vocab_size", None)
@@ -76,16 +81,22 @@ class TokenizedData(LightningDataModule):
         return self._evaluation_loader("test")
 
     @override
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The test split."""
-        return self._evaluation_loader("test")
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """All of the test split, once and in its order, each row with its place."""
+        return self._loader_in_order(self._predicted())
 
     @abstractmethod
     def _evaluated(self, split: Any) -> TokenBlocks | ConcatDataset[dict[str, Tensor]]:
         """The loader for evaluating a split, in its order."""
 
+    @abstractmethod
+    def _predicted(self) -> ConcatDataset[Any]:
+        """The rows of the test split, each with its place."""
+
     def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Tensor]]:
-        data = self._evaluated(split)
+        return self._loader_in_order(self._evaluated(split))
+
+    def _loader_in_order(self, data: TokenBlocks | ConcatDataset[Any]) -> DataLoader[Any]:
         if self._overfits():
             return DataLoader(data, **self._loading())
         sampler = BlockSampler(data, self.batch_size, training=False, **self._ranks())

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fingpt_lightning.deploy.generation import Completion, Prompt, complete
 from fingpt_lightning.deploy.loading import load_with_adapters
-from fingpt_lightning.deploy.sampling import Sampling
+from fingpt_lightning.deploy.sampling import read_sampling
 from fingpt_lightning.files import not_utf8, to_json, write_whole
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
 from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
         ValueError: A prompt, a setting or the model is not valid.
         OSError: A path does not exist, or the output exists already.
     """
-    sampling = _sampling(options)
+    sampling = read_sampling(options)
     prompts = [Prompt(options.prompt)] if options.prompts is None else read_prompts(options.prompts)
     if options.output is not None and options.output.is_dir():
         raise ValueError(f"output {options.output} is a folder, not a file")
@@ -131,15 +131,3 @@ def _json_prompt(line: str, where: str) -> Prompt:
     if adapter is not None and not isinstance(adapter, str):
         raise ValueError(f'{where}: "adapter" {adapter!r} is no name')
     return Prompt(row["prompt"], adapter or None)
-
-
-def _sampling(options: argparse.Namespace) -> Sampling | None:
-    if options.temperature is None:
-        for name in ("top_k", "top_p", "seed"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"{name} has no effect without temperature; 1 draws as is")
-        return None
-    seed = 1 if options.seed is None else options.seed
-    if seed < 0:
-        raise ValueError(f"seed {seed} is below 0")
-    return Sampling(options.temperature, options.top_k, options.top_p, seed)

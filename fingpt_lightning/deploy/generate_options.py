@@ -29,13 +29,19 @@ def build_parser() -> OptionParser:
     add("--adapters", type=named_paths, help="NAME=FOLDER,... for prompts that name theirs")
     add("--max_new_tokens", type=positive_int, default=64, help="default: %(default)s")
     add("--batch_size", type=positive_int, default=8, help="prompts at once; default: %(default)s")
+    add_sampling_options(parser)
+    add("--output", type=Path, help="JSONL file for the texts, in place of printing them")
+    add("--overwrite", action="store_true", help="replace the output")
+    return parser
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say how tokens are drawn, which `deploy.sampling.read_sampling` reads."""
+    add = parser.add_argument
     add("--temperature", type=float, help="draw tokens, with logits divided by it")
     add("--top_k", type=positive_int, help="draw from the K likeliest tokens")
     add("--top_p", type=float, help="draw from the likeliest tokens of this probability together")
     add("--seed", type=int, help="of the draws; default: 1")
-    add("--output", type=Path, help="JSONL file for the texts, in place of printing them")
-    add("--overwrite", action="store_true", help="replace the output")
-    return parser
 
 
 def parse_options(words: list[str]) -> argparse.Namespace:

@@ -15,9 +15,11 @@ from fingpt_lightning.evaluation.run_evaluations import (
     step_folders,
 )
 from fingpt_lightning.evaluation.runner import TaskResult, TaskRun
+from fingpt_lightning.evaluation.scoring import Prediction
 from fingpt_lightning.evaluation.written_answers import row_fields
 from fingpt_lightning.files import to_json, write_json, write_whole
 from fingpt_lightning.metric_keys import EVAL_FIGURES
+from fingpt_lightning.tasks import Example, Task
 from fingpt_lightning.tasks.encoding import length_remarks
 from fingpt_lightning.tasks.rows import examples_sha256
 
@@ -202,38 +204,49 @@ def _pictures(results: Sequence[TaskResult]) -> dict[str, bytes]:
 
 def prediction_rows(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
     """One object per row: task, row of its file, text, gold, prediction, and how it came about."""
-    rows = []
-    for result in results:
-        for example, prediction in zip(result.run.examples, result.predictions, strict=True):
-            answers = example.choices
-            if len(example.prompts) > 1:  # the prompts differ, not what follows them
-                answers = tuple(map(str, range(len(answers))))
-            row: dict[str, Any] = {
-                "task": result.name,
-                "row": example.row,
-                "text": example.text,
-            }
-            if result.run.task.is_generated:
-                row |= row_fields(result.run.task, example, prediction.answer)
-                row |= {"is_dropped": True} if prediction.is_dropped else {}
-                rows.append(row | {"answer": prediction.answer})
-                continue
-            row |= {
-                "gold": _answer(answers, example.gold),
-                "prediction": _answer(answers, prediction.choice),
-            }
-            if example.group:
-                row["group"] = example.group
-            if example.gold is not None and not prediction.is_dropped:
-                row["is_right"] = prediction.choice == example.gold
-            if prediction.is_dropped:
-                row |= {"scores": [], "is_dropped": True}
-            elif prediction.scores:
-                row["scores"] = [round(score, 6) for score in prediction.scores]
-            else:
-                row["answer"] = prediction.answer
-            rows.append(row)
-    return rows
+    return [
+        prediction_row(result.name, result.run.task, example, prediction)
+        for result in results
+        for example, prediction in zip(result.run.examples, result.predictions, strict=True)
+    ]
+
+
+def prediction_row(
+    name: str, task: Task, example: Example, prediction: Prediction
+) -> dict[str, Any]:
+    """The object of one row, as in `prediction_rows`.
+
+    Args:
+        name: Name of the result.
+        task: Task of the row.
+        example: Row.
+        prediction: Answer to it.
+    """
+    answers = example.choices
+    if len(example.prompts) > 1:  # the prompts differ, not what follows them
+        answers = tuple(map(str, range(len(answers))))
+    row: dict[str, Any] = {"task": name, "row": example.row, "text": example.text}
+    if task.is_generated or task.kind == "instructions":
+        row |= row_fields(task, example, prediction.answer)
+        if task.kind == "instructions":
+            row["gold"] = _answer(answers, example.gold)
+        row |= {"is_dropped": True} if prediction.is_dropped else {}
+        return row | {"answer": prediction.answer}
+    row |= {
+        "gold": _answer(answers, example.gold),
+        "prediction": _answer(answers, prediction.choice),
+    }
+    if example.group:
+        row["group"] = example.group
+    if example.gold is not None and not prediction.is_dropped:
+        row["is_right"] = prediction.choice == example.gold
+    if prediction.is_dropped:
+        row |= {"scores": [], "is_dropped": True}
+    elif prediction.scores:
+        row["scores"] = [round(score, 6) for score in prediction.scores]
+    else:
+        row["answer"] = prediction.answer
+    return row
 
 
 def _answer(answers: Sequence[str], index: int | None) -> str | None:

@@ -225,7 +225,7 @@ def _predict(
     on_answered: Callable[[int], None] | None,
     shard: Shard | None,
 ) -> list[Prediction]:
-    if task.is_generated:
+    if task.is_generated or task.kind == "instructions":
         return write_answers(
             network,
             tokenizer,

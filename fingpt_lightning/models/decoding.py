@@ -91,7 +91,8 @@ def run_prompts(
     Args:
         network: Network in evaluation mode.
         prompts: Prompts of one token at least.
-        cache: Empty cache, which takes their keys and values, those of padding included.
+        cache: Cache that takes their keys and values, those of padding included; a single prompt
+            goes on from the tokens that are in it.
     """
     device, longest = network.device, max(map(len, prompts))
     ids_BT = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)

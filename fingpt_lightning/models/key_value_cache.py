@@ -67,6 +67,18 @@ class PreallocatedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.capacity
 
+    def crop(self, max_length: int) -> None:
+        """Forgets the tokens behind the first ``max_length``; `Cache.crop` calls it by this name.
+
+        >>> layer = PreallocatedLayer(9)
+        >>> layer.length = 5
+        >>> layer.crop(3)
+        >>> layer.crop(4)
+        >>> layer.length
+        3
+        """
+        self.length = min(self.length, max_length)
+
 
 def preallocated_cache(config: PreTrainedConfig, capacity: int) -> Cache:
     """A cache for a network; it takes the batch size of the first batch that it sees.

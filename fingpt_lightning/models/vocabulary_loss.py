@@ -3,10 +3,11 @@
 Axes: N tokens, C tokens of one chunk, K features of the head's last product, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -31,6 +32,22 @@ class LossSums(NamedTuple):
 
     loss_sum: Float[Tensor, ""]
     num_tokens: Int[Tensor, ""]
+
+
+def row_sums(
+    loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    hidden: Float[Tensor, "B T D"],
+    labels: Int[Tensor, "B T"],
+) -> Float64[Tensor, "B 2"]:
+    """Summed loss and number of supervised tokens of each row.
+
+    Args:
+        loss: Function from hidden states and labels of some rows to what they add up to.
+        hidden: Final hidden states.
+        labels: Labels of the rows.
+    """
+    rows = [loss(hidden[row : row + 1], labels[row : row + 1]) for row in range(len(hidden))]
+    return torch.stack([torch.stack([part.double() for part in sums]) for sums in rows])
 
 
 class _ChunkedCrossEntropySum(torch.autograd.Function):

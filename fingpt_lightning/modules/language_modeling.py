@@ -7,12 +7,13 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
@@ -26,7 +27,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import override
 
-from fingpt_lightning.data.batch import KnowsBytes, TokenBatch
+from fingpt_lightning.data.batch import IGNORED_LABEL, KnowsBytes, TokenBatch
+from fingpt_lightning.data.predicted_rows import PredictedRow, QuestionBatch
+from fingpt_lightning.evaluation.results import prediction_row
+from fingpt_lightning.evaluation.runner import predict
 from fingpt_lightning.hub.names import check_hub_name
 from fingpt_lightning.hub.pushing import Pushed, push_to_hub, refuse_no_access, upload
 from fingpt_lightning.low_rank.adapters import FrozenBase
@@ -43,7 +47,7 @@ from fingpt_lightning.models.families import head_of, logit_cap
 from fingpt_lightning.models.finite import check_stored, not_finite
 from fingpt_lightning.models.formats.checkpoint import describe_network
 from fingpt_lightning.models.formats.tokenizer import num_rows_reached
-from fingpt_lightning.models.vocabulary_loss import LossSums, vocabulary_loss
+from fingpt_lightning.models.vocabulary_loss import LossSums, row_sums, vocabulary_loss
 from fingpt_lightning.modules.finite_steps import FiniteSteps, StepFigure, can_skip
 from fingpt_lightning.modules.optimization import cosine_with_warmup, trapezoid
 from fingpt_lightning.modules.saving import check_savable
@@ -105,7 +109,7 @@ class LanguageModelingModule(LightningModule):
 
     A subclass sets `network` in ``configure_model``, after it gave it to `keep_own_part`. The seam
     for strategies that run the step themselves is `network`, `loss_sum_and_tokens`, `log_step` with
-    `backward_start`, `log_evaluation` and `likeliest_tokens`.
+    `backward_start`, `log_evaluation` and `block_predictions`.
 
     Keys: ``train/loss`` (nats per token over the window and all ranks), ``train/learning_rate``,
     ``train/gradient_norm`` (before clipping), ``train/tokens`` (supervised so far, all ranks);
@@ -254,10 +258,63 @@ class LanguageModelingModule(LightningModule):
         """Adds one batch to the split that is being evaluated; logged when it ends."""
         self._evaluated = _added(self._evaluated, sums)
 
-    def likeliest_tokens(self, hidden: Float[Tensor, "B T D"]) -> Int[Tensor, "B T"]:
-        """The likeliest next token at every position."""
-        head = head_of(self.network)
-        return cast("Tensor", head(hidden).argmax(-1))
+    def block_predictions(
+        self, batch: TokenBatch, sums: Float64[Tensor, "B 2"]
+    ) -> list[PredictedRow]:
+        """What is predicted for blocks of text: loss and, with a tokenizer, bits per byte.
+
+        Args:
+            batch: Batch with the places of its rows.
+            sums: Summed loss in nats and number of supervised tokens of each row.
+
+        Raises:
+            ValueError: The rows have no places.
+            FloatingPointError: A loss is NaN or infinite.
+        """
+        if "place" not in batch:
+            raise ValueError(
+                "predict needs rows with a place, which the batches of TextBlocks have and those of"
+                f" {type(getattr(self.trainer, 'datamodule', None)).__name__} have not"
+            )
+        tokenizer = getattr(self.text_source, "tokenizer", None)
+        places = batch["place"].tolist()
+        predicted = []
+        for row, (place, (loss_sum, num_tokens)) in enumerate(
+            zip(places, sums.tolist(), strict=True)
+        ):
+            if place < 0:
+                continue
+            if not math.isfinite(loss_sum):
+                raise not_finite(self.network, f"block {place}: the loss {loss_sum}")
+            fields = {"block": place, "num_tokens": int(num_tokens), "loss": loss_sum / num_tokens}
+            if isinstance(tokenizer, PreTrainedTokenizerFast):
+                labels = batch["labels"][row]
+                tokens = labels[labels != IGNORED_LABEL].tolist()
+                text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+                num_bytes = len(text.encode())
+                bits = loss_sum / math.log(2) / num_bytes if num_bytes else None
+                fields |= {"num_bytes": num_bytes, "bits_per_byte": bits, "text": text}
+            predicted.append(PredictedRow(place, fields))
+        return predicted
+
+    def _answered(self, batch: QuestionBatch) -> list[PredictedRow]:
+        network, tokenizer = self.network, getattr(self.text_source, "tokenizer", None)
+        assert isinstance(tokenizer, PreTrainedTokenizerFast)
+        if any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+            raise ValueError(
+                "predict answers no questions with sharded parameters: take ddp or one device, or"
+                " fingpt evaluate"
+            )
+        predicted = []
+        for name, group in groupby(batch.questions, lambda question: question.name):
+            questions = list(group)
+            task, examples = questions[0].task, [question.example for question in questions]
+            answers = predict(network, tokenizer, task, examples, too_long=batch.too_long)
+            predicted += [
+                PredictedRow(asked.place, prediction_row(name, task, asked.example, answer))
+                for asked, answer in zip(questions, answers, strict=True)
+            ]
+        return predicted
 
     @override
     def on_train_start(self) -> None:
@@ -365,9 +422,13 @@ class LanguageModelingModule(LightningModule):
         self.validation_step(batch, batch_idx)
 
     @override
-    def predict_step(self, batch: TokenBatch, batch_idx: int) -> Int[Tensor, "B T"]:
-        """The likeliest next token at every position."""
-        return self.likeliest_tokens(self.hidden_states(batch))
+    def predict_step(self, batch: TokenBatch | QuestionBatch, batch_idx: int) -> list[PredictedRow]:
+        """The answers to questions as `fingpt evaluate` gives them, or the losses of blocks."""
+        if isinstance(batch, QuestionBatch):
+            return self._answered(batch)
+        hidden = self.hidden_states(batch)
+        sums = row_sums(self.loss_sum_and_tokens, hidden, batch["labels"])
+        return self.block_predictions(batch, sums)
 
     @override
     def on_validation_start(self) -> None:

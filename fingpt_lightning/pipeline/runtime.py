@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -19,6 +19,7 @@ from torch.distributed.pipelining.schedules import (
 )
 from typing_extensions import override
 
+from fingpt_lightning.models.vocabulary_loss import row_sums
 from fingpt_lightning.pipeline.schedule import PipelineLayout
 from fingpt_lightning.pipeline.sharding import keep_sums_in_reduce_dtype
 from fingpt_lightning.pipeline.stage import Stage
@@ -142,17 +143,21 @@ class PipelineRuntime:
         return self._shared([self._loss(h, p) for h, p in zip(hidden, parts, strict=True)])
 
     @torch.no_grad()
-    def predict(
+    def evaluate_rows(
         self,
         input_ids: Int[Tensor, "B T"],
-        position_ids: Int[Tensor, "B T"] | None,
-        likeliest: Callable[[Tensor], Tensor],
-    ) -> Int[Tensor, "B T"]:
-        """What ``likeliest`` makes of the last stage's hidden states, on all ranks."""
+        labels: Int[Tensor, "B T"],
+        position_ids: Int[Tensor, "B T"] | None = None,
+    ) -> Float64[Tensor, "B 2"]:
+        """Summed loss and supervised tokens of each row, without gradients, on all ranks."""
         hidden = self._forward(input_ids, position_ids)
-        tokens = torch.cat([likeliest(h) for h in hidden]) if hidden else input_ids.clone()
-        dist.broadcast(tokens, group=self.group, group_src=self._last_rank)
-        return tokens
+        sums = torch.zeros(len(input_ids), 2, dtype=torch.float64, device=self._device)
+        if hidden:
+            parts = labels.split([len(h) for h in hidden])
+            rows = [row_sums(self._loss, h, p) for h, p in zip(hidden, parts, strict=True)]
+            sums = torch.cat(rows)
+        dist.broadcast(sums, group=self.group, group_src=self._last_rank)
+        return sums
 
     def passes(self) -> list[Pass]:
         """What the ranks did in the last step with ``record``; all ranks call it together."""

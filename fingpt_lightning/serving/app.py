@@ -48,6 +48,7 @@ from fingpt_lightning.serving.protocol import (
 )
 from fingpt_lightning.tasks import Task
 from fingpt_lightning.tasks.chat import template_of
+from fingpt_lightning.tasks.encoding import encode_turns
 from fingpt_lightning.tasks.examples import Turn, field_names
 from fingpt_lightning.terminal.messages import nearest
 
@@ -247,10 +248,9 @@ def _chat_tokens(served: Served, messages: Sequence[Message]) -> list[int]:
         raise ApiError(400, text, "messages")
     try:
         turns = [Turn(message.role, message.content) for message in messages]
-        (text,) = served.template.render([turns], opens_answer=True)
+        return encode_turns(served.tokenizer, served.template, turns)
     except ValueError as error:
         raise ApiError(400, f"messages: {error}", "messages") from None
-    return list(served.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 def _jobs(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.deploy.labelling import Labeller, Row
 from fingpt_lightning.deploy.sampling import Sampler, Sampling
+from fingpt_lightning.deploy.written_text import WrittenText
 from fingpt_lightning.models.decode_step import decode_step
 from fingpt_lightning.models.decoding import end_tokens_of
 from fingpt_lightning.models.families import logits_of
@@ -24,7 +25,6 @@ from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.models.packed_attention import use_packed_attention
 from fingpt_lightning.models.packed_prompts import packed_order, run_packed_prompts
 from fingpt_lightning.serving.slots import SlotCache
-from fingpt_lightning.serving.texts import WrittenText
 from fingpt_lightning.tasks.encoding import end_tokens
 
 _PROMPT_TOKENS = 2048

@@ -71,8 +71,8 @@ class PipelinedModule(Protocol):
     def log_evaluation(self, sums: LossSums) -> None:
         """Takes the sums of a batch of validation or test."""
 
-    def likeliest_tokens(self, hidden: Tensor) -> Tensor:
-        """The likeliest tokens, for prediction."""
+    def block_predictions(self, batch: Any, sums: Tensor) -> list[Any]:
+        """What is predicted for the rows of a batch, from their losses."""
 
 
 class PipelineStrategy(PipelineProcesses):
@@ -199,7 +199,7 @@ class PipelineStrategy(PipelineProcesses):
         if not isinstance(module, PipelinedModule):
             raise TypeError(
                 f"PipelineStrategy cannot run {type(module).__name__}: it needs network,"
-                " loss_sum_and_tokens, backward_start, log_step, log_evaluation, likeliest_tokens"
+                " loss_sum_and_tokens, backward_start, log_step, log_evaluation, block_predictions"
             )
         if not self._spans:  # the module was built elsewhere
             self.keep_own_part(module.network)
@@ -334,17 +334,12 @@ class PipelineStrategy(PipelineProcesses):
         self.validation_step(batch)
 
     @override
-    def predict_step(self, batch: Mapping[str, Any], *args: Any) -> Tensor:
+    def predict_step(self, batch: Mapping[str, Any], *args: Any) -> list[Any]:
         module, runtime = self._running()
-
-        def likeliest(hidden: Tensor) -> Tensor:
-            with self.precision_plugin.forward_context():
-                tokens: Tensor = module.likeliest_tokens(hidden)
-                return tokens
-
         with _told_by_stages(), gathered(module):
-            input_ids, _, position_ids = _rows(batch)
-            return runtime.predict(input_ids, position_ids, likeliest)
+            sums = runtime.evaluate_rows(*_rows(batch))
+        predicted: list[Any] = module.block_predictions(batch, sums)
+        return predicted
 
     def record_next_step(self) -> None:
         """Lets the next training step note when each pass began and ended."""

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from typing_extensions import override
@@ -119,8 +120,14 @@ class PipelineProcesses(WatchedRanks, DDPStrategy):
     def _fit_to_data(self) -> None:
         """Chooses the number of microbatches, or raises if they cannot be cut out of a batch."""
         datamodule, count = self._datamodule, self._num_microbatches
-        batching = getattr(datamodule, "batching", "padded")
-        if batching != "padded":
+        batching = getattr(datamodule, "batching", None)
+        trainer = None if self.lightning_module is None else self.lightning_module.trainer
+        if batching is not None and trainer and trainer.state.fn == TrainerFn.PREDICTING:
+            raise ValueError(
+                "predict answers no questions through a pipeline, whose ranks hold a part of the"
+                " network each: take ddp or one device, or fingpt evaluate"
+            )
+        if (batching or "padded") != "padded":
             raise ValueError(f"data.batching {batching} {PACKED_ROWS}")
         batch_size = getattr(datamodule, "batch_size", None)
         if count == "auto":

@@ -198,8 +198,24 @@ def encode_message(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     template = template_of(tokenizer)
     if template is None:
         return list(tokenizer.encode(text, verbose=False))
-    (rendered,) = template.render([[Turn("user", text)]], opens_answer=True)
-    return list(tokenizer.encode(rendered, add_special_tokens=False, verbose=False))
+    return encode_turns(tokenizer, template, [Turn("user", text)])
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, turns: Sequence[Turn]
+) -> list[int]:
+    """The tokens of a conversation, up to where the assistant's next turn has to be written.
+
+    Args:
+        tokenizer: Tokenizer of the network.
+        template: Its chat template in use.
+        turns: Turns so far.
+
+    Raises:
+        ValueError: The template cannot render them.
+    """
+    (text,) = template.render([turns], opens_answer=True)
+    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:

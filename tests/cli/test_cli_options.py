@@ -11,6 +11,7 @@ from pathlib import Path
 
 import callbacks as our_callbacks
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from callbacks.predictions import PredictionWriter
 from fingpt_lightning import strategies
 from fingpt_lightning.cli.main import COMMANDS
 from fingpt_lightning.data import FinancialInstructions, TextBlocks
@@ -24,10 +25,11 @@ CLASSES: dict[str, type] = {
     "data.FinancialInstructions": FinancialInstructions,
     "best_checkpoint": BestCheckpoint,
     "last_checkpoint": LastCheckpoint,
+    "predictions": PredictionWriter,
     **{
         f"callbacks.{name}": getattr(our_callbacks, name)
         for name in our_callbacks.__all__
-        if name not in ("DISTRIBUTION", "BestCheckpoint", "LastCheckpoint")
+        if name not in ("DISTRIBUTION", "BestCheckpoint", "LastCheckpoint", "PredictionWriter")
     },
     **{f"strategies.{name}": getattr(strategies, name) for name in strategies.__all__},
 }
@@ -64,7 +66,8 @@ def test_no_option_changes_unnoticed() -> None:
     lines = options()
     assert len(CLASSES) >= 15
     assert {line.split()[1] for line in lines if line.startswith("fingpt ")} >= {
-        "evaluate", "generate", "label", "decompose", "export", "sweep", "report", "plan", "tasks",
+        "chat", "evaluate", "generate", "label", "decompose", "export", "sweep", "report", "plan",
+        "tasks",
     }  # fmt: skip
     assert lines == GOLDEN.read_text().splitlines()
 

@@ -114,6 +114,10 @@ WRONG = (
     "validate --config debug_quickstart",
     "test --config debug_quickstart --verbose maybe",
     "test --config debug_quickstart --model.rank many",
+    "predict --config debug_quickstart",
+    "predict --config debug_quickstart --predictions.pth x",
+    "predict --config debug_quickstart --predictions.overwrite maybe",
+    "predict --config debug_quickstart --ckpt_path none.ckpt",
     "plan --config debug_quickstart --trainer.max_stps 3",
     "plan --config debug_quickstart --no_calibrat",
     "plan --config debug_quickstart --model.rank many",
@@ -152,6 +156,13 @@ WRONG = (
     "generate --model ./none --prompt x --max_new_tokens 0",
     "generate --model ./none --promt x",
     "generate --model ./none --prompt x --adapter none",
+    "chat --model ./none",
+    "chat --model ./none --adapter none",
+    "chat --model ./none --tokenizer ./none",
+    "chat --model ./none --contxt 9",
+    "chat --model ./none --context 0",
+    "chat --model ./none --max_new_tokens many",
+    "chat",
     "decompose --model ./none --rank_ratio .5 --output out",
     "decompose --model ./none --rank_ratio 5 --output out",
     "decompose --model ./none --rnk_ratio .5 --output out",
@@ -259,7 +270,7 @@ def test_every_command_is_walked() -> None:
     assert len(WRONG) > 90
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_shipped_configs_are_never_refused_early(command: str, folder: Path) -> None:
     files = shipped_files(CONFIGS)
     assert len(files) > 15

@@ -66,13 +66,7 @@ def _only_error(stderr: str) -> str:
     return errors[0]
 
 
-def test_predict_names_the_commands_that_write_something(run: Run) -> None:
-    status, stderr = run("predict", "--config", str(DEBUG))
-    assert status == 2
-    assert "there is no command 'predict': fingpt generate writes text, fingpt label" in stderr
-
-
-@pytest.mark.parametrize("command", ["validate", "test"])
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_random_weights_are_not_evaluated(command: str, run: Run, tmp_path: Path) -> None:
     status, stderr = run(command, "--config", str(DEBUG), "--trainer.logger", "false")
     assert status == 2
@@ -294,9 +288,14 @@ def test_a_run_leaves_one_folder_that_later_commands_need_alone(
     loaded = LowRankPretraining.load_from_checkpoint(checkpoint, weights_only=True)
     assert loaded.hparams["rank"] == 8
 
-    for command in ("validate", "test"):
+    for command in ("validate", "test", "predict"):
         status, stderr = run(command, "--ckpt_path", str(checkpoint), "--trainer.logger", "false")
         assert status == 0, stderr
+    (written,) = tmp_path.glob("runs/run-predict-*/predictions.jsonl")
+    assert f"{written.relative_to(tmp_path)}: " in stderr
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [row["block"] for row in rows] == list(range(len(rows)))
+    assert all(0 < row["bits_per_byte"] < 20 for row in rows)
 
     # Weakest first: defaults (rank 0.25), checkpoint (8), config, command line.
     other = tmp_path / "other.yaml"

@@ -1,13 +1,12 @@
 """Every schedule on real processes gives the loss and the gradients of one process."""
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fingpt_lightning.low_rank import RankRule
@@ -98,10 +97,6 @@ def _pipeline(
     return network, runtime
 
 
-def _likeliest(head: nn.Module, hidden: Tensor) -> Tensor:
-    return head(hidden).argmax(-1)  # type: ignore[no-any-return]
-
-
 def _cases(num_ranks: int) -> Iterator[tuple[str, str, PipelineLayout, Recompute]]:
     for schedule in Schedule:
         for kind in NETWORKS:
@@ -137,13 +132,13 @@ def _run_cases(process_rank: int, num_ranks: int) -> dict[str, Any]:
         first = runtime.train(ids, labels, scale=SCALE)
         smaller = runtime.train(*_batch(5, 7), scale=SCALE, record=True)
         evaluated = runtime.evaluate(*_batch(5))
-        tokens = runtime.predict(ids[:3], None, partial(_likeliest, network.lm_head))
+        rows = runtime.evaluate_rows(ids[:3], labels[:3])
         results[name] = {
             "losses": [first.loss_sum.item(), smaller.loss_sum.item()],
             "num_tokens": first.num_tokens.item(),
             "gradients": _gradients(network),
             "evaluated": evaluated.loss_sum.item(),
-            "tokens": tokens,
+            "rows": rows,
             "bubble_share": bubble_share(runtime.passes()),
         }
     return results
@@ -158,16 +153,18 @@ def test_every_schedule_gives_losses_and_gradients_of_one_process(num_ranks: int
         assert "6 rows cannot be cut into num_microbatches 4" in results["refusal"]
     for name, kind, *_ in _cases(num_ranks):
         losses, gradients = _truth(kind, _batch(), _batch(5, 7))
-        network = _whole(kind)
         (evaluated,), _ = _truth(kind, _batch(5))
-        hidden = network.base_model(_batch()[0][:3], use_cache=False).last_hidden_state
+        ids, labels = _batch()
+        of_rows = [_truth(kind, (ids[row : row + 1], labels[row : row + 1])) for row in range(3)]
+        counts = (labels[:3] != -100).sum(1).double()
         seen: dict[str, Tensor] = {}
         for results in per_rank:
             result = results[name]
             assert result["losses"] == pytest.approx(losses, rel=1e-12), name
             assert result["num_tokens"] == (_batch()[1] != -100).sum()
             assert result["evaluated"] == pytest.approx(evaluated, rel=1e-12)
-            assert torch.equal(result["tokens"], network.lm_head(hidden).argmax(-1))
+            assert result["rows"][:, 0].tolist() == pytest.approx([loss for (loss,), _ in of_rows])
+            assert torch.equal(result["rows"][:, 1], counts)
             assert 0 < result["bubble_share"] < 1
             for key, gradient in result["gradients"].items():
                 # The ends have a copy of the embedding each.

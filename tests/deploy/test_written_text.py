@@ -3,7 +3,7 @@ import random
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fingpt_lightning.serving.texts import WrittenText
+from fingpt_lightning.deploy.written_text import WrittenText
 from tests.evaluation.tiny_language import metaspace_tokenizer, tiny_tokenizer
 
 
