@@ -22,7 +22,8 @@ def test_the_number_of_configs_is_known() -> None:
     full = {name for name in names if not name.startswith("debug_")}
     assert len(full) == 9
     assert names - full == {f"debug_{name}" for name in full}
-    assert [path.stem for path in OVERLAYS] == ["ddp", "fsdp", "pipeline"]
+    names_of_overlays = ["ddp", "fsdp", "mlflow", "pipeline", "tensorboard"]
+    assert [path.stem for path in OVERLAYS] == names_of_overlays
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
@@ -48,9 +49,17 @@ def test_an_overlay_fits_a_config(
     main(["fit", "--config", str(path), "--config", str(overlay), "--trainer.accelerator", "cpu",
           "--trainer.devices", "2"])  # fmt: skip
     (cli,) = built
-    given = yaml.safe_load(overlay.read_text())["trainer"]["strategy"]["class_path"]
-    assert type(cli.trainer.strategy).__name__ == given.rpartition(".")[2]
+    given = yaml.safe_load(overlay.read_text())["trainer"]
     assert cli.trainer.world_size == 2
+    if "strategy" in given:
+        name = given["strategy"]["class_path"].rpartition(".")[2]
+        assert type(cli.trainer.strategy).__name__ == name
+        return
+    name = given["logger+"][0]["class_path"].rpartition(".")[2]
+    # Beside those of the config, as a logger of ours that stands on Lightning's.
+    names = {kind.__name__ for logger in cli.trainer.loggers for kind in type(logger).__mro__}
+    assert {"WandbLogger", "RunMetrics", name} <= names
+    assert not list(tmp_path.rglob("*.db"))
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)

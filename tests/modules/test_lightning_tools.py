@@ -199,7 +199,7 @@ def test_stochastic_weight_averaging_is_refused(
 ) -> None:
     module, data = build(cache)
     trainer = _trainer(tmp_path, [StochasticWeightAveraging(0.01)])
-    with pytest.raises(ValueError, match="take lightning.pytorch.callbacks.WeightAveraging"):
+    with pytest.raises(ValueError, match=r"take lightning\.pytorch\.callbacks\.Weight"):
         trainer.fit(module, datamodule=data)
 
 
