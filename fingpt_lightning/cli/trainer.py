@@ -137,6 +137,8 @@ def _quiet() -> Iterator[None]:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # The run folder already holds the config.
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+    # Averaging a network of which a process holds a part is refused.
+    warnings.filterwarnings("ignore", ".*using the WeightAveraging callback with a model that.*")
     # Our modules count by optimizer steps, whatever a GradientAccumulationScheduler does.
     warnings.filterwarnings("ignore", ".*the hooks will not be called on every batch.*")
     warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
