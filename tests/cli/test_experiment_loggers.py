@@ -109,7 +109,7 @@ def _one_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.chdir(tmp_path_factory.mktemp("runs"))
         patch.setenv("WANDB_SILENT", "true")
         yield
-        mlflow.set_tracking_uri(None)
+        mlflow.set_tracking_uri("")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
-from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.tuner.tuning import Tuner
 
 from fingpt_lightning.data import FinancialInstructions, TextBlocks
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
