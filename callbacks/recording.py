@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
 from torch import Tensor, nn
 
 from fingpt_lightning.data.batch import IGNORED_LABEL
@@ -208,6 +208,27 @@ def record_in_wandb_summary(trainer: Trainer, figures: Mapping[str, float | int 
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update(dict(figures))
+
+
+def record_summary(trainer: Trainer, figures: Mapping[str, float | int | str]) -> None:
+    """Gives loggers the figures that a run has once, when it ends.
+
+    In W&B they are columns of the runs table, elsewhere metrics of the last step, and text a tag
+    where there are tags (MLflow). They are not in the CSV file of a run, beside which they have a
+    file of their own.
+    """
+    record_in_wandb_summary(trainer, figures)
+    if not trainer.is_global_zero:
+        return
+    numbers = {k: float(v) for k, v in figures.items() if not isinstance(v, str)}
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger | CSVLogger):
+            continue
+        logger.log_metrics(numbers, step=max(trainer.global_step - 1, 0))
+        if isinstance(logger, MLFlowLogger):
+            for key, value in figures.items():
+                if isinstance(value, str):
+                    logger.experiment.set_tag(logger.run_id, key, value)
 
 
 def _log_every_n_steps(trainer: Trainer) -> int:

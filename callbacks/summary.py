@@ -32,7 +32,7 @@ from callbacks.recording import (
     num_tokens,
     over_ranks,
     parameter_totals,
-    record_in_wandb_summary,
+    record_summary,
 )
 from callbacks.throughput import ThroughputMonitor
 from fingpt_lightning.data.batch import KnowsBytes
@@ -56,11 +56,12 @@ class HasDenseBaseline(Protocol):
 class RunSummary(Callback):
     """Prints a table of the run when fit ends, and keeps its figures.
 
-    They go to ``summary.json`` in the trainer's ``default_root_dir`` and to the summary of a W&B
-    run. A figure that the run did not yield is left out, of the table too; of a module without
-    ``budget()`` those of its blocks are.
+    They go to ``summary.json`` in the trainer's ``default_root_dir``, to the summary of a W&B run,
+    and to other loggers, except CSV files, as metrics of the last step. A figure that the run did
+    not yield is left out, of the table too; of a module without ``budget()`` those of its blocks
+    are.
 
-    Keys in W&B; without ``summary/`` those of the file:
+    Keys of loggers; without ``summary/`` those of the file:
 
     - ``summary/steps``: optimizer steps.
     - ``summary/block_parameters``, ``summary/parameters``: stored in the blocks, and in total.
@@ -188,7 +189,7 @@ class RunSummary(Callback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", figures)
-        record_in_wandb_summary(trainer, {summary_key(key): v for key, v in figures.items()})
+        record_summary(trainer, {summary_key(key): v for key, v in figures.items()})
         self._last_batch = None
 
     def _best_of_history(self, trainer: Trainer) -> float | None:

@@ -14,6 +14,7 @@ from tests.support.warm_python import run_warm
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNNABLE = sorted(CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
+LOGGERS = ["mlflow", "tensorboard"]
 
 
 def test_the_number_of_configs_is_known() -> None:
@@ -22,7 +23,7 @@ def test_the_number_of_configs_is_known() -> None:
     full = {name for name in names if not name.startswith("debug_")}
     assert len(full) == 9
     assert names - full == {f"debug_{name}" for name in full}
-    assert [path.stem for path in OVERLAYS] == ["ddp", "fsdp", "pipeline"]
+    assert {path.stem for path in OVERLAYS} == {"ddp", "fsdp", "pipeline", *LOGGERS}
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
@@ -35,22 +36,32 @@ def test_a_config_builds_what_it_names(
     assert not list(tmp_path.iterdir()), "building a run writes nothing"
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("overlays", [["ddp"], ["fsdp"], ["pipeline"], LOGGERS], ids="+".join)
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
 def test_an_overlay_fits_a_config(
-    path: Path, overlay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, overlays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[FinGPTCLI] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(FinGPTCLI, "_run_subcommand", lambda self, subcommand: built.append(self))
     monkeypatch.setattr(inputs, "refuse_unknown_on_hub", lambda name, revision: None)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    main(["fit", "--config", str(path), "--config", str(overlay), "--trainer.accelerator", "cpu",
-          "--trainer.devices", "2"])  # fmt: skip
+    files = [CONFIGS / "overlays" / f"{name}.yaml" for name in overlays]
+    named = [word for file in (path, *files) for word in ("--config", str(file))]
+    main(["fit", *named, "--trainer.accelerator", "cpu", "--trainer.devices", "2"])
     (cli,) = built
-    given = yaml.safe_load(overlay.read_text())["trainer"]["strategy"]["class_path"]
-    assert type(cli.trainer.strategy).__name__ == given.rpartition(".")[2]
     assert cli.trainer.world_size == 2
+    for file in files:
+        given = yaml.safe_load(file.read_text())["trainer"]
+        if "strategy" in given:
+            name = given["strategy"]["class_path"].rpartition(".")[2]
+            assert type(cli.trainer.strategy).__name__ == name
+            continue
+        name = given["logger+"][0]["class_path"].rpartition(".")[2]
+        # Beside those of the config, as a logger of ours that stands on Lightning's.
+        names = {kind.__name__ for logger in cli.trainer.loggers for kind in type(logger).__mro__}
+        assert {"WandbLogger", "RunMetrics", name} <= names
+        assert not list(tmp_path.rglob("*.db"))
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)

@@ -13,6 +13,7 @@ from typing import Any
 from fingpt_lightning.cli.checkpoint_names import checkpoints_named
 from fingpt_lightning.cli.early_options import GivenSettings, check_ranges, given_settings
 from fingpt_lightning.cli.errors import ConfigError
+from fingpt_lightning.cli.logger_packages import refuse_missing_package
 from fingpt_lightning.cli.shipped import SWEEPS, find_file, with_config_files
 from fingpt_lightning.hub.card import refuse_missing_results
 from fingpt_lightning.hub.pushing import refuse_no_access
@@ -63,10 +64,18 @@ def check_trainer_command(command: str, words: list[str], runs: bool = True) -> 
     if runs:
         _check_checkpoint(command, given)
     check_ranges(given)
+    _check_loggers(given.values.get("trainer.logger"))
     if runs and given.values.get("ckpt_path") is None:
         # Of a class that is not ours, settings of these names may mean anything.
         ours = {key: given.init_args[key] if given.known[key] else {} for key in ("model", "data")}
         check_trainer_inputs(command, ours["model"], ours["data"])
+
+
+def _check_loggers(given: Any) -> None:
+    for logger in as_list(given):
+        class_path = logger.get("class_path") if isinstance(logger, dict) else logger
+        if isinstance(class_path, str):
+            refuse_missing_package(class_path)
 
 
 def _check_checkpoint(command: str, given: GivenSettings) -> None:

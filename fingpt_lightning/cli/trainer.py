@@ -10,7 +10,7 @@ import sys
 import typing
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -29,6 +29,12 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.profilers import (
+    AdvancedProfiler,
+    Profiler,
+    PyTorchProfiler,
+    SimpleProfiler,
+)
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
@@ -40,6 +46,12 @@ from callbacks.progress import TrainingProgress
 from fingpt_lightning.cli.config_errors import check_configs, explain, undecodable
 from fingpt_lightning.cli.early_checks import check_start, check_trainer_inputs
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
+from fingpt_lightning.cli.experiment_loggers import (
+    MLFLOW_VARIABLES,
+    RunTensorBoard,
+    place_logger,
+)
+from fingpt_lightning.cli.experiment_loggers import record_config as record_text
 from fingpt_lightning.cli.metrics_file import RunMetrics
 from fingpt_lightning.cli.run_folders import (
     RUN_FOLDER_VARIABLE,
@@ -71,6 +83,11 @@ from fingpt_lightning.terminal.command_line import as_list
 DEFAULT_CLASSES = {
     "model": "fingpt_lightning.modules.LowRankPretraining",
     "data": "fingpt_lightning.data.TextBlocks",
+}
+_PROFILERS: dict[str, Callable[[], Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
 }
 _CHECKPOINT_HYPER_PARAMETERS = {
     "model": "hyper_parameters",
@@ -136,6 +153,10 @@ def _quiet() -> Iterator[None]:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # The run folder already holds the config.
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+    # Averaging a network of which a process holds a part is refused.
+    warnings.filterwarnings("ignore", ".*using the WeightAveraging callback with a model that.*")
+    # Our modules count by optimizer steps, whatever a GradientAccumulationScheduler does.
+    warnings.filterwarnings("ignore", ".*the hooks will not be called on every batch.*")
     warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
     # Advertisements and device lists, which the summaries of a run make needless.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -144,7 +165,8 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in (RUN_FOLDER_VARIABLE, "WANDB_SILENT", *LIMIT_VARIABLES):
+        ours = (RUN_FOLDER_VARIABLE, "WANDB_SILENT", *MLFLOW_VARIABLES, *LIMIT_VARIABLES)
+        for name in ours:
             if name not in before:
                 os.environ.pop(name, None)
 
@@ -190,7 +212,7 @@ def options_of(parser: ArgumentParser) -> Iterator[str]:
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes config, environment and tokenizer into the run folder, and the config to W&B.
+    """Writes config, environment and tokenizer into the run folder, and the config to loggers.
 
     Lightning's own callback refuses a second run into the same logger folder, which ends a sweep.
     """
@@ -205,6 +227,8 @@ class RunRecord(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 record_config(logger, text)
+            else:
+                record_text(logger, text)
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "tokenizer")
@@ -223,6 +247,8 @@ class FinGPTCLI(LightningCLI):
 
     runs: ClassVar[bool] = True
     """Whether the command is run, not only built."""
+
+    _resumed_step = 0
 
     def __init__(self, words: list[str]) -> None:
         self.command = words[0]
@@ -301,6 +327,7 @@ class FinGPTCLI(LightningCLI):
             settings.ckpt_path = str(path)
             if self.runs:
                 remove_run_leftovers(path)
+            self._resumed_step = read_checkpoint_lazily(path).get("global_step", 0)
             _fill_from_checkpoint(settings, given, path)
         elif self.command != "fit":
             self._check_start(settings)
@@ -343,10 +370,14 @@ class FinGPTCLI(LightningCLI):
             if checkpoint.dirpath is None:
                 checkpoint.dirpath = str(self.run_folder / "checkpoints")
         for logger in as_list(trainer.logger):
-            if isinstance(logger, Namespace) and logger.class_path.endswith(".WandbLogger"):
+            if not isinstance(logger, Namespace):
+                continue
+            if logger.class_path.endswith(".WandbLogger"):
                 place_wandb_run(logger.init_args, self.run_folder)
                 if self.runs:
                     keep_offline_if_unreachable(logger.init_args)
+            else:
+                place_logger(logger, self.run_folder, Path(settings.runs_dir))
 
     def _new_run_folder(self) -> str:
         settings = self.config[self.command]
@@ -385,6 +416,8 @@ class FinGPTCLI(LightningCLI):
             if isinstance(logger, WandbLogger):
                 # Lightning 2.6.6 names it even where it is not set, and wandb 0.25 warns of it.
                 logger._wandb_init.pop("anonymous", None)
+            elif isinstance(logger, RunTensorBoard):
+                logger.resumed_step = self._resumed_step
         own = as_list(settings.callbacks)
         if settings.enable_progress_bar and not any(isinstance(x, ProgressBar) for x in own):
             # First, so that it is gone from the screen when others print the results of the run.
@@ -399,14 +432,26 @@ class FinGPTCLI(LightningCLI):
         # What is saved, also for other runs, does not contain the folder of this one.
         self.config[self.command] = self._as_given
         trainer = super().instantiate_trainer(
-            logger=loggers or False, callbacks=own or None, plugins=plugins, **kwargs
+            logger=loggers or False,
+            callbacks=own or None,
+            plugins=plugins,
+            profiler=_placed_profiler(settings.profiler, self.run_folder),
+            **kwargs,
         )
         if isinstance(trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
-        for logger in loggers:
+        for logger in trainer.loggers:  # none with fast_dev_run
             if self.runs and isinstance(logger, WandbLogger):
                 begin_run(logger)
         return trainer
+
+
+def _placed_profiler(given: Profiler | str | None, run_folder: Path) -> Profiler | str | None:
+    """A profiler that writes into the run's folder, unless it has a place of its own."""
+    profiler = _PROFILERS[given]() if isinstance(given, str) and given in _PROFILERS else given
+    if isinstance(profiler, Profiler) and profiler.dirpath is None and profiler.filename is None:
+        profiler.dirpath, profiler.filename = run_folder, "profile"
+    return profiler
 
 
 class _Built(FinGPTCLI):

@@ -229,6 +229,7 @@ class FinancialInstructions(TokenizedData):
             raise ValueError(
                 f"the training split has {len(order)} rows, but one batch takes {needed}"
                 f" (batch_size {self.batch_size} x {ranks['num_replicas']} ranks): lower batch_size"
+                f"{self._finder_advice()}"
             )
         data = InstructionRows(rows, self.eos_token_id)
         if self._overfits():

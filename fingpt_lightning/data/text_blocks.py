@@ -260,7 +260,7 @@ class TextBlocks(TokenizedData):
                 f"the training text has {num_tokens} tokens, {size} blocks of "
                 f"{self.block_length}, but one batch takes {self.batch_size * num_replicas} "
                 f"(batch_size {self.batch_size} x {num_replicas} ranks): give more text, or lower "
-                "block_length or batch_size"
+                f"block_length or batch_size{self._finder_advice()}"
             )
 
     def _blocks(self, file: TokenFile) -> TokenBlocks:

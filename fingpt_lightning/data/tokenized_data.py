@@ -110,6 +110,12 @@ class TokenizedData(LightningDataModule):
         """Whether Lightning would warn of our samplers and replace them by sequential ones."""
         return self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
 
+    def _finder_advice(self) -> str:
+        """What ends a search for the largest batch before the data do; nothing without one."""
+        if self.batch_size == self.hparams_initial.get("batch_size"):
+            return ""
+        return f"; a BatchSizeFinder ends before with max_val {self.batch_size // 2}"
+
     def _loading(self) -> dict[str, Any]:
         on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         # By keyword, for Lightning makes a loader again to predict with it.

@@ -17,6 +17,7 @@ from jaxtyping import Float, Float64, Int
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.tuner import lr_finder
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
@@ -141,6 +142,7 @@ class LanguageModelingModule(LightningModule):
         self._batch_idx = 0
         self._loader_states: list[dict[str, Any]] = []
         self._group_settings: list[dict[str, Any]] = []
+        self._configured_rate: float | None = None
 
     @property
     def tokens_seen(self) -> int:
@@ -319,6 +321,10 @@ class LanguageModelingModule(LightningModule):
     @override
     def on_train_start(self) -> None:
         self._finite_steps = FiniteSteps()
+        loop = self.trainer.fit_loop.epoch_loop
+        if loop.batch_progress.total.ready == 0:
+            # A BatchSizeFinder of Lightning 2.6 leaves it set: the first step would be the second.
+            loop.restarting = False
         # Lightning 2.6 leaves the loader at the start of its epoch where the schedule has requested
         # `estimated_stepping_batches` before (issue 20550): then its loader is already made when
         # the positions are loaded. Where it did load them, this does the same again.
@@ -329,9 +335,26 @@ class LanguageModelingModule(LightningModule):
         self._take_settings()
 
     def _take_settings(self) -> None:
-        """Has a resumed run go on with this run's rates, decays and so on, not the checkpoint's."""
+        """Has a resumed run go on with this run's rates, decays and so on, not the checkpoint's.
+
+        Raises:
+            ValueError: Lightning's rate finder is to try one rate where there are several.
+        """
+        rates = {own["lr"] for own in self._group_settings}
+        found = self.hparams.get("learning_rate", self._configured_rate)
+        for own in self._group_settings:
+            # A LearningRateFinder sets the hyper-parameter when the optimizer is there already.
+            own["lr"] = found if own["lr"] == self._configured_rate else own["lr"]
+        self._configured_rate = found
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
+            if type(scheduler).__module__ == lr_finder.__name__ and len(rates) > 1:
+                shown = ", ".join(f"{rate:g}" for rate in sorted(rates))
+                raise ValueError(
+                    "the rate finder tries one learning rate for all parameters, of which this"
+                    f" model's optimizer {self.hparams.get('optimizer')} has several ({shown}): try"
+                    " rates with fingpt sweep, or find that of an optimizer with one"
+                )
             if not isinstance(scheduler, LambdaLR) or not self._group_settings:
                 continue
             groups = scheduler.optimizer.param_groups
@@ -610,6 +633,7 @@ class LanguageModelingModule(LightningModule):
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
         ]
+        self._configured_rate = self.hparams.get("learning_rate")
         scheduler = LambdaLR(optimizer, self._rate_factor(int(num_steps)))
         return {
             "optimizer": optimizer,

@@ -12,6 +12,7 @@ import torch.distributed
 _THREAD_GRACE_S = 2.0
 # Threads that stay alive by their library's design, by the start of their name or type.
 _LASTING_THREADS = {
+    "MlflowLocalArtifactRepository": "mlflow: copies of artifacts",
     "Dummy-": "native threads, such as autograd's on a GPU, that once called into Python",
     "TMonitor": "tqdm: one monitor of all progress bars",
     "wandb-": "wandb: the connection to its service process",
