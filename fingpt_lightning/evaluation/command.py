@@ -22,6 +22,7 @@ from fingpt_lightning.evaluation.results import (
     write_results,
 )
 from fingpt_lightning.evaluation.runner import Scoring, TaskResult, read_tasks, scorings_of
+from fingpt_lightning.models.dequantization import CHOICES
 from fingpt_lightning.models.device import AUTO_DTYPE, dtype_remark, find_device, find_dtype
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
@@ -46,8 +47,8 @@ class Evaluation(NamedTuple):
             ``TASK_generated``.
         head: Model, settings, time and versions, as ``results.json`` has them.
         num_positions: Largest number of tokens that the model reads.
-        model_remarks: Lines about the chat template and the dtype, where there is something to
-            tell.
+        model_remarks: Lines about the chat template, the dtype and dequantized weights, where there
+            is something to tell.
     """
 
     model: str
@@ -69,6 +70,7 @@ def evaluate(
     tokenizer: str | Path | None = None,
     dtype: str = AUTO_DTYPE,
     quantize: str = "auto",
+    dequantize: str = "auto",
     device: str | None = None,
     data_dir: str | Path | None = None,
     split: str = "validation",
@@ -100,6 +102,8 @@ def evaluate(
             bfloat16 on a GPU that computes in it, else float32.
         quantize: ``nf4`` or ``int8`` for the linear layers of the blocks, ``none``, or ``auto``
             for what the adapter was trained on.
+        dequantize: Whether quantized weights are kept dequantized, for speed, with equal answers:
+            ``always``, ``never``, or ``auto``: on a CPU where half of the free memory is enough.
         device: ``cpu``, ``cuda`` or ``cuda:1``; None is CUDA where there is one.
         data_dir: Folder that holds ``TASK/SPLIT.jsonl``; None reads from the Hugging Face hub.
         split: Part of each task's rows.
@@ -139,6 +143,7 @@ def evaluate(
         check_output(Path(output), overwrite)
     check_choice("scoring", scoring, list(Scoring))
     check_choice("too_long", too_long, list(TooLong))
+    check_choice("dequantize", dequantize, CHOICES)
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens {batch_tokens} is below 1")
     how = Scoring(scoring)
@@ -167,6 +172,7 @@ def evaluate(
         dtype=found_dtype,
         device=found_device,
         quantize=quantize,
+        dequantize=dequantize,
         adapter=adapter,
         tokenizer=tokenizer,
     )
@@ -201,6 +207,7 @@ def evaluate(
         "settings": {
             "dtype": found_dtype,
             "quantize": quantize,
+            "dequantize": dequantize,
             "scoring": scoring,
             "calibrate": calibrate,
             "limit": limit,
@@ -216,7 +223,8 @@ def evaluate(
         "versions": installed_versions(EVALUATION_PACKAGES),
     }
     num_positions = max_positions(network.config)
-    lines = (line for line in (remark, dtype_remark(dtype, found_dtype)) if line is not None)
+    of_loading = (dtype_remark(dtype, found_dtype), *loaded.remarks)
+    lines = (line for line in (remark, *of_loading) if line is not None)
     evaluation = Evaluation(loaded.description, results, head, num_positions, tuple(lines))
     if output is not None:
         evaluation.write(Path(output))

@@ -1,5 +1,8 @@
-"""The device and the dtype that a user names."""
+"""The device and the dtype that a user names, and the memory that is free there."""
 
+from pathlib import Path
+
+import psutil
 import torch
 
 from fingpt_lightning.terminal.inputs import refuse_unknown_device
@@ -42,3 +45,29 @@ def dtype_remark(requested: str, dtype: str) -> str | None:
     if requested != AUTO_DTYPE or dtype == "float32":
         return None
     return f"computed in {dtype}, as the GPU is fastest; --dtype float32 is as on a CPU"
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what the processes of a container may take, in its second version."""
+
+
+def free_bytes(device: torch.device, cgroup: Path = _CGROUP) -> int:
+    """Memory that is free for this process: on the host that of its container, where it is less.
+
+    Args:
+        device: Device, a GPU or the CPU.
+        cgroup: Folder with the limits of the container.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (cgroup / "memory.max").read_text()
+        used = int((cgroup / "memory.current").read_text())
+        counts = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except OSError:  # no container, or not by this version
+        return free
+    if limit.strip() == "max":
+        return free
+    # Pages of files that are no longer in use are given back before the limit counts.
+    return max(0, min(free, int(limit) - used + int(counts.get("inactive_file", 0))))

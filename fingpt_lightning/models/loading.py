@@ -14,6 +14,7 @@ from transformers import (
 
 from fingpt_lightning.files import files_sha256
 from fingpt_lightning.models.adapting import load_adapter
+from fingpt_lightning.models.dequantization import CHOICES, NEVER, dequantize_once
 from fingpt_lightning.models.formats.checkpoint import CHECKPOINT, read_checkpoint
 from fingpt_lightning.models.formats.gguf import gguf_weights
 from fingpt_lightning.models.formats.hf_folder import (
@@ -39,7 +40,7 @@ from fingpt_lightning.models.sources import (
     adapter_at,
     resolve_source,
 )
-from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.messages import check_choice, nearest
 
 DTYPES = {
     "float32": torch.float32,
@@ -55,7 +56,7 @@ class LoadedModel(NamedTuple):
     """A network in evaluation mode, its adapter applied, and where it came from.
 
     ``description`` names it in tables. ``revision`` is the commit of a network from the hub, else
-    the SHA-256 of its weights.
+    the SHA-256 of its weights. ``remarks`` are lines that say what was decided while loading.
     """
 
     network: PreTrainedModel
@@ -63,6 +64,7 @@ class LoadedModel(NamedTuple):
     source: ModelSource
     description: str
     revision: str
+    remarks: tuple[str, ...] = ()
 
     def require_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, where one is needed.
@@ -91,6 +93,7 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
     quantize: str | None = AUTO,
+    dequantize: str = NEVER,
     adapter: str | Path | None = None,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
@@ -109,6 +112,8 @@ def load_model(
         quantize: ``nf4`` (with double quantization) or ``int8`` for the linear layers of the
             blocks; None or ``none`` keeps them; ``auto`` takes the method that an adapter was
             trained on and keeps stored quantized layers.
+        dequantize: Whether quantized weights are kept dequantized, for speed: ``always``,
+            ``never``, or ``auto`` as `dequantize_once` decides.
         adapter: Folder of an adapter to apply, in place of one that lies beside the network.
         tokenizer: Folder to take the tokenizer from, in place of the model's own.
         revision: Branch, tag or commit of a hub name.
@@ -122,8 +127,16 @@ def load_model(
     """
     _checked_dtype(dtype)
     _check_quantize(quantize)
+    check_choice("dequantize", dequantize, CHOICES)
     source = resolve_source(path, adapter=adapter, tokenizer=tokenizer, revision=revision)
-    return build_model(source, dtype=dtype, device=device, quantize=quantize, keep_part=keep_part)
+    return build_model(
+        source,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+        dequantize=dequantize,
+        keep_part=keep_part,
+    )
 
 
 def build_model(
@@ -132,6 +145,7 @@ def build_model(
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
     quantize: str | None = AUTO,
+    dequantize: str = NEVER,
     keep_part: Callable[[PreTrainedModel], None] | None = None,
 ) -> LoadedModel:
     """Loads a model whose parts have been found.
@@ -141,6 +155,7 @@ def build_model(
         dtype: Dtype as in `load_model`.
         device: Device as in `load_model`.
         quantize: Quantization as in `load_model`.
+        dequantize: Choice as in `load_model`.
         keep_part: Function as in `load_model`.
 
     Raises:
@@ -150,6 +165,7 @@ def build_model(
     """
     dtype, device = _checked_dtype(dtype), torch.device(device)
     _check_quantize(quantize)
+    check_choice("dequantize", dequantize, CHOICES)
     trained_on = None if source.adapter is None else trained_quantization(source.adapter)
     method = {AUTO: trained_on, NONE: None}.get(quantize or NONE, quantize)
     weights, tokenizer = _open(source)
@@ -177,6 +193,10 @@ def build_model(
         network.generation_config = GenerationConfig.from_pretrained(str(source.folder))
     if source.adapter is not None:
         load_adapter(source.adapter, network, elsewhere)
+    try:
+        remark = dequantize_once(network, dequantize, dtype, device)
+    except ValueError as error:
+        raise ValueError(f"{source.weights}: {error}") from None
     network.eval()
     make_savable(network)
     kind = f"{'low-rank ' if low_rank else ''}{network.config.model_type}"
@@ -185,7 +205,8 @@ def build_model(
     if trained_on not in (None, method):
         kind += f"; its adapter was trained on {trained_on}"
     revision = source.commit or files_sha256(weights.files)
-    return LoadedModel(network, tokenizer, source, f"{source.name} ({kind})", revision)
+    remarks = () if remark is None else (remark,)
+    return LoadedModel(network, tokenizer, source, f"{source.name} ({kind})", revision, remarks)
 
 
 def open_stored(path: str | Path, tokenizer: str | Path | None = None) -> StoredModel:
