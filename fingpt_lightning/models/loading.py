@@ -15,6 +15,7 @@ from transformers import (
 from fingpt_lightning.files import files_sha256
 from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.dequantization import CHOICES, NEVER, dequantize_once
+from fingpt_lightning.models.device import AUTO_DTYPE, dtype_remark, find_dtype
 from fingpt_lightning.models.formats.checkpoint import CHECKPOINT, read_checkpoint
 from fingpt_lightning.models.formats.gguf import gguf_weights
 from fingpt_lightning.models.formats.hf_folder import (
@@ -107,7 +108,8 @@ def load_model(
 
     Args:
         path: Model to load, as in `resolve_source`.
-        dtype: Dtype of weights and products: float32, bfloat16, float16 or float64.
+        dtype: Dtype of weights and products: float32, bfloat16, float16 or float64; ``auto`` is
+            what `find_dtype` takes for the device and the network.
         device: Device of the network.
         quantize: ``nf4`` (with double quantization) or ``int8`` for the linear layers of the
             blocks; None or ``none`` keeps them; ``auto`` takes the method that an adapter was
@@ -125,7 +127,8 @@ def load_model(
         ImportError: A GGUF file, and the package gguf is not installed.
         ValueError: The model cannot be loaded; the message gives the file and the reason.
     """
-    _checked_dtype(dtype)
+    if dtype != AUTO_DTYPE:
+        _checked_dtype(dtype)
     _check_quantize(quantize)
     check_choice("dequantize", dequantize, CHOICES)
     source = resolve_source(path, adapter=adapter, tokenizer=tokenizer, revision=revision)
@@ -163,12 +166,16 @@ def build_model(
         ImportError: A GGUF file, and the package gguf is not installed.
         ValueError: The model cannot be loaded; the message gives the file and the reason.
     """
-    dtype, device = _checked_dtype(dtype), torch.device(device)
+    device, requested = torch.device(device), str(dtype)
+    if dtype != AUTO_DTYPE:
+        dtype = _checked_dtype(dtype)
     _check_quantize(quantize)
     check_choice("dequantize", dequantize, CHOICES)
     trained_on = None if source.adapter is None else trained_quantization(source.adapter)
     method = {AUTO: trained_on, NONE: None}.get(quantize or NONE, quantize)
     weights, tokenizer = _open(source)
+    if isinstance(dtype, str):
+        dtype = DTYPES[find_dtype(dtype, device, _product_sizes(weights.config))]
     try:
         network = lay_out(weights.config, weights.shapes)
         # To the tokenizer of a GGUF file transformers adds a token without a row in the network.
@@ -194,7 +201,7 @@ def build_model(
     if source.adapter is not None:
         load_adapter(source.adapter, network, elsewhere)
     try:
-        remark = dequantize_once(network, dequantize, dtype, device)
+        of_weights = dequantize_once(network, dequantize, dtype, device)
     except ValueError as error:
         raise ValueError(f"{source.weights}: {error}") from None
     network.eval()
@@ -205,7 +212,8 @@ def build_model(
     if trained_on not in (None, method):
         kind += f"; its adapter was trained on {trained_on}"
     revision = source.commit or files_sha256(weights.files)
-    remarks = () if remark is None else (remark,)
+    of_dtype = dtype_remark(requested, str(dtype).removeprefix("torch."), device)
+    remarks = tuple(remark for remark in (of_dtype, of_weights) if remark is not None)
     return LoadedModel(network, tokenizer, source, f"{source.name} ({kind})", revision, remarks)
 
 
@@ -267,6 +275,12 @@ def _open_weights(place: Path) -> tuple[Weights, dict[str, str | int] | None]:
     assert place.suffix == CHECKPOINT
     checkpoint = read_checkpoint(place)
     return checkpoint.weights, checkpoint.tokenizer
+
+
+def _product_sizes(config: PreTrainedConfig) -> tuple[int, int]:
+    """In and out features of the widest product of a block: into the MLP."""
+    width = int(config.hidden_size)
+    return width, int(getattr(config, "intermediate_size", None) or 4 * width)
 
 
 def _is_of_gguf(source: ModelSource) -> bool:

@@ -134,7 +134,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, stores: bool = False) 
         default="float32" if stores else "auto",
         choices=(*(() if stores else ("auto",)), "float32", "bfloat16", "float16", "float64"),
         help="of weights and products; default: %(default)s"
-        + ("" if stores else ", bfloat16 on a GPU that computes in it, else float32"),
+        + ("" if stores else ", bfloat16 where the device is clearly faster in it, else float32"),
     )
     add(
         "--quantize",

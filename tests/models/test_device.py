@@ -5,6 +5,7 @@ import psutil
 import pytest
 import torch
 
+from fingpt_lightning.models import device
 from fingpt_lightning.models.device import dtype_remark, find_dtype, free_bytes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
@@ -37,9 +38,49 @@ def test_another_name_is_taken_as_it_is() -> None:
 
 
 def test_only_a_choice_that_changes_results_is_told() -> None:
-    assert dtype_remark("auto", "float32") is None
-    assert dtype_remark("bfloat16", "bfloat16") is None
-    assert "computed in bfloat16" in str(dtype_remark("auto", "bfloat16"))
+    for where, why in ((GPU, "the GPU is fastest"), (CPU, "this CPU was measured faster")):
+        assert dtype_remark("auto", "float32", where) is None
+        assert dtype_remark("bfloat16", "bfloat16", where) is None
+        remark = str(dtype_remark("auto", "bfloat16", where))
+        assert "computed in bfloat16" in remark
+        assert why in remark
+
+
+@pytest.mark.parametrize(
+    ("sizes", "has_it", "speedup", "dtype"),
+    [
+        ((576, 1536), True, 1.2, "bfloat16"),
+        ((576, 1536), True, 1.19, "float32"),
+        ((576, 1536), False, None, "float32"),
+        ((255, 1536), True, None, "float32"),
+        (None, True, None, "float32"),
+    ],
+)
+def test_a_cpu_that_is_clearly_faster_in_bfloat16_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: tuple[int, int] | None,
+    has_it: bool,
+    speedup: float | None,
+    dtype: str,
+) -> None:
+    def measured(*given: int) -> float:
+        assert given == sizes
+        assert speedup is not None, "nothing is to be measured"
+        return speedup
+
+    monkeypatch.setattr(device, "_has_bfloat16", lambda: has_it)
+    monkeypatch.setattr(device, "bfloat16_speedup", measured)
+    assert find_dtype("auto", CPU, sizes) == dtype
+    assert find_dtype("float32", CPU, sizes) == "float32"
+
+
+def test_the_speed_is_measured_once_and_draws_no_number() -> None:
+    before = torch.random.get_rng_state()
+    found = device.bfloat16_speedup(64, 32)
+    assert found > 0
+    assert device.bfloat16_speedup(64, 32) is found
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert device._has_bfloat16() in (True, False)
 
 
 @pytest.mark.parametrize(
