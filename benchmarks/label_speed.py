@@ -129,7 +129,8 @@ def _network(
         dequantize(network)
     if bfloat16:
         nn.Module.to(network, torch.bfloat16)
-    return network.eval()
+    network.eval()
+    return network
 
 
 def _labels(
@@ -220,7 +221,7 @@ def _share_equal(answers: dict[str, Answers], name: str) -> float | None:
     if other == name:
         return None
     pairs = list(zip(answers[name], answers[other], strict=True))
-    return sum(one == another for one, another in pairs) / len(pairs)
+    return [one == another for one, another in pairs].count(True) / len(pairs)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
