@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         if options.toy:
             options.limit, options.repeats = 3, 1
-            options.model, options.data_dir = str(_toy_model(Path(name))), _toy_data(Path(name))
+            options.model, options.data_dir = str(toy_model(Path(name))), toy_data(Path(name))
         settings = {
             "model": "toy" if options.toy else options.model,
             "dtype": "float32",
@@ -189,7 +189,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table(header, lines)
 
 
-def _toy_model(folder: Path) -> Path:
+def toy_model(folder: Path) -> Path:
+    """A folder with a random Llama of one block and its tokenizer."""
     corpus = SyntheticCorpus(20, 1)
     tokenizer = train_cached_tokenizer(corpus, 300, folder / "tokenizer")
     config = LlamaConfig(
@@ -206,7 +207,8 @@ def _toy_model(folder: Path) -> Path:
     return folder / "model"
 
 
-def _toy_data(folder: Path) -> Path:
+def toy_data(folder: Path) -> Path:
+    """A data folder with three rows of ``fpb`` and of ``nwgi``."""
     for task, label in (("fpb", "label"), ("nwgi", "label7")):
         (folder / task).mkdir()
         rows = [{"text": f"Share {number} rose", label: "neutral"} for number in range(3)]

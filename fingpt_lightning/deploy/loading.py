@@ -8,7 +8,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.deploy.adapter_bank import AdapterBank
-from fingpt_lightning.models.device import dtype_remark, find_device, find_dtype
+from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.formats.peft_adapter import trained_quantization
 from fingpt_lightning.models.formats.tokenizer import (
     stored_chat_template,
@@ -23,7 +23,8 @@ from fingpt_lightning.tasks.chat import choose_chat_template
 class ReadyModel(NamedTuple):
     """A network ready for use; its bank is None where there is no ``--adapters``.
 
-    ``remark`` says which chat template is in use, where there is something to tell.
+    ``remark`` says which chat template is in use, in which dtype products are and whether weights
+    were dequantized, where there is something to tell.
     """
 
     loaded: LoadedModel
@@ -48,8 +49,13 @@ def load_with_adapters(options: argparse.Namespace) -> ReadyModel:
     if source.adapter is not None and options.adapters:
         raise ValueError(f"--adapters need a base; {options.model} has an adapter already")
     device = find_device(options.device)
-    dtype = find_dtype(options.dtype, device)
-    loaded = build_model(source, dtype=dtype, device=device, quantize=quantize)
+    loaded = build_model(
+        source,
+        dtype=options.dtype,
+        device=device,
+        quantize=quantize,
+        dequantize=options.dequantize,
+    )
     network, tokenizer, bank = loaded.network, loaded.require_tokenizer(), None
     if options.adapters:
         bank = AdapterBank(network)
@@ -57,7 +63,8 @@ def load_with_adapters(options: argparse.Namespace) -> ReadyModel:
             bank.load(name, find_adapter(path))
     use_template_of_adapters(tokenizer, options)
     remark = choose_chat_template(tokenizer, options.chat_template, options.model, source.base.path)
-    lines = [line for line in (remark, dtype_remark(options.dtype, dtype)) if line is not None]
+    lines = [line for line in (remark, *loaded.remarks) if line is not None]
+    dtype = str(loaded.network.config.dtype).removeprefix("torch.")
     return ReadyModel(loaded, network, tokenizer, bank, dtype, "\n".join(lines) or None)
 
 

@@ -29,13 +29,16 @@ from fingpt_lightning.models.tied_head import tie_head
 
 
 @torch.no_grad()
-def dequantize(network: PreTrainedModel) -> None:
+def dequantize(network: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
     """Puts in the place of quantized layers those that their codes stand for, low-rank or dense.
+
+    At any time one layer is held twice.
 
     Args:
         network: Network with or without adapters, whose layers may be quantized; changed in place.
+        dtype: Dtype of the new layers; None is that of the network.
     """
-    dtype = network.dtype
+    dtype = dtype or network.dtype
     for name in linear_names(network):
         layer = network.get_submodule(name)
         if isinstance(layer, AdaptedLinear):
@@ -47,22 +50,25 @@ def dequantize(network: PreTrainedModel) -> None:
             network.set_submodule(name, LowRankLinear.from_factors(factors, bias))
         elif isinstance(layer, FrozenMatrix):
             bias = getattr(layer, "bias", None)
-            network.set_submodule(name, _dense_layer(network, _values(layer, dtype), bias))
+            weight = _values(layer, dtype)
+            network.set_submodule(name, _dense_layer(network, weight, bias, dtype))
     embedding = network.get_input_embeddings()
     if isinstance(embedding, QuantizedEmbedding):
-        _dequantize_embedding(network, embedding)
+        _dequantize_embedding(network, embedding, dtype)
     network.requires_grad_(False)
 
 
-def _dequantize_embedding(network: PreTrainedModel, embedding: QuantizedEmbedding) -> None:
-    table = _values(embedding.table, network.dtype)
+def _dequantize_embedding(
+    network: PreTrainedModel, embedding: QuantizedEmbedding, dtype: torch.dtype
+) -> None:
+    table = _values(embedding.table, dtype)
     if embedding.up is None:
-        _set_dense_embedding(network, table)
+        _set_dense_embedding(network, table, dtype)
         return
     with torch.device("meta"):
         made = LowRankEmbedding(embedding.num_embeddings, embedding.embedding_dim, table.shape[1])
     made.table = nn.Parameter(table)
-    made.up = nn.Parameter(_values(embedding.up, network.dtype))
+    made.up = nn.Parameter(_values(embedding.up, dtype))
     network.set_input_embeddings(made)
     head = head_of(network)
     if isinstance(head, QuantizedHead) and isinstance(head.up, nn.Parameter):
@@ -77,17 +83,17 @@ def _values(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     return cast("FrozenMatrix", layer).values(dtype)
 
 
-def _set_dense_embedding(network: PreTrainedModel, table: Tensor) -> None:
+def _set_dense_embedding(network: PreTrainedModel, table: Tensor, dtype: torch.dtype) -> None:
     """Sets the embedding; a head that shared the parameters of the last shares those of the new."""
     vocabulary, width = table.shape
     with torch.device("meta"):
         embedding = nn.Embedding(vocabulary, width)
         head = nn.Linear(width, vocabulary, bias=False)
-    embedding.weight = nn.Parameter(table.to(network.dtype), requires_grad=False)
+    embedding.weight = nn.Parameter(table.to(dtype), requires_grad=False)
     network.set_input_embeddings(embedding)
     there = head_of(network)
     if isinstance(there, OwnLowRankHead):
-        head.weight = nn.Parameter(there.dense_weight().to(network.dtype), requires_grad=False)
+        head.weight = nn.Parameter(there.dense_weight().to(dtype), requires_grad=False)
         network.set_submodule(family_of(network).head, head)
         forget_own_head(network.config)
         network._tied_weights_keys = type(network)._tied_weights_keys
@@ -116,7 +122,7 @@ def merge_into_base(network: PreTrainedModel) -> None:
         pair = _widened(layer) if isinstance(layer.base_layer, LowRankLinear) else None
         if pair is None:
             weight = layer.merged_weight(dense_weight(layer.base_layer))
-            network.set_submodule(name, _dense_layer(network, weight, layer.bias))
+            network.set_submodule(name, _dense_layer(network, weight, layer.bias, network.dtype))
         else:
             network.set_submodule(name, pair)
     network.requires_grad_(False)
@@ -144,16 +150,20 @@ def expand(network: PreTrainedModel) -> None:
             weight = layer.product(torch.float64)
         else:
             weight = dense_weight(layer)
-        network.set_submodule(name, _dense_layer(network, weight, getattr(layer, "bias", None)))
+        bias = getattr(layer, "bias", None)
+        network.set_submodule(name, _dense_layer(network, weight, bias, network.dtype))
     join_split_layers(network)
     embedding = network.get_input_embeddings()
     if isinstance(embedding, LowRankEmbedding):
-        _set_dense_embedding(network, embedding.table.double() @ embedding.up.double().T)
+        table = embedding.table.double() @ embedding.up.double().T
+        _set_dense_embedding(network, table, network.dtype)
 
 
-def _dense_layer(network: PreTrainedModel, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _dense_layer(
+    network: PreTrainedModel, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> nn.Module:
     out_features, in_features = weight.shape
-    weight = weight.to(network.dtype)
+    weight = weight.to(dtype)
     layer: nn.Module
     with torch.device("meta"):
         if family_of(network).dense_layer is Conv1D:

@@ -14,6 +14,8 @@ from transformers import (
 
 from fingpt_lightning.files import files_sha256
 from fingpt_lightning.models.adapting import load_adapter
+from fingpt_lightning.models.dequantization import CHOICES, NEVER, dequantize_once
+from fingpt_lightning.models.device import AUTO_DTYPE, dtype_remark, find_dtype
 from fingpt_lightning.models.formats.checkpoint import CHECKPOINT, read_checkpoint
 from fingpt_lightning.models.formats.gguf import gguf_weights
 from fingpt_lightning.models.formats.hf_folder import (
@@ -41,7 +43,7 @@ from fingpt_lightning.models.sources import (
     adapter_at,
     resolve_source,
 )
-from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.messages import check_choice, nearest
 
 DTYPES = {
     "float32": torch.float32,
@@ -57,7 +59,7 @@ class LoadedModel(NamedTuple):
     """A network in evaluation mode, its adapter applied, and where it came from.
 
     ``description`` names it in tables. ``revision`` is the commit of a network from the hub, else
-    the SHA-256 of its weights.
+    the SHA-256 of its weights. ``remarks`` are lines that say what was decided while loading.
     """
 
     network: PreTrainedModel
@@ -65,6 +67,7 @@ class LoadedModel(NamedTuple):
     source: ModelSource
     description: str
     revision: str
+    remarks: tuple[str, ...] = ()
 
     def require_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, where one is needed.
@@ -93,6 +96,7 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
     quantize: str | None = AUTO,
+    dequantize: str = NEVER,
     adapter: str | Path | None = None,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
@@ -106,11 +110,14 @@ def load_model(
 
     Args:
         path: Model to load, as in `resolve_source`.
-        dtype: Dtype of weights and products: float32, bfloat16, float16 or float64.
+        dtype: Dtype of weights and products: float32, bfloat16, float16 or float64; ``auto`` is
+            what `find_dtype` takes for the device and the network.
         device: Device of the network.
         quantize: ``nf4`` (with double quantization) or ``int8`` for the linear layers of the
             blocks; None or ``none`` keeps them; ``auto`` takes the method that an adapter was
             trained on and keeps stored quantized layers.
+        dequantize: Whether quantized weights are kept dequantized, for speed: ``always``,
+            ``never``, or ``auto`` as `dequantize_once` decides.
         adapter: Folder of an adapter to apply, in place of one that lies beside the network.
         tokenizer: Folder to take the tokenizer from, in place of the model's own.
         revision: Branch, tag or commit of a hub name.
@@ -122,10 +129,19 @@ def load_model(
         ImportError: A GGUF file, and the package gguf is not installed.
         ValueError: The model cannot be loaded; the message gives the file and the reason.
     """
-    _checked_dtype(dtype)
+    if dtype != AUTO_DTYPE:
+        _checked_dtype(dtype)
     _check_quantize(quantize)
+    check_choice("dequantize", dequantize, CHOICES)
     source = resolve_source(path, adapter=adapter, tokenizer=tokenizer, revision=revision)
-    return build_model(source, dtype=dtype, device=device, quantize=quantize, keep_part=keep_part)
+    return build_model(
+        source,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+        dequantize=dequantize,
+        keep_part=keep_part,
+    )
 
 
 def build_model(
@@ -134,6 +150,7 @@ def build_model(
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
     quantize: str | None = AUTO,
+    dequantize: str = NEVER,
     keep_part: Callable[[PreTrainedModel], None] | None = None,
 ) -> LoadedModel:
     """Loads a model whose parts have been found.
@@ -143,6 +160,7 @@ def build_model(
         dtype: Dtype as in `load_model`.
         device: Device as in `load_model`.
         quantize: Quantization as in `load_model`.
+        dequantize: Choice as in `load_model`.
         keep_part: Function as in `load_model`.
 
     Raises:
@@ -150,11 +168,16 @@ def build_model(
         ImportError: A GGUF file, and the package gguf is not installed.
         ValueError: The model cannot be loaded; the message gives the file and the reason.
     """
-    dtype, device = _checked_dtype(dtype), torch.device(device)
+    device, requested = torch.device(device), str(dtype)
+    if dtype != AUTO_DTYPE:
+        dtype = _checked_dtype(dtype)
     _check_quantize(quantize)
+    check_choice("dequantize", dequantize, CHOICES)
     trained_on = None if source.adapter is None else trained_quantization(source.adapter)
     method = {AUTO: trained_on, NONE: None}.get(quantize or NONE, quantize)
     weights, tokenizer = _open(source)
+    if isinstance(dtype, str):
+        dtype = DTYPES[find_dtype(dtype, device, _product_sizes(weights.config))]
     try:
         network = lay_out(weights.config, weights.shapes)
         # To the tokenizer of a GGUF file transformers adds a token without a row in the network.
@@ -179,6 +202,10 @@ def build_model(
         network.generation_config = GenerationConfig.from_pretrained(str(source.folder))
     if source.adapter is not None:
         load_adapter(source.adapter, network, elsewhere)
+    try:
+        of_weights = dequantize_once(network, dequantize, dtype, device)
+    except ValueError as error:
+        raise ValueError(f"{source.weights}: {error}") from None
     network.eval()
     make_savable(network)
     kind = f"{'low-rank ' if low_rank else ''}{network.config.model_type}"
@@ -187,7 +214,9 @@ def build_model(
     if trained_on not in (None, method):
         kind += f"; its adapter was trained on {trained_on}"
     revision = source.commit or files_sha256(weights.files)
-    return LoadedModel(network, tokenizer, source, f"{source.name} ({kind})", revision)
+    of_dtype = dtype_remark(requested, str(dtype).removeprefix("torch."), device)
+    remarks = tuple(remark for remark in (of_dtype, of_weights) if remark is not None)
+    return LoadedModel(network, tokenizer, source, f"{source.name} ({kind})", revision, remarks)
 
 
 def standalone_copy(network: PreTrainedModel) -> PreTrainedModel:
@@ -266,6 +295,12 @@ def _open_weights(place: Path) -> tuple[Weights, dict[str, str | int] | None]:
     assert place.suffix == CHECKPOINT
     checkpoint = read_checkpoint(place)
     return checkpoint.weights, checkpoint.tokenizer
+
+
+def _product_sizes(config: PreTrainedConfig) -> tuple[int, int]:
+    """In and out features of the widest product of a block: into the MLP."""
+    width = int(config.hidden_size)
+    return width, int(getattr(config, "intermediate_size", None) or 4 * width)
 
 
 def _is_of_gguf(source: ModelSource) -> bool:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
@@ -27,6 +26,7 @@ from fingpt_lightning.data.instructions import tokenizer_of_base
 from fingpt_lightning.files import write_json
 from fingpt_lightning.low_rank import embedding_factors, low_rank_factors
 from fingpt_lightning.metric_keys import MEMORY_PARTS
+from fingpt_lightning.models.device import free_bytes
 from fingpt_lightning.models.families import family_of
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
@@ -168,7 +168,7 @@ def _plan(
     accumulate = settings.trainer.accumulate_grad_batches
     lasts = run_length(settings.trainer.max_steps, settings.trainer.max_epochs, batches, accumulate)
     tokens_a_step = round(data.tokens_per_batch * accumulate * replicas)
-    free = _free_bytes(device)
+    free = free_bytes(device)
     measured: dict[str, int] | None = None
     step_time_s: float | None = None
     if calibrate:
@@ -420,12 +420,6 @@ def _num_replicas(trainer: Trainer) -> int:
     if isinstance(strategy, PipelineStrategy):
         return trainer.world_size // strategy.layout.num_ranks
     return trainer.world_size
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _verdict(plan: Mapping[str, Any]) -> str:

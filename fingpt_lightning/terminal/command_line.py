@@ -134,7 +134,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, stores: bool = False) 
         default="float32" if stores else "auto",
         choices=(*(() if stores else ("auto",)), "float32", "bfloat16", "float16", "float64"),
         help="of weights and products; default: %(default)s"
-        + ("" if stores else ", bfloat16 on a GPU that computes in it, else float32"),
+        + ("" if stores else ", bfloat16 where the device is clearly faster in it, else float32"),
     )
     add(
         "--quantize",
@@ -142,6 +142,14 @@ def add_model_options(parser: argparse.ArgumentParser, *, stores: bool = False) 
         choices=("auto", "none", "nf4", "int8"),
         help="the linear layers of the blocks; default: auto, as what the adapter was trained on",
     )
+    if not stores:
+        add(
+            "--dequantize",
+            default="auto",
+            choices=("auto", "always", "never"),
+            help="quantized weights once, when they are loaded, for speed; default: auto, on a CPU"
+            " where half of the free memory is enough",
+        )
     add("--device", help="cpu, cuda or cuda:1; default: cuda where there is one")
 
 

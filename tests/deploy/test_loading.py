@@ -1,5 +1,6 @@
 """The way of Python and the way of the command line give one model."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from fingpt_lightning.deploy.generate_options import parse_options
 from fingpt_lightning.deploy.loading import load_with_adapters
 from fingpt_lightning.evaluation.command import run
 from fingpt_lightning.evaluation.options import parse_options as parse_evaluation
+from fingpt_lightning.models import device
 from fingpt_lightning.models.adapting import adapted_layers, without_adapters
 from fingpt_lightning.models.loading import LoadedModel, build_model, load_model
 from fingpt_lightning.models.sources import resolve_source
@@ -111,3 +113,27 @@ def test_a_bank_is_refused_on_a_model_with_an_adapter_before_it_is_loaded(
     words = ["--model", str(client), "--prompt", "Gold", "--adapters", f"ann={client}"]
     with pytest.raises(ValueError, match=r"--adapters need a base; .* has an adapter already"):
         load_with_adapters(parse_options(words))
+
+
+def test_a_cpu_that_is_faster_in_bfloat16_is_used_so_by_all_commands_which_say_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device, "_LEAST_FEATURES", 1)
+    monkeypatch.setattr(device, "_has_bfloat16", lambda: True)
+    monkeypatch.setattr(device, "bfloat16_speedup", lambda *sizes: {(24, 39): 1.5}[sizes])
+    write_rows(tmp_path, "fpb")
+    words = ["--model", str(_client(tmp_path, "int8")), "--device", "cpu"]
+    rows = ["--tasks", "fpb", "--data_dir", str(tmp_path), "--output"]
+    for more, dtype in ([], "bfloat16"), (["--dtype", "float32"], "float32"):
+        ready = load_with_adapters(parse_options([*words, *more, "--prompt", "Gold"]))
+        output = tmp_path / dtype
+        run(parse_evaluation([*words, *more, *rows, str(output)]))
+        is_told = dtype == "bfloat16"
+        assert ready.dtype == dtype
+        assert ready.network.get_input_embeddings().weight.dtype == getattr(torch, dtype)
+        for said in (ready.remark or "", capsys.readouterr().out):
+            assert (
+                "computed in bfloat16, in which this CPU was measured faster" in said
+            ) == is_told
+        results = json.loads((output / "results.json").read_text())
+        assert results["settings"]["dtype"] == dtype
