@@ -78,6 +78,11 @@ class Database:
                 grace_period=STALE_S,
             )
 
+    def close(self) -> None:
+        """Ends the connections; the next use of the storage makes new ones."""
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+
     @contextmanager
     def explained(self) -> Iterator[None]:
         """Within it an error of the database raises a RuntimeError of one line, no password."""
