@@ -107,9 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Not below the output, which another user, the server's, may not enter.
     with (
         tempfile.TemporaryDirectory() as scratch,
-        running_postgres(programs, Path(scratch)) as url,
+        running_postgres(programs, Path(scratch)) as server,
     ):
-        record |= measured(url, options.sweep, options.workers, options.output)
+        record |= measured(server.url, options.sweep, options.workers, options.output)
     write_record(options.json, record, table(record["rows"]))
     print(json.dumps(record["summary"], indent=1))
 
