@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -22,58 +23,90 @@ def find_programs() -> Path | None:
     return folders[-1].parent if folders else None
 
 
-@contextmanager
-def running_postgres(programs: Path, folder: Path) -> Iterator[str]:
-    """A server of its own, which ends with the context.
+class Postgres:
+    """A server of its own, which may be stopped and started again.
 
     Args:
         programs: Result of `find_programs`.
         folder: Empty folder; its owner becomes the server's user, since root may not run one.
 
-    Yields:
-        URL with its password.
+    Attributes:
+        url: URL with its password.
     """
-    user: int | None = None
-    group: int | None = None
-    if os.geteuid() == 0:
-        nobody = pwd.getpwnam("nobody")
-        user, group = nobody.pw_uid, nobody.pw_gid
-        os.chown(folder, user, group)
-    word = folder / "word"
-    word.write_text(PASSWORD)
-    word.chmod(0o644)
-    data = folder / "data"
-    environment = {"PATH": str(programs), "LC_ALL": "C"}
-    subprocess.run(
-        [
-            programs / "initdb", "--no-sync", "-A", "scram-sha-256", "-U", "tester",
-            f"--pwfile={word}", "-D", data,
-        ],
-        check=True, capture_output=True, cwd=folder, env=environment, timeout=_TIMEOUT_S,
-        user=user, group=group,
-    )  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(
+
+    def __init__(self, programs: Path, folder: Path) -> None:
+        self._programs, self._folder = programs, folder
+        self._user: int | None = None
+        self._group: int | None = None
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            self._user, self._group = nobody.pw_uid, nobody.pw_gid
+            os.chown(folder, self._user, self._group)
+        self._environment = {"PATH": str(programs), "LC_ALL": "C"}
+        word = folder / "word"
+        word.write_text(PASSWORD)
+        word.chmod(0o644)
+        subprocess.run(
             [
-                programs / "postgres", "-D", data, "-p", str(port), "-c", "fsync=off",
-                "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=",
+                programs / "initdb", "--no-sync", "-A", "scram-sha-256", "-U", "tester",
+                f"--pwfile={word}", "-D", folder / "data",
             ],
-            stdout=log, stderr=log, cwd=folder, env=environment, user=user, group=group,
+            check=True, capture_output=True, cwd=folder, env=self._environment,
+            timeout=_TIMEOUT_S, user=self._user, group=self._group,
         )  # fmt: skip
-    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.url = f"postgresql://tester:{PASSWORD}@127.0.0.1:{self._port}/postgres"
+        self._server: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when the server answers.
+
+        Raises:
+            RuntimeError: It does not.
+        """
+        log = self._folder / "log"
+        with log.open("wb") as output:
+            self._server = subprocess.Popen(
+                [
+                    self._programs / "postgres", "-D", self._folder / "data",
+                    "-p", str(self._port), "-c", "fsync=off",
+                    "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=",
+                ],
+                stdout=output, stderr=output, cwd=self._folder, env=self._environment,
+                user=self._user, group=self._group,
+            )  # fmt: skip
         deadline_s = time.monotonic() + _TIMEOUT_S
-        while "ready to accept" not in (folder / "log").read_text():
-            if server.poll() is not None or time.monotonic() > deadline_s:
-                raise RuntimeError((folder / "log").read_text())
+        while "ready to accept" not in log.read_text():
+            if self._server.poll() is not None or time.monotonic() > deadline_s:
+                raise RuntimeError(log.read_text())
             time.sleep(0.05)
-        yield f"postgresql://tester:{PASSWORD}@127.0.0.1:{port}/postgres"
-    finally:
-        server.terminate()  # by its process id; waits for its clients to end
+
+    def stop(self) -> None:
+        """Ends the server and the connections of its clients at once, as a crash would."""
+        if self._server is None:
+            return
+        self._server.send_signal(signal.SIGQUIT)
         try:
-            server.wait(5)
+            self._server.wait(_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+            self._server.kill()
+            self._server.wait()
+        self._server = None
+
+
+@contextmanager
+def running_postgres(programs: Path, folder: Path) -> Iterator[Postgres]:
+    """A server that ends with the context.
+
+    Args:
+        programs: Result of `find_programs`.
+        folder: Empty folder, as of `Postgres`.
+    """
+    server = Postgres(programs, folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

@@ -21,7 +21,19 @@ STALE_S = 60
 """Seconds without a heartbeat after which a trial's worker counts as dead."""
 _LOCK_KEY = 0x66696E677074  # "fingpt"; only this package locks it
 _LOCK_PATIENCE_S = 120.0
-_CONNECT_S = 10
+CONNECT_S = 10
+_SERVER_OPTIONS = {
+    "connect_timeout": CONNECT_S,
+    # A machine that vanished would else hold a connection, and with it the lock, for hours.
+    "keepalives_idle": 15,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    "options": (
+        "-c timezone=UTC -c client_encoding=UTF8"
+        " -c tcp_keepalives_idle=15 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
+    ),
+}
 
 
 class Database:
@@ -55,11 +67,7 @@ class Database:
         self._password = str(found.password or "")
         self.shown = found.set(drivername=found.get_backend_name()).render_as_string()
         self._lock_file = Path(f"{found.database}.lock")
-        options = (
-            {"connect_timeout": _CONNECT_S, "options": "-c timezone=UTC -c client_encoding=UTF8"}
-            if self._is_server
-            else {"timeout": _CONNECT_S}
-        )
+        options = _SERVER_OPTIONS if self._is_server else {"timeout": CONNECT_S}
         try:
             self._engine = sqlalchemy.create_engine(
                 found, poolclass=NullPool, connect_args=options, isolation_level="AUTOCOMMIT"
@@ -78,13 +86,22 @@ class Database:
                 grace_period=STALE_S,
             )
 
+    def close(self) -> None:
+        """Ends the connections; the next use of the storage makes new ones."""
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+
     @contextmanager
     def explained(self) -> Iterator[None]:
         """Within it an error of the database raises a RuntimeError of one line, no password."""
         try:
             yield
         except DATABASE_ERRORS as error:
-            raise RuntimeError(f"{self.shown}: {self._reason(error)}") from None
+            raise RuntimeError(self.described(error)) from None
+
+    def described(self, error: BaseException) -> str:
+        """One line about an error of the database, without the password."""
+        return f"{self.shown}: {self._reason(error)}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ from typing_extensions import override
 from fingpt_lightning.files import write_json, write_whole
 from fingpt_lightning.sweeping import database as databases
 from fingpt_lightning.sweeping.database import DATABASE_ERRORS, Database
-from fingpt_lightning.sweeping.records import run_folder
+from fingpt_lightning.sweeping.records import run_folder, write_record
 from fingpt_lightning.sweeping.sweep_file import Sweep
 from fingpt_lightning.sweeping.sweep_runner import (
     SWEEP_FILE,
@@ -41,7 +41,7 @@ STUDY_FILE = "study.json"
 _WORKER, _TOKEN, _ATTEMPT, _FOLDER = "worker", "token", "attempt", "folder"
 _WAIT_S = 1.0
 _OUTAGE_S = 300.0
-"""Seconds for which the result of a trial waits for a database that does not answer."""
+"""Seconds for which a worker waits for a database that does not answer."""
 
 
 class LostTrialError(Exception):
@@ -86,11 +86,39 @@ class SharedSweep(SweepRunner):
         self._token = secrets.token_hex(8)
         self._worker = f"process {os.getpid()} on {socket.gethostname()}"
         self._next_beat_s = 0.0
+        self._outage_ends_s: float | None = None
+        self._trusts_heartbeats_from_s = 0.0
 
     @override
     def run(self, console: Console, extra: Sequence[str] = ()) -> int | None:
         with self.database.explained():
-            return super().run(console, extra)
+            while True:
+                try:
+                    return super().run(console, extra)
+                except DATABASE_ERRORS as error:
+                    self._wait_for_database(error, console)
+
+    def _wait_for_database(self, error: Exception, console: Console) -> None:
+        """Waits a moment; raises the error where that has lasted for five minutes."""
+        self._doubt_heartbeats()
+        if self._outage_ends_s is None:
+            self._outage_ends_s = time.monotonic() + _OUTAGE_S
+            line = f"waiting for the database: {self.database.described(error)}"
+            console.print(line, markup=False, highlight=False)
+        if time.monotonic() > self._outage_ends_s:
+            raise error
+        time.sleep(_WAIT_S)
+
+    def _end_outage(self, console: Console) -> None:
+        if self._outage_ends_s is not None:
+            console.print("the database answers again", markup=False, highlight=False)
+        self._outage_ends_s = None
+
+    def _doubt_heartbeats(self) -> None:
+        # None was written in an outage: all workers get the time to write one.
+        self._trusts_heartbeats_from_s = (
+            time.monotonic() + databases.CONNECT_S + databases.HEARTBEAT_S
+        )
 
     @override
     @contextmanager
@@ -106,6 +134,7 @@ class SharedSweep(SweepRunner):
                 trials = self.study.get_trials(deepcopy=False)
                 if (trial := self._claim(trials, console)) is not None:
                     return trial
+            self._end_outage(console)
             running = [frozen for frozen in trials if frozen.state == StudyState.RUNNING]
             if not running:
                 return None
@@ -117,17 +146,20 @@ class SharedSweep(SweepRunner):
 
     def _claim(self, trials: Sequence[FrozenTrial], console: Console) -> Trial | None:
         """A trial that is this worker's now: one whose worker has ended, else a new one."""
-        stale = self.database.storage._get_stale_trial_ids(self.study._study_id)
+        stale: list[int] = []
+        if time.monotonic() >= self._trusts_heartbeats_from_s:
+            stale = self.database.storage._get_stale_trial_ids(self.study._study_id)
         for frozen in trials:
+            token = frozen.user_attrs.get(_TOKEN)
             # Without a token its worker ended while it chose: it did not give up the lock alive.
-            is_left = frozen._trial_id in stale or not frozen.user_attrs.get(_TOKEN)
+            # With this worker's it is one that it could not begin in an outage.
+            is_left = frozen._trial_id in stale or token in (None, self._token)
             if frozen.state == StudyState.RUNNING and is_left:
                 self._seed(frozen.number)
-                if before := frozen.user_attrs.get(_WORKER):
-                    line = f"trial {frozen.number}: {before} has ended; run again"
-                    console.print(line, markup=False, highlight=False)
-                    shutil.rmtree(self.folder / run_folder(frozen), ignore_errors=True)
-                attempt = frozen.user_attrs.get(_ATTEMPT, 0) + 1
+                attempt = frozen.user_attrs.get(_ATTEMPT, 0)
+                if token != self._token:
+                    self._take_over(frozen, console)
+                    attempt += 1
                 return self._owned(Trial(self.study, frozen._trial_id), attempt)
         if self._is_complete(trials):
             return None
@@ -136,6 +168,12 @@ class SharedSweep(SweepRunner):
             warnings.filterwarnings("ignore", "Heartbeat of storage")  # ours come from `_tick`
             trial = self.study.ask()
         return self._owned(trial, 1)
+
+    def _take_over(self, frozen: FrozenTrial, console: Console) -> None:
+        if before := frozen.user_attrs.get(_WORKER):
+            line = f"trial {frozen.number}: {before} has ended; run again"
+            console.print(line, markup=False, highlight=False)
+            shutil.rmtree(self.folder / run_folder(frozen), ignore_errors=True)
 
     def _owned(self, trial: Trial, attempt: int) -> Trial:
         self.database.storage.record_heartbeat(trial._trial_id)
@@ -155,11 +193,27 @@ class SharedSweep(SweepRunner):
     def _tick(self, trial: Trial) -> None:
         if time.monotonic() < self._next_beat_s:
             return
-        self._next_beat_s = time.monotonic() + databases.HEARTBEAT_S
-        with suppress(*DATABASE_ERRORS):  # the next heartbeat may get through
+        try:
             if not self._is_own(trial):
                 raise LostTrialError
             self.database.storage.record_heartbeat(trial._trial_id)
+        except DATABASE_ERRORS:  # the trial runs on
+            self._doubt_heartbeats()
+            self._next_beat_s = time.monotonic() + _WAIT_S
+        else:
+            self._next_beat_s = time.monotonic() + databases.HEARTBEAT_S
+
+    @override
+    def _is_hopeless(self, trial: Trial, values: Sequence[float]) -> bool:
+        with suppress(*DATABASE_ERRORS):  # the next value reports this one too
+            return super()._is_hopeless(trial, values)
+        return False
+
+    @override
+    def _prepared(self, trial: Trial, console: Console, extra: list[str]) -> tuple[Path, list[str]]:
+        prepared = super()._prepared(trial, console, extra)
+        self._end_outage(console)
+        return prepared
 
     @override
     def _run_trial(
@@ -170,6 +224,8 @@ class SharedSweep(SweepRunner):
         except LostTrialError:
             line = f"trial {trial.number}: run by another worker by now; dropped here"
             console.print(line, markup=False, highlight=False)
+        except DATABASE_ERRORS:
+            raise  # it stays this worker's
         except BaseException:
             # Released at once: the others need not wait for its heartbeats to be missed.
             with suppress(*DATABASE_ERRORS):
@@ -178,20 +234,21 @@ class SharedSweep(SweepRunner):
             raise
 
     @override
-    def _record(self, trial: Trial, outcome: Outcome) -> None:
-        deadline_s = time.monotonic() + _OUTAGE_S
+    def _record(self, trial: Trial, outcome: Outcome, console: Console) -> None:
         while True:
             try:
                 with self.database.locked():
-                    if not self._is_own(trial):
+                    frozen = self.study.get_trials(deepcopy=False)[trial.number]
+                    if frozen.user_attrs.get(_TOKEN) != self._token:
                         raise LostTrialError
-                    super()._record(trial, outcome)
-            except DATABASE_ERRORS:
-                if time.monotonic() > deadline_s:
-                    raise
-                time.sleep(_WAIT_S)
-            else:
+                    if frozen.state == StudyState.RUNNING:
+                        super()._record(trial, outcome, console)
+                    else:  # the database failed after it had taken the result
+                        write_record(self.folder, self.sweep, self.study)
+                self._end_outage(console)
                 return
+            except DATABASE_ERRORS as error:
+                self._wait_for_database(error, console)
 
     @override
     def _write_best(self, number: int) -> None:

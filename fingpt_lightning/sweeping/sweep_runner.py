@@ -140,6 +140,27 @@ class SweepRunner(ABC):
     def _run_trial(
         self, trial: Trial, console: Console, extra: list[str], inherited: Sequence[int]
     ) -> None:
+        folder, words = self._prepared(trial, console, extra)
+        with console.status(
+            f"trial {trial.number} of {self.count} since {time.strftime('%H:%M:%S')}"
+        ):
+            outcome = run_trial(
+                words,
+                folder,
+                self._environment(),
+                self.sweep.metric,
+                None
+                if self.sweep.stopping is None
+                else lambda values: self._is_hopeless(trial, values),
+                inherited,
+                lambda: self._tick(trial),
+            )
+        self._record(trial, outcome, console)
+        line = f"trial {trial.number}: {self._verdict(outcome)}"
+        console.print(line, markup=False, highlight=False)
+
+    def _prepared(self, trial: Trial, console: Console, extra: list[str]) -> tuple[Path, list[str]]:
+        """The new run folder of a trial, and its command."""
         point = self._point(trial)
         folder = self._trial_folder(trial)
         if folder.exists():
@@ -150,26 +171,18 @@ class SweepRunner(ABC):
         write_record(self.folder, self.sweep, self.study)
         names = short_names(self.sweep.searched)
         settings = ", ".join(f"{names[name]} {shown(point[name])}" for name in self.sweep.searched)
-        head = f"trial {trial.number}"
-        line = f"{head}: {settings or 'as the config has it'}"
+        line = f"trial {trial.number}: {settings or 'as the config has it'}"
         console.print(line, markup=False, highlight=False)
         words = trial_command(
             self.sweep.command, arguments, [*extra, "--trainer.default_root_dir", str(folder)]
         )
-        with console.status(f"{head} of {self.count} since {time.strftime('%H:%M:%S')}"):
-            outcome = run_trial(
-                words,
-                folder,
-                self._environment(),
-                self.sweep.metric,
-                None if self.sweep.stopping is None else lambda values: _is_hopeless(trial, values),
-                inherited,
-                lambda: self._tick(trial),
-            )
-        self._record(trial, outcome)
-        console.print(f"{head}: {self._verdict(outcome)}", markup=False, highlight=False)
+        return folder, words
 
-    def _record(self, trial: Trial, outcome: Outcome) -> None:
+    def _is_hopeless(self, trial: Trial, values: Sequence[float]) -> bool:
+        _report(trial, values)
+        return trial.should_prune()
+
+    def _record(self, trial: Trial, outcome: Outcome, console: Console) -> None:
         trial.set_user_attr("seconds", round(outcome.seconds, 1))
         trial.set_user_attr("error", outcome.error)
         if self.sweep.stopping is not None:
@@ -260,11 +273,6 @@ def pruner_of(sweep: Sweep) -> BasePruner:
     return HyperbandPruner(
         min_resource=first, max_resource="auto" if last is None else last, reduction_factor=factor
     )
-
-
-def _is_hopeless(trial: Trial, values: Sequence[float]) -> bool:
-    _report(trial, values)
-    return trial.should_prune()
 
 
 def _report(trial: Trial, values: Sequence[float]) -> None:

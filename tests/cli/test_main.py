@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -425,6 +426,32 @@ def test_a_run_that_is_told_to_end_does_not_count_as_done(
             signal.signal(number, handler)
     assert found == status
     assert _only_error(stderr) == f"fingpt: error: {message}"
+
+
+@pytest.mark.parametrize("config", ["debug_quickstart", "debug_finetune_smollm2_fpb"])
+def test_a_log_file_of_a_minute_has_ten_lines_that_say_how_it_goes(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "--config", config, "--trainer.logger", "false"]
+    words += ["--trainer.max_steps", "6"]
+    words += [] if "finetune" in config else ["--data.cache_dir", str(tmp_path / "cache")]
+    # A line for each of six steps, as for every 10 s of a minute.
+    words += ["--trainer.callbacks+=callbacks.LogLines", "--trainer.callbacks.every_s", "1e-6"]
+    log = tmp_path / "nohup.out"
+    with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        main(words)
+    text = log.read_text()
+    lines = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)$", text, re.MULTILINE)
+    assert len(set(lines)) >= 10, text
+    steps = [
+        line for line in lines if re.match(r"step \d/6, .*left, loss .* tokens/s, rate ", line)
+    ]
+    assert len(steps) >= 5, text
+    for start in ("training of", "trainable params:", "validation after", "checkpoint of step"):
+        assert any(line.startswith(start) for line in lines), start
+    assert lines[-1].startswith("training ended after step 6")
+    assert "\r" not in text, "no bar"
 
 
 def _wait_for_step(runs: Path, step: int, process: WarmProcess) -> None:

@@ -1,8 +1,13 @@
 """What is wrong with a sweep is one line before anything runs."""
 
+import json
+import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -11,6 +16,7 @@ import yaml
 # Lightning sets an environment variable when it is imported: not in a test.
 import fingpt_lightning.cli.sweep
 from fingpt_lightning.cli.main import main
+from fingpt_lightning.sweeping.database import STALE_S
 from fingpt_lightning.sweeping.options import parse_options
 from tests.sweeping.test_local_sweep import COMMAND
 
@@ -119,6 +125,55 @@ def test_a_shared_sweep_names_its_best_trial(
         line.startswith("best: trial 1 by process ") and line.endswith(f" in {folder}")
         for line in lines
     )
+
+
+def test_an_interrupted_worker_gives_its_trial_back_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fingpt_lightning.sweeping.sweep_file._PROGRAM", "fake_fit")
+    monkeypatch.setattr(fingpt_lightning.cli.sweep, "check_sweep", lambda *_: None)
+    model = {"rank": {"values": [2, 1]}, "waits_at": {"value": 2}}
+    content = {
+        "method": "grid",
+        "metric": {"name": "val/loss", "goal": "minimize"},
+        "parameters": {"model": {"parameters": model}},
+        "command": COMMAND,
+    }
+    Path("tiny.yaml").write_text(yaml.safe_dump(content))
+    words = ["tiny.yaml", "--storage", "sqlite:///study.sqlite", "--output", "out"]
+
+    def interrupt() -> None:
+        deadline_s = time.monotonic() + 60
+        while not Path("out/trials/000/metrics.csv").exists() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    # A shell's background job ignores interrupts, and so would this.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["sweep", *words])
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == ["fingpt: error: interrupted"]
+    line = "another worker goes on with its trial; the same command joins again"
+    assert captured.out.splitlines()[-1] == line
+    # Long before its heartbeats would be missed.
+    Path("out/go").touch()
+    began_s = time.monotonic()
+    fingpt_lightning.cli.sweep.run(parse_options(words), lambda *_: None)
+    assert time.monotonic() - began_s < STALE_S / 2
+    trials = json.loads(Path("out/sweep.json").read_text())["trials"]
+    assert [(trial["value"], trial["run_folder"]) for trial in trials] == [
+        (2.0, "trials/000-2"),
+        (1.0, "trials/001"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,25 @@ def test_the_page_is_whole_and_loads_and_runs_nothing(tmp_path: Path) -> None:
     assert 'name="viewport" content="width=device-width' in html
 
 
+def test_the_first_column_of_every_table_stays_while_the_others_are_scrolled(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path / "mine", tasks=["fpb"])
+    html = _report(tmp_path, run, make_sweep(tmp_path / "quick_rank"))
+    places = re.findall(r'<div class="(\w+)" tabindex="0">\s*(?:<h3>[^<]*</h3>\s*)?<table>', html)
+    assert len(places) == html.count("<table>") > 4
+    assert set(places) == {"scroll", "matrix"}
+    (rule,) = re.findall(
+        r"\.scroll tr > :first-child, \.matrix tr > :first-child \{([^}]*)\}", html
+    )
+    assert {"position: sticky", "left: 0"} <= {part.strip() for part in rule.split(";")}
+    # Opaque, dark or light, so that nothing shines through.
+    assert "background: var(--surface);" in rule
+    palettes = re.findall(r":root \{(.*?)\}", html, flags=re.DOTALL)
+    assert all(re.search(r"--surface: #[0-9a-f]{6};", palette) for palette in palettes)
+    assert len(palettes) == 2
+
+
 def test_charts_take_every_colour_from_the_page_which_has_it_for_dark_and_light(
     tmp_path: Path,
 ) -> None:
