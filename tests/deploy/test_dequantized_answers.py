@@ -106,5 +106,6 @@ def test_a_labeled_file_is_continued_with_the_other_choice(base: Path) -> None:
     for how in ("never", "always"):
         words = ["--model", str(base), "--task", "fpb", "--quantize", "nf4", "--dequantize", how]
         options = parse_labeling([*words, "--input", str(rows), "--output", "out.jsonl"])
-        settings.append(label_command._settings(options, task, load_with_adapters(options)))
+        ready = load_with_adapters(options)
+        settings.append(label_command._given(options, task) | label_command._found(options, ready))
     assert settings[0] == settings[1]
