@@ -9,6 +9,7 @@ wrong: a stage that finds no memory, no package or no time says so in the record
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -116,7 +117,7 @@ def _run_apart(name: str, options: argparse.Namespace, left_s: float) -> dict[st
         status, errors = _ended(command, limit_s)
         row["seconds"] = round(time.monotonic() - start_s, 1)
         if path.exists():
-            row["found"] = json.loads(path.read_text(encoding="utf-8"))
+            row["found"] = _finite(json.loads(path.read_text(encoding="utf-8")))
     if status is None:
         row |= {"state": "cut", "reason": f"longer than {limit_s:.0f} s"}
     elif status:
@@ -154,22 +155,34 @@ def _ended(command: Sequence[str], limit_s: float) -> tuple[int | None, list[str
         return status, [line for line in errors.read().splitlines() if line.strip()][-3:]
 
 
+def _finite(found: dict[str, Any]) -> dict[str, Any]:
+    """Findings with None for numbers that no record can hold."""
+    return {
+        key: _finite(value)
+        if isinstance(value, dict)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in found.items()
+    }
+
+
+def _checks(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The findings that are compared with a bound."""
+    return {k: check for k, check in found.items() if isinstance(check, dict) and "bound" in check}
+
+
 def _wrong(found: dict[str, Any]) -> list[str]:
-    """Checks whose error is not within its bound; NaN is not."""
+    """Checks whose error is not within its bound, or is none."""
     return [
         name
-        for name, check in found.items()
-        if isinstance(check, dict) and "bound" in check and not check["error"] <= check["bound"]
+        for name, check in _checks(found).items()
+        if check["error"] is None or check["error"] > check["bound"]
     ]
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    checks = [
-        check
-        for row in rows
-        for check in row["found"].values()
-        if isinstance(check, dict) and "bound" in check
-    ]
+    num_checks = sum(len(_checks(row["found"])) for row in rows)
     ratios = {
         f"{row['stage']}_{key}": value
         for row in rows
@@ -177,7 +190,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if key.endswith("_ratio") or key == "waits" or key.endswith("_gb")
     }
     states = {state: [r["stage"] for r in rows if r["state"] == state] for state in _STATES}
-    return {"num_checks": len(checks), **states, **ratios}
+    return {"num_checks": num_checks, **states, **ratios}
 
 
 _STATES = ("done", "wrong", "failed", "cut", "skipped")
@@ -196,14 +209,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _figures(found: dict[str, Any]) -> str:
-    checks = [check for check in found.values() if isinstance(check, dict) and "bound" in check]
+    checks = _checks(found).values()
     parts = [
         f"{key} {value:.4g}"
         for key, value in found.items()
         if isinstance(value, float | int) and not isinstance(value, bool)
     ]
     if checks:
-        shares = [check["error"] / check["bound"] for check in checks if check["bound"]]
+        shares = [c["error"] / c["bound"] for c in checks if c["bound"] and c["error"] is not None]
         worst = f", the worst at {max(shares):.2f} of its bound" if shares else ""
         parts.append(f"{len(checks)} checks{worst}")
     return "; ".join(parts)

@@ -45,6 +45,15 @@ MISTAKES: dict[str, dict[str, tuple[str, ...]]] = {
         "wrong value": (*_FIT, "--model.rank", "many"),
         "missing file": (*_FIT, "--ckpt_path", "none.ckpt"),
     },
+    "predict": {
+        "unknown option": (*_FIT, "--trainer.max_stps", "3"),
+        "missing file": (*_FIT, "--ckpt_path", "none.ckpt"),
+    },
+    "tokenize": {
+        "unknown option": (*_FIT, "--shrad", "1/2"),
+        "wrong value": (*_FIT, "--shard", "3/2"),
+        "missing file": (*_FIT, "--data.train_files", "none.jsonl"),
+    },
     "evaluate": {
         "unknown option": (*_MODEL, "--taskss", "fpb"),
         "wrong value": (*_MODEL, "--tasks", "fpb", "--limit", "0"),
@@ -56,6 +65,11 @@ MISTAKES: dict[str, dict[str, tuple[str, ...]]] = {
         "wrong value": (*_MODEL, "--prompt", "x", "--top_k", "0"),
         "missing file": (*_MODEL, "--prompts", "none.txt"),
         "missing model": (*_MODEL, "--prompt", "x"),
+    },
+    "chat": {
+        "unknown option": (*_MODEL, "--contxt", "9"),
+        "wrong value": (*_MODEL, "--context", "0"),
+        "missing model": _MODEL,
     },
     "label": {
         "unknown option": (*_MODEL, "--task", "fpb", "--inptu", "x"),
