@@ -43,7 +43,7 @@ KEYS = {
     "RunSummary": "summary/steps",
     "ThroughputMonitor": "throughput/tokens_per_s",
 }
-SILENT = {"BestCheckpoint", "LastCheckpoint", "LogLines", "TrainingProgress"}
+SILENT = {"BestCheckpoint", "LastCheckpoint", "LogLines", "PredictionWriter", "TrainingProgress"}
 
 
 class _Module(LightningModule):

@@ -126,7 +126,8 @@ def test_settings_reach_the_evaluation(evaluate: Evaluate, tmp_path: Path) -> No
     assert fpb["rows_sha256"] != fpb["split_sha256"], "the first two rows alone"
     assert results["model"].endswith("base (llama, nf4)")
     assert results["settings"] == {
-        "dtype": "bfloat16", "quantize": "nf4", "scoring": "generate", "calibrate": False,
+        "dtype": "bfloat16", "quantize": "nf4", "dequantize": "auto", "scoring": "generate",
+        "calibrate": False,
         "limit": 2, "too_long": "drop", "batch_tokens": 99, "device": "cpu",
         "chat_template_sha256": None, "num_fewshot": 0, "fewshot_seed": None,
     }  # fmt: skip
