@@ -43,7 +43,7 @@ KEYS = {
     "RunSummary": "summary/steps",
     "ThroughputMonitor": "throughput/tokens_per_s",
 }
-SILENT = {"BestCheckpoint", "LastCheckpoint", "LogLines", "TrainingProgress"}
+SILENT = {"BestCheckpoint", "LastCheckpoint", "LogLines", "PredictionWriter", "TrainingProgress"}
 
 
 class _Module(LightningModule):
@@ -106,6 +106,7 @@ def _callbacks(folder: Path, data_dir: Path) -> list[Callback]:
         callbacks.LogLines(),
         callbacks.MemoryMonitor(),
         _Traced(),
+        callbacks.PredictionWriter(),
         callbacks.RunSummary(),
         callbacks.ThroughputMonitor(warmup_steps=1),
         callbacks.TrainingProgress(),
