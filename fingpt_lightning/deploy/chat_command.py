@@ -73,6 +73,9 @@ def _talk(chat: Chat) -> None:
         except EOFError:
             print()
             return
+        except UnicodeDecodeError as error:
+            _tell(f"not UTF-8 ({error.reason})")
+            continue
         except KeyboardInterrupt:
             print()
             _tell("Ctrl-D or /quit ends")
@@ -111,7 +114,16 @@ def _lines() -> Iterator[tuple[int, str]]:
 
 
 def _take(chat: Chat, line: str, *, is_terminal: bool) -> bool:
-    """Does what a line says; whether the conversation goes on."""
+    """Does what a line says; whether the conversation goes on.
+
+    Raises:
+        ValueError: The line is not UTF-8 or no command, or the message cannot be answered.
+        OSError: A file cannot be written.
+    """
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # in the C locale Python reads other bytes as lone surrogates
+        raise ValueError("not UTF-8") from None
     if not line.strip():
         return True
     if line.startswith("/") and not line.startswith("//"):
