@@ -42,6 +42,10 @@ def run(options: argparse.Namespace) -> None:
         OSError: A path does not exist.
     """
     sampling = read_sampling(options)
+    try:
+        _check_encoding(options.system or "")
+    except ValueError as error:
+        raise ValueError(f"system: {error}") from None
     model = load_with_adapters(options)
     chat = Chat(
         model.network,
@@ -120,10 +124,7 @@ def _take(chat: Chat, line: str, *, is_terminal: bool) -> bool:
         ValueError: The line is not UTF-8 or no command, or the message cannot be answered.
         OSError: A file cannot be written.
     """
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # in the C locale Python reads other bytes as lone surrogates
-        raise ValueError("not UTF-8") from None
+    _check_encoding(line)
     if not line.strip():
         return True
     if line.startswith("/") and not line.startswith("//"):
@@ -145,6 +146,13 @@ def _take(chat: Chat, line: str, *, is_terminal: bool) -> bool:
     chat.ask(message, show)
     print(flush=True)
     return True
+
+
+def _check_encoding(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # in the C locale Python reads other bytes as lone surrogates
+        raise ValueError("not UTF-8") from None
 
 
 def _obey(chat: Chat, line: str) -> bool:

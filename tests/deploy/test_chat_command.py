@@ -67,6 +67,8 @@ def test_bytes_that_the_c_locale_lets_through_are_named(talk: Talk, line: str) -
     status, _, error = talk(f"Gold\n{line}\n")
     assert status == 1
     assert error.splitlines()[-1] == "fingpt: error: line 2: not UTF-8"
+    status, _, error = talk("Gold\n", "--system", line)
+    assert (status, error) == (1, "fingpt: error: system: not UTF-8\n")
 
 
 def test_each_line_of_a_pipe_is_answered(talk: Talk, model: Path) -> None:
