@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fingpt_lightning.files import SETTINGS, write_json
+from fingpt_lightning.files import SETTINGS, check_settings, write_json
 from fingpt_lightning.shards.folders import (
     begun_shard,
     find_shards,
@@ -26,6 +26,17 @@ def test_a_merge_that_is_run_twice_is_told_so(tmp_path: Path, count: int, named:
         f"there is no shard of {output}, which is there already: a merge removes its shards; to"
         f" make it anew, the first of {named} jobs runs: {COMMAND} 1/{named}"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("dtype", "--dtype bfloat16 goes on with it, else "), ("model", "")]
+)
+def test_a_dtype_that_auto_took_before_is_named(tmp_path: Path, name: str, advice: str) -> None:
+    check_settings(tmp_path, {name: "bfloat16"})
+    check_settings(tmp_path, {name: "bfloat16"})
+    with pytest.raises(ValueError, match="now 'float32'") as failed:
+        check_settings(tmp_path, {name: "float32"})
+    assert str(failed.value).endswith(f"now 'float32'; {advice}remove it or --overwrite")
 
 
 @pytest.mark.parametrize(
