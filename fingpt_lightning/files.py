@@ -331,9 +331,11 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     before, now = read_json(file), json.loads(to_json(settings))
     for name, value in now.items():
         if before.get(name) != value:
+            # What auto takes may have been another one: it is measured.
+            same = f"--dtype {before.get(name)} goes on with it, else " if name == "dtype" else ""
             raise ValueError(
                 f"{folder} is of an earlier run with {name} {before.get(name)!r}, now {value!r};"
-                " remove it or --overwrite"
+                f" {same}remove it or --overwrite"
             )
 
 

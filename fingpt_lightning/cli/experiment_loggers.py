@@ -92,8 +92,8 @@ class _LastSteps:
 class RunTensorBoard(TensorBoardLogger):
     """Lightning's TensorBoardLogger, whose files a resumed run continues without doubled steps."""
 
-    resumed_step = 0
-    """Step of the checkpoint from which the run continues."""
+    resumed_step: int | None = 0
+    """Step of the checkpoint from which the run continues; None where nothing is trained."""
 
     _last_steps: _LastSteps | None = None
 
@@ -113,7 +113,8 @@ class RunTensorBoard(TensorBoardLogger):
         if self._last_steps is not None:
             return self._last_steps
         self._last_steps = _LastSteps()
-        if next(Path(self.log_dir).glob(_EVENTS), None) is None:
+        begin = self.resumed_step
+        if begin is None or next(Path(self.log_dir).glob(_EVENTS), None) is None:
             return self._last_steps
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -121,9 +122,9 @@ class RunTensorBoard(TensorBoardLogger):
         events.Reload()
         for key in events.Tags()["scalars"]:
             steps = [event.step for event in events.Scalars(key)]
-            self._last_steps.add(key, [step for step in steps if step < self.resumed_step])
+            self._last_steps.add(key, [step for step in steps if step < begin])
         # Takes back what a killed run wrote after its last checkpoint.
-        self._kwargs["purge_step"] = self.resumed_step
+        self._kwargs["purge_step"] = begin
         return self._last_steps
 
 

@@ -417,7 +417,8 @@ class FinGPTCLI(LightningCLI):
                 # Lightning 2.6.6 names it even where it is not set, and wandb 0.25 warns of it.
                 logger._wandb_init.pop("anonymous", None)
             elif isinstance(logger, RunTensorBoard):
-                logger.resumed_step = self._resumed_step
+                # Only what is trained again takes the place of later steps.
+                logger.resumed_step = self._resumed_step if self.command == "fit" else None
         own = as_list(settings.callbacks)
         if settings.enable_progress_bar and not any(isinstance(x, ProgressBar) for x in own):
             # First, so that it is gone from the screen when others print the results of the run.

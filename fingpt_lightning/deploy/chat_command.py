@@ -42,6 +42,10 @@ def run(options: argparse.Namespace) -> None:
         OSError: A path does not exist.
     """
     sampling = read_sampling(options)
+    try:
+        _check_encoding(options.system or "")
+    except ValueError as error:
+        raise ValueError(f"system: {error}") from None
     model = load_with_adapters(options)
     chat = Chat(
         model.network,
@@ -73,6 +77,9 @@ def _talk(chat: Chat) -> None:
         except EOFError:
             print()
             return
+        except UnicodeDecodeError as error:
+            _tell(f"not UTF-8 ({error.reason})")
+            continue
         except KeyboardInterrupt:
             print()
             _tell("Ctrl-D or /quit ends")
@@ -111,7 +118,13 @@ def _lines() -> Iterator[tuple[int, str]]:
 
 
 def _take(chat: Chat, line: str, *, is_terminal: bool) -> bool:
-    """Does what a line says; whether the conversation goes on."""
+    """Does what a line says; whether the conversation goes on.
+
+    Raises:
+        ValueError: The line is not UTF-8 or no command, or the message cannot be answered.
+        OSError: A file cannot be written.
+    """
+    _check_encoding(line)
     if not line.strip():
         return True
     if line.startswith("/") and not line.startswith("//"):
@@ -133,6 +146,13 @@ def _take(chat: Chat, line: str, *, is_terminal: bool) -> bool:
     chat.ask(message, show)
     print(flush=True)
     return True
+
+
+def _check_encoding(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # in the C locale Python reads other bytes as lone surrogates
+        raise ValueError("not UTF-8") from None
 
 
 def _obey(chat: Chat, line: str) -> bool:

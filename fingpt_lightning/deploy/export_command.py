@@ -25,6 +25,7 @@ from fingpt_lightning.models.device import find_device
 from fingpt_lightning.models.loading import DTYPES, build_model
 from fingpt_lightning.models.sources import ModelSource, resolve_source
 from fingpt_lightning.terminal.command_line import as_list, options_as_arguments
+from fingpt_lightning.terminal.inputs import weighted_name
 from fingpt_lightning.terminal.messages import check_choice
 from fingpt_lightning.units import format_bytes, format_count
 
@@ -187,7 +188,7 @@ def _found(given: Mapping[str, Any]) -> ModelSource:
 
 
 def _request(source: ModelSource, given: Mapping[str, Any]) -> str:
-    """A digest of what an export depends on: the options, and size and time of the model's files.
+    """A digest of what an export depends on: the options, and size and time of the files they name.
 
     Args:
         source: Parts of the model.
@@ -195,12 +196,18 @@ def _request(source: ModelSource, given: Mapping[str, Any]) -> str:
     """
     parts: dict[str, Any] = {name: given[name] for name in _OF_THE_FILES}
     parts["commit"] = source.commit
-    for name in ("weights", "adapter", "tokenizer"):
-        place = getattr(source, name)
-        files = [] if place is None else [place] if place.is_file() else sorted(place.iterdir())
-        stats = [(file, file.stat()) for file in files if file.is_file()]
-        parts[name] = [(str(f.resolve()), s.st_size, s.st_mtime_ns) for f, s in stats]
+    texts = [weighted_name(str(word))[0] for word in as_list(given["calibration"])]
+    named = [source.weights, source.adapter, source.tokenizer]
+    named += [Path(x) for x in (*as_list(given["prompts"]), *as_list(given["results"]), *texts)]
+    parts["files"] = [None if place is None else _state(place.expanduser()) for place in named]
     return sha256(to_json(parts, default=str).encode()).hexdigest()[:32]
+
+
+def _state(place: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of those in a folder."""
+    files = [place] if place.is_file() else sorted(place.iterdir()) if place.is_dir() else []
+    stats = [(file, file.stat()) for file in files if file.is_file()]
+    return [(str(file.resolve()), one.st_size, one.st_mtime_ns) for file, one in stats]
 
 
 def run(options: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from fingpt_lightning.hub.pushing import Pushed
 from fingpt_lightning.models.formats.checkpoint import CHECKPOINT, load_contents
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.loading import LoadedModel
+from fingpt_lightning.models.quantization.frozen_matrix import quantization_of
 from fingpt_lightning.units import format_bytes, format_count
 
 _MARK = "<!-- made by: fingpt export"
@@ -123,7 +124,8 @@ def known_of(source: LoadedModel, results: Sequence[Path] = ()) -> Known:
         )
     adapter = None if found.adapter is None else adapter_digest(found.adapter)
     for output in results:
-        tasks |= results_in(Path(output), source.revision, adapter)
+        quantization = quantization_of(source.network)
+        tasks |= results_in(Path(output), source.revision, adapter, quantization)
     return Known(origin, tasks)
 
 

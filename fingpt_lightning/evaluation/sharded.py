@@ -18,7 +18,8 @@ from fingpt_lightning.shards.options import Shard
 from fingpt_lightning.terminal.progress import shown_progress
 
 _TIMES = ("started_at", "seconds")
-_OF_DEVICE = "device"
+_OF_MACHINE = ("device", "dequantize")
+"""The settings in which shards may differ: their answers are the same."""
 _STORED = tuple(field for field in Prediction._fields if field != "is_pending")
 
 
@@ -122,7 +123,7 @@ def merged_results(shards: Sequence[FinishedShard], named: Sequence[NamedRun]) -
 
 def settings_of_head(head: Mapping[str, Any]) -> dict[str, Any]:
     """The part of the head of ``results.json`` in which all shards must be equal."""
-    settings = {key: value for key, value in head["settings"].items() if key != _OF_DEVICE}
+    settings = {key: value for key, value in head["settings"].items() if key not in _OF_MACHINE}
     rest = {key: value for key, value in head.items() if key not in (*_TIMES, "settings")}
     return {**rest, **settings}
 
@@ -130,10 +131,12 @@ def settings_of_head(head: Mapping[str, Any]) -> dict[str, Any]:
 def merged_head(shards: Sequence[FinishedShard]) -> dict[str, Any]:
     """The head of ``results.json``: it began with the first shard and took what all took."""
     heads: list[dict[str, Any]] = [shard.facts["head"] for shard in shards]
-    devices = dict.fromkeys(head["settings"][_OF_DEVICE] for head in heads)
-    settings = heads[0]["settings"] | {_OF_DEVICE: ", ".join(devices)}
+    own = {
+        key: ", ".join(dict.fromkeys(head["settings"][key] for head in heads))
+        for key in _OF_MACHINE
+    }
     return heads[0] | {
-        "settings": settings,
+        "settings": heads[0]["settings"] | own,
         "started_at": min(head["started_at"] for head in heads),
         "seconds": sum(head["seconds"] for head in heads),
     }

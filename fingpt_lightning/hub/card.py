@@ -95,10 +95,7 @@ def _made_of(place: Path) -> tuple[str | None, tuple[str, ...]]:
     if run is None:
         return None, ()
     config = _mapping(run / _RUN_CONFIG)
-    model, data = (
-        (config.get(key) or {}).get("init_args") or {} if isinstance(config.get(key), dict) else {}
-        for key in ("model", "data")
-    )
+    model, data = (_within(_within(config, key), "init_args") for key in ("model", "data"))
     return _text(model.get("base") or model.get("init_from")), datasets_of(data)
 
 
@@ -114,9 +111,8 @@ def datasets_of(data: Mapping[str, Any]) -> tuple[str, ...]:
     Args:
         data: Settings with ``tasks`` or ``train_files``.
     """
-    tasks, texts = data.get("tasks") or (), data.get("train_files") or ()
-    names = [dataset_of(str(name)) for name in ([tasks] if isinstance(tasks, str) else tasks)]
-    for text in [texts] if isinstance(texts, str) else texts:
+    names = [dataset_of(str(name)) for name in _names(data.get("tasks"))]
+    for text in _names(data.get("train_files")):
         if str(text).startswith(_HUB_TEXT):
             parts = str(text).removeprefix(_HUB_TEXT).split("/")[:2]
             names.append("/".join(parts).partition("@")[0].partition(":")[0])
@@ -213,17 +209,20 @@ def refuse_missing_results(folders: Sequence[str | Path]) -> None:
             raise FileNotFoundError(f"results {folder}: no {RESULTS} in it")
 
 
-def results_in(folder: Path, revision: str, adapter_sha256: str | None) -> Mapping[str, Any]:
+def results_in(
+    folder: Path, revision: str, adapter_sha256: str | None, quantization: str | None
+) -> Mapping[str, Any]:
     """The figures by task of a folder of ``fingpt evaluate``.
 
     Args:
         folder: Output of the evaluation.
         revision: Revision of the model that they have to be of.
         adapter_sha256: Digest of its adapter; None where it has none.
+        quantization: Quantization of the model as it is loaded; None where it is not quantized.
 
     Raises:
         FileNotFoundError: It holds no results.
-        ValueError: They are of another model, or cannot be read.
+        ValueError: They are of another model, or of it in another quantization, or cannot be read.
     """
     refuse_missing_results([folder])
     file = folder / RESULTS
@@ -234,6 +233,12 @@ def results_in(folder: Path, revision: str, adapter_sha256: str | None) -> Mappi
         raise ValueError(
             f"results {folder} are of {found.get('model', 'a run')}, whose weights are not those of"
             " the model"
+        )
+    measured = _within(found, "settings").get("quantize")
+    if measured not in (None, "auto", "none", quantization):
+        raise ValueError(
+            f"results {folder} were measured with quantize {measured}, and the model is"
+            f" {quantization or 'not quantized'}"
         )
     tasks: dict[str, Any] = found["tasks"]
     return tasks
@@ -276,6 +281,16 @@ def evaluation_results(tasks: Mapping[str, Any]) -> "list[EvalResult]":
 
 def _inherited(card: Mapping[str, Any]) -> dict[str, Any]:
     return {key: card[key] for key in _INHERITED if card.get(key)}
+
+
+def _within(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A group of settings; empty where there is none: the file may be of another program."""
+    found = settings.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _names(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple | dict) else [value] if value else []
 
 
 def _text(value: Any) -> str | None:

@@ -109,8 +109,13 @@ def find_shards(output: Path, count: int, command: str) -> list[FinishedShard]:
             that make them.
         ValueError: It cannot be told how many shards there are to be.
     """
+    counts = _counts_of(output)
+    if not counts and output.exists():
+        raise FileNotFoundError(
+            f"there is no shard of {output}, which is there already: a merge removes its shards; to"
+            f" make it anew, the first of {count or 'N'} jobs runs: {command} 1/{count or 'N'}"
+        )
     if count == ANY_COUNT:
-        counts = _counts_of(output)
         if not counts:
             raise FileNotFoundError(
                 f"there is no shard of {output}; the first of N jobs runs: {command} 1/N"
@@ -226,7 +231,10 @@ def _check_equal(output: Path, shards: list[FinishedShard], given: Mapping[str, 
     for shard, settings in others:
         for name in dict.fromkeys((*first[1], *settings)):
             if settings.get(name) != first[1].get(name):
+                # What auto takes may differ from machine to machine.
+                same = " and the --dtype of the other" if name == "dtype" else ""
                 raise ValueError(
                     f"shard {shard} of {output} is of {name} {settings.get(name)!r}, shard"
-                    f" {first[0]} of {first[1].get(name)!r}; run one of them again with --overwrite"
+                    f" {first[0]} of {first[1].get(name)!r}; run one of them again with"
+                    f" --overwrite{same}"
                 )

@@ -106,6 +106,7 @@ def _callbacks(folder: Path, data_dir: Path) -> list[Callback]:
         callbacks.LogLines(),
         callbacks.MemoryMonitor(),
         _Traced(),
+        callbacks.PredictionWriter(),
         callbacks.RunSummary(),
         callbacks.ThroughputMonitor(warmup_steps=1),
         callbacks.TrainingProgress(),

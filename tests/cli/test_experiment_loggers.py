@@ -199,6 +199,22 @@ def test_a_resumed_run_is_continued_without_doubled_steps(pretrained: Found) -> 
             assert after[key] == before[key], key
 
 
+@pytest.mark.parametrize(("resumed_step", "kept"), [(None, [0, 1, 2, 3]), (2, [0, 1])])
+def test_only_training_takes_the_place_of_later_steps(
+    tmp_path: Path, resumed_step: int | None, kept: list[int]
+) -> None:
+    """Of validation in the folder of a run the later steps of the run stay."""
+    for step in (0, None):
+        logger = RunTensorBoard(tmp_path, name="tensorboard", version="", default_hp_metric=False)
+        logger.resumed_step = 0 if step == 0 else resumed_step
+        for at in range(4) if step == 0 else (2,):
+            logger.log_metrics({"train/loss" if step == 0 else "val/loss": 1.0}, at)
+        logger.finalize("success")
+    found = _of_tensorboard(tmp_path)
+    assert [at for at, _ in found["train/loss"]] == kept
+    assert found["val/loss"] == [(2, 1.0)]
+
+
 def _steps(history: History) -> dict[str, list[int]]:
     return {key: [step for step, _ in points] for key, points in history.items()}
 

@@ -62,6 +62,15 @@ def _answers(*messages: str, system: str | None = None) -> str:
     return "".join(chat.ask(message, lambda _: None) + "\n" for message in messages)
 
 
+@pytest.mark.parametrize("line", ["Gold \udcff", "/system \udcff", "/save \udcff"])
+def test_bytes_that_the_c_locale_lets_through_are_named(talk: Talk, line: str) -> None:
+    status, _, error = talk(f"Gold\n{line}\n")
+    assert status == 1
+    assert error.splitlines()[-1] == "fingpt: error: line 2: not UTF-8"
+    status, _, error = talk("Gold\n", "--system", line)
+    assert (status, error) == (1, "fingpt: error: system: not UTF-8\n")
+
+
 def test_each_line_of_a_pipe_is_answered(talk: Talk, model: Path) -> None:
     status, output, error = talk("Shares of Foo\n\nGold\n", "--system", "You help")
     assert status == 0, error

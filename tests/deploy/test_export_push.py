@@ -110,6 +110,12 @@ def test_a_folder_of_another_request_is_not_pushed(
     weights = model / "model.safetensors"
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
     assert export("--push", "me/small")[0] == 1
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Profit rose")
+    words = ("--prompts", str(prompts))
+    assert export(*words, "--overwrite")[0] == 0
+    prompts.write_text("Profit fell again")
+    assert export("--push", "me/small", *words)[0] == 1
     assert not hub.requests
     assert export("--push", "me/small", "--overwrite")[0] == 0
     assert hub.repositories["me/small"].files() == files_of(tmp_path / "out")

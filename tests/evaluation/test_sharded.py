@@ -215,6 +215,17 @@ def test_shards_of_other_rows_models_or_settings_are_not_merged(evaluate: Evalua
     assert evaluate("--merge")[0] == 0
 
 
+def test_shards_that_dequantize_otherwise_are_merged(evaluate: Evaluate) -> None:
+    words = ("--tasks", "fpb", "--quantize", "nf4")
+    assert evaluate("--shard", "1/2", *words, "--dequantize", "always")[0] == 0
+    assert evaluate("--shard", "2/2", *words, "--dequantize", "never")[0] == 0
+    status, _, error = evaluate("--merge", *words)
+    assert status == 0, error
+    assert json.loads(Path("results/results.json").read_text())["settings"]["dequantize"] == (
+        "always, never"
+    )
+
+
 def test_two_processes_do_not_work_on_one_shard(evaluate: Evaluate) -> None:
     with owned(Path("results.shard-1-of-2")):
         status, _, error = evaluate("--shard", "1/2")

@@ -117,15 +117,42 @@ def test_a_base_that_is_its_own_source_ends(tmp_path: Path) -> None:
 def test_results_are_those_of_the_same_weights(tmp_path: Path) -> None:
     head = {"revision": "a", "adapter_sha256": "b", "model": "m (gpt2)"}
     _write(tmp_path / "results.json", {**head, "tasks": {"fpb": FPB}})
-    assert results_in(tmp_path, "a", "b") == {"fpb": FPB}
+    assert results_in(tmp_path, "a", "b", None) == {"fpb": FPB}
     for revision, adapter in (("c", "b"), ("a", None)):
         with pytest.raises(ValueError, match=r"are of m \(gpt2\), whose weights are not those of"):
-            results_in(tmp_path, revision, adapter)
+            results_in(tmp_path, revision, adapter, None)
     with pytest.raises(FileNotFoundError, match=r"results .*none: no results.json in it"):
-        results_in(tmp_path / "none", "a", "b")
+        results_in(tmp_path / "none", "a", "b", None)
     _write(tmp_path / "results.json", "[]")
     with pytest.raises(ValueError, match="is not the results of an evaluation"):
-        results_in(tmp_path, "a", "b")
+        results_in(tmp_path, "a", "b", None)
+
+
+def test_results_of_a_quantized_model_are_not_those_of_the_whole_one(tmp_path: Path) -> None:
+    head = {"revision": "a", "adapter_sha256": None, "settings": {"quantize": "nf4"}}
+    _write(tmp_path / "results.json", {**head, "tasks": {"fpb": FPB}})
+    assert results_in(tmp_path, "a", None, "nf4") == {"fpb": FPB}
+    for quantization, named in ((None, "not quantized"), ("int8", "int8")):
+        message = f"were measured with quantize nf4, and the model is {named}"
+        with pytest.raises(ValueError, match=message):
+            results_in(tmp_path, "a", None, quantization)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "model: {init_args: [1]}",
+        "model: {init_args: {base: 3}}\ndata: {init_args: {tasks: 5}}",
+        "data: {init_args: {train_files: 7}}",
+        "- a",
+    ],
+)
+def test_a_config_of_another_program_tells_nothing(config: str, tmp_path: Path) -> None:
+    _write(tmp_path / "config.yaml", config)
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    origin = origin_of(str(tmp_path / "models" / "small"))
+    assert origin.base_model is None
+    assert not origin.datasets
 
 
 def test_results_of_a_run_are_those_of_the_step(tmp_path: Path) -> None:
