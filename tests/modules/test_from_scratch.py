@@ -33,6 +33,10 @@ def test_a_llama_is_trained_resumed_and_read_as_a_network_under_every_recipe(
     tmp_path: Path, name: str
 ) -> None:
     recipe = LLAMA | RECIPES[name]
+    if recipe.pop("head_map", "shared") == "own":
+        with pytest.raises(ValueError, match="head_map own: the head of this architecture is not"):
+            fit_recipe(tmp_path, recipe | {"head_map": "own"})
+        return
     stay_dense = "rank_overrides" in recipe
     recipe |= {"rank_overrides": {"*.up_proj": None}} if stay_dense else {}
     whole = fit_recipe(tmp_path, recipe)
