@@ -108,6 +108,7 @@ def _one_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("runs"))
         patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("WANDB_MODE", "dryrun")  # as Lightning sets it
         yield
         mlflow.set_tracking_uri("")
 
