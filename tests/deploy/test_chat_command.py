@@ -174,8 +174,10 @@ def test_a_terminal_is_never_sent_what_controls_it() -> None:
 
 
 # Slow enough to be interrupted, at a terminal that sends the signal of Ctrl-C.
+# A program that was started in the background ignores Ctrl-C, and so do its children.
 _SLOW = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.open(os.ttyname(0), os.O_RDWR)
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.deploy.written_text import WrittenText
