@@ -101,7 +101,7 @@ def _weights(case: str, folder: Path, **options: Any) -> dict[str, torch.Tensor]
     module = _module(case, folder)
     trainer.fit(module, datamodule=TokenData(4))
     # Maps beside a rank's copy of a shared table, which another rank runs and trains.
-    elsewhere = getattr(trainer.strategy, "_not_run", frozenset())
+    elsewhere: frozenset[str] = getattr(trainer.strategy, "_not_run", frozenset())
     return {
         name: tensor.detach().clone()
         for name, tensor in module.state_dict().items()
