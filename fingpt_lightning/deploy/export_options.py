@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fingpt_lightning.hub.names import branch, hub_name
+from fingpt_lightning.hub.names import as_option, check_branch, check_hub_name
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
@@ -59,7 +59,7 @@ def build_parser() -> OptionParser:
     )
     add(
         "--push",
-        type=hub_name,
+        type=as_option(check_hub_name),
         metavar="OWNER/NAME",
         help="repository of the Hugging Face hub that the finished folder is uploaded to; where the"
         " folder is there from the same command before, it is uploaded alone",
@@ -67,7 +67,7 @@ def build_parser() -> OptionParser:
     add("--private", action="store_true", help="with --push: only its owner sees the repository")
     add(
         "--revision",
-        type=branch,
+        type=as_option(check_branch),
         metavar="BRANCH",
         help="with --push: new branch for the files; default: main",
     )

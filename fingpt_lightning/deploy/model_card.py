@@ -12,6 +12,8 @@ from fingpt_lightning.deploy.comparing import Difference
 from fingpt_lightning.files import to_json
 from fingpt_lightning.hub.card import (
     CARD,
+    IMPORT_OURS,
+    LOAD_NETWORK,
     PACKAGE,
     Origin,
     evaluation_results,
@@ -31,13 +33,6 @@ from fingpt_lightning.units import format_bytes, format_count
 _MARK = "<!-- made by: fingpt export"
 _RECORD = re.compile(re.escape(_MARK) + r"; (\{.*\}) -->$", re.MULTILINE)
 _PACKAGES = ("fingpt-lightning", "torch", "transformers", "bitsandbytes", "gguf")
-_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-network = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")"""
-_OURS = """# pip install fingpt-lightning; without it transformers does not know the model type
-import fingpt_lightning
-"""
 _BESIDE = """
 network = PeftModel.from_pretrained(network, "{name}/adapter")"""
 _PEFT = """from peft import AutoPeftModelForCausalLM
@@ -264,10 +259,10 @@ def _loading(form: str, reading: Reading) -> str:
     if form == "peft":
         return _OUR_PEFT if reading.needs_us else _PEFT
     if reading.needs_us:
-        return _OURS + _TRANSFORMERS
+        return IMPORT_OURS + LOAD_NETWORK
     if reading.adapter_beside:  # transformers alone gives the base
-        return f"from peft import PeftModel\n{_TRANSFORMERS}{_BESIDE}"
-    return _TRANSFORMERS
+        return f"from peft import PeftModel\n{LOAD_NETWORK}{_BESIDE}"
+    return LOAD_NETWORK
 
 
 def _versions() -> list[str]:

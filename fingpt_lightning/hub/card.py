@@ -36,6 +36,16 @@ _TASK_TYPES = {
 }
 """The hub's name of a task, by kind; of all others it is text generation."""
 
+IMPORT_OURS = """\
+# pip install fingpt-lightning; without it transformers does not know the model type
+import fingpt_lightning
+"""
+LOAD_NETWORK = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+network = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+"""How a card loads a network, by its name; `IMPORT_OURS` before it where transformers needs us."""
+
 
 class Origin(NamedTuple):
     """What is known of the model that another one is made of.

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Callable
 
 _PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _LONGEST = 96
@@ -43,28 +44,16 @@ def check_branch(name: str) -> str:
     return name
 
 
-def hub_name(text: str) -> str:
-    """`check_hub_name` for an option.
+def as_option(check: Callable[[str], str]) -> Callable[[str], str]:
+    """A check of a name as the ``type`` of an option, whose message argparse shows."""
 
-    Raises:
-        argparse.ArgumentTypeError: It is not one.
-    """
-    try:
-        return check_hub_name(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    def checked(text: str) -> str:
+        try:
+            return check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-
-def branch(text: str) -> str:
-    """`check_branch` for an option.
-
-    Raises:
-        argparse.ArgumentTypeError: It is not one.
-    """
-    try:
-        return check_branch(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return checked
 
 
 def is_hub_name(name: str) -> bool:

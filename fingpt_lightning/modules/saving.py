@@ -9,6 +9,8 @@ from lightning.pytorch import LightningModule
 from fingpt_lightning.files import check_replaceable, put_in_place, scratch_folder
 from fingpt_lightning.hub.card import (
     CARD,
+    IMPORT_OURS,
+    LOAD_NETWORK,
     PACKAGE,
     Origin,
     datasets_of,
@@ -19,13 +21,6 @@ from fingpt_lightning.metric_keys import VAL_LOSS
 from fingpt_lightning.models.formats.tokenizer import write_tokenizer
 
 _MARK = "<!-- made by: save_pretrained of fingpt-lightning -->"
-_OURS = """# pip install fingpt-lightning; without it transformers does not know the model type
-import fingpt_lightning
-"""
-_NETWORK = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-network = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 _ADAPTER = """# pip install fingpt-lightning; PEFT reads it too where the base is a plain one
 import fingpt_lightning
 
@@ -85,7 +80,7 @@ def save_module(
         relation="adapter" if is_adapter else None,
         datasets=datasets_of(dict(getattr(data, "hparams", {}))),
     )
-    text = _ADAPTER if is_adapter else (_OURS if needs_us else "") + _NETWORK
+    text = _ADAPTER if is_adapter else (IMPORT_OURS if needs_us else "") + LOAD_NETWORK
     lines = [
         metadata + f"# {folder.name}", "", _MARK, "", *_figures(module),
         "```python", text.format(name=folder.name), "```", "",
