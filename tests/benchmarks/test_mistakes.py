@@ -27,7 +27,7 @@ def test_a_mistake_is_named_within_the_bound(tmp_path: Path) -> None:
 
 def test_the_record_keeps_the_bounds() -> None:
     record = json.loads(_RECORD.read_text())
-    assert {row["command"] for row in record["rows"]} <= set(COMMANDS)
+    assert {row["command"] for row in record["rows"]} == set(COMMANDS)
     found = record["summary"]
     assert found["longest_s"] < mistakes.LIMIT_S < found["longest_without_early_checks_s"]
     assert found["first_line_of_fit_s"] < mistakes.FIRST_LINE_LIMIT_S
