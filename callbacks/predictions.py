@@ -12,10 +12,8 @@ from typing_extensions import override
 
 from callbacks.log_lines import tell
 from fingpt_lightning.data.predicted_rows import PredictedRow
-from fingpt_lightning.files import CountedWriter, to_json, written_whole
-
-FILE = "predictions.jsonl"
-"""Name of the file in the folder of a run."""
+from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS
+from fingpt_lightning.files import CountedWriter, refuse_existing, to_json, written_whole
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -43,13 +41,7 @@ class PredictionWriter(BasePredictionWriter):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "predict" and trainer.is_global_zero:
-            file = self._file(trainer)
-            if file.is_dir():
-                raise ValueError(f"predictions.path {file} is a folder, not a file")
-            if file.exists() and not self.overwrite:
-                raise FileExistsError(
-                    f"predictions.path {file} is there already; predictions.overwrite replaces it"
-                )
+            refuse_existing(self._file(trainer), "predictions.path", self.overwrite)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,7 +98,7 @@ class PredictionWriter(BasePredictionWriter):
     def _file(self, trainer: Trainer) -> Path:
         if self.path is not None:
             return Path(self.path).expanduser()
-        return Path(trainer.default_root_dir) / FILE
+        return Path(trainer.default_root_dir) / PREDICTIONS
 
 
 def _are_rows(prediction: Any) -> bool:

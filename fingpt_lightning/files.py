@@ -634,6 +634,25 @@ def files_sha256(files: tuple[Path, ...]) -> str:
     )
 
 
+def refuse_existing(file: Path, key: str, overwrite: bool) -> None:
+    """Refuses a file to write that is there already.
+
+    Args:
+        file: File to write.
+        key: Setting that names it, as GROUP.NAME, beside GROUP.overwrite.
+        overwrite: Whether a file of that name is replaced.
+
+    Raises:
+        FileExistsError: The file is there, and ``overwrite`` is false.
+        ValueError: It is a folder.
+    """
+    if file.is_dir():
+        raise ValueError(f"{key} {file} is a folder, not a file")
+    if file.exists() and not overwrite:
+        switch = f"{key.rpartition('.')[0]}.overwrite"
+        raise FileExistsError(f"{key} {file} is there already; {switch} replaces it")
+
+
 def check_replaceable(output: Path, overwrite: bool, is_ours: bool, what: str) -> None:
     """Raises where a finished folder could not be put in place.
 

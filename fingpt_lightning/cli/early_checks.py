@@ -15,6 +15,8 @@ from fingpt_lightning.cli.early_options import GivenSettings, check_ranges, give
 from fingpt_lightning.cli.errors import ConfigError
 from fingpt_lightning.cli.logger_packages import refuse_missing_package
 from fingpt_lightning.cli.shipped import SWEEPS, find_file, with_config_files
+from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS
+from fingpt_lightning.files import refuse_existing
 from fingpt_lightning.hub.card import refuse_missing_results
 from fingpt_lightning.hub.pushing import refuse_no_access
 from fingpt_lightning.reporting.compare_options import check_inputs
@@ -63,6 +65,9 @@ def check_trainer_command(command: str, words: list[str], runs: bool = True) -> 
         return
     if runs:
         _check_checkpoint(command, given)
+    if command == "predict":
+        keys = ("predictions.path", "predictions.overwrite", "trainer.default_root_dir")
+        check_predictions(*map(given.values.get, keys))
     check_ranges(given)
     _check_loggers(given.values.get("trainer.logger"))
     if runs and given.values.get("ckpt_path") is None:
@@ -109,6 +114,25 @@ def check_start(command: str, settings: Mapping[str, Any]) -> str | None:
             f" model.{keys[0]}"
         )
     return start
+
+
+def check_predictions(path: Any, overwrite: Any, run_folder: Any) -> None:
+    """Refuses to write predictions over a file that is there.
+
+    Args:
+        path: File of the predictions; None for the one in the run folder.
+        overwrite: Whether a file that is there is replaced.
+        run_folder: Run folder, where one is named; None for a new one.
+
+    Raises:
+        FileExistsError: The file is there, and is not to be replaced.
+        ValueError: It is a folder.
+    """
+    if path is not None:
+        refuse_existing(Path(str(path)).expanduser(), "predictions.path", bool(overwrite))
+    elif run_folder is not None:
+        file = Path(str(run_folder)) / PREDICTIONS
+        refuse_existing(file, "predictions.path", bool(overwrite))
 
 
 def check_trainer_inputs(command: str, model: Mapping[str, Any], data: Mapping[str, Any]) -> None:
@@ -243,14 +267,18 @@ def _check_sweep(options: argparse.Namespace) -> None:
         find_file(str(options.sweep), SWEEPS, "sweep")
 
 
+WITHOUT_LOGGERS = ("--trainer.logger", "false")
+"""What commands that log nothing add to the words of a run: its loggers need no package."""
+
+
 def _check_plan(options: argparse.Namespace) -> None:
     if options.json is not None and not options.json.resolve().parent.is_dir():
         raise ValueError(f"json {options.json}: there is no folder {options.json.parent}")
-    check_trainer_command("fit", options.words, runs=False)
+    check_trainer_command("fit", [*options.words, *WITHOUT_LOGGERS], runs=False)
 
 
 def _check_tokenize(options: argparse.Namespace) -> None:
-    check_trainer_command("fit", options.words)
+    check_trainer_command("fit", [*options.words, *WITHOUT_LOGGERS])
 
 
 def _check_report(options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from fingpt_lightning.cli.class_paths import class_at
 from fingpt_lightning.cli.logger_packages import refuse_missing_package
 
 _TELEMETRY_VARIABLE = "MLFLOW_DISABLE_TELEMETRY"
@@ -34,7 +35,7 @@ _REFUSED_IN_NAMES = re.compile(r"[^a-zA-Z0-9_/. -]")
 
 
 def place_logger(logger: Namespace, run_folder: Path, runs_dir: Path) -> None:
-    """Gives a logger of TensorBoard or MLflow its place; another logger stays as it is.
+    """Gives Lightning's logger of TensorBoard or MLflow its place; any other stays as it is.
 
     TensorBoard writes into the run's folder. Without a tracking server MLflow writes into one
     database beside the run folders, so that it can compare the runs; the folder of a run is the
@@ -49,14 +50,14 @@ def place_logger(logger: Namespace, run_folder: Path, runs_dir: Path) -> None:
         ConfigError: The package that the logger needs is not installed.
     """
     refuse_missing_package(logger.class_path)
-    settings, name = logger.init_args, logger.class_path.rpartition(".")[2]
-    if name == "TensorBoardLogger":
+    settings, kind = logger.init_args, class_at(logger.class_path)
+    if kind is TensorBoardLogger:
         logger.class_path = f"{_OWN}.RunTensorBoard"
         if settings.save_dir in _PLACE_OF_RUN:
             settings.save_dir = str(run_folder)
             if (settings.name, settings.version) == (_DEFAULT_NAME, None):
                 settings.name, settings.version = "tensorboard", ""
-    elif name == "MLFlowLogger":
+    elif kind is MLFlowLogger:
         logger.class_path = f"{_OWN}.RunMLflow"
         if settings.run_name is None and settings.run_id is None:
             settings.run_name = run_folder.name

@@ -6,6 +6,7 @@ from fingpt_lightning.cli.errors import ConfigError
 
 _PACKAGES = {"TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}
 """Name of the class, and that of its package, which is also our extra."""
+_OF_LIGHTNING = "lightning.pytorch.loggers."
 
 
 def refuse_missing_package(class_path: str) -> None:
@@ -17,8 +18,9 @@ def refuse_missing_package(class_path: str) -> None:
     Raises:
         ConfigError: It is not installed; the message names the extra.
     """
-    name = class_path.rpartition(".")[2]
-    package = _PACKAGES.get(name)
+    module, _, name = class_path.rpartition(".")
+    is_of_lightning = not module or f"{module}.".startswith(_OF_LIGHTNING)
+    package = _PACKAGES.get(name) if is_of_lightning else None
     if package is None or find_spec(package) is not None:
         return
     raise ConfigError(

@@ -12,7 +12,13 @@ from typing import NamedTuple, NoReturn
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.cli.signals import raised_sigterm
 from fingpt_lightning.terminal.command_line import WrongOptions
-from fingpt_lightning.terminal.messages import error_line, is_panic, launched_rank, nearest
+from fingpt_lightning.terminal.messages import (
+    error_line,
+    is_panic,
+    launched_rank,
+    nearest,
+    without_credentials,
+)
 
 
 class Command(NamedTuple):
@@ -196,7 +202,7 @@ def _run(words: list[str]) -> None:
 def _tell_start(words: list[str]) -> None:
     """A line before the imports, which take seconds; from the first process only."""
     if launched_rank() == "0":
-        print(f"fingpt: {' '.join(words)}", file=sys.stderr, flush=True)
+        print(without_credentials(f"fingpt: {' '.join(words)}"), file=sys.stderr, flush=True)
 
 
 def _check_callbacks_package() -> None:
@@ -215,7 +221,7 @@ def one_line(error: BaseException) -> str:
     Args:
         error: Exception that ended the command.
     """
-    text = " ".join(str(error).split())
+    text = without_credentials(" ".join(str(error).split()))
     if len(text) > _LONGEST_MESSAGE:  # one that echoes a whole file
         text = f"{text[:_LONGEST_MESSAGE]} ... ({len(text)} characters)"
     if isinstance(error, OSError) and error.errno is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 
+from fingpt_lightning.cli.early_checks import WITHOUT_LOGGERS
 from fingpt_lightning.cli.trainer import build_trainer_command
 from fingpt_lightning.planning import command
 
@@ -16,4 +17,4 @@ def run(options: argparse.Namespace) -> None:
         ConfigError: The command line or a config is wrong, as with ``fingpt fit``.
         ValueError: The model's shapes are not known, or the folder of ``--json`` does not exist.
     """
-    command.run(options, build_trainer_command)
+    command.run(options, lambda words: build_trainer_command([*words, *WITHOUT_LOGGERS]))

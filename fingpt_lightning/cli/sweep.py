@@ -20,7 +20,7 @@ from fingpt_lightning.files import new_folder
 from fingpt_lightning.sweeping.checking import Build, Built, check_sweep, described
 from fingpt_lightning.sweeping.database import Database
 from fingpt_lightning.sweeping.local_sweep import LocalSweep
-from fingpt_lightning.sweeping.records import BEST_CONFIG, table
+from fingpt_lightning.sweeping.records import BEST_CONFIG
 from fingpt_lightning.sweeping.shared_sweep import SharedSweep
 from fingpt_lightning.sweeping.sweep_file import Sweep, WrongSweep, read_sweep
 from fingpt_lightning.sweeping.sweep_runner import num_trials
@@ -112,14 +112,14 @@ def _run_locally(options: argparse.Namespace, console: Console, report: Report) 
             line = "another worker goes on with its trial; the same command joins again"
         console.print(line, markup=False, highlight=False)
         raise
-    console.print(table(local.sweep, local.study), soft_wrap=False)
+    results = local.results(console)
+    console.print(results.table, soft_wrap=False)
     if best is None:
         raise RuntimeError(f"no trial finished; {folder}/trials/NNN/output.txt have the reasons")
     report([folder], folder / _REPORT)
     best_line = f"best: fingpt fit --config {folder / BEST_CONFIG}"
     if not (folder / BEST_CONFIG).is_file():
-        attributes = local.study.best_trial.user_attrs
-        best_line = f"best: trial {best} by {attributes['worker']} in {attributes['folder']}"
+        best_line = f"best: trial {best} by {results.worker} in {results.folder}"
     for line in (
         best_line,
         f"report: {folder / _REPORT}",

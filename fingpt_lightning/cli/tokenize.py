@@ -2,6 +2,7 @@
 
 import argparse
 
+from fingpt_lightning.cli.early_checks import WITHOUT_LOGGERS
 from fingpt_lightning.cli.errors import ConfigError
 from fingpt_lightning.cli.trainer import build_data
 from fingpt_lightning.data import TextBlocks
@@ -21,7 +22,7 @@ def run(options: argparse.Namespace) -> None:
         OSError: A file or a shard is missing.
         ValueError: The text cannot be read.
     """
-    data = build_data(["fit", *options.words])
+    data = build_data(["fit", *options.words, *WITHOUT_LOGGERS])
     if not isinstance(data, TextBlocks):
         raise ConfigError(
             f"data {type(data).__name__} has no cache of tokens; fingpt tokenize takes TextBlocks"

@@ -3,7 +3,6 @@
 A setting comes from, weakest first: defaults, checkpoint, config files, command line.
 """
 
-import importlib
 import logging
 import os
 import sys
@@ -43,8 +42,13 @@ from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.log_lines import LogLines
 from callbacks.predictions import PredictionWriter
 from callbacks.progress import TrainingProgress
+from fingpt_lightning.cli.class_paths import class_at, is_same_class
 from fingpt_lightning.cli.config_errors import check_configs, explain, undecodable
-from fingpt_lightning.cli.early_checks import check_start, check_trainer_inputs
+from fingpt_lightning.cli.early_checks import (
+    check_predictions,
+    check_start,
+    check_trainer_inputs,
+)
 from fingpt_lightning.cli.errors import ConfigError, TerminatedError
 from fingpt_lightning.cli.experiment_loggers import (
     MLFLOW_VARIABLES,
@@ -313,7 +317,7 @@ class FinGPTCLI(LightningCLI):
             # same names behind (jsonargparse 4.53).
             for key, default in DEFAULT_CLASSES.items():
                 chosen = given.get(f"{key}.class_path")
-                if chosen is not None and not _is_same_class(chosen, default):
+                if chosen is not None and not is_same_class(chosen, default):
                     self._parser(self.command).set_defaults({key: {"class_path": chosen}})
             self.config = parser.parse_args(args)
         except UnicodeDecodeError as error:
@@ -331,6 +335,10 @@ class FinGPTCLI(LightningCLI):
             _fill_from_checkpoint(settings, given, path)
         elif self.command != "fit":
             self._check_start(settings)
+        if self.command == "predict":
+            written = settings.predictions
+            root = settings.trainer.default_root_dir
+            check_predictions(written.path, written.overwrite, root)
         if self.runs and not settings.get("ckpt_path"):
             groups = [_init_args_of_ours(settings[key]) for key in ("model", "data")]
             check_trainer_inputs(self.command, *groups)
@@ -372,7 +380,7 @@ class FinGPTCLI(LightningCLI):
         for logger in as_list(trainer.logger):
             if not isinstance(logger, Namespace):
                 continue
-            if logger.class_path.endswith(".WandbLogger"):
+            if class_at(logger.class_path) is WandbLogger:
                 place_wandb_run(logger.init_args, self.run_folder)
                 if self.runs:
                     keep_offline_if_unreachable(logger.init_args)
@@ -508,9 +516,9 @@ def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> 
         if chosen is not None:
             given_args = chosen.get("init_args") or Namespace()
             own = chosen.get("class_path")
-            if class_path and own is not None and not _is_same_class(own, class_path):
+            if class_path and own is not None and not is_same_class(own, class_path):
                 continue  # another class: the checkpoint's values do not apply to it
-        elif class_path and not _is_same_class(settings[part].class_path, class_path):
+        elif class_path and not is_same_class(settings[part].class_path, class_path):
             settings[part] = Namespace(class_path=class_path, init_args=Namespace())
         for key, value in saved.items():
             if key not in given_args:
@@ -528,19 +536,6 @@ def _init_args_of_ours(given: Namespace) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = (given.get("init_args") or Namespace()).as_dict()
     return found
-
-
-def _is_same_class(one: str, other: str) -> bool:
-    """Whether two paths lead to one class: jsonargparse shortens a path where it can."""
-    return one == other or (_class_at(one) is not None and _class_at(one) is _class_at(other))
-
-
-def _class_at(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError):
-        return None
 
 
 def _take_tokenizer_of_model(settings: Namespace) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,7 +32,7 @@ from fingpt_lightning.metric_keys import (
     VAL_LOSS,
     VAL_PERPLEXITY,
 )
-from fingpt_lightning.terminal.messages import first_line
+from fingpt_lightning.terminal.messages import first_line, without_credentials
 
 PROBE_TIMEOUT_S = 10.0
 """Seconds that a server may take to answer at all; wandb itself would wait 90 s and then raise."""
@@ -59,7 +60,7 @@ class Unreachable(NamedTuple):
     """A server that did not answer as W&B's API does.
 
     Attributes:
-        url: Address of the server.
+        url: Address of the server, without credentials.
         reason: Reason in a few words.
     """
 
@@ -125,7 +126,9 @@ def begin_run(logger: WandbLogger) -> None:
     try:
         _ = logger.experiment
     except (wandb.Error, TimeoutError, OSError) as error:
-        _say_offline(Unreachable(_base_url(), first_line(error)), str(logger.save_dir))
+        _say_offline(
+            Unreachable(without_credentials(_base_url()), first_line(error)), str(logger.save_dir)
+        )
         settings["mode"] = "offline"
         os.environ.setdefault("WANDB_SILENT", "true")
 
@@ -163,8 +166,9 @@ def _finish(run: Any, exit_code: int) -> None:
     thread.join(limit_s + _END_S)
     if thread.is_alive() or getattr(run, "_finish_timed_out", False):
         print(
-            f"fingpt: W&B at {settings.base_url} did not take all of this run in {limit_s:g} s;"
-            f" upload it later with: wandb sync --no-skip-online {settings.sync_dir}",
+            f"fingpt: W&B at {without_credentials(settings.base_url)} did not take all of this run"
+            f" in {limit_s:g} s; upload it later with: wandb sync --no-skip-online"
+            f" {settings.sync_dir}",
             file=sys.stderr,
         )
     for process in began:
@@ -245,7 +249,7 @@ def find_unreachable(timeout_s: float = PROBE_TIMEOUT_S) -> Unreachable | None:
     asking.start()
     asking.join(timeout_s)
     reason = reasons[0] if reasons else f"no answer in {timeout_s:g} s"
-    return None if reason is None else Unreachable(url, reason)
+    return None if reason is None else Unreachable(without_credentials(url), reason)
 
 
 def record_config(logger: WandbLogger, config: str) -> None:
@@ -289,11 +293,14 @@ def _base_url() -> str:
 
 def _why_unreachable(url: str, timeout_s: float) -> str | None:
     body = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
-    request = urllib.request.Request(f"{url.rstrip('/')}/graphql", body)
+    # The user in an address is no part of a host's name to urllib, which would quote it.
+    request = urllib.request.Request(f"{without_credentials(url).rstrip('/')}/graphql", body)
     request.add_header("Content-Type", "application/json")
-    if key := _api_key(url):
-        login = base64.b64encode(f"api:{key}".encode()).decode()
-        request.add_header("Authorization", f"Basic {login}")
+    key = _api_key(url)
+    user = urllib.parse.unquote(urllib.parse.urlsplit(url).netloc.rpartition("@")[0])
+    if login := f"api:{key}" if key else user:
+        encoded = base64.b64encode(login.encode()).decode()
+        request.add_header("Authorization", f"Basic {encoded}")
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             content = response.read(_MAX_ANSWER_BYTES)

@@ -75,10 +75,10 @@ def probes(
 
 
 @torch.no_grad()
-def logits_of(network: PreTrainedModel, asked: Sequence[Probe]) -> list[Float[Tensor, "N V"]]:
+def logits_of(network: PreTrainedModel, prompts: Sequence[Probe]) -> list[Float[Tensor, "N V"]]:
     """The logits at each position of each prompt, each prompt run alone."""
     found = []
-    for probe in asked:
+    for probe in prompts:
         ids = torch.tensor([probe.tokens], device=network.device)
         logits = network(input_ids=ids, use_cache=False).logits[0]
         found.append(logits.to("cpu", torch.promote_types(logits.dtype, torch.float32)))
@@ -86,12 +86,12 @@ def logits_of(network: PreTrainedModel, asked: Sequence[Probe]) -> list[Float[Te
 
 
 def differences(
-    asked: Sequence[Probe], source: Sequence[Tensor], found: Sequence[Tensor]
+    prompts: Sequence[Probe], source: Sequence[Tensor], found: Sequence[Tensor]
 ) -> list[Difference]:
     """Differences between the logits of an export and its source, by set of prompts.
 
     Args:
-        asked: Prompts that were run.
+        prompts: Prompts that were run.
         source: Logits of the model that was exported.
         found: Logits of the export.
 
@@ -99,8 +99,8 @@ def differences(
         ValueError: They have different vocabularies, or are not finite numbers.
     """
     made = []
-    for kind in dict.fromkeys(probe.kind for probe in asked):
-        rows = [row for row, probe in enumerate(asked) if probe.kind == kind]
+    for kind in dict.fromkeys(probe.kind for probe in prompts):
+        rows = [row for row, probe in enumerate(prompts) if probe.kind == kind]
         expected, got = (torch.cat([x[row] for row in rows]).double() for x in (source, found))
         if expected.shape != got.shape:
             raise ValueError(f"{got.shape[1]} tokens in place of {expected.shape[1]}")

@@ -114,12 +114,12 @@ def export(
         tolerance = TOLERANCES[form if form in TOLERANCES else dtype]
     known = known_of(source, results)
     quantized = quantization_of(network)
-    asked = probes(network, source.tokenizer, texts)
-    expected = logits_of(network, asked)
+    prompts = probes(network, source.tokenizer, texts)
+    expected = logits_of(network, prompts)
     with scratch_folder(output) as made:
         num_parameters = _write(source, form, made, DTYPES[dtype], embeddings, calibration)
         again = _loaded_again(form, made, working_dtype(dtype), quantized)
-        found = differences(asked, expected, logits_of(again, asked))
+        found = differences(prompts, expected, logits_of(again, prompts))
         worst = max(found, key=lambda difference: difference.relative_error)
         if worst.relative_error > tolerance:
             raise ValueError(

@@ -23,7 +23,7 @@ from fingpt_lightning.deploy.labelling import (
 from fingpt_lightning.deploy.loading import ReadyModel, load_with_adapters
 from fingpt_lightning.evaluation.results import EVALUATION_PACKAGES
 from fingpt_lightning.files import files_sha256
-from fingpt_lightning.models.device import device_name
+from fingpt_lightning.models.device import AUTO_DTYPE, device_name
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
 from fingpt_lightning.models.sources import find_adapter
@@ -119,6 +119,8 @@ def _output_file(
 
 def _merge(options: argparse.Namespace, task: Task, console: Console) -> None:
     given = _given_of_shards(options, task)
+    if options.dtype != AUTO_DTYPE:
+        given["dtype"] = options.dtype
     shards = merge_labelled(options.output, options.merge, options.shard_command, given)
     if (remark := device_remark(shards)) is not None:
         console.print(remark)
@@ -184,6 +186,10 @@ def _given_of_shards(options: argparse.Namespace, task: Task) -> dict[str, objec
     return {
         "input_sha256": files_sha256((options.input,)),
         "batch_tokens": options.batch_tokens,
+        "adapter": None
+        if options.adapter is None
+        else adapter_digest(find_adapter(options.adapter)),
+        "chat_template": options.chat_template,
         **_given(options, task),
     }
 
@@ -193,9 +199,9 @@ def _found(options: argparse.Namespace, ready: ReadyModel) -> dict[str, object]:
     adapter, template = ready.loaded.source.adapter, chat_template_in_use(ready.tokenizer)
     return {
         "revision": ready.loaded.revision,
-        "adapter": None if adapter is None else adapter_digest(adapter),
+        "adapter_sha256": None if adapter is None else adapter_digest(adapter),
         "dtype": ready.dtype,
-        "chat_template": template and sha256(template.encode()).hexdigest(),
+        "chat_template_sha256": template and sha256(template.encode()).hexdigest(),
     }
 
 

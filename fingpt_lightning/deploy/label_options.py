@@ -3,7 +3,11 @@
 import argparse
 from pathlib import Path
 
-from fingpt_lightning.shards.options import add_shard_options, shard_command
+from fingpt_lightning.shards.options import (
+    add_shard_options,
+    check_merge_options,
+    shard_command,
+)
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
@@ -56,5 +60,6 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         raise WrongOptions("--adapter and --adapters: give one of them")
     if bool(options.adapters) != bool(options.adapter_column):
         raise WrongOptions("--adapters and --adapter_column: give both or none")
+    check_merge_options(options)
     options.shard_command = shard_command("fingpt label", words)
     return options

@@ -26,7 +26,7 @@ from fingpt_lightning.hub.card import (
 from fingpt_lightning.hub.pushing import Pushed
 from fingpt_lightning.models.formats.checkpoint import CHECKPOINT, load_contents
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
-from fingpt_lightning.models.loading import LoadedModel
+from fingpt_lightning.models.loading import AUTO, LoadedModel
 from fingpt_lightning.models.quantization.frozen_matrix import quantization_of
 from fingpt_lightning.units import format_bytes, format_count
 
@@ -93,7 +93,8 @@ class Known(NamedTuple):
 def known_of(source: LoadedModel, results: Sequence[Path] = ()) -> Known:
     """What the files beside a model, and results of `evaluate` on it, tell of it.
 
-    Of a run's checkpoint that is what the run measured after the same step.
+    Of a run's checkpoint that is what the run measured after the same step, unless the model is
+    loaded in another quantization than that of the run.
 
     Args:
         source: Model before its export.
@@ -101,15 +102,16 @@ def known_of(source: LoadedModel, results: Sequence[Path] = ()) -> Known:
 
     Raises:
         FileNotFoundError: One of ``results`` holds none.
-        ValueError: One of ``results`` is of another model.
+        ValueError: One of ``results`` is of another model, or of another quantization of it.
     """
     found, tasks = source.source, dict[str, Any]()
+    quantization = quantization_of(source.network)
     base, folder = found.base.path, found.folder
     origin = origin_of(base, None if Path(base).expanduser().exists() else folder)
     place = found.weights if found.adapter is None else found.adapter
     run = run_folder_of(place if place.is_dir() else place.parent)
     if run is not None:
-        if place.suffix == CHECKPOINT:
+        if place.suffix == CHECKPOINT and quantization == source.quantization_by(AUTO):
             tasks |= results_of_step(run, load_contents(place).get("global_step", -1))
         of_run = origin_of(str(run))
         origin = origin._replace(
@@ -119,8 +121,9 @@ def known_of(source: LoadedModel, results: Sequence[Path] = ()) -> Known:
         )
     adapter = None if found.adapter is None else adapter_digest(found.adapter)
     for output in results:
-        quantization = quantization_of(source.network)
-        tasks |= results_in(Path(output), source.revision, adapter, quantization)
+        tasks |= results_in(
+            Path(output), source.revision, adapter, quantization, source.quantization_by
+        )
     return Known(origin, tasks)
 
 

@@ -37,6 +37,7 @@ from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use, tokenizer_sha256
 from fingpt_lightning.models.loading import LoadedModel, load_model
+from fingpt_lightning.models.sources import find_adapter
 from fingpt_lightning.profiling.versions import installed_versions
 from fingpt_lightning.shards.folders import (
     FinishedShard,
@@ -303,8 +304,9 @@ def run(options: argparse.Namespace) -> None:
             evaluation.write(output)
     else:
         named = _read(options)
-        asked = _given(options, named)
-        with merged_shards(output, options.merge, options.shard_command, asked) as shards:
+        of_shards = _given(options, named) | _given_where_set(options)
+        command = options.shard_command
+        with merged_shards(output, options.merge, command, of_shards) as shards:
             if (remark := device_remark(shards)) is not None:
                 console.print(remark, highlight=False, markup=False)
             evaluation = _merged(shards, named)
@@ -329,8 +331,8 @@ def _run_shard(options: argparse.Namespace, console: Console) -> None:
     named = _read(options)
     ready = _load(options)
     folder = shard_folder(options.output, options.shard)
-    settings = _given(options, named)
-    settings |= settings_of_head(_head(options, ready, started_at, started_s))
+    head = _head(options, ready, started_at, started_s)
+    settings = settings_of_head(head) | _given(options, named)
 
     def answer(one: NamedRun, on_answered: Callable[[int], None]) -> list[Prediction]:
         return runner.answers(
@@ -361,10 +363,19 @@ def _given(options: argparse.Namespace, named: Sequence[NamedRun]) -> dict[str, 
     keys = ("tokenizer", "chat_template", "quantize", "calibrate", "limit", "too_long")
     return {
         "path": options.model,
+        "adapter": None
+        if options.adapter is None
+        else adapter_digest(find_adapter(options.adapter)),
         **{key: getattr(options, key) for key in keys},
         "fewshot_seed": _seed(options) if options.num_fewshot else None,
         **identities(named),
     }
+
+
+def _given_where_set(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that are known before a model is loaded unless they are left to the device."""
+    given = {} if options.dtype == AUTO_DTYPE else {"dtype": options.dtype}
+    return given | ({} if options.batch_tokens is None else {"batch_tokens": options.batch_tokens})
 
 
 def _merged(shards: Sequence[FinishedShard], named: Sequence[NamedRun]) -> Evaluation:

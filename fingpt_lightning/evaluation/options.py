@@ -3,7 +3,11 @@
 import argparse
 from pathlib import Path
 
-from fingpt_lightning.shards.options import add_shard_options, shard_command
+from fingpt_lightning.shards.options import (
+    add_shard_options,
+    check_merge_options,
+    shard_command,
+)
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
@@ -79,6 +83,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     for name in ("shard", "merge"):
         if getattr(options, name) is not None and options.output is None:
             raise WrongOptions(f"--{name} has an effect with --output alone: shards lie beside it")
+    check_merge_options(options)
     options.shard_command = shard_command("fingpt evaluate", words)
     return options
 

@@ -1,7 +1,8 @@
 """One evaluation: tasks are read and checked first, then answered one after the other."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,10 +152,8 @@ def read_tasks(
             pool = rows
             if split != "train":
                 pool = read_rows(task, data_dir, "train", separator=separator, encoding=encoding)
-            try:
+            with _named(task):
                 examples = with_examples_before(examples, pool.examples, num_fewshot, fewshot_seed)
-            except ValueError as error:
-                raise ValueError(f"{task.name}: {error}") from None
         runs[task.name] = TaskRun(
             task, split, examples, rows.sha256, rows.num_skipped, rows.split_rule, num_fewshot
         )
@@ -281,7 +280,7 @@ def answers(
         FloatingPointError: As `predict`.
         ValueError: As `predict`; the task is named.
     """
-    try:
+    with _named(run.task):
         return predict(
             network,
             tokenizer,
@@ -294,8 +293,15 @@ def answers(
             on_answered=on_answered,
             shard=shard,
         )
+
+
+@contextmanager
+def _named(task: Task) -> Iterator[None]:
+    """Within it a ValueError begins with the name of the task."""
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(f"{run.task.name}: {error}") from error
+        raise ValueError(f"{task.name}: {error}") from error
 
 
 def evaluate(
@@ -364,10 +370,9 @@ def metrics_of(run: TaskRun, predictions: Sequence[Prediction]) -> dict[str, Any
         if example.gold is not None and not prediction.is_dropped
     ]
     if not known:
-        raise ValueError(
-            f"{run.task.name}: no row with a right answer fits the context of the network"
-            + (f" after {run.num_fewshot} examples" if run.num_fewshot else "")
-        )
+        after = f" after {run.num_fewshot} examples" if run.num_fewshot else ""
+        with _named(run.task):
+            raise ValueError(f"no row with a right answer fits the context of the network{after}")
     if run.task.is_generated:
         fields = [row_fields(run.task, example, one.answer) for example, _, one in known]
         return written_metrics(run.task, fields)

@@ -1,7 +1,7 @@
 """The metadata of a model card: YAML before its text, as the hub reads it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -220,7 +220,11 @@ def refuse_missing_results(folders: Sequence[str | Path]) -> None:
 
 
 def results_in(
-    folder: Path, revision: str, adapter_sha256: str | None, quantization: str | None
+    folder: Path,
+    revision: str,
+    adapter_sha256: str | None,
+    quantization: str | None,
+    quantization_by: Callable[[str], str | None],
 ) -> Mapping[str, Any]:
     """The figures by task of a folder of ``fingpt evaluate``.
 
@@ -229,6 +233,8 @@ def results_in(
         revision: Revision of the model that they have to be of.
         adapter_sha256: Digest of its adapter; None where it has none.
         quantization: Quantization of the model as it is loaded; None where it is not quantized.
+        quantization_by: Function from the setting ``quantize`` of an evaluation to the
+            quantization that it gives the model.
 
     Raises:
         FileNotFoundError: It holds no results.
@@ -244,11 +250,12 @@ def results_in(
             f"results {folder} are of {found.get('model', 'a run')}, whose weights are not those of"
             " the model"
         )
-    measured = _within(found, "settings").get("quantize")
-    if measured not in (None, "auto", "none", quantization):
+    setting = _text(_within(found, "settings").get("quantize")) or "auto"
+    if (measured := quantization_by(setting)) != quantization:
+        resolved = f" ({measured or 'not quantized'})" if setting == "auto" else ""
         raise ValueError(
-            f"results {folder} were measured with quantize {measured}, and the model is"
-            f" {quantization or 'not quantized'}"
+            f"results {folder} were measured with quantize {setting}{resolved}, and the model is"
+            f" {quantization or 'not quantized'}; quantize {setting} exports what was measured"
         )
     tasks: dict[str, Any] = found["tasks"]
     return tasks

@@ -20,14 +20,14 @@ def check_hub_name(name: str) -> str:
     >>> check_hub_name("my team/small model")
     Traceback (most recent call last):
     ...
-    ValueError: 'my team/small model' is no OWNER/NAME of letters, digits, - _ and .; did you mean \
-my-team/small-model?
+    ValueError: 'my team/small model' is not of the form OWNER/NAME, of letters, digits, - _ and .;\
+ did you mean my-team/small-model?
     """
     if is_hub_name(name):
         return name
     hint = _nearest_hub_name(name)
     raise ValueError(
-        f"{name!r} is no OWNER/NAME of letters, digits, - _ and ."
+        f"{name!r} is not of the form OWNER/NAME, of letters, digits, - _ and ."
         + ("" if hint is None else f"; did you mean {hint}?")
     )
 
@@ -40,7 +40,9 @@ def check_branch(name: str) -> str:
     """
     is_one = _BRANCH.fullmatch(name) and ".." not in name and "//" not in name
     if not is_one or name.endswith(".lock") or name.startswith("refs/"):
-        raise ValueError(f"revision {name!r} is no name of a branch: letters, digits, - _ . and /")
+        raise ValueError(
+            f"revision {name!r} is not the name of a branch: letters, digits, - _ . and /"
+        )
     return name
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fingpt_lightning.hub.names import MAIN, check_branch, check_hub_name
-from fingpt_lightning.terminal.messages import first_line
+from fingpt_lightning.terminal.messages import first_line, without_credentials
 from fingpt_lightning.terminal.progress import announced
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ def upload(
         with announced(f"uploading {folder} to {name}"), _client_that_shows_bars_alone():
             return _pushed(api, files, name, private, revision, message)
     except Exception as error:  # of the client and the libraries below it
-        raise PushError(f"push {name}: {_reason(error, api.endpoint)}") from error
+        raise PushError(
+            f"push {name}: {_reason(error, without_credentials(api.endpoint))}"
+        ) from error
 
 
 def _pushed(
@@ -144,7 +146,9 @@ def _pushed(
     api.create_repo(name, private=private or None, exist_ok=True)
     if private and not api.model_info(name).private:
         raise PushError("the repository is public; make it private in its settings")
-    url = f"{api.endpoint}/{name}" + ("" if revision == MAIN else f"/tree/{revision}")
+    url = f"{without_credentials(api.endpoint)}/{name}" + (
+        "" if revision == MAIN else f"/tree/{revision}"
+    )
     refs = api.list_repo_refs(name)
     if any(tag.name == revision for tag in refs.tags):
         raise PushError(f"revision {revision} is a tag there; name another one")
@@ -242,7 +246,7 @@ def _reason(error: BaseException, endpoint: str) -> str:
             return "the token may not write there (status 403); it needs the right to, in settings"
         if status == _CHANGED:
             return "the repository has changed meanwhile (status 412)"
-        said = cause.server_message or first_line(cause)
+        said = without_credentials(cause.server_message or first_line(cause))
         return f"{endpoint} answers with status {status} ({said})"
     if isinstance(cause, HTTPError):
         return f"{endpoint} cannot be reached ({first_line(cause)})"

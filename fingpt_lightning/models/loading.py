@@ -60,6 +60,7 @@ class LoadedModel(NamedTuple):
 
     ``description`` names it in tables. ``revision`` is the commit of a network from the hub, else
     the SHA-256 of its weights. ``remarks`` are lines that say what was decided while loading.
+    ``stored_as`` is the quantization of the stored weights, if any.
     """
 
     network: PreTrainedModel
@@ -68,6 +69,20 @@ class LoadedModel(NamedTuple):
     description: str
     revision: str
     remarks: tuple[str, ...] = ()
+    stored_as: str | None = None
+
+    def quantization_by(self, setting: str) -> str | None:
+        """The quantization that a setting ``quantize`` of `load_model` gives this model.
+
+        Args:
+            setting: ``auto``, ``none``, ``nf4`` or ``int8``.
+        """
+        if self.stored_as is not None:
+            return self.stored_as
+        adapter = self.source.adapter
+        if setting == AUTO:
+            return None if adapter is None else trained_quantization(adapter)
+        return None if setting == NONE else setting
 
     def require_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, where one is needed.
@@ -216,7 +231,8 @@ def build_model(
     revision = source.commit or files_sha256(weights.files)
     of_dtype = dtype_remark(requested, str(dtype).removeprefix("torch."), device)
     remarks = tuple(remark for remark in (of_dtype, of_weights) if remark is not None)
-    return LoadedModel(network, tokenizer, source, f"{source.name} ({kind})", revision, remarks)
+    name = f"{source.name} ({kind})"
+    return LoadedModel(network, tokenizer, source, name, revision, remarks, stored_as)
 
 
 def standalone_copy(network: PreTrainedModel) -> PreTrainedModel:

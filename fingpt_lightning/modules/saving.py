@@ -98,5 +98,5 @@ def _figures(module: LightningModule) -> list[str]:
         return []
     steps: Any = module.trainer.global_step
     loss = module.trainer.callback_metrics.get(VAL_LOSS)
-    told = "" if loss is None else f"; validation loss {float(loss):.4f} nats per token"
-    return [f"Trained for {steps:,} steps{told}.", ""]
+    after = "" if loss is None else f"; validation loss {float(loss):.4f} nats per token"
+    return [f"Trained for {steps:,} steps{after}.", ""]

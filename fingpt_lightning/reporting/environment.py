@@ -15,6 +15,7 @@ import torch
 
 from fingpt_lightning.files import write_json
 from fingpt_lightning.profiling.versions import installed_versions
+from fingpt_lightning.terminal.messages import without_credentials
 from fingpt_lightning.units import GIB
 
 ENVIRONMENT = "environment.json"
@@ -29,7 +30,7 @@ def environment(words: Sequence[str] | None = None) -> dict[str, Any]:
     """
     program, *rest = sys.argv if words is None else words
     return {
-        "command": shlex.join([Path(program).name, *rest]),
+        "command": without_credentials(shlex.join([Path(program).name, *rest])),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": git_state(Path(__file__)),
         "machine": {

@@ -25,6 +25,10 @@ from fingpt_lightning.files import (
 from fingpt_lightning.shards.options import ANY_COUNT, Shard
 
 _RECORD = "shard.json"
+_ONE_DTYPE = (
+    " and the --dtype of the other; --dtype auto follows the machine: give all jobs of an array"
+    " the same type"
+)
 _LISTED = 5
 """Missing shards whose commands are printed; a line has to end somewhere."""
 
@@ -231,8 +235,7 @@ def _check_equal(output: Path, shards: list[FinishedShard], given: Mapping[str, 
     for shard, settings in others:
         for name in dict.fromkeys((*first[1], *settings)):
             if settings.get(name) != first[1].get(name):
-                # What auto takes may differ from machine to machine.
-                same = " and the --dtype of the other" if name == "dtype" else ""
+                same = _ONE_DTYPE if name == "dtype" else ""
                 raise ValueError(
                     f"shard {shard} of {output} is of {name} {settings.get(name)!r}, shard"
                     f" {first[0]} of {first[1].get(name)!r}; run one of them again with"

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fingpt_lightning.terminal.command_line import positive_int
+from fingpt_lightning.terminal.command_line import WrongOptions, positive_int
 
 ANY_COUNT = 0
 """What ``--merge`` without a number stands for: as many shards as there are."""
@@ -82,6 +82,25 @@ def add_shard_options(parser: argparse.ArgumentParser, unit: str) -> None:
         metavar="N",
         help="join the N shards that such jobs wrote; without N as many as there are",
     )
+
+
+def check_merge_options(options: argparse.Namespace) -> None:
+    """Refuses options of how a model is run beside ``--merge``, which loads none.
+
+    Those that answers depend on are compared with the settings of the shards instead.
+
+    Args:
+        options: Options of `add_shard_options` and of
+            `fingpt_lightning.terminal.command_line.add_model_options`.
+
+    Raises:
+        WrongOptions: There is such an option.
+    """
+    if options.merge is None:
+        return
+    for name, default in (("dequantize", "auto"), ("device", None)):
+        if getattr(options, name) != default:
+            raise WrongOptions(f"--{name} has no effect with --merge, which loads no model")
 
 
 def shard_command(command: str, words: list[str]) -> str:

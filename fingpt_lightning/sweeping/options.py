@@ -2,11 +2,10 @@
 
 import argparse
 import os
-import re
 from pathlib import Path
 
 from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions, positive_int
-from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.messages import nearest, without_credentials
 
 _SCHEMES = ("postgresql", "sqlite")
 
@@ -57,7 +56,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         options = build_parser().read(words)
     except WrongOptions as error:
         # A misspelled option's value may be a URL.
-        raise WrongOptions(re.sub(r"(://[^\s:/@]*):[^\s/]*@", r"\1:***@", str(error))) from None
+        raise WrongOptions(without_credentials(str(error))) from None
     if (options.sweep is None) == (options.resume is None):
         raise WrongOptions("give either a sweep file, or --resume and the folder of a local sweep")
     for name in ("output", "resume", "storage", "study"):

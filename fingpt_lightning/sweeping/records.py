@@ -25,6 +25,10 @@ _STATES = {
     StudyState.FAIL: TrialState.FAILED,
     StudyState.PRUNED: TrialState.PRUNED,
 }
+_WANDB_LOGGER = (
+    "lightning.pytorch.loggers.WandbLogger",
+    "lightning.pytorch.loggers.wandb.WandbLogger",
+)
 # Path and name of a run, which a new run determines for itself.
 _OF_ONE_LOGGER = ("name", "save_dir", "id", "version", "group", "mode")
 
@@ -85,7 +89,7 @@ def write_best_config(folder: Path, trial: FrozenTrial) -> None:
         if "dirpath" in (callback.get("init_args") or {}):
             callback["init_args"]["dirpath"] = None
     for logger in as_list(trainer.get("logger")):
-        if isinstance(logger, dict) and logger["class_path"].endswith(".WandbLogger"):
+        if isinstance(logger, dict) and logger["class_path"] in _WANDB_LOGGER:
             own = {key: None for key in _OF_ONE_LOGGER if key in logger["init_args"]}
             logger["init_args"] |= own | {"offline": not logger["init_args"].get("log_model")}
     text = yaml.safe_dump(settings, sort_keys=False)

@@ -11,9 +11,11 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import optuna
 import yaml
@@ -29,6 +31,7 @@ from fingpt_lightning.sweeping.records import run_folder, write_record
 from fingpt_lightning.sweeping.sweep_file import Sweep
 from fingpt_lightning.sweeping.sweep_runner import (
     SWEEP_FILE,
+    SweepResults,
     SweepRunner,
     direction,
     fill_study,
@@ -37,6 +40,7 @@ from fingpt_lightning.sweeping.sweep_runner import (
 )
 from fingpt_lightning.sweeping.trial_process import Outcome
 
+_T = TypeVar("_T")
 STUDY_FILE = "study.json"
 _WORKER, _TOKEN, _ATTEMPT, _FOLDER = "worker", "token", "attempt", "folder"
 _WAIT_S = 1.0
@@ -91,12 +95,23 @@ class SharedSweep(SweepRunner):
 
     @override
     def run(self, console: Console, extra: Sequence[str] = ()) -> int | None:
+        return self._through_outages(partial(super().run, console, extra), console)
+
+    @override
+    def results(self, console: Console) -> SweepResults:
+        return self._through_outages(partial(super().results, console), console)
+
+    def _through_outages(self, work: Callable[[], _T], console: Console) -> _T:
+        """What ``work`` gives, which is repeated after an outage of the database."""
         with self.database.explained():
             while True:
                 try:
-                    return super().run(console, extra)
+                    done = work()
                 except DATABASE_ERRORS as error:
                     self._wait_for_database(error, console)
+                else:
+                    self._end_outage(console)
+                    return done
 
     def _wait_for_database(self, error: Exception, console: Console) -> None:
         """Waits a moment; raises the error where that has lasted for five minutes."""

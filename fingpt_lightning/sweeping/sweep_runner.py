@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, NopPruner
@@ -16,11 +16,13 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as StudyState
 from rich.console import Console
+from rich.table import Table
 
 from fingpt_lightning.files import named_when_full, remove_leftovers, write_json
 from fingpt_lightning.sweeping.records import (
     best_number,
     run_folder,
+    table,
     write_best_config,
     write_record,
 )
@@ -42,6 +44,20 @@ _STUDY_STATES = {
     TrialState.FAILED: StudyState.FAIL,
     TrialState.PRUNED: StudyState.PRUNED,
 }
+
+
+class SweepResults(NamedTuple):
+    """What a sweep ends with.
+
+    Attributes:
+        table: Table of all trials.
+        worker: Worker that ran the best trial of a shared sweep.
+        folder: Folder of the sweep on that worker's machine.
+    """
+
+    table: Table
+    worker: str | None
+    folder: str | None
 
 
 class SweepRunner(ABC):
@@ -97,6 +113,17 @@ class SweepRunner(ABC):
             if best is not None:
                 self._write_best(best)
         return best
+
+    def results(self, console: Console) -> SweepResults:
+        """The table of the trials, and where the best one was run.
+
+        Args:
+            console: Console that prints what delays them.
+        """
+        has_best = best_number(self.study) is not None
+        attributes = self.study.best_trial.user_attrs if has_best else {}
+        trials = table(self.sweep, self.study)
+        return SweepResults(trials, attributes.get("worker"), attributes.get("folder"))
 
     def has_reached_target(self) -> bool:
         """Whether a trial has finished with a value at the metric's target or beyond it."""

@@ -2,10 +2,13 @@
 
 import difflib
 import os
+import re
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
+_HTTP_USER = re.compile(r"(\bhttps?:/{1,2})[^\s/?#]*@", re.IGNORECASE)
+_PASSWORD = re.compile(r"(\b(?!hf:)[\w+.-]+:/{1,2}[^\s:/@]*):[^\s/]*@")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
@@ -43,12 +46,13 @@ def check_choice(setting: str, value: str, known: Iterable[str]) -> None:
 
 
 def nearest_of(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name most like ``name``, or None where none is alike.
+    """The known name most like ``name`` and not itself, or None where none is alike.
 
     >>> nearest_of("1f1b", ["1f1c", "gpipe"])
     '1f1c'
     """
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+    others = [one for one in known if one != name]  # a name may be known where it is not allowed
+    return next(iter(difflib.get_close_matches(name, others, n=1, cutoff=cutoff)), None)
 
 
 def nearest_sibling(path: Path) -> Path | None:
@@ -80,8 +84,21 @@ def no_field(place: str, field: str, fields: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign library's error."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+    """The first line of a foreign library's error, without credentials."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+    return without_credentials(line)
+
+
+def without_credentials(text: str) -> str:
+    """A text that may hold URLs, such as a command line, without their passwords.
+
+    >>> without_credentials("https://me:secret@hub.local/models cannot be reached")
+    'https://hub.local/models cannot be reached'
+    >>> without_credentials("--storage postgresql://me:secret@database/sweeps")
+    '--storage postgresql://me:***@database/sweeps'
+    """
+    # A path has one of the two slashes. Of an HTTP address the name before the @ may be a token.
+    return _PASSWORD.sub(r"\1:***@", _HTTP_USER.sub(r"\1", text))
 
 
 def error_line(message: str, process_rank: int | str = 0) -> str:

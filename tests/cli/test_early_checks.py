@@ -24,6 +24,7 @@ from fingpt_lightning.terminal import inputs
 
 _FIT = ("fit", "--config", "debug_quickstart", "--trainer.logger", "false")
 _TUNE = ("fit", "--config", "debug_finetune_smollm2_fpb", "--trainer.logger", "false")
+_PREDICT = "predict --config debug_quickstart --model.init_from ./none --model.preset null"
 _COMPRESS = "compress --model ./none --size .5 --output out"
 _LABEL = "label --model ./none --output out.csv --task fpb --input news.csv"
 _FILES = {
@@ -118,6 +119,9 @@ WRONG = (
     "predict --config debug_quickstart --predictions.pth x",
     "predict --config debug_quickstart --predictions.overwrite maybe",
     "predict --config debug_quickstart --ckpt_path none.ckpt",
+    f"{_PREDICT} --predictions.path texts.csv",
+    f"{_PREDICT} --predictions.path sets --predictions.overwrite true",
+    f"{_PREDICT} --trainer.default_root_dir run",
     "plan --config debug_quickstart --trainer.max_stps 3",
     "plan --config debug_quickstart --no_calibrat",
     "plan --config debug_quickstart --model.rank many",
@@ -138,6 +142,7 @@ WRONG = (
     "evaluate --model ./none --tasks fpb --shard 1/2",
     "evaluate --model ./none --tasks fpb --output out --shard 3/2",
     "evaluate --model ./none --tasks fpb --data_dir sets --output out --merge",
+    "evaluate --model ./none --tasks fpb --output out --merge --dequantize never",
     "label --model ./none --output out.csv --task fpb --input none.csv",
     "label --model ./none --output out.csv --task fpd --input texts.csv",
     "label --model ./none --output out.csv --task fpb --input key.yaml",
@@ -150,6 +155,7 @@ WRONG = (
     f"{_LABEL} --merge 0",
     f"{_LABEL} --merge",
     f"{_LABEL} --merge 8",
+    f"{_LABEL} --merge --device cpu",
     "generate --model ./none --prompt x",
     "generate --model none.gguf --prompt x",
     "generate --model ./none --prompts none.txt",
@@ -219,6 +225,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "sets" / "fpb").mkdir(parents=True)
     row = {"sentence": "Shares rose.", "label": 2}
     (tmp_path / "sets" / "fpb" / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "predictions.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -263,6 +271,22 @@ def test_a_mistake_is_named_early_in_the_words_of_the_command(
         assert early is not None, "the early checks do not find it"
     late = _late(words, monkeypatch, capsys)
     assert early in (late, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--predictions.path texts.csv", "texts.csv is there already; predictions.overwrite repl"),
+        ("--predictions.path sets --predictions.overwrite true", "sets is a folder, not a file"),
+        ("--trainer.default_root_dir run", "run/predictions.jsonl is there already"),
+    ],
+)
+def test_predictions_that_are_there_are_named_before_anything_is_read(
+    words: str, message: str, folder: Path
+) -> None:
+    status, found = _early([*_PREDICT.split(), *words.split()]) or (0, "")
+    assert status == 1
+    assert f"predictions.path {message}" in found
 
 
 def test_every_command_is_walked() -> None:

@@ -2,7 +2,9 @@
 
 import csv
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +13,15 @@ import numpy
 import pytest
 import wandb
 import yaml
-from lightning.pytorch.loggers import MLFlowLogger
+from jsonargparse import Namespace
+from lightning.pytorch.loggers import Logger, MLFlowLogger
 from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fingpt_lightning.cli import logger_packages
 from fingpt_lightning.cli.early_checks import OFF_VARIABLE, check_trainer_command
 from fingpt_lightning.cli.errors import ConfigError
-from fingpt_lightning.cli.experiment_loggers import RunMLflow, RunTensorBoard
+from fingpt_lightning.cli.experiment_loggers import RunMLflow, RunTensorBoard, place_logger
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.cli.trainer import build_trainer_command
 from tests.evaluation.tiny_language import write_rows
@@ -229,6 +232,53 @@ def test_a_run_that_is_only_built_writes_nothing(tmp_path: Path) -> None:
     mlflow_logger = cli.trainer.loggers[kinds.index(RunMLflow)]
     assert isinstance(mlflow_logger, MLFlowLogger)
     assert mlflow_logger._tracking_uri == f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
+
+
+class MyLoggers:
+    """Classes of a user, whose names are those of Lightning's."""
+
+    class TensorBoardLogger(Logger):
+        """Not Lightning's."""
+
+    class MLFlowLogger(Logger):
+        """Not Lightning's."""
+
+
+@pytest.mark.parametrize("name", ["TensorBoardLogger", "MLFlowLogger"])
+def test_only_lightnings_own_loggers_get_a_place(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"save_dir": ".", "run_name": None, "run_id": None, "tracking_uri": None}
+    settings |= {"name": "lightning_logs", "version": None, "artifact_location": None}
+    of_lightning = "tensorboard" if name == "TensorBoardLogger" else "mlflow"
+    places = (
+        ("lightning.pytorch.loggers", True),
+        (f"lightning.pytorch.loggers.{of_lightning}", True),
+        (__name__, False),
+    )
+    monkeypatch.setattr(sys.modules[__name__], name, getattr(MyLoggers, name), raising=False)
+    for module, is_ours in places:
+        monkeypatch.setattr(logger_packages, "find_spec", lambda package: True)
+        logger = Namespace(class_path=f"{module}.{name}", init_args=Namespace(**settings))
+        place_logger(logger, tmp_path / "run", tmp_path)
+        assert (logger.class_path != f"{module}.{name}") is is_ours
+        assert (logger.init_args.as_dict() != settings) is is_ours
+        monkeypatch.setattr(logger_packages, "find_spec", lambda package: None)
+        with pytest.raises(ConfigError) if is_ours else nullcontext():
+            logger_packages.refuse_missing_package(f"{module}.{name}")
+    os.environ.pop("MLFLOW_DISABLE_TELEMETRY", None)
+
+
+def test_commands_that_log_nothing_need_no_package_of_a_logger(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logger_packages, "find_spec", lambda package: None)
+    for off in ("0", "1"):
+        monkeypatch.setenv(OFF_VARIABLE, off)
+        main(["tokenize", *PRETRAINING[1:], *OVERLAYS, "--data.cache_dir", "cache"])
+    assert " tokens of " in capsys.readouterr().out
+    main(["plan", *PRETRAINING[1:], *OVERLAYS])
+    assert "parameters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])

@@ -19,10 +19,11 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from callbacks.progress import TrainingProgress
 from fingpt_lightning.cli.early_checks import OFF_VARIABLE
-from fingpt_lightning.cli.main import COMMANDS, main
+from fingpt_lightning.cli.main import COMMANDS, _tell_start, main, one_line
 from fingpt_lightning.cli.run_folders import RUN_FOLDER_VARIABLE
 from fingpt_lightning.cli.trainer import FinGPTCLI
 from fingpt_lightning.modules import LowRankPretraining
+from fingpt_lightning.reporting.environment import environment
 from fingpt_lightning.strategies.checkpoint_files import WholeCheckpoints
 from tests.support.warm_python import WarmProcess
 
@@ -100,6 +101,18 @@ def test_help_lists_the_commands_at_once(program: list[str]) -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     for word in (*COMMANDS, "--debug"):
         assert re.search(rf"^ +{word}", done.stdout, re.MULTILINE)
+
+
+def test_credentials_in_an_address_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "--trainer.logger.tracking_uri", "http://me:secret@host/mlflow", "--bad"]
+    with pytest.raises(SystemExit):
+        main(["configs", words[2]])
+    assert one_line(ValueError(" ".join(words))).endswith(" http://host/mlflow --bad")
+    _tell_start(words)
+    printed = capsys.readouterr().err
+    assert printed.count("host/mlflow") == 2
+    assert "secret" not in printed
+    assert "secret" not in environment(["fingpt", *words])["command"]
 
 
 def test_an_unknown_command_names_the_nearest(run: Run) -> None:

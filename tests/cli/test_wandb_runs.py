@@ -185,6 +185,16 @@ def _write_sweep(folder: Path) -> None:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
 
 
+def test_credentials_in_the_address_of_a_server_are_used_and_not_printed(
+    server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", server.url.replace("://", "://me:secret@"))
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert find_unreachable(5.0) is None
+    server.fail(Fault.ERROR)
+    assert find_unreachable(5.0) == (server.url, "it answers with status 500")
+
+
 def test_only_an_answer_of_wandbs_api_is_a_server(
     server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

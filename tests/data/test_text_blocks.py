@@ -329,6 +329,36 @@ def test_a_mixture_draws_its_shares_and_counts_all_its_tokens(tmp_path: Path) ->
     assert len(_decoded(data, "val")) > 1
 
 
+def test_bad_rows_of_a_mixture_are_skipped_and_change_no_share(tmp_path: Path) -> None:
+    parts: list[MixturePart] = []
+    for name, weight, num_bad in (("a", 0.75, 40), ("b", 0.25, 10)):
+        texts = [f"{name} " * 20 + f"number {index}" for index in range(100)]
+        path = Path(_write_jsonl(tmp_path / f"{name}.jsonl", texts))
+        lines = path.read_text().splitlines()
+        for index in range(num_bad):
+            lines[2 * index] = ("{broken", '{"text": 7}')[index % 2]
+        path.write_text("\n".join(lines))
+        parts.append({"name": name, "files": str(path), "weight": weight})
+    with pytest.raises(ValueError, match=r"a.jsonl:1: no JSON"):
+        _ready(_data(tmp_path, mixture=parts))
+    data = _ready(_data(tmp_path, mixture=parts, on_bad_row="skip"))
+    number, first = data.skipped_rows()
+    assert number == 50
+    assert f"{parts[0]['files']}:" in str(first)
+    kept = data._opened("train")
+    assert all(file.bad_rows.number > 0 for file in kept)
+    (held_out,) = data._opened("val")
+    assert sum(file.bad_rows.number for file in kept) + held_out.bad_rows.number == 50
+    assert sum(file.num_documents for file in kept) + held_out.num_documents == 150
+    # The shares of the blocks are the weights, in every prefix to within one block.
+    loader, size_of_a = data.train_dataloader(), len(data._blocks(kept[0]))
+    assert isinstance(loader, ResumableDataLoader)
+    are_of_a = [int(index) < size_of_a for index in loader.block_sampler]
+    assert len(are_of_a) > 100
+    for number in range(1, len(are_of_a) + 1):
+        assert abs(sum(are_of_a[:number]) - 0.75 * number) <= 1
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_run_on_a_mixture_is_resumed_exactly(num_workers: int, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"mixture": _MIXTURE, "batch_size": 8, "num_workers": num_workers}

@@ -154,7 +154,7 @@ def test_offline_and_without_a_token_nothing_is_exported(
     ("words", "message"),
     [
         (("--push", "me/my model"), "did you mean me/my-model?"),
-        (("--push", "me/x", "--revision", "a b"), "revision 'a b' is no name of a branch"),
+        (("--push", "me/x", "--revision", "a b"), "revision 'a b' is not the name of a branch"),
         (("--private",), "--private has an effect with --push alone"),
         (("--revision", "v1"), "--revision has an effect with --push alone"),
         (("--commit_message", "x"), "--commit_message has an effect with --push alone"),

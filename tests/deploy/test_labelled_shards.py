@@ -17,6 +17,7 @@ from fingpt_lightning.cli.main import main
 from fingpt_lightning.deploy import label_command, labelling
 from fingpt_lightning.deploy.labelling import Labeller
 from fingpt_lightning.files import owned
+from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from tests.deploy.tiny_clients import save_clients
 from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer
 
@@ -53,7 +54,7 @@ def label(
             "--task": "fpb",
             "--input": "in.jsonl",
             "--output": "out.jsonl",
-            "--device": "cpu",
+            **({} if "--merge" in words else {"--device": "cpu"}),
         }
         defaults = [x for name, value in given.items() if name not in words for x in (name, value)]
         status = 0
@@ -217,6 +218,28 @@ def test_shards_of_another_input_or_model_are_not_merged(
     assert "the shards of out.jsonl are of input_sha256 " in error
     Path("in.jsonl").write_text(text)  # at another time, as on another machine
     assert label("--merge")[0] == 0
+
+
+def test_an_option_beside_a_merge_is_that_of_the_shards_or_refused(
+    label: Label, model: Path, tmp_path: Path
+) -> None:
+    first, second = (str(path) for path in save_clients(model, tmp_path / "clients", 2))
+    _shards(label, 2, "--adapter", first, "--dtype", "float32")
+    own = ("--adapter", first)
+    for words, message in [
+        ((*own, "--dtype", "float64"), "of dtype 'float32', --merge of 'float64'"),
+        ((*own, "--chat_template", "none"), "of chat_template 'auto', --merge of 'none'"),
+        (("--adapter", second), f"of adapter '{adapter_digest(Path(first))}', --merge of '"),
+        ((), f"of adapter '{adapter_digest(Path(first))}', --merge of None"),
+    ]:
+        status, _, error = label("--merge", *words)
+        assert status == 1
+        assert f"the shards of out.jsonl are {message}" in error
+    for name, value in (("--device", "cpu"), ("--dequantize", "never")):
+        status, _, error = label("--merge", *own, name, value)
+        assert status == 2
+        assert f"{name} has no effect with --merge, which loads no model" in error
+    assert label("--merge", *own, "--dtype", "float32")[0] == 0
 
 
 def test_a_model_that_was_trained_on_meanwhile_is_noticed(

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 import fingpt_lightning
 from fingpt_lightning.deploy.exporting import export
-from fingpt_lightning.deploy.model_card import Reading, model_card, read_record
+from fingpt_lightning.deploy.model_card import Reading, known_of, model_card, read_record
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import LowRankPretraining
@@ -73,6 +73,39 @@ def test_figures_from_before_rounding_are_told_and_not_claimed(base: Path, tmp_p
     assert "Evaluation of the source, before this export:" in text
 
 
+@pytest.mark.parametrize(
+    ("kind", "measured", "loaded", "are_equal"),
+    [
+        ("plain", "none", "auto", True),
+        ("plain", "none", "nf4", False),
+        ("plain", "nf4", "nf4", True),
+        ("adapter trained on nf4", "auto", "nf4", True),
+        ("adapter trained on nf4", "none", "auto", False),
+        ("adapter trained on nf4", "auto", "none", False),
+        ("stored in int8", "none", "auto", True),
+        ("stored in int8", "auto", "none", True),
+    ],
+)
+def test_results_hold_for_the_quantization_that_they_were_measured_in(
+    kind: str, measured: str, loaded: str, are_equal: bool, base: Path, tmp_path: Path
+) -> None:
+    model = base
+    if kind == "stored in int8":
+        model = tmp_path / "model"
+        export(load_model(base), "int8", model, tolerance=2.0)
+    elif kind != "plain":
+        (model,) = save_clients(base, tmp_path / "clients", 1, quantize="nf4")
+    source = load_model(model, quantize=loaded)
+    adapter = None if source.source.adapter is None else adapter_digest(model)
+    head = {"revision": source.revision, "adapter_sha256": adapter}
+    results = _results(tmp_path / "eval", **head, settings={"quantize": measured})
+    if are_equal:
+        assert known_of(source, [results]).tasks == {"fpb": FPB}
+    else:
+        with pytest.raises(ValueError, match=f"were measured with quantize {measured}"):
+            known_of(source, [results])
+
+
 def test_the_card_of_a_run_has_what_the_run_measured_at_that_step(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "one"
     (run / "checkpoints").mkdir(parents=True)
@@ -96,6 +129,9 @@ def test_the_card_of_a_run_has_what_the_run_measured_at_that_step(tmp_path: Path
     assert card["tags"] == ["fingpt-lightning", "low-rank"]
     assert card["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.75
     assert not {"license", "base_model"} & card.keys()
+    # The run measured it without rounding.
+    export(load_model(run, quantize="int8"), "int8", tmp_path / "int8", tolerance=2.0)
+    assert "model-index" not in _card(tmp_path / "int8")
 
 
 def test_the_record_in_a_card_comes_back_whatever_is_in_it(base: Path, tmp_path: Path) -> None:

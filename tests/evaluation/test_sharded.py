@@ -16,6 +16,8 @@ from fingpt_lightning.evaluation import command, runner
 from fingpt_lightning.evaluation.forward import run_trees
 from fingpt_lightning.evaluation.sharded import merged_results
 from fingpt_lightning.files import owned
+from fingpt_lightning.models.formats.peft_adapter import adapter_digest
+from tests.deploy.tiny_clients import save_clients
 from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer, write_rows
 
 Evaluate = Callable[..., tuple[int, str, str]]
@@ -48,8 +50,8 @@ def evaluate(
             "--data_dir": "data",
             "--tasks": "fpb,piqa",
             "--output": "results",
-            "--device": "cpu",
             "--batch_tokens": "40",
+            **({} if "--merge" in words else {"--device": "cpu"}),
         }
         defaults = [x for name, value in given.items() if name not in words for x in (name, value)]
         status = 0
@@ -213,6 +215,33 @@ def test_shards_of_other_rows_models_or_settings_are_not_merged(evaluate: Evalua
     assert "the shards of results are of fpb.split_sha256 " in error
     file.write_text(text)
     assert evaluate("--merge")[0] == 0
+
+
+def test_an_option_beside_a_merge_is_that_of_the_shards_or_refused(
+    evaluate: Evaluate, model: Path, tmp_path: Path
+) -> None:
+    (client,) = save_clients(model, tmp_path / "clients", 1)
+    (again,) = save_clients(model, tmp_path / "copy", 1)
+    own = ("--tasks", "fpb", "--adapter", str(client))
+    for number in (1, 2):
+        assert evaluate("--shard", f"{number}/2", *own)[0] == 0
+    digest = adapter_digest(client)
+    for words, message in [
+        ((*own, "--dtype", "float64"), "of dtype 'float32', --merge of 'float64'"),
+        ((*own, "--batch_tokens", "50"), "of batch_tokens 40, --merge of 50"),
+        ((*own, "--chat_template", "none"), "of chat_template 'auto', --merge of 'none'"),
+        (own[:2], f"of adapter '{digest}', --merge of None"),
+    ]:
+        status, _, error = evaluate("--merge", *words)
+        assert status == 1
+        assert f"the shards of results are {message}" in error
+    for name, value in (("--device", "cpu"), ("--dequantize", "never")):
+        status, _, error = evaluate("--merge", *own, name, value)
+        assert status == 2
+        assert f"{name} has no effect with --merge, which loads no model" in error
+    # The adapter is the one of the same bytes, wherever it lies.
+    status, _, error = evaluate("--merge", *own[:2], "--adapter", str(again), "--dtype", "float32")
+    assert status == 0, error
 
 
 def test_shards_that_dequantize_otherwise_are_merged(evaluate: Evaluate) -> None:

@@ -114,28 +114,45 @@ def test_a_base_that_is_its_own_source_ends(tmp_path: Path) -> None:
     assert origin_of(str(tmp_path)) == (None, {}, ())
 
 
+def _results(folder: Path, revision: str, adapter: str | None, model: str | None = None) -> Any:
+    """`results_in` of a model whose adapter was trained on nf4."""
+    trained_on = {"auto": "nf4", "none": None}
+    return results_in(folder, revision, adapter, model, lambda x: trained_on.get(x, x))
+
+
 def test_results_are_those_of_the_same_weights(tmp_path: Path) -> None:
     head = {"revision": "a", "adapter_sha256": "b", "model": "m (gpt2)"}
     _write(tmp_path / "results.json", {**head, "tasks": {"fpb": FPB}})
-    assert results_in(tmp_path, "a", "b", None) == {"fpb": FPB}
+    assert _results(tmp_path, "a", "b", "nf4") == {"fpb": FPB}
     for revision, adapter in (("c", "b"), ("a", None)):
         with pytest.raises(ValueError, match=r"are of m \(gpt2\), whose weights are not those of"):
-            results_in(tmp_path, revision, adapter, None)
+            _results(tmp_path, revision, adapter)
     with pytest.raises(FileNotFoundError, match=r"results .*none: no results.json in it"):
-        results_in(tmp_path / "none", "a", "b", None)
+        _results(tmp_path / "none", "a", "b")
     _write(tmp_path / "results.json", "[]")
     with pytest.raises(ValueError, match="is not the results of an evaluation"):
-        results_in(tmp_path, "a", "b", None)
+        _results(tmp_path, "a", "b")
 
 
-def test_results_of_a_quantized_model_are_not_those_of_the_whole_one(tmp_path: Path) -> None:
-    head = {"revision": "a", "adapter_sha256": None, "settings": {"quantize": "nf4"}}
+@pytest.mark.parametrize(
+    ("setting", "resolved", "measured"),
+    [("auto", " (nf4)", "nf4"), ("none", "", None), ("nf4", "", "nf4"), ("int8", "", "int8")],
+)
+def test_results_are_those_of_the_same_quantization(
+    setting: str, resolved: str, measured: str | None, tmp_path: Path
+) -> None:
+    head = {"revision": "a", "adapter_sha256": None, "settings": {"quantize": setting}}
     _write(tmp_path / "results.json", {**head, "tasks": {"fpb": FPB}})
-    assert results_in(tmp_path, "a", None, "nf4") == {"fpb": FPB}
-    for quantization, named in ((None, "not quantized"), ("int8", "int8")):
-        message = f"were measured with quantize nf4, and the model is {named}"
-        with pytest.raises(ValueError, match=message):
-            results_in(tmp_path, "a", None, quantization)
+    assert _results(tmp_path, "a", None, measured) == {"fpb": FPB}
+    others = {None, "nf4", "int8"} - {measured}
+    assert len(others) == 2
+    for other in others:
+        with pytest.raises(ValueError, match="were measured") as refused:
+            _results(tmp_path, "a", None, other)
+        assert str(refused.value) == (
+            f"results {tmp_path} were measured with quantize {setting}{resolved}, and the model is"
+            f" {other or 'not quantized'}; quantize {setting} exports what was measured"
+        )
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,14 @@ def test_names_as_the_hub_takes_them_are_taken(name: str) -> None:
     ],
 )
 def test_the_nearest_right_form_of_a_wrong_name_is_named(name: str, meant: str) -> None:
-    with pytest.raises(ValueError, match=r"is no OWNER/NAME") as refused:
+    with pytest.raises(ValueError, match=r"is not of the form OWNER/NAME") as refused:
         check_hub_name(name)
     assert str(refused.value).endswith(f"; did you mean {meant}?")
 
 
 @pytest.mark.parametrize("name", ["", "/", "..", "a/" + "b" * 97])
 def test_a_name_that_is_like_none_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="is no OWNER/NAME"):
+    with pytest.raises(ValueError, match="is not of the form OWNER/NAME"):
         check_hub_name(name)
 
 
@@ -41,5 +41,5 @@ def test_names_of_branches() -> None:
         "v1", "main", "runs/a-1.5"
     ]  # fmt: skip
     for wrong in ("", "a b", "-a", "a..b", "a//b", "refs/pr/1", "a.lock", "a/"):
-        with pytest.raises(ValueError, match="is no name of a branch"):
+        with pytest.raises(ValueError, match="is not the name of a branch"):
             check_branch(wrong)

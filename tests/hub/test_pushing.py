@@ -199,6 +199,19 @@ def test_a_hub_that_cannot_be_reached_is_named(
         push_to_hub(folder, "me/small")
 
 
+def test_credentials_in_the_address_of_a_hub_are_not_printed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = HubServer()
+    with server.running():
+        reach(server, monkeypatch)
+    address = server.url.replace("://", "://me:secret@")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    with pytest.raises(PushError, match=rf"push me/small: {server.url} cannot be") as failed:
+        push_to_hub(folder, "me/small")
+    assert "secret" not in str(failed.value)
+
+
 def test_without_a_token_nothing_is_asked(
     hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,15 @@ def test_a_dtype_that_auto_took_before_is_named(tmp_path: Path, name: str, advic
 
 
 @pytest.mark.parametrize(
-    ("name", "ending"), [("dtype", " and the --dtype of the other"), ("model", "")]
+    ("name", "ending"),
+    [
+        (
+            "dtype",
+            " and the --dtype of the other; --dtype auto follows the machine: give all jobs of an"
+            " array the same type",
+        ),
+        ("model", ""),
+    ],
 )
 def test_dtypes_that_auto_took_on_two_machines_are_made_equal_by_name(
     tmp_path: Path, name: str, ending: str

@@ -279,6 +279,29 @@ def test_an_outage_between_two_trials_repeats_neither(
     assert "dropped" not in printed.getvalue()
 
 
+def test_the_last_table_waits_for_a_database_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = _sweep(tmp_path, {"rank": {"values": [2, 1]}})
+    database = Database(f"sqlite:///{tmp_path}/study.sqlite")
+    worker = SharedSweep(sweep, database, "tiny", tmp_path / "out", None, None)
+    printed, left, get_trials = StringIO(), [1], worker.study.get_trials
+
+    def fails_once(*given: Any, **named: Any) -> Any:
+        if left:
+            left.pop()
+            raise StorageInternalError("server closed the connection")
+        return get_trials(*given, **named)
+
+    monkeypatch.setattr(worker.study, "get_trials", fails_once)
+    table, *place = worker.results(Console(file=printed, width=200))
+    assert [column.header for column in table.columns][:2] == ["trial", "rank"]
+    assert place == [None, None]
+    waiting, back = printed.getvalue().splitlines()
+    assert waiting.startswith("waiting for the database: sqlite:///")
+    assert back == "the database answers again"
+
+
 def test_an_early_stopping_that_cannot_be_asked_lets_the_trial_run(tmp_path: Path) -> None:
     stopping = {"type": "hyperband", "max_iter": 8, "s": 3, "eta": 2}
     sweep = _sweep(tmp_path, {"rank": {"values": [2, 1]}}, early_terminate=stopping)
