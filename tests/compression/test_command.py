@@ -21,7 +21,7 @@ from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.quantization.quantized_embedding import QuantizedHead
 from fingpt_lightning.models.shapes import GPT2Shape
 from fingpt_lightning.modules import LowRankPretraining
-from tests.evaluation.tiny_language import VOCABULARY, tiny_network, tiny_tokenizer
+from tests.evaluation.tiny_language import POSITIONS, VOCABULARY, tiny_network, tiny_tokenizer
 
 Compress = Callable[..., tuple[int, str, str]]
 LINES = ["Shares of Foo fell", "Profit rose", "The dividend of Foo Corp was kept as it was"]
@@ -211,7 +211,7 @@ def test_a_block_is_left_out_and_the_rest_is_taken_apart(
 def test_a_head_with_a_map_of_its_own_keeps_it(
     compress: Compress, given: Path, tmp_path: Path
 ) -> None:
-    shape = GPT2Shape(num_layers=2, width=32, num_heads=2, num_positions=64)
+    shape = GPT2Shape(num_layers=2, width=32, num_heads=2, num_positions=POSITIONS)
     network = build_network(shape, VOCABULARY, None, 20, seed=1, has_own_head_map=True)
     with torch.no_grad():
         head_of(network).get_parameter("up").mul_(1.5)

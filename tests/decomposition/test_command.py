@@ -580,6 +580,39 @@ def test_a_dense_run_with_a_factorized_embedding_is_decomposed_in_every_form(
     assert record["parameters"] == sum(p.numel() for p in made.parameters())
 
 
+def test_a_dense_run_goes_on_with_factors(
+    decompose: Decompose, dense_run: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    """Dense first, then factors: the checkpoint of a run taken apart, and trained on."""
+    words = ("--rank_ratio", "0.4", "--calibration", text, "--sequential")
+    status, _, error = decompose(dense_run["checkpoint"], *words)
+    assert status == 0, error
+    module = LowRankPretraining(
+        init_from=str(tmp_path / "out"), optimizer="spectron", embedding_optimizer="mixed",
+        embedding_learning_rate=0.03, learning_rate=0.002,
+    )  # fmt: skip
+    module.configure_model()
+    made = load_model(tmp_path / "out").network.state_dict()
+    for name, weight in module.network.state_dict().items():
+        assert torch.equal(weight, made[name]), name
+    data = TextBlocks(
+        str(text), str(text), block_length=16, batch_size=2, cache_dir=str(tmp_path / "cache"),
+        tokenizer=str(tmp_path / "out"),
+    )  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu", max_steps=4, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=2,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    (before,) = trainer.validate(module, data, verbose=False)
+    trainer.fit(module, datamodule=data)
+    (after,) = trainer.validate(module, data, verbose=False)
+    assert after["val/loss"] < before["val/loss"]
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    description = load_model(tmp_path / "end.ckpt").description
+    assert description.endswith("(low-rank gpt2)")
+
+
 def test_an_embedding_that_is_factorized_already_has_its_rank(
     decompose: Decompose, dense_run: dict[str, Path]
 ) -> None:
