@@ -148,7 +148,7 @@ def rank_ratio_of(
     return ratio_for_parameters(free, left)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16, typed=True)  # a rank of 1 is not the share 1.0
 def narrow_shape(
     compression: float,
     shape: AnyShape,

@@ -347,6 +347,13 @@ def test_the_narrow_network_is_the_widest_that_is_small_enough(
         narrow_shape(99.0, shape, vocab_size, embedding_rank, is_tied)
 
 
+def test_a_rank_of_one_is_not_the_share_one() -> None:
+    shape = NARROWED["gpt2"]
+    assert narrow_shape(2.0, shape, 331, 1).config(1).hidden_size == 30
+    with pytest.raises(ValueError, match=r"embedding_rank 1\.0 makes the embedding of 331 tokens"):
+        narrow_shape(2.0, shape, 331, 1.0)
+
+
 def test_another_width_keeps_the_proportions_of_a_stored_config() -> None:
     found = of_width(NARROWED["wide heads, windows"], 24).config(1)
     assert (found.hidden_size, found.intermediate_size, found.head_dim) == (24, 50, 12)
