@@ -440,6 +440,7 @@ class FinGPTCLI(LightningCLI):
             plugins = [*plugins, WholeCheckpoints()]
         # What is saved, also for other runs, does not contain the folder of this one.
         self.config[self.command] = self._as_given
+        _note_resolved(self._as_given.model, self.model)
         trainer = super().instantiate_trainer(
             logger=loggers or False,
             callbacks=own or None,
@@ -453,6 +454,14 @@ class FinGPTCLI(LightningCLI):
             if self.runs and isinstance(logger, WandbLogger):
                 begin_run(logger)
         return trainer
+
+
+def _note_resolved(settings: Namespace, module: LightningModule) -> None:
+    """Puts what a module decided in the place of a null into the config that the run records."""
+    init_args = settings.get("init_args") or Namespace()
+    for key, value in module.hparams.items():
+        if value is not None and key in init_args and init_args[key] is None:
+            init_args[key] = value
 
 
 def _placed_profiler(given: Profiler | str | None, run_folder: Path) -> Profiler | str | None:

@@ -1,6 +1,6 @@
 """Parameters, bytes and floating-point operations of a network and of its dense baseline."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -75,6 +75,24 @@ class ModelBudget:
     sequence_length: int
     same_size: SameSizeDense | None = None
     """The other choice at this size, where it is known: shown beside the dense baseline."""
+
+    def beside(self, dense: "ModelBudget") -> "ModelBudget":
+        """The same network beside a dense baseline of other sizes, with layers of the same names.
+
+        Args:
+            dense: Budget of the dense baseline.
+        """
+        named = {layer.name: layer for layer in dense.layers}
+        assert named.keys() == {layer.name for layer in self.layers}
+        layers = (
+            replace(
+                layer,
+                dense_parameters=named[layer.name].dense_parameters,
+                dense_flops_per_token=named[layer.name].dense_flops_per_token,
+            )
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
 
     @property
     def total_parameters(self) -> int:

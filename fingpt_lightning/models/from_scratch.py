@@ -40,7 +40,15 @@ from fingpt_lightning.models.low_rank_config import (
     note_own_head,
     note_own_head_map,
 )
-from fingpt_lightning.models.shapes import AnyShape, GPT2Shape, LlamaShape, resized
+from fingpt_lightning.models.shapes import (
+    AnyShape,
+    GPT2Shape,
+    LlamaShape,
+    of_depth,
+    of_width,
+    resized,
+    width_step,
+)
 from fingpt_lightning.models.split_layers import part_names, split_fused_layers
 from fingpt_lightning.models.tied_head import tie_head
 
@@ -122,15 +130,12 @@ def rank_ratio_of(
     given = {name: rule.rank_of(name, *layers[name]) for name in layers.keys() - free.keys()}
     network = _dense(shape, vocab_size)
     dense = sum(parameter.numel() for parameter in network.parameters())
-    embedding, head = network.get_input_embeddings(), head_of(network)
-    assert isinstance(embedding, nn.Embedding)
-    table = (vocab_size, embedding.embedding_dim)
-    num_tables = 1 if head.weight is embedding.weight else 2
     fixed = dense - sum(num_parameters(None, *size) for size in layers.values())
-    columns = resolve_rank(embedding_rank, *table)
-    fixed += num_tables * (num_parameters(columns, *table) - num_parameters(None, *table))
+    fixed += _embedding_change(network, embedding_rank)
+    width = int(network.config.hidden_size)
+    columns = resolve_rank(embedding_rank, vocab_size, width)
     if has_own_head_map and columns is not None:
-        fixed += columns * embedding.embedding_dim
+        fixed += columns * width
     fixed += sum(num_parameters(rank, *layers[name]) for name, rank in given.items())
     left = parameters_left(
         free,
@@ -141,6 +146,81 @@ def rank_ratio_of(
         "embedding_rank makes the embedding smaller",
     )
     return ratio_for_parameters(free, left)
+
+
+@functools.lru_cache(maxsize=16, typed=True)  # a rank of 1 is not the share 1.0
+def narrow_shape(
+    compression: float,
+    shape: AnyShape,
+    vocab_size: int,
+    embedding_rank: Rank,
+    has_own_head_map: bool = False,
+) -> AnyShape:
+    """The widest shape whose network, dense behind a factorized embedding, is small enough.
+
+    Depth, number of heads and the proportion of the MLP stay.
+
+    Args:
+        compression: Ratio of all parameters of the dense network of ``shape`` to all of the narrow
+            one, which is reached or exceeded.
+        shape: Sizes of the dense baseline.
+        vocab_size: Size of the vocabulary.
+        embedding_rank: Rank of the embedding, and of a head that is not tied to it; a float is a
+            share of the width that is found.
+        has_own_head_map: Whether a head with the embedding's table has a map of its own.
+
+    Raises:
+        ValueError: No width up to the shape's has a smaller embedding or reaches ``compression``.
+
+    >>> from fingpt_lightning.models.shapes import PRESETS
+    >>> narrow_shape(2.64, PRESETS["gpt2-small"], 50257, 0.875, has_own_head_map=True).width
+    432
+    """
+    step, width = width_step(shape), int(shape.config(1).hidden_size)
+    widths = [
+        w
+        for w in range(step, width + 1, step)
+        if _columns_that_fit(embedding_rank, vocab_size, w) is not None
+    ]
+    if not widths:
+        raise ValueError(
+            f"embedding_rank {embedding_rank} makes the embedding of {vocab_size:,} tokens smaller"
+            f" at no width up to {width}: lower it"
+        )
+
+    def parameters(width: int) -> int:
+        narrow = of_width(shape, width)
+        change = _embedding_change(_dense(of_depth(narrow, 1), vocab_size), embedding_rank)
+        columns = _columns_that_fit(embedding_rank, vocab_size, width)
+        assert columns is not None
+        own_map = columns * width if has_own_head_map else 0
+        return _num_parameters(narrow, vocab_size) + change + own_map
+
+    dense = _num_parameters(shape, vocab_size)
+    found = bisect.bisect_right(widths, dense / compression, key=parameters)
+    if found == 0:
+        raise ValueError(
+            f"compression {compression} is out of reach: width {widths[0]}, the smallest with"
+            f" as many heads, gives {dense / parameters(widths[0]):.2f}; lower it or num_heads"
+        )
+    return of_width(shape, widths[found - 1])
+
+
+def _columns_that_fit(embedding_rank: Rank, vocab_size: int, width: int) -> int | None:
+    """The rank of an embedding; None where it is larger than the width or saves nothing."""
+    if isinstance(embedding_rank, int) and embedding_rank > min(vocab_size, width):
+        return None
+    return resolve_rank(embedding_rank, vocab_size, width)
+
+
+def _embedding_change(network: PreTrainedModel, embedding_rank: Rank) -> int:
+    """Parameters that factors of a dense network's embedding and head have more than these."""
+    embedding, head = network.get_input_embeddings(), head_of(network)
+    assert isinstance(embedding, nn.Embedding)
+    table = (embedding.num_embeddings, embedding.embedding_dim)
+    num_tables = 1 if head.weight is embedding.weight else 2
+    columns = resolve_rank(embedding_rank, *table)
+    return num_tables * (num_parameters(columns, *table) - num_parameters(None, *table))
 
 
 def same_size_dense(
@@ -174,11 +254,15 @@ def _of_width(shape: GPT2Shape | LlamaShape, width: int) -> GPT2Shape | LlamaSha
 
 
 def _num_dense(shape: GPT2Shape | LlamaShape, width: int, vocab_size: int) -> int:
-    """Parameters of the dense network of a width, from those of one and two blocks."""
-    narrow = _of_width(shape, width)
-    networks = (_dense(resized(narrow, num_layers=n), vocab_size) for n in (1, 2))
+    return _num_parameters(_of_width(shape, width), vocab_size)
+
+
+def _num_parameters(shape: AnyShape, vocab_size: int) -> int:
+    """Parameters of the dense network of a shape, from those of one and two blocks."""
+    networks = (_dense(of_depth(shape, n), vocab_size) for n in (1, 2))
     one, two = (sum(p.numel() for p in network.parameters()) for network in networks)
-    return int(one + (shape.num_layers - 1) * (two - one))
+    num_layers = int(shape.config(1).num_hidden_layers)
+    return int(one + (num_layers - 1) * (two - one))
 
 
 def check_ranks(shape: AnyShape, rank: RankRule, embedding_rank: Rank) -> None:

@@ -144,6 +144,41 @@ class StoredShape:
         of_file = {key: value for key, value in contents.items() if key != "quantization_config"}
         return network_config(of_file | tokens | dropouts | {"vocab_size": vocab_size}, self.file)
 
+    def of_width(self, width: int) -> "StoredShape":
+        """The sizes at another width: as many heads, MLP and heads in the same proportion.
+
+        Raises:
+            ValueError: The rotary embedding is laid out for the size of the file's heads.
+        """
+        config = self.config(1)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                f"architecture {self.file}: its rotary embedding is laid out for heads of one size,"
+                " which another width does not have"
+            )
+        share = width / config.hidden_size
+        changes = {"hidden_size": width}
+        for key in ("intermediate_size", "n_inner"):
+            if (found := getattr(config, key, None)) is not None:
+                changes[key] = max(1, round(found * share))
+        if (found := getattr(config, "head_dim", None)) is not None:
+            changes["head_dim"] = 2 * max(1, round(found * share / 2))
+        return self._with(**changes)
+
+    def of_depth(self, num_layers: int) -> "StoredShape":
+        """The sizes of so many blocks, for counting: windows of attention are left out."""
+        return self._with(num_hidden_layers=num_layers, layer_types=None)
+
+    def _with(self, **changes: int | None) -> "StoredShape":
+        names = self.config(1).attribute_map
+        contents = json.loads(self.contents)
+        for key, value in changes.items():
+            contents.pop(key, None)
+            if value is not None:
+                contents[names.get(key, key)] = value
+        return replace(self, contents=json.dumps(contents))
+
 
 AnyShape: TypeAlias = GPT2Shape | LlamaShape | StoredShape
 
@@ -213,6 +248,33 @@ def resized(shape: GPT2Shape | LlamaShape, **changes: int | None) -> GPT2Shape |
         given["mlp_width"] = max(1, round(shape.mlp_width * given["width"] / shape.width))
     made: GPT2Shape | LlamaShape = replace(shape, **given)  # type: ignore[arg-type]
     return made
+
+
+def of_width(shape: AnyShape, width: int) -> AnyShape:
+    """A shape of another width with as many heads, the MLP in the same proportion.
+
+    Raises:
+        ValueError: The width does not fit the heads.
+    """
+    return shape.of_width(width) if isinstance(shape, StoredShape) else resized(shape, width=width)
+
+
+def of_depth(shape: AnyShape, num_layers: int) -> AnyShape:
+    """A shape of another number of blocks, whose parameters can be counted."""
+    if isinstance(shape, StoredShape):
+        return shape.of_depth(num_layers)
+    return resized(shape, num_layers=num_layers)
+
+
+def width_step(shape: AnyShape) -> int:
+    """The number whose multiples the width may be, with as many heads as the shape has.
+
+    >>> width_step(PRESETS["gpt2-small"]), width_step(PRESETS["llama-130m"])
+    (12, 24)
+    """
+    config = shape.config(1)
+    turns_pairs = family_named(config.model_type).positions is None
+    return int(config.num_attention_heads) * (2 if turns_pairs else 1)
 
 
 def stored_shape(path: str) -> StoredShape:

@@ -40,6 +40,7 @@ from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.models.from_scratch import (
     check_ranks,
     materialize,
+    narrow_shape,
     rank_ratio_of,
     same_size_dense,
 )
@@ -68,8 +69,10 @@ from fingpt_lightning.modules.recipe import (
     FACTOR_OPTIMIZERS,
     PLAIN,
     check_recipe,
+    check_recipe_name,
     check_schedule,
     low_rank_changes,
+    with_recipe,
 )
 from fingpt_lightning.modules.saving import save_module
 from fingpt_lightning.modules.self_guided import GuideSchedule
@@ -77,7 +80,8 @@ from fingpt_lightning.modules.sharding import shard
 from fingpt_lightning.modules.teacher import WITHOUT_TEACHER, Teacher
 from fingpt_lightning.modules.weight_averaging import prepare_averaging
 from fingpt_lightning.terminal.messages import nearest
-from fingpt_lightning.terminal.progress import announced
+from fingpt_lightning.terminal.progress import announced, print_status
+from fingpt_lightning.units import format_count
 
 HEAD_MAPS = ("shared", "own")
 _PRESET = "gpt2-small"
@@ -118,14 +122,20 @@ class LowRankPretraining(LanguageModelingModule):
             factors of its own.
         embedding_rank: The rank of embedding and head, tied or not; null keeps the full tables.
         head_map: Map from the width to the rank in a factorized head that shares the embedding's
-            table: ``shared``, the embedding's own; ``own``, another one, which starts as it.
+            table: ``shared``, the embedding's own; ``own``, another one, which starts as it; null
+            is ``shared``.
         compression: All parameters of the dense baseline over all of this network, embedding
             included; the one rank ratio that comes nearest is found. In place of ``rank``.
+        recipe: ``narrow`` reaches ``compression`` by a smaller width with dense blocks and a
+            factorized embedding, the best that was measured at one size, in place of ``rank``. It
+            decides the width, and where they are null ``embedding_rank``, ``head_map``,
+            ``optimizer``, ``embedding_optimizer``, ``spectron_dense`` and the rates of these.
         init_from: Folder, hub name, GGUF file, checkpoint or run folder of the model to train on,
             which decides the architecture, in place of all settings above and those of sizes; and
             the tokenizer, where the data name none.
         num_layers: Number of decoder blocks, in place of the preset's.
-        width: Width of the hidden states, in place of the preset's.
+        width: Width of the hidden states, in place of the preset's; with ``recipe`` that of the
+            dense baseline.
         num_heads: Number of attention heads, in place of the preset's.
         num_positions: Most tokens per row, in place of the preset's.
         vocab_size: Size of the vocabulary; null takes the tokenizer's of the data.
@@ -135,7 +145,7 @@ class LowRankPretraining(LanguageModelingModule):
             and attention's result.
         compile: Whether torch.compile fuses the blocks: some percent faster after a minute.
         loss_chunk_size: Tokens whose logits over the vocabulary are held at a time.
-        learning_rate: Highest learning rate of the schedule.
+        learning_rate: Highest learning rate of the schedule; null is 0.0006, or the recipe's.
         final_learning_rate_ratio: Ratio of the last to the highest learning rate.
         warmup: Length of the warm-up: an int is steps, a float the share of all steps.
         schedule: Learning rate after the warm-up: ``cosine``, half a cosine down to the last rate;
@@ -161,19 +171,20 @@ class LowRankPretraining(LanguageModelingModule):
             product up down.
         optimizer: ``adamw``; ``adamw_8bit``, its state in 8 bits; ``spectron``, which moves factor
             matrices along orthogonalized momentum by a bounded step, and all else by AdamW;
-            ``lora_muon``, which moves them so that their product takes the step of Muon.
+            ``lora_muon``, which moves them so that their product takes the step of Muon; null is
+            ``adamw``, or the recipe's.
         embedding_optimizer: ``adamw``, or ``same`` for factors of embedding and head that are moved
             as those of the blocks are, with ``spectron`` or ``lora_muon``; ``mixed``, with one of
             these two, moves their table by AdamW and the map from it to the width as a dense matrix
-            of a block.
+            of a block; null is ``adamw``, or the recipe's.
         embedding_learning_rate: Highest learning rate of the embedding and the head, factors or
-            full tables; null is the rate of what else their optimizer moves.
+            full tables; null is the rate of what else their optimizer moves, or the recipe's.
         spectron_learning_rate: Highest learning rate of the factors with ``spectron``: about the
-            spectral norm by which a step changes a product.
+            spectral norm by which a step changes a product; null is 0.07, or the recipe's.
         spectron_momentum: Momentum of ``spectron``.
         spectron_dense: Whether, with ``spectron``, layers of the blocks that stay dense are moved
             alike, by ``spectron_learning_rate`` in the spectral norm: a dense baseline on equal
-            terms.
+            terms; null is false, or the recipe's.
         spectron_adjust_lr: ``original`` multiplies the step of a factor of ``spectron`` by
             sqrt(max(1, rows / columns)), as its authors' code does; ``none`` is their formula.
         lora_muon_learning_rate: Highest learning rate of the factors with ``lora_muon``: about the
@@ -202,7 +213,7 @@ class LowRankPretraining(LanguageModelingModule):
     architecture_settings = (
         "preset", "architecture", "num_layers", "width", "num_heads", "num_positions",
         "vocab_size", "rank", "rank_overrides", "embedding_rank", "head_map", "compression",
-        "factor_activation", "factor_expansion",
+        "recipe", "factor_activation", "factor_expansion",
     )  # fmt: skip
 
     def __init__(
@@ -212,8 +223,9 @@ class LowRankPretraining(LanguageModelingModule):
         rank: int | float | Literal["auto"] | None = "auto",
         rank_overrides: dict[str, int | float | None] | None = None,
         embedding_rank: int | float | None = None,
-        head_map: Literal["shared", "own"] = "shared",
+        head_map: Literal["shared", "own"] | None = None,
         compression: float | None = None,
+        recipe: Literal["narrow"] | None = None,
         init_from: str | None = None,
         num_layers: int | None = None,
         width: int | None = None,
@@ -224,7 +236,7 @@ class LowRankPretraining(LanguageModelingModule):
         recompute: Literal["none", "block", "low_rank"] = "none",
         compile: bool = False,
         loss_chunk_size: int = 512,
-        learning_rate: float = 0.0006,
+        learning_rate: float | None = None,
         final_learning_rate_ratio: float = 0.1,
         warmup: int | float = 0.05,
         schedule: Literal["cosine", "linear", "wsd"] = "cosine",
@@ -237,12 +249,12 @@ class LowRankPretraining(LanguageModelingModule):
         factor_expansion: float = 0.0,
         self_guided: float = 0.0,
         factor_decay: Literal["factors", "product"] = "factors",
-        optimizer: Literal["adamw", "adamw_8bit", "spectron", "lora_muon"] = "adamw",
-        embedding_optimizer: Literal["adamw", "same", "mixed"] = "adamw",
+        optimizer: Literal["adamw", "adamw_8bit", "spectron", "lora_muon"] | None = None,
+        embedding_optimizer: Literal["adamw", "same", "mixed"] | None = None,
         embedding_learning_rate: float | None = None,
-        spectron_learning_rate: float = 0.07,
+        spectron_learning_rate: float | None = None,
         spectron_momentum: float = 0.95,
-        spectron_dense: bool = False,
+        spectron_dense: bool | None = None,
         spectron_adjust_lr: Literal["none", "original"] = "none",
         lora_muon_learning_rate: float = 0.02,
         lora_muon_momentum: float = 0.95,
@@ -272,7 +284,8 @@ class LowRankPretraining(LanguageModelingModule):
                 "rank": None if rank == "auto" else repr(rank),
                 "rank_overrides": rank_overrides, "embedding_rank": embedding_rank,
                 "head_map": None if head_map == "shared" else head_map,
-                "compression": compression, "num_layers": num_layers, "width": width,
+                "compression": compression, "recipe": recipe,
+                "num_layers": num_layers, "width": width,
                 "num_heads": num_heads, "num_positions": num_positions, "vocab_size": vocab_size,
                 "initialization": None if initialization == "svd" else initialization,
                 "factor_activation": None if factor_activation == "none" else factor_activation,
@@ -293,18 +306,41 @@ class LowRankPretraining(LanguageModelingModule):
             "num_positions": num_positions,
         }  # fmt: skip
         self.shape = _shape_of(preset, architecture, sizes)
+        check_recipe_name(recipe, compression, rank_overrides)
+        settings = with_recipe(
+            recipe,
+            {
+                "embedding_rank": embedding_rank, "head_map": head_map,
+                "learning_rate": learning_rate, "optimizer": optimizer,
+                "embedding_optimizer": embedding_optimizer,
+                "embedding_learning_rate": embedding_learning_rate,
+                "spectron_learning_rate": spectron_learning_rate,
+                "spectron_dense": spectron_dense,
+            },
+            head_is_tied=bool(self.shape.config(1).tie_word_embeddings),
+        )  # fmt: skip
         if init_from is None:
             check_dropout(self.shape.config(1).model_type, dropout)
         rank_now = _RANK_RATIO if isinstance(rank, str) else rank
-        check_ranks(self.shape, RankRule(rank_now, rank_overrides or {}), embedding_rank)
-        _check_head_map(head_map, embedding_rank, embedding_optimizer, self.shape)
+        try:
+            check_ranks(
+                self.shape, RankRule(rank_now, rank_overrides or {}), settings["embedding_rank"]
+            )
+        except ValueError as error:
+            raise ValueError(f"recipe {recipe}: {error}" if recipe else str(error)) from None
+        _check_head_map(
+            settings["head_map"],
+            settings["embedding_rank"],
+            settings["embedding_optimizer"],
+            self.shape,
+        )
         if recompute not in list(Recompute):
             hint = nearest(recompute, Recompute)
             raise ValueError(f"recompute {recompute!r} is none of {', '.join(Recompute)}{hint}")
         if vocab_size is not None and vocab_size < 1:
             raise ValueError(f"vocab_size {vocab_size} is below 1")
         check_optimization(
-            learning_rate=learning_rate,
+            learning_rate=settings["learning_rate"],
             final_learning_rate_ratio=final_learning_rate_ratio,
             warmup=warmup,
             weight_decay=weight_decay,
@@ -318,16 +354,13 @@ class LowRankPretraining(LanguageModelingModule):
             {
                 "initialization": initialization, "factor_activation": factor_activation,
                 "factor_expansion": factor_expansion, "self_guided": self_guided,
-                "factor_decay": factor_decay, "optimizer": optimizer,
-                "embedding_optimizer": embedding_optimizer,
-                "embedding_learning_rate": embedding_learning_rate,
-                "spectron_learning_rate": spectron_learning_rate,
-                "spectron_momentum": spectron_momentum, "spectron_dense": spectron_dense,
+                "factor_decay": factor_decay, "spectron_momentum": spectron_momentum,
                 "spectron_adjust_lr": spectron_adjust_lr,
                 "lora_muon_learning_rate": lora_muon_learning_rate,
                 "lora_muon_momentum": lora_muon_momentum, "lora_muon_dense": lora_muon_dense,
                 "quantization_aware": quantization_aware, "weight_decay": weight_decay,
             }
+            | settings
         )  # fmt: skip
         self.rounding = RoundingSchedule.checked(quantization_aware, quantization_start)
         self.guiding = GuideSchedule(self_guided)
@@ -335,6 +368,9 @@ class LowRankPretraining(LanguageModelingModule):
         self._start: _Start | None = None
         self._is_dense_baseline = False
         self.save_hyperparameters()
+        initial: Any = self._hparams_initial  # those that loggers get
+        for hparams in (self.hparams, initial):
+            hparams.update(settings)
         self.teacher = Teacher.checked(self.hparams)
         # Drawn now, so that nothing that draws before the network is built changes the network.
         self.initialization_seed = int(torch.randint(2**31, ()))
@@ -354,7 +390,9 @@ class LowRankPretraining(LanguageModelingModule):
         """
         hparams = self.hparams
         rank, overrides = hparams["rank"], hparams["rank_overrides"] or {}
-        if rank == "auto":
+        if hparams["recipe"] is not None:
+            rank = None
+        elif rank == "auto":
             rank = _RANK_RATIO
             if hparams["compression"] is not None:
                 rank = rank_ratio_of(
@@ -366,6 +404,49 @@ class LowRankPretraining(LanguageModelingModule):
                     hparams["head_map"] == "own",
                 )
         return RankRule(rank, overrides)
+
+    @property
+    def network_shape(self) -> AnyShape:
+        """The sizes of a network from scratch; with a recipe it is narrower than its baseline.
+
+        Raises:
+            ValueError: ``compression`` is out of reach, or the vocabulary is not known yet.
+        """
+        hparams = self.hparams
+        if hparams["recipe"] is None:
+            return self.shape
+        return narrow_shape(
+            hparams["compression"],
+            self.shape,
+            self._vocab_size(),
+            hparams["embedding_rank"],
+            hparams["head_map"] == "own",
+        )
+
+    def recipe_text(self) -> str | None:
+        """What the recipe decided, in one line; None without one.
+
+        Raises:
+            ValueError: As in `network_shape`.
+        """
+        hparams = self.hparams
+        if hparams["recipe"] is None:
+            return None
+        network, baseline = self.laid_out(), int(self.shape.config(1).hidden_size)
+        embedding: Any = network.get_input_embeddings()
+        budget = self.budget()
+        kind, rate = hparams["optimizer"], hparams["learning_rate"]
+        rates = [f"{kind} at {rate:g}"]
+        if kind in FACTOR_OPTIMIZERS:
+            rates = [f"{kind} at {hparams[f'{kind}_learning_rate']:g}", f"AdamW at {rate:g}"]
+        if hparams["embedding_learning_rate"] is not None:
+            rates.append(f"the embedding at {hparams['embedding_learning_rate']:g}")
+        return (
+            f"recipe {hparams['recipe']}: width {network.config.hidden_size} of {baseline},"
+            f" embedding rank {embedding.rank}, head_map {hparams['head_map']},"
+            f" {', '.join(rates)}; {format_count(budget.total_parameters)} parameters,"
+            f" {budget.total_compression_ratio:.2f}x smaller"
+        )
 
     def check_block_length(self, block_length: int) -> None:
         """Raises unless sequences of ``block_length`` tokens fit the positions.
@@ -444,6 +525,8 @@ class LowRankPretraining(LanguageModelingModule):
 
     def _make_network(self) -> None:
         self._check_recipe_fits()
+        if self.is_fitting and (text := self.recipe_text()) is not None:
+            print_status(text)
         if self.init_from is not None:
             with announced(f"loading {self.init_from}"):
                 self.network = self._loaded()
@@ -581,6 +664,8 @@ class LowRankPretraining(LanguageModelingModule):
         if changes and not low_rank_factors(self.laid_out()):
             key, value = next(iter(changes.items()))
             of_none = ", as model.rank is null" if hparams["rank"] is None else ""
+            if hparams["recipe"] is not None:
+                of_none = f", as model.recipe is {hparams['recipe']}"
             raise ValueError(
                 f"model.{key} {value} is about low-rank layers, and the network has none{of_none}:"
                 f" set {PLAIN[key]}"
@@ -652,7 +737,7 @@ class LowRankPretraining(LanguageModelingModule):
             )
         source = self.text_source
         return lay_out_network(
-            self.shape,
+            self.network_shape,
             self._vocab_size(),
             rank=self.rank_rule,
             embedding_rank=self.hparams["embedding_rank"],
@@ -723,6 +808,9 @@ class LowRankPretraining(LanguageModelingModule):
             sequence_length = self._num_positions() if source is None else source.block_length
         # Laid out anew: a process may hold only a part of it.
         budget = model_budget(self.laid_out(), sequence_length)
+        if self.hparams["recipe"] is not None:
+            dense = lay_out_network(self.shape, self._vocab_size())
+            budget = budget.beside(model_budget(dense, sequence_length))
         is_smaller = budget.total_parameters < budget.dense_total_parameters
         if self.init_from is not None or isinstance(self.shape, StoredShape) or not is_smaller:
             return budget
@@ -743,7 +831,7 @@ class LowRankPretraining(LanguageModelingModule):
             return twin
         dense: dict[str, Any] = {
             "rank": None, "rank_overrides": None, "embedding_rank": None, "compression": None,
-            "head_map": "shared",
+            "recipe": None, "head_map": "shared",
         }  # fmt: skip
         return type(self)(**(settings | dense | plain))
 

@@ -1,4 +1,4 @@
-"""The settings for training low-rank layers, and which of them fit each other."""
+"""The settings for training low-rank layers, which of them fit each other, and named recipes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from fingpt_lightning.low_rank import Initialization
 from fingpt_lightning.low_rank.linear import FACTOR_ACTIVATIONS
 from fingpt_lightning.modules.ranges import check_above_0, check_below_1, check_from_0
-from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.messages import check_choice, nearest
 
 PLAIN: Mapping[str, Any] = {
     "initialization": "svd", "factor_activation": "none", "factor_expansion": 0.0,
@@ -21,6 +21,66 @@ LR_ADJUSTMENTS = ("none", "original")
 FACTOR_OPTIMIZERS = ("spectron", "lora_muon")
 """Optimizers with a rule of their own for factors, each with settings that begin with its name."""
 OPTIMIZERS = ("adamw", "adamw_8bit", *FACTOR_OPTIMIZERS)
+RECIPES = ("narrow",)
+DEFAULTS: Mapping[str, Any] = {
+    "embedding_rank": None, "head_map": "shared", "learning_rate": 0.0006, "optimizer": "adamw",
+    "embedding_optimizer": "adamw", "embedding_learning_rate": None,
+    "spectron_learning_rate": 0.07, "spectron_dense": False,
+}  # fmt: skip
+"""The settings whose null a recipe decides, and what it stands for without one."""
+_NARROW_EMBEDDING_RANK = 0.875
+_NARROW_TRAINING: Mapping[str, Any] = {
+    "optimizer": "spectron", "spectron_dense": True, "spectron_learning_rate": 0.025,
+    "embedding_optimizer": "mixed", "embedding_learning_rate": 0.064, "learning_rate": 0.008,
+}  # fmt: skip
+
+
+def with_recipe(
+    recipe: str | None, settings: Mapping[str, Any], *, head_is_tied: bool
+) -> dict[str, Any]:
+    """The settings of `DEFAULTS` with a value in the place of each null that is decided.
+
+    What is given stays. ``narrow`` is the best of docs/benchmarks/same_size_quality.json; its rates
+    are those of its optimizer, and go with no other.
+
+    Args:
+        recipe: One of `RECIPES`; None takes `DEFAULTS`.
+        settings: Values of the keys of `DEFAULTS`; None where a value is not given.
+        head_is_tied: Whether the head of the dense network shares the embedding's table.
+    """
+    decided: dict[str, Any] = {}
+    if recipe == "narrow":
+        decided["embedding_rank"] = _NARROW_EMBEDDING_RANK
+        if head_is_tied:  # else it has factors of its own
+            decided["head_map"] = "own"
+        if settings["optimizer"] in (None, _NARROW_TRAINING["optimizer"]):
+            decided |= _NARROW_TRAINING
+    given = {key: value for key, value in settings.items() if value is not None}
+    return {**DEFAULTS, **decided, **given}
+
+
+def check_recipe_name(
+    recipe: str | None, compression: float | None, rank_overrides: object
+) -> None:
+    """Raises unless a named recipe has what it needs, and nothing that contradicts it.
+
+    Raises:
+        ValueError: It is unknown, has no compression to reach, or does not have the layers that
+            ``rank_overrides`` names.
+    """
+    if recipe is None:
+        return
+    check_choice("recipe", recipe, RECIPES)
+    if compression is None:
+        raise ValueError(
+            f"recipe {recipe} chooses the width by a total compression: set compression, such as"
+            " 2.64"
+        )
+    if rank_overrides:
+        raise ValueError(
+            f"rank_overrides {rank_overrides}: recipe {recipe} keeps the blocks dense; leave"
+            " rank_overrides at null"
+        )
 
 
 def check_recipe(settings: Mapping[str, Any]) -> None:

@@ -143,6 +143,8 @@ def _plan(
     device = trainer.strategy.root_device
     precision = str(trainer.precision)
     made = blueprint(cli.model, data.vocabulary_size, length, precision, device)
+    if isinstance(cli.model, LowRankPretraining) and (text := cli.model.recipe_text()) is not None:
+        notes.append(text)
     step = _count(cli.model, made, data.batch, precision)
     optimizer = cli.model.hparams.get("optimizer", "adamw")
     gradients = sum(count * width for count, width in made.trained_parameters)

@@ -1,5 +1,6 @@
 """What a terminal or a log shows of long work."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -116,6 +117,12 @@ def shown_progress(
     if display.is_shown and in_log:
         rate = f"{done / display.time_s:.3g} per second"
         display.print(f"{what}: {done:,} {unit} in {format_duration(display.time_s)}, {rate}")
+
+
+def print_status(line: str) -> None:
+    """Prints a line on stderr, of the first process."""
+    if launched_rank() == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -14,9 +14,14 @@ from transformers import PreTrainedModel
 
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.compression import command, stages
+from fingpt_lightning.models.families import head_of
+from fingpt_lightning.models.formats.hf_folder import write_network
+from fingpt_lightning.models.from_scratch import build_network
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.models.quantization.quantized_embedding import QuantizedHead
+from fingpt_lightning.models.shapes import GPT2Shape
 from fingpt_lightning.modules import LowRankPretraining
-from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer
+from tests.evaluation.tiny_language import POSITIONS, VOCABULARY, tiny_network, tiny_tokenizer
 
 Compress = Callable[..., tuple[int, str, str]]
 LINES = ["Shares of Foo fell", "Profit rose", "The dividend of Foo Corp was kept as it was"]
@@ -201,6 +206,28 @@ def test_a_block_is_left_out_and_the_rest_is_taken_apart(
     assert network.num_parameters() == record["small"]["parameters"]
     assert "1 of its blocks left out" in (out / "README.md").read_text()
     assert _logits(out).isfinite().all()
+
+
+def test_a_head_with_a_map_of_its_own_keeps_it(
+    compress: Compress, given: Path, tmp_path: Path
+) -> None:
+    shape = GPT2Shape(num_layers=2, width=32, num_heads=2, num_positions=POSITIONS)
+    network = build_network(shape, VOCABULARY, None, 20, seed=1, has_own_head_map=True)
+    with torch.no_grad():
+        head_of(network).get_parameter("up").mul_(1.5)
+    (tmp_path / "own").mkdir()
+    write_network(network, tmp_path / "own", torch.float32)
+    tiny_tokenizer().save_pretrained(tmp_path / "own")
+    words = ("--model", tmp_path / "own", "--size", "0.9", "--heal", "2", "--learning_rate", "1e-6")
+    status, _, error = compress(*words, "--format", "int8")
+    assert status == 0, error
+    loaded = load_model(tmp_path / "small")
+    assert loaded.description.endswith("(low-rank gpt2, int8)")
+    head = head_of(loaded.network)
+    assert isinstance(head, QuantizedHead)
+    expected = head_of(network).get_parameter("up")
+    torch.testing.assert_close(head.get_parameter("up"), expected, rtol=0, atol=1e-4)
+    assert _logits(tmp_path / "small").isfinite().all()
 
 
 def test_a_plan_makes_nothing(compress: Compress, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fingpt_lightning.decomposition import layer_files, refinement, runner, sequ
 from fingpt_lightning.files import owned, put_in_place
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
 from fingpt_lightning.low_rank.rank import resolve_rank
+from fingpt_lightning.models.families import head_of
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import LowRankPretraining
 from tests.deploy.tiny_clients import save_clients, save_low_rank_model
@@ -519,16 +520,18 @@ def test_models_that_are_not_dense_are_refused(decompose: Decompose, tmp_path: P
         assert (status, message in error) == (1, True), error
 
 
-@pytest.fixture(scope="module")
-def dense_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture(scope="module", params=["shared", "own"])
+def dense_run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """A run of ours with dense blocks behind a factorized embedding: its checkpoint, its folder."""
-    folder = tmp_path_factory.mktemp("dense_run")
+    folder = tmp_path_factory.mktemp(f"dense_run_{request.param}")
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     text = folder / "text.txt"
     text.write_text(" ".join(LINES * 40))
     module = LowRankPretraining(
         "gpt2-nano", num_layers=2, width=24, num_heads=2, num_positions=64, rank=None,
-        embedding_rank=7,
+        embedding_rank=7, head_map=request.param, learning_rate=0.01,
     )  # fmt: skip
     data = TextBlocks(
         str(text), str(text), tokenizer=str(folder / "tokenizer"), block_length=16, batch_size=2,
@@ -559,18 +562,55 @@ def test_a_dense_run_with_a_factorized_embedding_is_decomposed_in_every_form(
     status, _, error = decompose(source, "--rank_ratio", "0.4", *words)
     assert status == 0, error
     before, made = (load_model(path).network for path in (source, tmp_path / "out"))
-    tables = []
+    ends = []
     for network in (before, made):
-        embedding = network.get_input_embeddings()
+        embedding, head = network.get_input_embeddings(), head_of(network)
         assert isinstance(embedding, LowRankEmbedding)
-        tables.append(embedding.table)
-    assert torch.equal(*tables)
+        assert head.table is embedding.table
+        has_own_map = "own" in str(source.parent.name)
+        assert (head.up is not embedding.up) == has_own_map
+        assert torch.equal(head.get_parameter("up"), embedding.up) == (not has_own_map)
+        ends.append((embedding.table, embedding.up, head.get_parameter("up")))
+    assert all(map(torch.equal, *ends))
     kinds = [{type(m).__name__ for m in network.modules()} for network in (before, made)]
     assert "LowRankLinear" not in kinds[0]
     assert "LowRankLinear" in kinds[1]
     record = json.loads((tmp_path / "out" / "decomposition.json").read_text())
     assert record["dense_parameters"] == sum(p.numel() for p in before.parameters())
     assert record["parameters"] == sum(p.numel() for p in made.parameters())
+
+
+def test_a_dense_run_goes_on_with_factors(
+    decompose: Decompose, dense_run: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    """Dense first, then factors: the checkpoint of a run taken apart, and trained on."""
+    words = ("--rank_ratio", "0.4", "--calibration", text, "--sequential")
+    status, _, error = decompose(dense_run["checkpoint"], *words)
+    assert status == 0, error
+    module = LowRankPretraining(
+        init_from=str(tmp_path / "out"), optimizer="spectron", embedding_optimizer="mixed",
+        embedding_learning_rate=0.03, learning_rate=0.002,
+    )  # fmt: skip
+    module.configure_model()
+    made = load_model(tmp_path / "out").network.state_dict()
+    for name, weight in module.network.state_dict().items():
+        assert torch.equal(weight, made[name]), name
+    data = TextBlocks(
+        str(text), str(text), block_length=16, batch_size=2, cache_dir=str(tmp_path / "cache"),
+        tokenizer=str(tmp_path / "out"),
+    )  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu", max_steps=4, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=2,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    (before,) = trainer.validate(module, data, verbose=False)
+    trainer.fit(module, datamodule=data)
+    (after,) = trainer.validate(module, data, verbose=False)
+    assert after["val/loss"] < before["val/loss"]
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    description = load_model(tmp_path / "end.ckpt").description
+    assert description.endswith("(low-rank gpt2)")
 
 
 def test_an_embedding_that_is_factorized_already_has_its_rank(

@@ -24,7 +24,7 @@ from fingpt_lightning.models.from_scratch import build_network
 from fingpt_lightning.models.loading import LoadedModel, load_model
 from fingpt_lightning.models.low_rank_config import note_low_rank
 from fingpt_lightning.models.quantization.quantized_embedding import QuantizedEmbedding
-from fingpt_lightning.models.shapes import GPT2Shape
+from fingpt_lightning.models.shapes import AnyShape, GPT2Shape, StoredShape
 from tests.deploy.tiny_clients import save_clients
 from tests.evaluation.tiny_language import VOCABULARY, tiny_tokenizer
 
@@ -74,6 +74,8 @@ SOURCES = {
     "llama": Stored("llama"),
     "low-rank gpt2": Stored("low-rank gpt2"),
     "low-rank llama": Stored("low-rank llama"),
+    "low-rank own-map gpt2": Stored("low-rank own-map gpt2"),
+    "low-rank own-map llama": Stored("low-rank own-map llama"),
     "silu": Stored("silu"),
     "gpt2 in nf4": Stored("gpt2", "nf4"),
     "llama in nf4": Stored("llama", "nf4"),
@@ -84,6 +86,8 @@ SOURCES = {
     "gpt2 loaded in int8": Stored("gpt2", "int8", "loaded"),
     "llama loaded in nf4": Stored("llama", "nf4", "loaded"),
     "low-rank gpt2 loaded in nf4": Stored("low-rank gpt2", "nf4", "loaded"),
+    "low-rank own-map gpt2 in int8": Stored("low-rank own-map gpt2", "int8"),
+    "low-rank own-map llama in nf4": Stored("low-rank own-map llama", "nf4", embeddings="kept"),
 }
 
 
@@ -104,16 +108,23 @@ class Model(NamedTuple):
 def _network(base: str) -> PreTrainedModel:
     torch.manual_seed(3)
     network: PreTrainedModel
-    if base.endswith("llama"):
-        network = LlamaForCausalLM(
-            LlamaConfig(
-                num_hidden_layers=1, hidden_size=24, intermediate_size=39, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=40, vocab_size=VOCABULARY,
-                bos_token_id=1, eos_token_id=0,
-            )
-        )  # fmt: skip
+    shape: AnyShape
+    llama = LlamaConfig(
+        num_hidden_layers=1, hidden_size=24, intermediate_size=39, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=40, vocab_size=VOCABULARY,
+        bos_token_id=1, eos_token_id=0,
+    )  # fmt: skip
+    if base == "low-rank own-map llama":
+        contents = json.dumps(llama.to_dict() | {"tie_word_embeddings": True})
+        shape = StoredShape(Path("config.json"), contents)
+        network = build_network(shape, VOCABULARY, RankRule(5), 11, seed=3, has_own_head_map=True)
+    elif base.endswith("llama"):
+        network = LlamaForCausalLM(llama)
         if base == "low-rank llama":
             make_low_rank(network, rank=5)
+    elif base == "low-rank own-map gpt2":  # whose blocks are dense, as with recipe: narrow
+        shape = GPT2Shape(num_layers=1, width=24, num_heads=2, num_positions=40)
+        network = build_network(shape, VOCABULARY, None, 11, seed=3, has_own_head_map=True)
     else:
         is_low_rank = base != "gpt2"
         network = build_network(

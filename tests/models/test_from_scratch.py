@@ -23,11 +23,18 @@ from fingpt_lightning.models import (
 from fingpt_lightning.models.expansion import expand
 from fingpt_lightning.models.families import FAMILIES, head_of
 from fingpt_lightning.models.formats.hf_folder import write_network
-from fingpt_lightning.models.from_scratch import check_ranks, rank_ratio_of, same_size_dense
+from fingpt_lightning.models.from_scratch import (
+    check_ranks,
+    narrow_shape,
+    rank_ratio_of,
+    same_size_dense,
+)
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.shapes import (
     LLAMA_PRESETS,
+    AnyShape,
     StoredShape,
+    of_width,
     preset_shape,
     resized,
     stored_shape,
@@ -283,3 +290,78 @@ def test_the_dense_network_of_the_same_size_is_the_nearest_of_all_widths(
 
 def test_a_network_narrower_than_all_has_no_dense_one_of_its_size() -> None:
     assert same_size_dense(TINY, VOCABULARY, 100, 8) is None
+
+
+def _stored(**settings: Any) -> StoredShape:
+    return StoredShape(Path("config.json"), json.dumps(settings))
+
+
+NARROWED: dict[str, AnyShape] = {
+    "gpt2": GPT2Shape(num_layers=3, width=42, num_heads=3, num_positions=11),
+    "llama": LlamaShape(num_layers=3, width=48, num_heads=3, mlp_width=101, num_positions=11),
+    "a stored gpt2": _stored(
+        model_type="gpt2", n_layer=3, n_embd=42, n_head=3, n_positions=11, n_inner=77
+    ),
+    "a stored, tied llama": _stored(
+        model_type="llama", num_hidden_layers=3, hidden_size=48, intermediate_size=101,
+        num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=11,
+        tie_word_embeddings=True,
+    ),
+    "wide heads, windows": _stored(
+        model_type="qwen3", num_hidden_layers=3, hidden_size=48, intermediate_size=101,
+        num_attention_heads=3, num_key_value_heads=1, head_dim=24, max_position_embeddings=11,
+        tie_word_embeddings=True, use_sliding_window=True, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NARROWED)
+@pytest.mark.parametrize("embedding_rank", [0.875, 7])
+def test_the_narrow_network_is_the_widest_that_is_small_enough(
+    name: str, embedding_rank: int | float
+) -> None:
+    shape, vocab_size = NARROWED[name], 331
+    config = shape.config(vocab_size)
+    is_tied = bool(config.tie_word_embeddings)
+    dense = sum(p.numel() for p in lay_out_network(shape, vocab_size).parameters())
+    stored: dict[int, int] = {}
+    step = 3 if config.model_type == "gpt2" else 6
+    for width in range(step, config.hidden_size + 1, step):
+        if isinstance(embedding_rank, int) and embedding_rank > width:
+            continue
+        network = lay_out_network(
+            of_width(shape, width), vocab_size, None, embedding_rank, has_own_head_map=is_tied
+        )
+        if isinstance(network.get_input_embeddings(), LowRankEmbedding):
+            stored[width] = sum(p.numel() for p in network.parameters())
+        assert network.config.hidden_size == width
+    assert len(stored) > 4
+    for compression in (1.0, 1.5, 2.64, 3.0):
+        narrow = narrow_shape(compression, shape, vocab_size, embedding_rank, is_tied)
+        fit = [width for width, number in stored.items() if number * compression <= dense]
+        assert narrow.config(1).hidden_size == max(fit)
+        assert narrow.config(1).num_hidden_layers == 3
+        assert narrow.config(1).num_attention_heads == 3
+    with pytest.raises(ValueError, match=r"compression 99.0 is out of reach: width \d+, the sma"):
+        narrow_shape(99.0, shape, vocab_size, embedding_rank, is_tied)
+
+
+def test_a_rank_of_one_is_not_the_share_one() -> None:
+    shape = NARROWED["gpt2"]
+    assert narrow_shape(2.0, shape, 331, 1).config(1).hidden_size == 30
+    with pytest.raises(ValueError, match=r"embedding_rank 1\.0 makes the embedding of 331 tokens"):
+        narrow_shape(2.0, shape, 331, 1.0)
+
+
+def test_another_width_keeps_the_proportions_of_a_stored_config() -> None:
+    found = of_width(NARROWED["wide heads, windows"], 24).config(1)
+    assert (found.hidden_size, found.intermediate_size, found.head_dim) == (24, 50, 12)
+    assert found.layer_types == ["sliding_attention", "full_attention", "full_attention"]
+    gpt2 = of_width(NARROWED["a stored gpt2"], 21).config(1)
+    assert (gpt2.n_embd, gpt2.n_inner) == (21, 38)
+    partial = _stored(
+        model_type="phi3", rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.75}
+    )
+    with pytest.raises(ValueError, match="its rotary embedding is laid out for heads of one size"):
+        of_width(partial, 32)

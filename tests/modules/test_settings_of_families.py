@@ -172,6 +172,7 @@ PRETRAINING: dict[str, Row] = {
     ),
     "embedding_rank": _decided(embedding_rank=4),
     "compression": _decided(compression=2.0),
+    "recipe": _decided(recipe="narrow"),
     "num_layers": _decided(num_layers=3),
     "width": _decided(width=24),
     "num_heads": _decided(num_heads=2),

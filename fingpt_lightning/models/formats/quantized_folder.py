@@ -161,7 +161,9 @@ def _set_embedding(network: PreTrainedModel, name: str, embedding: QuantizedEmbe
         network.set_submodule(family_of(network).head, QuantizedHead(embedding, own_up))
     elif is_tied:
         network.set_submodule(family_of(network).head, QuantizedHead(embedding))
-        network.config.tie_word_embeddings = False  # transformers' own tying knows no codes
+    else:
+        return
+    network.config.tie_word_embeddings = False  # transformers' own tying knows no codes
 
 
 def is_low_rank(network: PreTrainedModel) -> bool:
