@@ -59,7 +59,7 @@ class FinancialInstructions(TokenizedData):
             sentiment of synthetic news, or the rows of ``train_files``.
         data_dir: Folder of ``<task>/<split>.jsonl``; null reads from the Hugging Face hub.
         tokenizer: Folder or hub name; null takes that of the model's base, or trains one on the
-            rows where there is no base.
+            rows of the training split where there is no base.
         batching: Layout of the rows, ``shared_prefix``, ``packed`` or ``padded``: equal gradients,
             different cost.
         batch_size: Rows of a batch on one device.
@@ -399,9 +399,10 @@ class FinancialInstructions(TokenizedData):
             return load_tokenizer(self.tokenizer_name)
         if (base := self._base()) is not None:
             return load_tokenizer(tokenizer_of_base(base))
+        # Those of training whatever is done, so that all commands find the tokenizer of a run.
         texts = (
             example.prefix + example.prompts[0] + choice + "".join(t.content for t in example.turns)
-            for examples in self._examples.values()
+            for examples in self._read("train")
             for example in examples
             for choice in example.choices
         )

@@ -4,12 +4,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from fingpt_lightning.data import FinancialInstructions
@@ -420,3 +422,14 @@ def test_real_tasks_are_read(shared_data: Path, folder: Path) -> None:
     batch = next(iter(data.train_dataloader()))
     assert sum(b.num_rows for group in batch["packing"] for b in group.buckets) == 4
     assert len(data._rows["train"]) + len(data._rows["val"]) == 821 + 296
+
+
+@pytest.mark.parametrize("doing", ["fitting", "validating", "testing", "predicting"])
+def test_a_tokenizer_trained_on_the_rows_is_one_whatever_is_done(doing: str) -> None:
+    """Checkpoints of a run are refused by a tokenizer that they were not trained with."""
+    state = SimpleNamespace(fn=TrainerFn[doing.upper()])
+    done, alone = (FinancialInstructions(num_synthetic_items=24, vocab_size=300) for _ in range(2))
+    done.trainer = SimpleNamespace(state=state, lightning_module=None)  # type: ignore[assignment]
+    for data in (done, alone):
+        data.setup()
+    assert done.tokenizer_reference() == alone.tokenizer_reference()
