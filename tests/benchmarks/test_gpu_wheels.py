@@ -89,7 +89,7 @@ def test_pip_installs_it_without_an_index(trimmed: Path, tmp_path: Path) -> None
     command = [
         sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install",
         "--no-index", "--no-deps", "--no-compile", "--find-links", str(trimmed.parent),
-        "--target", str(tmp_path), "bitsandbytes>=0.49",
+        "--target", str(tmp_path), "bitsandbytes>=0.50",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
