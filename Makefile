@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
+# torch.version.cuda of the GPU machine, without its dot: 13.0 in the default build of torch 2.11.
+CUDA ?= 130
 
-.PHONY: quickstart test docs env smollm2 gpu-check lint types clean help
+.PHONY: quickstart test docs env smollm2 gpu-check gpu-wheels lint types clean help
 
 help:
 	@echo "make quickstart  pretrain a low-rank GPT-2 on synthetic financial news, offline (3 minutes)"
@@ -13,6 +15,7 @@ help:
 	@echo "make docs        the documentation as a site that needs no network: site/index.html"
 	@echo "make smollm2     a small real Llama model without a hub: models/smollm2-135m"
 	@echo "make gpu-check   numbers and speed on this machine's GPU, in eight minutes: gpu_check.json, .md"
+	@echo "make gpu-wheels  what a GPU machine without a network needs for it beside torch, lightning, transformers"
 	@echo "make env         everything that tests, benchmarks and development need"
 
 $(BIN)/python:
@@ -66,5 +69,8 @@ docs: $(VENV)/.installed-test
 gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check --seconds 480 --json gpu_check.json
 
+gpu-wheels: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu_wheels --cuda $(CUDA)
+
 clean:
-	rm -rf $(VENV) build site *.egg-info
+	rm -rf $(VENV) build site gpu_wheels *.egg-info

@@ -42,7 +42,7 @@ class Stage(NamedTuple):
     Args:
         run: Function of the device, whether sizes are tiny, and a function that notes what is
             found so far.
-        limit_s: Most seconds it may take.
+        limit_s: Most seconds it may take, some 20 of them to import torch from a cold disk.
         about: What it looks at, for the table.
     """
 
@@ -52,13 +52,13 @@ class Stage(NamedTuple):
 
 
 STAGES: dict[str, Stage] = {
-    "ceilings": Stage(gpu_speed.ceilings, 40, "products and copies of this machine"),
+    "ceilings": Stage(gpu_speed.ceilings, 60, "products and copies of this machine"),
     "parity": Stage(gpu_parity.parity, 90, "numbers beside float64 on the CPU"),
     "training": Stage(gpu_parity.training, 90, "fit, resume, finetuning, scoring, generation"),
-    "waits": Stage(gpu_speed.waits, 40, "steps in which the host waits for the device"),
+    "waits": Stage(gpu_speed.waits, 60, "steps in which the host waits for the device"),
     "medium": Stage(gpu_speed.medium, 120, "GPT-2 medium, dense and low-rank, eager and compiled"),
     "xl": Stage(gpu_speed.xl, 90, "GPT-2 XL, one network after the other"),
-    "optimizers": Stage(gpu_speed.optimizers, 40, "a step of each optimizer alone"),
+    "optimizers": Stage(gpu_speed.optimizers, 60, "a step of each optimizer alone"),
     "profile": Stage(gpu_speed.profile, 60, "where the time of a step goes"),
     "finetuning": Stage(gpu_speed.finetuning, 90, "blocks of Llama-2-7B in NF4 with adapters"),
     "decoding": Stage(gpu_speed.decoding, 60, "tokens per second of GPT-2 small"),

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.timeout(900)
 _PRETRAINING = (
     "low-rank", "low-rank in float32", "low-rank in bfloat16 alone", "low-rank in float16",
     "dense", "llama", "spectron", "spectron in float16", "spectron of dense layers",
+    "spectron of the embedding's map", "own map of the head", "lora-muon", "lora-muon in float16",
+    "lora-muon of dense layers", "healing", "healing softened, by nf4",
     "product decay", "cola", "expansion", "self-guided", "recomputed low-rank",
     "recomputed blocks", "dropout", "dropout recomputed", "aware of nf4", "aware of int8",
     "low-rank with monitors",
@@ -21,6 +23,7 @@ _FINETUNING = (
     "lora", "lora without quantization", "lora in int8", "lora in float64", "lora of odd rows",
     "dora", "lora packed", "lora behind a shared prefix",
     "lora with dropout, blocks recomputed", "lora with dropout, offloaded", "lora with divergence",
+    "lora by a teacher", "lora packed, by int8",
 )  # fmt: skip
 _EVALUATIONS = (
     "evaluation", "evaluation in nf4", "evaluation in int8",
@@ -64,7 +67,7 @@ def test_attention_in_16_bits_is_that_of_a_fused_kernel(steps: dict[str, Any], r
     assert set(steps[recipe]["attention"]) == {kernel}
 
 
-_ON_A_SCALER = ("low-rank in float16", "spectron in float16")
+_ON_A_SCALER = ("low-rank in float16", "spectron in float16", "lora-muon in float16")
 
 
 @pytest.mark.parametrize("recipe", [r for r in _RECIPES if r not in _ON_A_SCALER])

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -37,6 +38,7 @@ from fingpt_lightning.models import attention  # noqa: E402
 from fingpt_lightning.models.decoding import decode  # noqa: E402
 from fingpt_lightning.models.families import head_of  # noqa: E402
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning  # noqa: E402
+from fingpt_lightning.modules import teacher as teachers  # noqa: E402
 from fingpt_lightning.modules.base_model import RandomLlama, random_llama  # noqa: E402
 from fingpt_lightning.planning import command  # noqa: E402
 from fingpt_lightning.planning.blueprint import blueprint  # noqa: E402
@@ -164,6 +166,24 @@ def finetuning(
     return trained(module, _INSTRUCTIONS[batching], "32-true")
 
 
+def taught(
+    step: Callable[..., dict[str, Any]], quantize: str | None = None, **settings: Any
+) -> dict[str, Any]:
+    """A step that learns the predictions of a frozen Llama.
+
+    Args:
+        step: Step of a module with the settings of a teacher.
+        quantize: ``nf4``, ``int8`` or None, of the teacher's linear layers.
+        settings: Settings of the module.
+    """
+
+    def loaded(path: str, **_: Any) -> Any:  # a folder of numbers that are not there
+        return SimpleNamespace(network=_base(quantize), tokenizer=None, revision=path)
+
+    with patch.object(teachers, "load_model", loaded):
+        return step(teacher="teacher", **settings)
+
+
 def causal_attention() -> dict[str, Any]:
     """The parts of our own attention, which an operator hides from fake tensors."""
     query, key = torch.randn(2, 6, 5, 8, device="cuda")
@@ -218,6 +238,23 @@ RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
     "spectron of dense layers": lambda: pretraining(
         optimizer="spectron", spectron_dense=True, rank_overrides={"*.mlp.*": None}
     ),
+    "spectron of the embedding's map": lambda: pretraining(
+        optimizer="spectron", embedding_rank=8, embedding_optimizer="mixed"
+    ),
+    "own map of the head": lambda: pretraining(
+        optimizer="spectron", embedding_rank=8, embedding_optimizer="mixed", head_map="own"
+    ),
+    "lora-muon": lambda: pretraining(
+        optimizer="lora_muon", embedding_rank=8, embedding_optimizer="same"
+    ),
+    "lora-muon in float16": lambda: pretraining("16-mixed", optimizer="lora_muon"),
+    "lora-muon of dense layers": lambda: pretraining(
+        optimizer="lora_muon",
+        lora_muon_dense=True,
+        rank_overrides={"*.mlp.*": None},
+        embedding_rank=8,
+        embedding_optimizer="mixed",
+    ),
     "product decay": lambda: pretraining(
         optimizer="spectron", factor_decay="product", initialization="orthogonal"
     ),
@@ -242,6 +279,12 @@ RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
     "lora with dropout, blocks recomputed": lambda: finetuning(dropout=0.1, recompute="block"),
     "lora with dropout, offloaded": lambda: finetuning(dropout=0.1, recompute="offload"),
     "lora with divergence": lambda: finetuning(kl_weight=0.1),
+    "healing": lambda: taught(pretraining, embedding_rank=8),
+    "healing softened, by nf4": lambda: taught(
+        pretraining, "nf4", optimizer="spectron", teacher_weight=0.5, teacher_temperature=2.0
+    ),
+    "lora by a teacher": lambda: taught(finetuning, teacher_weight=0.5),
+    "lora packed, by int8": lambda: taught(finetuning, "int8", batching=Batching.PACKED),
     "causal attention": causal_attention,
     "evaluation": lambda: evaluated(None),
     "evaluation in nf4": lambda: evaluated("nf4"),
