@@ -1,5 +1,6 @@
 import itertools
 import math
+import random
 from collections.abc import Mapping
 
 import pytest
@@ -148,19 +149,20 @@ def _kept(
 
 @given(
     sizes=st.dictionaries(
-        st.sampled_from("abc"), st.tuples(st.integers(3, 7), st.integers(3, 7)), min_size=2
+        st.sampled_from("abc"), st.tuples(st.integers(4, 14), st.integers(8, 14)), min_size=2
     ),
-    numbers=st.lists(st.integers(0, 1000), min_size=21, max_size=21),
-    price=st.floats(0.01, 50),
+    seed=st.integers(0, 2**32),
+    price=st.floats(1, 60),
     least_share=st.sampled_from([0.0, 0.5]),
 )
 def test_by_loss_no_ranks_of_as_many_parameters_keep_more(
-    sizes: dict[str, Size], numbers: list[int], price: float, least_share: float
+    sizes: dict[str, Size], seed: int, price: float, least_share: float
 ) -> None:
     """Against all ranks there are, with scores in no order, at a budget that a price spends."""
+    stream = random.Random(seed)
     scores = {
-        name: [float(number) for number in numbers[7 * place :][: min(size)]]
-        for place, (name, size) in enumerate(sizes.items())
+        name: [1000 * 0.8**place * stream.random() for place in range(min(size))]
+        for name, size in sizes.items()
     }
     choices: list[list[int | None]] = [
         [None, *range(1, largest_rank(*size) + 1)] for size in sizes.values()
@@ -209,3 +211,11 @@ def test_by_loss_the_scale_of_a_layer_counts_down_to_the_floor() -> None:
     energies["heavy"] = [1e3 * value for value in energies["heavy"]]
     ranks = allocate_ranks(energies, sizes, 80 * 16, 0.5, is_loss=True)
     assert ranks == {"light": 4, "heavy": 12}
+
+
+def test_columns_behind_a_cheap_one_are_bought_with_it() -> None:
+    """Columns are taken in the order of the outputs, which is not that of the loss."""
+    sizes = {"late": (40, 40), "even": (40, 40)}
+    scores = {"late": [1.0] * 6 + [60.0] * 4 + [0.0] * 30, "even": [10.0] * 12 + [0.0] * 28}
+    ranks = allocate_ranks(scores, sizes, 80 * 14, 0.0, is_loss=True)
+    assert ranks == {"late": 10, "even": 4}
