@@ -227,7 +227,8 @@ def test_a_plan_counts_the_backward_pass(given: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(plan, "measured_peak_flops_per_s", lambda *_: 1e9)
     source = open_source(given / "model")
     stages_of = {}
-    for way in ({}, {"allocation": "loss"}, {"whitening": "both"}):
+    ways: list[dict[str, Any]] = [{}, {"allocation": "loss"}, {"whitening": "both"}]
+    for way in ways:
         settings = Settings(
             model="", size=0.8, format="low_rank", calibration=(), calibration_tokens=10_000,
             data_dir=None, allocation="uniform", whitening="input", drop_blocks=0,

@@ -23,6 +23,7 @@ from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
 from fingpt_lightning.low_rank.decomposition import ShiftedMoments
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.models.output_gradients import gradient_moments
 from fingpt_lightning.modules import LowRankPretraining
 from tests.deploy.tiny_clients import save_clients, save_low_rank_model
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer
@@ -314,7 +315,8 @@ def test_in_sequence_both_sides_are_the_nearest_by_the_loss(tmp_path: Path) -> N
 
     def lost(product: Tensor) -> Tensor:
         error = before @ weight.T - now @ product.T
-        return ((error @ g) * error).sum() / 40
+        mean: Tensor = ((error @ g) * error).sum() / 40
+        return mean
 
     (slope,) = torch.autograd.grad(lost(product), product)
     # At the least of all products of this rank the slope has no part along the factors.
@@ -333,16 +335,16 @@ def test_gradients_that_were_killed_go_on(
     words = ("--compression", "1.3", "--calibration", text, *LOSS, *BOTH)
     status, _, error = decompose(model, *words, "--output", tmp_path / "whole")
     assert status == 0, error
-    real = runner.gradient_moments
+    real = gradient_moments
     starts: list[object] = []
 
     def killed(*arguments: Any, **settings: Any) -> Any:
         yield next(real(*arguments, **settings))
         raise RuntimeError("killed")
 
-    def watched(*arguments: Any, start: Any) -> Any:
+    def watched(network: Any, ids: Tensor, seed: int, *, start: Any) -> Any:
         starts.append(start.block)
-        return real(*arguments, start=start)
+        return real(network, ids, seed, start=start)
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "gradient_moments", killed)

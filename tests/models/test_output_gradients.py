@@ -113,7 +113,8 @@ def test_a_small_change_costs_about_what_is_predicted() -> None:
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(VOCABULARY, (64, 8), generator=generator)
     gradients = _all(network, tokens, seed=3, rows=64)
-    moments, groups = {}, {}
+    moments: dict[str, Tensor] = {}
+    groups: dict[str, str] = {}
     for found in input_moments(network, tokens, 64):
         moments |= found.moments
         groups |= found.groups
@@ -124,7 +125,7 @@ def test_a_small_change_costs_about_what_is_predicted() -> None:
             changed = copy.deepcopy(network)
             weight = changed.get_submodule(name).get_parameter("weight")
             error = 0.003 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-            weight += error
+            weight.add_(error)
             after = changed(input_ids=tokens).logits.log_softmax(-1)
             divergence = (before.exp() * (before - after)).sum(-1).mean()
             predicted = (gradient @ error @ moments[groups[name]] @ error.T).trace() / 2
