@@ -71,6 +71,7 @@ class Way(NamedTuple):
     refine: bool = False
     damping: float | None = None
     allocation: str = "uniform"
+    whitening: str = "input"
     depth: float = 0.0
 
 
@@ -81,6 +82,8 @@ WAYS = {
     "whitened, damping 0.02": Way(damping=0.02),
     "sequential": Way(sequential=True),
     REFINED: Way(sequential=True, refine=True),
+    "whitened, by loss": Way(allocation="loss"),
+    "whitened on both sides": Way(whitening="both"),
     DROPPED: Way(depth=1.0),
     HALF_DROPPED: Way(sequential=True, refine=True, depth=0.5),
 }
@@ -198,6 +201,7 @@ def _model(share: float, contender: str, source: Source, options: argparse.Names
         request = Request(
             compression=source.network.num_parameters() / kept,
             allocation=way.allocation,
+            whitening=way.whitening,
             damping=way.damping,
             sequential=way.sequential,
             refine=options.refine if way.refine else 0,

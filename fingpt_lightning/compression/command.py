@@ -18,6 +18,7 @@ from fingpt_lightning.compression.options import (
     FORMATS,
     LEARNING_RATE,
     REFINE_STEPS,
+    WHITENINGS,
     check_options,
 )
 from fingpt_lightning.compression.plan import StagePlan, plan_stages
@@ -50,6 +51,7 @@ def compress(
     calibration_tokens: int | None = None,
     data_dir: str | Path | None = None,
     allocation: str = "uniform",
+    whitening: str = "input",
     drop_blocks: int = 0,
     embedding_rank: int | None = None,
     refine: int = REFINE_STEPS,
@@ -82,7 +84,8 @@ def compress(
         format: ``low_rank``, ``int8`` or ``nf4``.
         calibration_tokens: Tokens that are read; None is 32768.
         data_dir: Folder of the tasks' rows; None reads from the hub.
-        allocation: ``uniform`` or ``spectrum``.
+        allocation: ``uniform``, ``spectrum`` or ``loss``.
+        whitening: ``input`` or ``both``.
         drop_blocks: Number of blocks left out before the rest is decomposed.
         embedding_rank: Rank of an embedding tied to the head; None keeps it dense.
         refine: Steps over the factors of each block.
@@ -96,7 +99,7 @@ def compress(
         text_tokens: Tokens of each of them.
         tasks: Tasks whose validation is scored.
         limit: Rows of each task; None takes all.
-        seed: Seed of refinement and healing.
+        seed: Seed of refinement, healing and the backward pass.
         tokenizer: Folder of the tokenizer, where the model has none beside it.
         plan: Whether the plan alone is made.
         overwrite: Whether a compression in the folder is replaced, and begun anew.
@@ -116,6 +119,7 @@ def compress(
         raise ValueError(f"size {size} is outside (0, 1)")
     check_choice("format", format, FORMATS)
     check_choice("allocation", allocation, ALLOCATIONS)
+    check_choice("whitening", whitening, WHITENINGS)
     output = Path(output)
     check_output(output, overwrite)
     folder = None if data_dir is None else Path(data_dir)
@@ -137,8 +141,8 @@ def compress(
     settings = Settings(
         model=str(model), size=size, format=format, calibration=tuple(words),
         calibration_tokens=number, data_dir=None if folder is None else str(folder),
-        allocation=allocation, drop_blocks=drop_blocks, embedding_rank=embedding_rank,
-        refine=refine, heal=heal,
+        allocation=allocation, whitening=whitening, drop_blocks=drop_blocks,
+        embedding_rank=embedding_rank, refine=refine, heal=heal,
         batch_size=batch_size, block_length=block_length, learning_rate=learning_rate,
         precision=precision, teacher_dtype=teacher_dtype,
         texts={name: files.fingerprint() for name, files in read.items()},

@@ -12,7 +12,8 @@ from fingpt_lightning.terminal.command_line import (
 from fingpt_lightning.terminal.inputs import TASK_PREFIX
 
 FORMATS = ("low_rank", "int8", "nf4")
-ALLOCATIONS = ("uniform", "spectrum")
+ALLOCATIONS = ("uniform", "spectrum", "loss")
+WHITENINGS = ("input", "both")
 PRECISIONS = ("bf16-mixed", "32-true")
 TEACHER_DTYPES = ("bfloat16", "float32")
 REFINE_STEPS = 40
@@ -49,7 +50,16 @@ def build_parser() -> OptionParser:
         "--allocation",
         choices=ALLOCATIONS,
         default="uniform",
-        help="one rank ratio, or ranks by the layers' spectra; default: %(default)s",
+        help="one rank ratio, ranks by the layers' spectra, or by what they cost the loss to second"
+        " order; default: %(default)s",
+    )
+    add(
+        "--whitening",
+        choices=WHITENINGS,
+        default="input",
+        help="the nearest factors by the layers' inputs, or by the curvature of the loss at their"
+        " outputs too; like --allocation loss it takes a backward pass, which --plan counts;"
+        " default: %(default)s",
     )
     add(
         "--drop_blocks",
@@ -94,7 +104,12 @@ def build_parser() -> OptionParser:
     add("--text_tokens", type=positive_int, default=16384, help="of each; default: %(default)s")
     add("--tasks", type=names, default=[], help="whose validation is scored, with commas")
     add("--limit", type=positive_int, help="rows of each task; default: all")
-    add("--seed", type=_count, default=1, help="of refinement and healing; default: %(default)s")
+    add(
+        "--seed",
+        type=_count,
+        default=1,
+        help="of refinement, healing and the backward pass; default: %(default)s",
+    )
     add("--tokenizer", help="folder of the tokenizer, where the model has none beside it")
     add("--plan", action="store_true", help="print stages, time and memory, and make nothing")
     add("--overwrite", action="store_true", help="replace the folder, and begin anew")

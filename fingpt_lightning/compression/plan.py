@@ -13,6 +13,8 @@ from fingpt_lightning.profiling import measured_peak_flops_per_s
 from fingpt_lightning.units import format_count
 
 _SEQUENTIAL_PASSES = 7
+_BACKWARD_PASSES = 3
+"""Forward passes that gradients at all layers' outputs take, without those of the weights."""
 _SHARE_OF_PEAK = 0.4
 """Share of the rate of large products that whole networks reach on a CPU."""
 _FACTOR_OPERATIONS = 60
@@ -60,13 +62,18 @@ def plan_stages(source: Source, settings: Settings, calibration_tokens: int) -> 
         memory = 4 * dense + 4 * tokens * (width + network.config.vocab_size)
         stages.append(StagePlan("drop blocks", what, seconds, memory))
     flops = _SEQUENTIAL_PASSES * 2 * (left - dense + in_blocks) * calibration_tokens
+    memory = 4 * left + 3 * states
+    if settings.allocation == "loss" or settings.whitening == "both":
+        of_outputs = sum(layer.out_features**2 for layer in source.layers) * num_left / num_blocks
+        flops += 2 * round(_BACKWARD_PASSES * left + of_outputs) * calibration_tokens
+        memory = 4 * left + max(3, num_left + 1) * states
     stages.append(
         StagePlan(
             "decompose",
             f"{format_count(left)} to {format_count(round(small))} parameters, on"
             f" {calibration_tokens:,} tokens",
             (flops + _FACTOR_OPERATIONS * cubes) / rate,
-            4 * left + 3 * states,
+            memory,
         )
     )
     if settings.refine:

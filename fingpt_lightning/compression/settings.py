@@ -16,6 +16,7 @@ class Settings:
         calibration_tokens: Number of tokens of it.
         data_dir: Folder of tasks' rows.
         allocation: Way of sharing parameters out.
+        whitening: Sides by which the factors are the nearest.
         drop_blocks: Number of blocks left out.
         embedding_rank: Rank of a tied embedding; None is dense.
         refine: Steps for each block.
@@ -29,7 +30,7 @@ class Settings:
         text_tokens: Tokens of each of them.
         tasks: Tasks that are scored.
         limit: Rows of each task.
-        seed: Seed of refinement and training.
+        seed: Seed of refinement, training and the backward pass.
         tokenizer: Folder of the tokenizer, where one is named.
     """
 
@@ -40,6 +41,7 @@ class Settings:
     calibration_tokens: int
     data_dir: str | None
     allocation: str
+    whitening: str
     drop_blocks: int
     embedding_rank: int | None
     refine: int

@@ -156,6 +156,7 @@ def _stored(
         request = Request(
             compression=source.network.num_parameters() / kept,
             allocation=settings.allocation,
+            whitening=settings.whitening,
             embedding_rank=settings.embedding_rank,
             sequential=True,
             refine=settings.refine,

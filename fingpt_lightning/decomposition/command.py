@@ -49,6 +49,7 @@ def decompose(
     damping: float | None = None,
     sequential: bool = False,
     refine: int = 0,
+    whitening: str | None = None,
     method: str = "exact",
     seed: int | None = None,
     workers: int = 1,
@@ -68,7 +69,8 @@ def decompose(
         rank_ratio: Share r / min(in, out) of each layer, to 1; give one of these three.
         compression: Parameters of the dense model over those stored, from 1 on.
         energy: Share of the squared singular values that each layer keeps.
-        allocation: ``uniform`` (None) or ``spectrum``: how ``compression`` is shared out.
+        allocation: ``uniform`` (None), ``spectrum`` or ``loss``, which takes a calibration: how
+            ``compression`` is shared out.
         embedding_rank: Rank, or share of the width, of an embedding tied to the head; None keeps
             it dense.
         calibration: Text files, or a mixture of ``PATH=WEIGHT`` and ``task:NAME=WEIGHT``; the
@@ -77,12 +79,15 @@ def decompose(
         calibration_tokens: Most tokens that are read; None is 32768.
         data_dir: Folder that holds ``TASK/train.jsonl``; None reads from the Hugging Face hub.
         damping: Weight of the weights' own error beside that of the outputs; None is 0, or
-            0.01 with ``sequential``.
+            0.01 with ``sequential`` or ``whitening`` of both sides.
         sequential: Whether each layer is fitted to what reaches it through those before it.
         refine: Adam steps over the factors of each block on the difference of block outputs; with
             a calibration.
+        whitening: ``input`` (None), or ``both`` for factors that are the nearest by the loss's
+            curvature at the outputs too; with a calibration.
         method: ``exact`` or ``randomized``.
-        seed: Seed of the randomized method; None is 1.
+        seed: Seed of the randomized method, ``allocation`` by loss and ``whitening`` of both
+            sides; None is 1.
         workers: Processes of one thread that share the layers, on the CPU.
         device: ``cpu``, ``cuda`` for all of them, or ``cuda:1``; None is CUDA where there is one.
         dtype: Type of the stored weights.
@@ -114,6 +119,7 @@ def decompose(
         damping=damping,
         sequential=sequential,
         refine=refine,
+        whitening="input" if whitening is None else whitening,
     )
     devices = find_devices(device)
     if workers < 1:

@@ -28,7 +28,9 @@ from fingpt_lightning.low_rank.decomposition import (
     damped,
     energies_of,
     factors_of,
+    loss_scores,
     output_basis,
+    output_roots,
     relative_errors,
     shifted_errors,
     shifted_weight,
@@ -83,6 +85,8 @@ class LayerWeight:
         out_features: Output features of the layer.
         is_transposed: Whether it is stored with a row for each input.
         moments: The name of the second moments of its inputs; None where there are none.
+        has_gradients: Whether there are second moments of the gradients at its outputs, by its
+            name.
     """
 
     name: str
@@ -91,6 +95,7 @@ class LayerWeight:
     out_features: int
     is_transposed: bool = False
     moments: str | None = None
+    has_gradients: bool = False
 
     @property
     def size(self) -> Size:
@@ -120,6 +125,8 @@ class Work:
         method: Method, exact or randomized.
         dtype: Dtype of the stored factors.
         damping: Damping of the moments, as in `damped`.
+        both_sides: Whether the factors are the nearest by the loss's curvature at the outputs too,
+            for layers that have gradients.
         seed: Seed of the randomized method; a layer's stream depends on it and its name alone.
         device: Device of the computation.
     """
@@ -131,6 +138,7 @@ class Work:
     method: Method = Method.EXACT
     dtype: torch.dtype = torch.float32
     damping: float = 0.0
+    both_sides: bool = False
     seed: int = 1
     device: str = "cpu"
 
@@ -173,12 +181,12 @@ def batches_of(
         num_workers: Number of workers that share the batches.
         max_bytes: Most bytes of a batch's weights in float64.
     """
-    by_size: dict[Size, list[LayerWeight]] = {}
+    by_kind: dict[tuple[Size, bool], list[LayerWeight]] = {}
     for layer in layers:
-        by_size.setdefault(layer.size, []).append(layer)
+        by_kind.setdefault((layer.size, layer.has_gradients), []).append(layer)
     share = sum(layer.cost() for layer in layers) / num_workers / 4
     found = []
-    for (in_features, out_features), alike in by_size.items():
+    for ((in_features, out_features), _), alike in by_kind.items():
         most = max_bytes // (8 * in_features * out_features)
         if num_workers > 1:
             most = min(most, int(share / alike[0].cost()))
@@ -200,8 +208,13 @@ def moments_file(folder: Path, name: str) -> Path:
     return folder / "moments" / f"{name}.safetensors"
 
 
+def gradients_file(folder: Path, name: str) -> Path:
+    """Where the second moments of the gradients at a layer's outputs are kept."""
+    return folder / "gradients" / f"{name}.safetensors"
+
+
 def spectrum_file(folder: Path, name: str) -> Path:
-    """Where the squared singular values of a layer are kept."""
+    """Where the squared singular values of a layer, or its scores, are kept."""
     return folder / "spectra" / f"{name}.safetensors"
 
 
@@ -258,6 +271,7 @@ def decompose_batch(work: Work, batch: Batch) -> list[LayerResult]:
     """
     weights = _weights(work, batch)
     moments = _moments(work, batch)
+    roots = _roots(work, batch)
     size = batch.layers[0].size
     names = [layer.name for layer in batch.layers]
     if work.energy is None:
@@ -269,7 +283,8 @@ def decompose_batch(work: Work, batch: Batch) -> list[LayerResult]:
     if not columns:
         return [keep_dense(work, layer) for layer in batch.layers]
     streams = [_generator(work, name) for name in names]
-    basis = output_basis(weights, columns, damped(moments, work.damping), work.method, streams)
+    seen = weights if roots is None else roots.mT @ weights.double()
+    basis = output_basis(seen, columns, damped(moments, work.damping), work.method, streams)
     if work.energy is not None:
         found = [energy_rank(energies.tolist(), work.energy) for energies in basis.energies]
         ranks = [dense_if_not_smaller(rank, size) for rank in found]
@@ -278,7 +293,8 @@ def decompose_batch(work: Work, batch: Batch) -> list[LayerResult]:
         if rank is None:
             results.append(keep_dense(work, batch.layers[index]))
             continue
-        pair = factors_of(weights[index].double(), basis.vectors[index, :, :rank])
+        root = None if roots is None else roots[index]
+        pair = factors_of(weights[index].double(), basis.vectors[index, :, :rank], root)
         stored = Factors(pair.up.to(work.dtype), pair.down.to(work.dtype))
         moment = None if moments is None else moments[index]
         errors = relative_errors(weights[index], stored, moment)
@@ -300,8 +316,11 @@ def decompose_reached(work: Work, layer: LayerWeight, moments: ShiftedMoments) -
     weight = _weights(work, Batch((layer,)))[0]
     target = shifted_weight(weight, moments, work.damping)
     own = damped(moments.own[None], work.damping)
-    basis = output_basis(target[None], rank, own, work.method, [_generator(work, layer.name)])
-    pair = factors_of(target, basis.vectors[0])
+    roots = _roots(work, Batch((layer,)))
+    # |G^1/2 (W X - P Y)|^2 is least at the same V for every G, so that G is of the last step alone.
+    seen = target[None] if roots is None else roots.mT @ target
+    basis = output_basis(seen, rank, own, work.method, [_generator(work, layer.name)])
+    pair = factors_of(target, basis.vectors[0], None if roots is None else roots[0])
     stored = Factors(pair.up.to(work.dtype), pair.down.to(work.dtype))
     return _written(work, layer.name, stored, shifted_errors(weight, stored, moments))
 
@@ -320,9 +339,20 @@ def read_factors(folder: Path, name: str) -> Factors:
 
 
 def measure_batch(work: Work, batch: Batch) -> list[str]:
-    """Writes the squared singular values of a batch of weights; gives the layers' names."""
+    """Writes the squared singular values of a batch of weights; gives the layers' names.
+
+    With gradients it is what each column that would be taken in turn is worth to the loss.
+    """
+    weights = _weights(work, batch)
     moments = damped(_moments(work, batch), work.damping)
-    energies = energies_of(_weights(work, batch), moments).cpu()
+    gradients, roots = _gradients(work, batch), _roots(work, batch)
+    if roots is not None:
+        energies = energies_of(roots.mT @ weights.double(), moments).cpu()
+    elif gradients is not None:
+        assert moments is not None
+        energies = loss_scores(weights, moments, gradients).cpu()
+    else:
+        energies = energies_of(weights, moments).cpu()
     for layer, row in zip(batch.layers, energies, strict=True):
         write_tensors(spectrum_file(work.folder, layer.name), {"energies": row})
     return [layer.name for layer in batch.layers]
@@ -348,6 +378,20 @@ def _moments(work: Work, batch: Batch) -> Tensor | None:
     if not known:
         return None
     return torch.stack([known[name] for name in names if name is not None])
+
+
+def _gradients(work: Work, batch: Batch) -> Tensor | None:
+    if not batch.layers[0].has_gradients:
+        return None
+    files = [gradients_file(work.folder, layer.name) for layer in batch.layers]
+    read = [read_tensors(file)["gradients"].to(work.device, torch.float64) for file in files]
+    return torch.stack(read)
+
+
+def _roots(work: Work, batch: Batch) -> Tensor | None:
+    """L of `output_roots`, where factors are the nearest by both sides."""
+    gradients = _gradients(work, batch) if work.both_sides else None
+    return None if gradients is None else output_roots(gradients, work.damping)
 
 
 def _generator(work: Work, name: str) -> torch.Generator:

@@ -13,7 +13,8 @@ from fingpt_lightning.terminal.command_line import (
 )
 
 METHODS = ("exact", "randomized")
-ALLOCATIONS = ("spectrum", "uniform")
+ALLOCATIONS = ("loss", "spectrum", "uniform")
+WHITENINGS = ("input", "both")
 
 
 def build_parser() -> OptionParser:
@@ -39,7 +40,8 @@ def build_parser() -> OptionParser:
     add(
         "--allocation",
         choices=ALLOCATIONS,
-        help="of --compression: ranks by the layers' spectra, or one ratio; default: uniform",
+        help="of --compression: ranks by what they cost the loss of a calibration, to second order;"
+        " by the layers' spectra; or one ratio; default: uniform",
     )
     add(
         "--embedding_rank",
@@ -51,7 +53,7 @@ def build_parser() -> OptionParser:
         "--damping",
         type=_damping,
         help="of the calibration: how much of the weights' own error counts beside that of the"
-        " outputs, from 0 on; default: 0, with --sequential 0.01",
+        " outputs, from 0 on; default: 0, with --sequential or --whitening both 0.01",
     )
     add(
         "--sequential",
@@ -67,8 +69,20 @@ def build_parser() -> OptionParser:
         help="of the calibration: Adam steps over the factors of each block, so that it puts out"
         " what the dense block did; default: %(default)s",
     )
+    add(
+        "--whitening",
+        choices=WHITENINGS,
+        help="of the calibration: the nearest factors by the layers' inputs, or by the curvature of"
+        " the loss at their outputs too; like --allocation loss it takes a backward pass (about"
+        " three forward passes, and the hidden states before all blocks in memory);"
+        " default: input",
+    )
     add("--method", choices=METHODS, default="exact", help="default: %(default)s")
-    add("--seed", type=_seed, help="of --method randomized; default: 1")
+    add(
+        "--seed",
+        type=_seed,
+        help="of --method randomized, --allocation loss and --whitening both; default: 1",
+    )
     add(
         "--workers",
         type=positive_int,
@@ -112,6 +126,12 @@ def check_options(options: argparse.Namespace) -> None:
     if options.allocation is not None and options.compression is None:
         raise WrongOptions("--allocation has an effect with --compression alone")
     check_calibration_options(options)
+    if options.allocation == "loss" and not asks_for_calibration(options):
+        raise WrongOptions("--allocation loss needs --calibration or --calibration_task")
+    if options.whitening is not None and not asks_for_calibration(options):
+        raise WrongOptions("--whitening has an effect with a calibration alone")
+    if options.whitening == "both" and options.damping == 0:
+        raise WrongOptions("--whitening both needs a --damping above 0; default: 0.01")
     if options.damping is not None and not asks_for_calibration(options):
         raise WrongOptions("--damping has an effect with a calibration alone")
     if options.sequential and not asks_for_calibration(options):
@@ -119,11 +139,15 @@ def check_options(options: argparse.Namespace) -> None:
     if options.refine and not asks_for_calibration(options):
         raise WrongOptions("--refine needs --calibration or --calibration_task")
     if options.sequential and options.damping == 0:
-        raise WrongOptions("--sequential needs a --damping above 0; 0.01 if not said")
+        raise WrongOptions("--sequential needs a --damping above 0; default: 0.01")
     if options.sequential and options.energy is not None:
         raise WrongOptions("--sequential needs --rank_ratio or --compression")
-    if options.seed is not None and options.method == "exact":
-        raise WrongOptions("--seed has an effect with --method randomized alone")
+    is_drawn = options.method == "randomized" or options.allocation == "loss"
+    if options.seed is not None and not is_drawn and options.whitening != "both":
+        raise WrongOptions(
+            "--seed has an effect with --method randomized, --allocation loss or --whitening both"
+            " alone"
+        )
     if options.energy is not None and options.method == "randomized":
         raise WrongOptions("--energy needs the whole spectrum: --method exact")
 

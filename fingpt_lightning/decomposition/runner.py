@@ -18,6 +18,7 @@ from fingpt_lightning.decomposition.layer_files import (
     LayerWeight,
     Work,
     decompose_batch,
+    gradients_file,
     measure_batch,
     moments_file,
     read_result,
@@ -26,7 +27,7 @@ from fingpt_lightning.decomposition.layer_files import (
     write_tensors,
 )
 from fingpt_lightning.decomposition.layer_pool import LayerPool
-from fingpt_lightning.decomposition.options import ALLOCATIONS
+from fingpt_lightning.decomposition.options import ALLOCATIONS, WHITENINGS
 from fingpt_lightning.decomposition.refinement import BlockErrors, last_factors, read_errors
 from fingpt_lightning.decomposition.sequential import block_of, decompose_in_sequence
 from fingpt_lightning.decomposition.source import Source, with_moments
@@ -50,6 +51,7 @@ from fingpt_lightning.low_rank import LowRankEmbedding
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.low_rank.rank_allocation import (
+    LEAST_SHARE_BY_LOSS,
     allocate_ranks,
     num_parameters,
     parameters_left,
@@ -68,14 +70,17 @@ from fingpt_lightning.models.formats.tokenizer import write_tokenizer
 from fingpt_lightning.models.input_moments import input_moments
 from fingpt_lightning.models.layout import full_name, lay_out
 from fingpt_lightning.models.loading import DTYPES, build_model
+from fingpt_lightning.models.output_gradients import BackwardState, gradient_moments
 from fingpt_lightning.terminal.messages import check_choice
 from fingpt_lightning.terminal.progress import shown_progress
 from fingpt_lightning.units import GIB
 
 RECORD = "decomposition.json"
 _GROUPS = "moments.json"
+_BACKWARD = "backward.safetensors"
 _SHARD_BYTES = 2 * GIB
-_SEQUENTIAL_DAMPING = 0.01
+_DAMPING = 0.01
+"""Damping by default, where there has to be some."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +91,21 @@ class Request:
         rank_ratio: Share r / min(in, out) of each layer, in (0, 1].
         compression: Parameters of the dense network over those stored, from 1 on.
         energy: Share of the squared singular values that each layer keeps, in (0, 1].
-        allocation: ``spectrum`` or ``uniform``, for ``compression``.
+        allocation: ``loss``, ``spectrum`` or ``uniform``, for ``compression``; ``loss`` with
+            calibration alone.
         embedding_rank: Rank of an embedding tied to the head; None keeps it dense.
         method: Method, exact or randomized.
-        seed: Seed of the randomized method, from 0 on.
+        seed: Seed of the randomized method and of the labels drawn for gradients, from 0 on.
         dtype: Type of the stored weights.
         damping: Weight of the weights' own error beside that of the outputs on the
             calibration text, as in `low_rank.decomposition.damped`; None without calibration, and
-            for the default: 0.01 with ``sequential``, else 0.
+            for the default: 0.01 with ``sequential`` or whitening of both sides, else 0.
         sequential: Whether layers are taken apart one after the other, each for what reaches it
             through the low-rank layers before it; with calibration and without ``energy`` alone.
         refine: Number of Adam steps over the factors of each block on the difference of block
             outputs, from 0 on; with calibration alone.
+        whitening: ``input``, or ``both`` for factors that are the nearest by the loss's curvature
+            at the outputs too; with calibration alone.
 
     Raises:
         ValueError: A value is outside its range, or not exactly one of the first three is given.
@@ -114,6 +122,7 @@ class Request:
     damping: float | None = None
     sequential: bool = False
     refine: int = 0
+    whitening: str = "input"
 
     def __post_init__(self) -> None:
         sizes = ("rank_ratio", "compression", "energy")
@@ -130,6 +139,7 @@ class Request:
                 f"compression {self.compression} is below 1 (dense over stored parameters)"
             )
         check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("whitening", self.whitening, WHITENINGS)
         if self.seed < 0:
             raise ValueError(f"seed {self.seed} is below 0")
         if self.refine < 0:
@@ -259,10 +269,14 @@ def decompose_model(
         raise ValueError(f"refine {request.refine} needs a calibration")
     if request.sequential and (calibration is None or request.energy is not None):
         raise ValueError("sequential needs a calibration, and rank_ratio or compression")
-    if request.sequential:
-        damping = _SEQUENTIAL_DAMPING if request.damping is None else request.damping
+    if _needs_gradients(request) and calibration is None:
+        what = "whitening both" if request.whitening == "both" else "allocation loss"
+        raise ValueError(f"{what} needs a calibration")
+    if request.sequential or request.whitening == "both":
+        damping = _DAMPING if request.damping is None else request.damping
         if damping <= 0:
-            raise ValueError(f"damping {damping:g} of sequential is not above 0")
+            what = "sequential" if request.sequential else "whitening both"
+            raise ValueError(f"damping {damping:g} of {what} is not above 0")
         request = replace(request, damping=damping)
     settings = asdict(request) | {"revision": revision, "calibration": _described(calibration)}
     with owned(_parts_of(output)) as folder:
@@ -293,7 +307,11 @@ def _decomposed(
     devices: Sequence[str],
 ) -> Decomposition:
     """Makes the whole network in a folder of finished layers that is ours; gives the record."""
-    layers = [*source.layers]
+    in_blocks = source.layers
+    if calibration is not None and _needs_gradients(request):
+        _gather_gradients(source, calibration, folder, devices[0], request.seed)
+        in_blocks = tuple(replace(layer, has_gradients=True) for layer in in_blocks)
+    layers = [*in_blocks]
     if request.embedding_rank is not None and source.embedding is not None:
         layers.append(source.embedding)
     if calibration is not None and _needs_moments(request):
@@ -308,6 +326,7 @@ def _decomposed(
         method=request.method,
         dtype=DTYPES[request.dtype],
         damping=request.damping or 0.0,
+        both_sides=request.whitening == "both",
         seed=request.seed,
     )
     pool = LayerPool(workers, devices)
@@ -321,7 +340,7 @@ def _decomposed(
     if request.sequential:
         assert calibration is not None
         on_device = replace(work, device=devices[0])
-        decompose_in_sequence(source, calibration, source.layers, on_device, request.refine)
+        decompose_in_sequence(source, calibration, in_blocks, on_device, request.refine)
     pending = [pair for pair in pending if read_result(folder, pair[1].name) is None]
     pool.run(decompose_batch, pending, "taking layers apart")
     if request.refine and not request.sequential:
@@ -335,7 +354,9 @@ def _decomposed(
         {
             key: value
             for key, value in asdict(request).items()
-            if value is not None and value is not False and (key, value) != ("refine", 0)
+            if value is not None
+            and value is not False
+            and (key, value) not in (("refine", 0), ("whitening", "input"))
         },
         _described(calibration),
         *made,
@@ -353,8 +374,14 @@ def _block_errors(folder: Path, layers: Sequence[LayerWeight]) -> tuple[BlockErr
 
 def _needs_moments(request: Request) -> bool:
     """Whether those of the network as it is are."""
-    has_spectra = request.compression is not None and request.allocation == "spectrum"
+    has_spectra = request.compression is not None and request.allocation != "uniform"
     return not request.sequential or has_spectra or request.embedding_rank is not None
+
+
+def _needs_gradients(request: Request) -> bool:
+    """Whether the curvature of the loss is."""
+    by_loss = request.compression is not None and request.allocation == "loss"
+    return by_loss or request.whitening == "both"
 
 
 def _described(calibration: Calibration | None) -> dict[str, Any] | None:
@@ -407,6 +434,31 @@ def _calibrated(
     return groups
 
 
+def _gather_gradients(
+    source: Source, calibration: Calibration, folder: Path, device: str, seed: int
+) -> None:
+    """Gathers second moments of gradients, where that has not been done, block by block."""
+    file = folder / _BACKWARD
+    start = None
+    if file.is_file():
+        read = read_tensors(file)
+        start = BackwardState(int(read["block"]), read["gradients"])
+        if start.block == 0:
+            return
+    network = build_model(source.model, device=device).network
+    check_network(network)
+    num_blocks = network.config.num_hidden_layers
+    ids = calibration.ids.to(device)
+    with shown_progress(f"gradients on {ids.numel():,} tokens", num_blocks, "blocks") as show:
+        for moments, state in gradient_moments(network, ids, seed, start=start):
+            for name, moment in moments.items():
+                write_tensors(gradients_file(folder, name), {"gradients": moment.float().cpu()})
+            # What the last blocks have left is of no use to anyone.
+            left = state.gradients if state.block else torch.empty(0, 0, 0)
+            write_tensors(file, {"gradients": left, "block": torch.tensor(state.block)})
+            show(num_blocks - state.block)
+
+
 def _ranks(
     source: Source,
     request: Request,
@@ -450,6 +502,8 @@ def _ranks(
         layer.name: read_tensors(spectrum_file(work.folder, layer.name))["energies"].tolist()
         for layer in linear
     }
+    if request.allocation == "loss":
+        return ranks | allocate_ranks(energies, sizes, target, LEAST_SHARE_BY_LOSS, is_loss=True)
     return ranks | allocate_ranks(energies, sizes, target)
 
 

@@ -6,7 +6,8 @@ M = min(O, I).
 Distance is measured on the weights or, with moments, on the outputs of the layers: with
 E the error of a weight and C = X X' / n the second moments of a layer's n inputs X, that is
 |E|^2 or tr(E C E') = |E X|^2 / n. Where the layers before have changed what reaches a layer to Y,
-it is |W X - P Y|^2 / n of the product P = U D.
+it is |W X - P Y|^2 / n of the product P = U D. With G the second moments of the gradients of a loss
+at the layer's outputs it is tr(G E C E'), twice the increase of the loss to second order.
 """
 
 from collections.abc import Sequence
@@ -120,6 +121,48 @@ def energies_of(
     return values.flip(-1).clamp_min(0)
 
 
+def loss_scores(
+    weights: Float[Tensor, "B O I"],
+    moments: Float[Tensor, "B I I"],
+    gradients: Float[Tensor, "B O O"],
+) -> Float[Tensor, "B M"]:
+    """What each column of a basis of `output_basis` is worth to the loss, twice, in its order.
+
+    With u and s the left singular vectors and the singular values of W S, the factors of rank R
+    leave out the sum of s^2 u' G u over all later columns: tr(G E C E') of their error E. Such
+    scores need not fall, since the order is that of the outputs.
+
+    Args:
+        weights: Weights as in `output_basis`.
+        moments: C of each layer.
+        gradients: G of each layer.
+    """
+    basis = output_basis(weights, min(weights.shape[1:]), moments)
+    seen_BOM = gradients.double() @ basis.vectors
+    return basis.energies * (basis.vectors * seen_BOM).sum(1).clamp_min(0)
+
+
+def output_roots(gradients: Float[Tensor, "B O O"], damping: float) -> Float[Tensor, "B O O"]:
+    """L with L L' = G, damped so that it has an inverse; 1 where G is 0, in float64.
+
+    The factors nearest in tr(G E C E') come from L' W: its basis U by `output_basis`, and from that
+    the product L'^-1 U U' L' W, which `pair_of` makes.
+
+    Args:
+        gradients: G of each layer.
+        damping: Damping as in `damped`, above 0.
+
+    Source: https://arxiv.org/abs/2505.17974 (GFWSVD) and https://arxiv.org/abs/2605.15626 (IO-SVD),
+    whose G are those of observed labels and of the top-k predictions.
+    """
+    shifted = damped(gradients.double(), damping)
+    assert shifted is not None
+    is_zero_B11 = (shifted.diagonal(dim1=-2, dim2=-1).sum(-1) <= 0)[:, None, None]
+    identity = torch.eye(shifted.shape[-1], dtype=torch.float64, device=shifted.device)
+    roots: Tensor = torch.linalg.cholesky(torch.where(is_zero_B11, identity, shifted))
+    return roots
+
+
 def damped(moments: Float[Tensor, "B I I"] | None, damping: float) -> Float[Tensor, "B I I"] | None:
     """C + damping mean(diag C) 1: moments that leave no direction of the inputs out.
 
@@ -174,15 +217,21 @@ def square_roots(moments: Float[Tensor, "B I I"]) -> Float[Tensor, "B I I"]:
 
 
 def pair_of(
-    weight: Float[Tensor, "O I"], vectors: Float[Tensor, "O R"]
+    weight: Float[Tensor, "O I"],
+    vectors: Float[Tensor, "O R"],
+    root: Float[Tensor, "O O"] | None = None,
 ) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
     """U U' W as two factors that share its singular values evenly: up' up = down down'.
 
     Args:
         weight: W.
         vectors: U, orthonormal columns.
+        root: L of `output_roots`, where U is the basis of L' W; the product is L'^-1 U U' L' W.
     """
     vectors, weight = vectors.double(), weight.double()
+    if root is not None:
+        columns_OR = torch.linalg.solve_triangular(root.T, vectors, upper=True)
+        return _evenly(columns_OR, vectors.T @ (root.T @ weight))
     projection_RI = vectors.T @ weight
     _, turned = _downwards((projection_RI @ projection_RI.T)[None])
     rows_RI = turned[0].T @ projection_RI
@@ -215,9 +264,13 @@ def decompose(
     ]
 
 
-def factors_of(weight: Float[Tensor, "O I"], vectors: Float[Tensor, "O R"]) -> Factors:
+def factors_of(
+    weight: Float[Tensor, "O I"],
+    vectors: Float[Tensor, "O R"],
+    root: Float[Tensor, "O O"] | None = None,
+) -> Factors:
     """`pair_of` in the dtype of the weight."""
-    up, down = pair_of(weight, vectors)
+    up, down = pair_of(weight, vectors, root)
     return Factors(up.to(weight.dtype).contiguous(), down.to(weight.dtype).contiguous())
 
 
@@ -258,6 +311,17 @@ def shifted_errors(
     cross, own = ((x * product).sum() for x in (weight @ moments.cross, product @ moments.own))
     lost = float((whole - 2 * cross + own).clamp_min(0))
     return Errors(of_weight, (lost / max(float(whole), 1e-300)) ** 0.5)
+
+
+def _evenly(
+    up: Float[Tensor, "O R"], down: Float[Tensor, "R I"]
+) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
+    """The same product as two factors with up' up = down down'."""
+    left_OR, left_RR = torch.linalg.qr(up)
+    right_IR, right_RR = torch.linalg.qr(down.T)
+    u, singular_values, vh = torch.linalg.svd(left_RR @ right_RR.T)
+    scale = singular_values.sqrt()
+    return (left_OR @ u) * scale, scale[:, None] * (vh @ right_IR.T)
 
 
 def _smaller_gram(

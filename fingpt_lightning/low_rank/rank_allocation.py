@@ -12,6 +12,8 @@ from fingpt_lightning.low_rank.rank import resolve_rank
 Size = tuple[int, int]
 _LEAST_SHARE = 0.25
 """Share of the rank of layers all alike that `allocate_ranks` leaves each layer at least."""
+LEAST_SHARE_BY_LOSS = 0.5
+"""The same for scores of a loss: an expansion to second order holds for small changes alone."""
 
 
 def largest_rank(in_features: int, out_features: int) -> int:
@@ -145,21 +147,27 @@ def allocate_ranks(
     sizes: Mapping[str, Size],
     target: int,
     least_share: float = _LEAST_SHARE,
+    *,
+    is_loss: bool = False,
 ) -> dict[str, int | None]:
     """Ranks under one budget, by what each further parameter is worth.
 
-    Of each layer the share of its energy that is kept counts. For a price per parameter, each layer
+    Of each layer the share of its energy that is kept counts, or what is kept of a loss, which is
+    one quantity for all layers. For a price per parameter, each layer
     takes the rank, or stays dense, where what it keeps less what it pays is largest: columns worth
     their in + out parameters, and all of them where that is dearer by less than what the rest is
-    worth. The price is the lowest that the budget bears; the remainder goes to the columns
-    worth most. Each layer gets at least ``least_share`` of the rank it would have if all were
+    worth. The price is the lowest that the budget bears, and no other ranks of as many parameters
+    keep more; the remainder goes to the columns worth most. Each layer gets at least
+    ``least_share`` of the rank it would have if all were
     alike: a sum of errors knows nothing of a network that breaks at its narrowest layer.
 
     Args:
-        energies: Squared singular values of each layer, downwards; whitened where calibrated.
+        energies: Squared singular values of each layer, downwards, whitened where calibrated; or
+            scores of a loss in the order in which columns are taken.
         sizes: Sizes of the same layers.
         target: Parameters of all layers together.
         least_share: Share in [0, 1].
+        is_loss: Whether the numbers of several layers compare as they are.
 
     Raises:
         ValueError: Rank 1 everywhere takes more than ``target``, or ``least_share`` is out of
@@ -169,7 +177,8 @@ def allocate_ranks(
         raise ValueError(f"least_share {least_share} is outside [0, 1]")
     alike = ranks_at_ratio(sizes, ratio_for_parameters(sizes, target))
     layers = [
-        _Layer(name, size, energies[name], alike[name], least_share) for name, size in sizes.items()
+        _Layer(name, size, energies[name], alike[name], least_share, is_loss)
+        for name, size in sizes.items()
     ]
     prices = sorted({worth for layer in layers for worth in layer.worths()}, reverse=True)
 
@@ -191,9 +200,10 @@ class _Layer:
     Args:
         name: Name of the layer.
         size: Size of the layer.
-        energies: Its squared singular values, downwards.
+        energies: Its squared singular values, or scores.
         alike: Its rank if all were alike.
         least_share: Least share of that rank.
+        is_loss: Whether they count as they are, in place of their share of the layer's sum.
     """
 
     def __init__(
@@ -203,22 +213,24 @@ class _Layer:
         energies: Sequence[float],
         alike: int | None,
         least_share: float,
+        is_loss: bool,
     ) -> None:
         self.name, self.size, self.column_cost = name, size, sum(size)
-        whole = math.fsum(energies) or 1.0
-        self.shares = [energy / whole for energy in energies]
-        self.kept = list(itertools.accumulate(self.shares, initial=0.0))
+        whole = 1.0 if is_loss else math.fsum(energies) or 1.0
+        shares = [energy / whole for energy in energies]
+        self.kept = list(itertools.accumulate(shares, initial=0.0))
         self.largest = largest_rank(*size)
         even = self.largest if alike is None else alike
         # A layer without smaller factors can only stay dense.
         self.least = min(max(1, math.floor(least_share * even)), self.largest)
+        self._falling = falling(shares[self.least : self.largest])
 
     def worth_of_column(self, index: int) -> float:
-        """Share of the energy per parameter, of the column after so many."""
-        return self.shares[index] / self.column_cost
+        """What is kept per parameter, by the column after so many."""
+        return self._falling[index - self.least] / self.column_cost
 
     def worth_of_rest(self, rank: int) -> float:
-        """Share of the energy per parameter, of all that factors of this rank leave out."""
+        """What is kept per parameter, by all that factors of this rank leave out."""
         missing = num_parameters(None, *self.size) - num_parameters(rank, *self.size)
         return (self.kept[-1] - self.kept[rank]) / max(1, missing)
 
@@ -240,6 +252,26 @@ class _Layer:
             else:
                 high = middle
         return None if self.worth_of_rest(low) >= price else low
+
+
+def falling(values: Sequence[float]) -> list[float]:
+    """Values that never rise, those of a run that rises replaced by its mean.
+
+    Their sums up to each place are the least concave bound of the sums of the values, which a
+    price per column touches at the best ranks alone.
+
+    >>> falling([5.0, 1.0, 3.0, 2.0])
+    [5.0, 2.0, 2.0, 2.0]
+    """
+    runs: list[tuple[float, int]] = []
+    for value in values:
+        mean, length = value, 1
+        while runs and runs[-1][0] < mean:
+            before, number = runs.pop()
+            mean = (mean * length + before * number) / (length + number)
+            length += number
+        runs.append((mean, length))
+    return [mean for mean, length in runs for _ in range(length)]
 
 
 def _filled(

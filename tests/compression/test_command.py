@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from fingpt_lightning.cli.main import main
-from fingpt_lightning.compression import command, stages
+from fingpt_lightning.compression import command, plan, stages
+from fingpt_lightning.compression.plan import plan_stages
+from fingpt_lightning.compression.settings import Settings
+from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.models.families import head_of
 from fingpt_lightning.models.formats.hf_folder import write_network
 from fingpt_lightning.models.from_scratch import build_network
@@ -230,6 +234,46 @@ def test_a_head_with_a_map_of_its_own_keeps_it(
     assert _logits(tmp_path / "small").isfinite().all()
 
 
+def test_ranks_and_factors_by_the_loss_are_made_and_planned(
+    compress: Compress, tmp_path: Path
+) -> None:
+    words = ("--allocation", "loss", "--whitening", "both")
+    status, _, error = compress(*words)
+    assert status == 0, error
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())
+    assert record["settings"]["allocation"] == "loss"
+    assert record["settings"]["whitening"] == "both"
+    ratio = record["small"]["parameters"] / record["original"]["parameters"]
+    assert ratio == pytest.approx(0.8, rel=0.02)
+    made = json.loads((tmp_path / "small" / "decomposition.json").read_text())["settings"]
+    assert (made["allocation"], made["whitening"], made["sequential"]) == ("loss", "both", True)
+    assert _logits(tmp_path / "small").isfinite().all()
+
+
+def test_a_plan_counts_the_backward_pass(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "measured_peak_flops_per_s", lambda *_: 1e9)
+    source = open_source(given / "model")
+    stages_of = {}
+    ways: list[dict[str, Any]] = [{}, {"allocation": "loss"}, {"whitening": "both"}]
+    for way in ways:
+        settings = Settings(
+            model="", size=0.8, format="low_rank", calibration=(), calibration_tokens=10_000,
+            data_dir=None, allocation="uniform", whitening="input", drop_blocks=0,
+            embedding_rank=None, refine=0, heal=0, batch_size=1, block_length=32,
+            learning_rate=0.1, precision="32-true", teacher_dtype="float32", texts={},
+            text_tokens=1, tasks=(), limit=None, seed=1, tokenizer=None,
+        )  # fmt: skip
+        (stages_of[str(way)], _) = plan_stages(source, replace(settings, **way), 10_000)
+    plain, loss, both = stages_of.values()
+    assert (loss.seconds, loss.num_bytes) == (both.seconds, both.num_bytes)
+    network = source.network
+    operations = 2 * 10_000 * (
+        3 * network.num_parameters() + sum(layer.out_features**2 for layer in source.layers)
+    )  # fmt: skip
+    assert loss.seconds - plain.seconds == pytest.approx(operations / 0.4e9)
+    assert loss.num_bytes >= plain.num_bytes
+
+
 def test_a_plan_makes_nothing(compress: Compress, tmp_path: Path) -> None:
     status, output, error = compress("--heal", "4", "--plan", "--format", "nf4")
     assert status == 0, error
@@ -245,6 +289,8 @@ def test_a_plan_makes_nothing(compress: Compress, tmp_path: Path) -> None:
         (("--limit", "3"), 2, "--limit has an effect with --tasks alone"),
         (("--learning_rate", "1"), 2, "--learning_rate has an effect with --heal alone"),
         (("--format", "gguf"), 2, "invalid choice: 'gguf'"),
+        (("--allocation", "los"), 2, "invalid choice: 'los'"),
+        (("--whitening", "output"), 2, "invalid choice: 'output'"),
         (("--size", "0.01"), 1, "is out of reach"),
         (("--drop_blocks", "2"), 1, "drop_blocks 2 of 2 blocks is outside [0, 1]"),
         (

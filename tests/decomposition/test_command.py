@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from fingpt_lightning.data import TextBlocks
 from fingpt_lightning.decomposition import layer_files, refinement, runner, sequential
 from fingpt_lightning.files import owned, put_in_place
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
+from fingpt_lightning.low_rank.decomposition import ShiftedMoments
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.models.families import head_of
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.models.output_gradients import gradient_moments
 from fingpt_lightning.modules import LowRankPretraining
 from tests.deploy.tiny_clients import save_clients, save_low_rank_model
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer
@@ -214,6 +217,151 @@ def test_a_sequence_that_was_killed_goes_on(
     assert status == 0, error
     first, second = (_linear(load_model(tmp_path / n).network) for n in ("whole", "out"))
     torch.testing.assert_close(first, second)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama that has learned the lines: to a random one all directions matter alike."""
+    folder = tmp_path_factory.mktemp("trained")
+    network, tokenizer = tiny_network("llama"), tiny_tokenizer()
+    tokens = torch.tensor([tokenizer.encode(" ".join(LINES))])
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        network(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def _divergence(folder: Path, model: Path) -> float:
+    """Mean KL(model || what was made of it) on the lines."""
+    tokens = torch.tensor([tiny_tokenizer().encode(" ".join(LINES))])
+    made, dense = (load_model(x).network(input_ids=tokens).logits for x in (folder, model))
+    before, after = dense.log_softmax(-1), made.log_softmax(-1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+LOSS = ("--allocation", "loss")
+BOTH = ("--whitening", "both")
+
+
+def test_by_the_loss_the_prediction_changes_less(
+    decompose: Decompose, trained: Path, text: Path, tmp_path: Path
+) -> None:
+    words = ("--compression", "1.15", "--calibration", text, "--damping", "0.001")
+    found, ranks, settings = {}, {}, {}
+    for name, extra in {"plain": (), "loss": LOSS, "both": BOTH, "all": (*LOSS, *BOTH)}.items():
+        status, _, error = decompose(trained, *words, *extra, "--output", tmp_path / name)
+        assert status == 0, error
+        found[name] = _divergence(tmp_path / name, trained)
+        record = json.loads((tmp_path / name / "decomposition.json").read_text())
+        assert record["total_compression_ratio"] == pytest.approx(1.15, rel=0.02)
+        ranks[name] = {row["name"]: row["rank"] for row in record["layers"]}
+        settings[name] = record["settings"]
+    assert found["loss"] < found["plain"], found
+    assert found["both"] < found["plain"], found
+    assert found["all"] < found["both"], found
+    assert ranks["plain"] == ranks["both"] != ranks["loss"]
+    assert len(set(ranks["loss"].values())) > len(set(ranks["plain"].values()))
+    assert "whitening" not in settings["loss"]
+    assert (settings["all"]["whitening"], settings["all"]["allocation"]) == ("both", "loss")
+    again = ("--output", tmp_path / "again", "--seed", "2")
+    assert decompose(trained, *words, *LOSS, *BOTH, *again)[0] == 0
+    first, second = (_linear(load_model(tmp_path / n).network) for n in ("all", "again"))
+    assert any(not torch.equal(first[name], second[name]) for name in first), "labels are drawn"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (*LOSS, "--sequential"),
+        (*BOTH, "--sequential", "--refine", "2"),
+        (*LOSS, *BOTH, "--method", "randomized", "--seed", "3"),
+        (*LOSS, "--embedding_rank", "0.5"),
+    ],
+    ids=["loss in sequence", "both in sequence", "randomized", "embedding"],
+)
+def test_both_go_with_what_they_are_defined_for(
+    decompose: Decompose, text: Path, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    model = _save("gpt2", tmp_path / "gpt2")
+    words = ("--compression", "1.3", "--calibration", text)
+    status, _, error = decompose(model, *words, *extra)
+    assert status == 0, error
+    record = json.loads((tmp_path / "out" / "decomposition.json").read_text())
+    assert record["total_compression_ratio"] == pytest.approx(1.3, rel=0.02)
+    assert _logit_gap(tmp_path / "out", model) < 1e3
+
+
+def test_in_sequence_both_sides_are_the_nearest_by_the_loss(tmp_path: Path) -> None:
+    """To what the target of a sequence is, in float64, with moments of both sides."""
+    weight, gradient = (torch.randn(size, dtype=torch.float64) for size in ((7, 11), (9, 7)))
+    before, now = torch.randn(2, 40, 11, dtype=torch.float64)
+    moments = ShiftedMoments(*(x.T @ y / 40 for x, y in
+                               ((before, before), (before, now), (now, now))))  # fmt: skip
+    g = (gradient.T @ gradient).float().double()
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    layer_files.write_tensors(layer_files.gradients_file(tmp_path, "a"), {"gradients": g})
+    reader = layer_files.SafetensorsReader({"w": tmp_path / "w.safetensors"})
+    work = layer_files.Work(
+        reader, tmp_path, {"a": 3}, dtype=torch.float64, damping=1e-9, both_sides=True
+    )
+    layer = layer_files.LayerWeight("a", "w", 11, 7, has_gradients=True)
+    layer_files.decompose_reached(work, layer, moments)
+    pair = layer_files.read_factors(tmp_path, "a")
+    product = (pair.up @ pair.down).requires_grad_()
+
+    def lost(product: Tensor) -> Tensor:
+        error = before @ weight.T - now @ product.T
+        mean: Tensor = ((error @ g) * error).sum() / 40
+        return mean
+
+    (slope,) = torch.autograd.grad(lost(product), product)
+    # At the least of all products of this rank the slope has no part along the factors.
+    scale = slope.norm() * pair.up.norm()
+    assert (pair.up.T @ slope).norm() < 1e-6 * scale
+    assert (slope @ pair.down.T).norm() < 1e-6 * scale
+    nearest = float(lost(product.detach()))
+    layer_files.decompose_reached(replace(work, both_sides=False), layer, moments)
+    one_side = layer_files.read_factors(tmp_path, "a")
+    assert nearest < 0.99 * float(lost(one_side.up @ one_side.down))
+
+
+def test_gradients_that_were_killed_go_on(
+    decompose: Decompose, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--compression", "1.3", "--calibration", text, *LOSS, *BOTH)
+    status, _, error = decompose(model, *words, "--output", tmp_path / "whole")
+    assert status == 0, error
+    real = gradient_moments
+    starts: list[object] = []
+
+    def killed(*arguments: Any, **settings: Any) -> Any:
+        yield next(real(*arguments, **settings))
+        raise RuntimeError("killed")
+
+    def watched(network: Any, ids: Tensor, seed: int, *, start: Any) -> Any:
+        starts.append(start.block)
+        return real(network, ids, seed, start=start)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "gradient_moments", killed)
+        status, _, error = decompose(model, *words)
+        assert (status, "killed" in error) == (1, True)
+    status, _, error = decompose(model, *words, "--seed", "2")
+    assert (status, "of an unfinished run with seed 1, now 2" in error) == (1, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "gradient_moments", watched)
+        patch.setattr(runner, "decompose_batch", killed)
+        assert decompose(model, *words)[0] == 1
+    status, _, error = decompose(model, *words)
+    assert status == 0, error
+    assert starts == [1], "one block was left, and then none"
+    first, second = (_linear(load_model(tmp_path / n).network) for n in ("whole", "out"))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("extra", [(), ("--sequential",)], ids=["at_once", "in_sequence"])
@@ -485,6 +633,12 @@ def test_the_tables_name_rank_and_error_of_each_layer(decompose: Decompose, mode
         (("--energy", "0.3", "--sequential", "--calibration", "{}/empty.txt"), 2,
          "--sequential needs --rank_ratio or --compression"),
         (("--energy", "0.9", "--method", "randomized"), 2, "needs the whole spectrum"),
+        (("--compression", "2", "--allocation", "loss"), 2, "--allocation loss needs --calib"),
+        (("--rank_ratio", "0.3", "--whitening", "both"), 2, "--whitening has an effect with a cal"),
+        (("--rank_ratio", "0.3", "--whitening", "both", "--damping", "0", "--calibration",
+          "{}/a.txt"), 2, "--whitening both needs a --damping above 0"),
+        (("--rank_ratio", "0.3", "--whitening", "out"), 2, "invalid choice: 'out'"),
+        (("--compression", "2", "--seed", "2", "--allocation", "spectrum"), 2, "--seed has an eff"),
         (("--rank_ratio", "0.3", "--embedding_rank", "99"), 1, r"embedding_rank 99 is outside \[1"),
         (("--rank_ratio", "0.3", "--calibration", "{}/none.txt"), 1, "none.txt does not exist"),
         (("--rank_ratio", "0.3", "--calibration", "{}/empty.txt"), 1, "empty.txt holds no text"),
@@ -686,6 +840,8 @@ def test_python_and_the_command_line_write_the_same(
         ({"energy": 1.5}, r"energy 1.5 is outside \(0, 1\]"),
         ({"compression": 0.5}, "compression 0.5 is below 1"),
         ({"compression": 2.0, "allocation": "uniformly"}, "did you mean uniform"),
+        ({"compression": 2.0, "allocation": "loss"}, "^allocation loss needs calibration or"),
+        ({"rank_ratio": 0.5, "calibration": "a", "whitening": "bth"}, "did you mean both"),
         (
             {"rank_ratio": 0.5, "allocation": "uniform"},
             "^allocation has an effect with compression",
@@ -739,8 +895,9 @@ def _put(value: float) -> Callable[[Tensor], Tensor]:
         ("--compression", "1.5", "--workers", "2"),
         ("--rank_ratio", "0.4", "--calibration", "TEXT"),
         ("--rank_ratio", "0.4", "--calibration", "TEXT", "--sequential"),
+        ("--rank_ratio", "0.4", "--calibration", "TEXT", "--whitening", "both"),
     ],
-    ids=["ratio", "energy", "spectrum", "workers", "calibration", "sequential"],
+    ids=["ratio", "energy", "spectrum", "workers", "calibration", "sequential", "both"],
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_weight_that_is_not_finite_is_named(

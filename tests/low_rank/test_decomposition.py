@@ -8,7 +8,10 @@ from fingpt_lightning.low_rank.decomposition import (
     damped,
     decompose,
     energies_of,
+    factors_of,
+    loss_scores,
     output_basis,
+    output_roots,
     relative_errors,
     shifted_errors,
     shifted_weight,
@@ -223,3 +226,66 @@ def test_shifted_errors_are_of_the_outputs() -> None:
     )
     truth = (x @ weight.T - y @ product.T).norm() / (x @ weight.T).norm()
     assert errors.output == pytest.approx(float(truth), rel=1e-4)
+
+
+def _gradients(rows: int, number: int = 3) -> Tensor:
+    """Second moments of gradients of very unequal features."""
+    return _moments(rows, number=number)[1]
+
+
+def _both_sides(weights: Tensor, moments: Tensor, roots: Tensor, rank: int) -> list[Factors]:
+    basis = output_basis(roots.mT @ weights, rank, moments)
+    return [
+        factors_of(weight, vectors, root)
+        for weight, vectors, root in zip(weights, basis.vectors, roots, strict=True)
+    ]
+
+
+def _lost(error: Tensor, moment: Tensor, gradient: Tensor) -> Tensor:
+    """tr(G E C E'), twice the predicted increase of the loss."""
+    return (gradient @ error @ moment @ error.T).trace()
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_scores_are_what_factors_of_each_rank_lose_of_the_loss(rows: int, columns: int) -> None:
+    weights, gradients = _weights(rows, columns), _gradients(rows)
+    _, moments = _moments(columns)
+    scores = loss_scores(weights, moments, gradients)
+    assert scores.shape == (3, min(rows, columns))
+    for rank in (1, 3, min(rows, columns) - 1):
+        for index, pair in enumerate(decompose(weights, [rank] * 3, moments)):
+            error = weights[index] - pair.up @ pair.down
+            lost = _lost(error, moments[index], gradients[index])
+            torch.testing.assert_close(scores[index, rank:].sum(), lost, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_whitened_on_both_sides_a_pair_is_the_nearest_by_the_loss(rows: int, columns: int) -> None:
+    weights, gradients = _weights(rows, columns), _gradients(rows)
+    _, moments = _moments(columns)
+    roots = output_roots(gradients, 0.01)
+    shifted = damped(gradients, 0.01)
+    assert shifted is not None
+    torch.testing.assert_close(roots @ roots.mT, shifted)
+    energies = energies_of(roots.mT @ weights, moments)
+    for rank in (1, 3, min(rows, columns) - 1):
+        for index, pair in enumerate(_both_sides(weights, moments, roots, rank)):
+            # Symmetric roots, where the code has Cholesky's: any root gives the same product.
+            values, vectors = torch.linalg.eigh(shifted[index])
+            root = (vectors * values.sqrt()) @ vectors.T
+            truth = torch.linalg.solve(
+                root, _reference(root @ weights[index], moments[index], rank)
+            )
+            product = pair.up @ pair.down
+            torch.testing.assert_close(product, truth, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(pair.up.T @ pair.up, pair.down @ pair.down.T)
+            lost = _lost(weights[index] - product, moments[index], shifted[index])
+            torch.testing.assert_close(lost, energies[index, rank:].sum(), rtol=1e-7, atol=1e-9)
+
+
+def test_without_gradients_both_sides_are_the_input_side() -> None:
+    weights, gradients = _weights(9, 13), torch.zeros(3, 9, 9)
+    _, moments = _moments(13)
+    both = _both_sides(weights, moments, output_roots(gradients, 0.01), 4)
+    for one, other in zip(both, decompose(weights, [4] * 3, moments), strict=True):
+        torch.testing.assert_close(one.up @ one.down, other.up @ other.down)

@@ -1,5 +1,7 @@
 import itertools
 import math
+import random
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from fingpt_lightning.low_rank.rank_allocation import (
     Size,
     allocate_ranks,
     energy_rank,
+    falling,
     largest_rank,
     num_parameters,
     ranks_at_ratio,
@@ -136,3 +139,83 @@ def test_no_layer_gets_less_than_its_least_share() -> None:
 def test_a_least_share_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"least_share 1.5 is outside \[0, 1\]"):
         allocate_ranks({"a": [1.0]}, {"a": (2, 2)}, 4, 1.5)
+
+
+def _kept(
+    scores: dict[str, list[float]], ranks: Mapping[str, int | None], sizes: dict[str, Size]
+) -> float:
+    return math.fsum(sum(scores[name][: ranks[name]]) for name in sizes)
+
+
+@given(
+    sizes=st.dictionaries(
+        st.sampled_from("abc"), st.tuples(st.integers(4, 14), st.integers(8, 14)), min_size=2
+    ),
+    seed=st.integers(0, 2**32),
+    price=st.floats(1, 60),
+    least_share=st.sampled_from([0.0, 0.5]),
+)
+def test_by_loss_no_ranks_of_as_many_parameters_keep_more(
+    sizes: dict[str, Size], seed: int, price: float, least_share: float
+) -> None:
+    """Against all ranks there are, with scores in no order, at a budget that a price spends."""
+    stream = random.Random(seed)
+    scores = {
+        name: [1000 * 0.8**place * stream.random() for place in range(min(size))]
+        for name, size in sizes.items()
+    }
+    choices: list[list[int | None]] = [
+        [None, *range(1, largest_rank(*size) + 1)] for size in sizes.values()
+    ]
+    every = [dict(zip(sizes, ranks, strict=True)) for ranks in itertools.product(*choices)]
+    best = max(every, key=lambda x: _kept(scores, x, sizes) - price * total_parameters(sizes, x))
+    target = total_parameters(sizes, best)
+    found = allocate_ranks(scores, sizes, target, least_share, is_loss=True)
+    alike = ranks_at_ratio(sizes, ratio_for_parameters(sizes, target))
+
+    def is_allowed(ranks: Mapping[str, int | None]) -> bool:
+        if total_parameters(sizes, ranks) > target:
+            return False
+        for name, rank in ranks.items():
+            whole = alike[name]
+            even = largest_rank(*sizes[name]) if whole is None else whole
+            if rank is not None and rank < math.floor(least_share * even):
+                return False
+        return True
+
+    if not is_allowed(best):  # the floor forbids it, and what the floor costs is not a price's
+        return
+    assert is_allowed(found)
+    most = max(_kept(scores, ranks, sizes) for ranks in every if is_allowed(ranks))
+    assert _kept(scores, found, sizes) == pytest.approx(most)
+
+
+@given(st.lists(st.floats(0, 1e3), max_size=12))
+def test_falling_values_are_the_least_concave_bound(values: list[float]) -> None:
+    found = falling(values)
+    assert all(a >= b for a, b in itertools.pairwise(found))
+    sums, bound = ([0.0, *itertools.accumulate(x)] for x in (values, found))
+    assert len(sums) == len(bound)
+    for middle, height in enumerate(bound):
+        chords = [
+            sums[a] + (sums[b] - sums[a]) * (middle - a) / max(1, b - a)
+            for a in range(middle + 1)
+            for b in range(middle, len(sums))
+        ]
+        assert height == pytest.approx(max(chords), rel=1e-9, abs=1e-6)
+
+
+def test_by_loss_the_scale_of_a_layer_counts_down_to_the_floor() -> None:
+    sizes = {"light": (40, 40), "heavy": (40, 40)}
+    energies = {name: [1 / (k + 1) for k in range(40)] for name in sizes}
+    energies["heavy"] = [1e3 * value for value in energies["heavy"]]
+    ranks = allocate_ranks(energies, sizes, 80 * 16, 0.5, is_loss=True)
+    assert ranks == {"light": 4, "heavy": 12}
+
+
+def test_columns_behind_a_cheap_one_are_bought_with_it() -> None:
+    """Columns are taken in the order of the outputs, which is not that of the loss."""
+    sizes = {"late": (40, 40), "even": (40, 40)}
+    scores = {"late": [1.0] * 6 + [60.0] * 4 + [0.0] * 30, "even": [10.0] * 12 + [0.0] * 28}
+    ranks = allocate_ranks(scores, sizes, 80 * 14, 0.0, is_loss=True)
+    assert ranks == {"late": 10, "even": 4}
