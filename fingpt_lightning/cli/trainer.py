@@ -532,11 +532,9 @@ def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> 
         for key, value in saved.items():
             if key not in given_args:
                 settings[part].init_args[key] = value
-            elif _plain(given_args[key]) != value:
-                _tell(
-                    f"{part}.{key}: {_plain(given_args[key])} as given, in place of {value} in"
-                    f" {path}"
-                )
+            # As parsed: a class in the place of a value has its defaults there.
+            elif (now := _plain(settings[part].init_args[key])) != value:
+                _tell(f"{part}.{key}: {now} as given, in place of {value} in {path}")
 
 
 def _init_args_of_ours(given: Namespace) -> dict[str, Any]:

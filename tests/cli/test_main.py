@@ -441,6 +441,21 @@ def test_a_run_that_is_told_to_end_does_not_count_as_done(
     assert _only_error(stderr) == f"fingpt: error: {message}"
 
 
+def test_the_other_commands_take_the_last_checkpoint_of_a_finetuning_run(
+    run: Run, tmp_path: Path
+) -> None:
+    config = DEBUG.with_name("debug_finetune_smollm2_fpb.yaml")
+    words = ("--config", str(config), "--trainer.logger=false")
+    status, stderr = run("fit", *words)
+    assert status == 0, stderr
+    for command in ("validate", "test", "predict"):
+        status, stderr = run(command, *words, "--ckpt_path", "last")
+        assert status == 0, stderr
+        assert "as given, in place of" not in stderr, "nothing differs from the checkpoint"
+    (written,) = tmp_path.glob("runs/*-predict-*/predictions.jsonl")
+    assert len(written.read_text().splitlines()) == 48
+
+
 @pytest.mark.parametrize("config", ["debug_quickstart", "debug_finetune_smollm2_fpb"])
 def test_a_log_file_of_a_minute_has_ten_lines_that_say_how_it_goes(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
