@@ -40,13 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Fills the folder and says how its wheels are installed.
 
     Returns:
-        0, or 1 where the wheels are larger than `MAX_BYTES`.
+        0, or 1 where pip finds none or the wheels are larger than `MAX_BYTES`.
     """
     options, parser = _options(arguments)
     try:
         wheels = collect(options.folder, options.cuda, options.python)
     except ValueError as error:
         parser.error(str(error))
+    except subprocess.CalledProcessError:
+        print("gpu_wheels: pip found no such wheels; its message is above", file=sys.stderr)
+        return 1
     num_bytes = sum(wheel.stat().st_size for wheel in wheels)
     print(f"{options.folder}: {len(wheels)} wheels, {num_bytes / 1e6:.1f} MB; on that machine:")
     print(f"python3 -m pip install --no-index --find-links {options.folder} {' '.join(NEEDED)}")

@@ -62,17 +62,12 @@ def draw(
     axes[0].set_xlabel("million tokens")
     axes[1].set_xlabel("minutes of training, as steps were timed")
     for row in rows:
-        by_seed = row.get("equal_tokens_loss_nats", {})
-        for loss in by_seed.values():
+        for loss in row.get("equal_tokens_loss_nats", {}).values():
             axes[2].plot(row["total_compression_ratio"], loss, "o", color=colors[row["contender"]])
-        if by_seed:
-            place = (row["total_compression_ratio"], min(by_seed.values()))
-            offset = {"xytext": (6, -2), "textcoords": "offset points"}
-            axes[2].annotate(row["contender"], place, fontsize=8, **offset)
     axes[2].margins(x=0.25)
     axes[2].set_xlabel("times smaller in total")
-    axes[2].set_ylabel("loss on all of the validation text")
-    axes[0].set_ylabel("loss on its first batches (nats a token)")
+    axes[2].set_ylabel("nats per token, whole text")
+    axes[0].set_ylabel("nats per token, first batches")
     if highest := [
         max(run.curve_loss_nats) for run in runs if run.curve_steps and _is_falling(run)
     ]:
@@ -83,6 +78,11 @@ def draw(
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     if axes[0].lines:
-        axes[0].legend(frameon=False, fontsize=8)
+        lines, labels = axes[0].get_legend_handles_labels()
+        # Below all three: names of variants are long, and none has a corner to spare.
+        figure.legend(
+            lines, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False,
+            fontsize=8,
+        )  # fmt: skip
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

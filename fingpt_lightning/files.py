@@ -600,7 +600,7 @@ def not_utf8(path: Path) -> str:
                     f"{path}:{number}: no UTF-8 text at byte {position + error.start} of the file"
                 )
             position += len(line)
-    return f"{path} is no UTF-8 text"
+    return f"{path} is not UTF-8 text"
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def explain(
     if found := re.search(r"Expected a dot import path string: (\S+)", text):
         example = (default_classes or {}).get(key)
         such = f" such as {example}" if example else ""
-        return f"{key}: {found[1]!r} is no class path{such}"
+        return f"{key}: {found[1]!r} is not a class path{such}"
     if "Unexpected config" in text and (reason := broken_config(words)):
         return reason
     if "Problems parsing config" in text:
@@ -164,11 +164,11 @@ def _first_broken(words: Sequence[str]) -> str | None:
             yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
-            return f"{path} line {line} is no YAML: {error.problem}"
+            return f"{path} line {line} is not YAML: {error.problem}"
         except UnicodeDecodeError:
             return not_utf8(path)
         except yaml.YAMLError as error:
-            return f"{path} is no YAML: {' '.join(str(error).split())[:_LONGEST_QUOTE]}"
+            return f"{path} is not YAML: {' '.join(str(error).split())[:_LONGEST_QUOTE]}"
     return None
 
 
@@ -178,7 +178,7 @@ def undecodable(words: Sequence[str]) -> str:
     Args:
         words: Command line, which names the configs.
     """
-    return _first_broken(words) or "a config is no UTF-8 text"
+    return _first_broken(words) or "a config is not UTF-8 text"
 
 
 def broken_config(words: Sequence[str]) -> str | None:
@@ -193,7 +193,7 @@ def broken_config(words: Sequence[str]) -> str | None:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             kind = {"str": "text", "NoneType": "nothing"}.get(type(found).__name__)
-            return f"{path} is no config: it holds {kind or type(found).__name__}, not settings"
+            return f"{path} is not a config: it holds {kind or type(found).__name__}, not settings"
     return None
 
 

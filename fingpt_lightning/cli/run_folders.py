@@ -121,9 +121,9 @@ def read_checkpoint_lazily(path: Path) -> dict[str, Any]:
     try:
         checkpoint = load_contents(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"ckpt_path {path} is no checkpoint that can be read safely") from error
+        raise ValueError(f"ckpt_path {path} is not a checkpoint that can be read safely") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"ckpt_path {path} is no checkpoint of a training run")
+        raise ValueError(f"ckpt_path {path} is not a checkpoint of a training run")
     return checkpoint
 
 

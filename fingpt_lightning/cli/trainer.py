@@ -78,11 +78,13 @@ from fingpt_lightning.cli.wandb_runs import (
 )
 from fingpt_lightning.files import write_whole
 from fingpt_lightning.models.sources import tokenizer_of_model
+from fingpt_lightning.modules.recipe import DEFAULTS
 from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.reporting.environment import write_environment
 from fingpt_lightning.strategies.checkpoint_files import WholeCheckpoints
 from fingpt_lightning.strategies.rendezvous import START_S
 from fingpt_lightning.terminal.command_line import as_list
+from fingpt_lightning.terminal.messages import without_credentials
 
 DEFAULT_CLASSES = {
     "model": "fingpt_lightning.modules.LowRankPretraining",
@@ -228,11 +230,12 @@ class RunRecord(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False)
         write_whole(folder / "config.yaml", text)
         write_environment(folder)
+        uploaded = without_credentials(text)  # such as those of a tracking server
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                record_config(logger, text)
+                record_config(logger, uploaded)
             else:
-                record_text(logger, text)
+                record_text(logger, uploaded)
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "tokenizer")
@@ -440,7 +443,7 @@ class FinGPTCLI(LightningCLI):
             plugins = [*plugins, WholeCheckpoints()]
         # What is saved, also for other runs, does not contain the folder of this one.
         self.config[self.command] = self._as_given
-        _note_resolved(self._as_given.model, self.model)
+        _note_resolved(self._as_given.model, getattr(self.model, "resolved_settings", {}))
         trainer = super().instantiate_trainer(
             logger=loggers or False,
             callbacks=own or None,
@@ -456,10 +459,10 @@ class FinGPTCLI(LightningCLI):
         return trainer
 
 
-def _note_resolved(settings: Namespace, module: LightningModule) -> None:
+def _note_resolved(settings: Namespace, resolved: Mapping[str, Any]) -> None:
     """Puts what a module decided in the place of a null into the config that the run records."""
     init_args = settings.get("init_args") or Namespace()
-    for key, value in module.hparams.items():
+    for key, value in resolved.items():
         if value is not None and key in init_args and init_args[key] is None:
             init_args[key] = value
 
@@ -529,8 +532,10 @@ def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> 
                 continue  # another class: the checkpoint's values do not apply to it
         elif class_path and not is_same_class(settings[part].class_path, class_path):
             settings[part] = Namespace(class_path=class_path, init_args=Namespace())
+        is_recipe = saved.get("recipe") is not None
         for key, value in saved.items():
-            if key not in given_args:
+            is_decided = is_recipe and key in DEFAULTS and given_args.get(key) is None
+            if key not in given_args or is_decided:
                 settings[part].init_args[key] = value
             # As parsed: a class in the place of a value has its defaults there.
             elif (now := _plain(settings[part].init_args[key])) != value:

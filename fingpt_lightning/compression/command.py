@@ -99,7 +99,7 @@ def compress(
         text_tokens: Tokens of each of them.
         tasks: Tasks whose validation is scored.
         limit: Rows of each task; None takes all.
-        seed: Seed of refinement, healing and the backward pass.
+        seed: Seed of refinement, healing and the labels drawn for gradients.
         tokenizer: Folder of the tokenizer, where the model has none beside it.
         plan: Whether the plan alone is made.
         overwrite: Whether a compression in the folder is replaced, and begun anew.

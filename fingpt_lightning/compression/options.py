@@ -108,7 +108,7 @@ def build_parser() -> OptionParser:
         "--seed",
         type=_count,
         default=1,
-        help="of refinement, healing and the backward pass; default: %(default)s",
+        help="of refinement, healing and the labels drawn for gradients; default: %(default)s",
     )
     add("--tokenizer", help="folder of the tokenizer, where the model has none beside it")
     add("--plan", action="store_true", help="print stages, time and memory, and make nothing")
@@ -165,7 +165,7 @@ def _rate(text: str) -> float:
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
 
 
@@ -173,4 +173,4 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None

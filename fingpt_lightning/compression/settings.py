@@ -30,7 +30,7 @@ class Settings:
         text_tokens: Tokens of each of them.
         tasks: Tasks that are scored.
         limit: Rows of each task.
-        seed: Seed of refinement, training and the backward pass.
+        seed: Seed of refinement, training and the labels drawn for gradients.
         tokenizer: Folder of the tokenizer, where one is named.
     """
 

@@ -157,6 +157,6 @@ def _check_mixture(mixture: list[MixturePart]) -> None:
     for part in mixture:
         name, weight = part["name"], part["weight"]
         if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"mixture part {name!r}: weight {weight} is no number above 0")
+            raise ValueError(f"mixture part {name!r}: weight {weight} is not a number above 0")
         if names.count(name) > 1:
             raise ValueError(f"mixture has {names.count(name)} parts named {name!r}")

@@ -317,7 +317,7 @@ def decompose_reached(work: Work, layer: LayerWeight, moments: ShiftedMoments) -
     target = shifted_weight(weight, moments, work.damping)
     own = damped(moments.own[None], work.damping)
     roots = _roots(work, Batch((layer,)))
-    # |G^1/2 (W X - P Y)|^2 is least at the same V for every G, so that G is of the last step alone.
+    # |G^1/2 (W X - P Y)|^2 is least at the same target for every G: it enters in the last step.
     seen = target[None] if roots is None else roots.mT @ target
     basis = output_basis(seen, rank, own, work.method, [_generator(work, layer.name)])
     pair = factors_of(target, basis.vectors[0], None if roots is None else roots[0])

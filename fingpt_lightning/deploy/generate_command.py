@@ -129,5 +129,5 @@ def _json_prompt(line: str, where: str) -> Prompt:
         raise ValueError(f'{where}: no text "prompt"{known}')
     adapter = row.get("adapter")
     if adapter is not None and not isinstance(adapter, str):
-        raise ValueError(f'{where}: "adapter" {adapter!r} is no name')
+        raise ValueError(f'{where}: "adapter" {adapter!r} is not a name')
     return Prompt(row["prompt"], adapter or None)

@@ -221,7 +221,7 @@ def _check_characters(row: Row) -> None:
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{name!r} has half of a surrogate pair, which is no text") from None
+            raise ValueError(f"{name!r} has half of a surrogate pair, which is not text") from None
 
 
 def row_chunks(

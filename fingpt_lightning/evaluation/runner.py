@@ -371,8 +371,9 @@ def metrics_of(run: TaskRun, predictions: Sequence[Prediction]) -> dict[str, Any
     ]
     if not known:
         after = f" after {run.num_fewshot} examples" if run.num_fewshot else ""
-        with _named(run.task):
-            raise ValueError(f"no row with a right answer fits the context of the network{after}")
+        raise ValueError(
+            f"{run.task.name}: no row with a right answer fits the context of the network{after}"
+        )
     if run.task.is_generated:
         fields = [row_fields(run.task, example, one.answer) for example, _, one in known]
         return written_metrics(run.task, fields)

@@ -171,7 +171,7 @@ class LowRankLinear(nn.Module):
         """
         if self.activation != "none":
             raise ValueError(
-                f"a low-rank layer with {self.activation} between its factors is no linear map,"
+                f"a low-rank layer with {self.activation} between its factors is not a linear map,"
                 " so no dense layer can take its place"
             )
         return self._folded_up().detach().to(dtype) @ self.down.detach().to(dtype)

@@ -148,7 +148,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
             return layer.weight.detach().T
         case nn.Linear():
             return _dequantized(layer).detach()
-    raise ValueError(f"{type(layer).__name__} is no linear layer")
+    raise ValueError(f"{type(layer).__name__} is not a linear layer")
 
 
 def base_quantization(network: nn.Module) -> str | None:

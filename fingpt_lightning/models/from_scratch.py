@@ -185,7 +185,7 @@ def narrow_shape(
     if not widths:
         raise ValueError(
             f"embedding_rank {embedding_rank} makes the embedding of {vocab_size:,} tokens smaller"
-            f" at no width up to {width}: lower it"
+            f" at no width up to {width}: lower embedding_rank"
         )
 
     def parameters(width: int) -> int:
@@ -199,9 +199,14 @@ def narrow_shape(
     dense = _num_parameters(shape, vocab_size)
     found = bisect.bisect_right(widths, dense / compression, key=parameters)
     if found == 0:
+        limit, other = "with as many heads", " or num_heads"
+        if isinstance(embedding_rank, int) and widths[0] > step:
+            limit, other = f"for embedding_rank {embedding_rank}", " or embedding_rank"
+        elif not isinstance(shape, (GPT2Shape, LlamaShape)):
+            other = ""
         raise ValueError(
-            f"compression {compression} is out of reach: width {widths[0]}, the smallest with"
-            f" as many heads, gives {dense / parameters(widths[0]):.2f}; lower it or num_heads"
+            f"compression {compression} is out of reach: width {widths[0]}, the smallest {limit},"
+            f" gives {dense / parameters(widths[0]):.2f}; lower compression{other}"
         )
     return of_width(shape, widths[found - 1])
 

@@ -115,7 +115,7 @@ def features_of(layer: nn.Module) -> tuple[int, int]:
             return int(layer.nx), int(layer.nf)
         case nn.Linear() | LowRankLinear():
             return layer.in_features, layer.out_features
-    raise ValueError(f"{type(layer).__name__} is no linear layer")
+    raise ValueError(f"{type(layer).__name__} is not a linear layer")
 
 
 @torch.no_grad()

@@ -190,7 +190,7 @@ def _check(shape: GPT2Shape | LlamaShape) -> None:
     if shape.num_layers > MAX_LAYERS:
         raise ValueError(f"num_layers {shape.num_layers:,} is above {MAX_LAYERS:,}")
     if shape.width % shape.num_heads:
-        raise ValueError(f"width {shape.width} is no multiple of num_heads {shape.num_heads}")
+        raise ValueError(f"width {shape.width} is not a multiple of num_heads {shape.num_heads}")
     if isinstance(shape, LlamaShape) and shape.width // shape.num_heads % 2:
         raise ValueError(
             f"width {shape.width} over num_heads {shape.num_heads} is odd, and a rotation turns"

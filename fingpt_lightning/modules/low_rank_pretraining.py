@@ -269,7 +269,7 @@ class LowRankPretraining(LanguageModelingModule):
     ) -> None:
         super().__init__()
         if compression is not None:
-            if rank != "auto":
+            if rank != "auto" and not (rank is None and recipe is not None):
                 raise ValueError(
                     f"rank {rank} and compression {compression}: give one of them; beside"
                     " compression rank stays auto"
@@ -371,6 +371,7 @@ class LowRankPretraining(LanguageModelingModule):
         initial: Any = self._hparams_initial  # those that loggers get
         for hparams in (self.hparams, initial):
             hparams.update(settings)
+        self.resolved_settings = settings
         self.teacher = Teacher.checked(self.hparams)
         # Drawn now, so that nothing that draws before the network is built changes the network.
         self.initialization_seed = int(torch.randint(2**31, ()))
@@ -441,9 +442,11 @@ class LowRankPretraining(LanguageModelingModule):
             rates = [f"{kind} at {hparams[f'{kind}_learning_rate']:g}", f"AdamW at {rate:g}"]
         if hparams["embedding_learning_rate"] is not None:
             rates.append(f"the embedding at {hparams['embedding_learning_rate']:g}")
+        is_tied = bool(self.shape.config(1).tie_word_embeddings)
+        head = f"head_map {hparams['head_map']}" if is_tied else "a head with factors of its own"
         return (
             f"recipe {hparams['recipe']}: width {network.config.hidden_size} of {baseline},"
-            f" embedding rank {embedding.rank}, head_map {hparams['head_map']},"
+            f" embedding rank {embedding.rank}, {head},"
             f" {', '.join(rates)}; {format_count(budget.total_parameters)} parameters,"
             f" {budget.total_compression_ratio:.2f}x smaller"
         )

@@ -54,4 +54,4 @@ def check_below_1(**shares: float) -> None:
 
 def _check_finite(name: str, number: float) -> None:
     if not math.isfinite(number):
-        raise ValueError(f"{name} {number} is no finite number")
+        raise ValueError(f"{name} {number} is not a finite number")

@@ -176,7 +176,7 @@ def base_config(
     if size is None:
         known = ", ".join(f"Llama-2-{name}" for name in _LLAMA_2)
         raise ValueError(
-            f"model.base {base} is no folder with config.json; without one the shapes of {known}"
+            f"model.base {base} is not a folder with config.json; without one the shapes of {known}"
             " are known"
         )
     width, mlp, blocks, heads, kv_heads = _LLAMA_2[size[1]]

@@ -49,7 +49,7 @@ def _row(header: list[str], cells: list[str], where: str) -> Row:
             if cell:
                 row[key] = float(cell)
         except ValueError:
-            raise ValueError(f"{where}: {key} is {cell!r}, which is no number") from None
+            raise ValueError(f"{where}: {key} is {cell!r}, which is not a number") from None
     if "step" not in row:
         raise ValueError(f"{where}: there is no step")
     return row

@@ -98,7 +98,7 @@ def learning_section(runs: Sequence[Run]) -> Section | str | None:
     blocks.append(Charts(charts, choices=choices, chosen=chosen))
     for run in runs:
         if (step := run.diverged_at()) is not None:
-            blocks.append(Note(f"{run.name}: the loss is no number from step {step:,} on."))
+            blocks.append(Note(f"{run.name}: the loss is not a number from step {step:,} on."))
         if not run.values(VAL_LOSS):
             blocks.append(Note(f"{run.name}: it ended before its first validation, or has none."))
     if (remark := tokenizer_remark(runs)) is not None:

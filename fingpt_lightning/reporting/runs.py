@@ -155,7 +155,9 @@ def read_folder(folder: Path) -> Run | Sweep | Evaluation:
     inner = next((path for path in _folders(folder) if _is_run(path)), None)
     advice = f"; there are runs in it: name one, as {inner}" if inner else ""
     known = ", ".join(_KNOWN_FILES)
-    raise ValueError(f"{folder} is no run, sweep or evaluation: it holds none of {known}{advice}")
+    raise ValueError(
+        f"{folder} is not a run, sweep or evaluation: it holds none of {known}{advice}"
+    )
 
 
 def read_run(folder: Path, name: str | None = None, error: str | None = None) -> Run:
@@ -249,7 +251,7 @@ def _read_sweep(folder: Path) -> Sweep:
             trials=trials,
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no record of a sweep: {error!r}") from error
+        raise ValueError(f"{path} is not a record of a sweep: {error!r}") from error
 
 
 def _read_trial(folder: Path, found: Mapping[str, Any]) -> Trial:
@@ -278,7 +280,7 @@ def _recorded_steps(folder: Path) -> Iterator[RecordedStep]:
             passes = tuple(_pass(event) for event in events)
             step = int(path.stem.removeprefix("step_"))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no trace of a pipeline: {error!r}") from error
+            raise ValueError(f"{path} is not a trace of a pipeline: {error!r}") from error
         if passes:
             yield RecordedStep(step, passes)
 

@@ -599,7 +599,7 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     place = [str(part) for part in first["loc"] if part != "body"]
     name = ".".join(place)
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no JSON: {first['ctx'].get('error', first['msg'])}")
+        return ApiError(400, f"the body is not JSON: {first['ctx'].get('error', first['msg'])}")
     if first["type"] == "extra_forbidden":
         known = [
             *CompletionRequest.model_fields, *ChatRequest.model_fields, *LabelRequest.model_fields

@@ -56,7 +56,7 @@ class Database:
             found = sqlalchemy.make_url(url)
         except (ArgumentError, ValueError):
             raise ValueError(
-                "--storage is no database URL; write postgresql://USER@HOST/DATABASE or"
+                "--storage is not a database URL; write postgresql://USER@HOST/DATABASE or"
                 " sqlite:///FILE"
             ) from None
         self._is_server = found.drivername != "sqlite"

@@ -56,14 +56,14 @@ class LocalSweep(SweepRunner):
 
     def __init__(self, folder: Path) -> None:
         if not ((folder / STUDY).is_file() and (folder / SWEEP_FILE).is_file()):
-            raise ValueError(f"{folder} is no sweep: it has no {STUDY} and {SWEEP_FILE}")
+            raise ValueError(f"{folder} is not a sweep: it has no {STUDY} and {SWEEP_FILE}")
         sweep = read_sweep(folder / SWEEP_FILE)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.load_study(
             study_name=None, storage=_storage(folder), pruner=pruner_of(sweep)
         )
         if "count" not in study.user_attrs:
-            raise ValueError(f"{folder} is no sweep: it was stopped before it began")
+            raise ValueError(f"{folder} is not a sweep: it was stopped before it began")
         super().__init__(folder, sweep, study)
 
     @classmethod

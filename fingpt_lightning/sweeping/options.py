@@ -83,7 +83,7 @@ def _storage_url(text: str) -> str:
     scheme, separator, _ = text.partition("://")
     if not separator:
         raise WrongOptions(
-            "--storage is no database URL; write postgresql://USER@HOST/NAME or sqlite:///FILE"
+            "--storage is not a database URL; write postgresql://USER@HOST/NAME or sqlite:///FILE"
         )
     if scheme not in _SCHEMES:
         raise WrongOptions(

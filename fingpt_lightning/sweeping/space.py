@@ -332,7 +332,9 @@ def _range(name: str, kind: str, leaf: Mapping[str, Any]) -> Range:
     step = leaf.get("q", 1)
     for key, number in (("min", low), ("max", high), ("q", step)):
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise ValueError(f"parameter {name}: {key} {number!r} is no number; write it as 0.001")
+            raise ValueError(
+                f"parameter {name}: {key} {number!r} is not a number; write it as 0.001"
+            )
     if not low < high:
         raise ValueError(f"parameter {name}: min {low:g} is not below max {high:g}")
     if kind == "int_uniform":

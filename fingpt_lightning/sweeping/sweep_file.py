@@ -160,9 +160,9 @@ def read_sweep(path: Path) -> Sweep:
         content = parse_yaml(path.read_text(), path)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise WrongSweep(f"{path} line {line} is no YAML: {error.problem}") from error
+        raise WrongSweep(f"{path} line {line} is not YAML: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise WrongSweep(f"{path} is no text") from error
+        raise WrongSweep(f"{path} is not text") from error
     except ValueError as error:
         raise WrongSweep(str(error)) from error
     try:
@@ -185,7 +185,7 @@ def _read(path: Path, content: Any) -> Sweep:
     parameters = read_parameters(content["parameters"])
     num_trials = content.get("run_cap")
     if num_trials is not None and not _is_whole(num_trials, 1):
-        raise ValueError(f"run_cap {num_trials!r} is no whole number from 1 on")
+        raise ValueError(f"run_cap {num_trials!r} is not a whole number from 1 on")
     if method == "grid":
         size = len(grid_points(parameters))
         num_trials = size if num_trials is None else min(num_trials, size)
@@ -260,7 +260,9 @@ def _stopping(given: Any) -> Stopping | None:
     for key, minimum in least.items():
         value = given.get(key, minimum)
         if not _is_whole(value, minimum):
-            raise ValueError(f"early_terminate.{key} {value!r} is no whole number from {minimum}")
+            raise ValueError(
+                f"early_terminate.{key} {value!r} is not a whole number from {minimum}"
+            )
     if "min_iter" in given:
         if beside := [key for key in ("max_iter", "s") if key in given]:
             raise ValueError(

@@ -391,11 +391,11 @@ def _label_of_number(bins: Mapping[str, float], text: str) -> str:
     try:
         number = float(text)
     except ValueError:
-        raise ValueError(f"score {text!r} is no number") from None
+        raise ValueError(f"score {text!r} is not a number") from None
     for label, bound in bins.items():
         if number < bound:
             return label
-    raise ValueError(f"score {text!r} is no finite number")
+    raise ValueError(f"score {text!r} is not a finite number")
 
 
 def _example(task: Task, fields: dict[str, Field], number: int) -> Example | None:
@@ -492,7 +492,7 @@ def _first_fitting(
 def _texts(name: str, fields: Mapping[str, Field]) -> tuple[str, ...]:
     value = fields[name]
     if isinstance(value, str) or len(value) < 2:
-        raise ValueError(f"{name} {value!r} is no list of two texts or more")
+        raise ValueError(f"{name} {value!r} is not a list of two texts or more")
     return value
 
 

@@ -97,7 +97,7 @@ def reference_of(task: Task, fields: Mapping[str, Field]) -> Reference | None:
                 raise ValueError(f"answer {answer!r} is a list, not one text")
             texts = (answer,)
             if task.kind == "regression" and not is_float(answer):
-                raise ValueError(f"answer {answer!r} is no number")
+                raise ValueError(f"answer {answer!r} is not a number")
     return Reference(tuple(texts), scale, kind)
 
 
@@ -191,5 +191,5 @@ def list_as_text(name: str, value: object, form: ListForm) -> str:
 
 def _cell(name: str, value: object) -> str:
     if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
-        raise ValueError(f"field {name!r}: a {type(value).__name__} is not a text")
+        raise ValueError(f"field {name!r}: a {type(value).__name__} is not text")
     return "" if value is None else " ".join(str(value).split())

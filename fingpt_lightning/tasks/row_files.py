@@ -484,7 +484,7 @@ def _lines(path: Path, encoding: str) -> Iterator[str]:
 
 def _raise_damaged(path: Path, error: BaseException) -> NoReturn:
     kind = "Zstandard" if path.suffix.lower() == ".zst" else "gzip"
-    raise ValueError(f"{path} is no whole {kind} file ({first_line(error)})") from None
+    raise ValueError(f"{path} is not a whole {kind} file ({first_line(error)})") from None
 
 
 def _parquet_rows(path: Path, form: CsvForm) -> Iterator[NumberedRow]:
@@ -495,7 +495,7 @@ def _parquet_rows(path: Path, form: CsvForm) -> Iterator[NumberedRow]:
     try:
         file = parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no whole Parquet file ({first_line(error)})") from None
+        raise ValueError(f"{path} is not a whole Parquet file ({first_line(error)})") from None
     number = 0
     with file:
         batches = file.iter_batches(_PARQUET_ROWS)
@@ -526,7 +526,7 @@ def _excel_rows(path: Path, form: CsvForm) -> Iterator[NumberedRow]:
             num_bytes = sum(part.file_size for part in packed.infolist())
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     except Exception as error:  # of many kinds, and all mean that the file is wrong
-        raise ValueError(f"{path} is no whole Excel file ({first_line(error)})") from None
+        raise ValueError(f"{path} is not a whole Excel file ({first_line(error)})") from None
     names: list[str] = []
     try:
         check_unpacked(str(path), num_bytes, path.stat().st_size)
@@ -555,7 +555,7 @@ def _cells(path: Path, book: Any) -> Iterator[tuple[object, ...]]:
         try:
             row = next(rows, None)
         except Exception as error:  # of many kinds, and all mean that the file is wrong
-            raise ValueError(f"{path} is no whole Excel file ({first_line(error)})") from None
+            raise ValueError(f"{path} is not a whole Excel file ({first_line(error)})") from None
         if row is None:
             return
         yield row

@@ -88,7 +88,7 @@ class YamlBlock:
             raise self.error(key, f"a text or a list of texts is needed, not {value!r}")
         for item in items:
             if not isinstance(item, str):
-                raise self.error(key, f"{item!r} is no text; write yes, no and numbers in quotes")
+                raise self.error(key, f"{item!r} is not text; write yes, no and numbers in quotes")
         return tuple(items)
 
     def integer(self, key: str, least: int) -> int:
@@ -146,7 +146,7 @@ class YamlBlock:
         try:
             return re.compile(pattern, re.DOTALL)
         except re.error as error:
-            raise self.error(key, f"{pattern!r} is no regular expression: {error}") from None
+            raise self.error(key, f"{pattern!r} is not a regular expression: {error}") from None
 
 
 def read_yaml(path: Path, known: Sequence[str], required: Sequence[str]) -> YamlBlock:

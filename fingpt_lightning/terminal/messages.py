@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _HTTP_USER = re.compile(r"(\bhttps?:/{1,2})[^\s/?#]*@", re.IGNORECASE)
-_PASSWORD = re.compile(r"(\b(?!hf:)[\w+.-]+:/{1,2}[^\s:/@]*):[^\s/]*@")
+# A password may hold a slash, which a port does not.
+_PASSWORD = re.compile(
+    r"(\b(?!hf:)[\w+.-]+:/{1,2}[^\s:/@]*):(?!\d+(?:[/\s]|$))[^\s@]*@(?:[^\s/@]*@)*"
+)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 

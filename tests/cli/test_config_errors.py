@@ -45,7 +45,8 @@ UNION = (
         ),
         (
             'Parser key "model":\n - Expected a dot import path string: LowRank',
-            "model: 'LowRank' is no class path such as fingpt_lightning.modules.LowRankPretraining",
+            "model: 'LowRank' is not a class path such as"
+            " fingpt_lightning.modules.LowRankPretraining",
         ),
         (
             "Problem with given class_path 'fingpt_lightning.modules.LowRankPretrainin': no",
@@ -84,7 +85,7 @@ def test_a_config_that_is_no_yaml_is_named_with_its_line(tmp_path: Path) -> None
     config.write_text("seed_everything: 1\nmodel: {rank: [}\n")
     message = 'Problems parsing config: while parsing a flow node in "<unicode string>", line 1'
     line = explain(message, words=["--config", str(config)])
-    assert line.startswith(f"{config} line 2 is no YAML: ")
+    assert line.startswith(f"{config} line 2 is not YAML: ")
 
 
 def test_nothing_near_is_no_hint() -> None:

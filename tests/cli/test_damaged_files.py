@@ -66,19 +66,19 @@ GENERATE = ("generate", *MODEL, "--prompts")
 TRAIN_ON = ("--data.tokenizer", "model", "--data.cache_dir", "cache", "--data.train_files")
 # What is damaged, how, the command, and what it says.
 CASES: list[tuple[str, Damage, tuple[str, ...], str]] = [
-    ("a.yaml", _prose, ("fit", "--config", "a.yaml"), "a.yaml is no config: it holds text, not"),
-    ("a.yaml", _list, ("fit", "--config", "a.yaml"), "a.yaml is no config: it holds list, not"),
+    ("a.yaml", _prose, ("fit", "--config", "a.yaml"), "a.yaml is not a config: it holds text, not"),
+    ("a.yaml", _list, ("fit", "--config", "a.yaml"), "a.yaml is not a config: it holds list, not"),
     ("a.yaml", _binary, ("fit", "--config", "a.yaml"), "a.yaml:2: no UTF-8 text at byte 128"),
-    ("a.yaml", _prose, ("plan", "--config", "a.yaml"), "a.yaml is no config: it holds text, not"),
+    ("a.yaml", _prose, ("plan", "--config", "a.yaml"), "a.yaml is not a config: it holds text,"),
     ("a.yaml", _binary, ("plan", "--config", "a.yaml"), "a.yaml:2: no UTF-8 text at byte 128"),
     ("a.yaml", _prose, ("sweep", "a.yaml", "--local"), "a.yaml: no sweep file"),
     ("a.yaml", _binary, ("sweep", "a.yaml", "--local"), "a.yaml"),
-    ("a.ckpt", _binary, (*FIT, "--ckpt_path", "a.ckpt"), "ckpt_path a.ckpt is no checkpoint"),
+    ("a.ckpt", _binary, (*FIT, "--ckpt_path", "a.ckpt"), "ckpt_path a.ckpt is not a checkpoint"),
     ("a.parquet", _cut, (*FIT, *TRAIN_ON, "a.parquet"), "a.parquet: no parquet data"),
     ("a.parquet", _flip, (*FIT, *TRAIN_ON, "a.parquet"), "a.parquet"),
     ("model/tokenizer.json", _panic, (*FIT, *TRAIN_ON, "a.jsonl"), "its tokenizer is damaged"),
     ("a.txt", _binary, (*FIT, *TRAIN_ON, "a.txt"), "a.txt: "),
-    ("data/fpb/validation.parquet", _cut, EVALUATE, "validation.parquet is no whole Parquet file"),
+    ("data/fpb/validation.parquet", _cut, EVALUATE, "validation.parquet is not a whole Parquet"),
     ("data/fpb/validation.parquet", _flip, EVALUATE, "validation.parquet: damaged behind row 0"),
     (
         "data/fpb/validation.csv",
@@ -93,7 +93,7 @@ CASES: list[tuple[str, Damage, tuple[str, ...], str]] = [
     ("model/model.safetensors", _cut, EVALUATE, "model.safetensors"),
     ("model/config.json", _cut, EVALUATE, "config.json"),
     ("a.csv", _bytes, (*LABEL, "a.csv"), "a.csv:3: no UTF-8 text at byte 24"),
-    ("a.parquet", _cut, (*LABEL, "a.parquet"), "a.parquet is no whole Parquet file"),
+    ("a.parquet", _cut, (*LABEL, "a.parquet"), "a.parquet is not a whole Parquet file"),
     ("a.parquet", _flip, (*LABEL, "a.parquet"), "a.parquet: damaged behind row 0"),
     ("model/tokenizer.json", _panic, (*LABEL, "a.jsonl"), "model: its tokenizer is damaged"),
     ("prompts.txt", _bytes, (*GENERATE, "prompts.txt"), "prompts.txt:3: no UTF-8 text at byte 24"),

@@ -204,7 +204,7 @@ def test_a_resumed_run_ends_with_the_best_of_its_whole_history(place: Path, tmp_
             {"state_dict": {}},
             r"bad\.ckpt is not a checkpoint of adapters: it has no adapter_config",
         ),
-        (b"PK\x03\x04", r"bad\.ckpt is no checkpoint that can be read safely"),
+        (b"PK\x03\x04", r"bad\.ckpt is not a checkpoint that can be read safely"),
         (
             {"state_dict": {}, "adapter_config": 3},
             r"bad\.ckpt: adapter_config is of type int",
@@ -255,7 +255,9 @@ def test_a_pickle_that_torch_itself_stumbles_over_is_named(tmp_path: Path) -> No
             # Reads what was never kept, of which torch makes a KeyError.
             made.writestr(name, b"\x80\x02h\x07." if name.endswith("data.pkl") else content)
     for read in (load_model, find_adapter, read_checkpoint_lazily):
-        with pytest.raises(ValueError, match=r"bad\.ckpt is no checkpoint that can be read safely"):
+        with pytest.raises(
+            ValueError, match=r"bad\.ckpt is not a checkpoint that can be read safely"
+        ):
             read(bad)
 
 

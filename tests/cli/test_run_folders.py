@@ -40,7 +40,7 @@ def test_last_is_the_newest_readable_one_whatever_the_names(
     best.write_bytes(b"")
     assert find_checkpoint("last", name, runs, notes.append) == oldest
     _cut(oldest)
-    with pytest.raises(ValueError, match="is no checkpoint that can be read safely"):
+    with pytest.raises(ValueError, match="is not a checkpoint that can be read safely"):
         find_checkpoint("last", name, runs, notes.append)
 
 

@@ -37,7 +37,7 @@ def test_overlays_and_sweeps_have_names_too() -> None:
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml"])
 def test_a_file_of_the_working_directory_comes_first(name: str) -> None:
-    Path("quickstart").mkdir()  # a folder is no config
+    Path("quickstart").mkdir()  # a folder is not a config
     assert find_file(name, CONFIGS, "--config") == _QUICKSTART
     Path("quickstart.yaml").write_text("seed_everything: 2\n")
     assert find_file(name, CONFIGS, "--config") == Path("quickstart.yaml")

@@ -42,7 +42,7 @@ def _sweep(settings: dict[str, Any], metric: str = "val/loss") -> str:
         (_sweep({"rank": {"values": [4]}}, "val/los"), "'val/los' is logged by no module or"),
         (_sweep({"rank": {"values": []}}), "parameter model.init_args.rank: values is empty"),
         (_sweep({}), "parameters is empty"),
-        ("a: [1,", "mine.yaml line 1 is no YAML"),
+        ("a: [1,", "mine.yaml line 1 is not YAML"),
         (
             _sweep({"rank": {"values": [4]}}).replace("goal:", "impute: worst\n  goal:"),
             "mine.yaml: metric.impute is honored by W&B's server alone; remove it or run with",
@@ -83,7 +83,7 @@ def test_a_folder_that_is_no_sweep_or_run_is_said_to_be_none(
     assert ended.value.code == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert "fingpt: error: empty is no " in error
+    assert "fingpt: error: empty is not a " in error
 
 
 def test_a_wrong_sweep_leaves_no_study_to_other_workers(

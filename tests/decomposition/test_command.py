@@ -614,7 +614,7 @@ def test_the_tables_name_rank_and_error_of_each_layer(decompose: Decompose, mode
     [
         (("--rank_ratio", "0"), 2, r"--rank_ratio: 0 is outside \(0, 1\]"),
         (("--rank_ratio", "1.5"), 2, r"--rank_ratio: 1.5 is outside \(0, 1\]"),
-        (("--energy", "x"), 2, "--energy: 'x' is no number"),
+        (("--energy", "x"), 2, "--energy: 'x' is not a number"),
         (("--compression", "0.5"), 2, "--compression: 0.5 is below 1"),
         (("--compression", "9"), 1, "compression 9 is out of reach: rank 1 everywhere gives"),
         ((), 2, "one of the arguments --rank_ratio --compression --energy is required"),
@@ -625,7 +625,7 @@ def test_the_tables_name_rank_and_error_of_each_layer(decompose: Decompose, mode
         (("--rank_ratio", "0.3", "--allocation", "uniform"), 2, "with --compression alone"),
         (("--rank_ratio", "0.3", "--calibration_tokens", "9"), 2, "or --calibration_task alone"),
         (("--rank_ratio", "0.3", "--damping", "0.1"), 2, "--damping has an effect with a calib"),
-        (("--rank_ratio", "0.3", "--damping", "-1"), 2, "--damping: -1 is no number from 0 on"),
+        (("--rank_ratio", "0.3", "--damping", "-1"), 2, "--damping: -1 is not a number from 0 on"),
         (("--rank_ratio", "0.3", "--refine", "3"), 2, "--refine needs --calibration or"),
         (("--rank_ratio", "0.3", "--sequential"), 2, "--sequential needs --calibration or"),
         (("--rank_ratio", "0.3", "--sequential", "--damping", "0", "--calibration", "{}/a.txt"), 2,

@@ -324,7 +324,7 @@ def test_data_and_folders_that_are_wrong_are_one_line(evaluate: Evaluate, tmp_pa
         (("--taks", "fpb"), "--taks"),
         (("--dtype", "float8"), "float8"),
         (("--limit", "0"), "0 is below 1"),
-        (("--batch_tokens", "many"), "'many' is no whole number"),
+        (("--batch_tokens", "many"), "'many' is not a whole number"),
         (("--tasks", ","), "no name is given"),
     ],
     ids=lambda value: "" if isinstance(value, str) else value[0],

@@ -170,7 +170,7 @@ def test_wrong_metadata_of_a_card_is_told_before_weights_are_sent(
     hub: HubServer, folder: Path
 ) -> None:
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
-    with pytest.raises(PushError, match=r"Invalid metadata in README.md. - it is no YAML"):
+    with pytest.raises(PushError, match=r"Invalid metadata in README.md. - it is not YAML"):
         push_to_hub(folder, "me/small")
     assert not any(request.startswith("PUT") for request in hub.requests)
 

@@ -75,7 +75,7 @@ def test_an_activation_stands_between_the_factors_and_no_matrix_for_both() -> No
     truth = F.linear(F.silu(F.linear(x, layer.down)), layer.up, layer.bias)
     assert torch.equal(layer(x), truth)
     with pytest.raises(
-        ValueError, match="a low-rank layer with silu between its factors is no linear map"
+        ValueError, match="a low-rank layer with silu between its factors is not a linear map"
     ):
         layer.product()
 

@@ -158,7 +158,7 @@ def test_an_unknown_preset_names_the_nearest() -> None:
 
 
 def test_a_width_that_heads_do_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match="width 10 is no multiple of num_heads 3"):
+    with pytest.raises(ValueError, match="width 10 is not a multiple of num_heads 3"):
         GPT2Shape(num_layers=1, width=10, num_heads=3)
 
 

@@ -200,7 +200,7 @@ def _add_pair(folder: Path) -> None:
         (_drop_weight, ValueError, "1 weights are missing: transformer.h.1.ln_1.bias"),
         (_add_weight, ValueError, "1 weights have no place in the network: score.weight"),
         (_untie_head, ValueError, "lm_head.weight differs from the embedding"),
-        (_truncate, ValueError, "model.safetensors is no whole safetensors file"),
+        (_truncate, ValueError, "model.safetensors is not a whole safetensors file"),
         (_change_config(n_embd=15), ValueError, "c_attn.bias is 36, the config asks for 45"),
         (_change_config(n_layer="2x"), ValueError, "config.json: the config is wrong"),
         (_change_config(model_type="gpt3"), ValueError,

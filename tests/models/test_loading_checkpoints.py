@@ -100,13 +100,17 @@ def test_the_tokenizer_is_the_runs_own_or_the_one_it_names(tmp_path: Path) -> No
 
 def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match=r"other.ckpt is no checkpoint of a run of this project"):
+    with pytest.raises(
+        ValueError, match=r"other.ckpt is not a checkpoint of a run of this project"
+    ):
         load_model(tmp_path / "other.ckpt")
     torch.save({"state_dict": {}, "code": Path}, tmp_path / "code.ckpt")
-    with pytest.raises(ValueError, match=r"code.ckpt is no checkpoint that can be read safely"):
+    with pytest.raises(ValueError, match=r"code.ckpt is not a checkpoint that can be read safely"):
         load_model(tmp_path / "code.ckpt")
     (tmp_path / "damaged.ckpt").write_bytes(b"PK\x03\x04" + bytes(50))
-    with pytest.raises(ValueError, match=r"damaged.ckpt is no checkpoint that can be read safely"):
+    with pytest.raises(
+        ValueError, match=r"damaged.ckpt is not a checkpoint that can be read safely"
+    ):
         load_model(tmp_path / "damaged.ckpt")
     with pytest.raises(FileNotFoundError, match=r"damged.ckpt: no such .*did you mean .*damaged"):
         load_model(tmp_path / "damged.ckpt")

@@ -249,7 +249,7 @@ def test_a_gpt2_whose_mlp_is_of_another_width_comes_out_as_it_went_in(tmp_path: 
 def test_a_damaged_or_unknown_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "damaged.gguf"
     file.write_bytes(b"GGUX" + bytes(100))
-    with pytest.raises(ValueError, match=r"damaged.gguf is no whole GGUF file"):
+    with pytest.raises(ValueError, match=r"damaged.gguf is not a whole GGUF file"):
         load_model(file)
     writer: Any = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
     writer.write_header_to_file()

@@ -96,6 +96,7 @@ def test_what_is_given_wins() -> None:
     network = {key: DECIDED[key] for key in ("embedding_rank", "head_map")}
     assert _settings(module) == DEFAULTS | network
     assert "head_map own, adamw at 0.0006; " in str(module.recipe_text())
+    assert LowRankPretraining(**SIZES, **NARROW, rank=None).rank_rule.default is None
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,10 @@ def test_what_contradicts_it_is_named(settings: dict[str, Any], message: str) ->
     ("settings", "message"),
     [
         ({"compression": 99.0}, "compression 99.0 is out of reach: width 6, the smallest with as"),
+        (
+            {"compression": 99.0, "embedding_rank": 12},
+            r"the smallest for embedding_rank 12, gives \S+; lower compression or embedding_rank$",
+        ),
         ({"vocab_size": 23, "width": 12}, "embedding_rank 0.875 makes the embedding of 23 tokens"),
         (
             {"self_guided": 0.5},
@@ -262,14 +267,11 @@ def test_the_command_line_does_what_python_does(
     assert {key: settings[key] for key in DECIDED} == DECIDED
     # The record is a config, and of what was decided nothing differs from the run's checkpoint.
     capsys.readouterr()
-    main(
-        [
-            "validate", "--config", str(tmp_path / "run" / "config.yaml"),
-            "--ckpt_path", str(tmp_path / "run" / "checkpoints" / "last.ckpt"),
-        ]
-    )  # fmt: skip
-    told = capsys.readouterr().err
-    assert not [key for key in DECIDED if f"model.{key}: " in told]
+    last = ("--ckpt_path", str(tmp_path / "run" / "checkpoints" / "last.ckpt"))
+    for words in (["--config", str(tmp_path / "run" / "config.yaml")], debug_words):
+        main(["validate", *words, *last])
+        told = capsys.readouterr().err
+        assert not [key for key in DECIDED if f"model.{key}: " in told]
     main(["plan", *debug_words, "--json", "plan.json"])
     assert line in capsys.readouterr().out
     plan = json.loads((tmp_path / "plan.json").read_text())

@@ -202,7 +202,7 @@ def test_a_network_with_activations_between_factors_becomes_no_dense_one(tmp_pat
     module = fit_recipe(tmp_path, RECIPES["silu"])
     module.trainer.save_checkpoint(tmp_path / "end.ckpt")
     source = load_model(tmp_path / "end.ckpt")
-    message = "a low-rank layer with silu between its factors is no linear map"
+    message = "a low-rank layer with silu between its factors is not a linear map"
     for form in ("hf", "gguf"):
         with pytest.raises(ValueError, match="have silu between their factors, which no dense"):
             export(source, form, tmp_path / "out")

@@ -31,7 +31,9 @@ def test_the_shapes_of_llama_2_70b_share_keys_and_values() -> None:
 
 
 def test_a_base_of_unknown_shapes_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.base some/model is no folder with config\.json"):
+    with pytest.raises(
+        ValueError, match=r"model\.base some/model is not a folder with config\.json"
+    ):
         base_config("some/model", None, 32000)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match=r"model\.base .*: architecture 'bert' is not supported"):

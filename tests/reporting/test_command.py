@@ -46,7 +46,7 @@ def test_report_tells_each_mistake_in_one_line(
     (run / "metrics.csv").write_text("step,train/loss\n0,x\n")
     status, text = _run(capsys, "report", run, "--output", tmp_path / "x.html")
     assert status == 1
-    assert f"{run / 'metrics.csv'}:2: train/loss is 'x', which is no number" in text
+    assert f"{run / 'metrics.csv'}:2: train/loss is 'x', which is not a number" in text
     assert not (tmp_path / "x.html").exists()
 
 

@@ -8,7 +8,7 @@ from fingpt_lightning.reporting.files import read_config, read_metrics, read_obj
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("step,loss\n0,1.5\n1,abc\n", r"metrics\.csv:3: loss is 'abc', which is no number"),
+        ("step,loss\n0,1.5\n1,abc\n", r"metrics\.csv:3: loss is 'abc', which is not a number"),
         ("step,loss\n0,1.5\n1\n", r"metrics\.csv:3: 1 cells, and the header has 2"),
         ("loss\n1.5\n", r"metrics\.csv:1: there is no column step"),
         ("step,loss\n,1.5\n", r"metrics\.csv:2: there is no step"),

@@ -178,7 +178,7 @@ def test_a_run_that_ended_before_its_first_validation_has_no_validation_loss(
     html = _report(tmp_path, run)
     assert "it stopped after 6 logged steps" in html
     assert "early: it ended before its first validation" in html
-    assert "the loss is no number from step 5 on" in html
+    assert "the loss is not a number from step 5 on" in html
     assert "Loss by time" not in html
 
 
@@ -223,7 +223,9 @@ def test_an_earlier_page_stays_when_a_folder_is_wrong(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match=r"other is no run, sweep or evaluation: it holds none of"):
+    with pytest.raises(
+        ValueError, match=r"other is not a run, sweep or evaluation: it holds none of"
+    ):
         _report(tmp_path, tmp_path / "other")
     run = make_run(tmp_path / "runs" / "first", 4)
     with pytest.raises(ValueError, match=rf"there are runs in it: name one, as {run}"):
@@ -244,7 +246,7 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_a_sweep_record_without_its_keys_is_named(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text(json.dumps({"name": "x", "trials": []}))
-    with pytest.raises(ValueError, match=r"sweep\.json is no record of a sweep: KeyError"):
+    with pytest.raises(ValueError, match=r"sweep\.json is not a record of a sweep: KeyError"):
         _report(tmp_path, tmp_path)
 
 

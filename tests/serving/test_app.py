@@ -199,7 +199,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
      "frequency_penalty: input should be less than or equal to 0"),
     ("completions", {"model": "base", "prompt": "a", "max_tokens": 10**6}, 400,
      "with max_tokens 1000000 that is beyond the model's 330 positions"),
-    ("completions", b"{", 400, "the body is no JSON"),
+    ("completions", b"{", 400, "the body is not JSON"),
     ("completions", b"[" * 30_000, 413, "the body is larger than 20,000 bytes"),
     (CHAT, {"model": "base", "messages": []}, 400, "messages: list should have at least 1 item"),
     (CHAT, {"model": "base", "messages": [{"role": "robot", "content": "a"}]}, 400,

@@ -110,7 +110,7 @@ def _try_page(url: str, folder: Path) -> None:
     ("words", "status", "message"),
     [
         (["--host", "0.0.0.0"], 2, "set FINGPT_API_KEY to a key that requests have to name"),
-        (["--port", "70000"], 2, "'70000' is no port from 0 to 65535"),
+        (["--port", "70000"], 2, "'70000' is not a port from 0 to 65535"),
         (["--port", "TAKEN"], 1, "Address already in use"),
         (["--tasks", "fbp"], 1, "did you mean fpb"),
         (["--tasks", "piqa"], 1, "piqa is of kind choices: it has no labels"),

@@ -221,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             yaml.safe_load(card.split("---\n")[1] if card.startswith("---\n") else "")
         except yaml.YAMLError:
-            errors = [{"message": "it is no YAML"}]
+            errors = [{"message": "it is not YAML"}]
             self._json({"errors": errors, "warnings": []}, HTTPStatus.BAD_REQUEST)
         else:
             self._json({"errors": [], "warnings": []})

@@ -225,7 +225,7 @@ def test_a_weak_trial_is_stopped_early(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_sweep_or_in_use_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no sweep: it has no study\.sqlite"):
+    with pytest.raises(ValueError, match=r"is not a sweep: it has no study\.sqlite"):
         LocalSweep(tmp_path)
     sweep = _sweep(tmp_path, {"rank": {"value": 1}})
     with pytest.raises(ValueError, match="is not empty; --resume goes on"):

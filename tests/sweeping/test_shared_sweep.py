@@ -425,7 +425,7 @@ def test_an_unreachable_server_is_one_line() -> None:
     ("words", "message"),
     [
         (["--storage", "postgres://a:word@h/d"], "did you mean postgresql"),
-        (["--storage", "word"], "--storage is no database URL"),
+        (["--storage", "word"], "--storage is not a database URL"),
         (["--storage", "env:NOT_SET_HERE"], "that environment variable is not set"),
         (["--storge", "postgresql://a:word@h/d"], "did you mean --storage"),
         (["--study", "a"], "--study names a sweep in a database"),

@@ -54,7 +54,7 @@ def test_a_range_is_checked_at_both_ends_and_in_the_middle(leaf: Any, samples: l
         ({"values": [1, 1]}, "parameter p: values has 1 twice"),
         ({"vales": [1]}, "parameter p has no setting 'vales'; did you mean values?"),
         ({"min": 3, "max": 1}, "min 3 is not below max 1"),
-        ({"min": "1e-3", "max": 1}, "min '1e-3' is no number; write it as 0.001"),
+        ({"min": "1e-3", "max": 1}, "min '1e-3' is not a number; write it as 0.001"),
         ({"distribution": "normal", "mu": 0}, "distribution 'normal' is none of constant"),
         ({"distribution": "log_uniform_value", "min": 1}, "did you mean log_uniform_values?"),
         ({"distribution": "q_uniform", "min": 1, "max": 2, "q": 0}, "q 0 is not above 0"),

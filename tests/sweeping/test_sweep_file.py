@@ -74,9 +74,9 @@ def test_hyperband_begins_where_wandb_begins(
         ({"metric": {"name": "a", "targt": 1}}, "has no setting 'targt'; did you mean target?"),
         ({"metric": {"name": "a", "target": "1e-3"}}, "metric.target '1e-3' is not a finite"),
         ({"metric": {"name": "a", "target": float("nan")}}, "metric.target nan is not a finite"),
-        ({"run_cap": True}, "run_cap True is no whole number"),
+        ({"run_cap": True}, "run_cap True is not a whole number"),
         ({"metric": {"name": "a", "goal": "min"}}, "metric.goal 'min' is neither"),
-        ({"run_cap": 0}, "run_cap 0 is no whole number from 1 on"),
+        ({"run_cap": 0}, "run_cap 0 is not a whole number from 1 on"),
         ({"command": "left out"}, "command runs no fingpt fit"),
         ({"command": ["python", "train.py", "${args}"]}, "command runs no fingpt fit"),
         ({"command": ["fingpt", "fit", "${args}"]}, "command has no ${args_json_file}"),
@@ -84,7 +84,7 @@ def test_hyperband_begins_where_wandb_begins(
         ({"early_terminate": {"type": "median"}}, "early_terminate.type is not hyperband"),
         ({"early_terminate": {"type": "hyperband"}}, "needs min_iter, or max_iter and s"),
         ({"early_terminate": {"type": "hyperband", "min_itr": 1}}, "did you mean min_iter"),
-        ({"early_terminate": {"type": "hyperband", "min_iter": 0}}, "min_iter 0 is no whole"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 0}}, "min_iter 0 is not a whole"),
         (
             {"early_terminate": {"type": "hyperband", "min_iter": 1, "s": 2}},
             "early_terminate has s beside min_iter: give min_iter, or max_iter and s",
@@ -148,7 +148,7 @@ def test_a_target_is_reached_from_the_side_of_the_goal(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"a: [1", "my.yaml line 1 is no YAML"), (b"\xff\xfe\x00", "is no text"), (b"", "no sweep")],
+    [(b"a: [1", "my.yaml line 1 is not YAML"), (b"\xff\xfe\x00", "is not text"), (b"", "no sweep")],
 )
 def test_a_file_of_another_kind_is_named(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"

@@ -204,7 +204,7 @@ def test_damaged_packed_files_are_named(ending: str, tmp_path: Path) -> None:
         path = _write(tmp_path / f"a{ending}", broken)
         kind = "Zstandard" if ending.endswith("zst") else "gzip"
         with pytest.raises(
-            ValueError, match=re.escape(f"{path} is no whole {kind} file (")
+            ValueError, match=re.escape(f"{path} is not a whole {kind} file (")
         ) as told:
             _read(path)
         assert "\n" not in str(told.value)
@@ -263,7 +263,7 @@ def test_a_wrong_excel_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = _book(tmp_path / "a.xlsx", [["text"], ["a", "b"]])
     with pytest.raises(ValueError, match=r"a\.xlsx:2: 2 values, more than the header's 1"):
         _read(path)
-    with pytest.raises(ValueError, match=r"b\.xlsx is no whole Excel file \(File is not a zip"):
+    with pytest.raises(ValueError, match=r"b\.xlsx is not a whole Excel file \(File is not a zip"):
         _read(_write(tmp_path / "b.xlsx", b"PK no zip"))
     bomb = _book(tmp_path / "c.xlsx", [["text"], ["a"]])
     with zipfile.ZipFile(bomb, "a", zipfile.ZIP_DEFLATED) as packed:

@@ -21,7 +21,7 @@ def test_options_are_read() -> None:
     [
         (["--limt", "3"], "--limt 3.*did you mean '?--limit"),
         (["--limit", "0"], "0 is below 1"),
-        (["--limit", "x"], "'x' is no whole number"),
+        (["--limit", "x"], "'x' is not a whole number"),
         (["--tasks", ","], "no name is given"),
     ],
 )

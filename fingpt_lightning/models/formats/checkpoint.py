@@ -127,7 +127,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
             f" from it by fingpt fit --ckpt_path {file}, or take adapter/ of its run"
         )
     if not isinstance(contents, dict) or not {"state_dict", _CONFIG} <= contents.keys():
-        raise ValueError(f"{file} is no checkpoint of a run of this project: no {_CONFIG}")
+        raise ValueError(f"{file} is not a checkpoint of a run of this project: no {_CONFIG}")
     state = {
         name.removeprefix(_NETWORK): tensor
         for name, tensor in contents["state_dict"].items()
@@ -155,4 +155,4 @@ def load_contents(file: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # what torch's reader runs into, it does not catch itself
-        raise ValueError(f"{file} is no checkpoint that can be read safely") from error
+        raise ValueError(f"{file} is not a checkpoint that can be read safely") from error

@@ -88,7 +88,7 @@ class GgufTensors:
             architecture = str(self._reader.fields["general.architecture"].contents())
             metadata = {key: field.contents() for key, field in self._reader.fields.items()}
         except (ValueError, KeyError, IndexError, OverflowError) as error:
-            raise ValueError(f"{file} is no whole GGUF file ({error})") from error
+            raise ValueError(f"{file} is not a whole GGUF file ({error})") from error
         facts = family_of_gguf(architecture, file).gguf
         assert facts is not None
         check_metadata(metadata, file, facts.read)
@@ -259,7 +259,7 @@ def tokenizer_misfit(tokenizer: PreTrainedTokenizerFast) -> str | None:
     model = described["model"]
     if model["type"] != "BPE" or model.get("byte_fallback") or _split_of(described) is None:
         return (
-            "the tokenizer is no byte-level BPE that splits as GPT-2, SmolLM, Llama 3 or Qwen 2"
+            "the tokenizer is not a byte-level BPE that splits as GPT-2, SmolLM, Llama 3 or Qwen 2"
             " do, the only ones that are written"
         )
     if len(begin_tokens(tokenizer)) > 1:

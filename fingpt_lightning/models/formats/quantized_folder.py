@@ -308,7 +308,7 @@ def _replace(network: PreTrainedModel, name: str, layer: nn.Module, sizes: tuple
     except AttributeError:
         raise ValueError(f"the network has no layer {name}") from None
     if not is_linear(there):
-        raise ValueError(f"{name} is no linear layer in the network")
+        raise ValueError(f"{name} is not a linear layer in the network")
     wanted = _features(there)
     if sizes != wanted:
         raise ValueError("{} is {} x {}, the config asks for {} x {}".format(name, *sizes, *wanted))

@@ -41,7 +41,7 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, "pt") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is no whole safetensors file ({error})") from error
+        raise ValueError(f"{file} is not a whole safetensors file ({error})") from error
 
 
 def stored_tensors(files: tuple[Path, ...]) -> Iterator[tuple[str, Tensor]]:

@@ -71,7 +71,7 @@ def quantized_layer(
             return _quantized(layer.weight.T, layer.bias, quantize, device, moments)
         case nn.Linear():
             return _quantized(layer.weight, layer.bias, quantize, device, moments)
-    raise TypeError(f"{type(layer).__name__} is no linear layer")
+    raise TypeError(f"{type(layer).__name__} is not a linear layer")
 
 
 def quantized_matrix(weight: Tensor, quantize: str, device: torch.device) -> nn.Module:
