@@ -88,7 +88,7 @@ def nearest_shipped(name: str, *kinds: str) -> str:
     known = {full.rpartition("/")[2]: full for full in names} | {full: full for full in names}
     for kind in kinds:
         name = _bare(name, kind)
-    found = nearest_of(name, known)
+    found = name if name in known else nearest_of(name, known)  # the last part of a name alone
     return "; fingpt configs lists them" if found is None else f"; did you mean {known[found]}?"
 
 

@@ -122,8 +122,9 @@ class AdaptedLinear(nn.Module):
         Args:
             weight: W; where the base is quantized, the matrix that it multiplies with.
         """
-        squares_O = weight.to(self.lora_A.dtype).square().sum(1)
-        self.lora_magnitude_vector = nn.Parameter(squares_O.sqrt())
+        dtype = torch.promote_types(weight.dtype, self.lora_A.dtype)
+        squares_O = weight.to(dtype).square().sum(1)
+        self.lora_magnitude_vector = nn.Parameter(squares_O.sqrt().to(self.lora_A.dtype))
         self._squares = squares_O
 
     @property
@@ -160,13 +161,13 @@ class AdaptedLinear(nn.Module):
     def _row_lengths(self, input_dtype: torch.dtype) -> Float[Tensor, "O"]:
         """|W + s B A| by row, without ever making W: W A' is the base applied to A."""
         assert self._squares is not None
-        dtype = self.lora_A.dtype
+        dtype = torch.promote_types(self.lora_A.dtype, input_dtype)
         wa_RO = self.base_layer(self.lora_A.to(input_dtype)).to(dtype)
         if self.bias is not None:
             wa_RO = wa_RO - self.bias.to(dtype)
-        b_OR = self.lora_B * self.options.scale
-        gram_RR = self.lora_A @ self.lora_A.T
-        squares_O = self._squares + (b_OR * (2 * wa_RO.T + b_OR @ gram_RR)).sum(1)
+        a_RI, b_OR = self.lora_A.to(dtype), self.lora_B.to(dtype) * self.options.scale
+        gram_RR = a_RI @ a_RI.T
+        squares_O = self._squares.to(dtype) + (b_OR * (2 * wa_RO.T + b_OR @ gram_RR)).sum(1)
         lengths_O: Tensor = squares_O.clamp_min(torch.finfo(dtype).tiny).sqrt()
         return lengths_O
 

@@ -141,7 +141,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
     """
     match layer:
         case nn.Sequential():
-            return dense_weight(layer[1]) @ dense_weight(layer[0])
+            # Exact for factors in float32: DoRA's lengths are of it, in a network in float64 too.
+            return dense_weight(layer[1]).double() @ dense_weight(layer[0]).double()
         case LowRankLinear():
             return layer.product()
         case Conv1D():

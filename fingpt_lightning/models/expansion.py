@@ -193,7 +193,8 @@ def _widened(layer: AdaptedLinear) -> LowRankLinear | None:
         pair = LowRankLinear(in_features, out_features, rank, base.bias is not None)
     up = torch.cat([base.up, layer.options.scale * layer.lora_B.to(base.up)], 1)
     if layer.lora_magnitude_vector is not None:
-        product = layer.options.scale * (layer.lora_B @ layer.lora_A)
+        dtype = torch.promote_types(base.up.dtype, layer.lora_A.dtype)
+        product = layer.options.scale * (layer.lora_B.to(dtype) @ layer.lora_A.to(dtype))
         lengths = (dense_weight(base).to(product) + product).norm(dim=1)
         up = up * (layer.lora_magnitude_vector / lengths).to(up)[:, None]
     down = torch.cat([base.down, layer.lora_A.to(base.down)])

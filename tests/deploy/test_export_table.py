@@ -281,13 +281,17 @@ def test_an_adapter_keeps_the_record_of_its_training_however_its_base_is_loaded(
         assert again.description.endswith(", int8; its adapter was trained on nf4)")
 
 
-@pytest.mark.parametrize("form", ["hf", "merged", "low_rank"])
+@pytest.mark.parametrize("form", ["hf", "LoRA", "rsLoRA", "DoRA", "low_rank"])
 @pytest.mark.parametrize("method", ["int8", "nf4"])
 def test_what_codes_stand_for_is_exported_in_float64(
     form: str, method: str, models: dict[str, Model], tmp_path: Path
 ) -> None:
     model = models[f"low-rank gpt2 in {method}"]
-    adapter = model.adapter if form == "merged" else None
+    adapter = None
+    if form not in ("hf", "low_rank"):
+        kind = ("LoRA", "rsLoRA", "DoRA").index(form)
+        adapter = save_clients(model.folder, tmp_path, 1, quantize=model.quantize, first=kind)[0]
+        form = "merged"
     source = load_model(model.folder, adapter=adapter, dtype="float64")
     expected = _logits(source.network)
     export(source, form, tmp_path / "out", "float64", texts=_TEXTS)

@@ -424,7 +424,7 @@ def test_parts_of_an_adapter_that_was_trained_anew_are_not_gone_on_with(
         shutil.copy(file, first)
     status, _, error = label("--adapter", str(first))
     assert status == 1
-    assert "is of an earlier run with adapter " in error
+    assert "is of an earlier run with adapter_sha256 " in error
 
 
 def test_each_row_is_labelled_by_its_own_adapter(label: Label, tmp_path: Path) -> None:
