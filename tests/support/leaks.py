@@ -1,6 +1,7 @@
 """State that one test could leave to the next: variables, threads, groups, torch's defaults."""
 
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -97,4 +98,12 @@ class ProcessState(NamedTuple):
 
 def _is_lasting(thread: threading.Thread) -> bool:
     names = (thread.name, type(thread).__name__)
-    return any(name.startswith(lasting) for name in names for lasting in _LASTING_THREADS)
+    is_named = any(name.startswith(lasting) for name in names for lasting in _LASTING_THREADS)
+    return is_named or _is_of_compiler(thread)
+
+
+def _is_of_compiler(thread: threading.Thread) -> bool:
+    """Whether torch.compile keeps the thread for its next kernels; bitsandbytes calls it too."""
+    module = sys.modules.get("torch._inductor.async_compile")
+    pool = None if module is None else module.AsyncCompile.pool
+    return pool is not None and pool.cache_info().currsize > 0 and thread in pool()._threads
