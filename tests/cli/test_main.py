@@ -243,7 +243,7 @@ def test_a_pickle_is_not_run(fit: Run, tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "hyper_parameters": Evil()}, path)
     status, stderr = fit("--ckpt_path", str(path))
     assert status == 1
-    assert "no checkpoint that can be read safely" in _only_error(stderr)
+    assert "not a checkpoint that can be read safely" in _only_error(stderr)
     assert not target.exists()
 
 

@@ -331,7 +331,7 @@ def test_a_tokenizer_that_gguf_cannot_say_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed")
     source = load_model(save(tiny_llama(), tmp_path / "words"))
     fitting = "; the formats hf, int8, nf4 fit it$"
-    with pytest.raises(ValueError, match=f"no byte-level BPE.*{fitting}"):
+    with pytest.raises(ValueError, match=f"not a byte-level BPE.*{fitting}"):
         export(source, "gguf", tmp_path / "out")
     with pytest.raises(ValueError, match=f"gguf: it needs the tokenizer.*{fitting}"):
         export(source._replace(tokenizer=None), "gguf", tmp_path / "out")
