@@ -26,7 +26,7 @@ from fingpt_lightning.files import files_sha256
 from fingpt_lightning.models.device import AUTO_DTYPE, device_name
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
-from fingpt_lightning.models.sources import find_adapter
+from fingpt_lightning.models.sources import named_adapter_digest
 from fingpt_lightning.profiling.versions import installed_versions
 from fingpt_lightning.shards.folders import device_remark
 from fingpt_lightning.shards.options import Shard
@@ -157,7 +157,7 @@ def _place(options: argparse.Namespace) -> dict[str, object]:
 def _given(options: argparse.Namespace, task: Task) -> dict[str, object]:
     """The settings that are known before a model is loaded."""
     named = options.adapters or {}
-    adapters = {name: adapter_digest(find_adapter(path)) for name, path in named.items()}
+    adapters = {name: named_adapter_digest(path) for name, path in named.items()}
     return {
         "model": options.model,
         "adapters": adapters,
@@ -186,9 +186,7 @@ def _given_of_shards(options: argparse.Namespace, task: Task) -> dict[str, objec
     return {
         "input_sha256": files_sha256((options.input,)),
         "batch_tokens": options.batch_tokens,
-        "adapter": None
-        if options.adapter is None
-        else adapter_digest(find_adapter(options.adapter)),
+        "adapter": named_adapter_digest(options.adapter),
         "chat_template": options.chat_template,
         **_given(options, task),
     }

@@ -37,7 +37,7 @@ from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use, tokenizer_sha256
 from fingpt_lightning.models.loading import LoadedModel, load_model
-from fingpt_lightning.models.sources import find_adapter
+from fingpt_lightning.models.sources import named_adapter_digest
 from fingpt_lightning.profiling.versions import installed_versions
 from fingpt_lightning.shards.folders import (
     FinishedShard,
@@ -363,9 +363,7 @@ def _given(options: argparse.Namespace, named: Sequence[NamedRun]) -> dict[str, 
     keys = ("tokenizer", "chat_template", "quantize", "calibrate", "limit", "too_long")
     return {
         "path": options.model,
-        "adapter": None
-        if options.adapter is None
-        else adapter_digest(find_adapter(options.adapter)),
+        "adapter": named_adapter_digest(options.adapter),
         **{key: getattr(options, key) for key in keys},
         "fewshot_seed": _seed(options) if options.num_fewshot else None,
         **identities(named),

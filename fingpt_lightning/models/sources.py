@@ -16,6 +16,7 @@ from fingpt_lightning.models.formats.peft_adapter import (
     ADAPTER_FOLDER,
     BEST_ADAPTER_FOLDER,
     Base,
+    adapter_digest,
     holds_adapter,
     read_adapter_config,
 )
@@ -154,6 +155,19 @@ def find_adapter(path: str | Path) -> Path:
     if path.suffix == CHECKPOINT and path.is_file():
         read_adapter_checkpoint(path)
     raise FileNotFoundError(f"adapter {path} has no {ADAPTER_CONFIG}")
+
+
+def named_adapter_digest(path: str | Path | None) -> str | None:
+    """The digest of the weights of an adapter that is named; None where none is.
+
+    Args:
+        path: Path as in `find_adapter`, or None.
+
+    Raises:
+        FileNotFoundError: There is no adapter.
+        ValueError: A checkpoint is not one of adapters, or cannot be read.
+    """
+    return None if path is None else adapter_digest(find_adapter(path))
 
 
 def tokenizer_of_model(name: str) -> str | None:
