@@ -254,8 +254,12 @@ def _task_tokens(
         )
     mean_length = sum(len(row.tokens) for row in sample) / len(sample)
     stride = max(1, int(len(known) * mean_length / num_tokens))
-    encoded = encode_rows(tokenizer, known[::stride], longest)
-    tokens = [token for row in encoded.kept for token in row.tokens]
+    tokens: list[int] = []
+    for first in range(stride):  # further rounds where the sample's rows are the longer ones
+        encoded = encode_rows(tokenizer, known[first::stride], longest)
+        tokens += [token for row in encoded.kept for token in row.tokens]
+        if len(tokens) >= num_tokens:
+            break
     return tokens[:num_tokens], f"train of {task.name}, {rows.sha256}"
 
 

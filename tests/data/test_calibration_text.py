@@ -55,6 +55,14 @@ def test_prompts_of_a_task_are_a_part_of_a_mixture(folder: Path) -> None:
     assert _count(mixed, "rose") > 0
 
 
+def test_a_task_whose_first_rows_are_the_longest_fills_its_share(folder: Path) -> None:
+    rows = [{"text": "Foo rose " * (10 if number < 64 else 1), "label": "positive"}
+            for number in range(400)]  # fmt: skip
+    file = folder / "fpb" / "train.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert "; 400 of train of fpb, " in _read(folder, "b.txt", "task:fpb", tokens=800).name
+
+
 def test_files_without_weights_are_read_one_after_the_other(folder: Path) -> None:
     plain = _read(folder, "a.txt", "b.txt")
     assert _count(plain, "fell") == 0
