@@ -31,6 +31,7 @@ from fingpt_lightning.data.text_files import TextFiles, find_text_files
 from fingpt_lightning.decomposition.runner import RECORD, Request, decompose_model
 from fingpt_lightning.decomposition.source import Source, open_source
 from fingpt_lightning.deploy.exporting import export
+from fingpt_lightning.files import write_whole
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.profiling.memory import peak_rss_bytes
@@ -81,11 +82,11 @@ WAYS = {
     "whitened, by spectra": Way(allocation="spectrum"),
     "whitened, damping 0.02": Way(damping=0.02),
     "sequential": Way(sequential=True),
-    REFINED: Way(sequential=True, refine=True),
+    REFINED: Way(sequential=True, refine=True, allocation="loss"),
     "whitened, by loss": Way(allocation="loss"),
     "whitened on both sides": Way(whitening="both"),
     DROPPED: Way(depth=1.0),
-    HALF_DROPPED: Way(sequential=True, refine=True, depth=0.5),
+    HALF_DROPPED: Way(sequential=True, refine=True, allocation="loss", depth=0.5),
 }
 
 
@@ -106,6 +107,8 @@ def main() -> None:
             break
         row = measured(share, contender, options)
         record["rows"].append(row | {"commit": new_record("", {})["commit"]})
+        order = [*contenders(options.shares)]
+        record["rows"].sort(key=lambda row: order.index((row["share"], row["contender"])))
         record["summary"] = summary(record["rows"])
         write_record(options.json, record, table(record["rows"]))
         made += 1
@@ -128,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--block_length", type=int, default=512)
     add("--learning_rate", type=float, default=0.0005)
     add("--precision", default="bf16-mixed", help="of healing")
+    add("--teacher_dtype", default="bfloat16", help="of the original in healing")
     add("--tokens", type=int, default=16384, help="of each text whose perplexity is measured")
     add("--tasks", default=",".join(TASKS))
     add("--limit", type=int, default=None, help="rows of each task")
@@ -151,9 +155,8 @@ def measured(share: float, contender: str, options: argparse.Namespace) -> dict[
     row: dict[str, Any] = {"contender": contender, "share": share}
     model = Path(options.model)
     if contender != ORIGINAL:
-        started = time.perf_counter()
         model = _model(share, contender, source, options)
-        row["making_time_s"] = time.perf_counter() - started
+        row["making_time_s"] = float(_seconds_file(model).read_text(encoding="utf-8"))
         way = REFINED if contender == NF4 else HEALED_OF.get(contender, contender)
         parameters = _num_parameters(_folder(share, way, options))
     config = source.network.config
@@ -179,11 +182,33 @@ def measured(share: float, contender: str, options: argparse.Namespace) -> dict[
 
 
 def _model(share: float, contender: str, source: Source, options: argparse.Namespace) -> Path:
-    """The folder of a contender, made where it does not exist."""
+    """The folder of a contender, made where it does not exist.
+
+    Beside it lie the seconds that it took, with those of what it was made of; after a killed call
+    only those since then count.
+    """
     folder = _folder(share, contender, options)
-    if folder.exists():
+    if _seconds_file(folder).exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    seconds = 0.0
+    if contender not in WAYS:
+        base = _model(share, HEALED_OF.get(contender, HEALED), source, options)
+        seconds += float(_seconds_file(base).read_text(encoding="utf-8"))
+    started = time.perf_counter()
+    if not folder.exists():
+        _make(folder, share, contender, source, options)
+    write_whole(_seconds_file(folder), str(seconds + time.perf_counter() - started))
+    return folder
+
+
+def _seconds_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.seconds")
+
+
+def _make(
+    folder: Path, share: float, contender: str, source: Source, options: argparse.Namespace
+) -> None:
     sources = _sources(options)
     if contender in WAYS:
         way = WAYS[contender]
@@ -196,7 +221,7 @@ def _model(share: float, contender: str, source: Source, options: argparse.Names
                 number = _num_blocks(source, way.depth * (1 - share))
                 write_shorter(options.model, None, number, calibration, shorter)
             if way.depth == 1:
-                return folder
+                return
             source = open_source(shorter)
         request = Request(
             compression=source.network.num_parameters() / kept,
@@ -209,20 +234,19 @@ def _model(share: float, contender: str, source: Source, options: argparse.Names
         decompose_model(source, request, folder, calibration)
     elif contender in HEALED_OF:
         assert source.tokenizer is not None
-        refined = _model(share, HEALED_OF[contender], source, options)
+        refined = _folder(share, HEALED_OF[contender], options)
         checkpoint = heal(
             folder.with_suffix(".run"), refined, options.model, sources, source.tokenizer,
             steps=options.heal, batch_size=options.batch_size, block_length=options.block_length,
             learning_rate=options.learning_rate, precision=options.precision,
-            teacher_dtype="bfloat16", data_dir=options.data_dir, seed=1,
+            teacher_dtype=options.teacher_dtype, data_dir=options.data_dir, seed=1,
         )  # fmt: skip
         form = "hf" if HEALED_OF[contender] == DROPPED else "low_rank"
         export(load_model(checkpoint, tokenizer=refined), form, folder)
     else:
-        healed = _model(share, HEALED, source, options)
+        healed = _folder(share, HEALED, options)
         calibration = _calibration(sources, source, options)
         export(load_model(healed), "nf4", folder, calibration=calibration)
-    return folder
 
 
 def _num_blocks(source: Source, saved: float) -> int:
