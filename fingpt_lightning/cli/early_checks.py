@@ -45,13 +45,16 @@ _WEIGHTS = ("init_from", "base")
 _TEXTS = ("train_files", "val_files", "test_files", "validation_files")
 
 
-def check_trainer_command(command: str, words: list[str], runs: bool = True) -> None:
+def check_trainer_command(
+    command: str, words: list[str], runs: bool = True, own_options: Sequence[str] = ()
+) -> None:
     """Refuses words of a Trainer command that it would refuse.
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         words: Words after the command.
         runs: Whether the command reads its data; ``plan`` does not.
+        own_options: Options of a command that takes those of ``command`` beside them.
 
     Raises:
         ConfigError: The command line or a config is wrong.
@@ -60,7 +63,7 @@ def check_trainer_command(command: str, words: list[str], runs: bool = True) -> 
     """
     if not is_on():
         return
-    given = given_settings(command, with_config_files(words))
+    given = given_settings(command, with_config_files(words), own_options)
     if given is None:
         return
     if runs:
@@ -274,11 +277,13 @@ WITHOUT_LOGGERS = ("--trainer.logger", "false")
 def _check_plan(options: argparse.Namespace) -> None:
     if options.json is not None and not options.json.resolve().parent.is_dir():
         raise ValueError(f"json {options.json}: there is no folder {options.json.parent}")
-    check_trainer_command("fit", [*options.words, *WITHOUT_LOGGERS], runs=False)
+    words = [*options.words, *WITHOUT_LOGGERS]
+    check_trainer_command("fit", words, runs=False, own_options=options.own_options)
 
 
 def _check_tokenize(options: argparse.Namespace) -> None:
-    check_trainer_command("fit", [*options.words, *WITHOUT_LOGGERS])
+    words = [*options.words, *WITHOUT_LOGGERS]
+    check_trainer_command("fit", words, own_options=options.own_options)
 
 
 def _check_report(options: argparse.Namespace) -> None:

@@ -152,13 +152,17 @@ def read_table() -> OptionTable | None:
     )
 
 
-def check_options(command: str, words: Sequence[str], table: OptionTable) -> GivenSettings | None:
+def check_options(
+    command: str, words: Sequence[str], table: OptionTable, own_options: Sequence[str] = ()
+) -> GivenSettings | None:
     """Refuses a command line that the parser would refuse.
 
     Args:
         command: Command of the Trainer.
         words: Words after the command; each ``--config`` names a file, or is YAML.
         table: Result of `read_table`.
+        own_options: Options of a command that takes those of ``command`` beside them, among which
+            the nearest is searched too.
 
     Returns:
         Settings that are given; None where the parser does something else, such as printing help.
@@ -172,14 +176,16 @@ def check_options(command: str, words: Sequence[str], table: OptionTable) -> Giv
         check_configs(words)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return _Reader(command, words, table).read()
+    return _Reader(command, words, table, own_options).read()
 
 
 class _Reader:
     """Reads one command line."""
 
-    def __init__(self, command: str, words: Sequence[str], table: OptionTable) -> None:
-        self._words, self._table = words, table
+    def __init__(
+        self, command: str, words: Sequence[str], table: OptionTable, own_options: Sequence[str]
+    ) -> None:
+        self._words, self._table, self._own_options = words, table, own_options
         self._names = table.commands[command]
         keys = {name.lstrip("-").rstrip("+") for name in self._names}
         self._keys = {key for key in keys if not key.endswith(".help")}
@@ -206,7 +212,8 @@ class _Reader:
             first = self._unknown[0]
             if first.startswith("--"):
                 name = first.partition("=")[0]
-                raise ConfigError(f"no option {name}{nearest(name, self._names)}")
+                known_names = [*self._own_options, *self._names]
+                raise ConfigError(f"no option {name}{nearest(name, known_names)}")
             raise ConfigError(f"unrecognized arguments: {' '.join(self._unknown)}")
         init_args = {
             subject: {name: _loaded(value) for name, value in given.items()}
@@ -356,13 +363,15 @@ def _loaded(value: Any) -> Any:
     return value
 
 
-def given_settings(command: str, words: Sequence[str]) -> GivenSettings | None:
+def given_settings(
+    command: str, words: Sequence[str], own_options: Sequence[str] = ()
+) -> GivenSettings | None:
     """As `check_options`, and None where the table does not decide."""
     table = read_table()
     if table is None:
         return None
     with suppress(_LeftError):
-        return check_options(command, words, table)
+        return check_options(command, words, table, own_options)
     return None
 
 

@@ -17,4 +17,7 @@ def run(options: argparse.Namespace) -> None:
         ConfigError: The command line or a config is wrong, as with ``fingpt fit``.
         ValueError: The model's shapes are not known, or the folder of ``--json`` does not exist.
     """
-    command.run(options, lambda words: build_trainer_command([*words, *WITHOUT_LOGGERS]))
+    own_options = options.own_options
+    command.run(
+        options, lambda words: build_trainer_command([*words, *WITHOUT_LOGGERS], own_options)
+    )

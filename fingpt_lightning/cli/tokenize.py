@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> None:
         OSError: A file or a shard is missing.
         ValueError: The text cannot be read.
     """
-    data = build_data(["fit", *options.words, *WITHOUT_LOGGERS])
+    data = build_data(["fit", *options.words, *WITHOUT_LOGGERS], options.own_options)
     if not isinstance(data, TextBlocks):
         raise ConfigError(
             f"data {type(data).__name__} has no cache of tokens; fingpt tokenize takes TextBlocks"

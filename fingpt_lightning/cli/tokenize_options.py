@@ -28,9 +28,8 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         WrongOptions: An option has an invalid value or no effect.
         SystemExit: ``--help`` was given; the status is 0.
     """
-    options, rest = build_parser().parse_known_args(words)
+    options = build_parser().read_beside_others(words)
     if options.overwrite and options.shard is None:
         raise WrongOptions("--overwrite has an effect with --shard alone")
-    options.words = rest
     options.shard_command = shard_command("fingpt tokenize", words)
     return options

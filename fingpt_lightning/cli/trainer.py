@@ -9,7 +9,7 @@ import sys
 import typing
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -125,30 +125,32 @@ def run_trainer_command(words: list[str]) -> None:
             raise
 
 
-def build_trainer_command(words: list[str]) -> "FinGPTCLI":
+def build_trainer_command(words: list[str], own_options: Sequence[str] = ()) -> "FinGPTCLI":
     """Parses and builds what a Trainer command would run, and runs nothing: no folder is made.
 
     Args:
         words: Command and its options.
+        own_options: Options that the caller takes beside them, for messages.
 
     Raises:
         ConfigError: The command line or a config is wrong.
     """
     with _quiet():
-        return _Built(words)
+        return _Built(words, own_options)
 
 
-def build_data(words: list[str]) -> LightningDataModule:
+def build_data(words: list[str], own_options: Sequence[str] = ()) -> LightningDataModule:
     """Parses what a Trainer command would run, and builds its data alone, whatever the devices.
 
     Args:
         words: Command and its options.
+        own_options: Options that the caller takes beside them, for messages.
 
     Raises:
         ConfigError: The command line or a config is wrong.
     """
     with _quiet():
-        data: LightningDataModule = _DataAlone(words).datamodule
+        data: LightningDataModule = _DataAlone(words, own_options).datamodule
     return data
 
 
@@ -250,6 +252,8 @@ class FinGPTCLI(LightningCLI):
 
     Args:
         words: Command and its options.
+        own_options: Options that the caller takes beside them: among them, too, the one is searched
+            that an unknown option may mean.
     """
 
     runs: ClassVar[bool] = True
@@ -257,8 +261,9 @@ class FinGPTCLI(LightningCLI):
 
     _resumed_step = 0
 
-    def __init__(self, words: list[str]) -> None:
+    def __init__(self, words: list[str], own_options: Sequence[str] = ()) -> None:
         self.command = words[0]
+        self._own_options = own_options
         with ExitStack() as self._on_failure:
             self._build_and_run(words)
             self._on_failure.pop_all()
@@ -326,7 +331,8 @@ class FinGPTCLI(LightningCLI):
         except UnicodeDecodeError as error:
             raise ConfigError(undecodable(args)) from error
         except ConfigError as error:
-            line = explain(str(error), sorted(options_of(parser)), DEFAULT_CLASSES, args)
+            known = [*self._own_options, *sorted(options_of(parser))]
+            line = explain(str(error), known, DEFAULT_CLASSES, args)
             raise ConfigError(line) from error
         settings = self.config[self.command]
         if ckpt_path := settings.get("ckpt_path"):

@@ -42,8 +42,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         WrongOptions: An option has an invalid value.
         SystemExit: ``--help`` was given; the status is 0.
     """
-    options, rest = build_parser().parse_known_args(words)
+    options = build_parser().read_beside_others(words)
     if options.devices is not None:
-        rest += ["--trainer.devices", options.devices]
-    options.words = rest
+        options.words += ["--trainer.devices", options.devices]
     return options

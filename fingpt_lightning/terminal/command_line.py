@@ -48,7 +48,7 @@ class OptionParser(argparse.ArgumentParser):
                 value.
             SystemExit: With status 0, after ``--help`` has been answered.
         """
-        known = [text for action in self._actions for text in action.option_strings]
+        known = self.option_names()
         try:
             options, unknown = self.parse_known_args(words)
         except WrongOptions:
@@ -61,6 +61,26 @@ class OptionParser(argparse.ArgumentParser):
             name = unknown[0].partition("=")[0]
             raise WrongOptions(f"unrecognized arguments: {' '.join(unknown)}{nearest(name, known)}")
         return options
+
+    def read_beside_others(self, words: list[str]) -> argparse.Namespace:
+        """The options in ``words`` of a command that takes those of another command too.
+
+        Returns:
+            The options, and the other words as ``words``; ``own_options`` has the names among which
+            a misspelled one may be meant.
+
+        Raises:
+            WrongOptions: An option of this parser is missing, or has an invalid value.
+            SystemExit: With status 0, after ``--help`` has been answered.
+        """
+        options, others = self.parse_known_args(words)
+        options.words = others
+        options.own_options = self.option_names()
+        return options
+
+    def option_names(self) -> list[str]:
+        """All options, in all their forms."""
+        return [text for action in self._actions for text in action.option_strings]
 
     @override
     def error(self, message: str) -> NoReturn:

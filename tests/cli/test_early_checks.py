@@ -124,11 +124,13 @@ WRONG = (
     f"{_PREDICT} --trainer.default_root_dir run",
     "plan --config debug_quickstart --trainer.max_stps 3",
     "plan --config debug_quickstart --no_calibrat",
+    "plan --config debug_quickstart --jsn plan.json",
     "plan --config debug_quickstart --model.rank many",
     "plan --config none",
     "plan --config debug_quickstart --json none/plan.json",
     "tokenize --config debug_quickstart --trainer.max_stps 3",
     "tokenize --config debug_quickstart --data.train_files none.jsonl",
+    "tokenize --config debug_quickstart --shrad 1/2",
     "tokenize --config debug_quickstart --shard 0/8",
     "tokenize --config debug_quickstart --shard 1/8 --merge 8",
     "tokenize --config debug_quickstart --overwrite",
@@ -276,6 +278,27 @@ def test_a_mistake_is_named_early_in_the_words_of_the_command(
         assert early is not None, "the early checks do not find it"
     late = _late(words, monkeypatch, capsys)
     assert early in (late, None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("tokenize --shrad 1/2", "no option --shrad; did you mean --shard?"),
+        ("tokenize --shrad=1/2", "no option --shrad; did you mean --shard?"),
+        ("tokenize --merg", "no option --merg; did you mean --merge?"),
+        ("tokenize --overwrit", "no option --overwrit; did you mean --overwrite?"),
+        ("tokenize --runs_dr x", "no option --runs_dr; did you mean --runs_dir?"),
+        ("plan --jsn plan.json", "no option --jsn; did you mean --json?"),
+        ("plan --devises 2", "no option --devises; did you mean --devices?"),
+        ("plan --no_calibrat", "no option --no_calibrat; did you mean --no_calibrate?"),
+        ("fit --shrad 1/2", "no option --shrad"),  # it has none such
+    ],
+)
+def test_the_nearest_option_is_searched_among_those_of_the_command(
+    wrong: str, message: str, folder: Path
+) -> None:
+    command, *words = wrong.split()
+    assert _early([command, "--config", "debug_quickstart", *words]) == (2, message)
 
 
 @pytest.mark.parametrize(
