@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing_extensions import override
 
 from fingpt_lightning.cli.class_paths import class_at
 from fingpt_lightning.cli.logger_packages import refuse_missing_package
+from fingpt_lightning.terminal.messages import print_status
 
 _TELEMETRY_VARIABLE = "MLFLOW_DISABLE_TELEMETRY"
 _TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -157,7 +157,7 @@ class RunMLflow(MLFlowLogger):
                 path = Path(self._tracking_uri.removeprefix(_DATABASE))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if not path.exists():
-                    _tell(f"making {path}, MLflow's database of these runs")
+                    print_status(f"making {path}, MLflow's database of these runs")
             self._mlflow_client = MlflowClient(self._tracking_uri)
         return super().experiment
 
@@ -214,8 +214,3 @@ def _flat(settings: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]
 def _mlflow_name(name: str) -> str:
     parts = _REFUSED_IN_NAMES.sub("_", name).split("/")
     return "/".join(part for part in parts if part not in ("", ".", "..")) or "_"
-
-
-@rank_zero_only
-def _tell(line: str) -> None:
-    print(f"fingpt: {line}", file=sys.stderr)

@@ -15,8 +15,9 @@ from fingpt_lightning.terminal.command_line import WrongOptions
 from fingpt_lightning.terminal.messages import (
     error_line,
     is_panic,
-    launched_rank,
     nearest,
+    print_status,
+    process_rank,
     without_credentials,
 )
 
@@ -200,9 +201,8 @@ def _run(words: list[str]) -> None:
 
 
 def _tell_start(words: list[str]) -> None:
-    """A line before the imports, which take seconds; from the first process only."""
-    if launched_rank() == "0":
-        print(without_credentials(f"fingpt: {' '.join(words)}"), file=sys.stderr, flush=True)
+    """A line before the imports, which take seconds."""
+    print_status(without_credentials(" ".join(words)))
 
 
 def _check_callbacks_package() -> None:
@@ -235,9 +235,5 @@ def one_line(error: BaseException) -> str:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    process_rank = launched_rank()
-    # Where each node starts its own process, only Lightning knows the number of the process.
-    lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
-    process_rank = getattr(getattr(lightning, "rank_zero_only", None), "rank", process_rank)
-    print(error_line(message, process_rank), file=sys.stderr, flush=True)
+    print(error_line(message, process_rank()), file=sys.stderr, flush=True)
     raise SystemExit(status)

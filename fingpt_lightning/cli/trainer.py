@@ -34,7 +34,6 @@ from lightning.pytorch.profilers import (
     PyTorchProfiler,
     SimpleProfiler,
 )
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
@@ -84,7 +83,7 @@ from fingpt_lightning.reporting.environment import write_environment
 from fingpt_lightning.strategies.checkpoint_files import WholeCheckpoints
 from fingpt_lightning.strategies.rendezvous import START_S
 from fingpt_lightning.terminal.command_line import as_list
-from fingpt_lightning.terminal.messages import without_credentials
+from fingpt_lightning.terminal.messages import print_status, without_credentials
 
 DEFAULT_CLASSES = {
     "model": "fingpt_lightning.modules.LowRankPretraining",
@@ -336,7 +335,8 @@ class FinGPTCLI(LightningCLI):
             raise ConfigError(line) from error
         settings = self.config[self.command]
         if ckpt_path := settings.get("ckpt_path"):
-            path = find_checkpoint(ckpt_path, _run_name(settings), Path(settings.runs_dir), _tell)
+            runs_dir = Path(settings.runs_dir)
+            path = find_checkpoint(ckpt_path, _run_name(settings), runs_dir, print_status)
             settings.ckpt_path = str(path)
             if self.runs:
                 remove_run_leftovers(path)
@@ -359,7 +359,9 @@ class FinGPTCLI(LightningCLI):
         start = check_start(self.command, model)
         if start is None:  # a user's own class, which loads its weights itself
             return
-        _tell(f"{self.command} of model.{start} {model[start]} as it is, without a checkpoint")
+        print_status(
+            f"{self.command} of model.{start} {model[start]} as it is, without a checkpoint"
+        )
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -545,7 +547,7 @@ def _fill_from_checkpoint(settings: Namespace, given: Namespace, path: Path) -> 
                 settings[part].init_args[key] = value
             # As parsed: a class in the place of a value has its defaults there.
             elif (now := _plain(settings[part].init_args[key])) != value:
-                _tell(f"{part}.{key}: {now} as given, in place of {value} in {path}")
+                print_status(f"{part}.{key}: {now} as given, in place of {value} in {path}")
 
 
 def _init_args_of_ours(given: Namespace) -> dict[str, Any]:
@@ -564,11 +566,6 @@ def _take_tokenizer_of_model(settings: Namespace) -> None:
         return
     if (found := tokenizer_of_model(start)) is not None:
         data.tokenizer = found
-
-
-@rank_zero_only
-def _tell(line: str) -> None:
-    print(f"fingpt: {line}", file=sys.stderr)
 
 
 def _plain(value: Any) -> Any:

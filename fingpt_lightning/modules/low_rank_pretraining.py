@@ -79,8 +79,8 @@ from fingpt_lightning.modules.self_guided import GuideSchedule
 from fingpt_lightning.modules.sharding import shard
 from fingpt_lightning.modules.teacher import WITHOUT_TEACHER, Teacher
 from fingpt_lightning.modules.weight_averaging import prepare_averaging
-from fingpt_lightning.terminal.messages import nearest
-from fingpt_lightning.terminal.progress import announced, print_status
+from fingpt_lightning.terminal.messages import nearest, print_status
+from fingpt_lightning.terminal.progress import announced
 from fingpt_lightning.units import format_count
 
 HEAD_MAPS = ("shared", "own")

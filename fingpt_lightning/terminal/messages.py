@@ -1,9 +1,10 @@
-"""Parts of messages: the nearest right name, missing fields, the first line of a foreign error."""
+"""Messages and their parts: the nearest right name, missing fields, an error's first line."""
 
 import difflib
 import os
 import re
 import reprlib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -118,10 +119,19 @@ def error_line(message: str, process_rank: int | str = 0) -> str:
     return f"fingpt: error{where}: {message}"
 
 
-def launched_rank() -> str:
-    """Number of this process among those of the run, as its launcher has set it; else 0."""
+def process_rank() -> str:
+    """Number of this process among those of the run: Lightning's, its launcher's, or 0."""
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0")
+    launched = next((os.environ[name] for name in names if name in os.environ), "0")
+    # Where each node starts its own process, only Lightning knows the number of the process.
+    lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    return str(getattr(getattr(lightning, "rank_zero_only", None), "rank", launched))
+
+
+def print_status(line: str) -> None:
+    """Prints a line about the run on standard error, from the first process only."""
+    if process_rank() == "0":
+        print(f"fingpt: {line}", file=sys.stderr, flush=True)
 
 
 def is_panic(error: BaseException) -> bool:

@@ -1,6 +1,5 @@
 """What a terminal or a log shows of long work."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fingpt_lightning.terminal.messages import launched_rank
+from fingpt_lightning.terminal.messages import process_rank
 from fingpt_lightning.units import format_duration
 
 _QUIET_S = 2.0
@@ -119,12 +118,6 @@ def shown_progress(
         display.print(f"{what}: {done:,} {unit} in {format_duration(display.time_s)}, {rate}")
 
 
-def print_status(line: str) -> None:
-    """Prints a line on stderr, of the first process."""
-    if launched_rank() == "0":
-        print(line, file=sys.stderr, flush=True)
-
-
 @contextmanager
 def announced(what: str) -> Iterator[None]:
     """Tells on stderr of work that takes longer than two seconds and has no parts to count.
@@ -134,7 +127,7 @@ def announced(what: str) -> Iterator[None]:
     Args:
         what: Name of the work, as in "quantizing the base".
     """
-    if launched_rank() != "0":
+    if process_rank() != "0":
         yield
         return
     console = Console(stderr=True, soft_wrap=True, highlight=False)

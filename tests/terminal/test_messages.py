@@ -1,6 +1,15 @@
+import sys
+from types import SimpleNamespace
+
 import pytest
 
-from fingpt_lightning.terminal.messages import first_line, nearest, nearest_of, without_credentials
+from fingpt_lightning.terminal.messages import (
+    first_line,
+    nearest,
+    nearest_of,
+    print_status,
+    without_credentials,
+)
 
 
 def test_a_name_is_never_its_own_nearest_one() -> None:
@@ -29,3 +38,32 @@ def test_a_name_is_never_its_own_nearest_one() -> None:
 def test_an_address_is_shown_without_its_credentials(text: str, shown: str) -> None:
     assert without_credentials(text) == shown
     assert first_line(OSError(f"{text}\nsecond line")) == shown
+
+
+@pytest.mark.parametrize(
+    ("launched", "of_lightning", "printed"),
+    [
+        (None, None, True),
+        ("0", None, True),
+        ("1", None, False),
+        (None, 1, False),  # each node starts its own process
+        ("0", 1, False),
+        (None, 0, True),
+    ],
+)
+def test_the_first_process_alone_prints_a_status(
+    launched: str | None,
+    of_lightning: int | None,
+    printed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    if launched is not None:
+        monkeypatch.setenv("SLURM_PROCID", launched)
+    only = SimpleNamespace() if of_lightning is None else SimpleNamespace(rank=of_lightning)
+    module = SimpleNamespace(rank_zero_only=only)
+    monkeypatch.setitem(sys.modules, "lightning.fabric.utilities.rank_zero", module)
+    print_status("begun")
+    assert capsys.readouterr().err == ("fingpt: begun\n" if printed else "")
