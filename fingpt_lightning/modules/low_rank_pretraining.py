@@ -66,6 +66,7 @@ from fingpt_lightning.modules.optimization import (
 from fingpt_lightning.modules.quantization_aware import RoundingSchedule
 from fingpt_lightning.modules.ranges import check_below_1, check_optimization
 from fingpt_lightning.modules.recipe import (
+    DEFAULTS,
     FACTOR_OPTIMIZERS,
     PLAIN,
     check_recipe,
@@ -677,9 +678,12 @@ class LowRankPretraining(LanguageModelingModule):
             return
         for key in ("optimizer", "factor_decay", "self_guided"):
             if hparams[key] != PLAIN[key]:
+                by_recipe = ""
+                if hparams["recipe"] is not None and key in DEFAULTS:
+                    by_recipe = f" (model.recipe {hparams['recipe']} sets it where it is null)"
                 raise ValueError(
                     f"trainer.strategy {type(self.trainer.strategy).__name__} splits each matrix,"
-                    f" which model.{key} {hparams[key]} is not made for; set"
+                    f" which model.{key} {hparams[key]}{by_recipe} is not made for; set"
                     f" {PLAIN[key]}, or take ddp or PipelineStrategy with data_parallel replicate"
                 )
 

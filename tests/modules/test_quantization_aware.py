@@ -17,6 +17,10 @@ SETTINGS: dict[str, Any] = {
     "preset": "gpt2-nano", "num_layers": 2, "width": 12, "num_heads": 3, "num_positions": 16,
     "rank": 3, "embedding_rank": 4, "learning_rate": 0.02, "warmup": 0,
 }  # fmt: skip
+NARROW: dict[str, Any] = {
+    "recipe": "narrow", "compression": 1.5, "rank": "auto", "embedding_rank": None, "width": 36,
+    "vocab_size": 99,
+}  # fmt: skip
 
 
 def _fit(
@@ -91,12 +95,13 @@ def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.parametrize("changes", [{}, NARROW], ids=["low-rank layers", "narrow"])
 @pytest.mark.parametrize("method", ["int8", "nf4"])
 def test_validation_among_rounded_steps_is_that_of_the_exported_folder(
-    method: str, tmp_path: Path
+    method: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     trainer = _fit(
-        tmp_path, quantization_aware=method, quantization_start=0.0,
+        tmp_path, **changes, quantization_aware=method, quantization_start=0.0,
         trainer={"limit_val_batches": 1, "check_val_every_n_epoch": 6},
     )  # fmt: skip
     trainer.save_checkpoint(tmp_path / "last.ckpt")

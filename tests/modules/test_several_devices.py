@@ -26,6 +26,11 @@ SIZES: dict[str, Any] = {
     "rank": 3, "embedding_rank": 5, "learning_rate": 0.01, "warmup": 1,
 }  # fmt: skip
 DENSE: dict[str, Any] = {"rank": None, "embedding_rank": None}
+NARROW: dict[str, Any] = {
+    "recipe": "narrow", "compression": 1.5, "rank": "auto", "embedding_rank": None, "width": 36,
+    "vocab_size": 99, "learning_rate": None,
+}  # fmt: skip
+NARROW_ADAMW = NARROW | {"optimizer": "adamw"}
 BF16: dict[str, Any] = {"plugins": [], "precision": "bf16-mixed"}
 NUM_STEPS, CHECKPOINT_STEP = 6, 4
 
@@ -132,12 +137,19 @@ def _fit_on_ranks(process_rank: int, world_size: int, name: str) -> dict[str, di
     def resume_from(case: str) -> dict[str, Any]:
         return fit("resumed", FullySharded(), resume_from=_checkpoint(folder / case))
 
+    refusal = (
+        r"FullySharded splits each matrix, .* \(model.recipe narrow sets it where it is null\)"
+    )
+    with pytest.raises(ValueError, match=refusal):
+        fit("refused", FullySharded(), changes=NARROW)
     dtypes = WeightDtypes()
     return {
         "ddp": fit("ddp", DDPStrategy(gradient_as_bucket_view=True)),
         "fsdp": fit("fsdp", FullySharded()),
         "fsdp recompute": fit("recompute", FullySharded(), changes={"recompute": "block"}),
         "fsdp dense": fit("dense", FullySharded(), changes=DENSE),
+        "ddp narrow": fit("ddp_narrow", DDPStrategy(), changes=NARROW),
+        "fsdp narrow": fit("fsdp_narrow", FullySharded(), changes=NARROW_ADAMW),
         "ddp taught": fit("ddp_taught", DDPStrategy(), changes=_taught(folder)),
         "fsdp taught": fit("fsdp_taught", FullySharded(), changes=_taught(folder)),
         "fsdp resumed from fsdp": resume_from("fsdp"),
@@ -157,6 +169,8 @@ class Runs:
         tiny_gpt2().save_pretrained(folder / "teacher")
         self.one_taught = _fit_in_one_process(folder / "one_taught", changes=_taught(folder))
         self.one_dense = _fit_in_one_process(folder / "one_dense", changes=DENSE)
+        self.one_narrow = _fit_in_one_process(folder / "one_narrow", changes=NARROW)
+        self.one_narrow_adamw = _fit_in_one_process(folder / "adamw", changes=NARROW_ADAMW)
         self.per_rank = run_ranks(_fit_on_ranks, 2, str(folder), timeout_s=120)
 
 
@@ -196,6 +210,13 @@ def test_two_ranks_equal_one_process(runs: Runs, case: str, num_steps: int) -> N
 def test_a_tied_dense_network_is_split_exactly_too(runs: Runs) -> None:
     for results in runs.per_rank:
         _assert_same(results["fsdp dense"], runs.one_dense)
+
+
+@pytest.mark.slow
+def test_a_narrow_network_is_trained_and_split_exactly_too(runs: Runs) -> None:
+    for results in runs.per_rank:
+        _assert_same(results["ddp narrow"], runs.one_narrow)
+        _assert_same(results["fsdp narrow"], runs.one_narrow_adamw)
 
 
 @pytest.mark.slow
