@@ -58,6 +58,20 @@ class Result(NamedTuple):
     rows: dict[str, list[Row]]
 
 
+class _Compared(NamedTuple):
+    """A figure of several results on the same rows, with 95 % intervals.
+
+    Attributes:
+        values: Figure of each result.
+        of_each: Interval of each.
+        of_differences: Interval of the difference of each but the first from the first.
+    """
+
+    values: list[float]
+    of_each: list[tuple[float, float]]
+    of_differences: list[tuple[float, float]]
+
+
 def comparison_page(
     paths: Sequence[Path], tasks: Sequence[str] | None = None, *, has_pictures: bool = False
 ) -> Page:
@@ -150,10 +164,11 @@ def _task_section(task: str, results: Sequence[Result], has_pictures: bool) -> S
         raise ValueError(f"{task}: there is no row that all results have answered")
     compared = [[row for p in common if (row := rows[p]) is not None] for rows in known]
     entry = having[0].tasks[task]
-    blocks: list[Block] = [_pictures(task, having, compared)] if has_pictures else []
+    main = _compare(str(entry["main_metric"]), task, having, compared)
+    blocks: list[Block] = [_pictures(task, having, main)] if has_pictures else []
     blocks += [
-        _figures(task, having, compared),
-        _differences(task, having, compared),
+        _figures(task, having, compared, main),
+        _differences(task, having, compared, main),
         Note(_remark(having)),
     ]
     for result, places in zip(having, answered, strict=True):
@@ -231,31 +246,29 @@ def _known_rows(task: str, result: Result) -> list[Row | None]:
     return known
 
 
-def _statistics(
+def _compare(
     figure: str, task: str, results: Sequence[Result], compared: Sequence[Sequence[Row]]
-) -> list[RowStatistics] | None:
-    """A figure's statistics of each result; None where one of them has none."""
-    known = []
+) -> _Compared | None:
+    """A figure of all results; None where one of them has no statistics of it."""
+    known: list[RowStatistics] = []
     for result, rows in zip(results, compared, strict=True):
         statistics = row_statistics(figure, rows, result.tasks[task].get("labels", ()))
         if statistics is None:
             return None
         known.append(statistics)
-    return known
+    return _Compared([one.value for one in known], *intervals(known))
 
 
-def _pictures(task: str, results: Sequence[Result], compared: Sequence[Sequence[Row]]) -> Charts:
+def _pictures(task: str, results: Sequence[Result], compared: _Compared | None) -> Charts:
     """The main figure of each result, and its difference from the first, with intervals."""
     # Not at the top: it imports torch, which a comparison in a terminal does without.
     from fingpt_lightning.reporting.charts import Interval, interval_chart
 
-    main = str(results[0].tasks[task]["main_metric"])
-    known = _statistics(main, task, results, compared)
-    if known is None:
+    if compared is None:
         return Charts([])
-    of_each, of_differences = intervals(known)
-    names, title = [_short(result.name) for result in results], EVAL_FIGURES[main]
-    values = [one.value for one in known]
+    values, of_each, of_differences = compared
+    names = [_short(result.name) for result in results]
+    title = EVAL_FIGURES[str(results[0].tasks[task]["main_metric"])]
     shown = [Interval(n, v, *ends) for n, v, ends in zip(names, values, of_each, strict=True)]
     gains = [
         Interval(name, value - values[0], *ends)
@@ -277,18 +290,24 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_LABEL else f"...{name[3 - _LONGEST_LABEL :]}"
 
 
-def _figures(task: str, results: Sequence[Result], compared: Sequence[Sequence[Row]]) -> Table:
+def _figures(
+    task: str,
+    results: Sequence[Result],
+    compared: Sequence[Sequence[Row]],
+    main: _Compared | None,
+) -> Table:
     """A line for each result, with all figures of its rows."""
     entries = [result.tasks[task] for result in results]
-    main = str(entries[0]["main_metric"])
-    keys = [main, *(key for key in EVAL_FIGURES if key != main)]
+    main_key = str(entries[0]["main_metric"])
+    keys = [main_key, *(key for key in EVAL_FIGURES if key != main_key)]
     columns: list[tuple[Cell, list[Cell]]] = []
     for key in keys:
-        known = _statistics(key, task, results, compared)
-        if known is None or not any(key in entry for entry in entries):
+        if not any(key in entry for entry in entries):
             continue
-        of_each, _ = intervals(known)
-        values = [one.value for one in known]
+        found = main if key == main_key else _compare(key, task, results, compared)
+        if found is None:
+            continue
+        values, of_each, _ = found
         best = (min if key in LESS_IS_BETTER else max)(values)
         is_told_apart = len(set(values)) > 1
         cells = [
@@ -303,19 +322,23 @@ def _figures(task: str, results: Sequence[Result], compared: Sequence[Sequence[R
     return Table([Cell("result"), *(head for head, _ in columns)], rows)
 
 
-def _differences(task: str, results: Sequence[Result], compared: Sequence[Sequence[Row]]) -> Table:
+def _differences(
+    task: str,
+    results: Sequence[Result],
+    compared: Sequence[Sequence[Row]],
+    main: _Compared | None,
+) -> Table:
     """A line for each result but the first: what it gains on the first, and whether by chance."""
-    main = str(results[0].tasks[task]["main_metric"])
-    known = _statistics(main, task, results, compared)
-    of_differences = None if known is None else intervals(known)[1]
+    main_key = str(results[0].tasks[task]["main_metric"])
     is_tested = not any("is_right" not in row and _GRADED & row.keys() for row in compared[0])
     base = is_right(compared[0]) if is_tested else []
     rows = []
     for place, result in enumerate(results[1:], 1):
         difference = "-"
-        if known is not None and of_differences is not None:
-            low, high = of_differences[place - 1]
-            difference = f"{known[place].value - known[0].value:+.3f} ({low:+.3f} to {high:+.3f})"
+        if main is not None:
+            low, high = main.of_differences[place - 1]
+            gain = main.values[place] - main.values[0]
+            difference = f"{gain:+.3f} ({low:+.3f} to {high:+.3f})"
         if not is_tested:
             rows.append([Cell(result.name), number(difference)])
             continue
@@ -334,7 +357,7 @@ def _differences(task: str, results: Sequence[Result], compared: Sequence[Sequen
                 Cell("exact" if test.is_exact else "chi-squared"),
             ]
         )
-    title = f"{EVAL_FIGURES[main]}: difference (95 %)"
+    title = f"{EVAL_FIGURES[main_key]}: difference (95 %)"
     if not is_tested:
         return Table([Cell("result"), number(title)], rows, f"Against {results[0].name}")
     titles = (

@@ -8,7 +8,8 @@ import pytest
 
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.evaluation.metrics import label_metrics
-from fingpt_lightning.reporting import charts
+from fingpt_lightning.evaluation.paired import intervals
+from fingpt_lightning.reporting import charts, comparison
 from fingpt_lightning.reporting.comparison import comparison_page
 from fingpt_lightning.reporting.page import Table
 
@@ -125,10 +126,18 @@ def test_a_picture_has_the_figures_and_intervals_of_the_tables(
 
     monkeypatch.setattr(charts, "interval_chart", draw)
     paths = [_make(tmp_path / "base", 1, 0.3), _make(tmp_path / "tuned", 2, 0.9)]
+    resampled: list[int] = []
+
+    def counted(compared: Any) -> Any:
+        resampled.append(len(compared))
+        return intervals(compared)
+
+    monkeypatch.setattr(comparison, "intervals", counted)
     page = comparison_page(paths, has_pictures=True)
     figures, differences, _ = (
         block for s in page.sections for block in s.blocks if isinstance(block, Table)
     )
+    assert resampled == [2] * (len(figures.head) - 1), "once per figure"
     (values, no_line), (gains, line) = drawn
     assert (no_line, line) == (None, 0.0)
     assert [one.label for one in (*values, *gains)] == ["base", "tuned", "tuned"]
