@@ -107,26 +107,26 @@ def test_a_cuda_that_has_no_library_is_named_with_those_that_have(
     assert not list(tmp_path.iterdir()), "half a wheel"
 
 
-def _stand_in(monkeypatch: pytest.MonkeyPatch, published: Path) -> list[str]:
-    """Has the wheels come from here; returns the versions of Python that they are asked for."""
-    pythons: list[str] = []
+@pytest.fixture
+def pythons(monkeypatch: pytest.MonkeyPatch, published: Path) -> list[str]:
+    """Has the wheels come from here; the versions of Python that they are requested for."""
+    requested: list[str] = []
 
     def download(folder: Path, python: str) -> None:
-        pythons.append(python)
+        requested.append(python)
         (folder / published.name).write_bytes(published.read_bytes())
         (folder / "psutil-7.2.2-cp36-abi3-manylinux2010_x86_64.whl").write_bytes(b"0")
 
     monkeypatch.setattr(gpu_wheels, "download", download)
-    return pythons
+    return requested
 
 
 def test_the_folder_holds_the_wheels_of_the_last_time_alone(
-    published: Path,
+    pythons: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pythons = _stand_in(monkeypatch, published)
     folder = tmp_path / "wheels"
     for cuda in ("118", "130"):
         assert gpu_wheels.main(["--folder", str(folder), "--cuda", cuda, "--python", "3.13"]) == 0
@@ -143,12 +143,8 @@ def test_the_folder_holds_the_wheels_of_the_last_time_alone(
 
 
 def test_a_folder_with_other_files_stays_as_it_is(
-    published: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    pythons: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pythons = _stand_in(monkeypatch, published)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit) as ended:
         gpu_wheels.main(["--folder", str(tmp_path)])

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from fingpt_lightning.files import owned
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from tests.deploy.tiny_clients import save_clients
 from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer
+from tests.support.sharded_command import ShardedCommand
 
-Label = Callable[..., tuple[int, str, str]]
 NUM_ROWS = 11
 
 
@@ -39,54 +38,37 @@ def label(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Label:
-    """Runs ``fingpt label`` on 11 rows, 2 at a time; gives status, output and error."""
+) -> ShardedCommand:
+    """``fingpt label`` on 11 rows, 2 at a time."""
     monkeypatch.chdir(tmp_path)
     for module in (labelling, label_command):
         monkeypatch.setattr(module, "CHUNK_ROWS", 2)
     texts = [row["text"] for row in ROWS["fpb"]] * 3
     rows = [{"id": f"0{index}", "text": text} for index, text in enumerate(texts[:NUM_ROWS])]
     Path("in.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-    def call(*words: str) -> tuple[int, str, str]:
-        given = {
-            "--model": str(model),
-            "--task": "fpb",
-            "--input": "in.jsonl",
-            "--output": "out.jsonl",
-            **({} if "--merge" in words else {"--device": "cpu"}),
-        }
-        defaults = [x for name, value in given.items() if name not in words for x in (name, value)]
-        status = 0
-        capsys.readouterr()
-        try:
-            main(["label", *defaults, *words])
-        except SystemExit as error:
-            status = int(error.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
+    given = {
+        "--model": str(model),
+        "--task": "fpb",
+        "--input": "in.jsonl",
+        "--output": "out.jsonl",
+    }
+    return ShardedCommand("label", given, capsys)
 
 
-def _whole(label: Label, *words: str, ending: str = ".jsonl") -> bytes:
+def _whole(label: ShardedCommand, *words: str, ending: str = ".jsonl") -> bytes:
     assert label("--output", f"whole{ending}", *words)[0] == 0
     return Path(f"whole{ending}").read_bytes()
-
-
-def _shards(label: Label, count: int, *words: str) -> None:
-    for number in range(1, count + 1):
-        status, _, error = label("--shard", f"{number}/{count}", *words)
-        assert status == 0, error
 
 
 @pytest.mark.parametrize(
     ("ending", "count"), [(".jsonl", 4), (".csv", 3), (".parquet", 3), (".jsonl", 8), (".csv", 1)]
 )
-def test_merged_shards_are_the_bytes_of_one_run(label: Label, ending: str, count: int) -> None:
+def test_merged_shards_are_the_bytes_of_one_run(
+    label: ShardedCommand, ending: str, count: int
+) -> None:
     whole = _whole(label, ending=ending)
     out = Path(f"out{ending}")
-    _shards(label, count, "--output", str(out))
+    label.run_shards(count, "--output", str(out))
     assert not out.exists()
     assert len(list(Path().glob(f"out{ending}.shard-*-of-{count}"))) == count
     status, output, error = label("--output", str(out), "--merge")
@@ -97,7 +79,9 @@ def test_merged_shards_are_the_bytes_of_one_run(label: Label, ending: str, count
     assert sorted(path.name for path in Path().glob("out*")) == [out.name]
 
 
-def test_a_shard_labels_its_own_rows_alone(label: Label, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_labels_its_own_rows_alone(
+    label: ShardedCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own, asked = Labeller.label, list[int]()
 
     def noted(self: Labeller, rows: Any, first: int) -> Any:
@@ -110,7 +94,9 @@ def test_a_shard_labels_its_own_rows_alone(label: Label, monkeypatch: pytest.Mon
     assert output == "out.jsonl.shard-2-of-4: 3 of 11 rows\n"
 
 
-def test_rows_of_several_adapters_are_merged(label: Label, model: Path, tmp_path: Path) -> None:
+def test_rows_of_several_adapters_are_merged(
+    label: ShardedCommand, model: Path, tmp_path: Path
+) -> None:
     first, second = save_clients(model, tmp_path / "clients", 2)
     rows = [json.loads(line) for line in Path("in.jsonl").read_text().splitlines()]
     for index, row in enumerate(rows):
@@ -118,13 +104,13 @@ def test_rows_of_several_adapters_are_merged(label: Label, model: Path, tmp_path
     Path("in.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     words = ("--adapters", f"ann={first},bob={second}", "--adapter_column", "client")
     whole = _whole(label, *words)
-    _shards(label, 2, *words)
+    label.run_shards(2, *words)
     assert label(*words, "--merge", "2")[0] == 0
     assert Path("out.jsonl").read_bytes() == whole
 
 
 def test_a_shard_that_was_killed_goes_on_where_it_was(
-    label: Label, monkeypatch: pytest.MonkeyPatch
+    label: ShardedCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _whole(label)
     own, asked = Labeller.label, list[int]()
@@ -152,7 +138,7 @@ def test_a_shard_that_was_killed_goes_on_where_it_was(
 
 
 def test_missing_shards_are_named_with_the_commands_that_make_them(
-    label: Label, monkeypatch: pytest.MonkeyPatch
+    label: ShardedCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _whole(label)
     status, _, error = label("--merge")
@@ -188,7 +174,7 @@ def test_missing_shards_are_named_with_the_commands_that_make_them(
     ],
 )
 def test_shards_of_different_settings_are_not_merged(
-    label: Label, words: tuple[str, ...], changed: str
+    label: ShardedCommand, words: tuple[str, ...], changed: str
 ) -> None:
     assert label("--shard", "1/2")[0] == 0
     assert label("--shard", "2/2", *words)[0] == 0
@@ -204,10 +190,10 @@ def test_shards_of_different_settings_are_not_merged(
 
 
 def test_shards_of_another_input_or_model_are_not_merged(
-    label: Label, model: Path, tmp_path: Path
+    label: ShardedCommand, model: Path, tmp_path: Path
 ) -> None:
     other = shutil.copytree(model, tmp_path / "other")
-    _shards(label, 2)
+    label.run_shards(2)
     status, _, error = label("--merge", "--model", str(other))
     assert status == 1
     assert f"the shards of out.jsonl are of model '{model}', --merge of '{other}'" in error
@@ -221,29 +207,24 @@ def test_shards_of_another_input_or_model_are_not_merged(
 
 
 def test_an_option_beside_a_merge_is_that_of_the_shards_or_refused(
-    label: Label, model: Path, tmp_path: Path
+    label: ShardedCommand, model: Path, tmp_path: Path
 ) -> None:
     first, second = (str(path) for path in save_clients(model, tmp_path / "clients", 2))
-    _shards(label, 2, "--adapter", first, "--dtype", "float32")
+    label.run_shards(2, "--adapter", first, "--dtype", "float32")
     own = ("--adapter", first)
-    for words, message in [
+    digest = adapter_digest(Path(first))
+    others = [
         ((*own, "--dtype", "float64"), "of dtype 'float32', --merge of 'float64'"),
         ((*own, "--chat_template", "none"), "of chat_template 'auto', --merge of 'none'"),
-        (("--adapter", second), f"of adapter '{adapter_digest(Path(first))}', --merge of '"),
-        ((), f"of adapter '{adapter_digest(Path(first))}', --merge of None"),
-    ]:
-        status, _, error = label("--merge", *words)
-        assert status == 1
-        assert f"the shards of out.jsonl are {message}" in error
-    for name, value in (("--device", "cpu"), ("--dequantize", "never")):
-        status, _, error = label("--merge", *own, name, value)
-        assert status == 2
-        assert f"{name} has no effect with --merge, which loads no model" in error
+        (("--adapter", second), f"of adapter '{digest}', --merge of '"),
+        ((), f"of adapter '{digest}', --merge of None"),
+    ]
+    label.assert_merge_refuses(own, others)
     assert label("--merge", *own, "--dtype", "float32")[0] == 0
 
 
 def test_a_model_that_was_trained_on_meanwhile_is_noticed(
-    label: Label, model: Path, tmp_path: Path
+    label: ShardedCommand, model: Path, tmp_path: Path
 ) -> None:
     own = shutil.copytree(model, tmp_path / "own")
     assert label("--model", str(own), "--shard", "1/2")[0] == 0
@@ -257,10 +238,10 @@ def test_a_model_that_was_trained_on_meanwhile_is_noticed(
     assert "shard 2/2 of out.jsonl is of revision " in error
 
 
-def test_shards_of_two_counts_ask_for_the_one(label: Label) -> None:
+def test_shards_of_two_counts_ask_for_the_one(label: ShardedCommand) -> None:
     whole = _whole(label)
     assert label("--shard", "1/3")[0] == 0
-    _shards(label, 2)
+    label.run_shards(2)
     status, _, error = label("--merge")
     assert status == 1
     assert "there are shards of 2 and of 3 of out.jsonl; name the number, such as --merge" in error
@@ -268,8 +249,8 @@ def test_shards_of_two_counts_ask_for_the_one(label: Label) -> None:
     assert Path("out.jsonl").read_bytes() == whole
 
 
-def test_two_processes_do_not_work_on_one_shard(label: Label) -> None:
-    _shards(label, 2)
+def test_two_processes_do_not_work_on_one_shard(label: ShardedCommand) -> None:
+    label.run_shards(2)
     with owned(Path("out.jsonl.shard-1-of-2")):
         for words in (("--shard", "1/2"), ("--shard", "1/2", "--overwrite"), ("--merge",)):
             status, _, error = label(*words)
@@ -279,11 +260,11 @@ def test_two_processes_do_not_work_on_one_shard(label: Label) -> None:
 
 
 def test_an_output_is_replaced_on_request_alone_and_whole(
-    label: Label, monkeypatch: pytest.MonkeyPatch
+    label: ShardedCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _whole(label)
     Path("out.jsonl").write_text("old")
-    _shards(label, 2)
+    label.run_shards(2)
     status, _, error = label("--merge")
     assert status == 1
     assert "output out.jsonl is there already; --overwrite replaces it" in error
@@ -299,8 +280,8 @@ def test_an_output_is_replaced_on_request_alone_and_whole(
     assert Path("out.jsonl").read_bytes() == whole
 
 
-def test_different_devices_are_told(label: Label) -> None:
-    _shards(label, 2)
+def test_different_devices_are_told(label: ShardedCommand) -> None:
+    label.run_shards(2)
     record = Path("out.jsonl.shard-2-of-2/shard.json")
     record.write_text(record.read_text().replace('"cpu"', '"Other GPU"'))
     _, output, _ = label("--merge")

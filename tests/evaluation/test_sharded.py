@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from fingpt_lightning.files import owned
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from tests.deploy.tiny_clients import save_clients
 from tests.evaluation.tiny_language import ROWS, tiny_network, tiny_tokenizer, write_rows
+from tests.support.sharded_command import ShardedCommand
 
-Evaluate = Callable[..., tuple[int, str, str]]
 TIMES = ("started_at", "seconds")
 
 
@@ -38,32 +37,19 @@ def evaluate(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Evaluate:
-    """Runs ``fingpt evaluate`` in batches of few rows; gives status, output and error."""
+) -> ShardedCommand:
+    """``fingpt evaluate`` in batches of few rows."""
     monkeypatch.chdir(tmp_path)
     for task in ROWS:
         write_rows(tmp_path / "data", task)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        given = {
-            "--model": str(model),
-            "--data_dir": "data",
-            "--tasks": "fpb,piqa",
-            "--output": "results",
-            "--batch_tokens": "40",
-            **({} if "--merge" in words else {"--device": "cpu"}),
-        }
-        defaults = [x for name, value in given.items() if name not in words for x in (name, value)]
-        status = 0
-        capsys.readouterr()
-        try:
-            main(["evaluate", *defaults, *words])
-        except SystemExit as error:
-            status = int(error.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
+    given = {
+        "--model": str(model),
+        "--data_dir": "data",
+        "--tasks": "fpb,piqa",
+        "--output": "results",
+        "--batch_tokens": "40",
+    }
+    return ShardedCommand("evaluate", given, capsys)
 
 
 def _files(folder: str) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -93,7 +79,7 @@ def _files(folder: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     ids=lambda value: str(value) if isinstance(value, int) else " ".join(value),
 )
 def test_merged_shards_are_the_files_of_one_run(
-    evaluate: Evaluate, count: int, words: tuple[str, ...]
+    evaluate: ShardedCommand, count: int, words: tuple[str, ...]
 ) -> None:
     for task in ROWS:
         rows = (ROWS[task] * 3)[:7]
@@ -104,9 +90,7 @@ def test_merged_shards_are_the_files_of_one_run(
             Path("data", task, f"{split}.jsonl").write_text(text)
     status, expected, error = evaluate(*words, "--output", "whole")
     assert status == 0, error
-    for number in range(1, count + 1):
-        status, _, error = evaluate(*words, "--shard", f"{number}/{count}")
-        assert status == 0, error
+    evaluate.run_shards(count, *words)
     assert not Path("results").exists()
     status, output, error = evaluate(*words, "--merge")
     assert status == 0, error
@@ -118,7 +102,7 @@ def test_merged_shards_are_the_files_of_one_run(
     assert sorted(path.name for path in Path().glob("results*")) == ["results"]
 
 
-def test_times_are_those_of_all_shards_together(evaluate: Evaluate) -> None:
+def test_times_are_those_of_all_shards_together(evaluate: ShardedCommand) -> None:
     seconds, started = [], []
     for number in (1, 2):
         assert evaluate("--shard", f"{number}/2")[0] == 0
@@ -136,7 +120,7 @@ def test_times_are_those_of_all_shards_together(evaluate: Evaluate) -> None:
 
 
 def test_each_shard_runs_its_own_batches_alone(
-    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+    evaluate: ShardedCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, sizes = run_trees, list[int]()
 
@@ -159,7 +143,7 @@ def test_each_shard_runs_its_own_batches_alone(
 
 
 def test_a_shard_that_was_killed_goes_on_after_the_tasks_that_are_done(
-    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+    evaluate: ShardedCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert evaluate("--output", "whole")[0] == 0
     own, asked = runner.answers, list[str]()
@@ -192,7 +176,7 @@ def test_a_shard_that_was_killed_goes_on_after_the_tasks_that_are_done(
     assert _files("results") == _files("whole")
 
 
-def test_shards_of_other_rows_models_or_settings_are_not_merged(evaluate: Evaluate) -> None:
+def test_shards_of_other_rows_models_or_settings_are_not_merged(evaluate: ShardedCommand) -> None:
     assert evaluate("--shard", "1/2")[0] == 0
     assert evaluate("--shard", "2/2", "--batch_tokens", "50")[0] == 0
     status, _, error = evaluate("--merge")
@@ -218,33 +202,26 @@ def test_shards_of_other_rows_models_or_settings_are_not_merged(evaluate: Evalua
 
 
 def test_an_option_beside_a_merge_is_that_of_the_shards_or_refused(
-    evaluate: Evaluate, model: Path, tmp_path: Path
+    evaluate: ShardedCommand, model: Path, tmp_path: Path
 ) -> None:
     (client,) = save_clients(model, tmp_path / "clients", 1)
     (again,) = save_clients(model, tmp_path / "copy", 1)
     own = ("--tasks", "fpb", "--adapter", str(client))
-    for number in (1, 2):
-        assert evaluate("--shard", f"{number}/2", *own)[0] == 0
+    evaluate.run_shards(2, *own)
     digest = adapter_digest(client)
-    for words, message in [
+    others = [
         ((*own, "--dtype", "float64"), "of dtype 'float32', --merge of 'float64'"),
         ((*own, "--batch_tokens", "50"), "of batch_tokens 40, --merge of 50"),
         ((*own, "--chat_template", "none"), "of chat_template 'auto', --merge of 'none'"),
         (own[:2], f"of adapter '{digest}', --merge of None"),
-    ]:
-        status, _, error = evaluate("--merge", *words)
-        assert status == 1
-        assert f"the shards of results are {message}" in error
-    for name, value in (("--device", "cpu"), ("--dequantize", "never")):
-        status, _, error = evaluate("--merge", *own, name, value)
-        assert status == 2
-        assert f"{name} has no effect with --merge, which loads no model" in error
+    ]
+    evaluate.assert_merge_refuses(own, others)
     # The adapter is the one of the same bytes, wherever it lies.
     status, _, error = evaluate("--merge", *own[:2], "--adapter", str(again), "--dtype", "float32")
     assert status == 0, error
 
 
-def test_shards_that_dequantize_otherwise_are_merged(evaluate: Evaluate) -> None:
+def test_shards_that_dequantize_otherwise_are_merged(evaluate: ShardedCommand) -> None:
     words = ("--tasks", "fpb", "--quantize", "nf4")
     assert evaluate("--shard", "1/2", *words, "--dequantize", "always")[0] == 0
     assert evaluate("--shard", "2/2", *words, "--dequantize", "never")[0] == 0
@@ -255,14 +232,14 @@ def test_shards_that_dequantize_otherwise_are_merged(evaluate: Evaluate) -> None
     )
 
 
-def test_two_processes_do_not_work_on_one_shard(evaluate: Evaluate) -> None:
+def test_two_processes_do_not_work_on_one_shard(evaluate: ShardedCommand) -> None:
     with owned(Path("results.shard-1-of-2")):
         status, _, error = evaluate("--shard", "1/2")
     assert status == 1
     assert f"results.shard-1-of-2 is in use by process {os.getpid()} on " in error
 
 
-def test_results_are_replaced_on_request_alone(evaluate: Evaluate) -> None:
+def test_results_are_replaced_on_request_alone(evaluate: ShardedCommand) -> None:
     assert evaluate()[0] == 0
     assert evaluate("--shard", "1/1")[0] == 0
     status, _, error = evaluate("--merge")
@@ -282,10 +259,9 @@ def test_shards_need_an_output_to_lie_beside(
 
 
 def test_a_row_without_an_answer_is_named(
-    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+    evaluate: ShardedCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number in (1, 2):
-        assert evaluate("--shard", f"{number}/2")[0] == 0
+    evaluate.run_shards(2)
 
     def without_the_last(shards: Any, named: Any) -> Any:
         return merged_results(shards[:1], named)
