@@ -121,10 +121,11 @@ class LowRankPretraining(LanguageModelingModule):
         rank_overrides: Other ranks by name pattern, such as ``{"*.mlp.*": 0.5}``; one for a part of
             a fused layer, such as ``{"*.c_attn.v": 0.5}`` (q, k or v of a GPT-2), gives each part
             factors of its own.
-        embedding_rank: The rank of embedding and head, tied or not; null keeps the full tables.
+        embedding_rank: The rank of embedding and head, tied or not; null keeps the full tables, or
+            is the recipe's.
         head_map: Map from the width to the rank in a factorized head that shares the embedding's
             table: ``shared``, the embedding's own; ``own``, another one, which starts as it; null
-            is ``shared``.
+            is ``shared``, or the recipe's.
         compression: All parameters of the dense baseline over all of this network, embedding
             included; the one rank ratio that comes nearest is found. In place of ``rank``.
         recipe: ``narrow`` reaches ``compression`` by a smaller width with dense blocks and a

@@ -1,6 +1,8 @@
 """``recipe: narrow``: what it decides, and that all that knows of the network agrees."""
 
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,14 @@ def test_it_is_the_network_and_the_rates_of_the_record() -> None:
     assert _stored(module) == row["parameters"]
     assert DECIDED["spectron_learning_rate"] == row["rate"]
     assert DECIDED["embedding_learning_rate"] == row["rest_rate"]
+
+
+def test_the_help_of_each_setting_that_it_decides_says_so() -> None:
+    text = inspect.getdoc(LowRankPretraining) or ""
+    for key in DECIDED:
+        found = re.search(rf"^    {key}: (.*?)(?=^    \w+: |\n\n)", text, re.MULTILINE | re.DOTALL)
+        assert found is not None, key
+        assert re.search(r"null .*\bor( is)? the recipe's\.$", " ".join(found[1].split())), key
 
 
 def test_what_is_given_wins() -> None:
