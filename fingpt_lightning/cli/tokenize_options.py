@@ -5,6 +5,9 @@ import argparse
 from fingpt_lightning.shards.options import add_shard_options, shard_command
 from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions
 
+_OF_TOKENIZING = ("--data.num_tokenizing_workers", "--data.init_args.num_tokenizing_workers")
+"""Options of a run for how its text is tokenized, which the tokens do not depend on."""
+
 
 def build_parser() -> OptionParser:
     """The parser of ``fingpt tokenize``."""
@@ -31,5 +34,8 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     options = build_parser().read_beside_others(words)
     if options.overwrite and options.shard is None:
         raise WrongOptions("--overwrite has an effect with --shard alone")
+    for word in words if options.merge is not None else ():
+        if (name := word.partition("=")[0]) in _OF_TOKENIZING:
+            raise WrongOptions(f"{name} has no effect with --merge, which tokenizes nothing")
     options.shard_command = shard_command("fingpt tokenize", words)
     return options

@@ -134,6 +134,7 @@ WRONG = (
     "tokenize --config debug_quickstart --shard 0/8",
     "tokenize --config debug_quickstart --shard 1/8 --merge 8",
     "tokenize --config debug_quickstart --overwrite",
+    "tokenize --config debug_quickstart --data.num_tokenizing_workers 2 --merge",
     "evaluate --model ./none --tasks fpb --data_dir none",
     "evaluate --model ./none --tasks fpd --data_dir none",
     "evaluate --model ./none --tasks own.yaml",

@@ -43,7 +43,8 @@ def test_shards_of_a_run_are_merged_to_the_cache_that_it_finds(
     said, _, command = capsys.readouterr().err.strip().partition("; run: fingpt ")
     assert said.endswith(".bin are not whole: 2 (missing)")
     main(shlex.split(command))
-    _tokenize("cache", "--merge")
+    # The words of a run may be given whole: what has no part in its tokens is no matter.
+    _tokenize("cache", "--merge", "--trainer.max_steps", "3", "--model.rank", "null")
     assert _bytes("cache") == _bytes("whole")
     assert not list(Path("cache").glob("*.shard-*"))
     assert not Path("runs").exists()
@@ -56,6 +57,21 @@ def test_shards_of_a_run_are_merged_to_the_cache_that_it_finds(
     main(["fit", *words, "--data.val_share", "0.3", "--data.cache_dir", "cache",
           "--trainer.max_steps", "1", "--trainer.limit_val_batches", "1",
           "--trainer.logger", "false"])  # fmt: skip
+
+
+@pytest.mark.parametrize("merge", [("--merge",), ("--merge", "2"), ("--merge=2",)])
+@pytest.mark.parametrize("workers", [("workers", "2"), ("workers=2",)])
+@pytest.mark.parametrize("part", ["data", "data.init_args"])
+def test_options_of_tokenizing_are_refused_beside_a_merge(
+    merge: tuple[str, ...], workers: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    word, *value = workers
+    with pytest.raises(SystemExit) as ended:
+        _tokenize("cache", f"--{part}.num_tokenizing_{word}", *value, *merge)
+    assert ended.value.code == 2
+    message = f"--{part}.num_tokenizing_workers has no effect with --merge, which tokenizes nothing"
+    assert f"fingpt: error: {message}\n" in capsys.readouterr().err
+    assert not Path("cache").exists()
 
 
 def test_data_without_a_token_cache_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
