@@ -72,13 +72,13 @@ def explain(
     if found := re.search(
         r"Expected an? (.+?)\. Got value: (.*?)(?= - Expected| - Not a valid subclass|$)", innermost
     ):
-        return f"{key}: expected {_allowed(found[1])}, got {found[2]!r}"
+        return _expected(key, found[1], found[2])
     found = re.search(r"Subtypes: \[(.*?)\] Errors: (.*?) Given value type: .*?: (.*?)$", innermost)
     if found and "Namespace(" in found[3]:  # a class that refused its settings
         return re.sub(r"^- (.*?)( - Expected a <class 'NoneType'>)?$", r"\1", found[2])
     if found:
         value = re.sub(r" (- Expected a|Given value type) .*", "", found[3])
-        return f"{key}: expected {_allowed(found[1])}, got {value!r}"
+        return _expected(key, found[1], value)
     return re.sub(r'^Parser key "([\w.]+)": ?(- )?', r"\1: ", text)
 
 
@@ -195,6 +195,11 @@ def broken_config(words: Sequence[str]) -> str | None:
             kind = {"str": "text", "NoneType": "nothing"}.get(type(found).__name__)
             return f"{path} is not a config: it holds {kind or type(found).__name__}, not settings"
     return None
+
+
+def _expected(key: str, types: str, value: str) -> str:
+    words = re.findall(r"'(.*?)'", " ".join(re.findall(r"typing\.Literal\[(.*?)\]", types)))
+    return f"{key}: expected {_allowed(types)}, got {value!r}{nearest(value, words)}"
 
 
 def _allowed(types: str) -> str:

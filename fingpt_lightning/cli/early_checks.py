@@ -33,7 +33,6 @@ from fingpt_lightning.terminal.inputs import (
     refuse_missing_run,
     refuse_missing_texts,
     refuse_missing_tokenizer,
-    refuse_unknown_device,
     weighted_name,
 )
 
@@ -261,8 +260,6 @@ def _check_model(options: argparse.Namespace) -> None:
             refuse_missing_adapter(path)
     if options.tokenizer is not None:
         refuse_missing_tokenizer(options.tokenizer)
-    if getattr(options, "device", None) is not None:
-        refuse_unknown_device(options.device)
 
 
 def _check_sweep(options: argparse.Namespace) -> None:

@@ -72,7 +72,8 @@ class Option(NamedTuple):
         """The parser's message about a wrong value."""
         if isinstance(value, str) and _DECIMAL.fullmatch(value):
             value = float(value)
-        return f"{key}: expected {self.allowed}, got {str(value)!r}"
+        hint = nearest(str(value), self.words)
+        return f"{key}: expected {self.allowed}, got {str(value)!r}{hint}"
 
     def refused(self, name: str, value: object) -> str | None:
         """The message of the class about a value of the right type; None where it takes it."""

@@ -412,7 +412,10 @@ class FinGPTCLI(LightningCLI):
             if hasattr(self.model, "check_block_length"):
                 self.model.check_block_length(self.datamodule.block_length)
         except (ValueError, TypeError, MisconfigurationException) as error:
-            raise ConfigError(explain(str(error))) from error
+            line = explain(str(error))
+            if line.startswith("`devices` selected"):  # Lightning does not say which
+                line = f"trainer.devices {self.config[self.command].trainer.devices!r}: {line}"
+            raise ConfigError(line) from error
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from fingpt_lightning.terminal.command_line import (
     add_calibration_options,
     asks_for_calibration,
     check_calibration_options,
+    device_name,
     positive_int,
 )
 
@@ -89,7 +90,11 @@ def build_parser() -> OptionParser:
         default=1,
         help="processes of one thread that share the layers, on the CPU; default: %(default)s",
     )
-    add("--device", help="cpu, cuda for all of them, or cuda:1; default: cuda where there is one")
+    add(
+        "--device",
+        type=device_name,
+        help="cpu, cuda for all of them, or cuda:1; default: cuda where there is one",
+    )
     add(
         "--dtype",
         default="float32",

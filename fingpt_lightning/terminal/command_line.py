@@ -1,6 +1,7 @@
 """What the option parsers of the commands share, without importing anything heavy."""
 
 import argparse
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NoReturn
 
 from typing_extensions import override
 
-from fingpt_lightning.terminal.inputs import TASK_PREFIX
+from fingpt_lightning.terminal.inputs import TASK_PREFIX, refuse_unknown_device
 from fingpt_lightning.terminal.messages import nearest
 
 
@@ -84,6 +85,8 @@ class OptionParser(argparse.ArgumentParser):
 
     @override
     def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message):
+            message += nearest(found[1], re.findall(r"[\w.-]+", found[2]))
         raise WrongOptions(message)
 
 
@@ -112,6 +115,19 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")
     return number
+
+
+def device_name(text: str) -> str:
+    """What may be the name of a device; whether this machine has it is not asked.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not such a name.
+    """
+    try:
+        refuse_unknown_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("device ")) from None
+    return text
 
 
 def named_paths(text: str) -> dict[str, Path]:
@@ -170,7 +186,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, stores: bool = False) 
             help="quantized weights once, when they are loaded, for speed; default: auto, on a CPU"
             " where half of the free memory is enough",
         )
-    add("--device", help="cpu, cuda or cuda:1; default: cuda where there is one")
+    add(
+        "--device",
+        type=device_name,
+        help="cpu, cuda or cuda:1; default: cuda where there is one",
+    )
 
 
 def add_chat_option(parser: argparse.ArgumentParser) -> None:

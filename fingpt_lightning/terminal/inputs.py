@@ -132,7 +132,7 @@ def refuse_unknown_device(name: str) -> None:
         ValueError: It is not such a name.
     """
     if _DEVICE.fullmatch(name) is None:
-        raise ValueError(f"device {name!r} is none: cpu, cuda or cuda:1")
+        raise ValueError(f"device {name!r} is not cpu, cuda or a name such as cuda:1")
 
 
 def refuse_missing_prompts(file: Path) -> None:

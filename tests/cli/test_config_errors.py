@@ -37,7 +37,7 @@ UNION = (
                 " Got value: blok",
                 "NestedArg(key='recompute', val='blok')",
             ),
-            "model.recompute: expected none or block, got 'blok'",
+            "model.recompute: expected none or block, got 'blok'; did you mean block?",
         ),
         (
             UNION.format("layer: rank 99 is outside [1, 32]", "Namespace(rank=99)"),

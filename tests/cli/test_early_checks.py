@@ -75,6 +75,8 @@ WRONG_FITS = (
     "--model.learning_rate fast",
     "--model.optimizer adam",
     "--model.preset gpt2-smal",
+    "--model.head_map Own",
+    "--model.recipe narow",
     "--model.learning_rate -1",
     "--model.dropout 1",
     "--model fingpt_lightning.modules.LowRankPretrainig",
@@ -169,6 +171,8 @@ WRONG = (
     "chat --model ./none --adapter none",
     "chat --model ./none --tokenizer ./none",
     "chat --model ./none --contxt 9",
+    "chat --model ./none --dtype bf61",
+    "decompose --model ./none --compression 2 --output out --device banana",
     "chat --model ./none --context 0",
     "chat --model ./none --max_new_tokens many",
     "chat",
@@ -279,6 +283,41 @@ def test_a_mistake_is_named_early_in_the_words_of_the_command(
         assert early is not None, "the early checks do not find it"
     late = _late(words, monkeypatch, capsys)
     assert early in (late, None)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate --model ./none --tasks fpb",
+        _LABEL,
+        "generate --model ./none --prompt x",
+        "chat --model ./none",
+        "serve --model ./none",
+        "decompose --model ./none --compression 2 --output out",
+        "export --model ./none --format hf --output out",
+    ],
+)
+@pytest.mark.parametrize("device", ["banana", "tpu9", "cuda:x"])
+def test_what_is_not_the_name_of_a_device_is_a_wrong_command_line(line: str, device: str) -> None:
+    message = f"argument --device: {device!r} is not cpu, cuda or a name such as cuda:1"
+    assert _early([*line.split(), "--device", device]) == (2, message)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("--model.head_map Own", "head_map: expected shared, own or null, got 'Own'; did you m"),
+        ("--model.recipe narow", "expected narrow or null, got 'narow'; did you mean narrow?"),
+        ("--model.optimizer spectrom", "got 'spectrom'; did you mean spectron?"),
+        ("--trainer.precision bf16-mixd", "got 'bf16-mixd'; did you mean bf16-mixed?"),
+    ],
+)
+def test_the_nearest_of_the_words_that_a_setting_takes_is_named(
+    wrong: str, message: str, folder: Path
+) -> None:
+    status, found = _early([*_FIT, *wrong.split()]) or (0, "")
+    assert status == 2
+    assert message in found
 
 
 @pytest.mark.parametrize(

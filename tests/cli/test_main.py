@@ -132,6 +132,7 @@ def test_an_unknown_command_names_the_nearest(run: Run) -> None:
         (("--data.block_length", "33"), "block_length 33 is longer than the 32 positions"),
         (("--data.batch_size", "0"), "batch_size 0 is below 1"),
         (("--trainer.max_stps", "3"), "max_stps"),
+        (("--trainer.devices", "banana"), "trainer.devices 'banana': `devices` selected with `CPU"),
         (("--config", "no_such.yaml"), "no_such.yaml"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -285,7 +285,6 @@ def test_rows_that_are_too_long_are_counted_or_refused(evaluate: Evaluate, tmp_p
         (("--tasks", "piqa", "--scoring", "generate"), "task piqa of kind choices has not"),
         (("--scoring", "generate", "--calibrate"), "no effect on generated answers"),
         (("--model", "no/such/model"), "model no/such/model: no such file or folder"),
-        (("--device", "tpu9"), "device 'tpu9' is none"),
         (("--device", "cuda:99"), "device 'cuda:99': there are"),
     ],
     ids=lambda value: "" if isinstance(value, str) else value[-1],

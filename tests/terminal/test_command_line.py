@@ -9,6 +9,7 @@ def _parser() -> OptionParser:
     parser = OptionParser("fingpt test", "Nothing.")
     parser.add_argument("--tasks", type=names)
     parser.add_argument("--limit", type=positive_int)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"))
     return parser
 
 
@@ -23,6 +24,8 @@ def test_options_are_read() -> None:
         (["--limit", "0"], "0 is below 1"),
         (["--limit", "x"], "'x' is not a whole number"),
         (["--tasks", ","], "no name is given"),
+        (["--dtype", "bfloat61"], r"invalid choice: 'bfloat61' \(.*\); did you mean bfloat16\?$"),
+        (["--dtype", "x"], r"invalid choice: 'x' \(choose from .*\)$"),
     ],
 )
 def test_a_wrong_word_is_named(words: list[str], message: str) -> None:
