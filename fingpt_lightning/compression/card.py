@@ -76,7 +76,8 @@ def compression_card(
     ]  # fmt: skip
     lines += ["| " + " | ".join(row) + " |" for row in figures_rows(original, small)]
     lines += [
-        "", "```python", "# pip install fingpt-lightning; without it transformers does not know the"
+        "", f"Measured on: {small['device']}.", "",
+        "```python", "# pip install fingpt-lightning; without it transformers does not know the"
         " model type", "import fingpt_lightning", "",
         f'network = fingpt_lightning.load_model("{name}").network', "```", "",
     ]  # fmt: skip

@@ -7,23 +7,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from fingpt_lightning.compression.card import figures_rows
 from fingpt_lightning.compression.depth import check_depth
 from fingpt_lightning.compression.options import (
     ALLOCATIONS,
+    AUTO_PRECISION,
     FORMATS,
     LEARNING_RATE,
+    PRECISIONS,
     REFINE_STEPS,
     WHITENINGS,
     check_options,
 )
 from fingpt_lightning.compression.plan import StagePlan, plan_stages
 from fingpt_lightning.compression.settings import Settings
-from fingpt_lightning.compression.stages import Compression, check_output, run_stages
+from fingpt_lightning.compression.stages import (
+    Compression,
+    begun_settings,
+    check_output,
+    run_stages,
+)
 from fingpt_lightning.data.calibration_text import (
     CALIBRATION_TOKENS,
     calibration_sources,
@@ -31,8 +40,11 @@ from fingpt_lightning.data.calibration_text import (
     text_calibration,
 )
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
+from fingpt_lightning.decomposition.command import find_devices
 from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.evaluation.runner import read_tasks
+from fingpt_lightning.models.device import AUTO_DTYPE, device_name, find_dtype
+from fingpt_lightning.models.loading import product_sizes
 from fingpt_lightning.tasks.library import find_scored_task
 from fingpt_lightning.terminal.command_line import options_as_arguments
 from fingpt_lightning.terminal.messages import check_choice
@@ -59,13 +71,14 @@ def compress(
     batch_size: int = 4,
     block_length: int = 512,
     learning_rate: float = LEARNING_RATE,
-    precision: str = "bf16-mixed",
+    precision: str = AUTO_PRECISION,
     teacher_dtype: str = "bfloat16",
     texts: Sequence[str | Path] = (),
     text_tokens: int = 16384,
     tasks: Sequence[str] = (),
     limit: int | None = None,
     seed: int = 1,
+    device: str | None = None,
     tokenizer: str | Path | None = None,
     plan: bool = False,
     overwrite: bool = False,
@@ -93,13 +106,17 @@ def compress(
         batch_size: Rows of a step of healing.
         block_length: Tokens per row of healing.
         learning_rate: Highest learning rate of healing.
-        precision: Precision of healing.
+        precision: Precision of healing; ``auto`` is ``bf16-mixed`` where the device is clearly
+            faster in it, else ``32-true``; a run that was killed keeps the one that it had.
         teacher_dtype: Dtype of the original in healing.
         texts: Files whose perplexity is measured.
         text_tokens: Tokens of each of them.
         tasks: Tasks whose validation is scored.
         limit: Rows of each task; None takes all.
         seed: Seed of refinement, healing and the labels drawn for gradients.
+        device: ``cpu``, ``cuda`` or ``cuda:1`` for all stages; with ``cuda`` the layers' spectra
+            are taken on all of them. None is CUDA where there is one. A run that was killed may
+            continue on another device.
         tokenizer: Folder of the tokenizer, where the model has none beside it.
         plan: Whether the plan alone is made.
         overwrite: Whether a compression in the folder is replaced, and begun anew.
@@ -120,6 +137,8 @@ def compress(
     check_choice("format", format, FORMATS)
     check_choice("allocation", allocation, ALLOCATIONS)
     check_choice("whitening", whitening, WHITENINGS)
+    check_choice("precision", precision, (AUTO_PRECISION, *PRECISIONS))
+    devices = find_devices(device)
     output = Path(output)
     check_output(output, overwrite)
     folder = None if data_dir is None else Path(data_dir)
@@ -138,6 +157,11 @@ def compress(
     }
     if tasks:
         read_tasks(tasks, folder, "validation", limit=limit)
+    placed = torch.device(devices[0])
+    if precision == AUTO_PRECISION and not overwrite:
+        precision = begun_settings(output).get("precision", precision)
+    if precision == AUTO_PRECISION and heal:
+        precision = _precision(placed, config)
     settings = Settings(
         model=str(model), size=size, format=format, calibration=tuple(words),
         calibration_tokens=number, data_dir=None if folder is None else str(folder),
@@ -149,11 +173,13 @@ def compress(
         text_tokens=text_tokens, tasks=tuple(tasks), limit=limit, seed=seed,
         tokenizer=None if tokenizer is None else str(tokenizer),
     )  # fmt: skip
-    stages = plan_stages(source, settings, tokens.ids.numel())
-    _print_plan(stages)
+    stages = plan_stages(source, settings, tokens.ids.numel(), placed)
+    _print_plan(stages, placed)
     if plan:
         return stages
-    return run_stages(source, settings, sources, tokens, measured, output, overwrite=overwrite)
+    return run_stages(
+        source, settings, sources, tokens, measured, output, devices=devices, overwrite=overwrite
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -194,18 +220,25 @@ def _named(text: str | Path) -> tuple[str, TextFiles]:
     return name, TextFiles(find_text_files(str(text), "texts"))
 
 
-def _print_plan(stages: Sequence[StagePlan]) -> None:
+def _precision(device: torch.device, config: PreTrainedConfig) -> str:
+    """``bf16-mixed`` where the device is clearly faster in bfloat16, else ``32-true``."""
+    dtype = find_dtype(AUTO_DTYPE, device, product_sizes(config))
+    return "bf16-mixed" if dtype == "bfloat16" else "32-true"
+
+
+def _print_plan(stages: Sequence[StagePlan], device: torch.device) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("stage")
     table.add_column("", overflow="fold")
     for title in ("time", "memory"):
         table.add_column(title, justify="right")
     for stage in stages:
-        table.add_row(
-            stage.name, stage.what, f"about {format_duration(stage.seconds)}",
-            format_bytes(stage.num_bytes),
-        )  # fmt: skip
-    _console().print(table, soft_wrap=False)
+        taken = "not known" if stage.seconds is None else f"about {format_duration(stage.seconds)}"
+        table.add_row(stage.name, stage.what, taken, format_bytes(stage.num_bytes))
+    console = _console()
+    console.print(table, soft_wrap=False)
+    named = str(device) if device.type == "cpu" else f"{device} ({device_name(device)})"
+    console.print(f"on {named}", markup=False)
 
 
 def _console() -> Console:

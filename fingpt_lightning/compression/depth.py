@@ -48,6 +48,8 @@ def write_shorter(
     number: int,
     calibration: Calibration,
     folder: Path,
+    *,
+    device: str = "cpu",
 ) -> None:
     """Writes a Hugging Face folder of a model without some of its blocks.
 
@@ -57,9 +59,10 @@ def write_shorter(
         number: Number of blocks to drop, as `blocks_to_drop` chooses them.
         calibration: Tokens, of which rows from all over are taken.
         folder: Folder that is made, whole or not at all.
+        device: Device of the networks that are tried.
     """
-    loaded = load_model(model, tokenizer=tokenizer)
-    ids = calibration.ids
+    loaded = load_model(model, tokenizer=tokenizer, device=device)
+    ids = calibration.ids.to(device)
     num_rows = max(1, min(len(ids), TRIAL_TOKENS // ids.shape[1]))
     rows = torch.linspace(0, len(ids) - 1, num_rows).long()
     total = num_trials(len(blocks_of(loaded.network)[1]), number)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.deploy.generation import Prompt, complete
 from fingpt_lightning.evaluation.command import evaluate
+from fingpt_lightning.models.device import device_name
 from fingpt_lightning.models.families import logits_of
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.profiling.memory import peak_rss_bytes, storage_bytes
@@ -33,7 +34,7 @@ def perplexity(network: PreTrainedModel, ids: Int[Tensor, "N T"]) -> float:
     """
     total = 0.0
     with torch.no_grad():
-        for rows in ids.split(_ROWS):
+        for rows in ids.to(network.device).split(_ROWS):
             inputs, labels = rows[:, :-1], rows[:, 1:].reshape(-1)
             output = network.base_model(input_ids=inputs, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)
@@ -63,6 +64,7 @@ def measure(
     data_dir: Path | None,
     limit: int | None,
     tokenizer: str | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """The figures of a model.
 
@@ -73,12 +75,17 @@ def measure(
         data_dir: Folder of their rows; None reads from the hub.
         limit: Number of rows of each task; None takes all.
         tokenizer: Folder of the tokenizer, where the model has none beside it.
+        device: Device of the network, which the figures name.
     """
-    loaded = load_model(model, tokenizer=tokenizer)
+    placed = torch.device(device)
+    if placed.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(placed)
+    loaded = load_model(model, tokenizer=tokenizer, device=placed)
     network = loaded.network
     folder = Path(loaded.source.weights)
     files = [folder] if folder.is_file() else list(folder.glob("*.safetensors"))
     figures: dict[str, Any] = {
+        "device": device_name(placed),
         "file_bytes": sum(file.stat().st_size for file in files),
         "memory_bytes": storage_bytes([*network.parameters(), *network.buffers()]),
         "perplexity": {},
@@ -93,7 +100,7 @@ def measure(
     del network, loaded
     if tasks:
         found = evaluate(
-            model, tasks, data_dir=data_dir, limit=limit, tokenizer=tokenizer, device="cpu"
+            model, tasks, data_dir=data_dir, limit=limit, tokenizer=tokenizer, device=device
         )
         figures["tasks"] = {
             name: result.metrics["accuracy"] for name, result in found.results.items()
@@ -102,4 +109,6 @@ def measure(
         rows = sum(len(result.predictions) for result in found.results.values())
         figures["answered_rows_per_s"] = rows / seconds
     figures["peak_memory_bytes"] = peak_rss_bytes()
+    if placed.type == "cuda":
+        figures["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(placed)
     return figures

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from transformers import PreTrainedTokenizerFast
@@ -53,6 +54,7 @@ def heal(
     teacher_dtype: Literal["bfloat16", "float32"],
     data_dir: Path | None,
     seed: int,
+    device: str = "cpu",
 ) -> Path:
     """Trains all weights on the divergence from a teacher; goes on where a killed run was.
 
@@ -70,6 +72,7 @@ def heal(
         teacher_dtype: Dtype of the teacher.
         data_dir: Folder of the tasks' rows; None reads from the hub.
         seed: Seed of the order of the blocks.
+        device: Device of both networks, ``cpu`` or such as ``cuda:1``.
 
     Returns:
         The checkpoint after the last step.
@@ -108,10 +111,11 @@ def heal(
     every = max(1, steps // _SAVES)
     kept = ModelCheckpoint(folder, "last", every_n_train_steps=every, enable_version_counter=False)
     what = f"healing on {batch_size * length:,} tokens per step"
+    placed = torch.device(device)
     with shown_progress(what, steps, "steps") as show, _quiet():
         trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
+            accelerator=placed.type,
+            devices=[placed.index or 0] if placed.type == "cuda" else 1,
             precision=precision,  # type: ignore[arg-type]
             max_steps=steps,
             max_epochs=-1,

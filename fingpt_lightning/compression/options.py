@@ -14,6 +14,7 @@ from fingpt_lightning.terminal.inputs import TASK_PREFIX
 FORMATS = ("low_rank", "int8", "nf4")
 ALLOCATIONS = ("uniform", "spectrum", "loss")
 WHITENINGS = ("input", "both")
+AUTO_PRECISION = "auto"
 PRECISIONS = ("bf16-mixed", "32-true")
 TEACHER_DTYPES = ("bfloat16", "float32")
 REFINE_STEPS = 40
@@ -92,7 +93,13 @@ def build_parser() -> OptionParser:
         default=LEARNING_RATE,
         help="of healing, the highest; default: %(default)s",
     )
-    add("--precision", choices=PRECISIONS, default="bf16-mixed", help="of healing")
+    add(
+        "--precision",
+        choices=(AUTO_PRECISION, *PRECISIONS),
+        default=AUTO_PRECISION,
+        help="of healing; default: auto, bf16-mixed where the device is clearly faster in it, else"
+        " 32-true; a killed run keeps the one that it had",
+    )
     add("--teacher_dtype", choices=TEACHER_DTYPES, default="bfloat16", help="of the original")
     add(
         "--texts",
@@ -109,6 +116,11 @@ def build_parser() -> OptionParser:
         type=_count,
         default=1,
         help="of refinement, healing and the labels drawn for gradients; default: %(default)s",
+    )
+    add(
+        "--device",
+        help="of all stages: cpu, cuda or cuda:1; with cuda the layers' spectra are taken on all of"
+        " them; default: cuda where there is one",
     )
     add("--tokenizer", help="folder of the tokenizer, where the model has none beside it")
     add("--plan", action="store_true", help="print stages, time and memory, and make nothing")

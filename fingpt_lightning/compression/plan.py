@@ -10,7 +10,7 @@ from fingpt_lightning.decomposition.source import Source
 from fingpt_lightning.models.depth import num_trials
 from fingpt_lightning.models.loading import DTYPES
 from fingpt_lightning.profiling import measured_peak_flops_per_s
-from fingpt_lightning.units import format_count
+from fingpt_lightning.units import format_bytes, format_count
 
 _SEQUENTIAL_PASSES = 7
 _BACKWARD_PASSES = 3
@@ -22,22 +22,34 @@ _FACTOR_OPERATIONS = 60
 
 
 class StagePlan(NamedTuple):
-    """One stage: what it does, and about what it takes."""
+    """One stage: what it does, and about what it takes; ``seconds`` is None where not known.
+
+    ``num_bytes`` are those of the device.
+    """
 
     name: str
     what: str
-    seconds: float
+    seconds: float | None
     num_bytes: int
 
 
-def plan_stages(source: Source, settings: Settings, calibration_tokens: int) -> list[StagePlan]:
-    """The stages with times at the rate of products timed just now, and memory.
+def plan_stages(
+    source: Source,
+    settings: Settings,
+    calibration_tokens: int,
+    device: torch.device | None = None,
+) -> list[StagePlan]:
+    """The stages with memory and, on a CPU, times at the rate of products timed just now.
+
+    What a GPU reaches of such a rate was not measured, so that its times are not known.
 
     Args:
         source: Opened model.
         settings: Settings of the compression.
         calibration_tokens: Number of tokens of the calibration.
+        device: Device of the stages; None is the CPU.
     """
+    device = torch.device("cpu") if device is None else device
     network = source.network
     dense = sum(parameter.numel() for parameter in network.parameters())
     in_blocks = sum(layer.in_features * layer.out_features for layer in source.layers)
@@ -47,54 +59,69 @@ def plan_stages(source: Source, settings: Settings, calibration_tokens: int) -> 
     left = dense - round(in_blocks * settings.drop_blocks / num_blocks)
     small_blocks = in_blocks - (dense - small)
     width = int(network.config.hidden_size)
-    cpu = torch.device("cpu")
-    rate = _SHARE_OF_PEAK * measured_peak_flops_per_s(cpu, torch.float32)
+    rate = _rate(device, torch.float32)
     fast = torch.bfloat16 if settings.precision == "bf16-mixed" else torch.float32
-    training_rate = _SHARE_OF_PEAK * measured_peak_flops_per_s(cpu, fast)
     states = 4 * calibration_tokens * width
     cubes = sum(min(layer.size) ** 3 for layer in source.layers) * num_left / num_blocks
     stages = []
     if settings.drop_blocks:
         tokens = min(TRIAL_TOKENS, calibration_tokens)
         trials = num_trials(num_blocks, settings.drop_blocks)
-        seconds = trials * 2 * tokens * (in_blocks / 2 + dense - in_blocks) / rate
+        seconds = _time(trials * 2 * tokens * (in_blocks / 2 + dense - in_blocks), rate)
         what = f"{settings.drop_blocks} of {num_blocks} blocks, by the loss on {tokens:,} tokens"
         memory = 4 * dense + 4 * tokens * (width + network.config.vocab_size)
         stages.append(StagePlan("drop blocks", what, seconds, memory))
     flops = _SEQUENTIAL_PASSES * 2 * (left - dense + in_blocks) * calibration_tokens
     memory = 4 * left + 3 * states
+    on_host = ""
     if settings.allocation == "loss" or settings.whitening == "both":
         of_outputs = sum(layer.out_features**2 for layer in source.layers) * num_left / num_blocks
         flops += 2 * round(_BACKWARD_PASSES * left + of_outputs) * calibration_tokens
-        memory = 4 * left + max(3, num_left + 1) * states
+        held = num_left * states  # before each block, on the host
+        if device.type == "cpu":
+            memory = 4 * left + max(3 * states, held + states)
+        else:
+            on_host = f", {format_bytes(held)} on the host"
     stages.append(
         StagePlan(
             "decompose",
             f"{format_count(left)} to {format_count(round(small))} parameters, on"
-            f" {calibration_tokens:,} tokens",
-            (flops + _FACTOR_OPERATIONS * cubes) / rate,
+            f" {calibration_tokens:,} tokens{on_host}",
+            _time(flops + _FACTOR_OPERATIONS * cubes, rate),
             memory,
         )
     )
     if settings.refine:
         rows = 4 * 512
-        seconds = 6 * small_blocks * settings.refine * rows / rate
+        seconds = _time(6 * small_blocks * settings.refine * rows, rate)
         what = f"{settings.refine} steps for each of {num_left} blocks"
         stages.append(StagePlan("refine", what, seconds, 4 * dense + 3 * states))
     if settings.heal:
         tokens = settings.batch_size * settings.block_length
         per_token = 6 * small + 2 * dense
-        seconds = settings.heal * tokens * per_token / training_rate
+        seconds = _time(settings.heal * tokens * per_token, _rate(device, fast))
         teacher = DTYPES[settings.teacher_dtype].itemsize * dense
         activations = 40 * tokens * width * num_left
-        what = f"{settings.heal} steps of {tokens:,} tokens on the original's predictions"
+        what = f"{settings.heal} steps of {tokens:,} tokens on the original's predictions,"
+        what += f" {settings.precision}"
         num_bytes = round(16 * small) + teacher + activations
         stages.append(StagePlan("heal", what, seconds, num_bytes))
     if settings.format != "low_rank":
-        seconds = 2 * 2 * small * calibration_tokens / rate + _FACTOR_OPERATIONS * cubes / rate
+        seconds = _time(2 * 2 * small * calibration_tokens + _FACTOR_OPERATIONS * cubes, rate)
         what = f"to {settings.format}, on {calibration_tokens:,} tokens"
         stages.append(StagePlan("round", what, seconds, round(8 * small) + 2 * states))
     tokens = len(settings.texts) * settings.text_tokens
     what = f"{len(settings.texts)} texts, {len(settings.tasks)} tasks; tasks take their time beside"
-    seconds = 2 * (dense + small) * tokens / rate
+    seconds = _time(2 * (dense + small) * tokens, rate)
     return [*stages, StagePlan("evaluate", what, seconds, 4 * dense)]
+
+
+def _rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations per second of whole networks, about; None where that was never measured."""
+    if device.type != "cpu":
+        return None
+    return _SHARE_OF_PEAK * measured_peak_flops_per_s(device, dtype)
+
+
+def _time(operations: float, rate: float | None) -> float | None:
+    return None if rate is None else operations / rate

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from fingpt_lightning.files import (
     write_whole,
 )
 from fingpt_lightning.hub.card import CARD
+from fingpt_lightning.models.device import device_name
 from fingpt_lightning.models.loading import load_model
 
 RECORD = "compression.json"
@@ -76,6 +78,7 @@ def run_stages(
     texts: Mapping[str, Int[Tensor, "N T"]],
     output: Path,
     *,
+    devices: Sequence[str] = ("cpu",),
     overwrite: bool = False,
 ) -> Compression:
     """Makes the small model; stages that an earlier run finished in ``OUTPUT.partial`` are kept.
@@ -87,6 +90,8 @@ def run_stages(
         calibration: Tokens of the calibration.
         texts: Tokens whose perplexity is measured, by name.
         output: Folder to make.
+        devices: Devices of the computation: spectra are taken on all, the rest on the first. What
+            is finished was perhaps made on others.
         overwrite: Whether to replace a compression that is there, and begin anew.
 
     Raises:
@@ -100,8 +105,8 @@ def run_stages(
         try:
             _begin(folder, asdict(settings) | {"revision": revision}, overwrite)
             if not (folder / WHOLE / RECORD).is_file():
-                made = _stored(folder, source, settings, sources, calibration)
-                _finish(folder, made, source, settings, texts, output.name)
+                made = _stored(folder, source, settings, sources, calibration, devices)
+                _finish(folder, made, source, settings, texts, output.name, devices[0])
             record = json.loads((folder / WHOLE / RECORD).read_text(encoding="utf-8"))
             check_output(output, overwrite)  # another process may have been quicker
             mark_finished(folder)
@@ -111,6 +116,14 @@ def run_stages(
             if is_unused(folder, SETTINGS):
                 clear_owned(folder)
     return Compression(**record)
+
+
+def begun_settings(output: Path) -> dict[str, Any]:
+    """The settings of the run that was killed while it made this output; none where none was."""
+    file = _parts_of(output) / SETTINGS
+    if not file.is_file():
+        return {}
+    return cast("dict[str, Any]", json.loads(file.read_text(encoding="utf-8")))
 
 
 def _parts_of(output: Path) -> Path:
@@ -141,6 +154,7 @@ def _stored(
     settings: Settings,
     sources: Sequence[CalibrationSource],
     calibration: Calibration,
+    devices: Sequence[str],
 ) -> Path:
     """The folder of the small model, all stages but the last done."""
     made = folder / "decomposed"
@@ -150,8 +164,9 @@ def _stored(
             shorter = folder / "shorter"
             if not shorter.exists():
                 write_shorter(
-                    settings.model, settings.tokenizer, settings.drop_blocks, calibration, shorter
-                )
+                    settings.model, settings.tokenizer, settings.drop_blocks, calibration, shorter,
+                    device=devices[0],
+                )  # fmt: skip
             source = open_source(shorter)
         request = Request(
             compression=source.network.num_parameters() / kept,
@@ -162,7 +177,7 @@ def _stored(
             refine=settings.refine,
             seed=settings.seed,
         )
-        decompose_model(source, request, made, calibration)
+        decompose_model(source, request, made, calibration, devices=devices)
     if settings.heal:
         healed = folder / "healed"
         if not healed.exists():
@@ -174,14 +189,18 @@ def _stored(
                 precision=settings.precision,
                 teacher_dtype=settings.teacher_dtype,  # type: ignore[arg-type]
                 data_dir=None if settings.data_dir is None else Path(settings.data_dir),
-                seed=settings.seed,
+                seed=settings.seed, device=devices[0],
             )  # fmt: skip
-            export(load_model(checkpoint, tokenizer=made), "low_rank", healed)
+            # No network stays on the device for the next stage.
+            export(load_model(checkpoint, tokenizer=made, device=devices[0]), "low_rank", healed)
         made = healed
     if settings.format != "low_rank":
         rounded = folder / "rounded"
         if not rounded.exists():
-            export(load_model(made), settings.format, rounded, calibration=calibration)
+            export(
+                load_model(made, device=devices[0]), settings.format, rounded,
+                calibration=calibration,
+            )  # fmt: skip
         made = rounded
     return made
 
@@ -193,6 +212,7 @@ def _finish(
     settings: Settings,
     texts: Mapping[str, Int[Tensor, "N T"]],
     name: str,
+    device: str,
 ) -> None:
     """Measures both models, and makes ``WHOLE`` of the small one with its card and record."""
 
@@ -201,11 +221,11 @@ def _finish(
             found = measure(
                 model, texts, settings.tasks,
                 data_dir=None if settings.data_dir is None else Path(settings.data_dir),
-                limit=settings.limit, tokenizer=tokenizer,
+                limit=settings.limit, tokenizer=tokenizer, device=device,
             )  # fmt: skip
             return {"parameters": parameters} | found
 
-        return _kept(folder / "figures" / f"{which}.json", measured)
+        return _kept(folder / "figures" / f"{which}.json", torch.device(device), measured)
 
     dense = source.network.num_parameters()
     record = json.loads((folder / "decomposed" / DECOMPOSITION).read_text(encoding="utf-8"))
@@ -222,9 +242,15 @@ def _finish(
     )
 
 
-def _kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file holds, made where it is not there."""
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, make())
+def _kept(file: Path, device: torch.device, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The figures that a file holds; made where there are none, or they are of another device.
+
+    Speeds of two devices are not to be compared.
+    """
+    if file.is_file():
+        found = cast("dict[str, Any]", json.loads(file.read_text(encoding="utf-8")))
+        if found.get("device") == device_name(device):
+            return found
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, make())
     return cast("dict[str, Any]", json.loads(file.read_text(encoding="utf-8")))

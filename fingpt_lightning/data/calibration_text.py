@@ -265,10 +265,10 @@ def _task_tokens(
 
 def shown_moments(network: PreTrainedModel, calibration: Calibration) -> Iterator[InputMoments]:
     """`input_moments`, refreshed, with progress."""
-    num_tokens = calibration.ids.numel()
+    num_tokens, ids = calibration.ids.numel(), calibration.ids.to(network.device)
     num_blocks = int(network.config.num_hidden_layers)
     with shown_progress(f"rounding on {num_tokens:,} tokens", num_blocks, "blocks") as show:
-        for number, found in enumerate(input_moments(network, calibration.ids, refresh=True)):
+        for number, found in enumerate(input_moments(network, ids, refresh=True)):
             yield found
             show(min(number + 1, num_blocks))
 

@@ -188,10 +188,15 @@ def run(options: argparse.Namespace) -> None:
 def find_devices(name: str | None) -> list[str]:
     """The devices that share the layers: ``cuda`` is all of them.
 
+    Args:
+        name: Name of a device; None is CUDA where there is one, else the CPU.
+
     Raises:
-        ValueError: There is none of that name.
+        ValueError: There is none of that name, or it is of another kind.
     """
     device = find_device(name)
+    if device.type not in ("cpu", "cuda"):  # most others have no float64
+        raise ValueError(f"device {name!r}: layers are decomposed on cpu, cuda or cuda:1 alone")
     if device.type == "cuda" and device.index is None:
         return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return [str(device)]

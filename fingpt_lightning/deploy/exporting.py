@@ -84,7 +84,7 @@ def export(
     all forms but ``hf`` and ``gguf``.
 
     Args:
-        source: Model on the CPU in `working_dtype`; its network is changed.
+        source: Model in `working_dtype`; its network is changed, on its device.
         form: One of ``FORMATS`` of the options.
         output: Folder that is made.
         dtype: Type of the stored weights that are not quantized.
@@ -118,7 +118,7 @@ def export(
     expected = logits_of(network, prompts)
     with scratch_folder(output) as made:
         num_parameters = _write(source, form, made, DTYPES[dtype], embeddings, calibration)
-        again = _loaded_again(form, made, working_dtype(dtype), quantized)
+        again = _loaded_again(form, made, working_dtype(dtype), quantized, network.device)
         found = differences(prompts, expected, logits_of(again, prompts))
         worst = max(found, key=lambda difference: difference.relative_error)
         if worst.relative_error > tolerance:
@@ -239,16 +239,16 @@ def _trained_on(source: LoadedModel) -> str | None:
 
 
 def _loaded_again(
-    form: str, folder: Path, dtype: torch.dtype, quantized: str | None
+    form: str, folder: Path, dtype: torch.dtype, quantized: str | None, device: torch.device
 ) -> PreTrainedModel:
     if form == "hf":  # as its reader will
         network = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False
         )
         assert isinstance(network, PreTrainedModel)
-        network.eval()
+        network.eval().to(device)  # type: ignore[arg-type]
         return network
     # An adapter is compared on its base as that was loaded, which --quantize may have determined.
     quantize = (quantized or NONE) if form == "peft" else AUTO
     place = folder / GGUF if form == "gguf" else folder
-    return load_model(place, dtype=dtype, quantize=quantize).network
+    return load_model(place, dtype=dtype, device=device, quantize=quantize).network

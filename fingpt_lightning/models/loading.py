@@ -192,7 +192,7 @@ def build_model(
     method = {AUTO: trained_on, NONE: None}.get(quantize or NONE, quantize)
     weights, tokenizer = _open(source)
     if isinstance(dtype, str):
-        dtype = DTYPES[find_dtype(dtype, device, _product_sizes(weights.config))]
+        dtype = DTYPES[find_dtype(dtype, device, product_sizes(weights.config))]
     try:
         network = lay_out(weights.config, weights.shapes)
         # To the tokenizer of a GGUF file transformers adds a token without a row in the network.
@@ -313,7 +313,7 @@ def _open_weights(place: Path) -> tuple[Weights, dict[str, str | int] | None]:
     return checkpoint.weights, checkpoint.tokenizer
 
 
-def _product_sizes(config: PreTrainedConfig) -> tuple[int, int]:
+def product_sizes(config: PreTrainedConfig) -> tuple[int, int]:
     """In and out features of the widest product of a block: into the MLP."""
     width = int(config.hidden_size)
     return width, int(getattr(config, "intermediate_size", None) or 4 * width)

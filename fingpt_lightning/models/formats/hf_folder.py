@@ -128,7 +128,7 @@ def write_quantized(
     """Writes a network whose layers are quantized, here where they are not yet, in place.
 
     Args:
-        network: Network without adapters, on the CPU; its quantized layers are so by ``method``.
+        network: Network without adapters; its quantized layers are so by ``method``.
         folder: Folder that is there already.
         dtype: Dtype of the weights that stay unquantized.
         method: ``nf4`` or ``int8``.

@@ -186,14 +186,14 @@ def quantize_layers(
     """Quantizes the linear layers of the blocks, in place, but for those that are already.
 
     Args:
-        network: Network on the CPU.
+        network: Network, which stays on its device.
         method: ``nf4`` or ``int8``.
         embeddings: Whether to quantize the token embedding too, with the head tied to it, where it
             is not yet.
         moments: Moments of the network's `input_moments`, refreshed: each layer is rounded so that
             its outputs are kept, as soon as its moments come.
     """
-    cpu, family = torch.device("cpu"), family_of(network)
+    device, family = network.device, family_of(network)
     layers = {
         name: module
         for name, module in network.named_modules()
@@ -202,15 +202,15 @@ def quantize_layers(
     for found in moments:
         for name, group in found.groups.items():
             if (layer := layers.pop(name, None)) is not None:
-                made = quantized_layer(layer, method, cpu, found.moments[group])
+                made = quantized_layer(layer, method, device, found.moments[group])
                 network.set_submodule(name, made)
     for name, layer in layers.items():
-        network.set_submodule(name, quantized_layer(layer, method, cpu))
+        network.set_submodule(name, quantized_layer(layer, method, device))
     embedding = network.get_input_embeddings()
     if embeddings and not isinstance(embedding, QuantizedEmbedding):
         name = next(name for name, module in network.named_modules() if module is embedding)
         assert isinstance(embedding, nn.Embedding | LowRankEmbedding)
-        _set_embedding(network, name, QuantizedEmbedding.of(embedding, method, cpu))
+        _set_embedding(network, name, QuantizedEmbedding.of(embedding, method, device))
 
 
 def quantized_state(
@@ -224,7 +224,7 @@ def quantized_state(
     """The tensors of a network whose layers are quantized, here where they are not yet, in place.
 
     Args:
-        network: Network without adapters, on the CPU; its quantized layers are so by ``method``.
+        network: Network without adapters; its quantized layers are so by ``method``.
         method: ``nf4`` or ``int8``.
         dtype: Dtype of the weights that stay unquantized.
         embeddings: Whether to quantize the token embedding too, with the head tied to it.

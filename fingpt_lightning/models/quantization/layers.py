@@ -78,7 +78,7 @@ def quantized_matrix(weight: Tensor, quantize: str, device: torch.device) -> nn.
     """A `FrozenMatrix`, as a layer without bias.
 
     Args:
-        weight: Weight on the CPU.
+        weight: Weight on any device.
         quantize: ``nf4`` or ``int8``.
         device: Device of the layer.
     """

@@ -41,7 +41,7 @@ class QuantizedEmbedding(nn.Module):
         """The quantized form of an embedding.
 
         Args:
-            embedding: Embedding on the CPU, whose dtype becomes that of the products.
+            embedding: Embedding, whose dtype becomes that of the products.
             quantize: ``nf4`` or ``int8``.
             device: Device of the quantized embedding.
         """
