@@ -41,8 +41,9 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_all_recipes_are_tested(steps: dict[str, Any]) -> None:
-    others = {*_EVALUATIONS, "causal attention", "plan of pretraining", "plan of finetuning"}
-    assert set(steps) == {*_RECIPES, *others}
+    others = {"causal attention", "plan of pretraining", "plan of finetuning"}
+    others |= {"compression", "rounding to nf4"}
+    assert set(steps) == {*_RECIPES, *_EVALUATIONS, *others}
 
 
 @pytest.mark.parametrize("recipe", _RECIPES)
@@ -130,3 +131,25 @@ def test_a_plan_counts_the_kernels_of_the_device(
     assert "error" not in found, found["error"]
     assert set(found["attention"]) == kernels
     assert found["bytes"]["peak"] > found["bytes"]["activations"] > 0
+
+
+def test_all_stages_of_a_compression_but_healing_run_on_the_device(steps: dict[str, Any]) -> None:
+    found = steps["compression"]
+    assert "error" not in found, found["error"]
+    assert found["measured_on"] == ["NVIDIA H200"] * 2
+    moved = " ".join(place for place in found["blocking_copies"] if place.startswith("cpu to cuda"))
+    for where in (
+        "compression/depth.py", "decomposition/runner.py", "decomposition/sequential.py",
+        "data/calibration_text.py", "compression/figures.py",
+    ):  # fmt: skip
+        assert where in moved, where
+    # Blocks refined, layers decomposed with gradients at their outputs, rows rounded to int8.
+    for operator in ("addcdiv_", "linalg_solve_triangular", "cholesky_inverse", "round_"):
+        assert operator in found["operators"], operator
+
+
+def test_rounding_with_calibration_stays_on_the_device(steps: dict[str, Any]) -> None:
+    found = steps["rounding to nf4"]
+    assert "error" not in found, found["error"]
+    assert found["not_on_device"] == []
+    assert found["operators"]["addr_"] > 100

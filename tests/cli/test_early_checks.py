@@ -212,6 +212,7 @@ WRONG = (
     f"{_COMPRESS} --calibration texts.csv --allocation los",
     f"{_COMPRESS} --calibration texts.csv --whitening bth",
     f"{_COMPRESS} --calibration texts.csv --limit 3",
+    f"{_COMPRESS} --calibration texts.csv --precision 16-mixed",
     f"{_COMPRESS} --calibration none.jsonl",
     f"{_COMPRESS} --calibration task:fpd",
     f"{_COMPRESS} --calibration task:fpb --texts none.txt",

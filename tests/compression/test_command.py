@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from fingpt_lightning.cli.main import main
-from fingpt_lightning.compression import command, plan, stages
+from fingpt_lightning.compression import command, healing, plan, stages
 from fingpt_lightning.compression.plan import plan_stages
 from fingpt_lightning.compression.settings import Settings
+from fingpt_lightning.data.calibration_text import Calibration, calibration_sources
 from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.models.families import head_of
 from fingpt_lightning.models.formats.hf_folder import write_network
@@ -25,6 +26,7 @@ from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.quantization.quantized_embedding import QuantizedHead
 from fingpt_lightning.models.shapes import GPT2Shape
 from fingpt_lightning.modules import LowRankPretraining
+from fingpt_lightning.units import format_bytes
 from tests.evaluation.tiny_language import POSITIONS, VOCABULARY, tiny_network, tiny_tokenizer
 
 Compress = Callable[..., tuple[int, str, str]]
@@ -250,21 +252,25 @@ def test_ranks_and_factors_by_the_loss_are_made_and_planned(
     assert _logits(tmp_path / "small").isfinite().all()
 
 
+SETTINGS = Settings(
+    model="", size=0.8, format="low_rank", calibration=(), calibration_tokens=10_000,
+    data_dir=None, allocation="uniform", whitening="input", drop_blocks=0, embedding_rank=None,
+    refine=0, heal=0, batch_size=1, block_length=32, learning_rate=0.1, precision="32-true",
+    teacher_dtype="float32", texts={}, text_tokens=1, tasks=(), limit=None, seed=1, tokenizer=None,
+)  # fmt: skip
+"""The least that is made."""
+
+
 def test_a_plan_counts_the_backward_pass(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "measured_peak_flops_per_s", lambda *_: 1e9)
     source = open_source(given / "model")
     stages_of = {}
     ways: list[dict[str, Any]] = [{}, {"allocation": "loss"}, {"whitening": "both"}]
     for way in ways:
-        settings = Settings(
-            model="", size=0.8, format="low_rank", calibration=(), calibration_tokens=10_000,
-            data_dir=None, allocation="uniform", whitening="input", drop_blocks=0,
-            embedding_rank=None, refine=0, heal=0, batch_size=1, block_length=32,
-            learning_rate=0.1, precision="32-true", teacher_dtype="float32", texts={},
-            text_tokens=1, tasks=(), limit=None, seed=1, tokenizer=None,
-        )  # fmt: skip
-        (stages_of[str(way)], _) = plan_stages(source, replace(settings, **way), 10_000)
+        (stages_of[str(way)], _) = plan_stages(source, replace(SETTINGS, **way), 10_000)
     plain, loss, both = stages_of.values()
+    assert plain.seconds is not None
+    assert loss.seconds is not None
     assert (loss.seconds, loss.num_bytes) == (both.seconds, both.num_bytes)
     network = source.network
     operations = 2 * 10_000 * (
@@ -280,6 +286,170 @@ def test_a_plan_makes_nothing(compress: Compress, tmp_path: Path) -> None:
     rows = [line.split()[0] for line in output.splitlines() if "about" in line]
     assert rows == ["decompose", "refine", "heal", "round", "evaluate"]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_for_a_gpu_counts_its_bytes_and_knows_no_times(given: Path) -> None:
+    source = open_source(given / "model")
+    every = replace(
+        SETTINGS, drop_blocks=1, refine=1, heal=1, format="int8", allocation="loss", size=0.7
+    )
+    on_cpu, on_gpu = (
+        plan_stages(source, every, 10_000, torch.device(name)) for name in ("cpu", "cuda:1")
+    )
+    assert [stage.seconds for stage in on_gpu] == [None] * 6
+    decompose = [stage.name for stage in on_gpu].index("decompose")
+    states = 4 * 10_000 * source.network.config.hidden_size
+    # The states before the one block that is left lie on the host, whichever device computes.
+    assert on_gpu[decompose].what.endswith(f", {format_bytes(states)} on the host")
+    equal = [a.num_bytes == b.num_bytes for a, b in zip(on_cpu, on_gpu, strict=True)]
+    assert equal == [True] * 6
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("bfloat16", "bf16-mixed"), ("float32", "32-true")]
+)
+def test_the_precision_of_healing_follows_the_device(
+    compress: Compress, monkeypatch: pytest.MonkeyPatch, dtype: str, precision: str
+) -> None:
+    found: list[Any] = []
+
+    def find_dtype(*given: Any) -> str:
+        found.append(given)
+        return dtype
+
+    monkeypatch.setattr(command, "find_dtype", find_dtype)
+    words = ("--precision", "auto", "--device", "cpu", "--plan")
+    status, output, error = compress(*words)
+    assert status == 0, error
+    assert not found, "nothing is healed"
+    assert output.rstrip().endswith("on cpu")
+    status, output, error = compress(*words, "--heal", "4")
+    assert status == 0, error
+    assert precision in output
+    ((name, device, sizes),) = found
+    assert (name, device.type, sizes) == ("auto", "cpu", (32, 64))
+
+
+def test_a_killed_run_keeps_its_precision_on_another_device(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: Any, __: Any, made: Path, *___: Any, **____: Any) -> None:
+        made.mkdir()
+        (made / "finished").touch()
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(stages, "decompose_model", killed)
+    words = ("--precision", "auto", "--heal", "4")
+    monkeypatch.setattr(command, "find_dtype", lambda *_: "float32")
+    status, _, error = compress(*words)
+    assert (status, "killed" in error) == (1, True)
+    begun = json.loads((tmp_path / "small.partial" / "settings.json").read_text())
+    assert begun["precision"] == "32-true"
+    assert not {"device", "devices"} & begun.keys()
+    monkeypatch.setattr(command, "find_dtype", lambda *_: "bfloat16")
+    status, output, error = compress(*words, "--plan", "--device", "cpu")
+    assert (status, "32-true" in output) == (0, True), error
+    status, output, error = compress(*words, "--plan", "--overwrite")
+    assert (status, "bf16-mixed" in output) == (0, True), error
+    status, _, error = compress("--heal", "4", "--precision", "bf16-mixed")
+    assert status == 1
+    assert "of an unfinished run with precision '32-true', now 'bf16-mixed'" in error
+
+
+def test_every_stage_is_run_on_the_device_and_figures_are_of_one(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stages stand still here; `tests/test_on_cuda.py` runs them on an emulated device."""
+    source = open_source(given / "model")
+    every = replace(SETTINGS, drop_blocks=1, heal=1, format="int8", model=str(given / "model"))
+    placed: dict[str, Any] = {}
+
+    def stage(name: str, makes: Callable[..., Path | None]) -> None:
+        def run(*arguments: Any, **settings: Any) -> Any:
+            where = settings.get("device", settings.get("devices"))
+            placed.setdefault(name, []).append(where)
+            if (made := makes(*arguments)) is not None:
+                made.mkdir()
+                (made / "decomposition.json").write_text('{"parameters": 9}')
+
+        monkeypatch.setattr(stages, name, run)
+
+    stage("write_shorter", lambda *given: given[-1])
+    stage("decompose_model", lambda *given: given[2])
+    stage("heal", lambda *_: None)
+    stage("load_model", lambda *_: None)
+    figures = {
+        "file_bytes": 1, "memory_bytes": 1, "perplexity": {}, "tasks": {}, "device": "first GPU"
+    }  # fmt: skip
+    measured: list[str] = []
+    ends: list[str] = []
+
+    def measure(model: Any, *_: Any, device: str, **__: Any) -> dict[str, Any]:
+        measured.append(f"{Path(model).name} on {device}")
+        if ends and Path(model).name == ends.pop():
+            raise RuntimeError("killed")
+        return figures
+
+    monkeypatch.setattr(stages, "measure", measure)
+    monkeypatch.setattr(stages, "open_source", lambda _: source)
+    monkeypatch.setattr(stages, "export", lambda *given, **_: given[2].mkdir())
+    monkeypatch.setattr(stages, "device_name", lambda _: figures["device"])
+
+    def run(*devices: str) -> stages.Compression:
+        calibration = Calibration(torch.arange(8)[None], "numbers")
+        return stages.run_stages(
+            source, every, (), calibration, {}, tmp_path / "small", devices=devices
+        )
+
+    ends[:] = ["rounded", "-"]
+    with pytest.raises(RuntimeError, match="killed"):
+        run("cuda:1", "cuda:2")
+    assert placed == {
+        "write_shorter": ["cuda:1"],
+        "decompose_model": [("cuda:1", "cuda:2")],
+        "heal": ["cuda:1"],
+        "load_model": ["cuda:1", "cuda:1"],
+    }
+    assert measured == ["model on cuda:1", "rounded on cuda:1"]
+    measured.clear()
+    ends[:] = ["rounded", "-"]
+    with pytest.raises(RuntimeError, match="killed"):
+        run("cuda:1")
+    assert measured == ["rounded on cuda:1"], "figures of the same kind of device are kept"
+    measured.clear()
+    figures["device"] = "second GPU"
+    made = run("cuda:0")
+    assert measured == ["model on cuda:0", "rounded on cuda:0"]
+    assert made.original["device"] == made.small["device"] == "second GPU"
+    assert "Measured on: second GPU." in (tmp_path / "small" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cuda:1", ("cuda", [1])), ("cuda", ("cuda", [0])), ("cpu", ("cpu", 1))],
+)
+def test_healing_is_run_on_the_device(
+    given: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    expected: tuple[str, Any],
+) -> None:
+    class Seen(Exception):
+        pass
+
+    def trainer(**settings: Any) -> None:
+        raise Seen(settings["accelerator"], settings["devices"])
+
+    monkeypatch.setattr(healing, "Trainer", trainer)
+    with pytest.raises(Seen) as seen:
+        healing.heal(
+            tmp_path / "healing", given / "model", str(given / "model"),
+            calibration_sources(given / "text.jsonl"), tiny_tokenizer(), steps=1, batch_size=1,
+            block_length=16, learning_rate=0.1, precision="32-true", teacher_dtype="float32",
+            data_dir=None, seed=1, device=device,
+        )  # fmt: skip
+    assert seen.value.args == expected
 
 
 @pytest.mark.parametrize(
@@ -300,6 +470,14 @@ def test_a_plan_makes_nothing(compress: Compress, tmp_path: Path) -> None:
         ),
         (("--texts", "gone.txt"), 1, "gone.txt does not exist"),
         (("--tasks", "fbp"), 1, "fbp"),
+        (("--device", "gpu"), 1, "device 'gpu' is none: cpu, cuda or cuda:1"),
+        (("--device", "cuda:7"), 1, "device 'cuda:7': there are "),
+        (
+            ("--device", "mps"),
+            1,
+            "device 'mps': layers are decomposed on cpu, cuda or cuda:1 alone",
+        ),
+        (("--precision", "16-mixed"), 2, "invalid choice: '16-mixed'"),
     ],
 )
 def test_wrong_words_are_one_line_and_leave_nothing(
@@ -320,7 +498,8 @@ def test_python_and_the_command_line_make_the_same(
     made = command.compress(
         given / "model", tmp_path / "other", size=0.8, data_dir=given, calibration_tokens=600,
         calibration=[f"{given / 'text.jsonl'}=2", "task:fpb"], refine=3, precision="32-true",
-        block_length=32, text_tokens=128, texts=[given / "other.txt"],
+        block_length=32, text_tokens=128, texts=[given / "other.txt"], device="cpu",
     )  # fmt: skip
     assert isinstance(made, stages.Compression)
+    assert made.small["device"] == "cpu"
     assert torch.equal(_logits(tmp_path / "small"), _logits(tmp_path / "other"))

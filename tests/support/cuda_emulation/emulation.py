@@ -2,12 +2,14 @@
 
 Tensors are fake: they have a device, a dtype and a shape. Operators are dispatched as on CUDA, so
 one that mixes devices or dtypes raises as it would there, under autograd and autocast too. What
-depends on numbers is answered with some: every flag is true, every number 1, half of a mask is set.
+depends on numbers is answered with some: every flag is true, every number 1, half of a mask is set;
+whole numbers in a list count from 0, as those of an order do.
 
 Only for processes of `building.run_on_cuda`, which it changes for good.
 """
 
 import contextlib
+import sys
 import traceback
 import types
 from collections import Counter
@@ -15,13 +17,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import bitsandbytes.nn
 import bitsandbytes.nn.modules
+import safetensors.torch
 import torch
 import transformers.masking_utils
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -328,6 +336,15 @@ def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     return copy
 
 
+def _tolist(tensor: Tensor) -> Any:
+    """Numbers in lists, which torch refuses to make of a fake tensor."""
+    if not tensor.ndim:
+        return _number(tensor)
+    if tensor.ndim == 1 and tensor.dtype == torch.long:
+        return list(range(len(tensor)))
+    return [_tolist(part) for part in tensor.unbind()]
+
+
 def emulate_cuda() -> Ledger:
     """Has this process's torch find the device; returns what is noted of it from now on."""
     ledger = Ledger()
@@ -348,6 +365,7 @@ def emulate_cuda() -> Ledger:
     )
     nn.Module._apply = _apply  # type: ignore[method-assign]
     fake.__deepcopy__ = _deepcopy
+    fake.tolist = _tolist
     mode.avoid_device_init = property(lambda _: True)
     # As outside of fake tensors, where it would ask for the numbers of a mask.
     masks.is_tracing = lambda *_, **__: False
@@ -360,4 +378,29 @@ def emulate_cuda() -> Ledger:
 def on_cuda(ledger: Ledger) -> Iterator[None]:
     """Within it tensors are fake and what happens to the device is noted."""
     with FakeTensorMode(allow_non_fake_inputs=True), _Watch(ledger):
+        yield
+
+
+@contextlib.contextmanager
+def ones_on_disk() -> Iterator[None]:
+    """Within it files of fake tensors are written, with ones, and read.
+
+    Modules that are imported within it write as ever.
+    """
+    save_file, asarray = safetensors.torch.save_file, torch.asarray
+
+    def save_ones(tensors: dict[str, Tensor], *args: Any) -> None:
+        with unset_fake_temporarily():
+            ones = {name: torch.ones(tuple(x.shape), dtype=x.dtype) for name, x in tensors.items()}
+            save_file(ones, *args)
+
+    def read(*args: Any, **kwargs: Any) -> Tensor:
+        with unset_fake_temporarily():
+            return asarray(*args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(torch, "asarray", read))
+        for module in list(sys.modules.values()):
+            if vars(module).get("save_file") is save_file and module is not safetensors.torch:
+                stack.enter_context(patch.object(module, "save_file", save_ones))
         yield

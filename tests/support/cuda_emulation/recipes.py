@@ -6,6 +6,7 @@
 import json
 import logging
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -16,7 +17,12 @@ from types import SimpleNamespace
 from typing import Any, Literal
 from unittest.mock import patch
 
-from tests.support.cuda_emulation.emulation import Ledger, emulate_cuda, on_cuda
+from tests.support.cuda_emulation.emulation import (
+    Ledger,
+    emulate_cuda,
+    on_cuda,
+    ones_on_disk,
+)
 
 # Before anything asks whether there is a device.
 LEDGER = emulate_cuda()
@@ -29,20 +35,30 @@ from typing_extensions import override  # noqa: E402
 
 from callbacks.memory import MemoryMonitor  # noqa: E402
 from callbacks.throughput import ThroughputMonitor  # noqa: E402
+from fingpt_lightning.compression.command import compress  # noqa: E402
+from fingpt_lightning.compression.stages import Compression  # noqa: E402
 from fingpt_lightning.data.batch import TokenBatch  # noqa: E402
+from fingpt_lightning.data.calibration_text import Calibration, shown_moments  # noqa: E402
 from fingpt_lightning.data.instruction_batches import Batching, Collate  # noqa: E402
+from fingpt_lightning.deploy import exporting  # noqa: E402
 from fingpt_lightning.evaluation.answer_scores import answer_scores  # noqa: E402
 from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees  # noqa: E402
 from fingpt_lightning.evaluation.token_tree import build_tree  # noqa: E402
 from fingpt_lightning.models import attention  # noqa: E402
 from fingpt_lightning.models.decoding import decode  # noqa: E402
 from fingpt_lightning.models.families import head_of  # noqa: E402
+from fingpt_lightning.models.formats.quantized_folder import quantize_layers  # noqa: E402
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning  # noqa: E402
 from fingpt_lightning.modules import teacher as teachers  # noqa: E402
 from fingpt_lightning.modules.base_model import RandomLlama, random_llama  # noqa: E402
 from fingpt_lightning.planning import command  # noqa: E402
 from fingpt_lightning.planning.blueprint import blueprint  # noqa: E402
 from fingpt_lightning.tasks.encoding import Text  # noqa: E402
+from tests.evaluation.tiny_language import (  # noqa: E402
+    POSITIONS,
+    tiny_network,
+    tiny_tokenizer,
+)
 
 _NUM_STEPS = 2  # the first one makes the optimizer's state
 _VOCABULARY = 211
@@ -218,6 +234,38 @@ def generated(quantize: str | None) -> dict[str, Any]:
     return noted(LEDGER) | {"answers": [len(text) for text in texts]}
 
 
+def rounded() -> dict[str, Any]:
+    """A network whose layers and embedding become NF4, with calibration."""
+    base = RandomLlama(num_layers=1, width=32, num_heads=2, num_positions=16)
+    network = random_llama(
+        base, _VOCABULARY, 0, dtype=torch.float32, device=torch.device("cuda"), quantize=None,
+        seed=0,
+    ).eval()  # fmt: skip
+    calibration = Calibration(torch.arange(64).view(4, 16), "numbers")
+    quantize_layers(network, "nf4", embeddings=True, moments=shown_moments(network, calibration))
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    return noted(LEDGER) | {"not_on_device": [n for n, x in tensors if x.device.type != "cuda"]}
+
+
+def compressed() -> dict[str, Any]:
+    """All stages of ``fingpt compress`` but healing, from files to files."""
+    small = dict.fromkeys(exporting.TOLERANCES, 1.0)  # as all numbers are, errors too
+    with tempfile.TemporaryDirectory() as name, patch.dict(exporting.TOLERANCES, small):
+        folder = Path(name)
+        text = folder / "text.txt"
+        text.write_text("Foo Corp kept its dividend as profit rose. " * 200, encoding="utf-8")
+        tiny_network("llama").save_pretrained(folder / "model")
+        tiny_tokenizer().save_pretrained(folder / "model")
+        with on_cuda(LEDGER), ones_on_disk():
+            made = compress(
+                folder / "model", folder / "small", size=0.7, calibration=text, format="int8",
+                calibration_tokens=5 * POSITIONS, allocation="loss", whitening="both",
+                drop_blocks=1, refine=1, texts=[text], text_tokens=64,
+            )  # fmt: skip
+    assert isinstance(made, Compression)
+    return noted(LEDGER) | {"measured_on": [made.original["device"], made.small["device"]]}
+
+
 def planned(module: LightningModule, batch: TokenBatch, precision: str) -> dict[str, Any]:
     """The bytes of a step as ``fingpt plan`` counts them."""
     length = batch["input_ids"].shape[1]
@@ -292,10 +340,11 @@ RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
     "generation": lambda: generated(None),
     "generation in nf4": lambda: generated("nf4"),
     "generation in int8": lambda: generated("int8"),
+    "rounding to nf4": rounded,
 }
 """Recipes by name; each gives what a step did."""
 
-PLANS: dict[str, Callable[[], dict[str, Any]]] = {
+OUTSIDE: dict[str, Callable[[], dict[str, Any]]] = {
     "plan of pretraining": lambda: planned(
         LowRankPretraining(**_SIZES, rank=8, recompute="block"), _BLOCK, _BF16
     ),
@@ -304,6 +353,7 @@ PLANS: dict[str, Callable[[], dict[str, Any]]] = {
         _INSTRUCTIONS[Batching.SHARED_PREFIX],
         "32-true",
     ),
+    "compression": compressed,
 }
 """The same for what makes tensors fake itself."""
 
@@ -323,13 +373,13 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    for name in sys.argv[2:] or RECIPES | PLANS:
+    for name in sys.argv[2:] or RECIPES | OUTSIDE:
         LEDGER.clear()
         result: dict[str, Any] = {}
         start_s = time.perf_counter()
         with _caught(result):
-            if name in PLANS:
-                result |= PLANS[name]()
+            if name in OUTSIDE:
+                result |= OUTSIDE[name]()
             else:
                 with on_cuda(LEDGER):
                     result |= RECIPES[name]()
