@@ -9,6 +9,7 @@ from fingpt_lightning.data.calibration_text import Calibration
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.models.block_calls import blocks_of
 from fingpt_lightning.models.depth import blocks_to_drop, check_number, drop_blocks, num_trials
+from fingpt_lightning.models.formats.quantized_folder import is_low_rank
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.terminal.progress import shown_progress
 
@@ -51,7 +52,7 @@ def write_shorter(
     *,
     device: str = "cpu",
 ) -> None:
-    """Writes a Hugging Face folder of a model without some of its blocks.
+    """Writes a folder of a model without some of its blocks.
 
     Args:
         model: Path of the model.
@@ -71,4 +72,5 @@ def write_shorter(
         dropped = blocks_to_drop(loaded.network, ids[rows], number, show=show)
     print(f"dropping blocks {', '.join(map(str, dropped))}", flush=True)
     drop_blocks(loaded.network, dropped)
-    export(loaded, "hf", folder)
+    # A factorized embedding before dense blocks stays one.
+    export(loaded, "low_rank" if is_low_rank(loaded.network) else "hf", folder)

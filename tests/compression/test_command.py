@@ -11,18 +11,22 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from lightning.pytorch import Trainer
 from transformers import PreTrainedModel
 
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.compression import command, healing, plan, stages
 from fingpt_lightning.compression.plan import plan_stages
 from fingpt_lightning.compression.settings import Settings
+from fingpt_lightning.data import TextBlocks
 from fingpt_lightning.data.calibration_text import Calibration, calibration_sources
 from fingpt_lightning.decomposition.source import open_source
+from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.models.families import head_of
 from fingpt_lightning.models.formats.hf_folder import write_network
 from fingpt_lightning.models.from_scratch import build_network
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.models.quantization.frozen_matrix import quantization_of
 from fingpt_lightning.models.quantization.quantized_embedding import QuantizedHead
 from fingpt_lightning.models.shapes import GPT2Shape
 from fingpt_lightning.modules import LowRankPretraining
@@ -212,6 +216,55 @@ def test_a_block_is_left_out_and_the_rest_is_taken_apart(
     assert network.num_parameters() == record["small"]["parameters"]
     assert "1 of its blocks left out" in (out / "README.md").read_text()
     assert _logits(out).isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def sources(given: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Dense blocks in each kind of source; those of a run of ours behind a factorized embedding."""
+    folder = tmp_path_factory.mktemp("sources")
+    export(load_model(given / "model"), "gguf", folder / "gguf")
+    module = LowRankPretraining(
+        num_layers=2, width=32, num_heads=2, num_positions=POSITIONS, rank=None, embedding_rank=8,
+        head_map="own",
+    )  # fmt: skip
+    text = str(given / "other.txt")
+    data = TextBlocks(
+        text, text, tokenizer=str(given / "model"), block_length=16, batch_size=2,
+        cache_dir=str(folder / "cache"),
+    )  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu", max_steps=1, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(folder / "run.ckpt")
+    return {"hf": given / "model", "gguf": folder / "gguf", "run": folder / "run.ckpt"}
+
+
+@pytest.mark.parametrize("form", ["low_rank", "int8", "nf4"])
+@pytest.mark.parametrize("kind", ["hf", "gguf", "run"])
+def test_blocks_of_each_kind_of_source_are_left_out_for_each_format(
+    given: Path, sources: dict[str, Path], tmp_path: Path, kind: str, form: str
+) -> None:
+    """By the curvature of the loss too: gradients pass heads with factors of their own."""
+    size = 0.6 if kind == "run" else 0.7
+    made = command.compress(
+        sources[kind], tmp_path / "small", size=size, calibration=given / "text.jsonl", format=form,
+        calibration_tokens=330, refine=0, whitening="both", drop_blocks=1, device="cpu",
+        tokenizer=given / "model" if kind == "gguf" else None,
+    )  # fmt: skip
+    assert isinstance(made, stages.Compression)
+    ratio = made.small["parameters"] / made.original["parameters"]
+    assert ratio == pytest.approx(size, rel=0.04)
+    network = load_model(tmp_path / "small").network
+    assert network.config.num_hidden_layers == 1
+    assert quantization_of(network) == (None if form == "low_rank" else form)
+    embedding = network.get_input_embeddings()
+    if kind == "run":
+        assert embedding.table is head_of(network).table
+        assert embedding.up is not head_of(network).up
+    assert _logits(tmp_path / "small").isfinite().all()
 
 
 def test_a_head_with_a_map_of_its_own_keeps_it(
