@@ -246,7 +246,7 @@ def _loaded_again(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False
         )
         assert isinstance(network, PreTrainedModel)
-        network.eval().to(device)  # type: ignore[arg-type]
+        network.eval().to(device)
         return network
     # An adapter is compared on its base as that was loaded, which --quantize may have determined.
     quantize = (quantized or NONE) if form == "peft" else AUTO
