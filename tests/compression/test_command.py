@@ -522,7 +522,7 @@ def test_healing_is_run_on_the_device(
         ),
         (("--texts", "gone.txt"), 1, "gone.txt does not exist"),
         (("--tasks", "fbp"), 1, "fbp"),
-        (("--device", "gpu"), 1, "device 'gpu' is none: cpu, cuda or cuda:1"),
+        (("--device", "gpu"), 1, "device 'gpu' is not cpu, cuda or a name such as cuda:1"),
         (("--device", "cuda:7"), 1, "device 'cuda:7': there are "),
         (
             ("--device", "mps"),
