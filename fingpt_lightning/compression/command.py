@@ -17,11 +17,12 @@ from fingpt_lightning.compression.card import figures_rows
 from fingpt_lightning.compression.depth import check_depth
 from fingpt_lightning.compression.options import (
     ALLOCATIONS,
-    AUTO_PRECISION,
+    AUTO,
     FORMATS,
     LEARNING_RATE,
     PRECISIONS,
     REFINE_STEPS,
+    TEACHER_DTYPES,
     WHITENINGS,
     check_options,
 )
@@ -71,8 +72,8 @@ def compress(
     batch_size: int = 4,
     block_length: int = 512,
     learning_rate: float = LEARNING_RATE,
-    precision: str = AUTO_PRECISION,
-    teacher_dtype: str = "bfloat16",
+    precision: str = AUTO,
+    teacher_dtype: str = AUTO,
     texts: Sequence[str | Path] = (),
     text_tokens: int = 16384,
     tasks: Sequence[str] = (),
@@ -108,7 +109,8 @@ def compress(
         learning_rate: Highest learning rate of healing.
         precision: Precision of healing; ``auto`` is ``bf16-mixed`` where the device is clearly
             faster in it, else ``32-true``; a run that was killed keeps the one that it had.
-        teacher_dtype: Dtype of the original in healing.
+        teacher_dtype: Dtype of the original in healing; ``auto`` is that of the precision's
+            products.
         texts: Files whose perplexity is measured.
         text_tokens: Tokens of each of them.
         tasks: Tasks whose validation is scored.
@@ -137,7 +139,8 @@ def compress(
     check_choice("format", format, FORMATS)
     check_choice("allocation", allocation, ALLOCATIONS)
     check_choice("whitening", whitening, WHITENINGS)
-    check_choice("precision", precision, (AUTO_PRECISION, *PRECISIONS))
+    check_choice("precision", precision, (AUTO, *PRECISIONS))
+    check_choice("teacher_dtype", teacher_dtype, (AUTO, *TEACHER_DTYPES))
     devices = find_devices(device)
     output = Path(output)
     check_output(output, overwrite)
@@ -158,10 +161,14 @@ def compress(
     if tasks:
         read_tasks(tasks, folder, "validation", limit=limit)
     placed = torch.device(devices[0])
-    if precision == AUTO_PRECISION and not overwrite:
-        precision = begun_settings(output).get("precision", precision)
-    if precision == AUTO_PRECISION and heal:
+    begun = {} if overwrite else begun_settings(output)
+    if precision == AUTO:
+        precision = begun.get("precision", AUTO)
+    if precision == AUTO and heal:
         precision = _precision(placed, config)
+    if teacher_dtype == AUTO:
+        of_products = "bfloat16" if precision == "bf16-mixed" else "float32"
+        teacher_dtype = begun.get("teacher_dtype", of_products)
     settings = Settings(
         model=str(model), size=size, format=format, calibration=tuple(words),
         calibration_tokens=number, data_dir=None if folder is None else str(folder),

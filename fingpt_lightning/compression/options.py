@@ -14,7 +14,7 @@ from fingpt_lightning.terminal.inputs import TASK_PREFIX
 FORMATS = ("low_rank", "int8", "nf4")
 ALLOCATIONS = ("uniform", "spectrum", "loss")
 WHITENINGS = ("input", "both")
-AUTO_PRECISION = "auto"
+AUTO = "auto"
 PRECISIONS = ("bf16-mixed", "32-true")
 TEACHER_DTYPES = ("bfloat16", "float32")
 REFINE_STEPS = 40
@@ -95,12 +95,17 @@ def build_parser() -> OptionParser:
     )
     add(
         "--precision",
-        choices=(AUTO_PRECISION, *PRECISIONS),
-        default=AUTO_PRECISION,
+        choices=(AUTO, *PRECISIONS),
+        default=AUTO,
         help="of healing; default: auto, bf16-mixed where the device is clearly faster in it, else"
         " 32-true; a killed run keeps the one that it had",
     )
-    add("--teacher_dtype", choices=TEACHER_DTYPES, default="bfloat16", help="of the original")
+    add(
+        "--teacher_dtype",
+        choices=(AUTO, *TEACHER_DTYPES),
+        default=AUTO,
+        help="of the original in healing; default: auto, that of the precision's products",
+    )
     add(
         "--texts",
         nargs="+",

@@ -397,7 +397,7 @@ def test_a_killed_run_keeps_its_precision_on_another_device(
     status, _, error = compress(*words)
     assert (status, "killed" in error) == (1, True)
     begun = json.loads((tmp_path / "small.partial" / "settings.json").read_text())
-    assert begun["precision"] == "32-true"
+    assert (begun["precision"], begun["teacher_dtype"]) == ("32-true", "float32")
     assert not {"device", "devices"} & begun.keys()
     monkeypatch.setattr(command, "find_dtype", lambda *_: "bfloat16")
     status, output, error = compress(*words, "--plan", "--device", "cpu")
