@@ -36,11 +36,11 @@ from fingpt_lightning.low_rank.decomposition import (
     shifted_weight,
 )
 from fingpt_lightning.low_rank.factorize import Factors
+from fingpt_lightning.low_rank.rank import largest_rank
 from fingpt_lightning.low_rank.rank_allocation import (
     Size,
     dense_if_not_smaller,
     energy_rank,
-    largest_rank,
 )
 from fingpt_lightning.models.finite import check_finite
 

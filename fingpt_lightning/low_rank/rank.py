@@ -8,11 +8,28 @@ Rank = int | float | None
 """An int is the rank itself, a float in (0, 1] the share r / min(in, out), None is dense."""
 
 
-def resolve_rank(rank: Rank, in_features: int, out_features: int) -> int | None:
+def largest_rank(in_features: int, out_features: int) -> int:
+    """The largest rank whose factors are smaller than the dense layer; 0 where none is.
+
+    >>> largest_rank(768, 768), largest_rank(768, 3072), largest_rank(1, 5)
+    (383, 614, 0)
+    """
+    return (in_features * out_features - 1) // (in_features + out_features)
+
+
+def resolve_rank(rank: Rank, in_features: int, out_features: int, multiple: int = 1) -> int | None:
     """The number of columns a layer's factors get, or None where it stays dense.
 
     Factors of rank r hold r (in + out) weights; where that is not fewer than in x out, the
     layer stays dense.
+
+    Args:
+        rank: Requested rank.
+        in_features: Number of in features.
+        out_features: Number of out features.
+        multiple: Number whose nearest multiple is taken, of two as near the larger, among those
+            whose factors are smaller than the layer; a layer without such a multiple keeps its
+            rank. It makes no layer dense and no dense layer low-rank.
 
     Raises:
         ValueError: An int outside [1, min(in, out)] or a float outside (0, 1].
@@ -21,6 +38,10 @@ def resolve_rank(rank: Rank, in_features: int, out_features: int) -> int | None:
     (224, 192, None)
     >>> resolve_rank(1.0, 768, 768) is None  # 768 x 1536 weights are more than 768 x 768
     True
+    >>> [resolve_rank(rank, 768, 768, multiple=128) for rank in (40, 180, 224, 380)]
+    [128, 128, 256, 256]
+    >>> resolve_rank(40, 96, 768, multiple=128)  # 128 columns are more than the layer has
+    40
     """
     smaller = min(in_features, out_features)
     if rank is None:
@@ -33,7 +54,11 @@ def resolve_rank(rank: Rank, in_features: int, out_features: int) -> int | None:
         raise ValueError(
             f"rank {rank} is outside [1, {smaller}] for a layer of {in_features} x {out_features}"
         )
-    return rank if rank * (in_features + out_features) < in_features * out_features else None
+    largest = largest_rank(in_features, out_features)
+    if rank > largest:
+        return None
+    num_multiples = min(max(1, (2 * rank + multiple) // (2 * multiple)), largest // multiple)
+    return multiple * num_multiples or rank
 
 
 @dataclass(frozen=True)
@@ -44,10 +69,12 @@ class RankRule:
         default: Rank of a layer that no pattern names.
         overrides: Shell-style patterns over full module names, such as ``"*.mlp.c_proj"``; the
             last one that fits wins.
+        multiple: Number whose multiples all ranks are rounded to, as in `resolve_rank`.
     """
 
     default: Rank = None
     overrides: Mapping[str, Rank] = field(default_factory=dict)
+    multiple: int = 1
 
     def rank_of(self, name: str, in_features: int, out_features: int) -> int | None:
         """The rank of the layer ``name``, or None where it stays dense.
@@ -60,7 +87,7 @@ class RankRule:
             if fnmatchcase(name, pattern):
                 rank = override
         try:
-            return resolve_rank(rank, in_features, out_features)
+            return resolve_rank(rank, in_features, out_features, self.multiple)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 

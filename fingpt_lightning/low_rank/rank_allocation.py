@@ -7,22 +7,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from fingpt_lightning.low_rank.rank import resolve_rank
+from fingpt_lightning.low_rank.rank import largest_rank, resolve_rank
 
 Size = tuple[int, int]
 _LEAST_SHARE = 0.25
 """Share of the rank of layers all alike that `allocate_ranks` leaves each layer at least."""
 LEAST_SHARE_BY_LOSS = 0.5
 """The same for scores of a loss: an expansion to second order holds for small changes alone."""
-
-
-def largest_rank(in_features: int, out_features: int) -> int:
-    """The largest rank whose factors are smaller than the dense layer; 0 where none is.
-
-    >>> largest_rank(768, 768), largest_rank(768, 3072), largest_rank(1, 5)
-    (383, 614, 0)
-    """
-    return (in_features * out_features - 1) // (in_features + out_features)
 
 
 def num_parameters(rank: int | None, in_features: int, out_features: int) -> int:
@@ -41,12 +32,14 @@ def total_parameters(sizes: Mapping[str, Size], ranks: Mapping[str, int | None])
     return sum(num_parameters(ranks[name], *size) for name, size in sizes.items())
 
 
-def ranks_at_ratio(sizes: Mapping[str, Size], ratio: float) -> dict[str, int | None]:
+def ranks_at_ratio(
+    sizes: Mapping[str, Size], ratio: float, multiple: int = 1
+) -> dict[str, int | None]:
     """The ranks of layers that all get the share ``ratio`` of their smaller side."""
-    return {name: resolve_rank(ratio, *size) for name, size in sizes.items()}
+    return {name: resolve_rank(ratio, *size, multiple) for name, size in sizes.items()}
 
 
-def ratio_for_parameters(sizes: Mapping[str, Size], target: int) -> float:
+def ratio_for_parameters(sizes: Mapping[str, Size], target: int, multiple: int = 1) -> float:
     """The one ratio r / min(in, out) with which all layers come nearest to so many parameters.
 
     Parameters grow with the ratio in steps, one for each rank of each size, and to the left and
@@ -56,9 +49,10 @@ def ratio_for_parameters(sizes: Mapping[str, Size], target: int) -> float:
     Args:
         sizes: Sizes of the layers, by name.
         target: Parameters of all layers together.
+        multiple: Number whose multiples ranks are rounded to, as in `resolve_rank`.
 
     Raises:
-        ValueError: Rank 1 everywhere takes more.
+        ValueError: The lowest ranks take more.
 
     >>> ratio = ratio_for_parameters({"a": (8, 24), "b": (8, 8)}, target=160)
     >>> ranks_at_ratio({"a": (8, 24), "b": (8, 8)}, ratio)
@@ -71,10 +65,11 @@ def ratio_for_parameters(sizes: Mapping[str, Size], target: int) -> float:
     candidates = [(a + b) / 2 for a, b in itertools.pairwise(bounds)] + [1.0]
 
     def total(ratio: float) -> int:
-        return total_parameters(sizes, ranks_at_ratio(sizes, ratio))
+        return total_parameters(sizes, ranks_at_ratio(sizes, ratio, multiple))
 
     if total(candidates[0]) > target:
-        raise ValueError(f"rank 1 everywhere takes {total(candidates[0])}, more than {target}")
+        least = total(candidates[0])
+        raise ValueError(f"rank {multiple} everywhere takes {least}, more than {target}")
     first, last = 0, len(candidates) - 1
     while last - first > 1:
         middle = (first + last) // 2
@@ -84,7 +79,13 @@ def ratio_for_parameters(sizes: Mapping[str, Size], target: int) -> float:
 
 
 def parameters_left(
-    sizes: Mapping[str, Size], compression: float, dense: int, fixed: int, requested: str, hint: str
+    sizes: Mapping[str, Size],
+    compression: float,
+    dense: int,
+    fixed: int,
+    requested: str,
+    hint: str,
+    multiple: int = 1,
 ) -> int:
     """What a total compression leaves for some layers.
 
@@ -95,19 +96,21 @@ def parameters_left(
         fixed: Stored parameters beside these layers.
         requested: The target as it was requested, for the message.
         hint: Way to make the fixed parameters fewer, for the message.
+        multiple: Number whose multiples ranks are rounded to, as in `resolve_rank`.
 
     Raises:
-        ValueError: Rank 1 everywhere takes more.
+        ValueError: The lowest ranks take more.
 
     >>> parameters_left({"a": (8, 24)}, 2.0, dense=300, fixed=90, requested="", hint="")
     60
     """
     left = round(dense / compression) - fixed
-    least = total_parameters(sizes, {name: resolve_rank(1, *size) for name, size in sizes.items()})
+    lowest = {name: resolve_rank(1, *size, multiple) for name, size in sizes.items()}
+    least = total_parameters(sizes, lowest)
     if least > left:
         highest = dense / (fixed + least)
         raise ValueError(
-            f"{requested} is out of reach: rank 1 everywhere gives {highest:.2f}, for"
+            f"{requested} is out of reach: rank {multiple} everywhere gives {highest:.2f}, for"
             f" {fixed:,} parameters stay as they are; {hint}"
         )
     return left

@@ -103,6 +103,7 @@ def rank_ratio_of(
     overrides: Mapping[str, Rank] | None = None,
     embedding_rank: Rank = None,
     has_own_head_map: bool = False,
+    rank_multiple: int = 1,
 ) -> float:
     """The rank ratio with which a network comes nearest to a total compression.
 
@@ -114,9 +115,10 @@ def rank_ratio_of(
         embedding_rank: Rank of the embedding, and of a head that is not tied to it; None keeps both
             dense.
         has_own_head_map: Whether a head with the embedding's table has a map of its own.
+        rank_multiple: Number whose multiples all ranks are rounded to, as in `resolve_rank`.
 
     Raises:
-        ValueError: ``compression`` is below 1, or more than rank 1 everywhere gives.
+        ValueError: ``compression`` is below 1, or more than the lowest ranks give.
 
     >>> from fingpt_lightning.models.shapes import PRESETS
     >>> round(rank_ratio_of(2.64, PRESETS["gpt2-small"], 50257, embedding_rank=256), 3)
@@ -124,16 +126,16 @@ def rank_ratio_of(
     """
     if not 1 <= compression < math.inf:
         raise ValueError(f"compression {compression} is below 1 (dense over stored parameters)")
-    rule = RankRule(None, overrides or {})
+    rule = RankRule(None, overrides or {}, rank_multiple)
     layers = block_layers(shape, rule)
     free = {name: size for name, size in layers.items() if not rule.patterns_of(name)}
     given = {name: rule.rank_of(name, *layers[name]) for name in layers.keys() - free.keys()}
     network = _dense(shape, vocab_size)
     dense = sum(parameter.numel() for parameter in network.parameters())
     fixed = dense - sum(num_parameters(None, *size) for size in layers.values())
-    fixed += _embedding_change(network, embedding_rank)
+    fixed += _embedding_change(network, embedding_rank, rank_multiple)
     width = int(network.config.hidden_size)
-    columns = resolve_rank(embedding_rank, vocab_size, width)
+    columns = resolve_rank(embedding_rank, vocab_size, width, rank_multiple)
     if has_own_head_map and columns is not None:
         fixed += columns * width
     fixed += sum(num_parameters(rank, *layers[name]) for name, rank in given.items())
@@ -144,8 +146,9 @@ def rank_ratio_of(
         fixed,
         f"compression {compression}",
         "embedding_rank makes the embedding smaller",
+        rank_multiple,
     )
-    return ratio_for_parameters(free, left)
+    return ratio_for_parameters(free, left, rank_multiple)
 
 
 @functools.lru_cache(maxsize=16, typed=True)  # a rank of 1 is not the share 1.0
@@ -218,13 +221,15 @@ def _columns_that_fit(embedding_rank: Rank, vocab_size: int, width: int) -> int 
     return resolve_rank(embedding_rank, vocab_size, width)
 
 
-def _embedding_change(network: PreTrainedModel, embedding_rank: Rank) -> int:
+def _embedding_change(
+    network: PreTrainedModel, embedding_rank: Rank, rank_multiple: int = 1
+) -> int:
     """Parameters that factors of a dense network's embedding and head have more than these."""
     embedding, head = network.get_input_embeddings(), head_of(network)
     assert isinstance(embedding, nn.Embedding)
     table = (embedding.num_embeddings, embedding.embedding_dim)
     num_tables = 1 if head.weight is embedding.weight else 2
-    columns = resolve_rank(embedding_rank, *table)
+    columns = resolve_rank(embedding_rank, *table, rank_multiple)
     return num_tables * (num_parameters(columns, *table) - num_parameters(None, *table))
 
 
@@ -307,6 +312,7 @@ def lay_out_network(
 ) -> PreTrainedModel:
     """The network of `build_network` on the meta device: names and sizes, no memory.
 
+    Its embedding's rank, too, is rounded to the multiples of the rule of ``rank``.
     What `LowRankLinear` takes beside sizes is noted in the config, where loading looks for it; and
     so is a map of its own of the head, beside the table that it shares with the embedding.
     """
@@ -315,7 +321,8 @@ def lay_out_network(
     config.use_cache = False
     config._attn_implementation = BLOCKED_ATTENTION
     note_low_rank(config, factor_activation, expansion)
-    columns = resolve_rank(embedding_rank, vocab_size, config.hidden_size)
+    rank = rank or RankRule()
+    columns = resolve_rank(embedding_rank, vocab_size, config.hidden_size, rank.multiple)
     is_tied = bool(config.tie_word_embeddings)
     if columns is not None:
         config.tie_word_embeddings = False  # transformers' own tying is for full tables
@@ -325,7 +332,7 @@ def lay_out_network(
             note_own_head_map(config)
     with torch.device("meta"):
         network = family.network_class(config)
-        _replace_linears(network, rank or RankRule(), factor_activation, expansion)
+        _replace_linears(network, rank, factor_activation, expansion)
         if columns is not None:
             embedding = LowRankEmbedding(vocab_size, config.hidden_size, columns)
             network.set_submodule(family.embedding, embedding)

@@ -121,6 +121,9 @@ class LowRankPretraining(LanguageModelingModule):
         rank_overrides: Other ranks by name pattern, such as ``{"*.mlp.*": 0.5}``; one for a part of
             a fused layer, such as ``{"*.c_attn.v": 0.5}`` (q, k or v of a GPT-2), gives each part
             factors of its own.
+        rank_multiple: Number whose nearest multiple each rank is rounded to, the embedding's too,
+            where it leaves the factors smaller than their layer: 128 fills the tiles of a GPU's
+            products. ``compression`` is then met as nearly as such ranks can.
         embedding_rank: The rank of embedding and head, tied or not; null keeps the full tables, or
             is the recipe's.
         head_map: Map from the width to the rank in a factorized head that shares the embedding's
@@ -214,8 +217,8 @@ class LowRankPretraining(LanguageModelingModule):
 
     architecture_settings = (
         "preset", "architecture", "num_layers", "width", "num_heads", "num_positions",
-        "vocab_size", "rank", "rank_overrides", "embedding_rank", "head_map", "compression",
-        "recipe", "factor_activation", "factor_expansion",
+        "vocab_size", "rank", "rank_overrides", "rank_multiple", "embedding_rank", "head_map",
+        "compression", "recipe", "factor_activation", "factor_expansion",
     )  # fmt: skip
 
     def __init__(
@@ -224,6 +227,7 @@ class LowRankPretraining(LanguageModelingModule):
         architecture: str | None = None,
         rank: int | float | Literal["auto"] | None = "auto",
         rank_overrides: dict[str, int | float | None] | None = None,
+        rank_multiple: int = 1,
         embedding_rank: int | float | None = None,
         head_map: Literal["shared", "own"] | None = None,
         compression: float | None = None,
@@ -284,7 +288,9 @@ class LowRankPretraining(LanguageModelingModule):
             given = {
                 "preset": preset, "architecture": architecture,
                 "rank": None if rank == "auto" else repr(rank),
-                "rank_overrides": rank_overrides, "embedding_rank": embedding_rank,
+                "rank_overrides": rank_overrides,
+                "rank_multiple": None if rank_multiple == 1 else rank_multiple,
+                "embedding_rank": embedding_rank,
                 "head_map": None if head_map == "shared" else head_map,
                 "compression": compression, "recipe": recipe,
                 "num_layers": num_layers, "width": width,
@@ -293,7 +299,7 @@ class LowRankPretraining(LanguageModelingModule):
                 "factor_activation": None if factor_activation == "none" else factor_activation,
                 "factor_expansion": factor_expansion or None,
             }  # fmt: skip
-            defaults = {"rank": "auto", "head_map": "shared"} | {
+            defaults = {"rank": "auto", "rank_multiple": "1", "head_map": "shared"} | {
                 key: str(value) for key, value in PLAIN.items()
             }
             for name, value in given.items():
@@ -309,6 +315,7 @@ class LowRankPretraining(LanguageModelingModule):
         }  # fmt: skip
         self.shape = _shape_of(preset, architecture, sizes)
         check_recipe_name(recipe, compression, rank_overrides)
+        _check_multiple(rank_multiple, recipe, rank, rank_overrides, embedding_rank)
         settings = with_recipe(
             recipe,
             {
@@ -405,8 +412,9 @@ class LowRankPretraining(LanguageModelingModule):
                     overrides,
                     hparams["embedding_rank"],
                     hparams["head_map"] == "own",
+                    hparams["rank_multiple"],
                 )
-        return RankRule(rank, overrides)
+        return RankRule(rank, overrides, hparams["rank_multiple"])
 
     @property
     def network_shape(self) -> AnyShape:
@@ -838,8 +846,8 @@ class LowRankPretraining(LanguageModelingModule):
             twin._is_dense_baseline = True
             return twin
         dense: dict[str, Any] = {
-            "rank": None, "rank_overrides": None, "embedding_rank": None, "compression": None,
-            "recipe": None, "head_map": "shared",
+            "rank": None, "rank_overrides": None, "rank_multiple": 1, "embedding_rank": None,
+            "compression": None, "recipe": None, "head_map": "shared",
         }  # fmt: skip
         return type(self)(**(settings | dense | plain))
 
@@ -856,6 +864,34 @@ def _shape_of(
                 " null"
             )
     return stored_shape(architecture)
+
+
+def _check_multiple(
+    rank_multiple: int,
+    recipe: str | None,
+    rank: int | float | str | None,
+    rank_overrides: Mapping[str, int | float | None] | None,
+    embedding_rank: int | float | None,
+) -> None:
+    """Raises unless the ranks may be rounded to the multiples of a number.
+
+    Raises:
+        ValueError: ``rank_multiple`` is below 1, or there is no rank to round.
+    """
+    if rank_multiple < 1:
+        raise ValueError(f"rank_multiple {rank_multiple} is below 1")
+    if rank_multiple == 1:
+        return
+    if recipe is not None:
+        raise ValueError(
+            f"rank_multiple {rank_multiple}: recipe {recipe} decides the ranks; leave rank_multiple"
+            " at 1"
+        )
+    if rank is None and embedding_rank is None and not rank_overrides:
+        raise ValueError(
+            f"rank_multiple {rank_multiple} has no effect where rank and embedding_rank are null:"
+            " set one of them, or rank_multiple 1"
+        )
 
 
 def _check_head_map(

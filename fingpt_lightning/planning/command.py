@@ -24,7 +24,12 @@ from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.instructions import tokenizer_of_base
 from fingpt_lightning.files import write_json
-from fingpt_lightning.low_rank import embedding_factors, low_rank_factors
+from fingpt_lightning.low_rank import (
+    LowRankEmbedding,
+    LowRankLinear,
+    embedding_factors,
+    low_rank_factors,
+)
 from fingpt_lightning.metric_keys import MEMORY_PARTS
 from fingpt_lightning.models.device import free_bytes
 from fingpt_lightning.models.families import family_of
@@ -44,12 +49,14 @@ from fingpt_lightning.planning.fake_step import StepBytes, count_step, fake_batc
 from fingpt_lightning.planning.plan import (
     MemoryPlan,
     StagePlan,
+    TilePlan,
     batches_seen,
     factor_saving,
     jsonable,
     optimizer_bytes,
     rank_plans,
     run_length,
+    tile_plan,
 )
 from fingpt_lightning.planning.table import plan_table, stages_table
 from fingpt_lightning.profiling import measured_peak_flops_per_s
@@ -189,6 +196,7 @@ def _plan(
         "parameters": made.parameters,
         "dense_parameters": made.dense_parameters,
         "same_size_dense": None if made.same_size is None else made.same_size._asdict(),
+        "rank_tiles": jsonable(_tiles(made.network)),
         "trained": made.trained,
         "bytes": jsonable(memory),
         "teacher_bytes": 0 if teacher is None else teacher.weights,
@@ -207,6 +215,21 @@ def _plan(
         "stages": jsonable(_stages(cli, made)),
     }
     return plan, notes
+
+
+def _tiles(network: nn.Module) -> TilePlan | None:
+    """How full the ranks of a network's layers and embedding leave a GPU's tiles."""
+    layers = [
+        (m.rank, m.in_features, m.out_features)
+        for m in network.modules()
+        if isinstance(m, LowRankLinear)
+    ]
+    layers += [
+        (m.rank, m.num_embeddings, m.embedding_dim)
+        for m in network.modules()
+        if isinstance(m, LowRankEmbedding)
+    ]
+    return tile_plan(layers)
 
 
 def _read_data(cli: LightningCLI) -> _Data:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from fingpt_lightning.low_rank import resolve_rank
 from fingpt_lightning.pipeline import (
     Balance,
     NetworkCosts,
@@ -16,6 +17,8 @@ from fingpt_lightning.pipeline import (
     partition,
 )
 
+TILE = 128
+"""Columns of a product that a block of a GPU's threads takes at a time, in its fastest kernels."""
 _BLOCK = 256
 """Numbers that share a scale in the 8-bit optimizers of bitsandbytes."""
 _MIN_8BIT = 4096
@@ -58,6 +61,61 @@ class StagePlan(NamedTuple):
     parameters: int
     weights_and_state: int
     activations: int
+
+
+class RankTiles(NamedTuple):
+    """The tiles of products whose results have one rank's number of columns.
+
+    Attributes:
+        rank: Rank of the layers.
+        num_layers: Number of layers with this rank.
+        filled: Share of the tiles' columns that the rank fills.
+        full_rank: The nearest rank that fills them; None where it is no smaller than dense in one
+            of the layers.
+    """
+
+    rank: int
+    num_layers: int
+    filled: float
+    full_rank: int | None
+
+
+class TilePlan(NamedTuple):
+    """How full the tiles of low-rank layers are.
+
+    Attributes:
+        filled: Share of the operations on tiles of all layers that is of use.
+        ranks: The ranks, that of most layers first.
+    """
+
+    filled: float
+    ranks: list[RankTiles]
+
+
+def tile_plan(layers: Iterable[tuple[int, int, int]]) -> TilePlan | None:
+    """How full ranks leave tiles of `TILE` columns; None without low-rank layers.
+
+    Args:
+        layers: Rank, in features and out features of each.
+
+    >>> tile_plan([(224, 768, 3072)])
+    TilePlan(filled=0.875, ranks=[RankTiles(rank=224, num_layers=1, filled=0.875, full_rank=256)])
+    """
+    by_rank: dict[int, list[tuple[int, int]]] = {}
+    for rank, *size in layers:
+        by_rank.setdefault(rank, []).append((size[0], size[1]))
+    if not by_rank:
+        return None
+    found, used, taken = [], 0, 0
+    for rank, sizes in by_rank.items():
+        whole = TILE * math.ceil(rank / TILE)
+        full = {resolve_rank(rank, *size, multiple=TILE) for size in sizes}
+        full_rank = full.pop() if len(full) == 1 else None
+        is_full = full_rank is not None and full_rank % TILE == 0
+        found.append(RankTiles(rank, len(sizes), rank / whole, full_rank if is_full else None))
+        features = sum(map(sum, sizes))
+        used, taken = used + rank * features, taken + whole * features
+    return TilePlan(used / taken, sorted(found, key=lambda tiles: -tiles.num_layers))
 
 
 def optimizer_bytes(parameters: Iterable[tuple[int, int]], optimizer: str = "adamw") -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fingpt_lightning.planning.plan import TILE
 from fingpt_lightning.units import format_bytes, format_count, format_duration
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "peak")
@@ -38,6 +39,9 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
         row("parameters, dense baseline", format_count(plan["dense_parameters"]))
     if same_size := plan.get("same_size_dense"):
         row("width of a dense network of this size", f"{same_size['width']:,}")
+    tiles = plan.get("rank_tiles") or {"ranks": []}
+    if any(one["full_rank"] for one in tiles["ranks"]):
+        row(f"tiles of {TILE} columns filled, on a GPU", _filled(tiles))
     row("trained share", f"{plan['trained'] / plan['parameters']:.2%}")
     table.add_section()
     for part in _PARTS:
@@ -59,6 +63,15 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     about = "" if plan["is_calibrated"] else "by FLOP, "
     row("time training", "unknown" if seconds is None else f"{about}{format_duration(seconds)}")
     return table
+
+
+def _filled(tiles: Mapping[str, Any]) -> str:
+    """The share, and of the ranks that leave a part free the one of most layers."""
+    text = f"{tiles['filled']:.0%}"
+    for one in tiles["ranks"]:
+        if one["full_rank"] not in (None, one["rank"]):
+            return f"{text}, all at rank {one['full_rank']} in place of {one['rank']}"
+    return text
 
 
 def stages_table(stages: list[Mapping[str, Any]]) -> Table:

@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fingpt_lightning.low_rank import RankRule, resolve_rank
+from fingpt_lightning.low_rank.rank import largest_rank
 
 SIZES = st.integers(1, 300)
 
@@ -20,6 +21,28 @@ def test_a_pair_is_taken_only_where_it_is_smaller(
 @given(in_features=SIZES, out_features=SIZES)
 def test_no_rank_is_dense(in_features: int, out_features: int) -> None:
     assert resolve_rank(None, in_features, out_features) is None
+
+
+@given(
+    in_features=SIZES, out_features=SIZES, share=st.floats(0, 1, exclude_min=True),
+    multiple=st.integers(1, 40),
+)  # fmt: skip
+def test_a_rank_becomes_the_nearest_multiple_that_is_smaller_than_dense(
+    in_features: int, out_features: int, share: float, multiple: int
+) -> None:
+    plain = resolve_rank(share, in_features, out_features)
+    rank = resolve_rank(share, in_features, out_features, multiple)
+    fit = range(multiple, largest_rank(in_features, out_features) + 1, multiple)
+    if plain is None or not fit:
+        assert rank == plain
+    else:
+        assert rank == min(reversed(fit), key=lambda fitting: abs(fitting - plain))
+
+
+def test_a_rule_rounds_every_rank_to_its_multiples() -> None:
+    rule = RankRule(0.3, {"*.c_fc": 15, "*.c_proj": None}, multiple=8)
+    ranks = [rule.rank_of(f"h.0.{name}", 64, 64) for name in ("c_attn", "c_fc", "c_proj")]
+    assert ranks == [16, 16, None]
 
 
 def test_factors_of_the_size_of_the_layer_are_not_taken() -> None:

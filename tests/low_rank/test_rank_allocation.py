@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fingpt_lightning.low_rank.rank import largest_rank, resolve_rank
 from fingpt_lightning.low_rank.rank_allocation import (
     Size,
     allocate_ranks,
     energy_rank,
     falling,
-    largest_rank,
     num_parameters,
     ranks_at_ratio,
     ratio_for_parameters,
@@ -31,25 +31,28 @@ def test_the_largest_rank_is_the_last_that_saves(size: Size) -> None:
     assert num_parameters(rank + 1, *size) >= dense
 
 
-@given(sizes=_sizes, share=st.floats(0.0, 1.2))
+@given(sizes=_sizes, share=st.floats(0.0, 1.2), multiple=st.sampled_from([1, 1, 2, 3]))
 def test_no_ratio_comes_nearer_to_a_number_of_parameters(
-    sizes: dict[str, Size], share: float
+    sizes: dict[str, Size], share: float, multiple: int
 ) -> None:
-    least = sum(min(num_parameters(1, *s), num_parameters(None, *s)) for s in sizes.values())
+    lowest = {name: resolve_rank(1, *size, multiple) for name, size in sizes.items()}
+    least = total_parameters(sizes, lowest)
     target = max(least, round(share * sum(i * o for i, o in sizes.values())))
-    ratio = ratio_for_parameters(sizes, target)
-    gap = abs(total_parameters(sizes, ranks_at_ratio(sizes, ratio)) - target)
+    ratio = ratio_for_parameters(sizes, target, multiple)
+    gap = abs(total_parameters(sizes, ranks_at_ratio(sizes, ratio, multiple)) - target)
     tried = [(k + d) / m for m in range(2, 13) for k in range(m + 1) for d in (-0.45, 0.45)]
     others = [x for x in tried if 0 < x <= 1]
     assert others
     for other in others:
-        ranks = ranks_at_ratio(sizes, other)
+        ranks = ranks_at_ratio(sizes, other, multiple)
         assert gap <= abs(total_parameters(sizes, ranks) - target), other
 
 
 def test_fewer_parameters_than_rank_1_are_refused() -> None:
     with pytest.raises(ValueError, match="rank 1 everywhere takes 32, more than 31"):
         ratio_for_parameters({"a": (8, 24)}, 31)
+    with pytest.raises(ValueError, match="rank 4 everywhere takes 128, more than 127"):
+        ratio_for_parameters({"a": (8, 24)}, 127, multiple=4)
 
 
 @given(

@@ -71,6 +71,36 @@ def test_a_compression_is_of_all_parameters_and_as_near_as_ranks_allow(
     assert stored == budget.total_parameters
 
 
+def test_ranks_in_multiples_train_as_the_same_ranks_by_hand(tmp_path: Path) -> None:
+    by_hand = {"rank": 4, "embedding_rank": 6, "rank_overrides": {"*.c_fc": 8}}
+    rounded = {"rank": 0.3, "embedding_rank": 5, "rank_overrides": {"*.c_fc": 7}}
+    weights = []
+    for settings in (by_hand, rounded | {"rank_multiple": 2}):
+        torch.manual_seed(2)
+        module = LowRankPretraining(**SIZES | settings)
+        _fit(tmp_path, module)
+        weights.append(module.state_dict())
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert torch.equal(weights[1][name], weight), name
+    assert module.dense_baseline().hparams["rank_multiple"] == 1
+
+
+def test_no_ranks_in_multiples_come_nearer_to_a_compression() -> None:
+    sizes = SIZES | {"width": 36, "vocab_size": 67, "embedding_rank": 7}
+    budget = LowRankPretraining(**sizes, compression=1.7, rank_multiple=4).budget()
+    dense = budget.dense_total_parameters
+    gaps = {
+        rank: abs(LowRankPretraining(**sizes | {"embedding_rank": 8}, rank=rank).budget()
+            .total_parameters - dense / 1.7)
+        for rank in range(4, 20, 4)
+    }  # fmt: skip
+    assert abs(budget.total_parameters - dense / 1.7) == min(gaps.values())
+    out_of_reach = LowRankPretraining(**sizes, compression=4.0, rank_multiple=8)
+    with pytest.raises(ValueError, match=r"compression 4.0 is out of reach: rank 8 everywhere"):
+        out_of_reach.budget()
+
+
 def test_a_compression_out_of_reach_says_what_is_within_it() -> None:
     module = LowRankPretraining(**SIZES, vocab_size=5000, compression=4.0)
     with pytest.raises(ValueError, match=r"compression 4.0 is out of reach: rank 1 .* gives 1\.0"):
@@ -122,6 +152,15 @@ def test_blocks_are_compiled_when_asked(monkeypatch: pytest.MonkeyPatch) -> None
         ({"beta2": 1.0}, "beta2 1.0 is outside [0, 1)"),
         ({"width": 13}, "width 13 is not a multiple of num_heads 3"),
         ({"num_layers": 10**7}, "num_layers 10,000,000 is above 10,000"),
+        ({"rank_multiple": 0}, "rank_multiple 0 is below 1"),
+        (
+            {"rank_multiple": 128, "rank": None},
+            "rank_multiple 128 has no effect where rank and embedding_rank are null: set one",
+        ),
+        (
+            {"rank_multiple": 128, "recipe": "narrow", "compression": 1.7},
+            "rank_multiple 128: recipe narrow decides the ranks; leave rank_multiple at 1",
+        ),
         ({"compression": 0.9}, "compression 0.9 is below 1"),
         ({"compression": 2.0, "rank": 3}, "rank 3 and compression 2.0: give one of them"),
         ({"compression": 2.0, "rank": None}, "rank None and compression 2.0: give one of them"),

@@ -170,6 +170,7 @@ PRETRAINING: dict[str, Row] = {
     "rank_overrides": Row(
         {"rank_overrides": {"*.mlp.*": 2}}, refused={"": "rank_overrides .*: init_from .* decides"}
     ),
+    "rank_multiple": _decided(rank_multiple=4),
     "embedding_rank": _decided(embedding_rank=4),
     "compression": _decided(compression=2.0),
     "recipe": _decided(recipe="narrow"),

@@ -109,6 +109,16 @@ def test_wrong_words_are_told_as_by_fit(plan: Plan) -> None:
     assert "not allowed with" in text
 
 
+def test_a_plan_names_the_rank_that_fills_the_tiles_of_a_gpu(plan: Plan) -> None:
+    words = ["--trainer.accelerator", "cpu", "--no_calibrate", "--model.num_layers", "1"]
+    words += ["--model.width", "768", "--model.num_heads", "12", "--model.embedding_rank", "null"]
+    status, text, found = plan("debug_pretrain_gpt2_small.yaml", *words, "--model.rank", "224")
+    assert status == 0, text
+    assert "88%, all at rank 256 in place of 224" in text
+    (tiles,) = found["rank_tiles"]["ranks"]
+    assert tiles == {"rank": 224, "num_layers": 4, "filled": 0.875, "full_rank": 256}
+
+
 def test_a_teacher_is_counted_in_the_peak_and_in_the_time(plan: Plan, tmp_path: Path) -> None:
     words = ("--trainer.accelerator", "cpu", "--no_calibrate")
     _, _, alone = plan("debug_pretrain_gpt2_small.yaml", *words)

@@ -12,7 +12,14 @@ from fingpt_lightning.pipeline import (
     Schedule,
     Workload,
 )
-from fingpt_lightning.planning.plan import batches_seen, optimizer_bytes, rank_plans, run_length
+from fingpt_lightning.planning.plan import (
+    RankTiles,
+    batches_seen,
+    optimizer_bytes,
+    rank_plans,
+    run_length,
+    tile_plan,
+)
 from fingpt_lightning.profiling.memory import storage_bytes
 
 COUNTS = st.integers(1, 10_000)
@@ -44,6 +51,22 @@ def test_a_run_ends_at_the_first_of_its_limits(
 def test_without_data_only_what_is_given_is_known() -> None:
     assert run_length(7, None, None, 1) == (7, None)
     assert run_length(-1, 3, None, 1) == (None, 3.0)
+
+
+def test_tiles_are_filled_as_operations_are_spent() -> None:
+    sizes = [(768, 2304), (768, 768), (768, 3072), (3072, 768)]
+    half = tile_plan([(192, *size) for size in sizes])
+    assert half is not None
+    assert (half.filled, half.ranks) == (0.75, [RankTiles(192, 4, 0.75, 256)])
+    mixed = tile_plan([(256, 768, 768), (64, 768, 256), (130, 768, 768)])
+    assert mixed is not None
+    used, taken = 256 * 1536 + 64 * 1024 + 130 * 1536, 256 * 1536 + 128 * 1024 + 256 * 1536
+    assert mixed.filled == used / taken
+    assert {tiles.rank: tiles.full_rank for tiles in mixed.ranks} == {256: 256, 64: 128, 130: 128}
+    small = tile_plan([(16, 64, 64)])
+    assert small is not None
+    assert small.ranks[0].full_rank is None, "128 columns are more than the layer has"
+    assert tile_plan([]) is None
 
 
 @given(batches=COUNTS, share=st.floats(0, 1))
