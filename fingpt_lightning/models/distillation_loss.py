@@ -16,11 +16,10 @@ from fingpt_lightning.models.vocabulary_loss import (
     IGNORED_LABEL,
     LossSums,
     add_outer_,
+    rows_per_softmax,
     saved_gradients,
+    tokens_per_chunk,
 )
-
-_SOFTMAX_BYTES = 2**22
-"""Bytes of the rows of one softmax on the CPU, as many as a core's share of cache holds."""
 
 
 class DistillationHead(NamedTuple):
@@ -96,9 +95,7 @@ def _loss_and_gradient_(
     mix: _Mix,
 ) -> Tensor:
     """The summed loss; the logits become its gradient with respect to them, in place."""
-    num_rows = len(logits_CV)
-    if logits_CV.device.type == "cpu":
-        num_rows = max(1, _SOFTMAX_BYTES // (logits_CV.shape[1] * wide_dtype.itemsize))
+    num_rows = rows_per_softmax(logits_CV, wide_dtype)
     loss_sum = logits_CV.new_zeros((), dtype=wide_dtype)
     parts = (tensor.split(num_rows) for tensor in (logits_CV, teacher_CV, labels_C))
     weight, temperature = mix
@@ -138,7 +135,7 @@ def distillation_loss(
     labels: Int[Tensor, "*batch"],
     weight: float = 1.0,
     temperature: float = 1.0,
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
 ) -> LossSums:
     """Sum of w T^2 KL(teacher || student) + (1 - w) cross-entropy over the supervised positions.
 
@@ -153,14 +150,15 @@ def distillation_loss(
         labels: Next tokens, aligned with both; -100 where nothing is supervised.
         weight: w, in [0, 1].
         temperature: T, above 0.
-        chunk_size: Tokens whose logits are held at a time, at least 1.
+        chunk_size: Tokens whose logits are held at a time, at least 1; None takes as many as
+            `CHUNK_BYTES` of the vocabulary loss hold.
 
     Raises:
         ValueError: A setting is outside its range.
 
     Source: https://arxiv.org/abs/1503.02531, section 2.
     """
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} is below 1")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight {weight} is outside [0, 1]")
@@ -177,7 +175,7 @@ def distillation_loss(
             head_weight,
             teacher._replace(hidden=teacher.hidden.detach().flatten(0, -2)),
             labels_N,
-            chunk_size,
+            tokens_per_chunk(chunk_size, len(head_weight), compute_dtype, device_type),
             compute_dtype,
             student.softcap,
             _Mix(weight, temperature),

@@ -1,6 +1,7 @@
 """Cross-entropy over the vocabulary without ever holding all logits.
 
-Axes: N tokens, C tokens of one chunk, K features of the head's last product, V vocabulary.
+Axes: N tokens, C tokens of one chunk, K features of the head's last product, V vocabulary, P rows
+of the head's weight as it is multiplied, V or some more.
 """
 
 from collections.abc import Callable
@@ -17,8 +18,11 @@ IGNORED_LABEL = -100
 """The label of a position without supervision, as ``torch.nn.functional.cross_entropy`` has it."""
 
 
-_SOFTMAX_BYTES = 2**22
-"""Bytes of the rows of one softmax on the CPU, as many as a core's share of cache holds."""
+CHUNK_BYTES = {"cpu": 100 * 2**20, "cuda": 2**29}
+"""Bytes of the logits that are held at a time, by type of device; those of CUDA not measured."""
+_SOFTMAX_BYTES = {"cpu": 2**22, "cuda": 2**26}
+"""Bytes of the rows of one softmax: on the CPU as many as a core's share of cache holds, on CUDA a
+bound on its float32 temporaries."""
 
 _ROW_ALIGNMENT = 64
 """Elements; rows of logits begin at multiples of it."""
@@ -50,6 +54,32 @@ def row_sums(
     return torch.stack([torch.stack([part.double() for part in sums]) for sums in rows])
 
 
+def tokens_per_chunk(
+    chunk_size: int | None, vocab_size: int, dtype: torch.dtype, device_type: str
+) -> int:
+    """The tokens whose logits are held at a time.
+
+    Args:
+        chunk_size: Number as requested; None takes those whose logits are `CHUNK_BYTES`.
+        vocab_size: Size of the vocabulary.
+        dtype: Dtype of the logits.
+        device_type: Type of the device, such as ``cpu``.
+
+    >>> tokens_per_chunk(None, 50257, torch.float32, "cpu")
+    521
+    """
+    if chunk_size is None:
+        num_bytes = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
+        return max(1, num_bytes // (vocab_size * dtype.itemsize))
+    return chunk_size
+
+
+def rows_per_softmax(logits: Float[Tensor, "C V"], wide_dtype: torch.dtype) -> int:
+    """The rows of logits that go through softmax, loss and gradient at a time."""
+    num_bytes = _SOFTMAX_BYTES.get(logits.device.type, _SOFTMAX_BYTES["cuda"])
+    return max(1, num_bytes // (logits.shape[1] * wide_dtype.itemsize))
+
+
 class _ChunkedCrossEntropySum(torch.autograd.Function):
     """Sum of the cross-entropies; the gradients are made chunk by chunk in the forward pass.
 
@@ -71,23 +101,27 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
     ) -> Tensor:
         with_features, with_weight = ctx.needs_input_grad[:2]
         wide_dtype = torch.promote_types(compute_dtype, torch.float32)
-        weight_VK = weight.to(compute_dtype)
+        vocab_size = len(weight)
+        weight_PK = _multiplied(weight, compute_dtype)
         features_NK = features.to(compute_dtype)
         loss_sum = features.new_zeros((), dtype=wide_dtype)
         grad_features = torch.empty_like(features_NK) if with_features else None
-        grad_weight = torch.zeros_like(weight, dtype=wide_dtype) if with_weight else None
-        logits = _aligned_rows(min(chunk_size, len(features_NK)), len(weight_VK), features_NK)
+        grad_weight = torch.zeros_like(weight_PK, dtype=wide_dtype) if with_weight else None
+        logits = _aligned_rows(min(chunk_size, len(features_NK)), len(weight_PK), features_NK)
         for first in range(0, len(features_NK), chunk_size):
             features_CK = features_NK[first : first + chunk_size]
-            logits_CV = logits[: len(features_CK)]
-            torch.matmul(features_CK, weight_VK.T, out=logits_CV)
+            logits_CP = logits[: len(features_CK)]
+            torch.matmul(features_CK, weight_PK.T, out=logits_CP)
             labels_C = labels[first : first + chunk_size]
+            logits_CV = logits_CP[:, :vocab_size]
             loss_sum += _loss_and_gradient_(logits_CV, labels_C, wide_dtype, softcap)
-            grad_CV = logits_CV
+            grad_CP = logits_CP  # beyond V the logits of rows of zeros are 0, and the gradient is
             if grad_features is not None:
-                torch.matmul(grad_CV, weight_VK, out=grad_features[first : first + chunk_size])
+                torch.matmul(grad_CP, weight_PK, out=grad_features[first : first + chunk_size])
             if grad_weight is not None:
-                add_outer_(grad_weight, grad_CV, features_CK)
+                add_outer_(grad_weight, grad_CP, features_CK)
+        if grad_weight is not None:
+            grad_weight = grad_weight[:vocab_size]
         ctx.save_for_backward(grad_features, grad_weight)
         ctx.dtypes = features.dtype, weight.dtype
         return loss_sum
@@ -96,6 +130,20 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return *saved_gradients(ctx, grad_output), None, None, None, None
+
+
+def _multiplied(weight: Float[Tensor, "V K"], dtype: torch.dtype) -> Float[Tensor, "P K"]:
+    """The weight in a dtype; where that takes a copy, with rows of zeros up to a round number.
+
+    So all sides of the products are round, which kernels for 16 bits on GPUs are made for.
+    """
+    if weight.dtype == dtype:
+        return weight
+    num_rows = -(-len(weight) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    copied = weight.new_empty(num_rows, weight.shape[1], dtype=dtype)
+    copied[: len(weight)].copy_(weight)
+    copied[len(weight) :].zero_()
+    return copied
 
 
 def _aligned_rows(num_rows: int, num_columns: int, like: Tensor) -> Tensor:
@@ -115,6 +163,9 @@ def add_outer_(
     """Adds one chunk's part of the weight's gradient, which may be wider than its factors."""
     if grad_weight.dtype == features.dtype:
         grad_weight.addmm_(grad.T, features)
+    elif features.device.type == "cuda":
+        # The product of a chunk is not rounded to 16 bits; torch 2.13 cannot do so on the CPU.
+        grad_weight += torch.mm(grad.T, features, out_dtype=grad_weight.dtype)
     else:
         grad_weight += grad.T @ features
 
@@ -133,9 +184,7 @@ def _loss_and_gradient_(
 ) -> Tensor:
     """The summed loss; the logits become its gradient with respect to them, in place."""
     # A few rows at a time, so that on the CPU every pass but the first finds them in cache.
-    num_rows = len(logits_CV)
-    if logits_CV.device.type == "cpu":
-        num_rows = max(1, _SOFTMAX_BYTES // (logits_CV.shape[1] * wide_dtype.itemsize))
+    num_rows = rows_per_softmax(logits_CV, wide_dtype)
     loss_sum = logits_CV.new_zeros((), dtype=wide_dtype)
     for rows_RV, labels_R in zip(logits_CV.split(num_rows), labels_C.split(num_rows), strict=True):
         kept_R = labels_R != IGNORED_LABEL
@@ -157,7 +206,7 @@ def vocabulary_loss(
     head: nn.Module,
     hidden: Float[Tensor, "*batch D"],
     labels: Int[Tensor, "*batch"],
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
     softcap: float | None = None,
 ) -> LossSums:
     """Sum of the cross-entropies of ``labels`` under ``head(hidden)``, and how many there are.
@@ -170,13 +219,14 @@ def vocabulary_loss(
         head: A `LowRankHead` or a ``torch.nn.Linear`` without bias.
         hidden: Final hidden states.
         labels: Next tokens, aligned with ``hidden``; -100 where nothing is supervised.
-        chunk_size: Tokens whose logits are held at a time, at least 1.
+        chunk_size: Tokens whose logits are held at a time, at least 1; None takes as many as
+            `CHUNK_BYTES` hold.
         softcap: Bound c of the logits, which are ``c tanh(logits / c)``; None leaves them.
 
     Raises:
         ValueError: ``chunk_size`` is below 1.
     """
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} is below 1")
     features, weight = head_factors(head, hidden)
     device_type = hidden.device.type
@@ -188,7 +238,7 @@ def vocabulary_loss(
             features.reshape(-1, features.shape[-1]),
             weight,
             labels_N,
-            chunk_size,
+            tokens_per_chunk(chunk_size, len(weight), compute_dtype, device_type),
             compute_dtype,
             softcap,
         )

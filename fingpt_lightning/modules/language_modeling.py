@@ -132,7 +132,7 @@ class LanguageModelingModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loss_chunk_size = 512
+        self.loss_chunk_size: int | None = None
         self._tokens_seen = 0
         self._new_tokens: Tensor | None = None
         self._finite_steps = FiniteSteps()

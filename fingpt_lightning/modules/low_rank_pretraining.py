@@ -149,7 +149,8 @@ class LowRankPretraining(LanguageModelingModule):
             all but its input; ``low_rank``, all but its input, the thin activations of its factors
             and attention's result.
         compile: Whether torch.compile fuses the blocks: some percent faster after a minute.
-        loss_chunk_size: Tokens whose logits over the vocabulary are held at a time.
+        loss_chunk_size: Tokens whose logits over the vocabulary are held at a time; null is as many
+            as take 100 MiB on a CPU and 512 MiB on a GPU.
         learning_rate: Highest learning rate of the schedule; null is 0.0006, or the recipe's.
         final_learning_rate_ratio: Ratio of the last to the highest learning rate.
         warmup: Length of the warm-up: an int is steps, a float the share of all steps.
@@ -241,7 +242,7 @@ class LowRankPretraining(LanguageModelingModule):
         dropout: float = 0.0,
         recompute: Literal["none", "block", "low_rank"] = "none",
         compile: bool = False,
-        loss_chunk_size: int = 512,
+        loss_chunk_size: int | None = None,
         learning_rate: float | None = None,
         final_learning_rate_ratio: float = 0.1,
         warmup: int | float = 0.05,

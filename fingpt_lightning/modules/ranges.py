@@ -11,7 +11,7 @@ def check_optimization(
     weight_decay: float,
     beta1: float,
     beta2: float,
-    loss_chunk_size: int,
+    loss_chunk_size: int | None,
 ) -> None:
     """Raises unless the settings that all modules have are in their ranges.
 
@@ -25,7 +25,7 @@ def check_optimization(
         raise ValueError(f"warmup {warmup} is neither a share in [0, 1] nor a number of steps")
     if not 0 <= final_learning_rate_ratio <= 1:
         raise ValueError(f"final_learning_rate_ratio {final_learning_rate_ratio} is outside [0, 1]")
-    if loss_chunk_size < 1:
+    if loss_chunk_size is not None and loss_chunk_size < 1:
         raise ValueError(f"loss_chunk_size {loss_chunk_size} is below 1")
 
 

@@ -167,7 +167,7 @@ class Teacher:
         hidden: Float[Tensor, "B T D"],
         teacher_hidden: Float[Tensor, "B T D2"],
         labels: Int[Tensor, "B T"],
-        chunk_size: int,
+        chunk_size: int | None,
     ) -> LossSums:
         """The summed loss of `distillation_loss` at the positions that have labels.
 
@@ -176,7 +176,7 @@ class Teacher:
             hidden: Its final hidden states.
             teacher_hidden: Those of the teacher.
             labels: Labels of both.
-            chunk_size: Tokens whose logits are held at a time.
+            chunk_size: Tokens whose logits are held at a time, as `distillation_loss` takes it.
         """
         return distillation_loss(
             DistillationHead(head_of(student), hidden, logit_cap(student)),

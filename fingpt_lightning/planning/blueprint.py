@@ -23,6 +23,7 @@ from fingpt_lightning.models.low_rank_config import is_guide
 from fingpt_lightning.models.packed_attention import use_packed_attention
 from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER
 from fingpt_lightning.models.sources import GGUF, adapter_at, resolve_source
+from fingpt_lightning.models.vocabulary_loss import tokens_per_chunk
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 from fingpt_lightning.modules.base_model import RandomLlama
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
@@ -116,12 +117,16 @@ class TeacherCosts(NamedTuple):
     flops_per_token: float
 
 
-def teacher_costs(module: LanguageModelingModule, block_length: int) -> TeacherCosts | None:
+def teacher_costs(
+    module: LanguageModelingModule, block_length: int, num_tokens: int, device: torch.device = _CPU
+) -> TeacherCosts | None:
     """What the teacher of a module adds to a step; None where it has none.
 
     Args:
         module: Module that was made and not yet configured.
         block_length: Most tokens per sequence.
+        num_tokens: Tokens of a batch.
+        device: Device of the run.
 
     Raises:
         OSError: There is no model at the path.
@@ -140,7 +145,9 @@ def teacher_costs(module: LanguageModelingModule, block_length: int) -> TeacherC
         for name, p in network.named_parameters()
     )
     # Logits in the teacher's dtype, and in float32 as the softmax takes them.
-    loss = module.loss_chunk_size * network.config.vocab_size * (itemsize + 4)
+    vocab_size = network.config.vocab_size
+    held = tokens_per_chunk(module.loss_chunk_size, vocab_size, DTYPES[teacher.dtype], device.type)
+    loss = min(num_tokens, held) * vocab_size * (itemsize + 4)
     flops = sum(cost.flops_per_token for cost in (*costs.blocks, costs.back))
     return TeacherCosts(round(weights), loss, flops)
 

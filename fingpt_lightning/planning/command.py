@@ -166,7 +166,7 @@ def _plan(
         state -= factor_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
     # At the optimizer step gradients are whole and activations are gone.
     peak = made.weights + state + max(step.peak, gradients)
-    teacher = teacher_costs(cli.model, length)
+    teacher = teacher_costs(cli.model, length, data.batch["input_ids"].numel(), device)
     if teacher is not None:
         peak += teacher.weights + teacher.loss
     memory = MemoryPlan(made.weights, gradients, state, step.activations, step.loss, peak)

@@ -130,7 +130,7 @@ def test_a_teacher_is_counted_in_the_peak_and_in_the_time(plan: Plan, tmp_path: 
     assert status == 0, text
     weights = 4 * sum(p.numel() for p in network.parameters())
     assert found["teacher_bytes"] == weights
-    logits = 512 * network.config.vocab_size * 8
+    logits = found["tokens_a_step"] * network.config.vocab_size * 8
     assert found["bytes"]["peak"] == alone["bytes"]["peak"] + weights + logits
     assert "the teacher's weights, in the peak" in text
     assert found["bytes"]["weights"] == alone["bytes"]["weights"]
