@@ -17,7 +17,7 @@ _PRETRAINING = (
     "lora-muon of dense layers", "healing", "healing softened, by nf4",
     "product decay", "cola", "expansion", "self-guided", "recomputed low-rank",
     "recomputed blocks", "dropout", "dropout recomputed", "aware of nf4", "aware of int8",
-    "low-rank with monitors",
+    "low-rank with monitors", "residual stream in bfloat16",
 )  # fmt: skip
 _FINETUNING = (
     "lora", "lora without quantization", "lora in int8", "lora in float64", "lora of odd rows",

@@ -45,8 +45,9 @@ from fingpt_lightning.models.from_scratch import (
     same_size_dense,
 )
 from fingpt_lightning.models.layout import fill, lay_out
-from fingpt_lightning.models.loading import build_model, open_stored, standalone_copy
+from fingpt_lightning.models.loading import DTYPES, build_model, open_stored, standalone_copy
 from fingpt_lightning.models.low_rank_config import drop_guides, has_own_head_map, is_guide
+from fingpt_lightning.models.residual_stream import RESIDUAL_DTYPES, keep_residual_in
 from fingpt_lightning.models.shapes import (
     AnyShape,
     StoredShape,
@@ -80,7 +81,7 @@ from fingpt_lightning.modules.self_guided import GuideSchedule
 from fingpt_lightning.modules.sharding import shard
 from fingpt_lightning.modules.teacher import WITHOUT_TEACHER, Teacher
 from fingpt_lightning.modules.weight_averaging import prepare_averaging
-from fingpt_lightning.terminal.messages import nearest, print_status
+from fingpt_lightning.terminal.messages import check_choice, nearest, print_status
 from fingpt_lightning.terminal.progress import announced
 from fingpt_lightning.units import format_count
 
@@ -149,6 +150,9 @@ class LowRankPretraining(LanguageModelingModule):
             all but its input; ``low_rank``, all but its input, the thin activations of its factors
             and attention's result.
         compile: Whether torch.compile fuses the blocks: some percent faster after a minute.
+        residual_dtype: Dtype of the residual stream, to which the blocks add, with
+            ``trainer.precision`` bf16-mixed: ``bfloat16`` halves its memory traffic and the inputs
+            that blocks keep, and rounds every sum to 8 bits.
         loss_chunk_size: Tokens whose logits over the vocabulary are held at a time; null is as many
             as take 100 MiB on a CPU and 512 MiB on a GPU.
         learning_rate: Highest learning rate of the schedule; null is 0.0006, or the recipe's.
@@ -242,6 +246,7 @@ class LowRankPretraining(LanguageModelingModule):
         dropout: float = 0.0,
         recompute: Literal["none", "block", "low_rank"] = "none",
         compile: bool = False,
+        residual_dtype: Literal["float32", "bfloat16"] = "float32",
         loss_chunk_size: int | None = None,
         learning_rate: float | None = None,
         final_learning_rate_ratio: float = 0.1,
@@ -347,6 +352,7 @@ class LowRankPretraining(LanguageModelingModule):
         if recompute not in list(Recompute):
             hint = nearest(recompute, Recompute)
             raise ValueError(f"recompute {recompute!r} is none of {', '.join(Recompute)}{hint}")
+        check_choice("residual_dtype", residual_dtype, RESIDUAL_DTYPES)
         if vocab_size is not None and vocab_size < 1:
             raise ValueError(f"vocab_size {vocab_size} is below 1")
         check_optimization(
@@ -551,11 +557,28 @@ class LowRankPretraining(LanguageModelingModule):
             with announced(f"initializing the network ({start.value})"):
                 materialize(network, self.initialization_seed, start)
             self.network = network
+        self._keep_residual()
         recompute_blocks(self.network, self.hparams["recompute"])
         if self.hparams["compile"]:
             compile_blocks(self.network)
         self.rounding.attach(self)
         shard(self, self.network)
+
+    def _keep_residual(self) -> None:
+        dtype = self.hparams["residual_dtype"]
+        if dtype == "float32":
+            return
+        if self.is_fitting and not self._is_bf16_mixed:
+            raise ValueError(
+                f"model.residual_dtype {dtype} has no effect with trainer.precision"
+                f" {self.trainer.precision}: set bf16-mixed, or model.residual_dtype float32"
+            )
+        keep_residual_in(self.network, DTYPES[dtype])
+
+    @property
+    def _is_bf16_mixed(self) -> bool:
+        precision = self.trainer.precision_plugin
+        return isinstance(precision, MixedPrecision) and precision.precision == "bf16-mixed"
 
     @override
     def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
@@ -605,13 +628,12 @@ class LowRankPretraining(LanguageModelingModule):
             return adamw_8bit(groups, betas, lr)
         if kind in FACTOR_OPTIMIZERS:
             precision = self.trainer.precision_plugin
-            is_bf16 = isinstance(precision, MixedPrecision) and precision.precision == "bf16-mixed"
             return (LoRAMuon if kind == "lora_muon" else Spectron)(
                 groups,
                 lr,
                 betas=betas,
                 fused=getattr(precision, "scaler", None) is None,
-                product_dtype=torch.bfloat16 if is_bf16 else None,
+                product_dtype=torch.bfloat16 if self._is_bf16_mixed else None,
             )
         return self.fused_adamw(groups, lr=lr, betas=betas)
 

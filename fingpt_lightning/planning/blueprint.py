@@ -22,6 +22,7 @@ from fingpt_lightning.models.loading import DTYPES, open_stored, stored_config
 from fingpt_lightning.models.low_rank_config import is_guide
 from fingpt_lightning.models.packed_attention import use_packed_attention
 from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER
+from fingpt_lightning.models.residual_stream import keep_residual_in
 from fingpt_lightning.models.sources import GGUF, adapter_at, resolve_source
 from fingpt_lightning.models.vocabulary_loss import tokens_per_chunk
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
@@ -215,6 +216,8 @@ def _pretraining(
     module.guiding.attach(network)
     mode = FakeTensorMode()
     fake_parameters(network, mode, dtype, device)
+    if (residual := DTYPES[hparams["residual_dtype"]]) != torch.float32:
+        keep_residual_in(network, residual)
     recompute_blocks(network, recompute)
     module.network = network
     budget = module.budget(block_length)

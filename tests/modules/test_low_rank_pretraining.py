@@ -122,6 +122,18 @@ def test_recomputing_changes_no_weight(tmp_path: Path) -> None:
         assert torch.equal(weights[Recompute.LOW_RANK][name], weight)
 
 
+def test_a_residual_stream_in_bfloat16_trains_near_one_in_float32(tmp_path: Path) -> None:
+    weights = []
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(2)
+        module = LowRankPretraining(**SIZES | {"residual_dtype": dtype}, rank=3, warmup=0)
+        _fit(tmp_path, module, precision="bf16-mixed")
+        weights.append(torch.cat([p.detach().flatten() for p in module.network.parameters()]))
+    assert not torch.equal(*weights)
+    # AdamW moves each weight by about the rate; few small gradients change their sign.
+    assert float((weights[0] - weights[1]).norm() / weights[0].norm()) < 0.01
+
+
 def test_blocks_are_compiled_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[object] = []
     monkeypatch.setattr(low_rank_pretraining, "compile_blocks", compiled.append)

@@ -202,6 +202,15 @@ PRETRAINING: dict[str, Row] = {
         lambda seen: all(block._compiled_call_impl is not None for block in seen.blocks),
         has_step=False,  # the compiler takes a minute
     ),
+    "residual_dtype": Row(
+        {"residual_dtype": "bfloat16"},
+        lambda seen: all(len(block._forward_pre_hooks) == 1 for block in seen.blocks),
+        has_step=False,  # the steps here are in float64
+    ),
+    "residual_dtype, without effect": Row(
+        {"residual_dtype": "bfloat16"},
+        refused={"": "residual_dtype bfloat16 has no effect with trainer.precision 64-true: set b"},
+    ),
     "self_guided": Row(
         {"self_guided": 1.0}, lambda seen: seen.guided == seen.expected(*seen.family.mlp)
     ),

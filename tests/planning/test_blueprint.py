@@ -6,6 +6,7 @@ import pytest
 from lightning.pytorch import LightningModule
 from transformers import LlamaConfig
 
+from fingpt_lightning.models.block_calls import blocks_of
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 from fingpt_lightning.planning.blueprint import base_config, blueprint
 
@@ -60,6 +61,14 @@ def test_low_rank_pretraining_knows_its_dense_baseline() -> None:
     assert made.dense_parameters == module.budget(128).dense_total_parameters
     assert made.same_size is not None
     assert made.same_size == module.budget(128).same_size
+
+
+def test_a_residual_stream_in_16_bits_is_planned_as_it_runs() -> None:
+    module = LowRankPretraining(
+        preset="gpt2-nano", rank=16, residual_dtype="bfloat16", recompute="block"
+    )
+    network = blueprint(module, 512, 128, "bf16-mixed").network
+    assert all(block._forward_pre_hooks for block in blocks_of(network)[1])
 
 
 def test_the_guides_of_a_run_take_memory_and_count_as_no_parameters() -> None:

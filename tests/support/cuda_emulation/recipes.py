@@ -311,6 +311,7 @@ RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
     "self-guided": lambda: pretraining(self_guided=1.0, optimizer="spectron"),
     "recomputed low-rank": lambda: pretraining(recompute="low_rank"),
     "recomputed blocks": lambda: pretraining(recompute="block"),
+    "residual stream in bfloat16": lambda: pretraining(residual_dtype="bfloat16"),
     "dropout": lambda: pretraining(dropout=0.1),
     "dropout recomputed": lambda: pretraining(dropout=0.1, recompute="low_rank"),
     "aware of nf4": lambda: pretraining(quantization_aware="nf4", quantization_start=0.0),
