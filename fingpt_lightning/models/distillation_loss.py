@@ -175,7 +175,9 @@ def distillation_loss(
             head_weight,
             teacher._replace(hidden=teacher.hidden.detach().flatten(0, -2)),
             labels_N,
-            tokens_per_chunk(chunk_size, len(head_weight), compute_dtype, device_type),
+            tokens_per_chunk(
+                chunk_size, len(labels_N), len(head_weight), compute_dtype, device_type
+            ),
             compute_dtype,
             student.softcap,
             _Mix(weight, temperature),

@@ -55,23 +55,27 @@ def row_sums(
 
 
 def tokens_per_chunk(
-    chunk_size: int | None, vocab_size: int, dtype: torch.dtype, device_type: str
+    chunk_size: int | None, num_tokens: int, vocab_size: int, dtype: torch.dtype, device_type: str
 ) -> int:
     """The tokens whose logits are held at a time.
 
     Args:
-        chunk_size: Number as requested; None takes those whose logits are `CHUNK_BYTES`.
+        chunk_size: Number as requested; None takes chunks of one size, as few as `CHUNK_BYTES` of
+            logits allow: a short last chunk costs more per token.
+        num_tokens: Number of all tokens.
         vocab_size: Size of the vocabulary.
         dtype: Dtype of the logits.
         device_type: Type of the device, such as ``cpu``.
 
-    >>> tokens_per_chunk(None, 50257, torch.float32, "cpu")
-    521
+    >>> [tokens_per_chunk(None, n, 50257, torch.float32, "cpu") for n in (100, 521, 522, 1536)]
+    [100, 521, 261, 512]
     """
-    if chunk_size is None:
-        num_bytes = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
-        return max(1, num_bytes // (vocab_size * dtype.itemsize))
-    return chunk_size
+    if chunk_size is not None:
+        return chunk_size
+    num_bytes = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
+    largest = max(1, num_bytes // (vocab_size * dtype.itemsize))
+    num_chunks = max(1, -(-num_tokens // largest))
+    return max(1, -(-num_tokens // num_chunks))
 
 
 def rows_per_softmax(logits: Float[Tensor, "C V"], wide_dtype: torch.dtype) -> int:
@@ -238,7 +242,7 @@ def vocabulary_loss(
             features.reshape(-1, features.shape[-1]),
             weight,
             labels_N,
-            tokens_per_chunk(chunk_size, len(weight), compute_dtype, device_type),
+            tokens_per_chunk(chunk_size, len(labels_N), len(weight), compute_dtype, device_type),
             compute_dtype,
             softcap,
         )

@@ -147,7 +147,9 @@ def teacher_costs(
     )
     # Logits in the teacher's dtype, and in float32 as the softmax takes them.
     vocab_size = network.config.vocab_size
-    held = tokens_per_chunk(module.loss_chunk_size, vocab_size, DTYPES[teacher.dtype], device.type)
+    held = tokens_per_chunk(
+        module.loss_chunk_size, num_tokens, vocab_size, DTYPES[teacher.dtype], device.type
+    )
     loss = min(num_tokens, held) * vocab_size * (itemsize + 4)
     flops = sum(cost.flops_per_token for cost in (*costs.blocks, costs.back))
     return TeacherCosts(round(weights), loss, flops)

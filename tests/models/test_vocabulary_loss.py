@@ -165,11 +165,13 @@ def test_the_sides_of_products_in_16_bits_are_round() -> None:
 def test_a_chunk_holds_as_many_tokens_as_its_bytes_allow(
     vocab_size: int, dtype: torch.dtype, device_type: str
 ) -> None:
-    found = tokens_per_chunk(None, vocab_size, dtype, device_type)
     allowed = CHUNK_BYTES["cpu" if device_type == "cpu" else "cuda"]
-    of_token = vocab_size * dtype.itemsize
-    assert found * of_token <= allowed < (found + 1) * of_token
-    assert tokens_per_chunk(7, vocab_size, dtype, device_type) == 7
+    largest = allowed // (vocab_size * dtype.itemsize)
+    chunks = (largest, vocab_size, dtype, device_type)
+    assert tokens_per_chunk(None, *chunks) == largest
+    assert tokens_per_chunk(None, largest + 1, *chunks[1:]) == -(-(largest + 1) // 2), "even"
+    assert tokens_per_chunk(None, 0, *chunks[1:]) == 1
+    assert tokens_per_chunk(7, *chunks) == 7
 
 
 def test_temporaries_of_a_softmax_are_bounded_on_a_gpu() -> None:
