@@ -57,6 +57,7 @@ HEALED_OF = {
     HEALED: REFINED, "blocks dropped, healed": DROPPED, "half by blocks, healed": HALF_DROPPED,
 }  # fmt: skip
 """What each healed contender was before."""
+_COLORS = ("#1d4ed8", "#c2410c", "#0f766e")
 
 
 class Way(NamedTuple):
@@ -111,6 +112,7 @@ def main() -> None:
         record["rows"].sort(key=lambda row: order.index((row["share"], row["contender"])))
         record["summary"] = summary(record["rows"])
         write_record(options.json, record, table(record["rows"]))
+        draw(record["rows"], options.json.with_suffix(".svg"))
         made += 1
     print(table(record["rows"]))
 
@@ -118,7 +120,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--json", type=Path, required=True, help="record to write; .md beside")
+    add("--json", type=Path, required=True, help="record to write; .md and .svg beside")
     add("--model", default="models/smollm2-135m")
     add("--data_dir", type=Path, required=True, help="with the texts and tasks")
     add("--work_dir", type=Path, required=True, help="for models and checkpoints")
@@ -328,6 +330,38 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
          "mean accuracy", "decoding, ratio", "answering, ratio", "minutes", "peak GiB"],
         lines,
     )  # fmt: skip
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Perplexity by contender, a panel per share; lines are the original's."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shares = sorted({row["share"] for row in rows if row["contender"] != ORIGINAL}, reverse=True)
+    if not shares:
+        return
+    figure, axes = plt.subplots(
+        1, len(shares), figsize=(1.5 + 5.5 * len(shares), 3.6), squeeze=False, layout="constrained"
+    )
+    for axis, share in zip(axes[0], shares, strict=True):
+        ours = [row for row in rows if row["share"] == share and row["contender"] != ORIGINAL]
+        places = range(len(ours), 0, -1)
+        for text, color, marker in zip(TEXTS, _COLORS, "os^", strict=True):
+            key = f"{text}_perplexity"
+            axis.plot([row[key] for row in ours], places, marker, color=color, label=text)
+            axis.axvline(rows[0][key], color=color, lw=1, ls="--", alpha=0.6)
+        axis.set_yticks(places, [row["contender"] for row in ours])
+        axis.set_xscale("log")
+        axis.set_xlabel("perplexity; dashed: the original's")
+        axis.set_title(f"{share:g} of the parameters", fontsize=10)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 if __name__ == "__main__":

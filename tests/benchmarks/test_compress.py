@@ -70,3 +70,4 @@ def test_the_benchmark_goes_on_where_it_ended(
     ratio = found[1]["reuters_validation_perplexity"] / found[0]["reuters_validation_perplexity"]
     assert ratios["reuters_validation_perplexity_ratio_0.8_plain_SVD"] == pytest.approx(ratio)
     assert "| sequential |" in file.with_suffix(".md").read_text()
+    assert file.with_suffix(".svg").read_text().startswith("<?xml")
