@@ -42,6 +42,7 @@ from fingpt_lightning.data.calibration_text import (
 )
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
 from fingpt_lightning.decomposition.command import find_devices
+from fingpt_lightning.decomposition.runner import check_embedding_rank
 from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.evaluation.runner import read_tasks
 from fingpt_lightning.models.device import AUTO_DTYPE, device_name, find_dtype
@@ -63,7 +64,7 @@ def compress(
     format: str = "low_rank",
     calibration_tokens: int | None = None,
     data_dir: str | Path | None = None,
-    allocation: str = "uniform",
+    allocation: str = "loss",
     whitening: str = "input",
     drop_blocks: int = 0,
     embedding_rank: int | None = None,
@@ -151,6 +152,7 @@ def compress(
         find_scored_task(name)
     source = open_source(model, tokenizer)
     check_depth(source.network, drop_blocks, size)
+    check_embedding_rank(source, embedding_rank)
     config = source.network.config
     number = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
     tokens = mixed_calibration(sources, folder, source.tokenizer, config, number)

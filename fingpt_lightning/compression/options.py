@@ -6,6 +6,7 @@ from pathlib import Path
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
+    device_name,
     names,
     positive_int,
 )
@@ -50,7 +51,7 @@ def build_parser() -> OptionParser:
     add(
         "--allocation",
         choices=ALLOCATIONS,
-        default="uniform",
+        default="loss",
         help="one rank ratio, ranks by the layers' spectra, or by what they cost the loss to second"
         " order; default: %(default)s",
     )
@@ -124,6 +125,7 @@ def build_parser() -> OptionParser:
     )
     add(
         "--device",
+        type=device_name,
         help="of all stages: cpu, cuda or cuda:1; with cuda the layers' spectra are taken on all of"
         " them; default: cuda where there is one",
     )

@@ -222,6 +222,27 @@ def check_output(output: Path, overwrite: bool) -> None:
     check_replaceable(output, overwrite, (output / RECORD).is_file(), "decomposition")
 
 
+def check_embedding_rank(source: Source, rank: int | float | None) -> None:
+    """Raises unless the embedding of a model can have this rank.
+
+    Args:
+        source: Opened model.
+        rank: Rank of the embedding; None keeps it as it is.
+
+    Raises:
+        ValueError: The embedding is scaled, factorized already or not tied to the head, or the rank
+            is outside its range.
+    """
+    if rank is None:
+        return
+    check_plain_embedding(family_of(source.network))
+    if isinstance(source.network.get_input_embeddings(), LowRankEmbedding):
+        raise ValueError(f"embedding_rank {rank}: the embedding is factorized already")
+    if source.embedding is None:
+        raise ValueError("embedding_rank: the embedding is not tied to the head, and stays dense")
+    _embedding_rank(source, rank)
+
+
 def decompose_model(
     source: Source,
     request: Request,
@@ -254,16 +275,7 @@ def decompose_model(
         ValueError: The request cannot be met, or the folder of an unfinished run is of another.
     """
     check_output(output, overwrite)
-    if request.embedding_rank is not None:
-        check_plain_embedding(family_of(source.network))
-    if request.embedding_rank is not None and isinstance(
-        source.network.get_input_embeddings(), LowRankEmbedding
-    ):
-        raise ValueError(
-            f"embedding_rank {request.embedding_rank}: the embedding is factorized already"
-        )
-    if request.embedding_rank is not None and source.embedding is None:
-        raise ValueError("embedding_rank: the embedding is not tied to the head, and stays dense")
+    check_embedding_rank(source, request.embedding_rank)
     revision = files_sha256(source.weights.files)
     if request.refine and calibration is None:
         raise ValueError(f"refine {request.refine} needs a calibration")
@@ -278,6 +290,7 @@ def decompose_model(
             what = "sequential" if request.sequential else "whitening both"
             raise ValueError(f"damping {damping:g} of {what} is not above 0")
         request = replace(request, damping=damping)
+    _parameters_left(source, request)  # refuses what cannot be before any work
     settings = asdict(request) | {"revision": revision, "calibration": _described(calibration)}
     with owned(_parts_of(output)) as folder:
         try:
@@ -459,6 +472,45 @@ def _gather_gradients(
             show(num_blocks - state.block)
 
 
+def _embedding_rank(source: Source, rank: int | float | None) -> dict[str, int | None]:
+    """The rank of the embedding by its name; nothing where it stays dense.
+
+    Raises:
+        ValueError: It is outside its range.
+    """
+    if rank is None or source.embedding is None:
+        return {}
+    try:
+        return {source.embedding.name: resolve_rank(rank, *source.embedding.size)}
+    except ValueError as error:
+        raise ValueError(f"embedding_{error}") from None
+
+
+def _parameters_left(source: Source, request: Request) -> int | None:
+    """The parameters that ``compression`` leaves for the layers; None without it.
+
+    Raises:
+        ValueError: They are too few.
+    """
+    ranks = _embedding_rank(source, request.embedding_rank)
+    if request.compression is None:
+        return None
+    sizes = {layer.name: layer.size for layer in source.layers}
+    dense = sum(parameter.numel() for parameter in source.network.parameters())
+    fixed = dense - sum(num_parameters(None, *size) for size in sizes.values())
+    if source.embedding is not None and source.embedding.name in ranks:
+        size = source.embedding.size
+        fixed += num_parameters(ranks[source.embedding.name], *size) - num_parameters(None, *size)
+    return parameters_left(
+        sizes,
+        request.compression,
+        dense,
+        fixed,
+        f"compression {request.compression:g}",
+        "--embedding_rank makes a tied embedding smaller",
+    )
+
+
 def _ranks(
     source: Source,
     request: Request,
@@ -468,31 +520,12 @@ def _ranks(
 ) -> dict[str, int | None]:
     """The ranks that are known before layers are taken apart."""
     sizes = {layer.name: layer.size for layer in source.layers}
-    ranks: dict[str, int | None] = {}
-    if request.embedding_rank is not None and source.embedding is not None:
-        try:
-            ranks[source.embedding.name] = resolve_rank(
-                request.embedding_rank, *source.embedding.size
-            )
-        except ValueError as error:
-            raise ValueError(f"embedding_{error}") from None
+    ranks = _embedding_rank(source, request.embedding_rank)
     if request.rank_ratio is not None:
         return ranks | ranks_at_ratio(sizes, request.rank_ratio)
-    if request.compression is None:
+    target = _parameters_left(source, request)
+    if target is None:
         return ranks
-    dense = sum(parameter.numel() for parameter in source.network.parameters())
-    fixed = dense - sum(num_parameters(None, *size) for size in sizes.values())
-    if source.embedding is not None and source.embedding.name in ranks:
-        size = source.embedding.size
-        fixed += num_parameters(ranks[source.embedding.name], *size) - num_parameters(None, *size)
-    target = parameters_left(
-        sizes,
-        request.compression,
-        dense,
-        fixed,
-        f"compression {request.compression:g}",
-        "--embedding_rank makes a tied embedding smaller",
-    )
     if request.allocation == "uniform":
         return ranks | ranks_at_ratio(sizes, ratio_for_parameters(sizes, target))
     linear = [layer for layer in layers if layer.name in sizes]

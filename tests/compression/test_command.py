@@ -520,9 +520,10 @@ def test_healing_is_run_on_the_device(
             1,
             "of the parameters, no more than size 0.9; at most 0 fit",
         ),
+        (("--embedding_rank", "9", "--drop_blocks", "1"), 1, "is not tied to the head"),
         (("--texts", "gone.txt"), 1, "gone.txt does not exist"),
         (("--tasks", "fbp"), 1, "fbp"),
-        (("--device", "gpu"), 1, "device 'gpu' is not cpu, cuda or a name such as cuda:1"),
+        (("--device", "gpu"), 2, "--device: 'gpu' is not cpu, cuda or a name such as cuda:1"),
         (("--device", "cuda:7"), 1, "device 'cuda:7': there are "),
         (
             ("--device", "mps"),
