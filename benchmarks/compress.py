@@ -83,9 +83,9 @@ WAYS = {
     "whitened, by spectra": Way(allocation="spectrum"),
     "whitened, damping 0.02": Way(damping=0.02),
     "sequential": Way(sequential=True),
-    REFINED: Way(sequential=True, refine=True, allocation="loss"),
     "whitened, by loss": Way(allocation="loss"),
     "whitened on both sides": Way(whitening="both"),
+    REFINED: Way(sequential=True, refine=True, allocation="loss"),
     DROPPED: Way(depth=1.0),
     HALF_DROPPED: Way(sequential=True, refine=True, allocation="loss", depth=0.5),
 }
