@@ -38,8 +38,8 @@ def resolve_rank(rank: Rank, in_features: int, out_features: int, multiple: int 
     (224, 192, None)
     >>> resolve_rank(1.0, 768, 768) is None  # 768 x 1536 weights are more than 768 x 768
     True
-    >>> [resolve_rank(rank, 768, 768, multiple=128) for rank in (40, 180, 224, 380)]
-    [128, 128, 256, 256]
+    >>> resolve_rank(180, 768, 768, multiple=128), resolve_rank(224, 768, 768, multiple=128)
+    (128, 256)
     >>> resolve_rank(40, 96, 768, multiple=128)  # 128 columns are more than the layer has
     40
     """

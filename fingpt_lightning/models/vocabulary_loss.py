@@ -67,8 +67,8 @@ def tokens_per_chunk(
         dtype: Dtype of the logits.
         device_type: Type of the device, such as ``cpu``.
 
-    >>> [tokens_per_chunk(None, n, 50257, torch.float32, "cpu") for n in (100, 521, 522, 1536)]
-    [100, 521, 261, 512]
+    >>> tuple(tokens_per_chunk(None, n, 50257, torch.float32, "cpu") for n in (100, 521, 522))
+    (100, 521, 261)
     """
     if chunk_size is not None:
         return chunk_size
