@@ -89,7 +89,7 @@ def heal(
         init_from=str(small),
         teacher=teacher,
         teacher_dtype=teacher_dtype,
-        recompute="low_rank",  # a third of the memory for next to no time
+        recompute="low_rank",  # keeps the inputs and thin activations of each block alone
         learning_rate=learning_rate,
         warmup=0.1,
         weight_decay=0.0,

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from lightning.pytorch import Trainer
 from transformers import PreTrainedModel
 
 from fingpt_lightning.cli.main import main
@@ -32,6 +31,7 @@ from fingpt_lightning.models.shapes import GPT2Shape
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.units import format_bytes
 from tests.evaluation.tiny_language import POSITIONS, VOCABULARY, tiny_network, tiny_tokenizer
+from tests.support.short_run import run_shortly
 
 Compress = Callable[..., tuple[int, str, str]]
 LINES = ["Shares of Foo fell", "Profit rose", "The dividend of Foo Corp was kept as it was"]
@@ -232,13 +232,7 @@ def sources(given: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         text, text, tokenizer=str(given / "model"), block_length=16, batch_size=2,
         cache_dir=str(folder / "cache"),
     )  # fmt: skip
-    trainer = Trainer(
-        accelerator="cpu", max_steps=1, max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-        default_root_dir=folder,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
-    trainer.save_checkpoint(folder / "run.ckpt")
+    run_shortly(module, data, folder / "run.ckpt", 1)
     return {"hf": given / "model", "gguf": folder / "gguf", "run": folder / "run.ckpt"}
 
 

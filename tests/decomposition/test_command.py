@@ -28,6 +28,7 @@ from fingpt_lightning.models.output_gradients import gradient_moments
 from fingpt_lightning.modules import LowRankPretraining
 from tests.deploy.tiny_clients import save_clients, save_low_rank_model
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer
+from tests.support.short_run import run_shortly
 
 Decompose = Callable[..., tuple[int, str, str]]
 LINES = ["Shares of Foo fell", "Profit rose", "The dividend of Foo Corp was kept as it was"]
@@ -691,13 +692,7 @@ def dense_run(
         str(text), str(text), tokenizer=str(folder / "tokenizer"), block_length=16, batch_size=2,
         cache_dir=str(folder / "cache"),
     )  # fmt: skip
-    trainer = Trainer(
-        accelerator="cpu", max_steps=2, max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-        default_root_dir=folder,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
-    trainer.save_checkpoint(folder / "run.ckpt")
+    run_shortly(module, data, folder / "run.ckpt", 2)
     main(["export", "--model", str(folder / "run.ckpt"), "--format", "low_rank", "--output",
           str(folder / "exported")])  # fmt: skip
     return {"checkpoint": folder / "run.ckpt", "folder": folder / "exported"}

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.models.formats.tokenizer import tokenizer_sha256
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import LowRankPretraining
 from tests.models.tiny_models import ids, tiny_tokenizer
+from tests.support.short_run import run_shortly
 from tests.support.token_data import TokenData
 
 
@@ -33,13 +33,7 @@ def _run(folder: Path, **settings: Any) -> LowRankPretraining:
         "gpt2-nano", num_layers=2, width=12, num_heads=3, num_positions=16,
         learning_rate=0.1, warmup=0, **settings,
     )  # fmt: skip
-    trainer = Trainer(
-        accelerator="cpu", max_steps=2, max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-        default_root_dir=folder,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=_Data(folder / "tokenizer"))
-    trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+    run_shortly(module, _Data(folder / "tokenizer"), folder / "checkpoints" / "last.ckpt", 2)
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     return module.eval()
 
