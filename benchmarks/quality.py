@@ -533,8 +533,11 @@ def _config(grid: Grid, tokenizer: Path | None) -> dict[str, Any]:
         {key: value for key, value in variant.items() if key != "rest_rates" or value}
         for variant in config["variants"]
     ]
+    # Records of grids before these fields were are gone on with.
     if grid.same_size is None:
         del config["same_size"]
+    if grid.num_curve_batches == Grid.num_curve_batches:
+        del config["num_curve_batches"]
     return config | {"tokenizer": None if tokenizer is None else tokenizer.name}
 
 

@@ -18,7 +18,6 @@ from fingpt_lightning.metric_keys import VAL_LOSS
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.units import MIB
 
-_NUM_CURVE_BATCHES = 20
 _NUM_POINTS = 10
 TUNING = "tuning"
 """The stage in which rates are tried."""
@@ -85,6 +84,7 @@ class Grid:
             best of the tuning of those that are small enough.
         same_size: Name of the dense variant of as many parameters as the small ones, which they
             are compared with in equal time too.
+        num_curve_batches: Number of validation batches at each point of a run's curve.
     """
 
     model: Mapping[str, Any]
@@ -96,6 +96,7 @@ class Grid:
     seeds: Sequence[int]
     num_finalists: int = 2
     same_size: str | None = None
+    num_curve_batches: int = 20
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
@@ -103,7 +104,7 @@ class Grid:
             raise ValueError(f"same_size {self.same_size!r} is none of {', '.join(names)}")
         if len(self.variants) < 2:
             raise ValueError(f"a grid of {len(self.variants)} variants compares nothing")
-        for name in ("num_tuning_steps", "num_steps"):
+        for name in ("num_tuning_steps", "num_steps", "num_curve_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1")
         if not self.seeds:
@@ -239,7 +240,7 @@ class Workshop:
             watch,
             run.num_steps,
             val_check_interval=max(1, run.num_steps // _NUM_POINTS),
-            limit_val_batches=0 if run.stage == TUNING else _NUM_CURVE_BATCHES,
+            limit_val_batches=0 if run.stage == TUNING else self.grid.num_curve_batches,
         )
         try:
             trainer.fit(module, datamodule=data)
