@@ -533,7 +533,7 @@ def _config(grid: Grid, tokenizer: Path | None) -> dict[str, Any]:
         {key: value for key, value in variant.items() if key != "rest_rates" or value}
         for variant in config["variants"]
     ]
-    # Records of grids before these fields were are gone on with.
+    # So that records made before these fields existed can be continued.
     if grid.same_size is None:
         del config["same_size"]
     if grid.num_curve_batches == Grid.num_curve_batches:

@@ -21,7 +21,7 @@ def test_the_number_of_configs_is_known() -> None:
     """A new runnable file needs its debug twin, a new overlay its test."""
     names = {path.stem for path in RUNNABLE}
     full = {name for name in names if not name.startswith("debug_")}
-    assert len(full) == 9
+    assert len(full) == 10
     assert names - full == {f"debug_{name}" for name in full}
     assert {path.stem for path in OVERLAYS} == {"ddp", "fsdp", "pipeline", *LOGGERS}
 
@@ -105,7 +105,7 @@ def test_a_debug_config_runs(
 def test_blocks_are_values_without_a_root() -> None:
     roots = {"trainer", "model", "data", "seed_everything"}
     blocks = [path for part in ("trainer", "model", "data") for path in (CONFIGS / part).iterdir()]
-    assert len(blocks) == 28
+    assert len(blocks) == 30
     for path in blocks:
         assert not roots & set(yaml.safe_load(path.read_text())), path
 
