@@ -639,7 +639,8 @@ def refuse_existing(file: Path, key: str, overwrite: bool) -> None:
 
     Args:
         file: File to write.
-        key: Setting that names it, as GROUP.NAME, beside GROUP.overwrite.
+        key: Setting that names it, as GROUP.NAME beside GROUP.overwrite; or an option beside
+            ``--overwrite``.
         overwrite: Whether a file of that name is replaced.
 
     Raises:
@@ -649,7 +650,8 @@ def refuse_existing(file: Path, key: str, overwrite: bool) -> None:
     if file.is_dir():
         raise ValueError(f"{key} {file} is a folder, not a file")
     if file.exists() and not overwrite:
-        switch = f"{key.rpartition('.')[0]}.overwrite"
+        group = key.rpartition(".")[0]
+        switch = f"{group}.overwrite" if group else "--overwrite"
         raise FileExistsError(f"{key} {file} is there already; {switch} replaces it")
 
 

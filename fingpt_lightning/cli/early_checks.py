@@ -15,9 +15,12 @@ from fingpt_lightning.cli.early_options import GivenSettings, check_ranges, give
 from fingpt_lightning.cli.errors import ConfigError
 from fingpt_lightning.cli.logger_packages import refuse_missing_package
 from fingpt_lightning.cli.shipped import SWEEPS, find_file, with_config_files
-from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS
-from fingpt_lightning.files import refuse_existing
-from fingpt_lightning.hub.card import refuse_missing_results
+from fingpt_lightning.compression.options import RECORD as COMPRESSION
+from fingpt_lightning.decomposition.options import RECORD as DECOMPOSITION
+from fingpt_lightning.deploy.labelled_file import LabelledFile
+from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS, check_output
+from fingpt_lightning.files import check_replaceable, refuse_existing
+from fingpt_lightning.hub.card import EXPORT_MARK, has_mark, refuse_missing_results
 from fingpt_lightning.hub.pushing import refuse_no_access
 from fingpt_lightning.reporting.compare_options import check_inputs
 from fingpt_lightning.shards.folders import find_shards
@@ -176,6 +179,8 @@ def _task_names(given: Any) -> list[str]:
 
 
 def _check_evaluate(options: argparse.Namespace) -> None:
+    if options.output is not None and options.shard is None:
+        check_output(options.output, options.overwrite)
     tasks = [find_scored_task(name) for name in options.tasks]
     if options.data_dir is not None:
         form = {"separator": options.separator, "encoding": options.encoding}
@@ -187,6 +192,8 @@ def _check_evaluate(options: argparse.Namespace) -> None:
 def _check_label(options: argparse.Namespace) -> None:
     find_task(options.task)
     check_csv_settings(options.input, options.separator, options.encoding)
+    if options.shard is None:
+        LabelledFile(options.output, {}).check_replaceable(options.overwrite)
     open_rows(options.input)
     _check_shards_or_model(options)
 
@@ -201,7 +208,15 @@ def _check_shards_or_model(options: argparse.Namespace) -> None:
 def _check_generate(options: argparse.Namespace) -> None:
     if options.prompts is not None:
         refuse_missing_prompts(options.prompts)
+    if options.output is not None:
+        refuse_existing(options.output, "output", options.overwrite)
     _check_model(options)
+
+
+def _check_decompose(options: argparse.Namespace) -> None:
+    is_ours = (options.output / DECOMPOSITION).is_file()
+    check_replaceable(options.output, options.overwrite, is_ours, "decomposition")
+    _check_compression(options)
 
 
 def _check_compression(options: argparse.Namespace, results: Sequence[str] = ()) -> None:
@@ -217,6 +232,9 @@ def _check_compression(options: argparse.Namespace, results: Sequence[str] = ())
 def _check_export(options: argparse.Namespace) -> None:
     if options.push is not None:
         refuse_no_access()
+    else:  # with it, what is there may be uploaded
+        is_ours = has_mark(options.output, EXPORT_MARK)
+        check_replaceable(options.output, options.overwrite, is_ours, "export")
     _check_compression(options, options.results or ())
 
 
@@ -230,6 +248,8 @@ def _check_calibration(options: argparse.Namespace) -> None:
 
 
 def _check_compress(options: argparse.Namespace) -> None:
+    is_ours = (options.output / COMPRESSION).is_file()
+    check_replaceable(options.output, options.overwrite, is_ours, "compression")
     _check_calibration(options)
     for text in options.texts:
         refuse_missing_texts(text, "texts")
@@ -292,7 +312,7 @@ _CHECKS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "evaluate": _check_evaluate,
     "label": _check_label,
     "generate": _check_generate,
-    "decompose": _check_compression,
+    "decompose": _check_decompose,
     "export": _check_export,
     "sweep": _check_sweep,
     "plan": _check_plan,

@@ -15,8 +15,8 @@ from fingpt_lightning.terminal.command_line import (
     add_csv_options,
     add_model_options,
     named_paths,
-    positive_int,
 )
+from fingpt_lightning.terminal.numbers import positive_int
 
 
 def build_parser() -> OptionParser:

@@ -27,6 +27,22 @@ class RunEvaluation(NamedTuple):
     results: dict[str, Any]
 
 
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raises where results could not be written.
+
+    Args:
+        folder: Folder of the results.
+        overwrite: Whether results in it are replaced.
+
+    Raises:
+        ValueError: ``folder`` is a file, or holds results that are not to be overwritten.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file, not a folder")
+    if (folder / RESULTS).exists() and not overwrite:
+        raise ValueError(f"output {folder} holds results already; --overwrite replaces them")
+
+
 def read_run_evaluations(run_folder: Path) -> list[RunEvaluation]:
     """The evaluations of a run, in the order of the steps.
 

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from fingpt_lightning.terminal.inputs import TASK_PREFIX, refuse_unknown_device
 from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.numbers import positive_int
 
 
 class WrongOptions(ValueError):
@@ -100,21 +101,6 @@ def names(text: str) -> list[str]:
     if not found:
         raise argparse.ArgumentTypeError("no name is given")
     return found
-
-
-def positive_int(text: str) -> int:
-    """A whole number of at least 1.
-
-    Raises:
-        argparse.ArgumentTypeError: It is not such a number.
-    """
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
-    return number
 
 
 def device_name(text: str) -> str:

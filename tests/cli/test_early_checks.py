@@ -20,6 +20,7 @@ from fingpt_lightning.cli.early_options import TABLE, Option, read_table, signat
 from fingpt_lightning.cli.errors import ConfigError
 from fingpt_lightning.cli.main import COMMANDS, main, one_line
 from fingpt_lightning.cli.shipped import CONFIGS, shipped_files
+from fingpt_lightning.hub.card import CARD, EXPORT_MARK
 from fingpt_lightning.terminal import inputs
 
 _FIT = ("fit", "--config", "debug_quickstart", "--trainer.logger", "false")
@@ -145,6 +146,10 @@ WRONG = (
     "evaluate --model ./none --tasks fpb --scoring wrong",
     "evaluate --model ./none --tasks fpb --limitt 3",
     "evaluate --model ./none --tasks fpb --shard 1/2",
+    "evaluate --model ./none --tasks fpb --data_dir sets --output done",
+    "evaluate --model ./none --tasks fpb --data_dir sets --output news.csv",
+    "evaluate --model ./none --tasks fpb --num_fewshot -1",
+    "evaluate --model ./none --tasks fpb --num_fewshot 1 --fewshot_seed 4294967296",
     "evaluate --model ./none --tasks fpb --output out --shard 3/2",
     "evaluate --model ./none --tasks fpb --data_dir sets --output out --merge",
     "evaluate --model ./none --tasks fpb --output out --merge --dequantize never",
@@ -153,6 +158,9 @@ WRONG = (
     "label --model ./none --output out.csv --task fpb --input key.yaml",
     "label --model ./none --output out.csv --task fpb --input texts.csv --text_column body",
     "label --model ./none --output out.csv --task fpb --input texts.csv --separatr x",
+    "label --model ./none --output news.csv --task fpb --input news.csv",
+    "label --model ./none --output out.xls --task fpb --input news.csv",
+    f"{_LABEL} --batch_tokens 2147483648",
     f"{_LABEL} --shard 0/8",
     f"{_LABEL} --shard 9/8",
     f"{_LABEL} --shard a/b",
@@ -166,6 +174,13 @@ WRONG = (
     "generate --model ./none --prompts none.txt",
     "generate --model ./none --prompt x --max_new_tokens 0",
     "generate --model ./none --promt x",
+    "generate --model ./none --prompt x --output news.csv",
+    "generate --model ./none --prompt x --output sets --overwrite",
+    "generate --model ./none --prompt x --temperature 0",
+    "generate --model ./none --prompt x --temperature inf",
+    "generate --model ./none --prompt x --temperature 1 --top_p 1.5",
+    "generate --model ./none --prompt x --temperature 1 --seed -1",
+    "generate --model ./none --prompt x --top_k 3",
     "generate --model ./none --prompt x --adapter none",
     "chat --model ./none",
     "chat --model ./none --adapter none",
@@ -174,17 +189,25 @@ WRONG = (
     "chat --model ./none --dtype bf61",
     "decompose --model ./none --compression 2 --output out --device banana",
     "chat --model ./none --context 0",
+    "chat --model ./none --temperature nan",
+    "chat --model ./none --seed 3",
     "chat --model ./none --max_new_tokens many",
     "chat",
     "decompose --model ./none --rank_ratio .5 --output out",
     "decompose --model ./none --rank_ratio 5 --output out",
     "decompose --model ./none --rnk_ratio .5 --output out",
+    "decompose --model ./none --rank_ratio .5 --output done",
+    "decompose --model ./none --rank_ratio .5 --output sets",
+    "decompose --model ./none --compression .5 --output out",
     "decompose --model ./none --compression 2 --allocation loss --output out",
     "decompose --model ./none --compression 2 --whitening both --output out",
     "decompose --model ./none --compression 2 --whitening bth --output out",
     "export --model ./none --format hf --output out",
     "export --model ./none --format hff --output out",
     "export --model ./none --format nf4 --output out --calibration none.jsonl",
+    "export --model ./none --format hf --output done",
+    "export --model ./none --format hf --output sets",
+    "export --model ./none --format hf --output out --tolerance 0",
     "export --model ./none --format hf --output out --prompts none.txt",
     "export --model ./none --format hf --output out --push me/small",
     "export --model ./none --format hf --output out --push small",
@@ -214,6 +237,9 @@ WRONG = (
     f"{_COMPRESS} --calibration texts.csv --limit 3",
     f"{_COMPRESS} --calibration texts.csv --precision 16-mixed",
     f"{_COMPRESS} --calibration none.jsonl",
+    f"{_COMPRESS} --calibration texts.csv --output done",
+    f"{_COMPRESS} --calibration texts.csv --output sets",
+    f"{_COMPRESS} --calibration texts.csv --heal -1",
     f"{_COMPRESS} --calibration task:fpd",
     f"{_COMPRESS} --calibration task:fpb --texts none.txt",
     f"{_COMPRESS} --calibration task:fpb --tasks fpd",
@@ -238,6 +264,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "sets" / "fpb").mkdir(parents=True)
     row = {"sentence": "Shares rose.", "label": 2}
     (tmp_path / "sets" / "fpb" / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "done").mkdir()
+    for name in ("results.json", "decomposition.json", "compression.json"):
+        (tmp_path / "done" / name).write_text("{}")
+    (tmp_path / "done" / CARD).write_text(EXPORT_MARK)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "predictions.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
