@@ -15,6 +15,7 @@ from fingpt_lightning.cli.early_options import GivenSettings, check_ranges, give
 from fingpt_lightning.cli.errors import ConfigError
 from fingpt_lightning.cli.logger_packages import refuse_missing_package
 from fingpt_lightning.cli.shipped import SWEEPS, find_file, with_config_files
+from fingpt_lightning.cli.trainer_numbers import check_trainer_numbers
 from fingpt_lightning.compression.options import RECORD as COMPRESSION
 from fingpt_lightning.decomposition.options import RECORD as DECOMPOSITION
 from fingpt_lightning.deploy.labelled_file import LabelledFile
@@ -74,6 +75,7 @@ def check_trainer_command(
         keys = ("predictions.path", "predictions.overwrite", "trainer.default_root_dir")
         check_predictions(*map(given.values.get, keys))
     check_ranges(given)
+    check_trainer_numbers(given.values)
     _check_loggers(given.values.get("trainer.logger"))
     if runs and given.values.get("ckpt_path") is None:
         # Of a class that is not ours, settings of these names may mean anything.

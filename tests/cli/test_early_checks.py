@@ -80,6 +80,21 @@ WRONG_FITS = (
     "--model.recipe narow",
     "--model.learning_rate -1",
     "--model.dropout 1",
+    "--model.compression 0.5",
+    "--model.rank 0",
+    "--model.rank 1.5",
+    "--model.embedding_rank -1",
+    "--model.warmup 1.5",
+    "--model.cooldown 0",
+    "--model.teacher_weight 2",
+    "--model.teacher_temperature 0",
+    "--trainer.accumulate_grad_batches 0",
+    "--trainer.limit_val_batches 1.5",
+    "--trainer.val_check_interval 0",
+    "--trainer.gradient_clip_val -1",
+    "--trainer.max_steps -2",
+    "--seed_everything -1",
+    "--last_checkpoint.every_n_train_steps 0",
     "--model fingpt_lightning.modules.LowRankPretrainig",
     "--data.batch_sze 1",
     "--data.batch_size 1.5",
@@ -109,6 +124,7 @@ WRONG_TUNINGS = (
     "--model.rnk 5",
     "--model.base ./none",
     "--model.kl_positions 0",
+    "--data.vocab_size 256",
 )
 WRONG = (
     *(" ".join((*_FIT, wrong)) for wrong in WRONG_FITS),
@@ -433,6 +449,22 @@ def test_what_the_parser_may_take_is_left_to_it(taken: str, folder: Path) -> Non
     assert _early([*_FIT, *taken.split()]) is None
 
 
+def test_every_number_of_our_classes_has_a_range_that_is_checked_early() -> None:
+    table = read_table()
+    assert table is not None
+    numbers = 0
+    for path, settings in table.classes.items():
+        subject = "data" if ".data." in path else "model"
+        for name, option in settings.items():
+            for kind, value in {"int": "-1", "float": "-1.0"}.items():
+                if kind in option.kinds:
+                    words = [f"--{subject}", path, f"--{subject}.{name}", value]
+                    status, message = _early(["fit", *words]) or (0, "")
+                    assert (status, message.partition(" ")[0]) == (2, name), message
+                    numbers += 1
+    assert numbers > 60
+
+
 def test_the_table_is_that_of_the_parser() -> None:
     """Remade with ``python -m fingpt_lightning.cli.option_table``."""
     table = option_table.make_table()
@@ -472,6 +504,8 @@ def test_a_digest_follows_the_parameters_alone() -> None:
         ("n {value} is not above 0", (0.1, 2.0), (0, -1.0)),
         ("n {value} is outside [0, 1)", (0, 0.9), (1, -0.1)),
         ("n {value} is outside (0, 1]", (0.1, 1), (0, 1.1)),
+        ("n {value} is outside (0, 1] (a share of all)", (0.1, 1), (0, float("nan"))),
+        ("n {value} is below 1 (dense over stored)", (1, float("inf")), (0.5, -1)),
         ("n {value} is outside [0, 2**32)", (0, 2**32 - 1), (2**32, -1)),
     ],
 )
