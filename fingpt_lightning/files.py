@@ -634,8 +634,25 @@ def files_sha256(files: tuple[Path, ...]) -> str:
     )
 
 
+def refuse_unwritable(file: Path, key: str) -> None:
+    """Refuses a file to write whose folder is not there; one that is there may be replaced.
+
+    Args:
+        file: File to write.
+        key: Option that names it.
+
+    Raises:
+        FileNotFoundError: There is no folder for it.
+        ValueError: It is a folder.
+    """
+    if not file.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{key} {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        raise ValueError(f"{key} {file} is a folder, not a file")
+
+
 def refuse_existing(file: Path, key: str, overwrite: bool) -> None:
-    """Refuses a file to write that is there already.
+    """Refuses a file to write that is there already, or cannot be.
 
     Args:
         file: File to write.
@@ -645,14 +662,33 @@ def refuse_existing(file: Path, key: str, overwrite: bool) -> None:
 
     Raises:
         FileExistsError: The file is there, and ``overwrite`` is false.
+        NotADirectoryError: A part of its path is a file.
         ValueError: It is a folder.
     """
+    refuse_blocked(file, key)
     if file.is_dir():
         raise ValueError(f"{key} {file} is a folder, not a file")
     if file.exists() and not overwrite:
         group = key.rpartition(".")[0]
         switch = f"{group}.overwrite" if group else "--overwrite"
         raise FileExistsError(f"{key} {file} is there already; {switch} replaces it")
+
+
+def refuse_blocked(path: Path, key: str) -> None:
+    """Refuses a path to write whose folder can be neither found nor made.
+
+    Args:
+        path: File or folder to make.
+        key: Option that names it.
+
+    Raises:
+        NotADirectoryError: A part of the path is a file.
+    """
+    for parent in path.parents:
+        if parent.is_dir():
+            return
+        if parent.exists():
+            raise NotADirectoryError(f"{key} {path}: {parent} is a file, not a folder")
 
 
 def check_replaceable(output: Path, overwrite: bool, is_ours: bool, what: str) -> None:
@@ -666,7 +702,9 @@ def check_replaceable(output: Path, overwrite: bool, is_ours: bool, what: str) -
 
     Raises:
         FileExistsError: ``output`` is there and not to be replaced.
+        NotADirectoryError: A part of its path is a file.
     """
+    refuse_blocked(output, "output")
     if not output.exists():
         return
     if not is_ours:

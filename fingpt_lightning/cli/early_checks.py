@@ -20,11 +20,12 @@ from fingpt_lightning.compression.options import RECORD as COMPRESSION
 from fingpt_lightning.decomposition.options import RECORD as DECOMPOSITION
 from fingpt_lightning.deploy.labelled_file import LabelledFile
 from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS, check_output
-from fingpt_lightning.files import check_replaceable, refuse_existing
+from fingpt_lightning.files import check_replaceable, refuse_existing, refuse_unwritable
 from fingpt_lightning.hub.card import EXPORT_MARK, has_mark, refuse_missing_results
 from fingpt_lightning.hub.pushing import refuse_no_access
 from fingpt_lightning.reporting.compare_options import check_inputs
 from fingpt_lightning.shards.folders import find_shards
+from fingpt_lightning.sweeping.folders import refuse_no_sweep, refuse_used_folder
 from fingpt_lightning.tasks.library import find_label_task, find_scored_task, find_task
 from fingpt_lightning.tasks.row_files import check_csv_settings, open_rows
 from fingpt_lightning.tasks.sources import find_folder, open_split
@@ -287,6 +288,10 @@ def _check_model(options: argparse.Namespace) -> None:
 def _check_sweep(options: argparse.Namespace) -> None:
     if options.sweep is not None:
         find_file(str(options.sweep), SWEEPS, "sweep")
+        if options.output is not None and options.storage is None:
+            refuse_used_folder(options.output)
+    else:
+        refuse_no_sweep(options.resume)
 
 
 WITHOUT_LOGGERS = ("--trainer.logger", "false")
@@ -294,8 +299,8 @@ WITHOUT_LOGGERS = ("--trainer.logger", "false")
 
 
 def _check_plan(options: argparse.Namespace) -> None:
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        raise ValueError(f"json {options.json}: there is no folder {options.json.parent}")
+    if options.json is not None:
+        refuse_unwritable(options.json, "json")
     words = [*options.words, *WITHOUT_LOGGERS]
     check_trainer_command("fit", words, runs=False, own_options=options.own_options)
 
@@ -306,6 +311,7 @@ def _check_tokenize(options: argparse.Namespace) -> None:
 
 
 def _check_report(options: argparse.Namespace) -> None:
+    refuse_unwritable(options.output, "output")
     for path in options.paths:
         refuse_missing_run(path)
 

@@ -9,6 +9,7 @@ from fingpt_lightning.terminal.command_line import (
     add_chat_option,
     add_model_options,
     named_paths,
+    refuse_input_as_output,
 )
 from fingpt_lightning.terminal.numbers import number_above_0, positive_int, seed, share
 
@@ -69,6 +70,8 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     options = build_parser().read(words)
     if options.overwrite and options.output is None:
         raise WrongOptions("--overwrite has no effect without --output")
+    if options.output is not None and options.prompts is not None:
+        refuse_input_as_output(options.prompts, options.output)
     if options.adapter and options.adapters:
         raise WrongOptions("--adapter and --adapters: give one of them")
     check_sampling_options(options)

@@ -116,6 +116,16 @@ def device_name(text: str) -> str:
     return text
 
 
+def refuse_input_as_output(read: Path, written: Path) -> None:
+    """Refuses to write over the file that is read, whatever ``--overwrite`` allows.
+
+    Raises:
+        WrongOptions: They are one file.
+    """
+    if read.resolve() == written.resolve():
+        raise WrongOptions(f"--output {written} is the file that is read; name another one")
+
+
 def named_paths(text: str) -> dict[str, Path]:
     """The paths in a list such as ``alice=a/adapter,bob=b/adapter``, by name.
 

@@ -147,6 +147,7 @@ WRONG = (
     "plan --config debug_quickstart --model.rank many",
     "plan --config none",
     "plan --config debug_quickstart --json none/plan.json",
+    "plan --config debug_quickstart --json sets",
     "tokenize --config debug_quickstart --trainer.max_stps 3",
     "tokenize --config debug_quickstart --data.train_files none.jsonl",
     "tokenize --config debug_quickstart --shrad 1/2",
@@ -164,6 +165,7 @@ WRONG = (
     "evaluate --model ./none --tasks fpb --shard 1/2",
     "evaluate --model ./none --tasks fpb --data_dir sets --output done",
     "evaluate --model ./none --tasks fpb --data_dir sets --output news.csv",
+    "evaluate --model ./none --tasks fpb --data_dir sets --output news.csv/out",
     "evaluate --model ./none --tasks fpb --num_fewshot -1",
     "evaluate --model ./none --tasks fpb --num_fewshot 1 --fewshot_seed 4294967296",
     "evaluate --model ./none --tasks fpb --output out --shard 3/2",
@@ -174,8 +176,12 @@ WRONG = (
     "label --model ./none --output out.csv --task fpb --input key.yaml",
     "label --model ./none --output out.csv --task fpb --input texts.csv --text_column body",
     "label --model ./none --output out.csv --task fpb --input texts.csv --separatr x",
-    "label --model ./none --output news.csv --task fpb --input news.csv",
+    "label --model ./none --output texts.csv --task fpb --input news.csv",
+    "label --model ./none --output ./news.csv --task fpb --input news.csv --overwrite",
     "label --model ./none --output out.xls --task fpb --input news.csv",
+    "label --model ./none --output sets.csv --task fpb --input news.csv --overwrite",
+    "label --model ./none --output news.csv/out.csv --task fpb --input news.csv",
+    "label --model ./none --output out.csv --task fpb --input sets.csv",
     f"{_LABEL} --batch_tokens 2147483648",
     f"{_LABEL} --shard 0/8",
     f"{_LABEL} --shard 9/8",
@@ -192,6 +198,8 @@ WRONG = (
     "generate --model ./none --promt x",
     "generate --model ./none --prompt x --output news.csv",
     "generate --model ./none --prompt x --output sets --overwrite",
+    "generate --model ./none --prompts texts.csv --output texts.csv --overwrite",
+    "generate --model ./none --prompts sets --output out.jsonl",
     "generate --model ./none --prompt x --temperature 0",
     "generate --model ./none --prompt x --temperature inf",
     "generate --model ./none --prompt x --temperature 1 --top_p 1.5",
@@ -223,6 +231,7 @@ WRONG = (
     "export --model ./none --format nf4 --output out --calibration none.jsonl",
     "export --model ./none --format hf --output done",
     "export --model ./none --format hf --output sets",
+    "export --model ./none --format hf --output news.csv/out",
     "export --model ./none --format hf --output out --tolerance 0",
     "export --model ./none --format hf --output out --prompts none.txt",
     "export --model ./none --format hf --output out --push me/small",
@@ -262,7 +271,12 @@ WRONG = (
     f"{_COMPRESS} --calibration task:fpb --tasks fpb --data_dir sets",
     "report texts.csv",
     "report none --outptu x",
+    "report sets --output none/report.html",
+    "report sets --output sets",
     "sweep none",
+    "sweep quick_rank --output sets",
+    "sweep quick_rank --output news.csv",
+    "sweep --resume sets",
     "sweep quick_rank --cont 3",
     "sweep quick_rank --storage postgres://me@database/sweeps",
     "configs none",
@@ -280,6 +294,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "sets" / "fpb").mkdir(parents=True)
     row = {"sentence": "Shares rose.", "label": 2}
     (tmp_path / "sets" / "fpb" / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "sets.csv").mkdir()
     (tmp_path / "done").mkdir()
     for name in ("results.json", "decomposition.json", "compression.json"):
         (tmp_path / "done" / name).write_text("{}")
