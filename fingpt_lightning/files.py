@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import socket
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -94,6 +95,9 @@ def written_whole(path: Path) -> Iterator[Path]:
         # Of the name, not of our descriptor: a writer may have put another file in its place.
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
+        usual = os.fstat(descriptor).st_mode
+        if aside.stat().st_mode != usual:  # safetensors makes files that their owner alone may read
+            aside.chmod(stat.S_IMODE(usual))
         aside.replace(path)
     except BaseException as error:
         needed_bytes = error.needed_bytes if isinstance(error, _CutShortError) else None
