@@ -28,7 +28,8 @@ from fingpt_lightning.data.calibration_text import (
     text_calibration,
 )
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
-from fingpt_lightning.decomposition.runner import RECORD, Request, decompose_model
+from fingpt_lightning.decomposition.options import RECORD
+from fingpt_lightning.decomposition.runner import Request, decompose_model
 from fingpt_lightning.decomposition.source import Source, open_source
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.files import write_whole

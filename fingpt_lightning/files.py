@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import socket
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -94,6 +95,9 @@ def written_whole(path: Path) -> Iterator[Path]:
         # Of the name, not of our descriptor: a writer may have put another file in its place.
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
+        usual = os.fstat(descriptor).st_mode
+        if aside.stat().st_mode != usual:  # safetensors makes files that their owner alone may read
+            aside.chmod(stat.S_IMODE(usual))
         aside.replace(path)
     except BaseException as error:
         needed_bytes = error.needed_bytes if isinstance(error, _CutShortError) else None
@@ -634,23 +638,61 @@ def files_sha256(files: tuple[Path, ...]) -> str:
     )
 
 
-def refuse_existing(file: Path, key: str, overwrite: bool) -> None:
-    """Refuses a file to write that is there already.
+def refuse_unwritable(file: Path, key: str) -> None:
+    """Refuses a file to write whose folder is not there; one that is there may be replaced.
 
     Args:
         file: File to write.
-        key: Setting that names it, as GROUP.NAME, beside GROUP.overwrite.
+        key: Option that names it.
+
+    Raises:
+        FileNotFoundError: There is no folder for it.
+        ValueError: It is a folder.
+    """
+    if not file.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{key} {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        raise ValueError(f"{key} {file} is a folder, not a file")
+
+
+def refuse_existing(file: Path, key: str, overwrite: bool) -> None:
+    """Refuses a file to write that is there already, or cannot be.
+
+    Args:
+        file: File to write.
+        key: Setting that names it, as GROUP.NAME beside GROUP.overwrite; or an option beside
+            ``--overwrite``.
         overwrite: Whether a file of that name is replaced.
 
     Raises:
         FileExistsError: The file is there, and ``overwrite`` is false.
+        NotADirectoryError: A part of its path is a file.
         ValueError: It is a folder.
     """
+    refuse_blocked(file, key)
     if file.is_dir():
         raise ValueError(f"{key} {file} is a folder, not a file")
     if file.exists() and not overwrite:
-        switch = f"{key.rpartition('.')[0]}.overwrite"
+        group = key.rpartition(".")[0]
+        switch = f"{group}.overwrite" if group else "--overwrite"
         raise FileExistsError(f"{key} {file} is there already; {switch} replaces it")
+
+
+def refuse_blocked(path: Path, key: str) -> None:
+    """Refuses a path to write whose folder can be neither found nor made.
+
+    Args:
+        path: File or folder to make.
+        key: Option that names it.
+
+    Raises:
+        NotADirectoryError: A part of the path is a file.
+    """
+    for parent in path.parents:
+        if parent.is_dir():
+            return
+        if parent.exists():
+            raise NotADirectoryError(f"{key} {path}: {parent} is a file, not a folder")
 
 
 def check_replaceable(output: Path, overwrite: bool, is_ours: bool, what: str) -> None:
@@ -664,7 +706,9 @@ def check_replaceable(output: Path, overwrite: bool, is_ours: bool, what: str) -
 
     Raises:
         FileExistsError: ``output`` is there and not to be replaced.
+        NotADirectoryError: A part of its path is a file.
     """
+    refuse_blocked(output, "output")
     if not output.exists():
         return
     if not is_ours:

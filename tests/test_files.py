@@ -283,3 +283,13 @@ def test_a_gzip_bomb_is_refused_and_its_lines_are_not_held(
         list(lines_of(path))
     path.write_bytes(gzip.compress(b"ab\nc\n"))
     assert [line for _, line, _ in lines_of(path)] == [b"ab\n", b"c\n"]
+
+
+def test_a_file_that_a_writer_makes_private_is_readable_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "usual").write_text("as the mask of the process has it")
+    with written_whole(tmp_path / "file") as aside:
+        aside.unlink()  # as safetensors does, whose files are their owner's alone
+        aside.write_text("weights")
+        aside.chmod(0o600)
+    usual, made = ((tmp_path / name).stat().st_mode for name in ("usual", "file"))
+    assert made == usual

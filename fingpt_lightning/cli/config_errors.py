@@ -104,7 +104,9 @@ def where(name: str, words: Sequence[str]) -> str:
         words: Command line, which names the configs.
     """
     for path in _configs(words):
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        for number, line in enumerate(
+            path.read_text(encoding="utf-8", errors="replace").splitlines(), 1
+        ):
             if re.match(rf"\s*(- )?[{{]?\s*{re.escape(name)}\s*:", line):
                 return f" ({path} line {number})"
     return ""
@@ -138,7 +140,9 @@ def _given(words: Sequence[str]) -> list[Path]:
 def _configs(words: Sequence[str]) -> list[Path]:
     found = [path for path in _given(words) if _is_file(path)]
     for path in list(found):
-        blocks = re.findall(r"^\w+:\s*(\S+\.yaml)\s*$", path.read_text(errors="replace"), re.M)
+        blocks = re.findall(
+            r"^\w+:\s*(\S+\.yaml)\s*$", path.read_text(encoding="utf-8", errors="replace"), re.M
+        )
         found += [path.parent / block for block in blocks if (path.parent / block).is_file()]
     return found
 

@@ -15,12 +15,17 @@ from fingpt_lightning.cli.early_options import GivenSettings, check_ranges, give
 from fingpt_lightning.cli.errors import ConfigError
 from fingpt_lightning.cli.logger_packages import refuse_missing_package
 from fingpt_lightning.cli.shipped import SWEEPS, find_file, with_config_files
-from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS
-from fingpt_lightning.files import refuse_existing
-from fingpt_lightning.hub.card import refuse_missing_results
+from fingpt_lightning.cli.trainer_numbers import check_trainer_numbers
+from fingpt_lightning.compression.options import RECORD as COMPRESSION
+from fingpt_lightning.decomposition.options import RECORD as DECOMPOSITION
+from fingpt_lightning.deploy.labelled_file import LabelledFile
+from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS, check_output
+from fingpt_lightning.files import check_replaceable, refuse_existing, refuse_unwritable
+from fingpt_lightning.hub.card import EXPORT_MARK, has_mark, refuse_missing_results
 from fingpt_lightning.hub.pushing import refuse_no_access
 from fingpt_lightning.reporting.compare_options import check_inputs
 from fingpt_lightning.shards.folders import find_shards
+from fingpt_lightning.sweeping.folders import refuse_no_sweep, refuse_used_folder
 from fingpt_lightning.tasks.library import find_label_task, find_scored_task, find_task
 from fingpt_lightning.tasks.row_files import check_csv_settings, open_rows
 from fingpt_lightning.tasks.sources import find_folder, open_split
@@ -71,6 +76,7 @@ def check_trainer_command(
         keys = ("predictions.path", "predictions.overwrite", "trainer.default_root_dir")
         check_predictions(*map(given.values.get, keys))
     check_ranges(given)
+    check_trainer_numbers(given.values)
     _check_loggers(given.values.get("trainer.logger"))
     if runs and given.values.get("ckpt_path") is None:
         # Of a class that is not ours, settings of these names may mean anything.
@@ -176,6 +182,8 @@ def _task_names(given: Any) -> list[str]:
 
 
 def _check_evaluate(options: argparse.Namespace) -> None:
+    if options.output is not None and options.shard is None:
+        check_output(options.output, options.overwrite)
     tasks = [find_scored_task(name) for name in options.tasks]
     if options.data_dir is not None:
         form = {"separator": options.separator, "encoding": options.encoding}
@@ -187,6 +195,8 @@ def _check_evaluate(options: argparse.Namespace) -> None:
 def _check_label(options: argparse.Namespace) -> None:
     find_task(options.task)
     check_csv_settings(options.input, options.separator, options.encoding)
+    if options.shard is None:
+        LabelledFile(options.output, {}).check_replaceable(options.overwrite)
     open_rows(options.input)
     _check_shards_or_model(options)
 
@@ -201,7 +211,15 @@ def _check_shards_or_model(options: argparse.Namespace) -> None:
 def _check_generate(options: argparse.Namespace) -> None:
     if options.prompts is not None:
         refuse_missing_prompts(options.prompts)
+    if options.output is not None:
+        refuse_existing(options.output, "output", options.overwrite)
     _check_model(options)
+
+
+def _check_decompose(options: argparse.Namespace) -> None:
+    is_ours = (options.output / DECOMPOSITION).is_file()
+    check_replaceable(options.output, options.overwrite, is_ours, "decomposition")
+    _check_compression(options)
 
 
 def _check_compression(options: argparse.Namespace, results: Sequence[str] = ()) -> None:
@@ -217,6 +235,9 @@ def _check_compression(options: argparse.Namespace, results: Sequence[str] = ())
 def _check_export(options: argparse.Namespace) -> None:
     if options.push is not None:
         refuse_no_access()
+    else:  # with it, what is there may be uploaded
+        is_ours = has_mark(options.output, EXPORT_MARK)
+        check_replaceable(options.output, options.overwrite, is_ours, "export")
     _check_compression(options, options.results or ())
 
 
@@ -230,6 +251,8 @@ def _check_calibration(options: argparse.Namespace) -> None:
 
 
 def _check_compress(options: argparse.Namespace) -> None:
+    is_ours = (options.output / COMPRESSION).is_file()
+    check_replaceable(options.output, options.overwrite, is_ours, "compression")
     _check_calibration(options)
     for text in options.texts:
         refuse_missing_texts(text, "texts")
@@ -265,6 +288,10 @@ def _check_model(options: argparse.Namespace) -> None:
 def _check_sweep(options: argparse.Namespace) -> None:
     if options.sweep is not None:
         find_file(str(options.sweep), SWEEPS, "sweep")
+        if options.output is not None and options.storage is None:
+            refuse_used_folder(options.output)
+    else:
+        refuse_no_sweep(options.resume)
 
 
 WITHOUT_LOGGERS = ("--trainer.logger", "false")
@@ -272,8 +299,8 @@ WITHOUT_LOGGERS = ("--trainer.logger", "false")
 
 
 def _check_plan(options: argparse.Namespace) -> None:
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        raise ValueError(f"json {options.json}: there is no folder {options.json.parent}")
+    if options.json is not None:
+        refuse_unwritable(options.json, "json")
     words = [*options.words, *WITHOUT_LOGGERS]
     check_trainer_command("fit", words, runs=False, own_options=options.own_options)
 
@@ -284,6 +311,7 @@ def _check_tokenize(options: argparse.Namespace) -> None:
 
 
 def _check_report(options: argparse.Namespace) -> None:
+    refuse_unwritable(options.output, "output")
     for path in options.paths:
         refuse_missing_run(path)
 
@@ -292,7 +320,7 @@ _CHECKS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "evaluate": _check_evaluate,
     "label": _check_label,
     "generate": _check_generate,
-    "decompose": _check_compression,
+    "decompose": _check_decompose,
     "export": _check_export,
     "sweep": _check_sweep,
     "plan": _check_plan,

@@ -43,6 +43,7 @@ class Option(NamedTuple):
         kinds: Names of the types that ``allowed`` lists: int, float, bool and null.
         words: Words that ``allowed`` lists beside them.
         refusal: Message of the class for a number out of range, with ``{value}`` in its place.
+        share_refusal: That for a float, where integers have another range.
         choices: Words that the class allows where its type is any text.
     """
 
@@ -50,6 +51,7 @@ class Option(NamedTuple):
     kinds: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
     refusal: str | None = None
+    share_refusal: str | None = None
     choices: tuple[str, ...] = ()
 
     def is_wrong(self, value: object) -> bool:
@@ -80,11 +82,16 @@ class Option(NamedTuple):
         if self.choices and isinstance(value, str) and value not in self.choices:
             known = ", ".join(self.choices)
             return f"{name} {value!r} is none of {known}{nearest(value, self.choices)}"
-        if self.refusal is None or isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             return None
         if "int" not in self.kinds:
             value = float(value)
-        return None if _is_within(value, self.refusal) else self.refusal.format(value=value)
+        refusal = self.refusal
+        if isinstance(value, float) and self.share_refusal is not None:
+            refusal = self.share_refusal
+        if refusal is None or _is_within(value, refusal):
+            return None
+        return refusal.format(value=value)
 
 
 class OptionTable(NamedTuple):
@@ -412,16 +419,19 @@ def _is_value(word: str) -> bool:
 
 
 def _is_within(value: float | int, refusal: str) -> bool:
+    """Whether a number is in the range of a message; of an infinite or no number, where it says."""
+    refusal = re.sub(r" \([a-z ]+\)$", "", refusal)  # what a number in that range stands for
+    is_number = math.isfinite(value)
     if found := re.search(r"is below ([\d.]+)$", refusal):
-        return value >= float(found[1])
+        return not is_number or value >= float(found[1])
     if found := re.search(r"is not above ([\d.]+)$", refusal):
-        return value > float(found[1])
+        return not is_number or value > float(found[1])
     found = re.search(r"is outside ([\[(])([\d.]+), (\d+\*\*\d+|[\d.]+)([\])])$", refusal)
     assert found is not None, refusal
     base, _, power = found[3].partition("**")
     low, high = float(found[2]), float(base) ** float(power or 1)
     above = value >= low if found[1] == "[" else value > low
-    return above and (value <= high if found[4] == "]" else value < high) and math.isfinite(value)
+    return above and (value <= high if found[4] == "]" else value < high)
 
 
 def _option(known: Mapping[str, Any]) -> Option:

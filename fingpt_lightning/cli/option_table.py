@@ -36,7 +36,9 @@ _CLASSES: Mapping[str, tuple[type, Mapping[str, Any]]] = {
     "fingpt_lightning.data.FinancialInstructions": (FinancialInstructions, {"tasks": ["fpb"]}),
 }
 _NO_WORD = "no-such-word"
-_LIMIT = r"( is (?:below [\d.]+|not above [\d.]+|outside [\[(][\d.]+, [\d.*]+[\])]))"
+_LIMIT = (
+    r"( is (?:below [\d.]+|not above [\d.]+|outside [\[(][\d.]+, [\d.*]+[\])])(?: \([a-z ]+\))?)"
+)
 _NAMES = {int: "int", float: "float", bool: "bool", type(None): "null"}
 
 
@@ -118,9 +120,9 @@ def _described(action: Action, key: str) -> dict[str, Any]:
     try:
         alone.parse_args([f"--{key}", _NO_WORD])
     except ArgumentError as error:
-        told = explain(str(error.message))
-        found = re.fullmatch(rf"{re.escape(key)}: expected (.*), got '{_NO_WORD}'", told)
-        assert found is not None, told
+        message = explain(str(error.message))
+        found = re.fullmatch(rf"{re.escape(key)}: expected (.*), got '{_NO_WORD}'", message)
+        assert found is not None, message
         return {"allowed": found[1], "kinds": sorted(kinds), **({"words": words} if words else {})}
     raise AssertionError(f"{key} takes {_NO_WORD!r}")
 
@@ -160,17 +162,18 @@ def _refusal(
     kind: type, valid: Mapping[str, Any], name: str, kinds: Sequence[str]
 ) -> dict[str, Any]:
     """What the class itself says of a number out of range, or of a word."""
-    numbers = {"int": -1, "float": -1.0}
-    probe = next((numbers[name] for name in kinds if name in numbers), _NO_WORD)
-    if not isinstance(probe, str):
-        pattern = rf"({name}[ =]){re.escape(str(probe))}{_LIMIT}"
-        if found := re.fullmatch(pattern, _raised(kind, dict(valid) | {name: probe})):
-            return {"refusal": f"{found[1]}{{value}}{found[2]}"}
-    elif not kinds:
-        told = _raised(kind, dict(valid) | {name: probe})
-        if found := re.fullmatch(rf"{name} '{_NO_WORD}' is none of ([\w, .-]+)", told):
-            return {"choices": found[1].split(", ")}
-    return {}
+    found: dict[str, Any] = {}
+    is_either = {"int", "float"} <= set(kinds)
+    for type_name, probe in {"int": -1, "float": -1.0}.items():
+        message = _raised(kind, dict(valid) | {name: probe}) if type_name in kinds else ""
+        if parts := re.fullmatch(rf"({name}[ =]){re.escape(str(probe))}{_LIMIT}", message):
+            key = "share_refusal" if is_either and type_name == "float" else "refusal"
+            found[key] = f"{parts[1]}{{value}}{parts[2]}"
+    if not kinds:
+        message = _raised(kind, dict(valid) | {name: _NO_WORD})
+        if parts := re.fullmatch(rf"{name} '{_NO_WORD}' is none of ([\w, .-]+)", message):
+            found["choices"] = parts[1].split(", ")
+    return found
 
 
 def _raised(kind: type, settings: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from fingpt_lightning.cli.wandb_runs import ServerGuard, find_unreachable, limit
 from fingpt_lightning.files import new_folder
 from fingpt_lightning.sweeping.checking import Build, Built, check_sweep, described
 from fingpt_lightning.sweeping.database import Database
+from fingpt_lightning.sweeping.folders import refuse_used_folder
 from fingpt_lightning.sweeping.local_sweep import LocalSweep
 from fingpt_lightning.sweeping.records import BEST_CONFIG
 from fingpt_lightning.sweeping.shared_sweep import SharedSweep
@@ -97,6 +98,8 @@ def _run_locally(options: argparse.Namespace, console: Console, report: Report) 
     else:
         sweep = read_sweep(_sweep_file(options))
         sweep.check_local()
+        if options.output is not None:
+            refuse_used_folder(options.output)
         count = num_trials(sweep, options.count)
         project = options.project or sweep.content.get("project")
         extra = _check(sweep, build_fit, count, project, console)

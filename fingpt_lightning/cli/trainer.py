@@ -66,6 +66,7 @@ from fingpt_lightning.cli.run_folders import (
 )
 from fingpt_lightning.cli.shipped import with_config_files
 from fingpt_lightning.cli.signals import sigterm_left_to
+from fingpt_lightning.cli.trainer_numbers import check_trainer_numbers
 from fingpt_lightning.cli.wandb_runs import (
     LIMIT_VARIABLES,
     begin_run,
@@ -334,6 +335,7 @@ class FinGPTCLI(LightningCLI):
             line = explain(str(error), known, DEFAULT_CLASSES, args)
             raise ConfigError(line) from error
         settings = self.config[self.command]
+        check_trainer_numbers(dict(settings.items()))
         if ckpt_path := settings.get("ckpt_path"):
             runs_dir = Path(settings.runs_dir)
             path = find_checkpoint(ckpt_path, _run_name(settings), runs_dir, print_status)

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fingpt_lightning.hub.card import (
+    LOAD_BY_US,
+    NEEDS_US,
     PACKAGE,
     dataset_of,
     evaluation_results,
@@ -77,9 +79,7 @@ def compression_card(
     lines += ["| " + " | ".join(row) + " |" for row in figures_rows(original, small)]
     lines += [
         "", f"Measured on: {small['device']}.", "",
-        "```python", "# pip install fingpt-lightning; without it transformers does not know the"
-        " model type", "import fingpt_lightning", "",
-        f'network = fingpt_lightning.load_model("{name}").network', "```", "",
+        "```python", NEEDS_US + LOAD_BY_US.format(name=name), "```", "",
     ]  # fmt: skip
     return "\n".join(lines)
 

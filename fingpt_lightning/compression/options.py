@@ -8,10 +8,12 @@ from fingpt_lightning.terminal.command_line import (
     WrongOptions,
     device_name,
     names,
-    positive_int,
 )
 from fingpt_lightning.terminal.inputs import TASK_PREFIX
+from fingpt_lightning.terminal.numbers import number_above_0, part, positive_int, seed, whole_number
 
+RECORD = "compression.json"
+"""The file by which the folder of a compression is known."""
 FORMATS = ("low_rank", "int8", "nf4")
 ALLOCATIONS = ("uniform", "spectrum", "loss")
 WHITENINGS = ("input", "both")
@@ -30,7 +32,7 @@ def build_parser() -> OptionParser:
     )
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder or hub name, GGUF or run folder")
-    add("--size", type=_size, required=True, help="share of all parameters that is kept, in (0, 1)")
+    add("--size", type=part, required=True, help="share of all parameters that is kept, in (0, 1)")
     add("--output", type=Path, required=True, help="folder that is made")
     add(
         "--format",
@@ -65,7 +67,7 @@ def build_parser() -> OptionParser:
     )
     add(
         "--drop_blocks",
-        type=_count,
+        type=whole_number,
         default=0,
         metavar="N",
         help="blocks left out before the rest is decomposed: those that the calibration text misses"
@@ -74,14 +76,14 @@ def build_parser() -> OptionParser:
     add("--embedding_rank", type=positive_int, help="of an embedding tied to the head")
     add(
         "--refine",
-        type=_count,
+        type=whole_number,
         default=REFINE_STEPS,
         metavar="STEPS",
         help="Adam steps over the factors of each block; default: %(default)s",
     )
     add(
         "--heal",
-        type=_count,
+        type=whole_number,
         default=0,
         metavar="STEPS",
         help="steps of training all weights on the original's predictions; default: %(default)s",
@@ -90,7 +92,7 @@ def build_parser() -> OptionParser:
     add("--block_length", type=positive_int, default=512, help="tokens per row; default: 512")
     add(
         "--learning_rate",
-        type=_rate,
+        type=number_above_0,
         default=LEARNING_RATE,
         help="of healing, the highest; default: %(default)s",
     )
@@ -119,7 +121,7 @@ def build_parser() -> OptionParser:
     add("--limit", type=positive_int, help="rows of each task; default: all")
     add(
         "--seed",
-        type=_count,
+        type=seed,
         default=1,
         help="of refinement, healing and the labels drawn for gradients; default: %(default)s",
     )
@@ -166,30 +168,3 @@ def check_options(options: argparse.Namespace) -> None:
         raise WrongOptions("--limit has an effect with --tasks alone")
     if not options.heal and options.learning_rate != LEARNING_RATE:
         raise WrongOptions("--learning_rate has an effect with --heal alone")
-
-
-def _size(text: str) -> float:
-    number = _number(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1)")
-    return number
-
-
-def _rate(text: str) -> float:
-    number = _number(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None

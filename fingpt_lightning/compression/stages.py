@@ -15,9 +15,10 @@ from fingpt_lightning.compression.card import compression_card
 from fingpt_lightning.compression.depth import write_shorter
 from fingpt_lightning.compression.figures import measure
 from fingpt_lightning.compression.healing import heal
+from fingpt_lightning.compression.options import RECORD
 from fingpt_lightning.compression.settings import Settings
 from fingpt_lightning.data.calibration_text import Calibration, CalibrationSource
-from fingpt_lightning.decomposition.runner import RECORD as DECOMPOSITION
+from fingpt_lightning.decomposition.options import RECORD as DECOMPOSITION
 from fingpt_lightning.decomposition.runner import Request, decompose_model
 from fingpt_lightning.decomposition.source import Source, open_source
 from fingpt_lightning.deploy.exporting import export
@@ -41,8 +42,6 @@ from fingpt_lightning.files import (
 from fingpt_lightning.hub.card import CARD
 from fingpt_lightning.models.device import device_name
 from fingpt_lightning.models.loading import load_model
-
-RECORD = "compression.json"
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from fingpt_lightning.data.predicted_rows import CollateQuestions, Questions
 from fingpt_lightning.data.synthetic_news import SENTIMENTS, synthetic_news
 from fingpt_lightning.data.tokenized_data import TokenizedData
 from fingpt_lightning.data.tokenizers import (
+    MIN_VOCAB_SIZE,
     load_tokenizer,
     train_tokenizer,
 )
@@ -124,6 +125,7 @@ class FinancialInstructions(TokenizedData):
             "max_length": (max_length, 2),
             "num_workers": (num_workers, 0),
             "num_synthetic_items": (num_synthetic_items, 1),
+            "vocab_size": (vocab_size, MIN_VOCAB_SIZE),
             "max_new_tokens": (max_new_tokens, 1),
         }
         for name, (value, minimum) in least.items():

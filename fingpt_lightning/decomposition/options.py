@@ -10,12 +10,23 @@ from fingpt_lightning.terminal.command_line import (
     asks_for_calibration,
     check_calibration_options,
     device_name,
+)
+from fingpt_lightning.terminal.numbers import (
+    compression,
+    number_from_0,
     positive_int,
+    rank,
+    seed,
+    share,
+    whole_number,
 )
 
 METHODS = ("exact", "randomized")
 ALLOCATIONS = ("loss", "spectrum", "uniform")
 WHITENINGS = ("input", "both")
+
+RECORD = "decomposition.json"
+"""The file by which the folder of a decomposition is known."""
 
 
 def build_parser() -> OptionParser:
@@ -30,12 +41,12 @@ def build_parser() -> OptionParser:
         help="Hugging Face folder or hub name, GGUF, checkpoint or run folder",
     )
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--rank_ratio", type=_share, help="r / min(in, out) of each layer, to 1")
+    target.add_argument("--rank_ratio", type=share, help="r / min(in, out) of each layer, to 1")
     target.add_argument(
-        "--compression", type=_compression, help="parameters of the dense model over those stored"
+        "--compression", type=compression, help="parameters of the dense model over those stored"
     )
     target.add_argument(
-        "--energy", type=_share, help="share of the squared singular values that each layer keeps"
+        "--energy", type=share, help="share of the squared singular values that each layer keeps"
     )
     add("--output", type=Path, required=True, help="folder that is made")
     add(
@@ -46,13 +57,13 @@ def build_parser() -> OptionParser:
     )
     add(
         "--embedding_rank",
-        type=_rank,
+        type=rank,
         help="rank, or share of the width, of an embedding tied to the head; default: dense",
     )
     add_calibration_options(parser)
     add(
         "--damping",
-        type=_damping,
+        type=number_from_0,
         help="of the calibration: how much of the weights' own error counts beside that of the"
         " outputs, from 0 on; default: 0, with --sequential or --whitening both 0.01",
     )
@@ -64,7 +75,7 @@ def build_parser() -> OptionParser:
     )
     add(
         "--refine",
-        type=_seed,
+        type=whole_number,
         default=0,
         metavar="STEPS",
         help="of the calibration: Adam steps over the factors of each block, so that it puts out"
@@ -81,7 +92,7 @@ def build_parser() -> OptionParser:
     add("--method", choices=METHODS, default="exact", help="default: %(default)s")
     add(
         "--seed",
-        type=_seed,
+        type=seed,
         help="of --method randomized, --allocation loss and --whitening both; default: 1",
     )
     add(
@@ -155,41 +166,3 @@ def check_options(options: argparse.Namespace) -> None:
         )
     if options.energy is not None and options.method == "randomized":
         raise WrongOptions("--energy needs the whole spectrum: --method exact")
-
-
-def _share(text: str) -> float:
-    number = _number(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1]")
-    return number
-
-
-def _compression(text: str) -> float:
-    number = _number(text)
-    if not 1 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is below 1 (dense over stored parameters)")
-    return number
-
-
-def _damping(text: str) -> float:
-    number = _number(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
-    return number
-
-
-def _rank(text: str) -> int | float:
-    return positive_int(text) if text.isdecimal() else _share(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None

@@ -27,7 +27,7 @@ from fingpt_lightning.decomposition.layer_files import (
     write_tensors,
 )
 from fingpt_lightning.decomposition.layer_pool import LayerPool
-from fingpt_lightning.decomposition.options import ALLOCATIONS, WHITENINGS
+from fingpt_lightning.decomposition.options import ALLOCATIONS, RECORD, WHITENINGS
 from fingpt_lightning.decomposition.refinement import BlockErrors, last_factors, read_errors
 from fingpt_lightning.decomposition.sequential import block_of, decompose_in_sequence
 from fingpt_lightning.decomposition.source import Source, with_moments
@@ -75,7 +75,6 @@ from fingpt_lightning.terminal.messages import check_choice
 from fingpt_lightning.terminal.progress import shown_progress
 from fingpt_lightning.units import GIB
 
-RECORD = "decomposition.json"
 _GROUPS = "moments.json"
 _BACKWARD = "backward.safetensors"
 _SHARD_BYTES = 2 * GIB

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fingpt_lightning.deploy.chat import Chat
 from fingpt_lightning.deploy.loading import load_with_adapters
-from fingpt_lightning.deploy.sampling import read_sampling
+from fingpt_lightning.deploy.sampling import sampling_of
 from fingpt_lightning.files import to_json, write_whole
 from fingpt_lightning.terminal.messages import nearest
 
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
         ValueError: A setting, the model or, from a pipe, a message is not valid.
         OSError: A path does not exist.
     """
-    sampling = read_sampling(options)
+    sampling = sampling_of(options)
     try:
         _check_encoding(options.system or "")
     except ValueError as error:

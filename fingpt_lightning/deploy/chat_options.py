@@ -2,13 +2,13 @@
 
 import argparse
 
-from fingpt_lightning.deploy.generate_options import add_sampling_options
+from fingpt_lightning.deploy.generate_options import add_sampling_options, check_sampling_options
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     add_chat_option,
     add_model_options,
-    positive_int,
 )
+from fingpt_lightning.terminal.numbers import positive_int
 
 
 def build_parser() -> OptionParser:
@@ -45,7 +45,9 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         words: Part of the command line after the command.
 
     Raises:
-        WrongOptions: An option is unknown, missing or has an invalid value.
+        WrongOptions: An option is unknown, missing, has an invalid value or no effect.
         SystemExit: With status 0, after ``--help`` has been answered.
     """
-    return build_parser().read(words)
+    options = build_parser().read(words)
+    check_sampling_options(options)
+    return options

@@ -12,6 +12,7 @@ from fingpt_lightning.terminal.command_line import (
     asks_for_calibration,
     check_calibration_options,
 )
+from fingpt_lightning.terminal.numbers import number_above_0
 
 FORMATS = {
     "hf": "dense, for plain transformers",
@@ -48,7 +49,11 @@ def build_parser() -> OptionParser:
         help="with int8 and nf4; default: quantized where the model is low-rank",
     )
     add("--prompts", type=Path, help="real prompts to compare on: .txt, one a line, or .jsonl")
-    add("--tolerance", type=float, help="largest relative error of the logits; by format if unsaid")
+    add(
+        "--tolerance",
+        type=number_above_0,
+        help="largest relative error of the logits; by format if unsaid",
+    )
     add_calibration_options(parser)
     add(
         "--results",

@@ -13,11 +13,10 @@ from fingpt_lightning.deploy.model_card import (
     Exported,
     Reading,
     known_of,
-    made_by_us,
     model_card,
 )
 from fingpt_lightning.files import check_replaceable, put_in_place, scratch_folder
-from fingpt_lightning.hub.card import CARD
+from fingpt_lightning.hub.card import CARD, EXPORT_MARK, has_mark
 from fingpt_lightning.low_rank import LowRankLinear
 from fingpt_lightning.models.adapting import adapted_layers, remove_adapters, save_adapter
 from fingpt_lightning.models.expansion import expand, merge_into_base
@@ -59,7 +58,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: ``output`` exists and is not to be replaced, or is not an export.
     """
-    check_replaceable(output, overwrite, made_by_us(output), "export")
+    check_replaceable(output, overwrite, has_mark(output, EXPORT_MARK), "export")
 
 
 def export(

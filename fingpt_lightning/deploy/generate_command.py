@@ -10,8 +10,8 @@ from rich.text import Text
 
 from fingpt_lightning.deploy.generation import Completion, Prompt, complete
 from fingpt_lightning.deploy.loading import load_with_adapters
-from fingpt_lightning.deploy.sampling import read_sampling
-from fingpt_lightning.files import not_utf8, to_json, write_whole
+from fingpt_lightning.deploy.sampling import sampling_of
+from fingpt_lightning.files import not_utf8, refuse_existing, to_json, write_whole
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
 from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
 from fingpt_lightning.terminal.inputs import refuse_missing_prompts
@@ -29,12 +29,10 @@ def run(options: argparse.Namespace) -> None:
         ValueError: A prompt, a setting or the model is not valid.
         OSError: A path does not exist, or the output exists already.
     """
-    sampling = read_sampling(options)
+    sampling = sampling_of(options)
     prompts = [Prompt(options.prompt)] if options.prompts is None else read_prompts(options.prompts)
-    if options.output is not None and options.output.is_dir():
-        raise ValueError(f"output {options.output} is a folder, not a file")
-    if options.output is not None and options.output.exists() and not options.overwrite:
-        raise FileExistsError(f"output {options.output} is there already; --overwrite replaces it")
+    if options.output is not None:
+        refuse_existing(options.output, "output", options.overwrite)
     model = load_with_adapters(options)
     texts = complete(
         model.network,

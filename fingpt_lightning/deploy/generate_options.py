@@ -9,8 +9,9 @@ from fingpt_lightning.terminal.command_line import (
     add_chat_option,
     add_model_options,
     named_paths,
-    positive_int,
+    refuse_input_as_output,
 )
+from fingpt_lightning.terminal.numbers import number_above_0, positive_int, seed, share
 
 
 def build_parser() -> OptionParser:
@@ -36,12 +37,23 @@ def build_parser() -> OptionParser:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say how tokens are drawn, which `deploy.sampling.read_sampling` reads."""
+    """The options that say how tokens are drawn, which `deploy.sampling.sampling_of` reads."""
     add = parser.add_argument
-    add("--temperature", type=float, help="draw tokens, with logits divided by it")
+    add("--temperature", type=number_above_0, help="draw tokens, with logits divided by it")
     add("--top_k", type=positive_int, help="draw from the K likeliest tokens")
-    add("--top_p", type=float, help="draw from the likeliest tokens of this probability together")
-    add("--seed", type=int, help="of the draws; default: 1")
+    add("--top_p", type=share, help="draw from the likeliest tokens of this probability together")
+    add("--seed", type=seed, help="of the draws; default: 1")
+
+
+def check_sampling_options(options: argparse.Namespace) -> None:
+    """Refuses settings of draws where nothing is drawn.
+
+    Raises:
+        WrongOptions: There is one.
+    """
+    for name in ("top_k", "top_p", "seed"):
+        if options.temperature is None and getattr(options, name) is not None:
+            raise WrongOptions(f"--{name} has no effect without --temperature; 1 draws as is")
 
 
 def parse_options(words: list[str]) -> argparse.Namespace:
@@ -58,6 +70,9 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     options = build_parser().read(words)
     if options.overwrite and options.output is None:
         raise WrongOptions("--overwrite has no effect without --output")
+    if options.output is not None and options.prompts is not None:
+        refuse_input_as_output(options.prompts, options.output)
     if options.adapter and options.adapters:
         raise WrongOptions("--adapter and --adapters: give one of them")
+    check_sampling_options(options)
     return options

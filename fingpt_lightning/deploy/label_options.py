@@ -15,8 +15,9 @@ from fingpt_lightning.terminal.command_line import (
     add_csv_options,
     add_model_options,
     named_paths,
-    positive_int,
+    refuse_input_as_output,
 )
+from fingpt_lightning.terminal.numbers import positive_int
 
 
 def build_parser() -> OptionParser:
@@ -56,6 +57,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         SystemExit: With status 0, after ``--help`` has been answered.
     """
     options = build_parser().read(words)
+    refuse_input_as_output(options.input, options.output)
     if options.adapter and options.adapters:
         raise WrongOptions("--adapter and --adapters: give one of them")
     if bool(options.adapters) != bool(options.adapter_column):

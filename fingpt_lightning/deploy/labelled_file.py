@@ -25,6 +25,7 @@ from fingpt_lightning.files import (
     clear_owned,
     mark_finished,
     owned,
+    refuse_existing,
     remove_finished,
     sync_folder,
     written_whole,
@@ -63,11 +64,14 @@ class LabelledFile:
             overwrite: Whether an existing output is deleted.
 
         Raises:
-            FileExistsError: The output exists already.
+            OSError: The output exists already, or a part of its path is a file.
+            ValueError: It is a folder.
         """
-        if self.path.exists() and not overwrite:
+        try:
+            refuse_existing(self.path, "output", overwrite)
+        except FileExistsError:
             remove_finished(self.folder)
-            raise FileExistsError(f"output {self.path} is there already; --overwrite replaces it")
+            raise
 
     @contextmanager
     def begun(self, overwrite: bool) -> Iterator[int]:

@@ -12,7 +12,9 @@ from fingpt_lightning.deploy.comparing import Difference
 from fingpt_lightning.files import to_json
 from fingpt_lightning.hub.card import (
     CARD,
+    EXPORT_MARK,
     IMPORT_OURS,
+    LOAD_BY_US,
     LOAD_NETWORK,
     PACKAGE,
     Origin,
@@ -30,18 +32,16 @@ from fingpt_lightning.models.loading import AUTO, LoadedModel
 from fingpt_lightning.models.quantization.frozen_matrix import quantization_of
 from fingpt_lightning.units import format_bytes, format_count
 
-_MARK = "<!-- made by: fingpt export"
-_RECORD = re.compile(re.escape(_MARK) + r"; (\{.*\}) -->$", re.MULTILINE)
+_RECORD = re.compile(re.escape(EXPORT_MARK) + r"; (\{.*\}) -->$", re.MULTILINE)
 _PACKAGES = ("fingpt-lightning", "torch", "transformers", "bitsandbytes", "gguf")
 _BESIDE = """
 network = PeftModel.from_pretrained(network, "{name}/adapter")"""
 _PEFT = """from peft import AutoPeftModelForCausalLM
 
 network = AutoPeftModelForCausalLM.from_pretrained("{name}")"""
-_OUR_PEFT = """# pip install fingpt-lightning; PEFT does not know the layers of the base
-import fingpt_lightning
-
-network = fingpt_lightning.load_model("{name}").network"""
+_OUR_PEFT = f"""\
+# pip install fingpt-lightning; PEFT does not know the layers of the base
+{LOAD_BY_US}"""
 _GGUF = """from llama_cpp import Llama
 
 llama = Llama("{name}/model.gguf")"""
@@ -127,12 +127,6 @@ def known_of(source: LoadedModel, results: Sequence[Path] = ()) -> Known:
     return Known(origin, tasks)
 
 
-def made_by_us(folder: Path) -> bool:
-    """Whether a folder is an export, which may be replaced."""
-    card = folder / CARD
-    return card.is_file() and _MARK in card.read_text(encoding="utf-8", errors="replace")
-
-
 def read_record(folder: Path) -> tuple[str | None, Exported | None]:
     """The request that an export was made for, and its figures, as its card has them.
 
@@ -192,7 +186,7 @@ def model_card(
         [
             f"# {name}",
             "",
-            f"{_MARK}; {_record_of(exported, request)} -->",
+            f"{EXPORT_MARK}; {_record_of(exported, request)} -->",
             "",
             f"Source: {source.description}  ",
             f"Revision: `{source.revision}`  {adapter}",

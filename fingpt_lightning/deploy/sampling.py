@@ -42,20 +42,11 @@ class Sampling:
             raise ValueError(f"top_p {self.top_p} is outside (0, 1]")
 
 
-def read_sampling(options: argparse.Namespace) -> Sampling | None:
-    """The settings that `add_sampling_options` has read; None takes the most likely token.
-
-    Raises:
-        ValueError: A setting is outside its range, or has no effect.
-    """
+def sampling_of(options: argparse.Namespace) -> Sampling | None:
+    """The settings that `add_sampling_options` has read; None takes the most likely token."""
     if options.temperature is None:
-        for name in ("top_k", "top_p", "seed"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"{name} has no effect without temperature; 1 draws as is")
         return None
     seed = 1 if options.seed is None else options.seed
-    if seed < 0:
-        raise ValueError(f"seed {seed} is below 0")
     return Sampling(options.temperature, options.top_k, options.top_p, seed)
 
 

@@ -16,11 +16,11 @@ from fingpt_lightning.evaluation.batches import default_batch_tokens
 from fingpt_lightning.evaluation.options import check_options
 from fingpt_lightning.evaluation.results import (
     EVALUATION_PACKAGES,
-    check_output,
     remarks,
     table,
     write_results,
 )
+from fingpt_lightning.evaluation.run_evaluations import check_output
 from fingpt_lightning.evaluation.runner import Scoring, TaskResult, read_tasks, scorings_of
 from fingpt_lightning.evaluation.scoring import Prediction
 from fingpt_lightning.evaluation.sharded import (
@@ -194,6 +194,8 @@ def _read(options: argparse.Namespace) -> list[NamedRun]:
     check_choice("scoring", options.scoring, list(Scoring))
     check_choice("too_long", options.too_long, list(TooLong))
     check_choice("dequantize", options.dequantize, CHOICES)
+    if options.num_fewshot < 0:
+        raise ValueError(f"num_fewshot {options.num_fewshot} is below 0")
     if options.batch_tokens is not None and options.batch_tokens < 1:
         raise ValueError(f"batch_tokens {options.batch_tokens} is below 1")
     how = Scoring(options.scoring)

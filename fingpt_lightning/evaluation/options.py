@@ -15,8 +15,8 @@ from fingpt_lightning.terminal.command_line import (
     add_csv_options,
     add_model_options,
     names,
-    positive_int,
 )
+from fingpt_lightning.terminal.numbers import positive_int, seed, whole_number
 
 
 def build_parser() -> OptionParser:
@@ -56,12 +56,12 @@ def build_parser() -> OptionParser:
     )
     add(
         "--num_fewshot",
-        type=int,
+        type=whole_number,
         default=0,
         metavar="N",
         help="examples of the train split before each question; default: %(default)s",
     )
-    add("--fewshot_seed", type=int, help="of their draw; default: 1")
+    add("--fewshot_seed", type=seed, help="of their draw; default: 1")
     add("--batch_tokens", type=positive_int, help="tokens of a batch, padding included")
     add("--limit", type=positive_int, help="rows of each task")
     add_shard_options(parser, "batches of each task")
@@ -96,7 +96,5 @@ def check_options(options: argparse.Namespace) -> None:
     """
     if options.overwrite and options.output is None:
         raise WrongOptions("--overwrite has an effect with --output alone")
-    if options.num_fewshot < 0:
-        raise WrongOptions(f"--num_fewshot {options.num_fewshot} is below 0")
     if options.fewshot_seed is not None and not options.num_fewshot:
         raise WrongOptions("--fewshot_seed has an effect with --num_fewshot alone")

@@ -38,18 +38,6 @@ _COLUMNS = {
 }
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Raises where results could not be written.
-
-    Raises:
-        ValueError: ``folder`` is a file, or holds results that are not to be overwritten.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file, not a folder")
-    if (folder / RESULTS).exists() and not overwrite:
-        raise ValueError(f"output {folder} holds results already; --overwrite replaces them")
-
-
 def table(results: Sequence[TaskResult]) -> Table:
     """One line per task; the accuracy with its interval."""
     shown = {

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fingpt_lightning.files import refuse_blocked
+
 FOLDER, RESULTS, PREDICTIONS = "eval", "results.json", "predictions.jsonl"
 
 
@@ -25,6 +27,24 @@ class RunEvaluation(NamedTuple):
     step: int
     folder: Path
     results: dict[str, Any]
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raises where results could not be written.
+
+    Args:
+        folder: Folder of the results.
+        overwrite: Whether results in it are replaced.
+
+    Raises:
+        NotADirectoryError: A part of its path is a file.
+        ValueError: ``folder`` is a file, or holds results that are not to be overwritten.
+    """
+    refuse_blocked(folder, "output")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file, not a folder")
+    if (folder / RESULTS).exists() and not overwrite:
+        raise ValueError(f"output {folder} holds results already; --overwrite replaces them")
 
 
 def read_run_evaluations(run_folder: Path) -> list[RunEvaluation]:

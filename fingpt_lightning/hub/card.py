@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 CARD = "README.md"
+EXPORT_MARK = "<!-- made by: fingpt export"
+"""What the card of an export begins its record with."""
 PACKAGE = "fingpt-lightning"
 _INHERITED = ("license", "license_name", "license_link", "language")
 """What holds for whatever is made of a model too."""
@@ -36,10 +38,14 @@ _TASK_TYPES = {
 }
 """The hub's name of a task, by kind; of all others it is text generation."""
 
-IMPORT_OURS = """\
+NEEDS_US = """\
 # pip install fingpt-lightning; without it transformers does not know the model type
-import fingpt_lightning
 """
+IMPORT_OURS = f"{NEEDS_US}import fingpt_lightning\n"
+LOAD_BY_US = """import fingpt_lightning
+
+network = fingpt_lightning.load_model("{name}").network"""
+"""How a card loads what this package alone reads, by its name."""
 LOAD_NETWORK = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 network = AutoModelForCausalLM.from_pretrained("{name}")
@@ -136,6 +142,12 @@ def dataset_of(task: str) -> str | None:
     except (ValueError, OSError):  # one of the user's own, which is no longer there
         return None
     return None if hub is None else hub.name
+
+
+def has_mark(folder: Path, mark: str) -> bool:
+    """Whether the card of a folder has a mark that tells what made it."""
+    card = folder / CARD
+    return card.is_file() and mark in card.read_text(encoding="utf-8", errors="replace")
 
 
 def read_metadata(card: Path) -> dict[str, Any]:

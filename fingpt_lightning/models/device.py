@@ -116,9 +116,10 @@ def free_bytes(device: torch.device, cgroup: Path = _CGROUP) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
     try:
-        limit = (cgroup / "memory.max").read_text()
-        used = int((cgroup / "memory.current").read_text())
-        counts = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        limit = (cgroup / "memory.max").read_text(encoding="utf-8")
+        used = int((cgroup / "memory.current").read_text(encoding="utf-8"))
+        stat = (cgroup / "memory.stat").read_text(encoding="utf-8")
+        counts = dict(line.split() for line in stat.splitlines())
     except OSError:  # no container, or not by this version
         return free
     if limit.strip() == "max":

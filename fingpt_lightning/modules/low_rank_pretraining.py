@@ -65,7 +65,12 @@ from fingpt_lightning.modules.optimization import (
     split_embedding,
 )
 from fingpt_lightning.modules.quantization_aware import RoundingSchedule
-from fingpt_lightning.modules.ranges import check_below_1, check_optimization
+from fingpt_lightning.modules.ranges import (
+    check_below_1,
+    check_compression,
+    check_from_1_or_share,
+    check_optimization,
+)
 from fingpt_lightning.modules.recipe import (
     DEFAULTS,
     FACTOR_OPTIMIZERS,
@@ -281,15 +286,15 @@ class LowRankPretraining(LanguageModelingModule):
     ) -> None:
         super().__init__()
         if compression is not None:
+            check_compression(compression)
             if rank != "auto" and not (rank is None and recipe is not None):
                 raise ValueError(
                     f"rank {rank} and compression {compression}: give one of them; beside"
                     " compression rank stays auto"
                 )
-            if not 1 <= compression < float("inf"):
-                raise ValueError(
-                    f"compression {compression} is below 1 (dense over stored parameters)"
-                )
+        for name, value in {"rank": rank, "embedding_rank": embedding_rank}.items():
+            if isinstance(value, int | float):
+                check_from_1_or_share("the full rank", **{name: value})
         if init_from is not None:
             given = {
                 "preset": preset, "architecture": architecture,

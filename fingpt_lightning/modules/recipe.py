@@ -5,7 +5,12 @@ from typing import Any
 
 from fingpt_lightning.low_rank import Initialization
 from fingpt_lightning.low_rank.linear import FACTOR_ACTIVATIONS
-from fingpt_lightning.modules.ranges import check_above_0, check_below_1, check_from_0
+from fingpt_lightning.modules.ranges import (
+    check_above_0,
+    check_below_1,
+    check_from_0,
+    check_from_1_or_share,
+)
 from fingpt_lightning.terminal.messages import check_choice, nearest
 
 PLAIN: Mapping[str, Any] = {
@@ -202,12 +207,10 @@ def check_schedule(schedule: str, warmup: int | float, cooldown: int | float | N
         raise ValueError(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}{hint}")
     if cooldown is None:
         return
+    check_from_1_or_share("the steps", cooldown=cooldown)
     if schedule != "wsd":
         raise ValueError(f"cooldown {cooldown} has no effect with schedule {schedule}: set wsd")
-    is_share = isinstance(cooldown, float)
-    if not cooldown > 0 or (is_share and not cooldown <= 1):
-        raise ValueError(f"cooldown {cooldown} is neither a share in (0, 1] nor a number of steps")
-    if is_share and isinstance(warmup, float) and warmup + cooldown > 1:
+    if isinstance(cooldown, float) and isinstance(warmup, float) and warmup + cooldown > 1:
         raise ValueError(f"warmup {warmup} and cooldown {cooldown} are more than the whole run")
 
 

@@ -10,10 +10,12 @@ from fingpt_lightning.files import check_replaceable, put_in_place, scratch_fold
 from fingpt_lightning.hub.card import (
     CARD,
     IMPORT_OURS,
+    LOAD_BY_US,
     LOAD_NETWORK,
     PACKAGE,
     Origin,
     datasets_of,
+    has_mark,
     metadata_block,
     origin_of,
 )
@@ -21,10 +23,9 @@ from fingpt_lightning.metric_keys import VAL_LOSS
 from fingpt_lightning.models.formats.tokenizer import write_tokenizer
 
 _MARK = "<!-- made by: save_pretrained of fingpt-lightning -->"
-_ADAPTER = """# pip install fingpt-lightning; PEFT reads it too where the base is a plain one
-import fingpt_lightning
-
-network = fingpt_lightning.load_model("{name}").network"""
+_ADAPTER = f"""\
+# pip install fingpt-lightning; PEFT reads it too where the base is a plain one
+{LOAD_BY_US}"""
 
 
 def check_savable(module: LightningModule) -> None:
@@ -65,9 +66,7 @@ def save_module(
     Raises:
         FileExistsError: The folder is there, and something else.
     """
-    card = folder / CARD
-    is_ours = card.is_file() and _MARK in card.read_text(encoding="utf-8", errors="replace")
-    check_replaceable(folder, True, is_ours, "model that a module has saved")
+    check_replaceable(folder, True, has_mark(folder, _MARK), "model that a module has saved")
     data = None if module._trainer is None else getattr(module.trainer, "datamodule", None)
     origin = Origin() if start is None else origin_of(start)
     tags = ["lora"] if is_adapter else []

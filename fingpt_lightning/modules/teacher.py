@@ -64,6 +64,10 @@ class Teacher:
         Raises:
             ValueError: A value outside its range, or one that has no effect.
         """
+        if not 0 < (weight := settings["teacher_weight"]) <= 1:
+            raise ValueError(f"teacher_weight {weight} is outside (0, 1]")
+        temperature = settings["teacher_temperature"]
+        check_above_0(teacher_temperature=temperature)
         path = settings["teacher"]
         if path is None:
             for key, plain in WITHOUT_TEACHER.items():
@@ -80,10 +84,6 @@ class Teacher:
                 raise ValueError(
                     f"{key} {value!r} is none of {', '.join(named)}{nearest(str(value), named)}"
                 )
-        if not 0 < (weight := settings["teacher_weight"]) <= 1:
-            raise ValueError(f"teacher_weight {weight} is outside (0, 1]")
-        temperature = settings["teacher_temperature"]
-        check_above_0(teacher_temperature=temperature)
         return cls(
             path, settings["teacher_quantize"], settings["teacher_dtype"], weight, temperature
         )

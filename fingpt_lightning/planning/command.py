@@ -23,7 +23,7 @@ from callbacks.memory import MemoryMonitor
 from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.data.batch import IGNORED_LABEL
 from fingpt_lightning.data.instructions import tokenizer_of_base
-from fingpt_lightning.files import write_json
+from fingpt_lightning.files import refuse_unwritable, write_json
 from fingpt_lightning.low_rank import (
     LowRankEmbedding,
     LowRankLinear,
@@ -118,8 +118,8 @@ def run(options: argparse.Namespace, build: Build) -> None:
         ConfigError: The command line or a config is wrong, as with ``fingpt fit``.
         ValueError: The model's shapes are not known, or ``--json`` leads nowhere.
     """
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        raise ValueError(f"json {options.json}: there is no folder {options.json.parent}")
+    if options.json is not None:
+        refuse_unwritable(options.json, "json")
     with tempfile.TemporaryDirectory() as folder:
         plan, notes = _plan(options.words, build, options.calibrate, folder)
     console = Console()

@@ -110,7 +110,7 @@ def peak_rss_bytes() -> int:
     Where the peak cannot be reset, that is since the process began.
     """
     if (status := _PROCESS / "status").exists():
-        for line in status.read_text().splitlines():
+        for line in status.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     if sys.platform == "win32":
@@ -130,7 +130,7 @@ def reset_peak_rss() -> bool:
     Source: https://man7.org/linux/man-pages/man5/proc_pid_clear_refs.5.html
     """
     try:
-        with (_PROCESS / "clear_refs").open("w") as clear_refs:
+        with (_PROCESS / "clear_refs").open("w", encoding="utf-8") as clear_refs:
             clear_refs.write("5")
     except OSError:
         return False

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS, RESULTS
+from fingpt_lightning.files import refuse_unwritable
 from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions, names
 from fingpt_lightning.terminal.messages import nearest, nearest_name
 
@@ -60,12 +61,8 @@ def check_inputs(options: argparse.Namespace) -> None:
         ValueError: There is one result, a folder holds none, or the output is a folder.
         FileNotFoundError: A path does not exist.
     """
-    output = options.output
-    if output is not None:
-        if not output.resolve().parent.is_dir():
-            raise FileNotFoundError(f"output {output}: there is no folder {output.parent}")
-        if output.is_dir():
-            raise ValueError(f"output {output} is a folder; name a file")
+    if options.output is not None:
+        refuse_unwritable(options.output, "output")
     refuse_missing_results(options.paths)
 
 

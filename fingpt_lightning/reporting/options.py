@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from fingpt_lightning.terminal.command_line import OptionParser, positive_int
+from fingpt_lightning.terminal.command_line import OptionParser
+from fingpt_lightning.terminal.numbers import positive_int
 
 
 def build_parser() -> OptionParser:

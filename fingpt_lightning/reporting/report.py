@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import refuse_unwritable, write_whole
 from fingpt_lightning.reporting.headline import cards, glance_section
 from fingpt_lightning.reporting.page import Label, Page, Section, to_html
 from fingpt_lightning.reporting.run_sections import (
@@ -36,10 +36,7 @@ def write_page(paths: Sequence[Path], output: Path, refresh_s: int | None = None
     """
     if not paths:
         raise ValueError("no run, sweep or evaluation is given")
-    if not output.resolve().parent.is_dir():
-        raise FileNotFoundError(f"output {output}: there is no folder {output.parent}")
-    if output.is_dir():
-        raise ValueError(f"output {output} is a folder; name a file, as {output / 'report.html'}")
+    refuse_unwritable(output, "output")
     found = [read_folder(path) for path in dict.fromkeys(paths)]
     goes_on = any(not is_over(one) for one in found)
     page = _page(found)._replace(refresh_s=refresh_s if goes_on else None)

@@ -12,8 +12,8 @@ from fingpt_lightning.terminal.command_line import (
     add_model_options,
     named_paths,
     names,
-    positive_int,
 )
+from fingpt_lightning.terminal.numbers import port, positive_int
 
 API_KEY = "FINGPT_API_KEY"
 """The environment variable with the key that requests have to name."""
@@ -30,7 +30,7 @@ def build_parser() -> OptionParser:
     add("--adapters", type=named_paths, help="NAME=FOLDER,... each served as a model of its name")
     add("--name", help="name of the model itself; default: that of its folder")
     add("--host", default="127.0.0.1", help="address to listen at; default: %(default)s")
-    add("--port", type=_port, default=8000, help="0 takes a free one; default: %(default)s")
+    add("--port", type=port, default=8000, help="0 takes a free one; default: %(default)s")
     add(
         "--tasks", type=names, help="tasks of /v1/label, by name or YAML file; default: all shipped"
     )
@@ -89,9 +89,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
-    return int(text)

@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fingpt_lightning.terminal.command_line import WrongOptions, positive_int
+from fingpt_lightning.terminal.command_line import WrongOptions
+from fingpt_lightning.terminal.numbers import positive_int
 
 ANY_COUNT = 0
 """What ``--merge`` without a number stands for: as many shards as there are."""

@@ -81,7 +81,9 @@ class Identity(NamedTuple):
         """Identity of this process."""
         boot = Path("/proc/sys/kernel/random/boot_id")
         space = Path("/proc/self/ns/pid")
-        machine = boot.read_text().strip() if boot.exists() else socket.gethostname()
+        machine = socket.gethostname()
+        if boot.exists():
+            machine = boot.read_text(encoding="utf-8").strip()
         if space.is_symlink():
             machine += str(space.readlink())
         process = os.getpid()
@@ -489,7 +491,7 @@ def _birth(process: int) -> float:
     """
     if not Path("/proc/self/stat").exists():
         return psutil.Process(process).create_time()
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return float(fields[19])
 
 

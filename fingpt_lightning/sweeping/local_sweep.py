@@ -22,9 +22,9 @@ from fingpt_lightning.files import (
     try_lock,
     write_owner,
 )
+from fingpt_lightning.sweeping.folders import STUDY, SWEEP_FILE, refuse_no_sweep, refuse_used_folder
 from fingpt_lightning.sweeping.sweep_file import Sweep, read_sweep
 from fingpt_lightning.sweeping.sweep_runner import (
-    SWEEP_FILE,
     SweepRunner,
     direction,
     fill_study,
@@ -32,7 +32,6 @@ from fingpt_lightning.sweeping.sweep_runner import (
     pruner_of,
 )
 
-STUDY = "study.sqlite"
 _LOCK = "sweep.lock"
 _LOCK_PATIENCE_S = 90.0
 
@@ -55,8 +54,7 @@ class LocalSweep(SweepRunner):
     """
 
     def __init__(self, folder: Path) -> None:
-        if not ((folder / STUDY).is_file() and (folder / SWEEP_FILE).is_file()):
-            raise ValueError(f"{folder} is not a sweep: it has no {STUDY} and {SWEEP_FILE}")
+        refuse_no_sweep(folder)
         sweep = read_sweep(folder / SWEEP_FILE)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.load_study(
@@ -83,8 +81,7 @@ class LocalSweep(SweepRunner):
                 setting that a local search does not honor.
         """
         sweep.check_local()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"output {folder} is not empty; --resume goes on with a sweep")
+        refuse_used_folder(folder)
         count = num_trials(sweep, count)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # In a temporary folder: one with half a study could neither be resumed nor begun anew.

@@ -4,8 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
-from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions, positive_int
+from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions
 from fingpt_lightning.terminal.messages import nearest, without_credentials
+from fingpt_lightning.terminal.numbers import positive_int
 
 _SCHEMES = ("postgresql", "sqlite")
 

@@ -80,7 +80,8 @@ def write_best_config(folder: Path, trial: FrozenTrial) -> None:
         folder: Folder of the sweep.
         trial: Trial, whose run folder is there.
     """
-    settings = yaml.safe_load((folder / run_folder(trial) / "config.yaml").read_text())
+    config = folder / run_folder(trial) / "config.yaml"
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     trainer = settings["trainer"]
     trainer["default_root_dir"] = None
     for key in ("best_checkpoint", "last_checkpoint"):

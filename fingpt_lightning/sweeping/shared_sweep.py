@@ -27,10 +27,10 @@ from typing_extensions import override
 from fingpt_lightning.files import write_json, write_whole
 from fingpt_lightning.sweeping import database as databases
 from fingpt_lightning.sweeping.database import DATABASE_ERRORS, Database
+from fingpt_lightning.sweeping.folders import SWEEP_FILE
 from fingpt_lightning.sweeping.records import run_folder, write_record
 from fingpt_lightning.sweeping.sweep_file import Sweep
 from fingpt_lightning.sweeping.sweep_runner import (
-    SWEEP_FILE,
     SweepResults,
     SweepRunner,
     direction,

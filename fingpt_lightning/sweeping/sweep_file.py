@@ -157,7 +157,7 @@ def read_sweep(path: Path) -> Sweep:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such sweep file")
     try:
-        content = parse_yaml(path.read_text(), path)
+        content = parse_yaml(path.read_text(encoding="utf-8"), path)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise WrongSweep(f"{path} line {line} is not YAML: {error.problem}") from error

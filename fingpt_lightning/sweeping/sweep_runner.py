@@ -38,7 +38,6 @@ from fingpt_lightning.sweeping.trial_process import (
 )
 from fingpt_lightning.units import format_duration
 
-SWEEP_FILE = "sweep.yaml"
 _STUDY_STATES = {
     TrialState.FINISHED: StudyState.COMPLETE,
     TrialState.FAILED: StudyState.FAIL,

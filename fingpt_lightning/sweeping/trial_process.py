@@ -129,14 +129,14 @@ def metric_history(folder: Path, metric: str) -> list[float]:
     path = folder / "metrics.csv"
     found = []
     if path.is_file():
-        whole_lines, _, _ = path.read_text().rpartition("\n")
+        whole_lines, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
         for row in csv.DictReader(whole_lines.splitlines()):
             cell = row.get(metric)
             if cell:
                 found.append(float(cell))
     if not found and (figure := summary_figure(metric)) is not None:
         path = folder / "summary.json"
-        figures = json.loads(path.read_text()) if path.is_file() else {}
+        figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         value = figures.get(figure)
         found = [float(value)] if isinstance(value, int | float) else []
     return found
@@ -186,7 +186,8 @@ def _error(status: int, folder: Path, metric: str, value: float | None) -> str |
 
 def _last_words(output: Path) -> str | None:
     """The first line with an error of our program, else the last line of all."""
-    lines = [line.strip() for line in output.read_text(errors="replace").splitlines()]
+    text = output.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines()]
     for line in lines:
         if line.startswith("fingpt: error"):
             return line.partition("error")[2].removeprefix(":").strip()

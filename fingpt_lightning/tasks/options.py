@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fingpt_lightning.tasks.audit import NGRAM, THRESHOLD
 from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions, names
+from fingpt_lightning.terminal.numbers import positive_int, share
 
 AUDIT = "audit"
 
@@ -28,8 +29,8 @@ def build_parser() -> OptionParser:
         type=_paths,
         help="of audit: files of instructions that are trained on, with commas",
     )
-    add("--ngram", type=int, help="of audit: words of an n-gram; default: 8")
-    add("--threshold", type=float, help="of audit: share of n-grams seen; default: 0.5")
+    add("--ngram", type=positive_int, help="of audit: words of an n-gram; default: 8")
+    add("--threshold", type=share, help="of audit: share of n-grams seen; default: 0.5")
     add("--strict", action="store_true", help="of audit: status 1 where splits share a row")
     return parser
 

@@ -134,6 +134,8 @@ def open_rows(path: Path, form: CsvForm | None = None) -> Iterator[NumberedRow]:
     if ending is None:
         old = "; save it as .xlsx" if path.suffix.lower() == ".xls" else ""
         raise ValueError(f"{path} ends in none of {endings()}{old}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file")
     if not path.is_file():
         there = [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else []
         raise FileNotFoundError(f"no file {path}{nearest(path.name, there)}")

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from fingpt_lightning.terminal.inputs import TASK_PREFIX, refuse_unknown_device
 from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.numbers import positive_int
 
 
 class WrongOptions(ValueError):
@@ -102,21 +103,6 @@ def names(text: str) -> list[str]:
     return found
 
 
-def positive_int(text: str) -> int:
-    """A whole number of at least 1.
-
-    Raises:
-        argparse.ArgumentTypeError: It is not such a number.
-    """
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
-    return number
-
-
 def device_name(text: str) -> str:
     """What may be the name of a device; whether this machine has it is not asked.
 
@@ -128,6 +114,16 @@ def device_name(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("device ")) from None
     return text
+
+
+def refuse_input_as_output(read: Path, written: Path) -> None:
+    """Refuses to write over the file that is read, whatever ``--overwrite`` allows.
+
+    Raises:
+        WrongOptions: They are one file.
+    """
+    if read.resolve() == written.resolve():
+        raise WrongOptions(f"--output {written} is the file that is read; name another one")
 
 
 def named_paths(text: str) -> dict[str, Path]:

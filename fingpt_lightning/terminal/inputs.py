@@ -140,8 +140,11 @@ def refuse_missing_prompts(file: Path) -> None:
 
     Raises:
         FileNotFoundError: There is no such file.
+        ValueError: It is a folder.
     """
     if not file.is_file():
+        if file.is_dir():
+            raise ValueError(f"prompts: {file} is a folder, not a file")
         there = [path.name for path in file.parent.glob("*")] if file.parent.is_dir() else []
         raise FileNotFoundError(f"prompts: no file {file}{nearest(file.name, there)}")
 

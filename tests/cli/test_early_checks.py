@@ -20,6 +20,7 @@ from fingpt_lightning.cli.early_options import TABLE, Option, read_table, signat
 from fingpt_lightning.cli.errors import ConfigError
 from fingpt_lightning.cli.main import COMMANDS, main, one_line
 from fingpt_lightning.cli.shipped import CONFIGS, shipped_files
+from fingpt_lightning.hub.card import CARD, EXPORT_MARK
 from fingpt_lightning.terminal import inputs
 
 _FIT = ("fit", "--config", "debug_quickstart", "--trainer.logger", "false")
@@ -79,6 +80,21 @@ WRONG_FITS = (
     "--model.recipe narow",
     "--model.learning_rate -1",
     "--model.dropout 1",
+    "--model.compression 0.5",
+    "--model.rank 0",
+    "--model.rank 1.5",
+    "--model.embedding_rank -1",
+    "--model.warmup 1.5",
+    "--model.cooldown 0",
+    "--model.teacher_weight 2",
+    "--model.teacher_temperature 0",
+    "--trainer.accumulate_grad_batches 0",
+    "--trainer.limit_val_batches 1.5",
+    "--trainer.val_check_interval 0",
+    "--trainer.gradient_clip_val -1",
+    "--trainer.max_steps -2",
+    "--seed_everything -1",
+    "--last_checkpoint.every_n_train_steps 0",
     "--model fingpt_lightning.modules.LowRankPretrainig",
     "--data.batch_sze 1",
     "--data.batch_size 1.5",
@@ -108,6 +124,7 @@ WRONG_TUNINGS = (
     "--model.rnk 5",
     "--model.base ./none",
     "--model.kl_positions 0",
+    "--data.vocab_size 256",
 )
 WRONG = (
     *(" ".join((*_FIT, wrong)) for wrong in WRONG_FITS),
@@ -130,6 +147,7 @@ WRONG = (
     "plan --config debug_quickstart --model.rank many",
     "plan --config none",
     "plan --config debug_quickstart --json none/plan.json",
+    "plan --config debug_quickstart --json sets",
     "tokenize --config debug_quickstart --trainer.max_stps 3",
     "tokenize --config debug_quickstart --data.train_files none.jsonl",
     "tokenize --config debug_quickstart --shrad 1/2",
@@ -145,6 +163,11 @@ WRONG = (
     "evaluate --model ./none --tasks fpb --scoring wrong",
     "evaluate --model ./none --tasks fpb --limitt 3",
     "evaluate --model ./none --tasks fpb --shard 1/2",
+    "evaluate --model ./none --tasks fpb --data_dir sets --output done",
+    "evaluate --model ./none --tasks fpb --data_dir sets --output news.csv",
+    "evaluate --model ./none --tasks fpb --data_dir sets --output news.csv/out",
+    "evaluate --model ./none --tasks fpb --num_fewshot -1",
+    "evaluate --model ./none --tasks fpb --num_fewshot 1 --fewshot_seed 4294967296",
     "evaluate --model ./none --tasks fpb --output out --shard 3/2",
     "evaluate --model ./none --tasks fpb --data_dir sets --output out --merge",
     "evaluate --model ./none --tasks fpb --output out --merge --dequantize never",
@@ -153,6 +176,13 @@ WRONG = (
     "label --model ./none --output out.csv --task fpb --input key.yaml",
     "label --model ./none --output out.csv --task fpb --input texts.csv --text_column body",
     "label --model ./none --output out.csv --task fpb --input texts.csv --separatr x",
+    "label --model ./none --output texts.csv --task fpb --input news.csv",
+    "label --model ./none --output ./news.csv --task fpb --input news.csv --overwrite",
+    "label --model ./none --output out.xls --task fpb --input news.csv",
+    "label --model ./none --output sets.csv --task fpb --input news.csv --overwrite",
+    "label --model ./none --output news.csv/out.csv --task fpb --input news.csv",
+    "label --model ./none --output out.csv --task fpb --input sets.csv",
+    f"{_LABEL} --batch_tokens 2147483648",
     f"{_LABEL} --shard 0/8",
     f"{_LABEL} --shard 9/8",
     f"{_LABEL} --shard a/b",
@@ -166,6 +196,15 @@ WRONG = (
     "generate --model ./none --prompts none.txt",
     "generate --model ./none --prompt x --max_new_tokens 0",
     "generate --model ./none --promt x",
+    "generate --model ./none --prompt x --output news.csv",
+    "generate --model ./none --prompt x --output sets --overwrite",
+    "generate --model ./none --prompts texts.csv --output texts.csv --overwrite",
+    "generate --model ./none --prompts sets --output out.jsonl",
+    "generate --model ./none --prompt x --temperature 0",
+    "generate --model ./none --prompt x --temperature inf",
+    "generate --model ./none --prompt x --temperature 1 --top_p 1.5",
+    "generate --model ./none --prompt x --temperature 1 --seed -1",
+    "generate --model ./none --prompt x --top_k 3",
     "generate --model ./none --prompt x --adapter none",
     "chat --model ./none",
     "chat --model ./none --adapter none",
@@ -174,17 +213,26 @@ WRONG = (
     "chat --model ./none --dtype bf61",
     "decompose --model ./none --compression 2 --output out --device banana",
     "chat --model ./none --context 0",
+    "chat --model ./none --temperature nan",
+    "chat --model ./none --seed 3",
     "chat --model ./none --max_new_tokens many",
     "chat",
     "decompose --model ./none --rank_ratio .5 --output out",
     "decompose --model ./none --rank_ratio 5 --output out",
     "decompose --model ./none --rnk_ratio .5 --output out",
+    "decompose --model ./none --rank_ratio .5 --output done",
+    "decompose --model ./none --rank_ratio .5 --output sets",
+    "decompose --model ./none --compression .5 --output out",
     "decompose --model ./none --compression 2 --allocation loss --output out",
     "decompose --model ./none --compression 2 --whitening both --output out",
     "decompose --model ./none --compression 2 --whitening bth --output out",
     "export --model ./none --format hf --output out",
     "export --model ./none --format hff --output out",
     "export --model ./none --format nf4 --output out --calibration none.jsonl",
+    "export --model ./none --format hf --output done",
+    "export --model ./none --format hf --output sets",
+    "export --model ./none --format hf --output news.csv/out",
+    "export --model ./none --format hf --output out --tolerance 0",
     "export --model ./none --format hf --output out --prompts none.txt",
     "export --model ./none --format hf --output out --push me/small",
     "export --model ./none --format hf --output out --push small",
@@ -214,13 +262,21 @@ WRONG = (
     f"{_COMPRESS} --calibration texts.csv --limit 3",
     f"{_COMPRESS} --calibration texts.csv --precision 16-mixed",
     f"{_COMPRESS} --calibration none.jsonl",
+    f"{_COMPRESS} --calibration texts.csv --output done",
+    f"{_COMPRESS} --calibration texts.csv --output sets",
+    f"{_COMPRESS} --calibration texts.csv --heal -1",
     f"{_COMPRESS} --calibration task:fpd",
     f"{_COMPRESS} --calibration task:fpb --texts none.txt",
     f"{_COMPRESS} --calibration task:fpb --tasks fpd",
     f"{_COMPRESS} --calibration task:fpb --tasks fpb --data_dir sets",
     "report texts.csv",
     "report none --outptu x",
+    "report sets --output none/report.html",
+    "report sets --output sets",
     "sweep none",
+    "sweep quick_rank --output sets",
+    "sweep quick_rank --output news.csv",
+    "sweep --resume sets",
     "sweep quick_rank --cont 3",
     "sweep quick_rank --storage postgres://me@database/sweeps",
     "configs none",
@@ -238,6 +294,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "sets" / "fpb").mkdir(parents=True)
     row = {"sentence": "Shares rose.", "label": 2}
     (tmp_path / "sets" / "fpb" / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "sets.csv").mkdir()
+    (tmp_path / "done").mkdir()
+    for name in ("results.json", "decomposition.json", "compression.json"):
+        (tmp_path / "done" / name).write_text("{}")
+    (tmp_path / "done" / CARD).write_text(EXPORT_MARK)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "predictions.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -403,6 +464,22 @@ def test_what_the_parser_may_take_is_left_to_it(taken: str, folder: Path) -> Non
     assert _early([*_FIT, *taken.split()]) is None
 
 
+def test_every_number_of_our_classes_has_a_range_that_is_checked_early() -> None:
+    table = read_table()
+    assert table is not None
+    numbers = 0
+    for path, settings in table.classes.items():
+        subject = "data" if ".data." in path else "model"
+        for name, option in settings.items():
+            for kind, value in {"int": "-1", "float": "-1.0"}.items():
+                if kind in option.kinds:
+                    words = [f"--{subject}", path, f"--{subject}.{name}", value]
+                    status, message = _early(["fit", *words]) or (0, "")
+                    assert (status, message.partition(" ")[0]) == (2, name), message
+                    numbers += 1
+    assert numbers > 60
+
+
 def test_the_table_is_that_of_the_parser() -> None:
     """Remade with ``python -m fingpt_lightning.cli.option_table``."""
     table = option_table.make_table()
@@ -442,6 +519,8 @@ def test_a_digest_follows_the_parameters_alone() -> None:
         ("n {value} is not above 0", (0.1, 2.0), (0, -1.0)),
         ("n {value} is outside [0, 1)", (0, 0.9), (1, -0.1)),
         ("n {value} is outside (0, 1]", (0.1, 1), (0, 1.1)),
+        ("n {value} is outside (0, 1] (a share of all)", (0.1, 1), (0, float("nan"))),
+        ("n {value} is below 1 (dense over stored)", (1, float("inf")), (0.5, -1)),
         ("n {value} is outside [0, 2**32)", (0, 2**32 - 1), (2**32, -1)),
     ],
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fingpt_lightning
 from fingpt_lightning.cli.main import main
 from fingpt_lightning.data import TextBlocks
-from fingpt_lightning.decomposition import layer_files, refinement, runner, sequential
+from fingpt_lightning.decomposition import layer_files, options, refinement, runner, sequential
 from fingpt_lightning.files import owned, put_in_place
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankLinear
 from fingpt_lightning.low_rank.decomposition import ShiftedMoments
@@ -626,7 +626,7 @@ def test_the_tables_name_rank_and_error_of_each_layer(decompose: Decompose, mode
         (("--rank_ratio", "0.3", "--allocation", "uniform"), 2, "with --compression alone"),
         (("--rank_ratio", "0.3", "--calibration_tokens", "9"), 2, "or --calibration_task alone"),
         (("--rank_ratio", "0.3", "--damping", "0.1"), 2, "--damping has an effect with a calib"),
-        (("--rank_ratio", "0.3", "--damping", "-1"), 2, "--damping: -1 is not a number from 0 on"),
+        (("--rank_ratio", "0.3", "--damping", "-1"), 2, "--damping: -1 is below 0"),
         (("--rank_ratio", "0.3", "--refine", "3"), 2, "--refine needs --calibration or"),
         (("--rank_ratio", "0.3", "--sequential"), 2, "--sequential needs --calibration or"),
         (("--rank_ratio", "0.3", "--sequential", "--damping", "0", "--calibration", "{}/a.txt"), 2,
@@ -817,7 +817,7 @@ def test_python_and_the_command_line_write_the_same(
     decompose: Decompose, model: Path, text: Path, tmp_path: Path
 ) -> None:
     assert decompose(model, "--compression", "1.3", "--calibration", text)[0] == 0
-    told = json.loads((tmp_path / "out" / runner.RECORD).read_text())
+    told = json.loads((tmp_path / "out" / options.RECORD).read_text())
     made = fingpt_lightning.decompose(
         model, tmp_path / "again", compression=1.3, calibration=text, device="cpu"
     )

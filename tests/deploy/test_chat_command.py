@@ -147,8 +147,8 @@ def test_what_is_left_out_is_told(talk: Talk) -> None:
 @pytest.mark.parametrize(
     ("words", "message", "status"),
     [
-        (("--top_k", "3"), "top_k has no effect without temperature", 1),
-        (("--temperature", "0"), "temperature 0.0 is not above 0", 1),
+        (("--top_k", "3"), "--top_k has no effect without --temperature", 2),
+        (("--temperature", "0"), "--temperature: 0 is not above 0", 2),
         (("--context", "999"), "context 999 is beyond the model's 330 positions", 1),
         (("--contxt", "9"), "unrecognized arguments: --contxt 9; did you mean --context?", 2),
         (("--max_new_tokens", "0"), "0 is below 1", 2),

@@ -165,9 +165,6 @@ def test_draws_repeat_with_their_seed(generate: Generate) -> None:
     [
         (("--prompts", "{}/promts.txt"), "no file .*promts.txt; did you mean prompts.txt"),
         (("--prompt", "x", "--model", "{}/modl"), "no such file or folder; did you mean .*model"),
-        (("--prompt", "x", "--top_k", "3"), "top_k has no effect without temperature"),
-        (("--prompt", "x", "--temperature", "0"), "temperature 0.0 is not above 0"),
-        (("--prompt", "x", "--temperature", "1", "--seed", "-1"), "seed -1 is below 0"),
         (("--prompt", "x", "--max_new_tokens", "999"), "beyond the model's 330 positions"),
         (("--prompt", "x", "--output", "{}"), "is a folder, not a file"),
         (("--prompt", "x", "--adapters", "a={}/none"), "adapter .*/none: no such file or folder"),
@@ -188,6 +185,9 @@ def test_bad_input_is_one_line_and_status_1(
     [
         ((), "one of the arguments --prompt --prompts is required"),
         (("--prompt", "x", "--prompts", "y"), "not allowed with"),
+        (("--prompt", "x", "--top_k", "3"), "--top_k has no effect without --temperature"),
+        (("--prompt", "x", "--temperature", "0"), "--temperature: 0 is not above 0"),
+        (("--prompt", "x", "--temperature", "1", "--seed", "-1"), "--seed: -1 is below 0"),
         (("--prompt", "x", "--adapters", "a"), "'a' is not of the form NAME=PATH"),
         (("--prompt", "x", "--adapters", "a=b,a=c"), "the name 'a' is given twice"),
         (("--prompt", "x", "--adapters", "a=b", "--adapter", "c"), "give one of them"),

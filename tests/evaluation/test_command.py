@@ -213,7 +213,7 @@ def test_examples_that_leave_no_room_are_told(evaluate: Evaluate, tmp_path: Path
     ("words", "status", "message"),
     [
         (("--num_fewshot", "5"), 1, "fpb: num_fewshot 5 is above the 4 other rows of train with"),
-        (("--num_fewshot", "-1"), 2, "--num_fewshot -1 is below 0"),
+        (("--num_fewshot", "-1"), 2, "--num_fewshot: -1 is below 0"),
         (("--fewshot_seed", "3"), 2, "--fewshot_seed has an effect with --num_fewshot alone"),
         (("--chat_template", "nine"), 1, "chat_template 'nine' is neither auto, none nor a file"),
         (("--separator", ";"), 1, "separator ';' has an effect on .csv and .tsv alone"),

@@ -300,10 +300,10 @@ def test_the_dense_baseline_of_any_recipe_is_plain(tmp_path: Path) -> None:
         ({"cooldown": 0.3}, "cooldown 0.3 has no effect with schedule cosine: set wsd"),
         (
             {"schedule": "wsd", "cooldown": 1.5},
-            r"cooldown 1.5 is neither a share in \(0, 1\] nor a",
+            r"cooldown 1.5 is outside \(0, 1\] \(a share of the steps\)",
         ),
-        ({"schedule": "wsd", "cooldown": 0}, "cooldown 0 is neither a share"),
-        ({"schedule": "wsd", "cooldown": float("nan")}, "cooldown nan is neither a share"),
+        ({"schedule": "wsd", "cooldown": 0}, "cooldown 0 is below 1"),
+        ({"schedule": "wsd", "cooldown": float("nan")}, "cooldown nan is outside"),
         (
             {"schedule": "wsd", "cooldown": 0.8, "warmup": 0.3},
             "warmup 0.3 and cooldown 0.8 are more than the whole run",

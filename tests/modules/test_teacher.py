@@ -225,6 +225,7 @@ def test_a_teacher_that_does_not_fit_is_refused(dense: Path, small: Path, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"teacher_weight": 1.5}, r"teacher_weight 1\.5 is outside \(0, 1\]"),
         ({"teacher_weight": 0.5}, r"teacher_weight 0\.5 has no effect without teacher"),
         ({"teacher_quantize": "nf4"}, "teacher_quantize nf4 has no effect without teacher"),
         ({"teacher": "x", "teacher_weight": 0.0}, r"teacher_weight 0\.0 is outside \(0, 1\]"),

@@ -238,7 +238,7 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "mine", 4)
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent"):
         write_report([run], tmp_path / "absent" / "report.html")
-    with pytest.raises(ValueError, match=r"is a folder; name a file, as .*report\.html"):
+    with pytest.raises(ValueError, match="is a folder, not a file"):
         write_report([run], tmp_path)
     with pytest.raises(ValueError, match="no run, sweep or evaluation is given"):
         write_report([], tmp_path / "report.html")

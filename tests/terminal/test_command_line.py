@@ -2,7 +2,8 @@ import argparse
 
 import pytest
 
-from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions, names, positive_int
+from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions, names
+from fingpt_lightning.terminal.numbers import positive_int
 
 
 def _parser() -> OptionParser:

@@ -19,6 +19,7 @@ def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """The sizes in a safetensors file, by name, from its header alone.
 
     Raises:
+        OSError: The file cannot be opened, such as one that its owner alone may read.
         ValueError: The file is damaged.
     """
     with _opened(file) as opened:
@@ -29,6 +30,7 @@ def stored_metadata(file: Path) -> dict[str, str]:
     """The metadata of a safetensors file.
 
     Raises:
+        OSError: The file cannot be opened.
         ValueError: The file is damaged.
     """
     with _opened(file) as opened:
@@ -37,6 +39,7 @@ def stored_metadata(file: Path) -> dict[str, str]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
+    file.open("rb").close()  # safetensors says of any file that it cannot open that there is none
     try:
         with safe_open(file, "pt") as opened:
             yield opened
