@@ -292,9 +292,9 @@ class LowRankPretraining(LanguageModelingModule):
                     f"rank {rank} and compression {compression}: give one of them; beside"
                     " compression rank stays auto"
                 )
-        for name, value in {"rank": rank, "embedding_rank": embedding_rank}.items():
-            if isinstance(value, int | float):
-                check_from_1_or_share("the full rank", **{name: value})
+        for name, number in {"rank": rank, "embedding_rank": embedding_rank}.items():
+            if isinstance(number, int | float):
+                check_from_1_or_share("the full rank", **{name: number})
         if init_from is not None:
             given = {
                 "preset": preset, "architecture": architecture,
