@@ -62,14 +62,17 @@ class _ChunkedDistillationSum(torch.autograd.Function):
         loss_sum = features.new_zeros((), dtype=wide_dtype)
         grad_features = torch.empty_like(features_NK) if with_features else None
         grad_weight = torch.zeros_like(weight, dtype=wide_dtype) if with_weight else None
+        logits = features_NK.new_empty(min(chunk_size, len(features_NK)), len(weight_VK))
         for first in range(0, len(features_NK), chunk_size):
             chunk = slice(first, first + chunk_size)
             features_CK = features_NK[chunk]
-            logits_CV = features_CK @ weight_VK.T
+            logits_CV = logits[: len(features_CK)]
+            torch.matmul(features_CK, weight_VK.T, out=logits_CV)
             teacher_CV = teacher.head(teacher.hidden[chunk])
             loss_sum += _loss_and_gradient_(
                 logits_CV, teacher_CV, labels[chunk], wide_dtype, softcap, teacher.softcap, mix
             )
+            del teacher_CV  # before those of the next chunk are made
             grad_CV = logits_CV
             if grad_features is not None:
                 torch.matmul(grad_CV, weight_VK, out=grad_features[chunk])
@@ -95,7 +98,7 @@ def _loss_and_gradient_(
     mix: _Mix,
 ) -> Tensor:
     """The summed loss; the logits become its gradient with respect to them, in place."""
-    num_rows = rows_per_softmax(logits_CV, wide_dtype)
+    num_rows = rows_per_softmax(logits_CV.shape[1], wide_dtype, logits_CV.device.type)
     loss_sum = logits_CV.new_zeros((), dtype=wide_dtype)
     parts = (tensor.split(num_rows) for tensor in (logits_CV, teacher_CV, labels_C))
     weight, temperature = mix

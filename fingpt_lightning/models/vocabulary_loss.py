@@ -78,10 +78,16 @@ def tokens_per_chunk(
     return max(1, -(-num_tokens // num_chunks))
 
 
-def rows_per_softmax(logits: Float[Tensor, "C V"], wide_dtype: torch.dtype) -> int:
-    """The rows of logits that go through softmax, loss and gradient at a time."""
-    num_bytes = _SOFTMAX_BYTES.get(logits.device.type, _SOFTMAX_BYTES["cuda"])
-    return max(1, num_bytes // (logits.shape[1] * wide_dtype.itemsize))
+def rows_per_softmax(vocab_size: int, wide_dtype: torch.dtype, device_type: str) -> int:
+    """The rows of logits that go through softmax, loss and gradient at a time.
+
+    Args:
+        vocab_size: Size of the vocabulary.
+        wide_dtype: Dtype of the softmax.
+        device_type: Type of the device, such as ``cpu``.
+    """
+    num_bytes = _SOFTMAX_BYTES.get(device_type, _SOFTMAX_BYTES["cuda"])
+    return max(1, num_bytes // (vocab_size * wide_dtype.itemsize))
 
 
 class _ChunkedCrossEntropySum(torch.autograd.Function):
@@ -188,7 +194,7 @@ def _loss_and_gradient_(
 ) -> Tensor:
     """The summed loss; the logits become its gradient with respect to them, in place."""
     # A few rows at a time, so that on the CPU every pass but the first finds them in cache.
-    num_rows = rows_per_softmax(logits_CV, wide_dtype)
+    num_rows = rows_per_softmax(logits_CV.shape[1], wide_dtype, logits_CV.device.type)
     loss_sum = logits_CV.new_zeros((), dtype=wide_dtype)
     for rows_RV, labels_R in zip(logits_CV.split(num_rows), labels_C.split(num_rows), strict=True):
         kept_R = labels_R != IGNORED_LABEL

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from fingpt_lightning.low_rank import LowRankEmbedding, LowRankHead
 from fingpt_lightning.models.distillation_loss import DistillationHead, distillation_loss
 from fingpt_lightning.models.vocabulary_loss import _SOFTMAX_BYTES
+from fingpt_lightning.profiling.memory import LiveTensorBytes
 from tests.support.numerics import assert_no_worse
 
 VOCABULARY, WIDTH, TEACHER_WIDTH = 23, 7, 5
@@ -152,3 +153,20 @@ def test_a_setting_outside_its_range_is_refused(settings: dict[str, float], mess
     side = DistillationHead(_heads()[1], _drawn(WIDTH))
     with pytest.raises(ValueError, match=message):
         distillation_loss(side, side, _labels(), **settings)  # type: ignore[arg-type]
+
+
+def test_logits_of_one_chunk_of_each_network_are_held() -> None:
+    vocab_size, chunk_size = 40_000, 8
+    student = nn.Linear(WIDTH, vocab_size, bias=False)
+    teacher = nn.Linear(TEACHER_WIDTH, vocab_size)
+    hidden = [_drawn(width, torch.float32).requires_grad_() for width in (WIDTH, TEACHER_WIDTH)]
+    with LiveTensorBytes() as count:
+        distillation_loss(
+            DistillationHead(student, hidden[0]),
+            DistillationHead(teacher, hidden[1]),
+            _labels(),
+            chunk_size=chunk_size,
+        ).loss_sum.backward()
+    logits, gradient = 4 * chunk_size * vocab_size, 4 * WIDTH * vocab_size
+    # A softmax's temporaries are five more here, where it takes all rows of a chunk at once.
+    assert 7 * logits < count.peak_bytes - gradient < 8 * logits
