@@ -70,8 +70,7 @@ def compression_card(
         f"# {name}", "", MARK, "",
         f"Made of `{settings['model']}` by `fingpt compress`: {settings['size']:g} of its"
         f" parameters,{_dropped(settings)} {settings['refine']} steps of refinement per block,"
-        f" {settings['heal']} steps of training on its predictions, stored as"
-        f" {settings['format']}.",
+        f" {_training(settings)}, stored as {settings['format']}.",
         "", f"Calibration: {', '.join(f'`{text}`' for text in settings['calibration'])},"
         f" {settings['calibration_tokens']:,} tokens.", "",
         "| | original | small | small / original |", "| --- | --: | --: | --: |",
@@ -107,6 +106,15 @@ def _metadata(name: str, settings: Mapping[str, Any], small: Mapping[str, Any]) 
         datasets=[found for task in tasks if (found := dataset_of(task)) is not None],
         results=evaluation_results(results),
     )
+
+
+def _training(settings: Mapping[str, Any]) -> str:
+    weight, rounded_steps = settings["teacher_weight"], settings["heal_quantized"]
+    learned = "its predictions" if weight else "the text's own tokens"
+    if 0 < weight < 1:
+        learned += f" (weight {weight:g}) and the text's own tokens"
+    text = f"{settings['heal']} steps of training on {learned}"
+    return f"{text}, {rounded_steps} more with rounded weights" if rounded_steps else text
 
 
 def _dropped(settings: Mapping[str, Any]) -> str:

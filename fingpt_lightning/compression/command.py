@@ -23,6 +23,9 @@ from fingpt_lightning.compression.options import (
     PRECISIONS,
     REFINE_STEPS,
     TEACHER_DTYPES,
+    TEACHER_WEIGHT,
+    WARMUP,
+    WEIGHT_DECAY,
     WHITENINGS,
     check_options,
 )
@@ -47,6 +50,7 @@ from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.evaluation.runner import read_tasks
 from fingpt_lightning.models.device import AUTO_DTYPE, device_name, find_dtype
 from fingpt_lightning.models.loading import product_sizes
+from fingpt_lightning.modules.ranges import check_above_0, check_from_0
 from fingpt_lightning.tasks.library import find_scored_task
 from fingpt_lightning.terminal.command_line import options_as_arguments
 from fingpt_lightning.terminal.messages import check_choice
@@ -70,10 +74,14 @@ def compress(
     embedding_rank: int | None = None,
     refine: int = REFINE_STEPS,
     heal: int = 0,
+    heal_quantized: int = 0,
     batch_size: int = 4,
     block_length: int = 512,
     learning_rate: float = LEARNING_RATE,
+    warmup: float = WARMUP,
+    weight_decay: float = WEIGHT_DECAY,
     precision: str = AUTO,
+    teacher_weight: float = TEACHER_WEIGHT,
     teacher_dtype: str = AUTO,
     texts: Sequence[str | Path] = (),
     text_tokens: int = 16384,
@@ -105,11 +113,17 @@ def compress(
         embedding_rank: Rank of an embedding tied to the head; None keeps it dense.
         refine: Steps over the factors of each block.
         heal: Steps of training on the original's predictions.
+        heal_quantized: Steps after them with the weights as ``format`` rounds them, which must be
+            ``int8`` or ``nf4``.
         batch_size: Rows of a step of healing.
         block_length: Tokens per row of healing.
         learning_rate: Highest learning rate of healing.
+        warmup: Share of the steps of healing in which the rate rises, in [0, 1].
+        weight_decay: Weight decay of matrices in healing, from 0 on.
         precision: Precision of healing; ``auto`` is ``bf16-mixed`` where the device is clearly
             faster in it, else ``32-true``; a run that was killed keeps the one that it had.
+        teacher_weight: Share w, in [0, 1], of the divergence from the original in the loss of
+            healing, w KL + (1 - w) cross-entropy; 0 heals without the original.
         teacher_dtype: Dtype of the original in healing; ``auto`` is that of the precision's
             products.
         texts: Files whose perplexity is measured.
@@ -137,6 +151,14 @@ def compress(
         check_options(argparse.Namespace(**(locals() | {"calibration": words})))
     if not 0 < size < 1:
         raise ValueError(f"size {size} is outside (0, 1)")
+    check_above_0(learning_rate=learning_rate)
+    check_from_0(weight_decay=weight_decay)
+    for name, steps in {"refine": refine, "heal": heal, "heal_quantized": heal_quantized}.items():
+        if steps < 0:
+            raise ValueError(f"{name} {steps} is below 0")
+    for name, share in {"warmup": warmup, "teacher_weight": teacher_weight}.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} {share} is outside [0, 1]")
     check_choice("format", format, FORMATS)
     check_choice("allocation", allocation, ALLOCATIONS)
     check_choice("whitening", whitening, WHITENINGS)
@@ -166,7 +188,7 @@ def compress(
     begun = {} if overwrite else begun_settings(output)
     if precision == AUTO:
         precision = begun.get("precision", AUTO)
-    if precision == AUTO and heal:
+    if precision == AUTO and (heal or heal_quantized):
         precision = _precision(placed, config)
     if teacher_dtype == AUTO:
         of_products = "bfloat16" if precision == "bf16-mixed" else "float32"
@@ -175,9 +197,10 @@ def compress(
         model=str(model), size=size, format=format, calibration=tuple(words),
         calibration_tokens=number, data_dir=None if folder is None else str(folder),
         allocation=allocation, whitening=whitening, drop_blocks=drop_blocks,
-        embedding_rank=embedding_rank, refine=refine, heal=heal,
+        embedding_rank=embedding_rank, refine=refine, heal=heal, heal_quantized=heal_quantized,
         batch_size=batch_size, block_length=block_length, learning_rate=learning_rate,
-        precision=precision, teacher_dtype=teacher_dtype,
+        warmup=warmup, weight_decay=weight_decay, precision=precision,
+        teacher_weight=teacher_weight, teacher_dtype=teacher_dtype,
         texts={name: files.fingerprint() for name, files in read.items()},
         text_tokens=text_tokens, tasks=tuple(tasks), limit=limit, seed=seed,
         tokenizer=None if tokenizer is None else str(tokenizer),

@@ -1,5 +1,6 @@
 """Training of a decomposed model on the predictions of the one that it was made of."""
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import override
 
+from fingpt_lightning.compression.options import TEACHER_WEIGHT, WARMUP, WEIGHT_DECAY
 from fingpt_lightning.data import TextBlocks
 from fingpt_lightning.data.calibration_text import CalibrationSource
 from fingpt_lightning.data.instruction_rows import encode_rows
@@ -21,6 +23,7 @@ from fingpt_lightning.data.text_sources import MixturePart
 from fingpt_lightning.files import to_json, write_whole
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.modules import LowRankPretraining
+from fingpt_lightning.strategies.checkpoint_files import WholeCheckpoints
 from fingpt_lightning.tasks import find_task, read_rows
 from fingpt_lightning.terminal.progress import shown_progress
 
@@ -29,13 +32,14 @@ _SAVES = 10
 
 
 class _Progress(Callback):
-    """Shows the steps, and the loss."""
+    """Shows the steps, and frees the gradients of each, which Lightning keeps in the next one."""
 
     def __init__(self, show: Any) -> None:
         self._show = show
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        pl_module.zero_grad()
         self._show(trainer.global_step)
 
 
@@ -50,13 +54,17 @@ def heal(
     batch_size: int,
     block_length: int,
     learning_rate: float,
+    warmup: float = WARMUP,
+    weight_decay: float = WEIGHT_DECAY,
     precision: str,
+    teacher_weight: float = TEACHER_WEIGHT,
     teacher_dtype: Literal["bfloat16", "float32"],
     data_dir: Path | None,
     seed: int,
+    quantize: str | None = None,
     device: str = "cpu",
 ) -> Path:
-    """Trains all weights on the divergence from a teacher; goes on where a killed run was.
+    """Trains all weights, on the divergence from a teacher; goes on where a killed run was.
 
     Args:
         folder: Folder of the run: token cache, rows of tasks as text, checkpoints.
@@ -68,10 +76,16 @@ def heal(
         batch_size: Number of rows of a step.
         block_length: Number of tokens per row.
         learning_rate: Highest learning rate.
+        warmup: Share of the steps in which the rate rises.
+        weight_decay: Weight decay of matrices.
         precision: Precision of the trainer.
+        teacher_weight: Share of the divergence in the loss; the rest is the cross-entropy of the
+            text's own tokens. With 0 there is no teacher.
         teacher_dtype: Dtype of the teacher.
         data_dir: Folder of the tasks' rows; None reads from the hub.
         seed: Seed of the order of the blocks.
+        quantize: ``int8`` or ``nf4`` for passes with the weights as an export rounds each to its
+            nearest; those that are trained, and stored, are not rounded.
         device: Device of both networks, ``cpu`` or such as ``cuda:1``.
 
     Returns:
@@ -85,14 +99,20 @@ def heal(
         return end
     folder.mkdir(parents=True, exist_ok=True)
     seed_everything(seed, verbose=False)
+    beside: dict[str, Any] = {}
+    if teacher_weight:
+        beside |= {
+            "teacher": teacher, "teacher_dtype": teacher_dtype, "teacher_weight": teacher_weight,
+        }  # fmt: skip
+    if quantize is not None:
+        beside |= {"quantization_aware": quantize, "quantization_start": 0.0}
     module = LowRankPretraining(
         init_from=str(small),
-        teacher=teacher,
-        teacher_dtype=teacher_dtype,
         recompute="low_rank",  # keeps the inputs and thin activations of each block alone
         learning_rate=learning_rate,
-        warmup=0.1,
-        weight_decay=0.0,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        **beside,
     )
     longest = max_positions(module.laid_out().config)
     length = min(block_length, longest)
@@ -110,7 +130,8 @@ def heal(
     )
     every = max(1, steps // _SAVES)
     kept = ModelCheckpoint(folder, "last", every_n_train_steps=every, enable_version_counter=False)
-    what = f"healing on {batch_size * length:,} tokens per step"
+    form = "" if quantize is None else f"rounded to {quantize}, "
+    what = f"healing {form}on {batch_size * length:,} tokens per step"
     placed = torch.device(device)
     with shown_progress(what, steps, "steps") as show, _quiet():
         trainer = Trainer(
@@ -125,14 +146,16 @@ def heal(
             enable_progress_bar=False,
             enable_model_summary=False,
             callbacks=[kept, _Progress(show)],
+            plugins=[WholeCheckpoints()],  # Lightning's own hold a second copy of the weights
             default_root_dir=folder,
         )
         last = folder / "last.ckpt"
         resumed = {"ckpt_path": last, "weights_only": True} if last.is_file() else {}
         trainer.fit(module, datamodule=data, **resumed)  # type: ignore[arg-type]
-    aside = end.with_suffix(".partial")
-    trainer.save_checkpoint(aside)
-    aside.rename(end)
+    trainer.save_checkpoint(end, weights_only=True)  # nothing is trained on from it
+    # They refer to each other: weights, optimizer and teacher would lie beside the next stage.
+    del trainer, module, data, kept
+    gc.collect()
     return end
 
 

@@ -10,7 +10,15 @@ from fingpt_lightning.terminal.command_line import (
     names,
 )
 from fingpt_lightning.terminal.inputs import TASK_PREFIX
-from fingpt_lightning.terminal.numbers import number_above_0, part, positive_int, seed, whole_number
+from fingpt_lightning.terminal.numbers import (
+    number_above_0,
+    number_from_0,
+    part,
+    positive_int,
+    seed,
+    share_from_0,
+    whole_number,
+)
 
 RECORD = "compression.json"
 """The file by which the folder of a compression is known."""
@@ -21,7 +29,14 @@ AUTO = "auto"
 PRECISIONS = ("bf16-mixed", "32-true")
 TEACHER_DTYPES = ("bfloat16", "float32")
 REFINE_STEPS = 40
-LEARNING_RATE = 0.0005
+LEARNING_RATE, WARMUP, WEIGHT_DECAY = 0.0005, 0.1, 0.0
+TEACHER_WEIGHT = 1.0
+
+_OF_HEALING = {
+    "learning_rate": LEARNING_RATE, "warmup": WARMUP, "weight_decay": WEIGHT_DECAY,
+    "teacher_weight": TEACHER_WEIGHT,
+}  # fmt: skip
+"""Settings that have no effect where nothing is healed."""
 
 
 def build_parser() -> OptionParser:
@@ -88,6 +103,14 @@ def build_parser() -> OptionParser:
         metavar="STEPS",
         help="steps of training all weights on the original's predictions; default: %(default)s",
     )
+    add(
+        "--heal_quantized",
+        type=whole_number,
+        default=0,
+        metavar="STEPS",
+        help="steps after them in which the network computes with its weights as --format rounds"
+        " them; default: %(default)s",
+    )
     add("--batch_size", type=positive_int, default=4, help="rows of a step; default: %(default)s")
     add("--block_length", type=positive_int, default=512, help="tokens per row; default: 512")
     add(
@@ -95,6 +118,26 @@ def build_parser() -> OptionParser:
         type=number_above_0,
         default=LEARNING_RATE,
         help="of healing, the highest; default: %(default)s",
+    )
+    add(
+        "--warmup",
+        type=share_from_0,
+        default=WARMUP,
+        help="share of the steps of healing in which the rate rises; default: %(default)s",
+    )
+    add(
+        "--weight_decay",
+        type=number_from_0,
+        default=WEIGHT_DECAY,
+        help="of matrices in healing; default: %(default)s",
+    )
+    add(
+        "--teacher_weight",
+        type=share_from_0,
+        default=TEACHER_WEIGHT,
+        metavar="SHARE",
+        help="of the original's predictions in the loss of healing; the rest is the cross-entropy"
+        " of the text's own tokens, and 0 heals without the original; default: %(default)s",
     )
     add(
         "--precision",
@@ -166,5 +209,10 @@ def check_options(options: argparse.Namespace) -> None:
         raise WrongOptions("--data_dir has an effect with --tasks or task:NAME of --calibration")
     if options.limit is not None and not options.tasks:
         raise WrongOptions("--limit has an effect with --tasks alone")
-    if not options.heal and options.learning_rate != LEARNING_RATE:
-        raise WrongOptions("--learning_rate has an effect with --heal alone")
+    for name, default in _OF_HEALING.items():
+        if not (options.heal or options.heal_quantized) and getattr(options, name) != default:
+            raise WrongOptions(f"--{name} has an effect with --heal alone")
+    if options.heal_quantized and options.format == "low_rank":
+        raise WrongOptions("--heal_quantized has an effect with --format int8 or nf4 alone")
+    if not options.teacher_weight and options.teacher_dtype != AUTO:
+        raise WrongOptions("--teacher_dtype has no effect with --teacher_weight 0")

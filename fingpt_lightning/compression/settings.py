@@ -21,10 +21,14 @@ class Settings:
         embedding_rank: Rank of a tied embedding; None is dense.
         refine: Steps for each block.
         heal: Steps of training.
+        heal_quantized: Steps of training with rounded weights.
         batch_size: Rows of a step.
         block_length: Tokens per row.
         learning_rate: Highest learning rate.
+        warmup: Share of the steps of training in which the rate rises.
+        weight_decay: Weight decay of matrices in training.
         precision: Precision of the training.
+        teacher_weight: Share of the original's predictions in the loss of training.
         teacher_dtype: Dtype of the original as teacher.
         texts: Digests of the texts that are measured, by name.
         text_tokens: Tokens of each of them.
@@ -46,10 +50,14 @@ class Settings:
     embedding_rank: int | None
     refine: int
     heal: int
+    heal_quantized: int
     batch_size: int
     block_length: int
     learning_rate: float
+    warmup: float
+    weight_decay: float
     precision: str
+    teacher_weight: float
     teacher_dtype: str
     texts: Mapping[str, str]
     text_tokens: int

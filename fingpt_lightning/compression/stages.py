@@ -1,5 +1,6 @@
 """The stages of a compression, each kept when it is finished."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -177,29 +178,38 @@ def _stored(
             seed=settings.seed,
         )
         decompose_model(source, request, made, calibration, devices=devices)
-    if settings.heal:
-        healed = folder / "healed"
+    for steps, name, quantize in (
+        (settings.heal, "", None),
+        (settings.heal_quantized, "_quantized", settings.format),
+    ):
+        if not steps:
+            continue
+        healed = folder / f"healed{name}"
         if not healed.exists():
             assert source.tokenizer is not None  # the calibration has read text
             checkpoint = heal(
-                folder / "healing", made, settings.model, sources, source.tokenizer,
-                steps=settings.heal, batch_size=settings.batch_size,
+                folder / f"healing{name}", made, settings.model, sources, source.tokenizer,
+                steps=steps, batch_size=settings.batch_size,
                 block_length=settings.block_length, learning_rate=settings.learning_rate,
-                precision=settings.precision,
+                warmup=settings.warmup, weight_decay=settings.weight_decay,
+                precision=settings.precision, teacher_weight=settings.teacher_weight,
                 teacher_dtype=settings.teacher_dtype,  # type: ignore[arg-type]
                 data_dir=None if settings.data_dir is None else Path(settings.data_dir),
-                seed=settings.seed, device=devices[0],
+                seed=settings.seed, quantize=quantize, device=devices[0],
             )  # fmt: skip
             # No network stays on the device for the next stage.
             export(load_model(checkpoint, tokenizer=made, device=devices[0]), "low_rank", healed)
+            gc.collect()  # a network refers to itself
         made = healed
     if settings.format != "low_rank":
         rounded = folder / "rounded"
         if not rounded.exists():
             export(
                 load_model(made, device=devices[0]), settings.format, rounded,
-                calibration=calibration,
+                # Weights that were trained rounded to their nearest are rounded so again.
+                calibration=None if settings.heal_quantized else calibration,
             )  # fmt: skip
+            gc.collect()
         made = rounded
     return made
 

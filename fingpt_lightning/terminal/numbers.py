@@ -81,6 +81,18 @@ def share(text: str) -> float:
     return number
 
 
+def share_from_0(text: str) -> float:
+    """A number in [0, 1].
+
+    Raises:
+        argparse.ArgumentTypeError: It is not such a number.
+    """
+    number = _number(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside [0, 1]")
+    return number
+
+
 def part(text: str) -> float:
     """A number in (0, 1).
 

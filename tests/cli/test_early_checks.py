@@ -261,6 +261,8 @@ WRONG = (
     f"{_COMPRESS} --calibration texts.csv --whitening bth",
     f"{_COMPRESS} --calibration texts.csv --limit 3",
     f"{_COMPRESS} --calibration texts.csv --precision 16-mixed",
+    f"{_COMPRESS} --calibration texts.csv --heal 2 --teacher_weight 2",
+    f"{_COMPRESS} --calibration texts.csv --heal_quantized 2",
     f"{_COMPRESS} --calibration none.jsonl",
     f"{_COMPRESS} --calibration texts.csv --output done",
     f"{_COMPRESS} --calibration texts.csv --output sets",

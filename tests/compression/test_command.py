@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -160,34 +159,56 @@ def test_a_killed_run_goes_on_with_what_is_finished(
     assert (tmp_path / "small" / "compression.json").is_file()
 
 
-def test_healing_goes_on_at_the_last_checkpoint(
+HEALING: dict[str, Any] = {"heal": 2, "teacher_weight": 0.25, "warmup": 0.5, "weight_decay": 0.2}
+"""Settings of healing other than the defaults."""
+
+
+def test_a_killed_healing_ends_at_the_weights_of_a_whole_one_from_python(
     compress: Compress, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status, _, error = compress("--heal", "4")
-    assert status == 0, error
-    shutil.move(tmp_path / "small", tmp_path / "whole")
+    made = command.compress(
+        given / "model", tmp_path / "whole", size=0.8, data_dir=given, calibration_tokens=600,
+        calibration=[f"{given / 'text.jsonl'}=2", "task:fpb"], refine=3, precision="32-true",
+        block_length=32, text_tokens=128, texts=[given / "other.txt"], device="cpu", format="nf4",
+        heal_quantized=2, **HEALING,
+    )  # fmt: skip
+    assert isinstance(made, stages.Compression)
+    assert {key: made.settings[key] for key in HEALING} == HEALING
+    assert made.small["device"] == "cpu"
     real = LowRankPretraining.training_step
+    killed: dict[str | None, dict[str, Any]] = {}
+    steps: list[tuple[str | None, int]] = []
 
-    def killed(self: Any, batch: Any, batch_idx: int) -> Any:
-        if self.trainer.global_step == 2:
+    def watched(self: Any, batch: Any, batch_idx: int) -> Any:
+        stage = self.hparams["quantization_aware"]
+        if self.trainer.global_step == 1 and stage not in killed:
+            killed[stage] = dict(self.hparams)
             raise RuntimeError("killed")
+        steps.append((stage, self.trainer.global_step))
         return real(self, batch, batch_idx)
 
-    monkeypatch.setattr(LowRankPretraining, "training_step", killed)
-    status, _, error = compress("--heal", "4")
-    assert (status, "killed" in error) == (1, True)
-    assert (tmp_path / "small.partial" / "healing" / "last.ckpt").is_file()
-    steps: list[int] = []
-
-    def counted(self: Any, batch: Any, batch_idx: int) -> Any:
-        steps.append(self.trainer.global_step)
-        return real(self, batch, batch_idx)
-
-    monkeypatch.setattr(LowRankPretraining, "training_step", counted)
-    status, _, error = compress("--heal", "4")
+    monkeypatch.setattr(LowRankPretraining, "training_step", watched)
+    words = [f"--{key}={value}" for key, value in HEALING.items()]
+    words += ["--heal_quantized", "2", "--format", "nf4"]
+    for stage in ("healing", "healing_quantized"):
+        status, _, error = compress(*words)
+        assert (status, "killed" in error) == (1, True), error
+        assert (tmp_path / "small.partial" / stage / "last.ckpt").is_file()
+    status, _, error = compress(*words, "--teacher_weight", "0.5")
+    assert status == 1
+    assert "of an unfinished run with teacher_weight 0.25, now 0.5" in error
+    status, _, error = compress(*words)
     assert status == 0, error
-    assert steps == [2, 3]
     assert torch.equal(_logits(tmp_path / "small"), _logits(tmp_path / "whole"))
+    assert steps == [(None, 0), (None, 1), ("nf4", 0), ("nf4", 1)], "no step was made twice"
+    assert list(killed) == [None, "nf4"]
+    for hparams in killed.values():
+        assert {key: hparams[key] for key in HEALING if key != "heal"} == {
+            key: value for key, value in HEALING.items() if key != "heal"
+        }
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "2 steps of training on its predictions (weight 0.25) and the text's own tokens" in card
+    assert ", 2 more with rounded weights, stored as nf4" in card
 
 
 def test_a_block_is_left_out_and_the_rest_is_taken_apart(
@@ -302,8 +323,9 @@ def test_ranks_and_factors_by_the_loss_are_made_and_planned(
 SETTINGS = Settings(
     model="", size=0.8, format="low_rank", calibration=(), calibration_tokens=10_000,
     data_dir=None, allocation="uniform", whitening="input", drop_blocks=0, embedding_rank=None,
-    refine=0, heal=0, batch_size=1, block_length=32, learning_rate=0.1, precision="32-true",
-    teacher_dtype="float32", texts={}, text_tokens=1, tasks=(), limit=None, seed=1, tokenizer=None,
+    refine=0, heal=0, heal_quantized=0, batch_size=1, block_length=32, learning_rate=0.1,
+    warmup=0.1, weight_decay=0.0, precision="32-true", teacher_weight=1.0, teacher_dtype="float32",
+    texts={}, text_tokens=1, tasks=(), limit=None, seed=1, tokenizer=None,
 )  # fmt: skip
 """The least that is made."""
 
@@ -504,6 +526,22 @@ def test_healing_is_run_on_the_device(
         (("--size", "1"), 2, r"1 is outside (0, 1)"),
         (("--limit", "3"), 2, "--limit has an effect with --tasks alone"),
         (("--learning_rate", "1"), 2, "--learning_rate has an effect with --heal alone"),
+        (("--teacher_weight", "0.5"), 2, "--teacher_weight has an effect with --heal alone"),
+        (("--warmup", "0.5"), 2, "--warmup has an effect with --heal alone"),
+        (("--weight_decay", "0.5"), 2, "--weight_decay has an effect with --heal alone"),
+        (("--heal", "2", "--teacher_weight", "1.5"), 2, "1.5 is outside [0, 1]"),
+        (("--heal", "2", "--warmup", "-0.1"), 2, "-0.1 is outside [0, 1]"),
+        (("--heal", "2", "--weight_decay", "-1"), 2, "-1 is below 0"),
+        (
+            ("--heal", "2", "--teacher_weight", "0", "--teacher_dtype", "float32"),
+            2,
+            "--teacher_dtype has no effect with --teacher_weight 0",
+        ),
+        (
+            ("--heal_quantized", "2"),
+            2,
+            "--heal_quantized has an effect with --format int8 or nf4 alone",
+        ),
         (("--format", "gguf"), 2, "invalid choice: 'gguf'"),
         (("--allocation", "los"), 2, "invalid choice: 'los'"),
         (("--whitening", "output"), 2, "invalid choice: 'output'"),
@@ -537,16 +575,24 @@ def test_wrong_words_are_one_line_and_leave_nothing(
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "owner"]
 
 
-def test_python_and_the_command_line_make_the_same(
-    compress: Compress, given: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher_weight": 1.5}, "teacher_weight 1.5 is outside [0, 1]"),
+        ({"warmup": -0.1}, "warmup -0.1 is outside [0, 1]"),
+        ({"weight_decay": -1.0}, "weight_decay -1.0 is below 0"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0 is not above 0"),
+        ({"heal": -1}, "heal -1 is below 0"),
+        ({"heal_quantized": -1, "format": "nf4"}, "heal_quantized -1 is below 0"),
+        ({"heal_quantized": 1}, "heal_quantized has an effect with format int8 or nf4 alone"),
+        ({"heal": 0, "warmup": 0.2}, "warmup has an effect with heal alone"),
+    ],
+)
+def test_settings_of_healing_are_checked_before_the_model_is_opened(
+    tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    status, _, error = compress()
-    assert status == 0, error
-    made = command.compress(
-        given / "model", tmp_path / "other", size=0.8, data_dir=given, calibration_tokens=600,
-        calibration=[f"{given / 'text.jsonl'}=2", "task:fpb"], refine=3, precision="32-true",
-        block_length=32, text_tokens=128, texts=[given / "other.txt"], device="cpu",
-    )  # fmt: skip
-    assert isinstance(made, stages.Compression)
-    assert made.small["device"] == "cpu"
-    assert torch.equal(_logits(tmp_path / "small"), _logits(tmp_path / "other"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        command.compress(
+            "./none", tmp_path / "small", size=0.5, calibration="none.txt",
+            **{"heal": 2} | settings,
+        )  # fmt: skip

@@ -34,6 +34,11 @@ _RANGES: dict[Callable[[str], float], tuple[tuple[str, ...], dict[str, str]]] = 
         {"0": "0 is outside (0, 1]", "1.1": "1.1 is outside (0, 1]", "nan": "nan is outside (0, 1]",
          "x": "'x' is not a number"},
     ),
+    numbers.share_from_0: (
+        ("0", "0.1", "1"),
+        {"-0.1": "-0.1 is outside [0, 1]", "1.1": "1.1 is outside [0, 1]",
+         "nan": "nan is outside [0, 1]"},
+    ),
     numbers.part: (("0.1",), {"0": "0 is outside (0, 1)", "1": "1 is outside (0, 1)"}),
     numbers.rank: (
         ("3", "0.5"),
