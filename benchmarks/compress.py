@@ -2,12 +2,18 @@
 
 Each row is one model: the original, and at each share one decomposed by plain singular values, by
 whitening, in sequence, refined block by block, without some of its blocks, healed on the original's
-predictions, and rounded to NF4. The record is written after every row, and a row in it is not made
-again; decomposition, refinement and healing go on where a killed call was. Tokens written and rows
-answered per second are of one model after the other on the same machine.
+predictions, and rounded to NF4, after some steps of training with rounded weights or without. The
+record is written after every row, and a row in it is not made again; what a row is made of is taken
+from ``--work_dir`` where another made it; decomposition, refinement and healing go on where a
+killed call was. Tokens written and rows answered per second are of one model after the other on the
+same machine.
+
+One row at 0.5, with what it is made of:
+``--shares 0.73,0.5 --only "0.5: half by blocks, healed"``.
 """
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -35,7 +41,7 @@ from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.files import write_whole
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.profiling import keep_freed_memory
-from fingpt_lightning.profiling.memory import peak_rss_bytes
+from fingpt_lightning.profiling.memory import peak_rss_bytes, reset_peak_rss
 
 QUESTION = (
     "What is left of a pretrained model at a share of its parameters: by plain singular values, by"
@@ -52,12 +58,10 @@ CALIBRATION = (
     "task:openbookqa=0.5", "task:winogrande=0.5",
 )  # fmt: skip
 TASKS = ("arc_easy", "arc_challenge", "piqa", "boolq", "openbookqa", "winogrande")
-ORIGINAL, REFINED, HEALED, NF4 = "original", "refined", "healed", "healed, NF4"
+ORIGINAL, REFINED, HEALED = "original", "refined", "healed"
+NF4, NF4_TRAINED = "healed, NF4", "healed, healed rounded, NF4"
 DROPPED, HALF_DROPPED = "blocks dropped", "half by blocks, refined"
-HEALED_OF = {
-    HEALED: REFINED, "blocks dropped, healed": DROPPED, "half by blocks, healed": HALF_DROPPED,
-}  # fmt: skip
-"""What each healed contender was before."""
+HEAL_QUANTIZED = 60
 _COLORS = ("#1d4ed8", "#c2410c", "#0f766e")
 
 
@@ -92,18 +96,41 @@ WAYS = {
 }
 
 
+class Healing(NamedTuple):
+    """Settings of a healing.
+
+    Attributes:
+        before: Contender that is healed.
+        teacher_weight: Share of the original's predictions in the loss.
+    """
+
+    before: str
+    teacher_weight: float = 1.0
+
+
+HEALINGS = {
+    HEALED: Healing(REFINED),
+    "healed, teacher 0.5": Healing(REFINED, teacher_weight=0.5),
+    "healed, no teacher": Healing(REFINED, teacher_weight=0.0),
+    "blocks dropped, healed": Healing(DROPPED),
+    "half by blocks, healed": Healing(HALF_DROPPED),
+}
+
+
 def main() -> None:
     """Makes the rows that the record does not hold yet."""
     options = _parser().parse_args()
     keep_freed_memory()
     asides = ("json", "work_dir", "data_dir", "max_rows", "only")
     settings = {key: value for key, value in vars(options).items() if key not in asides}
+    if options.heal_quantized == HEAL_QUANTIZED:
+        del settings["heal_quantized"]  # as in records from before it was an option
     record = started_record(options.json, QUESTION, settings, rows=[])
     made = 0
     for share, contender in contenders(options.shares):
         if any((row["contender"], row["share"]) == (contender, share) for row in record["rows"]):
             continue
-        if options.only and contender not in (ORIGINAL, *options.only.split(";")):
+        if not _is_requested(share, contender, options.only):
             continue
         if made >= options.max_rows:
             break
@@ -130,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--calibration_tokens", type=int, default=32768)
     add("--refine", type=int, default=40, help="steps per block")
     add("--heal", type=int, default=200, help="steps")
+    add("--heal_quantized", type=int, default=HEAL_QUANTIZED, help="steps with rounded weights")
     add("--batch_size", type=int, default=8)
     add("--block_length", type=int, default=512)
     add("--learning_rate", type=float, default=0.0005)
@@ -138,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=16384, help="of each text whose perplexity is measured")
     add("--tasks", default=",".join(TASKS))
     add("--limit", type=int, default=None, help="rows of each task")
-    add("--only", default="", help="contenders of this call, with semicolons")
+    add("--only", default="", help="contenders of this call, with semicolons; SHARE: before a name")
     add("--max_rows", type=int, default=10**9, help="rows that this call makes at most")
     return parser
 
@@ -147,12 +175,22 @@ def contenders(shares: str) -> Iterator[tuple[float, str]]:
     """Share of the parameters and treatment of each row, in the order of the record."""
     yield 1.0, ORIGINAL
     for text in shares.split(","):
-        for name in (*WAYS, *HEALED_OF, NF4):
+        for name in (*WAYS, *HEALINGS, NF4, NF4_TRAINED):
             yield float(text), name
+
+
+def _is_requested(share: float, contender: str, only: str) -> bool:
+    words = [word.strip() for word in only.split(";") if word.strip()]
+    return (
+        not words
+        or contender == ORIGINAL
+        or not {contender, f"{share:g}: {contender}"}.isdisjoint(words)
+    )
 
 
 def measured(share: float, contender: str, options: argparse.Namespace) -> dict[str, Any]:
     """One row: the model is made, unless it exists, and measured."""
+    reset_peak_rss()
     source = open_source(options.model)
     parameters = sum(parameter.numel() for parameter in source.network.parameters())
     row: dict[str, Any] = {"contender": contender, "share": share}
@@ -160,7 +198,9 @@ def measured(share: float, contender: str, options: argparse.Namespace) -> dict[
     if contender != ORIGINAL:
         model = _model(share, contender, source, options)
         row["making_time_s"] = float(_seconds_file(model).read_text(encoding="utf-8"))
-        way = REFINED if contender == NF4 else HEALED_OF.get(contender, contender)
+        way = contender
+        while way not in WAYS:
+            way = _before(way)
         parameters = _num_parameters(_folder(share, way, options))
     config = source.network.config
     texts = {
@@ -196,13 +236,19 @@ def _model(share: float, contender: str, source: Source, options: argparse.Names
     folder.parent.mkdir(parents=True, exist_ok=True)
     seconds = 0.0
     if contender not in WAYS:
-        base = _model(share, HEALED_OF.get(contender, HEALED), source, options)
+        base = _model(share, _before(contender), source, options)
         seconds += float(_seconds_file(base).read_text(encoding="utf-8"))
     started = time.perf_counter()
     if not folder.exists():
         _make(folder, share, contender, source, options)
+        gc.collect()  # networks refer to themselves
     write_whole(_seconds_file(folder), str(seconds + time.perf_counter() - started))
     return folder
+
+
+def _before(contender: str) -> str:
+    """What a contender that is no plain decomposition is made of."""
+    return HEALINGS[contender].before if contender in HEALINGS else HEALED
 
 
 def _seconds_file(folder: Path) -> Path:
@@ -235,21 +281,25 @@ def _make(
             refine=options.refine if way.refine else 0,
         )
         decompose_model(source, request, folder, calibration)
-    elif contender in HEALED_OF:
-        assert source.tokenizer is not None
-        refined = _folder(share, HEALED_OF[contender], options)
-        checkpoint = heal(
-            folder.with_suffix(".run"), refined, options.model, sources, source.tokenizer,
-            steps=options.heal, batch_size=options.batch_size, block_length=options.block_length,
-            learning_rate=options.learning_rate, precision=options.precision,
-            teacher_dtype=options.teacher_dtype, data_dir=options.data_dir, seed=1,
-        )  # fmt: skip
-        form = "hf" if HEALED_OF[contender] == DROPPED else "low_rank"
-        export(load_model(checkpoint, tokenizer=refined), form, folder)
-    else:
-        healed = _folder(share, HEALED, options)
+        return
+    before = _folder(share, _before(contender), options)
+    if contender == NF4:
         calibration = _calibration(sources, source, options)
-        export(load_model(healed), "nf4", folder, calibration=calibration)
+        export(load_model(before), "nf4", folder, calibration=calibration)
+        return
+    is_rounded = contender == NF4_TRAINED
+    assert source.tokenizer is not None
+    checkpoint = heal(
+        folder.with_suffix(".run"), before, options.model, sources, source.tokenizer,
+        steps=options.heal_quantized if is_rounded else options.heal,
+        batch_size=options.batch_size, block_length=options.block_length,
+        learning_rate=options.learning_rate, precision=options.precision,
+        teacher_weight=1.0 if is_rounded else HEALINGS[contender].teacher_weight,
+        teacher_dtype=options.teacher_dtype, data_dir=options.data_dir, seed=1,
+        quantize="nf4" if is_rounded else None,
+    )  # fmt: skip
+    form = "nf4" if is_rounded else "hf" if _before(contender) == DROPPED else "low_rank"
+    export(load_model(checkpoint, tokenizer=before), form, folder)
 
 
 def _num_blocks(source: Source, saved: float) -> int:
@@ -302,9 +352,10 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         healed = next(
             (x for x in rows if (x["contender"], x["share"]) == (HEALED, row["share"])), None
         )
-        if row["contender"] == NF4 and healed is not None:
+        if row["contender"] in (NF4, NF4_TRAINED) and healed is not None:
             ratios = [row[f"{t}_perplexity"] / healed[f"{t}_perplexity"] for t in TEXTS]
-            found[f"perplexity_ratio_nf4_over_healed_{row['share']:g}"] = max(ratios)
+            form = "nf4" if row["contender"] == NF4 else "nf4_trained"
+            found[f"perplexity_ratio_{form}_over_healed_{row['share']:g}"] = max(ratios)
     return {key: value for key, value in found.items() if math.isfinite(value)}
 
 

@@ -33,6 +33,7 @@ def test_the_benchmark_goes_on_where_it_ended(
         "--data_dir", str(tmp_path / "data"), "--work_dir", str(tmp_path / "work"),
         "--tokens", "64", "--block_length", "16", "--calibration_tokens", "90", "--refine", "2",
         "--calibration", "fed_text/train.jsonl=2,task:fpb=1", "--heal", "2", "--batch_size", "2",
+        "--heal_quantized", "2",
         "--precision", "32-true", "--tasks", "fpb", "--limit", "4",
     ]  # fmt: skip
 
@@ -46,18 +47,21 @@ def test_the_benchmark_goes_on_where_it_ended(
     rows = first["rows"]
     assert isinstance(rows, list)
     assert [row["contender"] for row in rows] == ["original", "plain SVD"]
-    again = run("--only", f"sequential;{compress.NF4};blocks dropped, healed")
+    only = ["sequential", compress.HEALED, compress.NF4_TRAINED]
+    again = run("--only", ";".join([*only, "0.8: blocks dropped, healed", "0.5: refined"]))
     found = again["rows"]
     assert isinstance(found, list)
     assert found[:2] == rows
-    names = [row["contender"] for row in found]
-    assert names == ["original", "plain SVD", "sequential", "blocks dropped, healed", compress.NF4]
+    assert [row["contender"] for row in found] == [
+        "original", "plain SVD", "sequential", "healed", "blocks dropped, healed",
+        compress.NF4_TRAINED,
+    ]  # fmt: skip
     made = sorted(path.name for path in (tmp_path / "work").glob("*-0_8"))
     assert made == [
         "blocks_dropped-0_8",
         "blocks_dropped_healed-0_8",
         "healed-0_8",
-        "healed_NF4-0_8",
+        "healed_healed_rounded_NF4-0_8",
         "plain_SVD-0_8",
         "refined-0_8",
         "sequential-0_8",
@@ -68,6 +72,7 @@ def test_the_benchmark_goes_on_where_it_ended(
     ratios = again["summary"]
     assert isinstance(ratios, dict)
     ratio = found[1]["reuters_validation_perplexity"] / found[0]["reuters_validation_perplexity"]
+    assert ratios["perplexity_ratio_nf4_trained_over_healed_0.8"] == pytest.approx(1, rel=0.5)
     assert ratios["reuters_validation_perplexity_ratio_0.8_plain_SVD"] == pytest.approx(ratio)
     assert "| sequential |" in file.with_suffix(".md").read_text()
     assert file.with_suffix(".svg").read_text().startswith("<?xml")
