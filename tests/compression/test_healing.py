@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fingpt_lightning.compression.healing import heal
 from fingpt_lightning.compression.plan import healing_bytes
 from fingpt_lightning.data.calibration_text import calibration_sources
-from fingpt_lightning.decomposition.runner import RECORD, Request, decompose_model
+from fingpt_lightning.decomposition.options import RECORD
+from fingpt_lightning.decomposition.runner import Request, decompose_model
 from fingpt_lightning.decomposition.source import open_source
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.models.loading import load_model
