@@ -1,7 +1,7 @@
 """The picture of the quality benchmark: loss by tokens, by time, and over compression."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,24 @@ _COLORS = ("#777777", "#9333ea", "#c2410c", "#0f766e", "#1d4ed8", "#b45309", "#b
 def _is_falling(run: Run) -> bool:
     """Whether the curve is highest where it begins."""
     return run.curve_loss_nats[0] == max(run.curve_loss_nats)
+
+
+def _runs_over_time(
+    runs: Sequence[Run], rows: Sequence[Mapping[str, Any]], timed: Container[str]
+) -> list[Run]:
+    """The runs of equal time beside the first row's; without any, those of equal tokens."""
+    curves = [run for run in runs if run.curve_steps]
+    equal_time = [run for run in curves if run.stage == "equal time"]
+    equal_tokens = [run for run in curves if run.stage == "equal tokens"]
+    if not equal_time:
+        return [run for run in equal_tokens if run.variant in timed]
+    dense = rows[0]["contender"]
+    return [*(run for run in equal_tokens if run.variant == dense), *equal_time]
+
+
+def _first_of_each(runs: Sequence[Run]) -> list[Run]:
+    """The first run of each variant."""
+    return list({run.variant: run for run in reversed(runs)}.values())[::-1]
 
 
 def draw(
@@ -37,22 +55,17 @@ def draw(
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    names = [row["contender"] for row in rows]
     shown = [row["contender"] for row in rows if row.get("equal_tokens_loss_nats")]
     shown += [run.variant for run in runs if run.curve_steps]
     colors = dict(zip(dict.fromkeys(shown), itertools.cycle(_COLORS), strict=False))
-    for axis, stages in zip(
-        axes, (("equal tokens",), ("equal tokens", "equal time")), strict=False
+    by_tokens = [run for run in runs if run.stage == "equal tokens" and run.curve_steps]
+    for axis, drawn, is_over_time in (
+        (axes[0], by_tokens, False),
+        (axes[1], _runs_over_time(runs, rows, step_times_s), True),
     ):
-        drawn: set[tuple[str, str]] = set()
-        for run in runs:
-            if run.stage not in stages or (run.variant, run.stage) in drawn or not run.curve_steps:
-                continue
-            if len(stages) > 1 and run.stage == "equal tokens" and run.variant != names[0]:
-                continue
-            drawn.add((run.variant, run.stage))
+        for run in _first_of_each(drawn):
             unit = tokens_per_step / 1e6
-            if len(stages) > 1:
+            if is_over_time:
                 unit = step_times_s[run.variant]["median"] / 60
             x = [step * unit for step in run.curve_steps]
             axis.plot(

@@ -2,6 +2,7 @@ import json
 import math
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from benchmarks import quality
+from benchmarks.quality_plot import _runs_over_time
 from benchmarks.quality_runs import Run, Variant, Workshop, read_grid
 from fingpt_lightning.modules import LowRankPretraining
 
@@ -174,6 +176,24 @@ def _row(name: str, ratio: float, tokens: dict[str, float], time: dict[str, floa
     }  # fmt: skip
 
 
+def test_runs_are_drawn_over_time_where_none_of_equal_time_was_made() -> None:
+    tokens, timed = (
+        Run(name, stage, 0.1, 1, 9, curve_steps=[9], curve_loss_nats=[2.0])
+        for name, stage in (("dense", "equal tokens"), ("small", "equal time"))
+    )
+    other = replace(timed, stage="equal tokens")
+    rows = [{"contender": "dense"}, {"contender": "small"}]
+    found = [
+        _runs_over_time(runs, rows, {"dense", "small"} - untimed)
+        for runs, untimed in (
+            ([tokens, other, timed], set()),
+            ([tokens, other], set()),
+            ([tokens, other], {"small"}),
+        )
+    ]
+    assert found == [[tokens, timed], [tokens, other], [tokens]]
+
+
 def test_gaps_are_means_over_the_seeds_that_both_have() -> None:
     rows = [
         _row("dense", 1.0, {"1": 4.0, "2": 5.0}, {}),
@@ -300,12 +320,14 @@ def test_every_variant_of_the_shipped_grid_is_a_module_of_its_size() -> None:
     assert ratios["naive"] >= quality.WANTED_RATIO
 
 
-def test_the_variants_of_the_same_size_grid_have_the_sizes_that_they_claim() -> None:
-    grid = read_grid(quality.GRID.with_name("same_size_grid.yaml"))
+@pytest.mark.parametrize("name", ["same_size_grid", "same_size_gpt2_small_grid"])
+def test_the_variants_of_the_same_size_grids_have_the_sizes_that_they_claim(name: str) -> None:
+    grid = read_grid(quality.GRID.with_name(f"{name}.yaml"))
+    vocab_size, length = grid.data["vocab_size"], grid.data["block_length"]
     parameters = {}
     for variant in grid.variants:
-        module = LowRankPretraining(**{**grid.model, **variant.settings()}, vocab_size=8192)
-        parameters[variant.name] = module.budget(256).total_parameters
+        module = LowRankPretraining(**{**grid.model, **variant.settings()}, vocab_size=vocab_size)
+        parameters[variant.name] = module.budget(length).total_parameters
     dense, narrow, *small = parameters.values()
     assert all(dense / size >= quality.WANTED_RATIO for size in small)
     assert all(abs(size / narrow - 1) <= 0.02 for size in small)
