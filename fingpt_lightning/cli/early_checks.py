@@ -195,8 +195,9 @@ def _check_evaluate(options: argparse.Namespace) -> None:
 def _check_label(options: argparse.Namespace) -> None:
     find_task(options.task)
     check_csv_settings(options.input, options.separator, options.encoding)
+    output = LabelledFile(options.output, {})
     if options.shard is None:
-        LabelledFile(options.output, {}).check_replaceable(options.overwrite)
+        output.check_replaceable(options.overwrite)
     open_rows(options.input)
     _check_shards_or_model(options)
 
