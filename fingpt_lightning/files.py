@@ -717,6 +717,28 @@ def check_replaceable(output: Path, overwrite: bool, is_ours: bool, what: str) -
         raise FileExistsError(f"output {output} is there already; --overwrite replaces it")
 
 
+def parts_of(output: Path) -> Path:
+    """The folder of what is finished of an output, for a process that goes on after a kill."""
+    return output.with_name(f"{output.name}{PARTIAL}")
+
+
+def check_made_in_parts(output: Path, overwrite: bool, record: str, what: str) -> None:
+    """As `check_replaceable`; the parts of an output that a killed process finished are removed.
+
+    Args:
+        output: Name that the folder is to have.
+        overwrite: Whether one of its kind may be replaced.
+        record: File by which its kind is known.
+        what: Kind of the folder, for the message.
+
+    Raises:
+        FileExistsError: ``output`` is there and not to be replaced.
+        NotADirectoryError: A part of its path is a file.
+    """
+    remove_finished(parts_of(output))
+    check_replaceable(output, overwrite, (output / record).is_file(), what)
+
+
 def put_in_place(finished: Path, output: Path) -> None:
     """Gives a folder of files its name; what had that name goes when the new one has it.
 

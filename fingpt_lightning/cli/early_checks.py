@@ -16,8 +16,8 @@ from fingpt_lightning.cli.errors import ConfigError
 from fingpt_lightning.cli.logger_packages import refuse_missing_package
 from fingpt_lightning.cli.shipped import SWEEPS, find_file, with_config_files
 from fingpt_lightning.cli.trainer_numbers import check_trainer_numbers
-from fingpt_lightning.compression.options import RECORD as COMPRESSION
-from fingpt_lightning.decomposition.options import RECORD as DECOMPOSITION
+from fingpt_lightning.compression.options import check_output as check_compression
+from fingpt_lightning.decomposition.options import check_output as check_decomposition
 from fingpt_lightning.deploy.labelled_file import LabelledFile
 from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS, check_output
 from fingpt_lightning.files import check_replaceable, refuse_existing, refuse_unwritable
@@ -195,8 +195,9 @@ def _check_evaluate(options: argparse.Namespace) -> None:
 def _check_label(options: argparse.Namespace) -> None:
     find_task(options.task)
     check_csv_settings(options.input, options.separator, options.encoding)
+    output = LabelledFile(options.output, {})
     if options.shard is None:
-        LabelledFile(options.output, {}).check_replaceable(options.overwrite)
+        output.check_replaceable(options.overwrite)
     open_rows(options.input)
     _check_shards_or_model(options)
 
@@ -217,8 +218,7 @@ def _check_generate(options: argparse.Namespace) -> None:
 
 
 def _check_decompose(options: argparse.Namespace) -> None:
-    is_ours = (options.output / DECOMPOSITION).is_file()
-    check_replaceable(options.output, options.overwrite, is_ours, "decomposition")
+    check_decomposition(options.output, options.overwrite)
     _check_compression(options)
 
 
@@ -251,8 +251,7 @@ def _check_calibration(options: argparse.Namespace) -> None:
 
 
 def _check_compress(options: argparse.Namespace) -> None:
-    is_ours = (options.output / COMPRESSION).is_file()
-    check_replaceable(options.output, options.overwrite, is_ours, "compression")
+    check_compression(options.output, options.overwrite)
     _check_calibration(options)
     for text in options.texts:
         refuse_missing_texts(text, "texts")

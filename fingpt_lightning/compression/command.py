@@ -28,13 +28,13 @@ from fingpt_lightning.compression.options import (
     WEIGHT_DECAY,
     WHITENINGS,
     check_options,
+    check_output,
 )
 from fingpt_lightning.compression.plan import StagePlan, plan_stages
 from fingpt_lightning.compression.settings import Settings
 from fingpt_lightning.compression.stages import (
     Compression,
     begun_settings,
-    check_output,
     run_stages,
 )
 from fingpt_lightning.data.calibration_text import (

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from fingpt_lightning.files import check_made_in_parts
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
@@ -216,3 +217,15 @@ def check_options(options: argparse.Namespace) -> None:
         raise WrongOptions("--heal_quantized has an effect with --format int8 or nf4 alone")
     if not options.teacher_weight and options.teacher_dtype != AUTO:
         raise WrongOptions("--teacher_dtype has no effect with --teacher_weight 0")
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises where a compression could not be written.
+
+    The parts of one that a killed process had finished are removed.
+
+    Raises:
+        FileExistsError: ``output`` is there and not to be replaced, or is not a compression.
+        NotADirectoryError: A part of its path is a file.
+    """
+    check_made_in_parts(output, overwrite, RECORD, "compression")

@@ -16,7 +16,7 @@ from fingpt_lightning.compression.card import compression_card
 from fingpt_lightning.compression.depth import write_shorter
 from fingpt_lightning.compression.figures import measure
 from fingpt_lightning.compression.healing import heal
-from fingpt_lightning.compression.options import RECORD
+from fingpt_lightning.compression.options import RECORD, check_output
 from fingpt_lightning.compression.settings import Settings
 from fingpt_lightning.data.calibration_text import Calibration, CalibrationSource
 from fingpt_lightning.decomposition.options import RECORD as DECOMPOSITION
@@ -24,18 +24,16 @@ from fingpt_lightning.decomposition.runner import Request, decompose_model
 from fingpt_lightning.decomposition.source import Source, open_source
 from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.files import (
-    PARTIAL,
     SETTINGS,
     WHOLE,
-    check_replaceable,
     clear_finished,
     clear_owned,
     files_sha256,
     is_unused,
     mark_finished,
     owned,
+    parts_of,
     put_in_place,
-    remove_finished,
     to_json,
     write_json,
     write_whole,
@@ -58,16 +56,6 @@ class Compression:
     settings: Mapping[str, Any]
     original: Mapping[str, Any]
     small: Mapping[str, Any]
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raises where a compression could not be written.
-
-    Raises:
-        FileExistsError: ``output`` is there and not to be replaced, or is not a compression.
-    """
-    remove_finished(_parts_of(output))
-    check_replaceable(output, overwrite, (output / RECORD).is_file(), "compression")
 
 
 def run_stages(
@@ -101,7 +89,7 @@ def run_stages(
     """
     check_output(output, overwrite)
     revision = files_sha256(source.weights.files)
-    with owned(_parts_of(output)) as folder:
+    with owned(parts_of(output)) as folder:
         try:
             _begin(folder, asdict(settings) | {"revision": revision}, overwrite)
             if not (folder / WHOLE / RECORD).is_file():
@@ -120,14 +108,10 @@ def run_stages(
 
 def begun_settings(output: Path) -> dict[str, Any]:
     """The settings of the run that was killed while it made this output; none where none was."""
-    file = _parts_of(output) / SETTINGS
+    file = parts_of(output) / SETTINGS
     if not file.is_file():
         return {}
     return cast("dict[str, Any]", json.loads(file.read_text(encoding="utf-8")))
-
-
-def _parts_of(output: Path) -> Path:
-    return output.with_name(f"{output.name}{PARTIAL}")
 
 
 def _begin(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:

@@ -12,12 +12,11 @@ from rich.table import Table
 from transformers.utils import logging
 
 from fingpt_lightning.data.calibration_text import read_calibration
-from fingpt_lightning.decomposition.options import check_options
+from fingpt_lightning.decomposition.options import check_options, check_output
 from fingpt_lightning.decomposition.runner import (
     DecomposedLayer,
     Decomposition,
     Request,
-    check_output,
     decompose_model,
 )
 from fingpt_lightning.decomposition.source import open_source

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from fingpt_lightning.files import check_made_in_parts
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
@@ -166,3 +167,15 @@ def check_options(options: argparse.Namespace) -> None:
         )
     if options.energy is not None and options.method == "randomized":
         raise WrongOptions("--energy needs the whole spectrum: --method exact")
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises where a decomposition could not be written.
+
+    The parts of one that a killed process had finished are removed.
+
+    Raises:
+        FileExistsError: ``output`` is there and not to be replaced, or is not a decomposition.
+        NotADirectoryError: A part of its path is a file.
+    """
+    check_made_in_parts(output, overwrite, RECORD, "decomposition")

@@ -27,23 +27,21 @@ from fingpt_lightning.decomposition.layer_files import (
     write_tensors,
 )
 from fingpt_lightning.decomposition.layer_pool import LayerPool
-from fingpt_lightning.decomposition.options import ALLOCATIONS, RECORD, WHITENINGS
+from fingpt_lightning.decomposition.options import ALLOCATIONS, RECORD, WHITENINGS, check_output
 from fingpt_lightning.decomposition.refinement import BlockErrors, last_factors, read_errors
 from fingpt_lightning.decomposition.sequential import block_of, decompose_in_sequence
 from fingpt_lightning.decomposition.source import Source, with_moments
 from fingpt_lightning.files import (
-    PARTIAL,
     SETTINGS,
     WHOLE,
-    check_replaceable,
     clear_finished,
     clear_owned,
     files_sha256,
     is_unused,
     mark_finished,
     owned,
+    parts_of,
     put_in_place,
-    remove_finished,
     to_json,
     write_json,
 )
@@ -209,18 +207,6 @@ class Decomposition:
         return to_json(found, indent=1) + "\n"
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raises where a decomposition could not be written.
-
-    The parts of one that a killed process had finished are removed.
-
-    Raises:
-        FileExistsError: ``output`` is there and not to be replaced, or is not a decomposition.
-    """
-    remove_finished(_parts_of(output))
-    check_replaceable(output, overwrite, (output / RECORD).is_file(), "decomposition")
-
-
 def check_embedding_rank(source: Source, rank: int | float | None) -> None:
     """Raises unless the embedding of a model can have this rank.
 
@@ -291,7 +277,7 @@ def decompose_model(
         request = replace(request, damping=damping)
     _parameters_left(source, request)  # refuses what cannot be before any work
     settings = asdict(request) | {"revision": revision, "calibration": _described(calibration)}
-    with owned(_parts_of(output)) as folder:
+    with owned(parts_of(output)) as folder:
         try:
             _begin(folder, settings, overwrite)
             record = _decomposed(source, request, folder, calibration, revision, workers, devices)
@@ -303,10 +289,6 @@ def decompose_model(
             if is_unused(folder, SETTINGS):
                 clear_owned(folder)
     return record
-
-
-def _parts_of(output: Path) -> Path:
-    return output.with_name(f"{output.name}{PARTIAL}")
 
 
 def _decomposed(

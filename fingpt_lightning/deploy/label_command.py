@@ -52,8 +52,9 @@ def run(options: argparse.Namespace) -> None:
     form = CsvForm().overridden(options.separator, options.encoding)
     columns = Columns(options.text_column, options.adapter_column)
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    output = LabelledFile(options.output, {})
     if options.shard is None:
-        LabelledFile(options.output, {}).check_replaceable(options.overwrite)
+        output.check_replaceable(options.overwrite)
     if options.merge is not None:
         _merge(options, task, console)
         return

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from fingpt_lightning.files import (
-    PARTIAL,
     WHOLE,
     check_settings,
     clear_finished,
     clear_owned,
     mark_finished,
     owned,
+    parts_of,
     refuse_existing,
     remove_finished,
     sync_folder,
@@ -53,7 +53,7 @@ class LabelledFile:
             hint = nearest(path.suffix, _FORMS)
             raise ValueError(f"output {path} ends in none of {', '.join(_FORMS)}{hint}")
         self.path, self._settings, self._schema = path, dict(settings), schema
-        self.folder = path.with_name(f"{path.name}{PARTIAL}")
+        self.folder = parts_of(path)
 
     def check_replaceable(self, overwrite: bool) -> None:
         """Raises where the output may not be written.

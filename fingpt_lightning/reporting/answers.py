@@ -1,6 +1,7 @@
 """Answers to tasks, as a run or ``fingpt evaluate`` left them: figures, confusion, mistakes."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,13 +92,23 @@ def task_results_of_evaluation(folder: Path, results: dict[str, Any]) -> list[St
     by_task: dict[str, list[Answer]] = {}
     for row in read_objects(folder / "predictions.jsonl"):
         by_task.setdefault(str(row.get("task")), []).append(_answer(row))
-    task_results = []
-    for task, found in results.get("tasks", {}).items():
-        figures = {key: float(found[key]) for key in EVAL_FIGURES if key in found}
-        low_high = found.get("accuracy_interval")
-        interval = None if low_high is None else (float(low_high[0]), float(low_high[1]))
-        task_results.append(StoredResult(task, "", figures, tuple(by_task.get(task, ())), interval))
-    return task_results
+    try:
+        return [
+            StoredResult(task, "", _figures(found), tuple(by_task.get(task, ())), _interval(found))
+            for task, found in results.get("tasks", {}).items()
+        ]
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        path = folder / "results.json"
+        raise ValueError(f"{path} is not the results of an evaluation: {error!r}") from None
+
+
+def _figures(found: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(found[key]) for key in EVAL_FIGURES if key in found}
+
+
+def _interval(found: Mapping[str, Any]) -> tuple[float, float] | None:
+    low_high = found.get("accuracy_interval")
+    return None if low_high is None else (float(low_high[0]), float(low_high[1]))
 
 
 def confusion_of(result: StoredResult) -> Confusion | None:

@@ -255,8 +255,11 @@ def _read_sweep(folder: Path) -> Sweep:
 
 
 def _read_trial(folder: Path, found: Mapping[str, Any]) -> Trial:
-    number, value = int(found["number"]), found.get("value")
-    run_folder, error = found.get("run_folder"), found.get("error")
+    number, value = found["number"], found.get("value")
+    for one in (number, 0 if value is None else value):
+        if not isinstance(one, int | float):
+            raise TypeError(f"{one!r} is not a number")
+    number, run_folder, error = int(number), found.get("run_folder"), found.get("error")
     run = None
     if run_folder is not None and _is_run(folder / run_folder):
         run = read_run(folder / run_folder, f"trial {number}", error)

@@ -259,7 +259,7 @@ def _jobs(
     prompts: Sequence[list[int]],
     max_tokens: int,
     num_logprobs: int | None,
-) -> list["_Asked"]:
+) -> list["_Requested"]:
     """The completions that a request asks for: ``n`` of each prompt."""
     adapter = served.adapter(body.model)
     for tokens in prompts:
@@ -292,7 +292,7 @@ def _jobs(
                 stream,
                 is_streamed=body.stream,
             )
-            found.append(_Asked(job, events))
+            found.append(_Requested(job, events))
     return found
 
 
@@ -306,8 +306,8 @@ def _posting(
 
 
 @dataclass
-class _Asked:
-    """A completion that was asked for, and the queue of its events."""
+class _Requested:
+    """A completion that was requested, and the queue of its events."""
 
     job: Completing
     events: "asyncio.Queue[Event]"
@@ -322,7 +322,7 @@ class _Answer:
 
     Args:
         served: Server that answers.
-        model: Name of the model that was asked for.
+        model: Name of the model that was requested.
         prefix: Beginning of its identifier.
         kind: Value of ``object``; chunks of a chat have another.
         choice: Function that makes a choice of the answer, whole or in part.
@@ -333,6 +333,8 @@ class _Answer:
     prefix: str
     kind: str
     choice: _Choice
+    lengths: dict[int, int] = field(default_factory=dict, init=False)
+    """Characters of the tokens that went out so far, by choice."""
 
     def __post_init__(self) -> None:
         self.head: dict[str, object] = {
@@ -366,7 +368,9 @@ def _text_choice(
     logprobs = None
     if scores:
         names = [_token_text(answer.served, score.token) for score in scores]
-        offsets = [0, *accumulate(map(len, names[:-1]))]
+        # A chunk of a stream goes on where the one before it ended.
+        *offsets, end = accumulate(map(len, names), initial=answer.lengths.get(index, 0))
+        answer.lengths[index] = end
         logprobs = {
             "tokens": names,
             "token_logprobs": [score.logprob for score in scores],
@@ -415,26 +419,26 @@ def _token_text(served: Served, token: int) -> str:
 
 async def _answered(
     answer: _Answer,
-    asked: Sequence[_Asked],
+    requested: Sequence[_Requested],
     body: CompletionRequest | ChatRequest,
     request: Request,
 ) -> Any:
     engine = answer.served.engine
-    _submit(engine, *(one.job for one in asked))
+    _submit(engine, *(one.job for one in requested))
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        events = _stream(answer, asked, usage, body.n)
+        events = _stream(answer, requested, usage, body.n)
         return StreamingResponse(events, media_type="text/event-stream")
     try:
-        gathered = await _unless_gone(request, _gathered(asked))
+        gathered = await _unless_gone(request, _gathered(requested))
     finally:
-        for one in asked:
+        for one in requested:
             engine.cancel(one.job)
     choices = [
         answer.choice(answer, index, end.text, scores, end.reason, False)
         for index, (scores, end) in enumerate(gathered)
     ]
-    return answer.whole(choices, _usage(asked, [end for _, end in gathered], body.n))
+    return answer.whole(choices, _usage(requested, [end for _, end in gathered], body.n))
 
 
 def _submit(engine: Engine, *jobs: Completing | LabelJob) -> None:
@@ -451,11 +455,11 @@ def _submit(engine: Engine, *jobs: Completing | LabelJob) -> None:
         raise ApiError(400, str(error), "n") from None
 
 
-async def _gathered(asked: Sequence[_Asked]) -> list[tuple[list[TokenScore], Finished]]:
-    return [await _whole(one) for one in asked]
+async def _gathered(requested: Sequence[_Requested]) -> list[tuple[list[TokenScore], Finished]]:
+    return [await _whole(one) for one in requested]
 
 
-async def _whole(one: _Asked) -> tuple[list[TokenScore], Finished]:
+async def _whole(one: _Requested) -> tuple[list[TokenScore], Finished]:
     scores = list[TokenScore]()
     while True:
         event = await one.events.get()
@@ -479,7 +483,7 @@ async def _unless_gone(request: Request, work: Any) -> Any:
 
 
 async def _stream(
-    answer: _Answer, asked: Sequence[_Asked], has_usage: bool, n: int
+    answer: _Answer, requested: Sequence[_Requested], has_usage: bool, n: int
 ) -> AsyncIterator[str]:
     merged: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
@@ -490,10 +494,12 @@ async def _stream(
             if not isinstance(event, Piece):
                 return
 
-    tasks = [asyncio.ensure_future(forward(index, one.events)) for index, one in enumerate(asked)]
+    tasks = [
+        asyncio.ensure_future(forward(index, one.events)) for index, one in enumerate(requested)
+    ]
     ends: dict[int, Finished] = {}
     try:
-        while len(ends) < len(asked):
+        while len(ends) < len(requested):
             index, event = await merged.get()
             if isinstance(event, Piece):
                 made = answer.choice(answer, index, event.text, event.scores, None, True)
@@ -505,13 +511,13 @@ async def _stream(
                 return
             yield _sse(answer.chunk([made]))
         if has_usage:
-            usage = _usage(asked, [ends[index] for index in range(len(asked))], n)
+            usage = _usage(requested, [ends[index] for index in range(len(requested))], n)
             yield _sse(answer.chunk([], usage))
         yield "data: [DONE]\n\n"
     finally:
         for task in tasks:
             task.cancel()
-        for one in asked:
+        for one in requested:
             answer.served.engine.cancel(one.job)
 
 
@@ -519,8 +525,8 @@ def _sse(content: Mapping[str, object]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _usage(asked: Sequence[_Asked], ends: Sequence[Finished], n: int) -> dict[str, int]:
-    prompt = sum(len(one.job.tokens) for one in asked[::n])
+def _usage(requested: Sequence[_Requested], ends: Sequence[Finished], n: int) -> dict[str, int]:
+    prompt = sum(len(one.job.tokens) for one in requested[::n])
     new = sum(end.num_tokens for end in ends)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 

@@ -42,7 +42,10 @@ def port(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: It is not such a number.
     """
-    return _whole(text, 0, 65535)
+    try:
+        return _whole(text, 0, 65535)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535") from None
 
 
 def number_above_0(text: str) -> float:

@@ -179,6 +179,7 @@ WRONG = (
     "label --model ./none --output texts.csv --task fpb --input news.csv",
     "label --model ./none --output ./news.csv --task fpb --input news.csv --overwrite",
     "label --model ./none --output out.xls --task fpb --input news.csv",
+    "label --model ./none --output out.xls --task fpb --input news.csv --shard 1/2",
     "label --model ./none --output sets.csv --task fpb --input news.csv --overwrite",
     "label --model ./none --output news.csv/out.csv --task fpb --input news.csv",
     "label --model ./none --output out.csv --task fpb --input sets.csv",

@@ -3,6 +3,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -242,6 +243,26 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_report([run], tmp_path)
     with pytest.raises(ValueError, match="no run, sweep or evaluation is given"):
         write_report([], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("trial", [{"number": "x"}, {"number": 0, "value": "low"}])
+def test_a_trial_whose_numbers_are_texts_is_named(trial: dict[str, Any], tmp_path: Path) -> None:
+    record = {"name": "x", "method": "grid", "metric": {"name": "val/loss", "goal": "minimize"}}
+    trial |= {"state": "finished", "parameters": {}}
+    (tmp_path / "sweep.json").write_text(json.dumps(record | {"trials": [trial]}))
+    with pytest.raises(ValueError, match=r"sweep\.json is not a record of a sweep: .*not a number"):
+        write_report([tmp_path], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [3, {"fpb": 3}, {"fpb": {"accuracy": "high"}}, {"fpb": {"accuracy_interval": [0.1]}}],
+    ids=str,
+)
+def test_results_whose_figures_are_none_are_named(tasks: Any, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"tasks": tasks}))
+    with pytest.raises(ValueError, match=r"results\.json is not the results of an evaluation"):
+        write_report([tmp_path], tmp_path / "report.html")
 
 
 def test_a_sweep_record_without_its_keys_is_named(tmp_path: Path) -> None:

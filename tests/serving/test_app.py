@@ -129,6 +129,17 @@ def test_several_prompts_texts_stops_and_log_probabilities(server: _Server) -> N
     assert logprobs.tokens is not None
     assert "".join(logprobs.tokens) == texts[0]
     assert all(len(top) <= 2 for top in logprobs.top_logprobs or ())
+    streamed = client.completions.create(
+        prompt=[PROMPT, "Profit"], n=2, logprobs=2, stream=True, **settings
+    )
+    offsets: dict[int, list[int]] = {}
+    for chunk in streamed:
+        for choice in chunk.choices:
+            found = offsets.setdefault(choice.index, [])
+            found += (choice.logprobs and choice.logprobs.text_offset) or []
+    assert [offsets[c.index] for c in several.choices] == [
+        c.logprobs and c.logprobs.text_offset for c in several.choices
+    ]
     whole = client.completions.create(model="base", prompt=PROMPT, max_tokens=9, temperature=0)
     text = whole.choices[0].text
     stop = text[len(text) // 2 :][:2]

@@ -22,7 +22,7 @@ _RANGES: dict[Callable[[str], float], tuple[tuple[str, ...], dict[str, str]]] = 
         ("0", "4294967295"),
         {"-1": "-1 is below 0", "4294967296": "4294967296 is above 4294967295"},
     ),
-    numbers.port: (("0", "65535"), {"65536": "65536 is above 65535", "-1": "-1 is below 0"}),
+    numbers.port: (("0", "65535"), dict.fromkeys(("65536", "-1", "x"), "is not a port from 0 to")),
     numbers.number_above_0: (
         ("0.1", "3", "1e9"),
         {"0": "0 is not above 0", "-1": "-1 is not above 0", "inf": "inf is not a finite number",
