@@ -68,7 +68,8 @@ class Walk(NamedTuple):
         Noted.stop_before = stop_before
         # What goes on is without the monitors of the configs, for the time that they take.
         sign = "=" if stop_before is not None or "--ckpt_path" in words else "+="
-        line += f" --trainer.accelerator {self.accelerator} --trainer.callbacks{sign}{__name__}.Noted"
+        line += f" --trainer.accelerator {self.accelerator}"
+        line += f" --trainer.callbacks{sign}{__name__}.Noted"
         line += f" --trainer.default_root_dir {self.folder / run}"
         line = line.replace("configs/", f"{_CONFIGS}/configs/")
         status = _status([*line.split(), *words])

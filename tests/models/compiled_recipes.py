@@ -46,7 +46,8 @@ def pretraining(
     """A GPT-2 to train from scratch; in bfloat16 attention is that of our operator."""
     shape = GPT2Shape(num_layers=2, width=24, num_heads=3, num_positions=NUM_TOKENS)
     rule = None if rank is None else RankRule(rank)
-    network = build_network(shape, VOCABULARY, rule, seed=1).to(dtype).train()
+    network = build_network(shape, VOCABULARY, rule, seed=1).train()
+    nn.Module.to(network, dtype)  # transformers' own is not typed
     if residual is not None:
         keep_residual_in(network, residual)
     recompute_blocks(network, recompute)
@@ -61,7 +62,8 @@ def finetuning(
     **options: Any,
 ) -> PreTrainedModel:
     """Adapters that are no longer the identity over a frozen base."""
-    network = make().to(dtype)
+    network = make()
+    nn.Module.to(network, dtype)  # transformers' own is not typed
     if quantize is not None:
         quantize_layers(network, quantize)
     network.requires_grad_(False)
@@ -70,7 +72,8 @@ def finetuning(
         nn.init.normal_(layer.lora_B, std=0.1)
     use_packed_attention(network)
     recompute_blocks(network, recompute)
-    return network.train()
+    network.train()
+    return network
 
 
 class Recipe(NamedTuple):
@@ -119,7 +122,7 @@ def main(names: list[str]) -> None:
 def compared(recipe: Recipe) -> dict[str, Any]:
     """What a compiled step of a recipe differs by, keeps, and breaks at."""
     plain, compiled = recipe.make(), recipe.make()
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compile_blocks(compiled, backend=recipe.backend)
     kept: list[Tensor] = []

@@ -50,6 +50,7 @@ def steps() -> dict[str, Any]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_blocks_of_every_recipe_are_compiled_as_one_graph_with_equal_gradients(
@@ -68,6 +69,8 @@ def test_blocks_of_every_recipe_are_compiled_as_one_graph_with_equal_gradients(
     assert step["error"] < RECIPES[recipe].tolerance
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("recipe", ["int8", "NF4"])
 def test_compiled_code_keeps_no_dequantized_weight(steps: dict[str, Any], recipe: str) -> None:
     assert steps[recipe]["num_kept"] > 0
