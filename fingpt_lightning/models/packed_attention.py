@@ -283,11 +283,12 @@ def packed_or_sdpa_attention(
         )
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported over packed rows; set it 0")
-    return _attend_packed(query, key, value, packing, sliding_window, scaling, softcap, kept)
+    made = _attend_packed(query, key, value, packing, sliding_window, scaling, softcap, kept)
+    return cast("Tensor", made), None
 
 
 # What is compiled is before and after it: here the code would be another for each batch.
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_packed(
     query: Tensor,
     key: Tensor,
@@ -297,7 +298,7 @@ def _attend_packed(
     scaling: float | None,
     softcap: float | None,
     kept: list[KeysAndValues] | None,
-) -> tuple[Tensor, None]:
+) -> Tensor:
     groups = packing.seen_within(window)
     if kept is not None:
         kept.append((key[0], value[0]))
@@ -323,7 +324,7 @@ def _attend_packed(
                     rows[i] = torch.cat([before, rows[i]], 1)
             out_RTHD = _attend(rows, mask, scaling, softcap)
             results.append(_unpadded(out_RTHD, bucket))
-    return torch.cat(results)[None], None
+    return torch.cat(results)[None]
 
 
 def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

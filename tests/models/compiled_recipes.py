@@ -46,11 +46,12 @@ def pretraining(
     """A GPT-2 to train from scratch; in bfloat16 attention is that of our operator."""
     shape = GPT2Shape(num_layers=2, width=24, num_heads=3, num_positions=NUM_TOKENS)
     rule = None if rank is None else RankRule(rank)
-    network = build_network(shape, VOCABULARY, rule, seed=1).train()
+    network = build_network(shape, VOCABULARY, rule, seed=1)
     nn.Module.to(network, dtype)  # transformers' own is not typed
     if residual is not None:
         keep_residual_in(network, residual)
     recompute_blocks(network, recompute)
+    network.train()
     return network
 
 

@@ -2,18 +2,19 @@
 
 from typing import Any
 
+import bitsandbytes
+import bitsandbytes.functional
 import bitsandbytes.nn
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import QuantState, dequantize_4bit
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fingpt_lightning.models.quantization.frozen_matrix import in_working_dtype, product
 from fingpt_lightning.models.quantization.rounding import NF4_BLOCK, NF4Matrix, nf4_rows, nf4_values
 
-_bnb: Any = bitsandbytes.nn  # annotated in part, and wrongly
-_Linear4bit: Any = _bnb.Linear4bit
+_bnb: Any = bitsandbytes  # annotated in part, and wrongly
+_Linear4bit: Any = _bnb.nn.Linear4bit
 
 
 class NF4Linear(_Linear4bit):  # type: ignore[misc]
@@ -82,11 +83,11 @@ def _state(
     num_rows, num_columns, blocksize, *nested_blocksize = sizes
     nested = None
     if nested_blocksize:
-        nested = QuantState(
+        nested = _bnb.functional.QuantState(
             absmax=nested_absmax, code=nested_code, blocksize=nested_blocksize[0],
             dtype=torch.float32,
         )  # fmt: skip
-    return QuantState(
+    return _bnb.functional.QuantState(
         absmax=absmax, shape=torch.Size((num_rows, num_columns)), code=code, blocksize=blocksize,
         quant_type="nf4", dtype=dtype, offset=offset, state2=nested,
     )  # fmt: skip
@@ -108,7 +109,7 @@ def _nf4_product(
 ) -> Tensor:
     state = _state(absmax, code, offset, nested_absmax, nested_code, sizes, dtype)
     if _has_kernel(x):
-        made: Tensor = bitsandbytes.matmul_4bit(x, codes, bias=bias, quant_state=state)
+        made: Tensor = _bnb.matmul_4bit(x, codes, bias=bias, quant_state=state)
         return made
     return F.linear(x, nf4_values(NF4Matrix(codes, state), x.dtype), bias)
 
@@ -127,7 +128,8 @@ def _nf4_product_backward(
 ) -> Tensor:
     state = _state(absmax, code, offset, nested_absmax, nested_code, sizes, dtype)
     if sizes[1] % NF4_BLOCK == 0 and grad.dtype != torch.float64:
-        return grad @ dequantize_4bit(codes.view(-1, 1), state).to(grad.dtype)
+        weight: Tensor = _bnb.functional.dequantize_4bit(codes.view(-1, 1), state)
+        return grad @ weight.to(grad.dtype)
     return grad @ nf4_values(NF4Matrix(codes, state), grad.dtype)
 
 
