@@ -140,8 +140,9 @@ class AdaptedLinear(nn.Module):
         y_NO = self._base_product(x.reshape(-1, self.in_features))
         h_NR = self._down(self, x).reshape(-1, self.options.rank).to(y_NO.dtype)
         # In place, since no product's backward pass reads its own result; not into a view, for
-        # which autograd would make more copies than that saves.
-        add = y_NO.addmm_ if y_NO._base is None else y_NO.addmm
+        # which autograd would make more copies than that saves. A compiler decides that itself.
+        in_place = not torch.compiler.is_compiling() and y_NO._base is None
+        add = y_NO.addmm_ if in_place else y_NO.addmm
         y_NO = add(h_NR, self.lora_B.to(y_NO.dtype).T, alpha=self.options.scale)
         if self.lora_magnitude_vector is not None:
             factor_O = (self.lora_magnitude_vector / self._row_lengths(x.dtype)).to(y_NO.dtype)
@@ -194,9 +195,11 @@ class SharedDown:
     """The products A x of adapters that read the same x, as one product of their stacked As.
 
     The first layer that is called makes all; each takes its own, once. Dropout is shared too.
+    In compiled code each makes its own and draws its own dropout: results that pass from one call
+    to the next are out of a compiler's sight.
 
     Args:
-        layers: The adapters; they use this from now on.
+        layers: Adapters, which use this from now on.
     """
 
     def __init__(self, layers: Sequence[AdaptedLinear]) -> None:
@@ -210,6 +213,9 @@ class SharedDown:
         self, layer: AdaptedLinear, x: Float[Tensor, "*batch I"]
     ) -> Float[Tensor, "*batch R"]:
         """``layer``'s A times x, dropped out in training."""
+        if torch.compiler.is_compiling():
+            dropped = F.dropout(x, layer.options.dropout, layer.training)
+            return F.linear(dropped, layer.lora_A.to(x.dtype))
         key = [torch.is_grad_enabled(), layer.training, 0 if x.is_inference() else x._version]
         key += [other.lora_A._version for other in self.layers]
         # Between two calls that get the same tensor, only a change of the As counts.

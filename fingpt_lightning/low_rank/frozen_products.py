@@ -11,9 +11,9 @@ Axes: N rows, I in_features, O out_features.
 import functools
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,11 @@ def frozen_linear(
     """
     is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if is_float32 and not is_trained and x.device.type == "cpu" and has_faster_products():
+    if not is_float32 or is_trained or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():
+        return cast("Tensor", _frozen_linear(x, weight, bias))
+    if has_faster_products():
         result: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
     return F.linear(x, weight, bias)
@@ -87,3 +91,41 @@ class _FrozenLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         with _onednn():
             return grad_out @ weight, None, None
+
+
+# For compiled code, which cannot look into the choice between libraries.
+@torch.library.custom_op("fingpt::frozen_linear", mutates_args=())
+def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with _faster():
+        return F.linear(x, weight, bias)
+
+
+@torch.library.custom_op("fingpt::frozen_linear_backward", mutates_args=())
+def _frozen_linear_backward(grad_out: Tensor, weight: Tensor) -> Tensor:
+    with _faster():
+        return grad_out @ weight
+
+
+def _faster() -> AbstractContextManager[None]:
+    return _onednn() if has_faster_products() else nullcontext()
+
+
+@_frozen_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+@_frozen_linear_backward.register_fake
+def _(grad_out: Tensor, weight: Tensor) -> Tensor:
+    return grad_out.new_empty(*grad_out.shape[:-1], weight.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+    return _frozen_linear_backward(grad_out, *ctx.saved_tensors), None, None
+
+
+_frozen_linear.register_autograd(_backward, setup_context=_setup_context)

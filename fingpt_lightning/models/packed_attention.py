@@ -166,7 +166,7 @@ def run_packed(
         position_ids=position_ids,
         attention_mask=no_mask,
         use_cache=False,
-        packing=_with_masks(packing, network),
+        packing=_Packing(packing, network),
         kept=kept,
     )
     return cast("Tensor", output.last_hidden_state)
@@ -180,13 +180,19 @@ class _Masked(NamedTuple):
     of_buckets: list[Tensor | None]
 
 
-def _with_masks(
-    packing: Sequence[PackedGroup], network: PreTrainedModel
-) -> dict[int | None, tuple[_Masked, ...]]:
-    """The groups with their masks, by the window of a layer's attention."""
-    return {
-        window: _masked(packing, network, window) for window in set(layer_windows(network.config))
-    }
+class _Packing:
+    """Groups with their masks, by the window of a layer's attention.
+
+    Not a tuple or dict: a compiler looks into those, and compiles anew where their lengths differ.
+    """
+
+    def __init__(self, groups: Sequence[PackedGroup], network: PreTrainedModel) -> None:
+        windows = set(layer_windows(network.config))
+        self._masked = {window: _masked(groups, network, window) for window in windows}
+
+    def seen_within(self, window: int | None) -> tuple[_Masked, ...]:
+        """The groups as a layer of this window attends to them."""
+        return self._masked[window]
 
 
 def _masked(
@@ -258,7 +264,7 @@ def packed_or_sdpa_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    packing: dict[int | None, tuple[_Masked, ...]] | None = None,
+    packing: _Packing | None = None,
     kept: list[KeysAndValues] | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B N H D"], None]:
@@ -277,18 +283,35 @@ def packed_or_sdpa_attention(
         )
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported over packed rows; set it 0")
+    made = _attend_packed(query, key, value, packing, sliding_window, scaling, softcap, kept)
+    return cast("Tensor", made), None
+
+
+# What is compiled is before and after it: here the code would be another for each batch.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: _Packing,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+    kept: list[KeysAndValues] | None,
+) -> Tensor:
+    groups = packing.seen_within(window)
     if kept is not None:
         kept.append((key[0], value[0]))
     # Cut all at once: the backward pass of a slice is as long as the whole.
     sizes = [
         size
-        for group, _, _ in packing[sliding_window]
+        for group, _, _ in groups
         for size in (group.num_shared, *(len(bucket.slots) for bucket in group.buckets))
     ]
     of_query, of_key, of_value = (x[0].transpose(0, 1).split(sizes) for x in (query, key, value))
     pieces = zip(of_query, of_key, of_value, strict=True)
     results = []
-    for group, mask_of_shared, masks in packing[sliding_window]:
+    for group, mask_of_shared, masks in groups:
         shared = next(pieces)
         if group.num_shared:
             alone = [x[None] for x in shared]
@@ -301,7 +324,7 @@ def packed_or_sdpa_attention(
                     rows[i] = torch.cat([before, rows[i]], 1)
             out_RTHD = _attend(rows, mask, scaling, softcap)
             results.append(_unpadded(out_RTHD, bucket))
-    return torch.cat(results)[None], None
+    return torch.cat(results)[None]
 
 
 def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

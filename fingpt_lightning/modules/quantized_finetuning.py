@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from fingpt_lightning.data.batch import IGNORED_LABEL, TokenBatch
 from fingpt_lightning.low_rank.adapters import AdapterOptions, FrozenBase
-from fingpt_lightning.models import LossSums, recompute_blocks
+from fingpt_lightning.models import LossSums, compile_blocks, recompute_blocks
 from fingpt_lightning.models.adapting import (
     ALL_LINEAR,
     WholeAdapters,
@@ -45,6 +45,7 @@ from fingpt_lightning.models.layout import features_of
 from fingpt_lightning.models.loading import DTYPES, load_model
 from fingpt_lightning.models.packed_attention import run_packed, use_packed_attention
 from fingpt_lightning.models.quantization.layers import BYTES_PER_NUMBER
+from fingpt_lightning.models.recompute import OFFLOAD
 from fingpt_lightning.models.sources import ModelSource
 from fingpt_lightning.modules.base_model import RandomLlama, random_llama
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
@@ -91,6 +92,8 @@ class QuantizedFinetuning(LanguageModelingModule):
             ``paged_adamw_8bit``, whose state moves to the host when a GPU is full.
         recompute: Results that the backward pass computes again: ``none``; ``block``, all of a
             block but its input; ``offload``, the same with the inputs kept in the host's memory.
+        compile: Whether torch.compile fuses the blocks, within a minute or two. Not with
+            ``recompute: offload``, nor with any recomputing over rows that ``data.batching`` packs.
         supervised_logits_only: Whether logits are computed only where there are labels; the loss is
             the same.
         kl_weight: Weight of the divergence from the base's predictions, in nats per token, at
@@ -141,6 +144,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         beta2: float = 0.999,
         optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw",
         recompute: Literal["none", "block", "offload"] = "none",
+        compile: bool = False,
         supervised_logits_only: bool = True,
         kl_weight: float = 0.0,
         kl_positions: int = 64,
@@ -172,6 +176,11 @@ class QuantizedFinetuning(LanguageModelingModule):
             beta2=beta2,
             loss_chunk_size=loss_chunk_size,
         )
+        if compile and recompute == OFFLOAD:
+            raise ValueError(
+                f"compile true with recompute {recompute}: the compiler cannot move the blocks'"
+                " inputs; take recompute block, or compile false"
+            )
         check_above_0(lora_plus_ratio=lora_plus_ratio)
         check_from_0(kl_weight=kl_weight)
         if kl_positions < 1:
@@ -243,6 +252,8 @@ class QuantizedFinetuning(LanguageModelingModule):
         self.network.train()  # a loaded one is in evaluation mode
         use_packed_attention(self.network)
         recompute_blocks(self.network, hparams["recompute"])
+        if hparams["compile"]:
+            compile_blocks(self.network)
 
     @override
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "B T D"]:
@@ -538,6 +549,13 @@ class QuantizedFinetuning(LanguageModelingModule):
             raise ValueError(
                 f"data.max_length {source.block_length} is longer than the {num_positions}"
                 f" positions of {self.base or 'random_base'}"
+            )
+        batching, recompute = getattr(source, "batching", "padded"), self.hparams["recompute"]
+        if self.hparams["compile"] and recompute != "none" and batching != "padded":
+            raise ValueError(
+                f"model.compile true with model.recompute {recompute}: nothing would be compiled"
+                f" over rows that data.batching {batching} packs; set model.recompute none,"
+                " data.batching padded, or model.compile false"
             )
         if self.num_rows_needed > config.vocab_size:
             raise ValueError(

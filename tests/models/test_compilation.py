@@ -1,8 +1,13 @@
+import json
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+
+from tests.models.compiled_recipes import RECIPES
+from tests.support.warm_python import run_warm
 
 _PROGRAM = """
 import torch
@@ -35,3 +40,38 @@ def test_compiled_blocks_give_the_gradients_of_plain_ones() -> None:
     command = [sys.executable, "-W", "ignore", "-c", _PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, Any]:
+    """What the compiled step of each recipe came to; all are run in one process."""
+    done = run_warm(["-m", "tests.models.compiled_recipes"], timeout=500)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_blocks_of_every_recipe_are_compiled_as_one_graph_with_equal_gradients(
+    steps: dict[str, Any], recipe: str
+) -> None:
+    step = steps[recipe]
+    if RECIPES[recipe].is_packed:
+        (reason,) = step["breaks"]
+        assert "disable" in reason
+        assert step["num_graphs"] == 4  # up to attention, in three functions, and after it
+    else:
+        assert step["breaks"] == {}
+        # Under autocast the first block reads another dtype than those after it.
+        assert step["num_graphs"] == (3 if RECIPES[recipe].autocast else 1)
+    assert step["num_gradients"] > 15
+    assert step["error"] < RECIPES[recipe].tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("recipe", ["int8", "NF4"])
+def test_compiled_code_keeps_no_dequantized_weight(steps: dict[str, Any], recipe: str) -> None:
+    assert steps[recipe]["num_kept"] > 0
+    assert steps[recipe]["kept_weights"] == 0

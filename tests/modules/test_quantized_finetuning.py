@@ -310,6 +310,12 @@ def test_the_divergence_from_the_base_is_not_that_of_padding() -> None:
     torch.testing.assert_close(same, ours)
 
 
+def test_compiled_blocks_over_packed_rows_are_not_recomputed() -> None:
+    message = r"compile true with model\.recompute block: .* data\.batching shared_prefix packs"
+    with pytest.raises(ValueError, match=message):
+        _ready(compile=True, recompute="block")
+
+
 def test_lora_plus_gives_the_second_matrices_their_own_rate() -> None:
     module = _ready(lora_plus_ratio=4.0, dora=True, weight_decay=0.1)
     groups = module._parameter_groups()

@@ -71,11 +71,50 @@ class _Product(torch.autograd.Function):
 
 def product(x: Float[Tensor, "*batch I"], layer: FrozenMatrix, bias: Tensor | None) -> Tensor:
     """The map x W' + b in the dtype of autocast or of ``x``; gradients flow to x and b."""
+    made = _Product.apply(*in_working_dtype(x, bias), layer)  # type: ignore[no-untyped-call]
+    return cast("Tensor", made)
+
+
+def in_working_dtype(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both in the dtype of autocast or of ``x``."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    bias = None if bias is None else bias.to(dtype)
-    made = _Product.apply(x.to(dtype), bias, layer)  # type: ignore[no-untyped-call]
-    return cast("Tensor", made)
+    return x.to(dtype), None if bias is None else bias.to(dtype)
+
+
+# For compiled code. A compiler that sees the dequantized weight keeps it for the backward pass,
+# where it is needed again: all layers' weights would then lie dequantized in memory.
+@torch.library.custom_op("fingpt::int8_product", mutates_args=())
+def _int8_product(x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor) -> Tensor:
+    return F.linear(x, int8_values(codes, scales, x.dtype), bias)
+
+
+@torch.library.custom_op("fingpt::int8_product_backward", mutates_args=())
+def _int8_product_backward(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return grad @ int8_values(codes, scales, grad.dtype)
+
+
+@_int8_product.register_fake
+def _(x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(codes))
+
+
+@_int8_product_backward.register_fake
+def _(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], codes.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[2:])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = _int8_product_backward(grad, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
+    grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_bias, None, None
+
+
+_int8_product.register_autograd(_backward, setup_context=_setup_context)
 
 
 class Int8Linear(nn.Linear):
@@ -115,4 +154,7 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """Cost: that of the dense layer, and W dequantized once."""
+        if torch.compiler.is_compiling():
+            made = _int8_product(*in_working_dtype(x, self.bias), self.weight, self.SCB)
+            return cast("Tensor", made)
         return product(x, self, self.bias)
