@@ -60,6 +60,8 @@ CALIBRATION = (
 TASKS = ("arc_easy", "arc_challenge", "piqa", "boolq", "openbookqa", "winogrande")
 ORIGINAL, REFINED, HEALED = "original", "refined", "healed"
 NF4, NF4_TRAINED = "healed, NF4", "healed, healed rounded, NF4"
+NF4_CALIBRATED = f"{NF4_TRAINED} calibrated"
+"""The weights of `NF4_TRAINED`, rounded with the calibration as those of `NF4` are."""
 DROPPED, HALF_DROPPED = "blocks dropped", "half by blocks, refined"
 HEAL_QUANTIZED = 60
 _COLORS = ("#1d4ed8", "#c2410c", "#0f766e")
@@ -175,7 +177,7 @@ def contenders(shares: str) -> Iterator[tuple[float, str]]:
     """Share of the parameters and treatment of each row, in the order of the record."""
     yield 1.0, ORIGINAL
     for text in shares.split(","):
-        for name in (*WAYS, *HEALINGS, NF4, NF4_TRAINED):
+        for name in (*WAYS, *HEALINGS, NF4, NF4_TRAINED, NF4_CALIBRATED):
             yield float(text), name
 
 
@@ -248,7 +250,9 @@ def _model(share: float, contender: str, source: Source, options: argparse.Names
 
 def _before(contender: str) -> str:
     """What a contender that is no plain decomposition is made of."""
-    return HEALINGS[contender].before if contender in HEALINGS else HEALED
+    if contender in HEALINGS:
+        return HEALINGS[contender].before
+    return NF4_TRAINED if contender == NF4_CALIBRATED else HEALED
 
 
 def _seconds_file(folder: Path) -> Path:
@@ -283,9 +287,10 @@ def _make(
         decompose_model(source, request, folder, calibration)
         return
     before = _folder(share, _before(contender), options)
-    if contender == NF4:
+    if contender in (NF4, NF4_CALIBRATED):
         calibration = _calibration(sources, source, options)
-        export(load_model(before), "nf4", folder, calibration=calibration)
+        model = before if contender == NF4 else before.with_suffix(".run") / "end.ckpt"
+        export(load_model(model, tokenizer=before), "nf4", folder, calibration=calibration)
         return
     is_rounded = contender == NF4_TRAINED
     assert source.tokenizer is not None
@@ -352,9 +357,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         healed = next(
             (x for x in rows if (x["contender"], x["share"]) == (HEALED, row["share"])), None
         )
-        if row["contender"] in (NF4, NF4_TRAINED) and healed is not None:
+        forms = {NF4: "nf4", NF4_TRAINED: "nf4_trained", NF4_CALIBRATED: "nf4_calibrated"}
+        if (form := forms.get(row["contender"])) is not None and healed is not None:
             ratios = [row[f"{t}_perplexity"] / healed[f"{t}_perplexity"] for t in TEXTS]
-            form = "nf4" if row["contender"] == NF4 else "nf4_trained"
             found[f"perplexity_ratio_{form}_over_healed_{row['share']:g}"] = max(ratios)
     return {key: value for key, value in found.items() if math.isfinite(value)}
 

@@ -47,14 +47,14 @@ def test_the_benchmark_goes_on_where_it_ended(
     rows = first["rows"]
     assert isinstance(rows, list)
     assert [row["contender"] for row in rows] == ["original", "plain SVD"]
-    only = ["sequential", compress.HEALED, compress.NF4_TRAINED]
+    only = ["sequential", compress.HEALED, compress.NF4_CALIBRATED]
     again = run("--only", ";".join([*only, "0.8: blocks dropped, healed", "0.5: refined"]))
     found = again["rows"]
     assert isinstance(found, list)
     assert found[:2] == rows
     assert [row["contender"] for row in found] == [
         "original", "plain SVD", "sequential", "healed", "blocks dropped, healed",
-        compress.NF4_TRAINED,
+        compress.NF4_CALIBRATED,
     ]  # fmt: skip
     made = sorted(path.name for path in (tmp_path / "work").glob("*-0_8"))
     assert made == [
@@ -62,6 +62,7 @@ def test_the_benchmark_goes_on_where_it_ended(
         "blocks_dropped_healed-0_8",
         "healed-0_8",
         "healed_healed_rounded_NF4-0_8",
+        "healed_healed_rounded_NF4_calibrated-0_8",
         "plain_SVD-0_8",
         "refined-0_8",
         "sequential-0_8",
@@ -72,7 +73,7 @@ def test_the_benchmark_goes_on_where_it_ended(
     ratios = again["summary"]
     assert isinstance(ratios, dict)
     ratio = found[1]["reuters_validation_perplexity"] / found[0]["reuters_validation_perplexity"]
-    assert ratios["perplexity_ratio_nf4_trained_over_healed_0.8"] == pytest.approx(1, rel=0.5)
+    assert ratios["perplexity_ratio_nf4_calibrated_over_healed_0.8"] == pytest.approx(1, rel=0.5)
     assert ratios["reuters_validation_perplexity_ratio_0.8_plain_SVD"] == pytest.approx(ratio)
     assert "| sequential |" in file.with_suffix(".md").read_text()
     assert file.with_suffix(".svg").read_text().startswith("<?xml")
