@@ -23,7 +23,7 @@ _SHARES = (
     "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches",
     "overfit_batches", "val_check_interval",
 )  # fmt: skip
-"""Those of which a float is a share of the batches."""
+"""Those of which a float is a share of the batches; a whole one above 1 is their number."""
 
 
 def check_trainer_numbers(values: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ def _check(key: str, value: int | float, least: int, may_be_share: bool) -> None
         raise ConfigError(f"{key} {value} is not a number")
     if may_be_share and isinstance(value, float):
         above = value > 0 if least else value >= 0
-        if not (above and value <= 1):
+        if not (above and value <= 1) and not (value > 1 and value.is_integer()):
             bracket = "(" if least else "["
             raise ConfigError(f"{key} {value} is outside {bracket}0, 1] (a share of the batches)")
     elif value < least:

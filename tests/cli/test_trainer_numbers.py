@@ -21,8 +21,12 @@ from fingpt_lightning.cli.trainer_numbers import check_trainer_numbers
         ),
         (
             "trainer.limit_val_batches",
-            (0, 3, 0.0, 0.5, 1.0),
-            {-1: "-1 is below 0", 1.5: "1.5 is outside [0, 1] (a share of the batches)"},
+            (0, 3, 0.0, 0.5, 1.0, 2.0),
+            {
+                -1: "-1 is below 0",
+                1.5: "1.5 is outside [0, 1] (a share of the batches)",
+                math.inf: "inf is outside [0, 1]",
+            },
         ),
         (
             "trainer.val_check_interval",
