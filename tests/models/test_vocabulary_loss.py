@@ -175,9 +175,7 @@ def test_a_chunk_holds_as_many_tokens_as_its_bytes_allow(
 
 
 def test_temporaries_of_a_softmax_are_bounded_on_a_gpu() -> None:
-    with FakeTensorMode():
-        logits = torch.empty(5336, 50257, dtype=torch.bfloat16, device="cuda")
-        num_rows = rows_per_softmax(logits.shape[1], torch.float32, "cpu")
+    num_rows = rows_per_softmax(50257, torch.float32, "cuda")
     assert 132 < num_rows < 400
 
 
