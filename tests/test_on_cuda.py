@@ -8,7 +8,7 @@ import pytest
 from tests.support.cuda_emulation.building import run_on_cuda
 
 # All recipes together take half a minute of a core, which may have other work.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("emulation")]
 
 _PRETRAINING = (
     "low-rank", "low-rank in float32", "low-rank in bfloat16 alone", "low-rank in float16",
