@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -24,13 +24,19 @@ def _weight(shape: tuple[int, int]) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+@example(rows=59, columns=66, seed=47)
 @given(rows=st.integers(1, 70), columns=st.integers(1, 70), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_int8_is_the_nearest_of_254_steps_of_each_row(rows: int, columns: int, seed: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     weight[seed % rows] = 0
     made = rounded(weight, "int8")
-    torch.testing.assert_close(made.double(), nearest_int8(weight), rtol=1e-6, atol=1e-7)
+    step = weight.double().abs().amax(1, keepdim=True) / 127
+    # Halfway between two steps, to rounding in float32, either is the nearest.
+    is_tie = ((weight / step).frac().abs() - 0.5).abs() < 1e-4
+    expected = torch.where(is_tie, made.double(), nearest_int8(weight))
+    torch.testing.assert_close(made.double(), expected, rtol=1e-6, atol=1e-7)
+    assert ((made - weight.double()).abs() <= 0.5001 * step).all()
     # What was rounded once is not changed by rounding again.
     torch.testing.assert_close(rounded(made, "int8"), made, rtol=1e-6, atol=1e-7)
     assert round_to_int8(weight).codes.abs().amax() <= 127
