@@ -70,7 +70,7 @@ def compression_card(
         f"# {name}", "", MARK, "",
         f"Made of `{settings['model']}` by `fingpt compress`: {settings['size']:g} of its"
         f" parameters,{_dropped(settings)} {settings['refine']} steps of refinement per block,"
-        f" {_training(settings)}, stored as {settings['format']}.",
+        f" {_training(settings)}, stored as {settings['format']}{_in_dtype(settings)}.",
         "", f"Calibration: {', '.join(f'`{text}`' for text in settings['calibration'])},"
         f" {settings['calibration_tokens']:,} tokens.", "",
         "| | original | small | small / original |", "| --- | --: | --: | --: |",
@@ -81,6 +81,10 @@ def compression_card(
         "```python", NEEDS_US + LOAD_BY_US.format(name=name), "```", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _in_dtype(settings: Mapping[str, Any]) -> str:
+    return f" in {settings['dtype']}" if settings["format"] == "low_rank" else ""
 
 
 def _metadata(name: str, settings: Mapping[str, Any], small: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from fingpt_lightning.compression.options import (
     LEARNING_RATE,
     PRECISIONS,
     REFINE_STEPS,
+    STORED_DTYPES,
     TEACHER_DTYPES,
     TEACHER_WEIGHT,
     WARMUP,
@@ -46,7 +47,7 @@ from fingpt_lightning.data.calibration_text import (
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
 from fingpt_lightning.decomposition.command import find_devices
 from fingpt_lightning.decomposition.runner import check_embedding_rank
-from fingpt_lightning.decomposition.source import open_source
+from fingpt_lightning.decomposition.source import Source, open_source
 from fingpt_lightning.evaluation.runner import read_tasks
 from fingpt_lightning.models.device import AUTO_DTYPE, device_name, find_dtype
 from fingpt_lightning.models.loading import product_sizes
@@ -66,6 +67,7 @@ def compress(
     size: float,
     calibration: str | Path | Sequence[str | Path],
     format: str = "low_rank",
+    dtype: str = AUTO,
     calibration_tokens: int | None = None,
     data_dir: str | Path | None = None,
     allocation: str = "loss",
@@ -105,6 +107,8 @@ def compress(
         size: Share of all parameters that is kept, in (0, 1).
         calibration: Text files, or a mixture of ``PATH=WEIGHT`` and ``task:NAME=WEIGHT``.
         format: ``low_rank``, ``int8`` or ``nf4``.
+        dtype: Dtype of the weights that ``low_rank`` stores: ``bfloat16``, ``float16``,
+            ``float32`` or ``auto``, that of the original's files.
         calibration_tokens: Tokens that are read; None is 32768.
         data_dir: Folder of the tasks' rows; None reads from the hub.
         allocation: ``uniform``, ``spectrum`` or ``loss``.
@@ -160,6 +164,7 @@ def compress(
         if not 0 <= share <= 1:
             raise ValueError(f"{name} {share} is outside [0, 1]")
     check_choice("format", format, FORMATS)
+    check_choice("dtype", dtype, (AUTO, *STORED_DTYPES))
     check_choice("allocation", allocation, ALLOCATIONS)
     check_choice("whitening", whitening, WHITENINGS)
     check_choice("precision", precision, (AUTO, *PRECISIONS))
@@ -194,7 +199,8 @@ def compress(
         of_products = "bfloat16" if precision == "bf16-mixed" else "float32"
         teacher_dtype = begun.get("teacher_dtype", of_products)
     settings = Settings(
-        model=str(model), size=size, format=format, calibration=tuple(words),
+        model=str(model), size=size, format=format,
+        dtype=_stored_dtype(source) if dtype == AUTO else dtype, calibration=tuple(words),
         calibration_tokens=number, data_dir=None if folder is None else str(folder),
         allocation=allocation, whitening=whitening, drop_blocks=drop_blocks,
         embedding_rank=embedding_rank, refine=refine, heal=heal, heal_quantized=heal_quantized,
@@ -250,6 +256,12 @@ def _named(text: str | Path) -> tuple[str, TextFiles]:
     path = Path(text)
     name = "/".join(path.parts[-2:])
     return name, TextFiles(find_text_files(str(text), "texts"))
+
+
+def _stored_dtype(source: Source) -> str:
+    """That of the original's layers on disk, where a small model may be stored in it."""
+    found = str(source.reader.read(source.layers[0].stored).dtype).removeprefix("torch.")
+    return found if found in STORED_DTYPES else "float32"
 
 
 def _precision(device: torch.device, config: PreTrainedConfig) -> str:

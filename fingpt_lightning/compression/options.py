@@ -29,6 +29,7 @@ WHITENINGS = ("input", "both")
 AUTO = "auto"
 PRECISIONS = ("bf16-mixed", "32-true")
 TEACHER_DTYPES = ("bfloat16", "float32")
+STORED_DTYPES = ("bfloat16", "float16", "float32")
 REFINE_STEPS = 40
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 0.0005, 0.1, 0.0
 TEACHER_WEIGHT = 1.0
@@ -55,6 +56,13 @@ def build_parser() -> OptionParser:
         choices=FORMATS,
         default="low_rank",
         help="of the weights: as they are, or rounded with calibration; default: %(default)s",
+    )
+    add(
+        "--dtype",
+        choices=(AUTO, *STORED_DTYPES),
+        default=AUTO,
+        help="of the weights of --format low_rank; default: %(default)s, that of the original's"
+        " files",
     )
     add(
         "--calibration",
@@ -215,6 +223,8 @@ def check_options(options: argparse.Namespace) -> None:
             raise WrongOptions(f"--{name} has an effect with --heal alone")
     if options.heal_quantized and options.format == "low_rank":
         raise WrongOptions("--heal_quantized has an effect with --format int8 or nf4 alone")
+    if options.dtype != AUTO and options.format != "low_rank":
+        raise WrongOptions("--dtype has an effect with --format low_rank alone")
     if not options.teacher_weight and options.teacher_dtype != AUTO:
         raise WrongOptions("--teacher_dtype has no effect with --teacher_weight 0")
 

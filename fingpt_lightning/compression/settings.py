@@ -12,6 +12,7 @@ class Settings:
         model: Path of the model.
         size: Share of all parameters that is kept.
         format: Form of the stored weights.
+        dtype: Dtype of them, where they are not rounded.
         calibration: Sources of the calibration, with weights.
         calibration_tokens: Number of tokens of it.
         data_dir: Folder of tasks' rows.
@@ -41,6 +42,7 @@ class Settings:
     model: str
     size: float
     format: str
+    dtype: str
     calibration: tuple[str, ...]
     calibration_tokens: int
     data_dir: str | None

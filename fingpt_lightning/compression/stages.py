@@ -185,13 +185,15 @@ def _stored(
             export(load_model(checkpoint, tokenizer=made, device=devices[0]), "low_rank", healed)
             gc.collect()  # a network refers to itself
         made = healed
-    if settings.format != "low_rank":
+    if (settings.format, settings.dtype) != ("low_rank", "float32"):
         rounded = folder / "rounded"
         if not rounded.exists():
+            is_calibrated = settings.format != "low_rank" and not settings.heal_quantized
             export(
                 load_model(made, device=devices[0]), settings.format, rounded,
+                dtype=settings.dtype if settings.format == "low_rank" else "float32",
                 # Weights that were trained rounded to their nearest are rounded so again.
-                calibration=None if settings.heal_quantized else calibration,
+                calibration=calibration if is_calibrated else None,
             )  # fmt: skip
             gc.collect()
         made = rounded

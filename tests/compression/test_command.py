@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from fingpt_lightning.cli.main import main
@@ -282,6 +283,34 @@ def test_blocks_of_each_kind_of_source_are_left_out_for_each_format(
     assert _logits(tmp_path / "small").isfinite().all()
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_low_rank_weights_are_stored_in_the_dtype_of_the_original(
+    compress: Compress, tmp_path: Path, stored: str
+) -> None:
+    dtype = getattr(torch, stored)
+    tiny_network("llama").to(dtype).save_pretrained(tmp_path / "original")
+    tiny_tokenizer().save_pretrained(tmp_path / "original")
+    status, _, error = compress("--model", tmp_path / "original")
+    assert status == 0, error
+    weights = load_file(tmp_path / "small" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {dtype}
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())
+    assert record["small"]["file_bytes"] < record["original"]["file_bytes"]
+    assert f"stored as low_rank in {stored}" in (tmp_path / "small" / "README.md").read_text()
+    status, _, error = compress(
+        "--model", tmp_path / "original", "--overwrite", "--dtype", "float32"
+    )
+    assert status == 0, error
+    weights = load_file(tmp_path / "small" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_a_dtype_beside_rounding_is_refused(compress: Compress) -> None:
+    status, _, error = compress("--format", "nf4", "--dtype", "bfloat16")
+    assert status == 2
+    assert "--dtype has an effect with --format low_rank alone" in error
+
+
 def test_a_head_with_a_map_of_its_own_keeps_it(
     compress: Compress, given: Path, tmp_path: Path
 ) -> None:
@@ -321,7 +350,8 @@ def test_ranks_and_factors_by_the_loss_are_made_and_planned(
 
 
 SETTINGS = Settings(
-    model="", size=0.8, format="low_rank", calibration=(), calibration_tokens=10_000,
+    model="", size=0.8, format="low_rank", dtype="float32", calibration=(),
+    calibration_tokens=10_000,
     data_dir=None, allocation="uniform", whitening="input", drop_blocks=0, embedding_rank=None,
     refine=0, heal=0, heal_quantized=0, batch_size=1, block_length=32, learning_rate=0.1,
     warmup=0.1, weight_decay=0.0, precision="32-true", teacher_weight=1.0, teacher_dtype="float32",
