@@ -114,11 +114,8 @@ class Teacher:
             )
         source: Any = None if trainer is None else getattr(trainer, "datamodule", None)
         reader = getattr(source, "tokenizer", None)
-        if None not in (reader, loaded.tokenizer) and not _share_tokens(reader, loaded.tokenizer):
-            raise ValueError(
-                f"model.teacher {self.path} has other tokens of the same number: take a teacher"
-                " with the tokenizer of the data"
-            )
+        if reader is not None and loaded.tokenizer is not None:
+            self._check_tokens(reader, loaded.tokenizer, rows)
         length = getattr(source, "block_length", None)
         if isinstance(length, int) and length > (longest := max_positions(loaded.network.config)):
             raise ValueError(
@@ -128,6 +125,21 @@ class Teacher:
         self.revision = loaded.revision
         self._network = loaded.network.eval().requires_grad_(False)
         use_packed_attention(self._network)
+
+    def _check_tokens(self, reader: Any, own: Any, num_rows: int) -> None:
+        """Raises where a row is a token of the data's tokenizer, and not of the teacher's.
+
+        Tokens of the teacher alone do no harm: in a GGUF file each row has one, and transformers
+        adds one without a row.
+        """
+        missing = reader.get_vocab().items() - own.get_vocab().items()
+        others = [(number, token) for token, number in missing if number < num_rows]
+        if others:
+            number, token = min(others)
+            raise ValueError(
+                f"model.teacher {self.path} does not have the token {token!r}, id {number}, of the"
+                " data's tokenizer: take a teacher with the same tokenizer"
+            )
 
     def check_revision(self, checkpoint: Mapping[str, Any]) -> None:
         """Raises where a checkpoint to resume from had a teacher of other weights.
@@ -186,9 +198,3 @@ class Teacher:
             self.temperature,
             chunk_size,
         )
-
-
-def _share_tokens(first: Any, second: Any) -> bool:
-    """Whether two tokenizers number the same tokens alike."""
-    same: bool = first.get_vocab() == second.get_vocab()
-    return same

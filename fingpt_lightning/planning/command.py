@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from fingpt_lightning.low_rank import (
 from fingpt_lightning.metric_keys import MEMORY_PARTS
 from fingpt_lightning.models.device import free_bytes
 from fingpt_lightning.models.families import family_of
+from fingpt_lightning.models.quantization.fake_quantization import RoundedWeights
 from fingpt_lightning.modules import LowRankPretraining
 from fingpt_lightning.modules.language_modeling import LanguageModelingModule
 from fingpt_lightning.modules.optimization import moved_as_dense
@@ -142,6 +144,7 @@ def _plan(
     ]
     cli = build(["fit", *words, *own])
     trainer, settings = cli.trainer, cli.config["fit"]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     # In a calibration they would write files and talk.
     trainer.callbacks = []  # type: ignore[attr-defined]
     data = _read_data(cli)
@@ -165,7 +168,8 @@ def _plan(
         moved += [(0, p) for p in moved_as_dense(made.network, cli.model.hparams) or ()]
         state -= factor_saving((rank, p.numel(), p.element_size()) for rank, p in moved)
     # At the optimizer step gradients are whole and activations are gone.
-    peak = made.weights + state + max(step.peak, gradients)
+    copies = _copied(cli.model, made, callbacks, device)
+    peak = made.weights + copies + state + max(step.peak, gradients)
     teacher = teacher_costs(cli.model, length, data.batch["input_ids"].numel(), device)
     if teacher is not None:
         peak += teacher.weights + teacher.loss
@@ -199,6 +203,7 @@ def _plan(
         "rank_tiles": jsonable(_tiles(made.network)),
         "trained": made.trained,
         "bytes": jsonable(memory),
+        "copied_bytes": copies,
         "teacher_bytes": 0 if teacher is None else teacher.weights,
         "offloaded_bytes": _offloaded(cli.model, made, data.batch, device),
         "measured_bytes": measured,
@@ -215,6 +220,19 @@ def _plan(
         "stages": jsonable(_stages(cli, made)),
     }
     return plan, notes
+
+
+def _copied(
+    module: LightningModule, made: Blueprint, callbacks: Iterable[Callback], device: torch.device
+) -> int:
+    """Bytes of the weights that are held a second time: averages, and those behind rounded ones."""
+    copies = 0
+    for callback in callbacks:
+        if isinstance(callback, WeightAveraging) and callback._device in (None, device):
+            copies += made.weights
+    if (method := module.hparams.get("quantization_aware")) is not None:
+        copies += RoundedWeights(made.network, method).kept_bytes
+    return copies
 
 
 def _tiles(network: nn.Module) -> TilePlan | None:

@@ -48,6 +48,8 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
         own = measured.get(part)
         beside = ["-" if own is None else format_bytes(own)] if measured else []
         table.add_row(_NAMES.get(part, part), format_bytes(plan["bytes"][part]), *beside)
+    if plan.get("copied_bytes"):
+        row("weights held a second time, in the peak", format_bytes(plan["copied_bytes"]))
     if plan.get("teacher_bytes"):
         row("the teacher's weights, in the peak", format_bytes(plan["teacher_bytes"]))
     if plan["offloaded_bytes"]:

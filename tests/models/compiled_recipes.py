@@ -107,6 +107,14 @@ RECIPES = {
     "NF4": Recipe(
         lambda: finetuning(tiny_llama, "nf4", torch.float32), backend=_JOINT, tolerance=1e-5
     ),
+    "DoRA over int8": Recipe(
+        lambda: finetuning(tiny_llama, "int8", dora=True, rslora=True), backend=_JOINT
+    ),
+    "DoRA over NF4, with biases": Recipe(
+        lambda: finetuning(tiny_gpt2, "nf4", torch.float32, dora=True),
+        backend=_JOINT,
+        tolerance=1e-5,
+    ),
     "NF4, recompute block": Recipe(
         lambda: finetuning(tiny_llama, "nf4", torch.bfloat16, Recompute.BLOCK), tolerance=0.03
     ),

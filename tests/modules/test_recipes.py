@@ -80,6 +80,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": "lora_muon",
         "rank_overrides": {"*.c_attn.[qk]": 2, "*.c_attn.v": 5},
     },
+    "ranks in multiples": {
+        "rank_multiple": 3,
+        "rank": 4,
+        "embedding_rank": 7,
+        "optimizer": "spectron",
+        "embedding_optimizer": "same",
+    },
     "embedding rate": {"embedding_learning_rate": 0.03, "initialization": "orthogonal"},
     "spectron, product": {
         "optimizer": "spectron",
@@ -177,7 +184,7 @@ def test_settings_of_the_optimiser_are_those_of_the_resumed_run(tmp_path: Path, 
         assert own == {key: value for key, value in truth.items() if key != "params"}
 
 
-@pytest.mark.parametrize("name", ["spectron", "silu", "guided"])
+@pytest.mark.parametrize("name", ["spectron", "silu", "guided", "ranks in multiples"])
 def test_what_is_loaded_or_written_is_the_trained_network(tmp_path: Path, name: str) -> None:
     module = fit_recipe(tmp_path, RECIPES[name])
     module.trainer.save_checkpoint(tmp_path / "end.ckpt")

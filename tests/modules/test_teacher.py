@@ -1,6 +1,7 @@
 """Training on the predictions of a frozen teacher."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fingpt_lightning.data import FinancialInstructions
+from fingpt_lightning.data import FinancialInstructions, TextBlocks
 from fingpt_lightning.decomposition.runner import Request, decompose_model
 from fingpt_lightning.decomposition.source import open_source
+from fingpt_lightning.deploy.exporting import export
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.modules import LowRankPretraining, QuantizedFinetuning
 from fingpt_lightning.modules.base_model import RandomLlama
 from fingpt_lightning.modules.teacher import WITHOUT_TEACHER, Teacher
 from fingpt_lightning.strategies import PipelineStrategy
+from tests.evaluation.tiny_language import VOCABULARY, tiny_network, tiny_tokenizer
 from tests.models.tiny_models import tiny_gpt2, tiny_llama
 from tests.support.token_data import TokenData
 
@@ -220,6 +223,52 @@ def test_a_teacher_that_does_not_fit_is_refused(dense: Path, small: Path, tmp_pa
     data = TokenData(2, num_rows=4, block_length=13)
     with pytest.raises(ValueError, match=r"short reads 11 tokens, fewer than the 13 per row"):
         _trainer(tmp_path).fit(_pretraining(small, tmp_path / "short"), datamodule=data)
+
+
+def _words(folder: Path, tokenizer: PreTrainedTokenizerFast) -> TextBlocks:
+    tokenizer.save_pretrained(folder / "tokenizer")
+    text = folder / "text.txt"
+    text.write_text("Foo Corp kept its dividend as profit rose. " * 20)
+    return TextBlocks(
+        str(text), str(text), tokenizer=str(folder / "tokenizer"), block_length=16, batch_size=2,
+        cache_dir=str(folder / "cache"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_rows", [VOCABULARY, VOCABULARY + 9])
+def test_a_gguf_file_teaches_the_model_that_it_was_made_of(num_rows: int, tmp_path: Path) -> None:
+    """Its tokenizer has more tokens: one for each row without a token, and one without a row."""
+    network, tokenizer = tiny_network("llama"), tiny_tokenizer()
+    network.resize_token_embeddings(num_rows, mean_resizing=False)
+    network.save_pretrained(tmp_path / "hf")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    export(load_model(tmp_path / "hf"), "gguf", tmp_path / "gguf")
+    trainer = _trainer(tmp_path, max_steps=1)
+    module = _pretraining(tmp_path / "hf", tmp_path / "gguf")
+    trainer.fit(module, datamodule=_words(tmp_path, tokenizer))
+    assert trainer.callback_metrics["train/loss"] < 1e-5, "they are the same"
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "message"),
+    [
+        (VOCABULARY + 9, "does not have the token '<pad>', id 320, of the data's"),
+        (VOCABULARY, None),
+    ],
+)
+def test_a_token_of_the_data_alone_is_refused_where_it_has_a_row(
+    num_rows: int, message: str | None, tmp_path: Path
+) -> None:
+    network = tiny_network("llama")
+    network.resize_token_embeddings(num_rows, mean_resizing=False)
+    for name in ("student", "teacher"):
+        network.save_pretrained(tmp_path / name)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    module = _pretraining(tmp_path / "student", tmp_path / "teacher")
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        _trainer(tmp_path, max_steps=1).fit(module, datamodule=_words(tmp_path, tokenizer))
 
 
 @pytest.mark.parametrize(

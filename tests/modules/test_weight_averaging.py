@@ -53,7 +53,7 @@ def _trained(module: LightningModule) -> dict[str, Tensor]:
 def _pretraining(**settings: Any) -> tuple[LightningModule, Any]:
     torch.manual_seed(3)
     sizes: dict[str, Any] = {"num_layers": 2, "width": 12, "num_heads": 3, "num_positions": 16}
-    module = LowRankPretraining("gpt2-nano", rank=3, warmup=1, **(sizes | settings))
+    module = LowRankPretraining("gpt2-nano", warmup=1, **(sizes | {"rank": 3} | settings))
     return module, TokenData(batch_size=8)  # all rows in each step
 
 
@@ -74,6 +74,9 @@ def _finetuning(
 _CASES: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
     "pretraining": _pretraining,
     "pretraining, float64": _pretraining,
+    "pretraining, narrow": lambda: _pretraining(
+        rank="auto", recipe="narrow", compression=1.5, width=36, vocab_size=99
+    ),
     "finetuning, dense base": lambda: _finetuning(None),
     "finetuning, nf4": lambda: _finetuning("nf4"),
     "finetuning, int8": lambda: _finetuning("int8"),

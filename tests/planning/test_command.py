@@ -9,6 +9,7 @@ import pytest
 # Lightning sets an environment variable when it is imported: not in a test.
 import fingpt_lightning.planning.command  # noqa: F401
 from fingpt_lightning.cli.main import main
+from fingpt_lightning.modules import LowRankPretraining
 from tests.models.tiny_models import tiny_gpt2
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -136,3 +137,31 @@ def test_a_teacher_is_counted_in_the_peak_and_in_the_time(plan: Plan, tmp_path: 
     assert found["bytes"]["weights"] == alone["bytes"]["weights"]
     _, _, halved = plan("debug_pretrain_gpt2_small.yaml", *words, *taught, "bfloat16")
     assert halved["teacher_bytes"] == weights // 2
+
+
+def test_weights_that_are_held_twice_are_counted_in_the_peak(plan: Plan) -> None:
+    narrow = {
+        "recipe": "narrow", "compression": 2.0, "rank": "auto", "embedding_rank": None,
+        "learning_rate": None, "vocab_size": 4096,
+    }  # fmt: skip
+    words = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--no_calibrate"]
+    for key, value in narrow.items():
+        words += [f"--model.{key}", "null" if value is None else str(value)]
+    _, _, alone = plan("debug_quickstart.yaml", *words)
+    assert alone["copied_bytes"] == 0
+    sizes: dict[str, Any] = {"num_layers": 2, "width": 32, "num_heads": 2, "num_positions": 32}
+    network = LowRankPretraining("gpt2-nano", **sizes, **narrow).laid_out()
+    # An export rounds neither positions nor a map that the head has of its own.
+    kept = ("transformer.wpe.weight", "lm_head.up")
+    matrices = {n: p for n, p in network.named_parameters() if p.ndim == 2 and n not in kept}
+    average = "lightning.pytorch.callbacks.EMAWeightAveraging"
+    for extra, copied in (
+        (("--model.quantization_aware", "nf4"), 4 * sum(p.numel() for p in matrices.values())),
+        (("--trainer.callbacks", average), alone["bytes"]["weights"]),
+        (("--trainer.callbacks", average, "--trainer.callbacks.device", "cuda"), 0),
+    ):
+        status, text, found = plan("debug_quickstart.yaml", *words, *extra)
+        assert status == 0, text
+        assert found["copied_bytes"] == copied
+        assert found["bytes"]["peak"] == alone["bytes"]["peak"] + copied
+        assert ("weights held a second time, in the peak" in text) == bool(copied)

@@ -32,6 +32,7 @@ PRETRAINING: dict[str, dict[str, Any]] = {
         "recompute": "block",
     },
     "recomputed": {"recompute": "low_rank", "self_guided": 0.5},
+    "narrow, recomputed": RECIPES["narrow"] | {"recompute": "block"},
 }
 # Cells that are refused, by recipe, under the schedules that take the backward pass apart.
 REFUSED = {"recomputed": "model.recompute low_rank: .* takes the backward pass apart"}

@@ -41,6 +41,11 @@ class RoundedWeights:
         self._kept: list[Tensor] = []
         self.are_applied = False
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the weights themselves beside the rounded ones."""
+        return sum(matrix.parameter.nbytes for matrix in self._matrices)
+
     @torch.no_grad()
     def apply(self) -> None:
         """Rounds the matrices in place; without effect where they are rounded already."""
