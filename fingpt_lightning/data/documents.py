@@ -10,6 +10,7 @@ from typing import Any
 from fingpt_lightning.data.corpus import OnBadRow, Piece
 from fingpt_lightning.files import DAMAGED, check_unpacked, lines_of, unpacked
 from fingpt_lightning.terminal.messages import first_line, no_field
+from fingpt_lightning.terminal.shapes import kind_of
 
 _PIECE_BYTES = 2**20
 _PARQUET_ROWS = 64
@@ -153,8 +154,8 @@ def document_of_row(
         raise BadRowError(no_field(place, text_field, row))
     text = row[text_field]
     if not isinstance(text, str):
-        kind = type(text).__name__
-        raise BadRowError(f"{place}: field {text_field!r} holds a {kind}, not a string")
+        kind = kind_of(text)
+        raise BadRowError(f"{place}: field {text_field!r} holds {kind}, not a text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -192,7 +193,7 @@ def _json_object(line: bytes, place: str) -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise BadRowError(f"{place}: no JSON ({error})") from None
     if not isinstance(row, dict):
-        raise BadRowError(f"{place}: a JSON {type(row).__name__} where an object is needed")
+        raise BadRowError(f"{place}: it holds {kind_of(row)}, not an object")
     return row
 
 

@@ -23,6 +23,7 @@ from fingpt_lightning.files import (
     unpacked,
 )
 from fingpt_lightning.terminal.messages import first_line, nearest, nearest_name
+from fingpt_lightning.terminal.shapes import kind_of
 from fingpt_lightning.units import format_bytes
 
 NumberedRow = tuple[int, Mapping[str, object]]
@@ -215,7 +216,7 @@ def _json_object(line: bytes, path: Path, number: int) -> Mapping[str, object]:
 
 def _checked_object(row: object, place: str) -> Mapping[str, object]:
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: a JSON {type(row).__name__}, not an object")
+        raise ValueError(f"{place}: it holds {kind_of(row)}, not an object")
     return row
 
 

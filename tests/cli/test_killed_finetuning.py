@@ -175,7 +175,7 @@ def test_a_resumed_run_ends_with_the_best_of_its_whole_history(place: Path, tmp_
         (b"PK\x03\x04", r"bad\.ckpt is not a checkpoint that can be read safely"),
         (
             {"state_dict": {}, "adapter_config": 3},
-            r"bad\.ckpt: adapter_config is of type int",
+            r"bad\.ckpt: 'adapter_config' holds a number, not an object",
         ),
         (
             {"state_dict": {"network.a.lora_A": 3}, "adapter_config": {}},
