@@ -5,12 +5,11 @@ it takes a kB per task. ``predictions.jsonl`` holds every row, so it stays only 
 best and the last step: a run with thousands of evaluations keeps three.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fingpt_lightning.files import refuse_blocked
+from fingpt_lightning.files import ROW_DECODER, refuse_blocked
 from fingpt_lightning.metric_keys import EVAL_FIGURES
 from fingpt_lightning.terminal.shapes import check_shape
 
@@ -80,7 +79,7 @@ def read_run_evaluations(run_folder: Path) -> list[RunEvaluation]:
         if not path.is_file():
             continue  # the writer was killed: a folder without it does not count
         try:
-            results = json.loads(path.read_bytes())
+            results = ROW_DECODER.decode(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not the results of an evaluation: {error}") from None
         check_results(results, path, _OF_RUN)

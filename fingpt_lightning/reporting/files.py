@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import yaml
 
-from fingpt_lightning.files import not_utf8
+from fingpt_lightning.files import ROW_DECODER, DuplicateKeyError, not_utf8
 from fingpt_lightning.terminal.shapes import check_shape, kind_of
 
 Row = dict[str, float]
@@ -107,10 +107,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _object(content: bytes, path: str, line: int, shape: dict[str, Any]) -> dict[str, Any]:
     try:
-        found = json.loads(content)
+        found = ROW_DECODER.decode(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{line + error.lineno - 1}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}:{line}: no UTF-8 text at byte {error.start} of it") from error
+    except DuplicateKeyError as error:
+        raise ValueError(f"{path}:{line}: {error}") from None
     check_shape(found, shape, f"{path}:{line}")
     return cast("dict[str, Any]", found)

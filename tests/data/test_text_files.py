@@ -141,6 +141,7 @@ _BAD_LINES = [
     (b"{broken", "no JSON (Expecting property name"),
     (b'{"body": "x"}', "no field 'text'"),
     (b"{}", "no field 'text': the object is empty"),
+    (b'{"text": "a", "text": "b"}', "key 'text' is there twice"),
     (b'{"text": 3}', "field 'text' holds a number, not a text"),
     (b'{"text": null}', "field 'text' holds nothing, not a text"),
     (b'{"text": "\xff"}', "no UTF-8 text at byte 10 of the line"),

@@ -56,6 +56,9 @@ def test_broken_objects_and_settings_are_named(tmp_path: Path) -> None:
     path.write_text("[1]")
     with pytest.raises(ValueError, match=r"file:1: it holds a list, not an object"):
         read_object(path)
+    path.write_text('{"a": 1}\n{"a": 1, "a": 2}\n')
+    with pytest.raises(ValueError, match="file:2: key 'a' is there twice"):
+        read_objects(path, {})
     path.write_text('{"a": 1}\n{"a"\n')
     with pytest.raises(ValueError, match=r"file:2: Expecting ':'"):
         read_objects(path, {})

@@ -147,6 +147,9 @@ def test_what_is_no_text_is_told_with_file_row_and_field(tmp_path: Path) -> None
     ("name", "data", "message"),
     [
         ("train.jsonl", b'{"a": 1}\n{"a": }', "train.jsonl:2: no JSON (Expecting value"),
+        ("train.jsonl", b'{"a": 1}\n{"a": 1, "b": [], "a": 2}', "jsonl:2: key 'a' is there twice"),
+        ("train.jsonl", b'[{"a": 1},\n{"a": 1, "a": 2}]', "train.jsonl:2: key 'a' is there twice"),
+        ("train.json", b'[\n\n{"a": {"b": 1, "b": 1}}]', "train.json:3: key 'b' is there twice"),
         ("train.jsonl", b"[1]", "train.jsonl:1: it holds a number, not an object"),
         ("train.jsonl", b'\n{"a": "\xe4"}', "train.jsonl:2: no UTF-8 at byte 7 of the line"),
         ("train.jsonl", b"[" * 100_000, "train.jsonl: no JSON (maximum recursion"),
