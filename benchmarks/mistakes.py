@@ -16,6 +16,10 @@ from typing import Any, NamedTuple
 
 from benchmarks.record import markdown_table, new_record, spread, write_record
 from fingpt_lightning.cli.early_checks import OFF_VARIABLE
+from fingpt_lightning.compression.options import RECORD as COMPRESSION
+from fingpt_lightning.decomposition.options import RECORD as DECOMPOSITION
+from fingpt_lightning.evaluation.run_evaluations import RESULTS
+from fingpt_lightning.hub.card import CARD, EXPORT_MARK
 
 QUESTION = "How long does it take until a mistake on the command line is named?"
 LIMIT_S = 2.5
@@ -23,6 +27,7 @@ FIRST_LINE_LIMIT_S = 4.0
 _MODEL = ("--model", "./none")
 _COMPRESS = (*_MODEL, "--size", "0.5", "--output", "out", "--calibration")
 _FIT = ("--config", "quickstart")
+_IS_THERE = "output is there already"
 _TUNE = ("--config", "finetune_smollm2_fpb")
 MISTAKES: dict[str, dict[str, tuple[str, ...]]] = {
     "fit": {
@@ -59,12 +64,14 @@ MISTAKES: dict[str, dict[str, tuple[str, ...]]] = {
         "wrong value": (*_MODEL, "--tasks", "fpb", "--limit", "0"),
         "missing model": (*_MODEL, "--tasks", "fpb", "--data_dir", "sets"),
         "unknown task": (*_MODEL, "--tasks", "fpd"),
+        _IS_THERE: (*_MODEL, "--tasks", "fpb", "--data_dir", "sets", "--output", "done"),
     },
     "generate": {
         "unknown option": (*_MODEL, "--promt", "x"),
         "wrong value": (*_MODEL, "--prompt", "x", "--top_k", "0"),
         "missing file": (*_MODEL, "--prompts", "none.txt"),
         "missing model": (*_MODEL, "--prompt", "x"),
+        _IS_THERE: (*_MODEL, "--prompt", "x", "--output", "done.jsonl"),
     },
     "chat": {
         "unknown option": (*_MODEL, "--contxt", "9"),
@@ -76,19 +83,30 @@ MISTAKES: dict[str, dict[str, tuple[str, ...]]] = {
         "wrong value": (*_MODEL, "--task", "fpb", "--input", "x.csv", "--dtype", "float"),
         "missing file": (*_MODEL, "--task", "fpb", "--input", "none.csv", "--output", "x.csv"),
         "unknown task": (*_MODEL, "--task", "fpd", "--input", "none.csv", "--output", "x.csv"),
+        _IS_THERE: (*_MODEL, "--task", "fpb", "--input", "none.csv", "--output", "done.jsonl"),
     },
     "decompose": {
         "unknown option": (*_MODEL, "--rnk_ratio", "0.5", "--output", "out"),
         "wrong value": (*_MODEL, "--rank_ratio", "5", "--output", "out"),
         "missing model": (*_MODEL, "--rank_ratio", "0.5", "--output", "out"),
+        _IS_THERE: (*_MODEL, "--rank_ratio", "0.5", "--output", "done"),
     },
     "export": {
         "unknown option": (*_MODEL, "--fromat", "hf", "--output", "out"),
         "wrong value": (*_MODEL, "--format", "hff", "--output", "out"),
         "missing model": (*_MODEL, "--format", "hf", "--output", "out"),
+        _IS_THERE: (*_MODEL, "--format", "hf", "--output", "done"),
     },
-    "sweep": {"unknown option": ("quick_rank", "--cont", "3"), "missing file": ("none",)},
-    "configs": {"unknown option": ("quickstart", "--cpy", "x"), "missing file": ("none",)},
+    "sweep": {
+        "unknown option": ("quick_rank", "--cont", "3"),
+        "missing file": ("none",),
+        _IS_THERE: ("quick_rank", "--output", "done"),
+    },
+    "configs": {
+        "unknown option": ("quickstart", "--cpy", "x"),
+        "missing file": ("none",),
+        _IS_THERE: ("quickstart", "--copy", "done"),
+    },
     "tasks": {"unknown option": ("fpb", "--date_dir", "x"), "unknown task": ("fpd",)},
     "report": {"unknown option": ("none", "--outptu", "x"), "missing file": ("none",)},
     "serve": {
@@ -108,6 +126,7 @@ MISTAKES: dict[str, dict[str, tuple[str, ...]]] = {
         "missing file": (*_COMPRESS, "none.jsonl"),
         "missing model": (*_COMPRESS, "task:fpb"),
         "unknown task": (*_COMPRESS, "task:fpd"),
+        _IS_THERE: (*_MODEL, "--size", "0.5", "--output", "done", "--calibration", "task:fpb"),
     },
     "plan": {
         "unknown option": (*_FIT, "--trainer.max_stps", "3"),
@@ -142,10 +161,7 @@ def main() -> None:
     record = new_record(QUESTION, {"repeats": options.repeats, "commands": options.commands})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows_folder = folder / "sets" / "fpb"
-        rows_folder.mkdir(parents=True)
-        row = '{"sentence": "Shares rose.", "label": 2}\n'
-        (rows_folder / "validation.jsonl").write_text(row)
+        make_files(folder)
         record["rows"] = [
             _row(command, kind, words, folder, options.repeats)
             for command in options.commands
@@ -155,6 +171,23 @@ def main() -> None:
     record["first_line_of_fit_s"] = spread(first_s)
     record["summary"] = summary(record["rows"], first_s)
     write_record(options.json, record, table(record["rows"]))
+
+
+def make_files(folder: Path) -> None:
+    """Makes the rows that commands read, and outputs of earlier commands: ``done``.
+
+    Args:
+        folder: Folder in which the commands are started.
+    """
+    rows_folder, done = folder / "sets" / "fpb", folder / "done"
+    rows_folder.mkdir(parents=True)
+    row = '{"sentence": "Shares rose.", "label": 2}\n'
+    (rows_folder / "validation.jsonl").write_text(row)
+    done.mkdir()
+    for name in (RESULTS, DECOMPOSITION, COMPRESSION, "quickstart.yaml"):
+        (done / name).write_text("{}")
+    (done / CARD).write_text(EXPORT_MARK)
+    done.with_suffix(".jsonl").touch()
 
 
 def summary(rows: Sequence[dict[str, Any]], first_s: Sequence[float]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import yaml
 
 from fingpt_lightning.files import not_utf8
 from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.shapes import kind_of
 from fingpt_lightning.terminal.yaml_text import parse_yaml
 
 _LONGEST_QUOTE = 200
@@ -196,8 +197,7 @@ def broken_config(words: Sequence[str]) -> str | None:
     for path in _configs(words):
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
-            kind = {"str": "text", "NoneType": "nothing"}.get(type(found).__name__)
-            return f"{path} is not a config: it holds {kind or type(found).__name__}, not settings"
+            return f"{path} is not a config: it holds {kind_of(found)}, not settings"
     return None
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from fingpt_lightning.data.documents import short_pieces
 from fingpt_lightning.data.instruction_rows import encode_rows
 from fingpt_lightning.data.text_files import TextFiles, find_text_files
 from fingpt_lightning.models.families import max_positions
@@ -145,7 +146,7 @@ def _text_tokens(
     files: TextFiles, tokenizer: PreTrainedTokenizerFast, num_tokens: int
 ) -> list[int]:
     tokens: list[int] = []
-    for piece in files.pieces():
+    for piece in short_pieces(files.pieces()):  # of which the first may be enough
         tokens += tokenizer.encode(piece.text, add_special_tokens=False, verbose=False)
         if piece.ends_document and piece.text and tokenizer.eos_token_id is not None:
             tokens.append(int(tokenizer.eos_token_id))

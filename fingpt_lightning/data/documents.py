@@ -1,15 +1,22 @@
 """How each kind of file is read as documents, streamed in memory that does not grow with it."""
 
 import codecs
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fingpt_lightning.data.corpus import OnBadRow, Piece
-from fingpt_lightning.files import DAMAGED, check_unpacked, lines_of, unpacked
+from fingpt_lightning.files import (
+    DAMAGED,
+    ROW_DECODER,
+    DuplicateKeyError,
+    check_unpacked,
+    lines_of,
+    unpacked,
+)
 from fingpt_lightning.terminal.messages import first_line, no_field
+from fingpt_lightning.terminal.shapes import kind_of
 
 _PIECE_BYTES = 2**20
 _PARQUET_ROWS = 64
@@ -153,8 +160,8 @@ def document_of_row(
         raise BadRowError(no_field(place, text_field, row))
     text = row[text_field]
     if not isinstance(text, str):
-        kind = type(text).__name__
-        raise BadRowError(f"{place}: field {text_field!r} holds a {kind}, not a string")
+        kind = kind_of(text)
+        raise BadRowError(f"{place}: field {text_field!r} holds {kind}, not a text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -186,13 +193,15 @@ def _damage(place: str, error: Exception) -> str:
 
 def _json_object(line: bytes, place: str) -> dict[str, object]:
     try:
-        row = json.loads(line.decode("utf-8-sig" if place.endswith(":1") else "utf-8"))
+        row = ROW_DECODER.decode(line.decode("utf-8-sig" if place.endswith(":1") else "utf-8"))
     except UnicodeDecodeError as error:
         raise BadRowError(f"{place}: no UTF-8 text at byte {error.start} of the line") from None
+    except DuplicateKeyError as error:
+        raise BadRowError(f"{place}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise BadRowError(f"{place}: no JSON ({error})") from None
     if not isinstance(row, dict):
-        raise BadRowError(f"{place}: a JSON {type(row).__name__} where an object is needed")
+        raise BadRowError(f"{place}: it holds {kind_of(row)}, not an object")
     return row
 
 

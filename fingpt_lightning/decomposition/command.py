@@ -66,7 +66,7 @@ def decompose(
         model: Hugging Face folder or hub name, GGUF, checkpoint or run folder.
         output: Folder to make.
         rank_ratio: Share r / min(in, out) of each layer, to 1; give one of these three.
-        compression: Parameters of the dense model over those stored, from 1 on.
+        compression: Parameters of the dense model over those stored, above 1.
         energy: Share of the squared singular values that each layer keeps.
         allocation: ``uniform`` (None), ``spectrum`` or ``loss``, which takes a calibration: how
             ``compression`` is shared out.

@@ -86,7 +86,7 @@ class Request:
 
     Args:
         rank_ratio: Share r / min(in, out) of each layer, in (0, 1].
-        compression: Parameters of the dense network over those stored, from 1 on.
+        compression: Parameters of the dense network over those stored, above 1.
         energy: Share of the squared singular values that each layer keeps, in (0, 1].
         allocation: ``loss``, ``spectrum`` or ``uniform``, for ``compression``; ``loss`` with
             calibration alone.
@@ -131,9 +131,10 @@ class Request:
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name} {share} is outside (0, 1]")
-        if self.compression is not None and not 1 <= self.compression < float("inf"):
+        if self.compression is not None and not 1 < self.compression < float("inf"):
             raise ValueError(
-                f"compression {self.compression} is below 1 (dense over stored parameters)"
+                f"compression {self.compression} is not a finite number above 1 (dense over stored"
+                " parameters)"
             )
         check_choice("allocation", self.allocation, ALLOCATIONS)
         check_choice("whitening", self.whitening, WHITENINGS)

@@ -1,7 +1,6 @@
 """``fingpt generate``: prompts in, texts out."""
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -11,7 +10,14 @@ from rich.text import Text
 from fingpt_lightning.deploy.generation import Completion, Prompt, complete
 from fingpt_lightning.deploy.loading import load_with_adapters
 from fingpt_lightning.deploy.sampling import sampling_of
-from fingpt_lightning.files import not_utf8, refuse_existing, to_json, write_whole
+from fingpt_lightning.files import (
+    ROW_DECODER,
+    DuplicateKeyError,
+    not_utf8,
+    refuse_existing,
+    to_json,
+    write_whole,
+)
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
 from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
 from fingpt_lightning.terminal.inputs import refuse_missing_prompts
@@ -119,7 +125,9 @@ def write_completions(file: Path, completions: list[Completion]) -> None:
 
 def _json_prompt(line: str, where: str) -> Prompt:
     try:
-        row = json.loads(line)
+        row = ROW_DECODER.decode(line)
+    except DuplicateKeyError as error:
+        raise ValueError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: no JSON ({error})") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):

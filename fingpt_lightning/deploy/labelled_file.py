@@ -31,6 +31,7 @@ from fingpt_lightning.files import (
     written_whole,
 )
 from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.shapes import kind_of
 
 Row = Mapping[str, object]
 
@@ -173,7 +174,7 @@ def _csv_value(name: str, value: object) -> object:
         return "true" if value else "false"
     if isinstance(value, list | tuple | dict):
         raise ValueError(
-            f"column {name!r} holds a {type(value).__name__}, which a cell of a .csv cannot; write"
+            f"column {name!r} holds {kind_of(value)}, which a cell of a .csv cannot; write"
             " .jsonl or .parquet"
         )
     return _json_value(name, value)
@@ -197,8 +198,7 @@ def _json_value(name: str, value: object) -> object:
         case Decimal():
             return str(value)
     raise ValueError(
-        f"column {name!r} holds a {type(value).__name__}, which is neither text nor number; write"
-        " .parquet"
+        f"column {name!r} holds {kind_of(value)}, which is neither text nor number; write .parquet"
     )
 
 

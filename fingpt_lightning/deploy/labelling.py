@@ -19,7 +19,8 @@ from fingpt_lightning.tasks import Example, Task
 from fingpt_lightning.tasks.examples import example_of_fields, field_names
 from fingpt_lightning.tasks.row_files import CsvForm, open_rows
 from fingpt_lightning.tasks.task import Kind
-from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.messages import listed, nearest
+from fingpt_lightning.terminal.shapes import kind_of
 
 CHUNK_ROWS = 1024
 _NUMBERS: tuple[Kind, ...] = ("numeric", "regression")
@@ -143,7 +144,7 @@ def example_of_row(task: Task, row: Row, number: int, columns: Columns) -> Examp
     for field in field_names(task):
         column = columns.of(field)
         if column not in row:
-            hint = nearest(column, row) or f"; the columns are {', '.join(row)}"
+            hint = nearest(column, row) or f"; the columns are {listed(row)}"
             raise ValueError(f"no column {column!r}{hint}")
         values[field] = row[column]
     return example_of_fields(task, values, number)
@@ -162,7 +163,7 @@ def adapter_of_row(row: Row, columns: Columns) -> str | None:
         raise ValueError(f"no column {columns.adapter!r}{hint}")
     value = row[columns.adapter]
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"column {columns.adapter!r} holds a {type(value).__name__}, not a name")
+        raise ValueError(f"column {columns.adapter!r} holds {kind_of(value)}, not a name")
     return value.strip() or None if value is not None else None
 
 
@@ -206,7 +207,7 @@ def checked_rows(
             example_of_row(task, row, number, columns)
             name = adapter_of_row(row, columns)
             if name is not None and name not in adapters:
-                hint = nearest(name, adapters) or f"; there are {', '.join(adapters)}"
+                hint = nearest(name, adapters) or f"; there are {listed(adapters)}"
                 raise ValueError(f"adapter {name!r} is not loaded{hint}")
         except ValueError as error:
             raise ValueError(f"{file}:{number}: {error}") from None

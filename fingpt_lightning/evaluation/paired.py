@@ -175,12 +175,18 @@ def _label_counts(rows: Sequence[Row], labels: Sequence[str]) -> Float[np.ndarra
     place = {label.strip(): index for index, label in enumerate(labels)}
     counts_NLC = np.zeros((len(rows), len(labels), 3))
     for number, row in enumerate(rows):
-        gold, said = place[row["gold"]], place.get(row["prediction"])
+        gold, said = _gold_of(row, place), place.get(row["prediction"])
         counts_NLC[number, gold, 1] = 1
         if said is not None:
             counts_NLC[number, said, 2] = 1
             counts_NLC[number, gold, 0] = said == gold
     return counts_NLC.reshape(len(rows), -1)
+
+
+def _gold_of(row: Row, place: Mapping[str, int]) -> int:
+    if row["gold"] not in place:
+        raise ValueError(f"gold {row['gold']!r} is none of {', '.join(place)}")
+    return place[row["gold"]]
 
 
 def _f1_of_labels(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -205,7 +211,8 @@ def _confusion_cells(rows: Sequence[Row], labels: Sequence[str]) -> Float[np.nda
     size = len(labels) + 1
     cells = np.zeros((len(rows), size * size))
     for number, row in enumerate(rows):
-        cells[number, place[row["gold"]] * size + place.get(row["prediction"], len(labels))] = 1
+        said = place.get(row["prediction"], len(labels))
+        cells[number, _gold_of(row, place) * size + said] = 1
     return cells
 
 

@@ -5,14 +5,27 @@ it takes a kB per task. ``predictions.jsonl`` holds every row, so it stays only 
 best and the last step: a run with thousands of evaluations keeps three.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fingpt_lightning.files import refuse_blocked
+from fingpt_lightning.files import ROW_DECODER, refuse_blocked
+from fingpt_lightning.metric_keys import EVAL_FIGURES
+from fingpt_lightning.terminal.shapes import check_shape
 
 FOLDER, RESULTS, PREDICTIONS = "eval", "results.json", "predictions.jsonl"
+_ENTRY = {
+    **{f"{figure}?": float for figure in EVAL_FIGURES},
+    "accuracy_interval?": (float, float),
+    "labels?": [str],
+    "main_metric?": str | None,
+    "n?": float,
+    "split?": str,
+    "split_rule?": str,
+    "rows_sha256?": str,
+}
+_HEAD = {"settings?": dict, "versions?": dict}
+_OF_RUN = {"started_at": str, "tasks": {"*": {"main_metric": str}}}
 
 
 class RunEvaluation(NamedTuple):
@@ -66,15 +79,34 @@ def read_run_evaluations(run_folder: Path) -> list[RunEvaluation]:
         if not path.is_file():
             continue  # the writer was killed: a folder without it does not count
         try:
-            results = json.loads(path.read_bytes())
-            written_at = str(results["started_at"])
-            score_of(results)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not the results of an evaluation: {error!r}") from None
+            results = ROW_DECODER.decode(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not the results of an evaluation: {error}") from None
+        check_results(results, path, _OF_RUN)
+        written_at = results["started_at"]
         if written_at >= newest:
             newest = written_at
             found.append(RunEvaluation(step, folder, results))
     return found
+
+
+def check_results(results: Any, path: Path, more: Mapping[str, Any] | None = None) -> None:
+    """Refuses contents of a ``results.json`` that no evaluation writes.
+
+    Args:
+        results: Contents of the file.
+        path: File, for messages.
+        more: Further shape of the contents, as of `check_shape`.
+
+    Raises:
+        ValueError: A value is missing or of another kind; the message names its key.
+    """
+    place = f"{path} is not the results of an evaluation"
+    check_shape(results, {"tasks": {"*": _ENTRY}, **_HEAD}, place)
+    check_shape(results, more or {}, place)
+    for task, entry in results["tasks"].items():
+        if (main := entry.get("main_metric")) is not None and main not in entry:
+            raise ValueError(f"{place}: 'tasks.{task}.{main}', the main_metric, is missing")
 
 
 def step_folders(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from fingpt_lightning.evaluation.run_evaluations import RESULTS, read_run_evaluations
+from fingpt_lightning.evaluation.run_evaluations import (
+    RESULTS,
+    check_results,
+    read_run_evaluations,
+)
 from fingpt_lightning.hub.names import is_hub_name
 from fingpt_lightning.metric_keys import EVAL_FIGURES
 from fingpt_lightning.tasks.library import find_task
@@ -255,8 +259,7 @@ def results_in(
     refuse_missing_results([folder])
     file = folder / RESULTS
     found = _mapping(file)
-    if not isinstance(found.get("tasks"), dict):
-        raise ValueError(f"{file} is not the results of an evaluation")
+    check_results(found, file)
     if (found.get("revision"), found.get("adapter_sha256")) != (revision, adapter_sha256):
         raise ValueError(
             f"results {folder} are of {found.get('model', 'a run')}, whose weights are not those of"

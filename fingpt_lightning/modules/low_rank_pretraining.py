@@ -552,6 +552,11 @@ class LowRankPretraining(LanguageModelingModule):
         self._check_recipe_fits()
         if self.is_fitting and (text := self.recipe_text()) is not None:
             print_status(text)
+        if self.is_fitting and self.hparams["compression"] == 1:
+            print_status(
+                "compression 1: as many parameters as the dense baseline, so that nothing gets"
+                " smaller; above 1 it does"
+            )
         if self.init_from is not None:
             with announced(f"loading {self.init_from}"):
                 self.network = self._loaded()

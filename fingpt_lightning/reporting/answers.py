@@ -5,7 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fingpt_lightning.evaluation.run_evaluations import read_run_evaluations
+from fingpt_lightning.evaluation.run_evaluations import (
+    PREDICTIONS,
+    RESULTS,
+    check_results,
+    read_run_evaluations,
+)
 from fingpt_lightning.metric_keys import EVAL_FIGURES
 from fingpt_lightning.reporting.files import read_objects
 from fingpt_lightning.tasks import find_task, task_names
@@ -90,16 +95,13 @@ def task_results_of_evaluation(folder: Path, results: dict[str, Any]) -> list[St
         ValueError: A file is broken.
     """
     by_task: dict[str, list[Answer]] = {}
-    for row in read_objects(folder / "predictions.jsonl"):
+    check_results(results, folder / RESULTS)
+    for row in read_objects(folder / PREDICTIONS, _ANSWER):
         by_task.setdefault(str(row.get("task")), []).append(_answer(row))
-    try:
-        return [
-            StoredResult(task, "", _figures(found), tuple(by_task.get(task, ())), _interval(found))
-            for task, found in results.get("tasks", {}).items()
-        ]
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
-        path = folder / "results.json"
-        raise ValueError(f"{path} is not the results of an evaluation: {error!r}") from None
+    return [
+        StoredResult(task, "", _figures(found), tuple(by_task.get(task, ())), _interval(found))
+        for task, found in results["tasks"].items()
+    ]
 
 
 def _figures(found: Mapping[str, Any]) -> dict[str, float]:
@@ -151,6 +153,14 @@ def worst(result: StoredResult, count: int) -> list[Answer]:
 
 
 _MAX_LABELS = 12
+_ANSWER = {
+    "row": float,
+    "text": str,
+    "gold?": str | None,
+    "prediction?": str | None,
+    "is_right?": bool | None,
+    "scores?": [float],
+}
 
 
 def _answer(row: dict[str, Any]) -> Answer:

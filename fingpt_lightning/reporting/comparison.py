@@ -13,7 +13,7 @@ from fingpt_lightning.evaluation.paired import (
     mcnemar,
     row_statistics,
 )
-from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS, RESULTS
+from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS, RESULTS, check_results
 from fingpt_lightning.metric_keys import EVAL_FIGURES, LESS_IS_BETTER
 from fingpt_lightning.reporting.compare_options import refuse_missing_results
 from fingpt_lightning.reporting.files import read_object, read_objects
@@ -28,7 +28,7 @@ from fingpt_lightning.reporting.page import (
     Table,
     number,
 )
-from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.messages import listed, nearest
 
 _TOLERANCE = 1e-6
 _GRADED = {"figures", "values"}
@@ -37,6 +37,16 @@ _DIGITS = 12
 """Of a digest that are shown."""
 _LONGEST_LABEL = 24
 """Characters of a name beside a drawing."""
+_ROW = {
+    "gold?": str | None,
+    "prediction": str | None,
+    "is_right?": bool,
+    "is_dropped?": bool,
+    "group?": str,
+    "figures?": {"*": float},
+    "counts?": (float, float, float),
+    "values?": (float, float | None),
+}
 _PROMPT_SETTINGS = ("scoring", "calibrate", "chat_template_sha256", "too_long")
 
 
@@ -97,7 +107,7 @@ def comparison_page(
         if sum(task in result.tasks for result in results) > 1
     ]
     if not shared:
-        each = "; ".join(f"{result.name}: {', '.join(result.tasks)}" for result in results)
+        each = "; ".join(f"{one.name}: {listed(one.tasks)}" for one in results)
         raise ValueError(f"no two results have a task in common ({each})")
     for task in tasks or ():
         if task not in shared:
@@ -129,11 +139,10 @@ def read_result(folder: Path) -> Result:
         ValueError: A file is broken.
     """
     found = read_object(folder / RESULTS)
-    tasks = found.get("tasks")
-    if not isinstance(tasks, dict) or not all(isinstance(one, dict) for one in tasks.values()):
-        raise ValueError(f"{folder / RESULTS} is not the results of an evaluation: no tasks")
+    check_results(found, folder / RESULTS)
+    tasks = found["tasks"]
     rows: dict[str, list[Row]] = {}
-    for row in read_objects(folder / PREDICTIONS):
+    for row in read_objects(folder / PREDICTIONS, _ROW):
         rows.setdefault(str(row.get("task")), []).append(row)
     head = {key: value for key, value in found.items() if key != "tasks"}
     return Result(folder.resolve().name, folder, head, tasks, rows)
@@ -230,19 +239,19 @@ def _known_rows(task: str, result: Result) -> list[Row | None]:
     if not found:
         raise ValueError(f"{path}: no row of {task} has a right answer")
     entry = result.tasks[task]
-    try:
-        for figure in (entry["main_metric"], "accuracy"):
+    for figure in (entry["main_metric"], "accuracy"):
+        try:
             statistics = row_statistics(figure, found, entry.get("labels", ()))
-            if statistics is None or figure not in entry:
-                continue
-            stored = float(entry[figure])
-            if abs(statistics.value - stored) > _TOLERANCE:
-                raise ValueError(
-                    f"{path}: its rows of {task} have {figure} {statistics.value:.4f}, but"
-                    f" {RESULTS} {stored:.4f}: the files do not belong together"
-                )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: a row of {task} cannot be read: {error!r}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: a row of {task}: {error}") from None
+        if statistics is None or figure not in entry:
+            continue
+        stored = float(entry[figure])
+        if abs(statistics.value - stored) > _TOLERANCE:
+            raise ValueError(
+                f"{path}: its rows of {task} have {figure} {statistics.value:.4f}, but"
+                f" {RESULTS} {stored:.4f}: the files do not belong together"
+            )
     return known
 
 

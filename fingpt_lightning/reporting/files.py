@@ -3,11 +3,12 @@
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
-from fingpt_lightning.files import not_utf8
+from fingpt_lightning.files import ROW_DECODER, DuplicateKeyError, not_utf8
+from fingpt_lightning.terminal.shapes import check_shape, kind_of
 
 Row = dict[str, float]
 """The figures of one line of ``metrics.csv``; an empty cell has no entry."""
@@ -63,11 +64,15 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
-    return _object(path.read_bytes(), str(path), 1)
+    return _object(path.read_bytes(), str(path), 1, {})
 
 
-def read_objects(path: Path) -> list[dict[str, Any]]:
+def read_objects(path: Path, shape: dict[str, Any]) -> list[dict[str, Any]]:
     """The objects in the lines of a JSON Lines file; none where there is no such file.
+
+    Args:
+        path: File.
+        shape: Shape of each object, as of `check_shape`.
 
     Raises:
         ValueError: A line is broken or holds something else: the file and the line are named.
@@ -75,7 +80,7 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines()
-    return [_object(line, str(path), number) for number, line in enumerate(lines, start=1)]
+    return [_object(line, str(path), number, shape) for number, line in enumerate(lines, start=1)]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -96,17 +101,18 @@ def read_config(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: it holds {type(found).__name__}, not settings")
+        raise ValueError(f"{path}: it holds {kind_of(found)}, not settings")
     return found
 
 
-def _object(content: bytes, path: str, line: int) -> dict[str, Any]:
+def _object(content: bytes, path: str, line: int, shape: dict[str, Any]) -> dict[str, Any]:
     try:
-        found = json.loads(content)
+        found = ROW_DECODER.decode(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{line + error.lineno - 1}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}:{line}: no UTF-8 text at byte {error.start} of it") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}:{line}: it holds {type(found).__name__}, not an object")
-    return found
+    except DuplicateKeyError as error:
+        raise ValueError(f"{path}:{line}: {error}") from None
+    check_shape(found, shape, f"{path}:{line}")
+    return cast("dict[str, Any]", found)

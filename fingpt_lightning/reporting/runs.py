@@ -22,10 +22,40 @@ from fingpt_lightning.reporting.answers import (
 from fingpt_lightning.reporting.environment import ENVIRONMENT
 from fingpt_lightning.reporting.files import Row, read_config, read_metrics, read_object
 from fingpt_lightning.terminal.inputs import refuse_missing_run
+from fingpt_lightning.terminal.messages import check_choice
+from fingpt_lightning.terminal.shapes import check_shape
 
 _RUN_FILES = ("config.yaml", "metrics.csv", "summary.json")
 _FINISHED = "finished"
 _KNOWN_FILES = (*_RUN_FILES, "sweep.json", "results.json")
+_TRIAL = {
+    "number": float,
+    "state": str,
+    "value?": float | None,
+    "parameters": dict,
+    "run_folder?": str | None,
+    "error?": str | None,
+    "seconds?": float | None,
+}
+_SWEEP = {
+    "name": str,
+    "method": str,
+    "metric": {"name": str, "goal": str},
+    "trials": [_TRIAL],
+}
+_TRACE = {
+    "traceEvents?": [
+        {
+            "ts": float,
+            "dur": float,
+            "tid": float,
+            "cat": str,
+            "args": {"stage": float, "microbatch": float},
+        }
+    ]
+}
+_SUMMARY = {"timed_tokens_per_s?": float, "dense_baseline_tokens_per_s?": float}
+_ENVIRONMENT = {"git?": dict | None, "versions?": dict, "machine?": dict}
 
 
 class RecordedStep(NamedTuple):
@@ -176,14 +206,20 @@ def read_run(folder: Path, name: str | None = None, error: str | None = None) ->
         name=name or folder.resolve().name,
         folder=folder,
         settings=dict(flattened(read_config(folder / "config.yaml"))),
-        environment=read_object(folder / ENVIRONMENT),
-        summary=read_object(folder / "summary.json"),
+        environment=_checked(folder / ENVIRONMENT, _ENVIRONMENT),
+        summary=_checked(folder / "summary.json", _SUMMARY),
         rows=rows,
         task_results=tuple(task_results_of_run(folder)),
         steps=tuple(_recorded_steps(folder / "pipeline")),
         error=error,
         tokenizer=_digest(folder / "tokenizer" / "tokenizer.json"),
     )
+
+
+def _checked(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    found = read_object(path)
+    check_shape(found, shape, str(path))
+    return found
 
 
 def _digest(path: Path) -> str | None:
@@ -239,35 +275,29 @@ def differing(runs: Sequence[Run]) -> list[str]:
 def _read_sweep(folder: Path) -> Sweep:
     path = folder / "sweep.json"
     found = read_object(path)
-    try:
-        trials = tuple(_read_trial(folder, trial) for trial in found["trials"])
-        metric = found["metric"]
-        return Sweep(
-            name=str(found["name"]),
-            folder=folder,
-            metric=str(metric["name"]),
-            goal=str(metric["goal"]),
-            method=str(found["method"]),
-            trials=trials,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a record of a sweep: {error!r}") from error
+    check_shape(found, _SWEEP, f"{path} is not a record of a sweep")
+    metric = found["metric"]
+    return Sweep(
+        name=found["name"],
+        folder=folder,
+        metric=metric["name"],
+        goal=metric["goal"],
+        method=found["method"],
+        trials=tuple(_read_trial(folder, trial) for trial in found["trials"]),
+    )
 
 
 def _read_trial(folder: Path, found: Mapping[str, Any]) -> Trial:
-    number, value = found["number"], found.get("value")
-    for one in (number, 0 if value is None else value):
-        if not isinstance(one, int | float):
-            raise TypeError(f"{one!r} is not a number")
-    number, run_folder, error = int(number), found.get("run_folder"), found.get("error")
+    number, value = int(found["number"]), found.get("value")
+    run_folder, error = found.get("run_folder"), found.get("error")
     run = None
     if run_folder is not None and _is_run(folder / run_folder):
         run = read_run(folder / run_folder, f"trial {number}", error)
     return Trial(
         number=number,
-        state=str(found["state"]),
+        state=found["state"],
         value=None if value is None else float(value),
-        parameters=dict(found["parameters"]),
+        parameters=found["parameters"],
         error=error,
         seconds=found.get("seconds"),
         run=run,
@@ -278,14 +308,15 @@ def _recorded_steps(folder: Path) -> Iterator[RecordedStep]:
     """The Chrome traces of `callbacks.PipelineTrace`."""
     paths = folder.glob("step_*.json")
     for path in sorted(paths, key=lambda path: (len(path.name), path.name)):
-        events = read_object(path).get("traceEvents", [])
-        try:
-            passes = tuple(_pass(event) for event in events)
-            step = int(path.stem.removeprefix("step_"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a trace of a pipeline: {error!r}") from error
-        if passes:
-            yield RecordedStep(step, passes)
+        found, step = read_object(path), path.stem.removeprefix("step_")
+        check_shape(found, _TRACE, f"{path} is not a trace of a pipeline")
+        if not step.isdecimal():
+            raise ValueError(f"{path} is not a trace of a pipeline: {step!r} is not a step")
+        events = found.get("traceEvents", ())
+        for event in events:
+            check_choice(f"{path}: cat", event["cat"], [work.value for work in Work])
+        if events:
+            yield RecordedStep(int(step), tuple(_pass(event) for event in events))
 
 
 def _pass(event: Mapping[str, Any]) -> Pass:

@@ -72,7 +72,7 @@ def _figures(task: str, shown: Sequence[tuple[_Source, list[StoredResult]]]) -> 
             cells = [
                 number(f"{result.figures[k]:.3f}" if k in result.figures else "-") for k in keys
             ]
-            if result.interval and keys[0] == "accuracy":
+            if result.interval and "accuracy" in result.figures:
                 low, high = result.interval
                 cells[0] = number(f"{result.figures['accuracy']:.3f} ({low:.2f}-{high:.2f})")
             rows.append([Cell(name, run=source.run), *cells])

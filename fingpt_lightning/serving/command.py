@@ -39,8 +39,9 @@ def run(options: argparse.Namespace) -> None:
     # Before the model is loaded: a taken port is told at once.
     with _listening(options.host, options.port) as listener:
         from fingpt_lightning.deploy.loading import load_with_adapters
-        from fingpt_lightning.serving.app import Served, build_app
+        from fingpt_lightning.serving.app import build_app
         from fingpt_lightning.serving.engine import Engine
+        from fingpt_lightning.serving.served import Served
 
         model = load_with_adapters(options)
         engine = Engine(

@@ -14,7 +14,8 @@ from fingpt_lightning.tasks.references import (
     written,
 )
 from fingpt_lightning.tasks.task import Field, Shape, Task, Template, whole_number
-from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.messages import listed, nearest
+from fingpt_lightning.terminal.shapes import kind_of
 
 Row = Mapping[str, object]
 
@@ -140,7 +141,7 @@ def _turn(place: str, turn: Row) -> Turn:
     names = ("role", "content") if "role" in turn else ("from", "value")
     for name in names:
         if name not in turn:
-            raise ValueError(f"{place}: no field {name!r}; the fields are {', '.join(turn)}")
+            raise ValueError(f"{place}: no field {name!r}; the fields are {listed(turn)}")
     role, content = (turn[name] for name in names)
     if role not in _ROLES:
         advice = nearest(str(role), _ROLES) or f"; there are {', '.join(_ROLES)}"
@@ -148,12 +149,12 @@ def _turn(place: str, turn: Row) -> Turn:
     if isinstance(content, list | tuple):
         content = "".join(_text_part(place, part) for part in content)
     if not isinstance(content, str):
-        raise ValueError(f"{place}: {names[1]!r} holds a {type(content).__name__}, not a text")
+        raise ValueError(f"{place}: {names[1]!r} holds {kind_of(content)}, not a text")
     return Turn(_ROLES[str(role)], _text(f"{place}, {names[1]}", content))
 
 
 def _text_part(place: str, part: object) -> str:
-    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    kind = part.get("type", "text") if isinstance(part, Mapping) else kind_of(part)
     text = part.get("text") if isinstance(part, Mapping) else None
     if kind != "text" or not isinstance(text, str):
         raise ValueError(f"{place}: a part of kind {kind}; texts alone are read")
@@ -208,7 +209,7 @@ def _shape_of_row(task: Task, row: Row) -> Shape:
     # The message is about the shape that was most likely meant.
     likely = min(missing, key=lambda i: (len(missing[i]), -len(task.shapes[i].columns)))
     name = missing[likely][0]
-    advice = nearest(name, row) or f"; the fields are {', '.join(row)}"
+    advice = nearest(name, row) or f"; the fields are {listed(row)}"
     raise ValueError(f"no field {name!r}{advice}")
 
 
@@ -287,7 +288,7 @@ def _text(name: str, value: object, known: Collection[str] = ()) -> str:
     if isinstance(value, bool) and str(value).casefold() in known:
         return str(value)
     if value is not None and not isinstance(value, str) and not is_number:
-        raise ValueError(f"field {name!r} holds a {type(value).__name__}, not a text")
+        raise ValueError(f"field {name!r} holds {kind_of(value)}, not a text")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"field {name!r} holds {value}, which is not a finite number")
     text = "" if value is None else str(value)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from fingpt_lightning.tasks.task import Entities, Field, ListForm, Marked, Task
 from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.shapes import kind_of
 
 SEPARATOR, NOTHING = "; ", "none"
 SCALES = ("thousand", "million", "billion", "percent")
@@ -180,7 +181,7 @@ def list_as_text(name: str, value: object, form: ListForm) -> str:
     """
     items = [] if value is None else value
     if not isinstance(items, list | tuple):
-        raise ValueError(f"field {name!r} holds a {type(value).__name__}, not a list")
+        raise ValueError(f"field {name!r} holds {kind_of(value)}, not a list")
     if form == "table":
         if not all(isinstance(row, list | tuple) for row in items):
             raise ValueError(f"field {name!r} is not a list of rows of cells")
@@ -191,5 +192,5 @@ def list_as_text(name: str, value: object, form: ListForm) -> str:
 
 def _cell(name: str, value: object) -> str:
     if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
-        raise ValueError(f"field {name!r}: a {type(value).__name__} is not text")
+        raise ValueError(f"field {name!r}: {kind_of(value)} is not a text")
     return "" if value is None else " ".join(str(value).split())

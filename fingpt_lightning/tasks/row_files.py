@@ -8,7 +8,6 @@ import codecs
 import csv
 import glob
 import itertools
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +17,14 @@ from typing import Any, NamedTuple, NoReturn
 from fingpt_lightning.files import (
     DAMAGED,
     MAX_LINE_BYTES,
+    ROW_DECODER,
+    DuplicateKeyError,
     check_unpacked,
     lines_of,
     unpacked,
 )
 from fingpt_lightning.terminal.messages import first_line, nearest, nearest_name
+from fingpt_lightning.terminal.shapes import kind_of
 from fingpt_lightning.units import format_bytes
 
 NumberedRow = tuple[int, Mapping[str, object]]
@@ -205,9 +207,11 @@ def _jsonl_rows(path: Path, form: CsvForm) -> Iterator[NumberedRow]:
 
 def _json_object(line: bytes, path: Path, number: int) -> Mapping[str, object]:
     try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        row = ROW_DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}:{number}: no UTF-8 at byte {error.start} of the line") from None
+    except DuplicateKeyError as error:
+        raise ValueError(f"{path}:{number}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}:{number}: no JSON ({error})") from None
     return _checked_object(row, f"{path}:{number}")
@@ -215,7 +219,7 @@ def _json_object(line: bytes, path: Path, number: int) -> Mapping[str, object]:
 
 def _checked_object(row: object, place: str) -> Mapping[str, object]:
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: a JSON {type(row).__name__}, not an object")
+        raise ValueError(f"{place}: it holds {kind_of(row)}, not an object")
     return row
 
 
@@ -269,7 +273,6 @@ class _JsonValues:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._parts = _decoded(path, "utf-8-sig")
-        self._decoder = json.JSONDecoder()
         self._text, self._place, self._line, self._is_whole = "", 0, 1, False
 
     def numbers_until(self, end: str) -> Iterator[int]:
@@ -297,7 +300,9 @@ class _JsonValues:
         self._skip_blanks()
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._place)
+                value, end = ROW_DECODER.raw_decode(self._text, self._place)
+            except DuplicateKeyError as error:
+                raise ValueError(f"{self._path}:{self._line}: {error}") from None
             except RecursionError as error:
                 self._fail(str(error))
             except ValueError as error:  # perhaps because its end has not been read

@@ -75,6 +75,15 @@ def nearest_name(path: Path) -> str:
     return "" if found is None else f"; the nearest name there is {found.name}"
 
 
+def listed(names: Iterable[str]) -> str:
+    """Names in a message, which may be none.
+
+    >>> listed(["fpb", "tfns"]), listed([])
+    ('fpb, tfns', 'none')
+    """
+    return ", ".join(names) or "none"
+
+
 def no_field(place: str, field: str, fields: Iterable[str]) -> str:
     """The message of a row without ``field``.
 
@@ -82,6 +91,8 @@ def no_field(place: str, field: str, fields: Iterable[str]) -> str:
     "a.jsonl:2: no field 'text'; did you mean 'txt'? The fields are ['id', 'txt']"
     """
     known = sorted(fields)
+    if not known:
+        return f"{place}: no field {field!r}: the object is empty"
     found = nearest_of(field, known)
     hint = "the" if found is None else f"did you mean {found!r}? The"
     return f"{place}: no field {field!r}; {hint} fields are {known}"

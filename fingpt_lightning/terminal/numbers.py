@@ -121,11 +121,11 @@ def compression(text: str) -> float:
     """How many times as many parameters the dense network has.
 
     Raises:
-        argparse.ArgumentTypeError: It is not a finite number of at least 1.
+        argparse.ArgumentTypeError: It is not a finite number above 1: of 1 nothing gets smaller.
     """
     number = _finite(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1 (dense over stored parameters)")
+    if number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 1 (dense over stored parameters)")
     return number
 
 

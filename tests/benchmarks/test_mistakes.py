@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks import mistakes
-from fingpt_lightning.cli.main import COMMANDS
+from fingpt_lightning.cli.early_checks import OFF_VARIABLE
+from fingpt_lightning.cli.main import COMMANDS, main
 
 _RECORD = Path(__file__).parents[2] / "docs" / "benchmarks" / "mistakes.json"
 
@@ -23,6 +24,40 @@ def test_a_mistake_is_named_within_the_bound(tmp_path: Path) -> None:
     assert named.status == 2
     assert named.line.endswith("no option --trainer.max_stps; did you mean --trainer.max_steps?")
     assert named.seconds < 10 * mistakes.LIMIT_S, "another program may be busy beside the test"
+
+
+@pytest.mark.parametrize("is_off", ["0", "1"], ids=["early", "late"])
+def test_every_output_that_is_there_is_named_early_and_late(
+    is_off: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mistakes.make_files(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(OFF_VARIABLE, is_off)
+    found = {}
+    for command, kinds in mistakes.MISTAKES.items():
+        if (words := kinds.get("output is there already")) is not None:
+            with pytest.raises(SystemExit, match="1"):
+                main([command, *words])
+            found[command] = capsys.readouterr().err.strip().splitlines()[-1]
+    there = "is there already; --overwrite replaces it"
+    assert found == {
+        command: f"fingpt: error: {line}"
+        for command, line in {
+            "evaluate": "output done holds results already; --overwrite replaces them",
+            "generate": f"output done.jsonl {there}",
+            "label": f"output done.jsonl {there}",
+            "decompose": f"output done {there}",
+            "export": f"output done {there}",
+            "compress": f"output done {there}",
+            "sweep": "output done is not empty; --resume goes on with a sweep",
+            "configs": "done/quickstart.yaml is there already and differs; copy to another folder",
+        }.items()
+    }
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_record_keeps_the_bounds() -> None:

@@ -384,7 +384,8 @@ def test_ranks_share_the_rows_and_log_what_one_process_would(tmp_path: Path) -> 
     # One process wrote, and all rows in order.
     assert _kept(tmp_path, "results.json") == [0]
     rows = [
-        read_objects(folder / "eval/0/predictions.jsonl") for folder in (tmp_path, tmp_path / "one")
+        read_objects(folder / "eval/0/predictions.jsonl", {})
+        for folder in (tmp_path, tmp_path / "one")
     ]
     assert len(rows[0]) > 5
     for ours, alone in zip(*rows, strict=True):

@@ -66,10 +66,10 @@ GENERATE = ("generate", *MODEL, "--prompts")
 TRAIN_ON = ("--data.tokenizer", "model", "--data.cache_dir", "cache", "--data.train_files")
 # What is damaged, how, the command, and what it says.
 CASES: list[tuple[str, Damage, tuple[str, ...], str]] = [
-    ("a.yaml", _prose, ("fit", "--config", "a.yaml"), "a.yaml is not a config: it holds text, not"),
-    ("a.yaml", _list, ("fit", "--config", "a.yaml"), "a.yaml is not a config: it holds list, not"),
+    ("a.yaml", _prose, ("fit", "--config", "a.yaml"), "a.yaml is not a config: it holds a text, n"),
+    ("a.yaml", _list, ("fit", "--config", "a.yaml"), "a.yaml is not a config: it holds a list, n"),
     ("a.yaml", _binary, ("fit", "--config", "a.yaml"), "a.yaml:2: no UTF-8 text at byte 128"),
-    ("a.yaml", _prose, ("plan", "--config", "a.yaml"), "a.yaml is not a config: it holds text,"),
+    ("a.yaml", _prose, ("plan", "--config", "a.yaml"), "a.yaml is not a config: it holds a text,"),
     ("a.yaml", _binary, ("plan", "--config", "a.yaml"), "a.yaml:2: no UTF-8 text at byte 128"),
     ("a.yaml", _prose, ("sweep", "a.yaml", "--local"), "a.yaml: no sweep file"),
     ("a.yaml", _binary, ("sweep", "a.yaml", "--local"), "a.yaml"),

@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
 
-from fingpt_lightning.cli.main import main
 from fingpt_lightning.cli.run_folders import read_checkpoint_lazily
-from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.models.adapting import adapter_state
 from fingpt_lightning.models.formats.peft_adapter import PARTS, read_adapter, read_adapter_config
 from fingpt_lightning.models.loading import load_model
 from fingpt_lightning.models.sources import find_adapter
-from tests.models.tiny_models import tiny_llama
+from tests.support.killed_runs import Killed, status_of, write_base_and_rows
 
 _FIT = [
     "fit", "--model", "fingpt_lightning.modules.QuantizedFinetuning", "--model.rank", "3",
@@ -29,50 +26,21 @@ _FIT = [
 ]  # fmt: skip
 
 
-class Killed(Callback):
-    """Ends a run, without its hooks for an end, when it has made 5 steps."""
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == 5:
-            raise RuntimeError("killed")
-
-
-def _run(words: list[str]) -> int:
-    try:
-        main(words)
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
-
-
 def _fit(folder: Path, base: Path, *words: str, max_steps: int = 6) -> int:
     steps = ["--trainer.max_steps", str(max_steps), "--model.base", str(base)]
-    return _run([*_FIT, *steps, "--trainer.default_root_dir", str(folder), *words])
+    return status_of([*_FIT, *steps, "--trainer.default_root_dir", str(folder), *words])
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds ``base``, ``run`` of a killed finetuning, and files for the commands."""
     folder = tmp_path_factory.mktemp("killed")
-    data = FinancialInstructions(
-        num_synthetic_items=40, batch_size=4, vocab_size=400, max_length=400
-    )
-    data.prepare_data()
-    data.setup()
-    config = tiny_llama().config
-    config.vocab_size, config.max_position_embeddings = data.vocabulary_size, 400
-    torch.manual_seed(2)
-    type(tiny_llama())(config).save_pretrained(folder / "base")
-    data.tokenizer.save_pretrained(folder / "base")
-    killed = f"--trainer.callbacks={__name__}.Killed"
+    write_base_and_rows(folder, 40)
+    killed = f"--trainer.callbacks={Killed.__module__}.Killed"
     # By the highest loss, the best is an early one.
     status = _fit(folder / "run", folder / "base", killed, "--best_checkpoint.mode", "max")
     assert status == 1
     assert not list((folder / "run").glob("adapter*"))
-    rows = [{"text": f"Profit rose {n} %", "label": "positive"} for n in range(3)]
-    (folder / "data" / "fpb").mkdir(parents=True)
-    for split in ("train", "validation"):
-        (folder / f"data/fpb/{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / "prompts.txt").write_text("Shares of Foo\nGold\n")
     return folder
 
@@ -107,7 +75,7 @@ def test_each_name_of_a_checkpoint_gives_its_adapters(
     names: str, place: Path, tmp_path: Path
 ) -> None:
     words = _words(f"export --format peft --output {{out}}/made {names}", place, tmp_path)
-    assert _run(words) == 0
+    assert status_of(words) == 0
     found = load_model(tmp_path / "made").network
     kept = _kept(place / "run" / "checkpoints" / f"{_NAMES[names]}.ckpt")
     assert sum(map(len, adapter_state(found).values())) == len(kept)
@@ -121,7 +89,7 @@ def test_every_command_reads_the_adapters_of_a_checkpoint(
     names: str, command: str, place: Path, tmp_path: Path
 ) -> None:
     words = _words(f"{_COMMANDS[command]} {names} --device cpu", place, tmp_path)
-    assert _run(words) == 0
+    assert status_of(words) == 0
     if command == "evaluate":
         found = json.loads((tmp_path / "results.json").read_text())["adapter"]
         assert found == str(place / "run" / "checkpoints" / f"{_NAMES[names]}.ckpt")
@@ -151,7 +119,7 @@ def test_many_adapters_on_one_base_may_be_checkpoints(
         f" --output {tmp_path}/made.jsonl",
     }[command]
     words += f" --model {place}/base --device cpu --adapters a={run},b={run}/checkpoints/last.ckpt"
-    assert _run(words.split()) == 0
+    assert status_of(words.split()) == 0
     assert len((tmp_path / "made.jsonl").read_text().splitlines()) == 2
 
 
@@ -166,12 +134,12 @@ def test_another_fit_starts_where_a_killed_one_was(name: str, place: Path, tmp_p
     assert read_adapter_config(tmp_path / "adapter").base.path == str(place / "base")
 
 
-def test_a_plan_knows_the_sizes_of_a_killed_run(
+def test_a_plan_knows_the_sizes_of_a_killedstatus_of(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
     words = [*_FIT, "--model.base", str(place / "run"), "--trainer.max_steps", "4"]
-    assert _run(["plan", *words[1:]]) == 0, capsys.readouterr().err
+    assert status_of(["plan", *words[1:]]) == 0, capsys.readouterr().err
     assert "parameters" in capsys.readouterr().out
 
 
@@ -181,7 +149,7 @@ def test_a_decomposition_names_the_way_to_one_model(
     capsys.readouterr()
     run = place / "run"
     words = f"decompose --model {run} --rank_ratio 0.5 --output {tmp_path}/made --device cpu"
-    assert _run(words.split()) == 1
+    assert status_of(words.split()) == 1
     assert f"{run} has an adapter; fingpt export --format merged" in capsys.readouterr().err
 
 
@@ -207,7 +175,7 @@ def test_a_resumed_run_ends_with_the_best_of_its_whole_history(place: Path, tmp_
         (b"PK\x03\x04", r"bad\.ckpt is not a checkpoint that can be read safely"),
         (
             {"state_dict": {}, "adapter_config": 3},
-            r"bad\.ckpt: adapter_config is of type int",
+            r"bad\.ckpt: 'adapter_config' holds a number, not an object",
         ),
         (
             {"state_dict": {"network.a.lora_A": 3}, "adapter_config": {}},

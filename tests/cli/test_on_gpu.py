@@ -11,11 +11,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
-from fingpt_lightning.cli.main import main
-from fingpt_lightning.data import FinancialInstructions
-from tests.models.tiny_models import tiny_llama
+from tests.support.killed_runs import Killed, status_of, write_base_and_rows
 
 _COMMON = (
     "--seed_everything 1 --trainer.logger false --trainer.num_sanity_val_steps 0"
@@ -32,18 +30,16 @@ _FINETUNING = (
 _CONFIGS = Path(__file__).parents[2]
 
 
-class Noted(Callback):
+class Noted(Killed):
     """Where the steps of all runs were made, and their losses."""
 
     places: ClassVar[set[str]] = set()
     losses: ClassVar[list[float]] = []
-    stop_before: ClassVar[int | None] = None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self.stop_before:
-            raise RuntimeError("killed")
+        super().on_train_batch_start(trainer)
         tensors = [*pl_module.parameters(), batch["input_ids"]]
         self.places.update(tensor.device.type for tensor in tensors)
 
@@ -65,14 +61,14 @@ class Walk(NamedTuple):
         """Trains into the folder of a name, and gives the losses."""
         Noted.places.clear()
         Noted.losses.clear()
-        Noted.stop_before = stop_before
+        Noted.after = stop_before
         # What goes on is without the monitors of the configs, for the time that they take.
         sign = "=" if stop_before is not None or "--ckpt_path" in words else "+="
         line += f" --trainer.accelerator {self.accelerator}"
         line += f" --trainer.callbacks{sign}{__name__}.Noted"
         line += f" --trainer.default_root_dir {self.folder / run}"
         line = line.replace("configs/", f"{_CONFIGS}/configs/")
-        status = _status([*line.split(), *words])
+        status = status_of([*line.split(), *words])
         assert status == (0 if stop_before is None else 1)
         assert Noted.places == {self.device}
         assert all(map(math.isfinite, Noted.losses))
@@ -86,14 +82,6 @@ class Walk(NamedTuple):
         return str(self.folder / run / "checkpoints" / "last.ckpt")
 
 
-def _status(words: list[str]) -> int:
-    try:
-        main(words)
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
-
-
 @pytest.fixture(
     scope="module",
     params=[
@@ -103,19 +91,7 @@ def _status(words: list[str]) -> int:
 )
 def walk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     folder = tmp_path_factory.mktemp("commands")
-    data = FinancialInstructions(num_synthetic_items=48, vocab_size=400, max_length=400)
-    data.prepare_data()
-    data.setup()
-    config = tiny_llama().config
-    config.vocab_size, config.max_position_embeddings = data.vocabulary_size, 400
-    torch.manual_seed(2)
-    type(tiny_llama())(config).save_pretrained(folder / "base")
-    data.tokenizer.save_pretrained(folder / "base")
-    (folder / "data" / "fpb").mkdir(parents=True)
-    rows = [{"text": f"Profit rose {n} %", "label": "positive"} for n in range(3)]
-    for split in ("train", "validation"):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"data/fpb/{split}.jsonl").write_text(lines)
+    write_base_and_rows(folder, 48)
     return Walk(request.param, folder)
 
 
@@ -135,7 +111,7 @@ def test_a_pretraining_that_is_killed_goes_on_as_if_it_had_not_been(walk: Walk) 
     words = ["--model", str(walk.folder / "resumed"), "--device", walk.device]
     texts = walk.folder / "texts.jsonl"
     generate = ["generate", *words, "--prompt", "Shares", "--max_new_tokens", "3"]
-    assert _status([*generate, "--output", str(texts)]) == 0
+    assert status_of([*generate, "--output", str(texts)]) == 0
     assert len(texts.read_text().splitlines()) == 1
 
 
@@ -154,7 +130,7 @@ def test_answers_of_a_finetuned_model_are_scored(
     out = walk.folder / f"answers-{quantize}"
     words = f"evaluate --tasks fpb --data_dir {walk.folder}/data --output {out}"
     words += f" --model {walk.folder}/nf4 --quantize {quantize} --device {walk.device}"
-    assert _status(words.split()) == 0
+    assert status_of(words.split()) == 0
     results = json.loads((out / "results.json").read_text())
     assert (results["settings"]["device"] == "cpu") == (walk.device == "cpu")
     assert math.isfinite(results["tasks"]["fpb"]["accuracy"])
@@ -165,5 +141,5 @@ def test_a_finetuned_model_writes(walk: Walk, finetuned: list[float]) -> None:
     prompts.write_text("Shares of Foo\nGold\n")
     words = f"generate --prompts {prompts} --output {texts} --max_new_tokens 3"
     words += f" --model {walk.folder}/nf4 --device {walk.device}"
-    assert _status(words.split()) == 0
+    assert status_of(words.split()) == 0
     assert len(texts.read_text().splitlines()) == 2

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from fingpt_lightning.data import documents
 from fingpt_lightning.data.calibration_text import (
     Calibration,
     calibration_sources,
@@ -66,6 +69,25 @@ def test_a_task_whose_first_rows_are_the_longest_fills_its_share(folder: Path) -
 def test_files_without_weights_are_read_one_after_the_other(folder: Path) -> None:
     plain = _read(folder, "a.txt", "b.txt")
     assert _count(plain, "fell") == 0
+
+
+def test_a_long_line_is_tokenized_in_parts_as_far_as_it_is_needed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "a.jsonl").write_text(json.dumps({"text": "Profit rose " * 300}))
+    whole = _read(folder, "a.jsonl")
+    lengths: list[int] = []
+    encode = type(TOKENIZER).encode
+
+    def noted(self: Any, text: str, **options: Any) -> list[int]:
+        lengths.append(len(text))
+        return list(encode(self, text, **options))
+
+    monkeypatch.setattr(documents, "_PIECE_BYTES", 200)
+    monkeypatch.setattr(type(TOKENIZER), "encode", noted)
+    assert torch.equal(_read(folder, "a.jsonl").ids, whole.ids)
+    assert max(lengths) <= 200
+    assert sum(lengths) < 3600
 
 
 def test_a_file_with_an_equals_sign_in_its_name_is_itself(folder: Path) -> None:

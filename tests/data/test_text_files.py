@@ -140,11 +140,13 @@ def test_an_empty_path_is_not_the_current_folder(
 _BAD_LINES = [
     (b"{broken", "no JSON (Expecting property name"),
     (b'{"body": "x"}', "no field 'text'"),
-    (b'{"text": 3}', "field 'text' holds a int, not a string"),
-    (b'{"text": null}', "field 'text' holds a NoneType, not a string"),
+    (b"{}", "no field 'text': the object is empty"),
+    (b'{"text": "a", "text": "b"}', "key 'text' is there twice"),
+    (b'{"text": 3}', "field 'text' holds a number, not a text"),
+    (b'{"text": null}', "field 'text' holds nothing, not a text"),
     (b'{"text": "\xff"}', "no UTF-8 text at byte 10 of the line"),
     (b'{"text": "\\ud800"}', "half a surrogate pair at character 0"),
-    (b"[1]", "a JSON list where an object is needed"),
+    (b"[1]", "it holds a list, not an object"),
 ]
 
 
@@ -174,7 +176,7 @@ def test_rows_of_parquet_are_skipped_but_a_missing_column_is_not(tmp_path: Path)
     assert [(piece.text, piece.problem) for piece in pieces] == [
         ("one", None),
         ("", f"{path}, row 2: no UTF-8 text"),
-        ("", f"{path}, row 3: field 'text' holds a NoneType, not a string"),
+        ("", f"{path}, row 3: field 'text' holds nothing, not a text"),
     ]
     with pytest.raises(ValueError, match="row 2: no UTF-8 text"):
         list(TextFiles((path,)).pieces())
@@ -205,10 +207,10 @@ def test_no_path_is_refused() -> None:
     [
         (b"{'text': 1}", "a.jsonl:2: no JSON (Expecting property name"),
         (b"[" * 100_000, "a.jsonl:2: no JSON (maximum recursion depth"),
-        (b'["x"]', "a.jsonl:2: a JSON list where an object is needed"),
+        (b'["x"]', "a.jsonl:2: it holds a list, not an object"),
         (b'{"title": "x", "body": "y"}', "a.jsonl:2: no field 'text'; the fields are ['body', 't"),
-        (b'{"text": 3}', "a.jsonl:2: field 'text' holds a int, not a string"),
-        (b'{"text": null}', "a.jsonl:2: field 'text' holds a NoneType, not a string"),
+        (b'{"text": 3}', "a.jsonl:2: field 'text' holds a number, not a text"),
+        (b'{"text": null}', "a.jsonl:2: field 'text' holds nothing, not a text"),
         (b'{"text": "\xff"}', "a.jsonl:2: no UTF-8 text at byte 10 of the line"),
         (b'{"text": "ab\\ud800"}', "a.jsonl:2: half a surrogate pair at character 2"),
     ],
@@ -374,8 +376,8 @@ def test_every_kind_of_text_column_is_read(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["fine", None], "a.parquet, row 2: field 'text' holds a NoneType, not a string"),
-        ([3, 4], "a.parquet, row 1: field 'text' holds a int, not a string"),
+        (["fine", None], "a.parquet, row 2: field 'text' holds nothing, not a text"),
+        ([3, 4], "a.parquet, row 1: field 'text' holds a number, not a text"),
     ],
 )
 def test_a_bad_row_is_named(texts: list[object], message: str, tmp_path: Path) -> None:

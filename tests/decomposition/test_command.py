@@ -830,10 +830,11 @@ def test_python_and_the_command_line_write_the_same(
     ("given", "message"),
     [
         ({}, "give exactly one of rank_ratio, compression, energy; none is given"),
+        ({"compression": 1.0}, "compression 1.0 is not a finite number above 1"),
         ({"rank_ratio": 0.5, "energy": 0.5}, "rank_ratio and energy is given"),
         ({"rank_ratio": 0.0}, r"rank_ratio 0.0 is outside \(0, 1\]"),
         ({"energy": 1.5}, r"energy 1.5 is outside \(0, 1\]"),
-        ({"compression": 0.5}, "compression 0.5 is below 1"),
+        ({"compression": 0.5}, "compression 0.5 is not a finite number above 1"),
         ({"compression": 2.0, "allocation": "uniformly"}, "did you mean uniform"),
         ({"compression": 2.0, "allocation": "loss"}, "^allocation loss needs calibration or"),
         ({"rank_ratio": 0.5, "calibration": "a", "whitening": "bth"}, "did you mean both"),

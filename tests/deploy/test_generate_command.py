@@ -210,6 +210,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
     [
         ('{"prompt": "a"}\n{"promt": "b"}', 'p.jsonl:2: no text "prompt"; did you mean promt'),
         ('{"prompt": 3}', 'p.jsonl:1: no text "prompt"'),
+        ('{"prompt": "a", "prompt": "b"}', "p.jsonl:1: key 'prompt' is there twice"),
         ('{"prompt": "a", "adapter": 3}', 'p.jsonl:1: "adapter" 3 is not a name'),
         ("no json", "p.jsonl:1: no JSON"),
         ('{"prompt": "a"}\n\n{"prompt": "b"}\n', "p.jsonl:2: the line is blank"),

@@ -500,9 +500,9 @@ def test_bad_input_is_one_line_and_status_1_before_anything_is_written(
     [
         ('{"text": "a"}\n{"text": "b", "fpb_label": 1}', "in.jsonl:2: the column 'fpb_label' is"),
         ('{"text": "a"}\n\n{"text": ["b"]', "in.jsonl:3: no JSON"),
-        ('{"text": {"a": 1}}', "in.jsonl:1: field 'text' holds a dict"),
+        ('{"text": {"a": 1}}', "in.jsonl:1: field 'text' holds an object"),
         ('{"text": "a"}\n{"text": ["a"]}', "in.jsonl:2: field 'text' holds a list, not a text"),
-        ('{"text": false}', "in.jsonl:1: field 'text' holds a bool, not a text"),
+        ('{"text": false}', "in.jsonl:1: field 'text' holds false, not a text"),
         ('{"text": NaN}', "in.jsonl:1: field 'text' holds nan, which is not a finite number"),
         ('{"text": "a"}\n{"text": "b", "by": ["\\ud83d"]}', "in.jsonl:2: 'by' has half of a"),
         ("\n", "in.jsonl holds no row"),

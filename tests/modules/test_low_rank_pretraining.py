@@ -213,3 +213,12 @@ def test_resuming_with_another_rank_is_refused(tmp_path: Path) -> None:
     module = LowRankPretraining(**SIZES, rank=4)
     with pytest.raises(ValueError, match=r"model.rank is 4, the checkpoint was trained with 3"):
         trainer.validate(module, TokenData(2), ckpt_path=path, weights_only=True)
+
+
+def test_a_compression_of_1_is_told_when_fit_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for compression, told in ((1.0, 1), (1.2, 0)):
+        _fit(tmp_path, LowRankPretraining(**SIZES, compression=compression))
+        line = "compression 1: as many parameters as the dense baseline, so that nothing gets"
+        assert capsys.readouterr().err.count(line) == told

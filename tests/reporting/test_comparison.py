@@ -16,7 +16,7 @@ from fingpt_lightning.reporting.page import Table
 _LABELS = ("down", "flat", "up")
 
 
-def _make(
+def make_result(
     folder: Path,
     seed: int,
     skill: float,
@@ -67,7 +67,7 @@ def _compare(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[in
 def test_results_stand_side_by_side_with_intervals_and_mcnemars_test(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, tuned = _make(tmp_path / "base", 1, 0.3), _make(tmp_path / "tuned", 2, 0.9)
+    base, tuned = make_result(tmp_path / "base", 1, 0.3), make_result(tmp_path / "tuned", 2, 0.9)
     status, text = _compare(capsys, base, tuned)
     assert status == 0, text
     assert "90 rows of fpb, all rows of validation.jsonl; digest 0123456789ab." in text
@@ -99,7 +99,7 @@ def test_results_stand_side_by_side_with_intervals_and_mcnemars_test(
 def test_pages_are_written_as_html_and_markdown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    three = [_make(tmp_path / name / "out", seed, 0.5) for seed, name in enumerate("abc")]
+    three = [make_result(tmp_path / name / "out", seed, 0.5) for seed, name in enumerate("abc")]
     for name in ("page.html", "page.md"):
         status, text = _compare(capsys, *three, "--output", tmp_path / name)
         assert status == 0, text
@@ -125,7 +125,7 @@ def test_a_picture_has_the_figures_and_intervals_of_the_tables(
         return "<svg></svg>"
 
     monkeypatch.setattr(charts, "interval_chart", draw)
-    paths = [_make(tmp_path / "base", 1, 0.3), _make(tmp_path / "tuned", 2, 0.9)]
+    paths = [make_result(tmp_path / "base", 1, 0.3), make_result(tmp_path / "tuned", 2, 0.9)]
     resampled: list[int] = []
 
     def counted(compared: Any) -> Any:
@@ -151,8 +151,8 @@ def test_a_picture_has_the_figures_and_intervals_of_the_tables(
 def test_what_differs_beside_the_rows_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = _make(tmp_path / "base", 1, 0.5)
-    other = _make(tmp_path / "other", 2, 0.5, dropped=(3, 7), num_fewshot=2)
+    base = make_result(tmp_path / "base", 1, 0.5)
+    other = make_result(tmp_path / "other", 2, 0.5, dropped=(3, 7), num_fewshot=2)
     status, text = _compare(capsys, base, other)
     assert status == 0, text
     assert "88 rows of fpb" in text
@@ -169,7 +169,7 @@ def test_what_differs_beside_the_rows_is_said(
         ),
         ({"num_rows": 80}, "fpb: base holds 90 answers and other 80 to the same rows"),
         ({"macro_f1": 0.99}, "have macro_f1 0.5987, but results.json 0.9900: the files do not"),
-        ({"labels": ["down"]}, "a row of fpb cannot be read: KeyError("),
+        ({"labels": ["down"]}, "a row of fpb: gold 'flat' is none of down"),
         ({"main_metric": None}, "fpb has no main_metric that is known"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -177,7 +177,10 @@ def test_what_differs_beside_the_rows_is_said(
 def test_rows_that_are_not_the_same_are_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
-    base, other = _make(tmp_path / "base", 1, 0.5), _make(tmp_path / "other", 2, 0.3, **changes)
+    base, other = (
+        make_result(tmp_path / "base", 1, 0.5),
+        make_result(tmp_path / "other", 2, 0.3, **changes),
+    )
     status, text = _compare(capsys, base, other)
     assert status == 1
     (line,) = text.strip().splitlines()
@@ -187,17 +190,17 @@ def test_rows_that_are_not_the_same_are_refused_in_one_line(
 def test_wrong_paths_and_options_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, other = _make(tmp_path / "base", 1, 0.5), _make(tmp_path / "other", 2, 0.5)
-    old = _make(tmp_path / "old", 3, 0.5)
+    base, other = make_result(tmp_path / "base", 1, 0.5), make_result(tmp_path / "other", 2, 0.5)
+    old = make_result(tmp_path / "old", 3, 0.5)
     found = json.loads((old / "results.json").read_text())
     del found["tasks"]["fpb"]["rows_sha256"]
     (old / "results.json").write_text(json.dumps(found))
-    bare = _make(tmp_path / "bare", 3, 0.5)
+    bare = make_result(tmp_path / "bare", 3, 0.5)
     (bare / "predictions.jsonl").unlink()
-    alone = _make(tmp_path / "alone", 3, 0.5)
+    alone = make_result(tmp_path / "alone", 3, 0.5)
     found["tasks"] = {"tfns": {}}
     (alone / "results.json").write_text(json.dumps(found))
-    _make(tmp_path / "run" / "eval" / "40", 4, 0.5)
+    make_result(tmp_path / "run" / "eval" / "40", 4, 0.5)
     cases: list[tuple[tuple[str | Path, ...], int, str]] = [
         ((base,), 1, "compare needs two results or more"),
         ((base, base), 1, "compare needs two results or more"),
@@ -217,5 +220,10 @@ def test_wrong_paths_and_options_are_one_line(
         assert code == status, text
         (line,) = text.strip().splitlines()
         assert message in line
+    (base / "results.json").write_text('{"tasks": {}}')
+    assert (
+        "no two results have a task in common (base: none; other: fpb)"
+        in _compare(capsys, base, other)[1]
+    )
     (base / "results.json").write_text('{"tasks": 3}')
     assert "is not the results of an evaluation" in _compare(capsys, base, other)[1]

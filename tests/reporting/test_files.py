@@ -54,14 +54,17 @@ def test_broken_objects_and_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"file:2: Expecting property name"):
         read_object(path)
     path.write_text("[1]")
-    with pytest.raises(ValueError, match=r"file:1: it holds list, not an object"):
+    with pytest.raises(ValueError, match=r"file:1: it holds a list, not an object"):
         read_object(path)
+    path.write_text('{"a": 1}\n{"a": 1, "a": 2}\n')
+    with pytest.raises(ValueError, match="file:2: key 'a' is there twice"):
+        read_objects(path, {})
     path.write_text('{"a": 1}\n{"a"\n')
     with pytest.raises(ValueError, match=r"file:2: Expecting ':'"):
-        read_objects(path)
+        read_objects(path, {})
     path.write_text("a: 1\nb: [1\n")
     with pytest.raises(ValueError, match=r"file:3: "):
         read_config(path)
     path.write_text("just words")
-    with pytest.raises(ValueError, match="it holds str, not settings"):
+    with pytest.raises(ValueError, match="it holds a text, not settings"):
         read_config(path)

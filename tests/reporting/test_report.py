@@ -250,7 +250,7 @@ def test_a_trial_whose_numbers_are_texts_is_named(trial: dict[str, Any], tmp_pat
     record = {"name": "x", "method": "grid", "metric": {"name": "val/loss", "goal": "minimize"}}
     trial |= {"state": "finished", "parameters": {}}
     (tmp_path / "sweep.json").write_text(json.dumps(record | {"trials": [trial]}))
-    with pytest.raises(ValueError, match=r"sweep\.json is not a record of a sweep: .*not a number"):
+    with pytest.raises(ValueError, match=r"sweep\.json is not .*0.[a-z]+' holds a text, not a num"):
         write_report([tmp_path], tmp_path / "report.html")
 
 
@@ -267,7 +267,9 @@ def test_results_whose_figures_are_none_are_named(tasks: Any, tmp_path: Path) ->
 
 def test_a_sweep_record_without_its_keys_is_named(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text(json.dumps({"name": "x", "trials": []}))
-    with pytest.raises(ValueError, match=r"sweep\.json is not a record of a sweep: KeyError"):
+    with pytest.raises(
+        ValueError, match=r"sweep\.json is not a record of a sweep: 'method' is missing"
+    ):
         _report(tmp_path, tmp_path)
 
 

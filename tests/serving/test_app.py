@@ -16,8 +16,9 @@ from fingpt_lightning.deploy.generation import Prompt, complete
 from fingpt_lightning.deploy.labelling import Columns, Labeller
 from fingpt_lightning.models.formats.tokenizer import use_chat_template
 from fingpt_lightning.models.loading import load_model
-from fingpt_lightning.serving.app import Served, build_app
+from fingpt_lightning.serving.app import build_app
 from fingpt_lightning.serving.engine import Engine
+from fingpt_lightning.serving.served import Served
 from fingpt_lightning.tasks import find_task
 from tests.deploy.tiny_clients import save_clients
 from tests.evaluation.tiny_language import tiny_network, tiny_tokenizer

@@ -245,7 +245,8 @@ _CHOICES = {"query": "Question: x", "choices": ["a", "b"], "gold": 0}
          "positive; did you mean positive?"),
         ("fpb", {"text": "x", "lable": "neutral"}, "no field 'label'; did you mean lable?"),
         ("fpb", {"foo": 1}, "no field 'text'; the fields are foo"),
-        ("fpb", {"text": {"a": 1}, "label": 1}, "field 'text' holds a dict, not a text"),
+        ("fpb", {}, "no field 'text'; the fields are none"),
+        ("fpb", {"text": {"a": 1}, "label": 1}, "field 'text' holds an object, not a text"),
         ("fpb", {"text": "\ud83d", "label": 1}, "'text': half a surrogate pair at character 0"),
         ("fpb", {"context": "Input: x", "target": "neutral"}, "field 'context' is not of the form"),
         ("fiqa_sa", {"text": "x", "kind": "blog", "score": 0}, "kind 'blog' is none of headline,"),
@@ -260,8 +261,8 @@ _CHOICES = {"query": "Question: x", "choices": ["a", "b"], "gold": 0}
         ("fin_ner", {"text": "a", "answer": "Ann"}, "answer 'Ann' is not a name, a comma and one"),
         ("tatqa", {**ROWS["tatqa"][0], "scale": "milion"}, "scale 'milion' is none of thousand, m"),
         ("tatqa", {**ROWS["tatqa"][0], "table": ["a"]}, "'table' is not a list of rows of cells"),
-        ("tatqa", {**ROWS["tatqa"][0], "table": 3}, "field 'table' holds a int, not a list"),
-        ("tatqa", {**ROWS["tatqa"][0], "table": [[{}]]}, "field 'table': a dict is not text"),
+        ("tatqa", {**ROWS["tatqa"][0], "table": 3}, "field 'table' holds a number, not a list"),
+        ("tatqa", {**ROWS["tatqa"][0], "table": [[{}]]}, "field 'table': an object is not a text"),
         ("tatqa", {**ROWS["tatqa"][1], "questions": [
             {"question": "x", "answer": 1, "scale": "", "answer_type": "count"}, 3]},
          "field 'questions' is not a list of objects"),
@@ -290,8 +291,8 @@ def test_a_wrong_row_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (["a", "b"], "a list"), (("a", "b"), "a list"), ({"a": 1}, "a dict"), (True, "a bool"),
-        (b"a", "a bytes"), (math.nan, "nan, which"), (math.inf, "inf, which"),
+        (["a", "b"], "a list"), (("a", "b"), "a list"), ({"a": 1}, "an object"), (True, "true"),
+        (b"a", "bytes"), (math.nan, "nan, which"), (math.inf, "inf, which"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_what_is_no_text_is_refused_within_lists_too(value: list[object]) -> Non
 def test_a_truth_value_is_read_where_the_task_translates_it() -> None:
     row = {"passage": "Ice.", "question": "is it"}
     assert [only_example("boolq", {**row, "answer": x}).gold for x in (True, False)] == [1, 0]
-    with pytest.raises(ValueError, match="field 'label' holds a bool"):
+    with pytest.raises(ValueError, match="field 'label' holds true"):
         examples("tfns", {"text": "x", "label": True})
 
 
@@ -418,7 +419,7 @@ def test_conversations_are_read_in_the_names_of_openai_and_sharegpt() -> None:
          "user?"),
         ({"from": "qqq", "value": "x"}, "turn 1: from 'qqq' is not known; there are system,"),
         ({"role": "user", "text": "x"}, "turn 1: no field 'content'; the fields are role, text"),
-        ({"role": "user", "content": None}, "turn 1: 'content' holds a NoneType, not a text"),
+        ({"role": "user", "content": None}, "turn 1: 'content' holds nothing, not a text"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "turn 1: a part of kind image_url"),
         ({"role": "user", "content": "\ud83d"}, "turn 1, content': half a surrogate pair"),
         ("x", "field 'messages' is not a list of objects"),

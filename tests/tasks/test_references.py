@@ -53,7 +53,7 @@ def test_tables_and_paragraphs_become_texts() -> None:
     assert list_as_text("paragraphs", paragraphs, "lines") == "One.\nTwo."
     assert list_as_text("paragraphs", paragraphs, "sentences") == "One. Two."
     assert list_as_text("paragraphs", None, "lines") == ""
-    with pytest.raises(ValueError, match="field 'table': a bool is not text"):
+    with pytest.raises(ValueError, match="field 'table': true is not a text"):
         list_as_text("table", [[True]], "table")
 
 

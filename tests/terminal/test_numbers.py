@@ -45,8 +45,9 @@ _RANGES: dict[Callable[[str], float], tuple[tuple[str, ...], dict[str, str]]] = 
         {"0": "0 is below 1", "1.5": "1.5 is outside (0, 1]", "-2": "-2 is outside (0, 1]"},
     ),
     numbers.compression: (
-        ("1", "2.64"),
-        {"0.5": "0.5 is below 1 (dense over stored parameters)",
+        ("1.01", "2.64"),
+        {"1": "1 is not above 1 (dense over stored parameters)",
+         "0.5": "0.5 is not above 1 (dense over stored parameters)",
          "inf": "inf is not a finite number"},
     ),
 }  # fmt: skip

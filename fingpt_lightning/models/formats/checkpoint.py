@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from fingpt_lightning.models.formats.network_config import network_config
 from fingpt_lightning.models.formats.weights import Weights, check_num_layers
 from fingpt_lightning.models.low_rank_config import drop_guides, folded_tensors
+from fingpt_lightning.terminal.shapes import check_shape, kind_of
 
 CHECKPOINT = ".ckpt"
 """Suffix of a checkpoint."""
@@ -97,18 +98,13 @@ def read_adapter_checkpoint(file: Path) -> AdapterCheckpoint:
     contents = load_contents(file)
     if not isinstance(contents, dict) or not {"state_dict", _ADAPTER_CONFIG} <= contents.keys():
         raise ValueError(f"{file} is not a checkpoint of adapters: it has no {_ADAPTER_CONFIG}")
+    shape = {_ADAPTER_CONFIG: dict, "state_dict": dict, f"{_BASE_QUANTIZE}?": str | None}
+    check_shape(contents, shape, str(file))
     config, state = contents[_ADAPTER_CONFIG], contents["state_dict"]
     base_quantize = contents.get(_BASE_QUANTIZE)
-    for key, value, kind in (
-        (_ADAPTER_CONFIG, config, dict),
-        ("state_dict", state, dict),
-        (_BASE_QUANTIZE, base_quantize, (str, type(None))),
-    ):
-        if not isinstance(value, kind):
-            raise ValueError(f"{file}: {key} is of type {type(value).__name__}")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{file}: {name!r} is not a tensor by name: {type(tensor).__name__}")
+            raise ValueError(f"{file}: {name!r} holds {kind_of(tensor)}, not a tensor")
     return AdapterCheckpoint(
         config, base_quantize, {name.removeprefix(_NETWORK): t for name, t in state.items()}
     )
