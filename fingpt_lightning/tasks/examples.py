@@ -208,7 +208,11 @@ def _shape_of_row(task: Task, row: Row) -> Shape:
     # The message is about the shape that was most likely meant.
     likely = min(missing, key=lambda i: (len(missing[i]), -len(task.shapes[i].columns)))
     name = missing[likely][0]
-    advice = nearest(name, row) or f"; the fields are {', '.join(row)}"
+    advice = nearest(name, row)
+    if not advice and len(missing) > 1 and missing[likely] == list(task.shapes[likely].columns):
+        layouts = "; ".join(dict.fromkeys(", ".join(shape.columns) for shape in task.shapes))
+        raise ValueError(f"the fields {', '.join(row)} are of none of the layouts {layouts}")
+    advice = advice or f"; the fields are {', '.join(row)}"
     raise ValueError(f"no field {name!r}{advice}")
 
 
