@@ -114,7 +114,8 @@ def find_file(given: str, kind: str, option: str) -> Path:
         return shipped.path
     sibling = nearest_sibling(Path(given))
     hint = f"; did you mean {sibling}?" if sibling is not None else nearest_shipped(given, kind)
-    what = f"no such file, and no shipped {kind.removesuffix('s')} of that name"
+    what = "is a folder" if Path(given).is_dir() else "no such file"
+    what = f"{what}, and no shipped {kind.removesuffix('s')} of that name"
     raise ConfigError(f"{option} {given}: {what}{hint}")
 
 

@@ -58,6 +58,13 @@ def test_planned_bytes_are_those_that_a_run_measures(plan: Plan, config: str) ->
     assert "fits: the run accounts for" in text
 
 
+def test_a_tokenizer_that_is_not_here_is_the_reason_that_data_are_not_read(plan: Plan) -> None:
+    status, text, _ = plan("debug_quickstart.yaml", "--data.tokenizer", "nobody/nothing")
+    assert status == 0, text
+    assert "data were not read (tokenizer nobody/nothing is not on this machine)" in text
+    assert "not calibrated: the data were not read" in text
+
+
 @pytest.mark.parametrize(
     ("config", "billions", "weights_gb"),
     [
