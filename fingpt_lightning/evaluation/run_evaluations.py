@@ -62,7 +62,7 @@ def refuse_predictions(file: Path, overwrite: bool) -> None:
         OSError: The file is there and not to be replaced, or its folder cannot be had.
         ValueError: It is a folder, or its ending is that of another form.
     """
-    if file.suffix != JSON_LINES:
+    if file.suffix != JSON_LINES and not file.is_dir():
         raise ValueError(f"predictions.path {wrong_ending(file, [JSON_LINES])}")
     refuse_existing(file, "predictions.path", overwrite)
 

@@ -128,7 +128,7 @@ WRONG_TUNINGS = (
     "--data.tasks [fpd]",
     "--data.tasks fpd",
     "--data.tasks own.yaml",
-    "--data.chat_template nun",
+    "--data.chat_template non",
     "--data.tasks [fpb] --data.data_dir none",
     "--model.quantize nf5",
     "--model.rnk 5",
@@ -150,7 +150,7 @@ WRONG = (
     "predict --config debug_quickstart --ckpt_path none.ckpt",
     f"{_PREDICT} --predictions.path run/predictions.jsonl",
     f"{_PREDICT} --predictions.path out.csv",
-    f"{_PREDICT} --predictions.path sets.jsonl --predictions.overwrite true",
+    f"{_PREDICT} --predictions.path sets --predictions.overwrite true",
     f"{_PREDICT} --trainer.default_root_dir run",
     "plan --config debug_quickstart --trainer.max_stps 3",
     "plan --config debug_quickstart --no_calibrat",
@@ -312,8 +312,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "sets" / "fpb").mkdir(parents=True)
     row = {"sentence": "Shares rose.", "label": 2}
     (tmp_path / "sets" / "fpb" / "validation.jsonl").write_text(json.dumps(row) + "\n")
-    for name in ("sets.csv", "sets.jsonl"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "sets.csv").mkdir()
     (tmp_path / "done").mkdir()
     for name in ("results.json", "decomposition.json", "compression.json"):
         (tmp_path / "done" / name).write_text("{}")
@@ -380,7 +379,7 @@ def test_a_mistake_is_named_early_in_the_words_of_the_command(
             "nobody/nothing is neither a local folder nor to be had fr",
         ),
         ("--tokenizer news.csv", "tokenizer: news.csv is a file; give its folder"),
-        ("--chat_template nun", "chat_template 'nun' is neither auto, none nor a file; did you m"),
+        ("--chat_template non", "chat_template 'non' is neither auto, none nor a file; did you m"),
         (
             "--chat_template new.csv",
             "neither auto, none nor a file; the nearest name there is n",
@@ -447,7 +446,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(
         ("--model.recipe narow", "expected narrow or null, got 'narow'; did you mean narrow?"),
         ("--model.optimizer spectrom", "got 'spectrom'; did you mean spectron?"),
         ("--trainer.precision bf16-mixd", "got 'bf16-mixd'; did you mean bf16-mixed?"),
-        ("--config run", "--config run: is a folder, and no shipped config of that name"),
+        ("--config run", "--config run is a folder, not a file"),
         (
             "--trainer.check_val_every_n_epoch null --trainer.val_check_interval 0.5",
             "val_check_interval 0.5 is a share of an epoch, and trainer.check_val_every_n_epoch nu",
@@ -492,8 +491,8 @@ def test_the_nearest_option_is_searched_among_those_of_the_command(
         ),
         ("--predictions.path out.csv", "out.csv does not end in .jsonl"),
         (
-            "--predictions.path sets.jsonl --predictions.overwrite true",
-            "sets.jsonl is a folder, no",
+            "--predictions.path sets --predictions.overwrite true",
+            "sets is a folder, not a file",
         ),
         ("--trainer.default_root_dir run", "run/predictions.jsonl is there already"),
     ],
