@@ -37,8 +37,9 @@ def check_trainer_numbers(values: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: A number is out of its range.
     """
-    every_n_epoch, interval = (values.get(f"trainer.{key}", 1.0) for key in _VALIDATED)
-    interval = 1.0 if interval is None else interval
+    # What is left out here may stand in a block that is not read yet.
+    every_n_epoch, interval = (values.get(f"trainer.{key}", 1) for key in _VALIDATED)
+    interval = 1.0 if interval is None else interval  # as Lightning takes it
     if every_n_epoch is None and isinstance(interval, float) and interval <= 1:
         raise ConfigError(
             f"trainer.val_check_interval {interval} is a share of an epoch, and"
