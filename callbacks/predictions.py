@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from callbacks.log_lines import tell
 from fingpt_lightning.data.predicted_rows import PredictedRow
-from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS
-from fingpt_lightning.files import CountedWriter, refuse_existing, to_json, written_whole
+from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS, refuse_predictions
+from fingpt_lightning.files import CountedWriter, to_json, written_whole
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -28,7 +28,7 @@ class PredictionWriter(BasePredictionWriter):
 
     Raises:
         FileExistsError: The file is there, and ``overwrite`` is false.
-        ValueError: ``path`` is a folder.
+        ValueError: ``path`` is a folder, or does not end in ``.jsonl``.
         TypeError: The module's ``predict_step`` gives no rows with a place.
     """
 
@@ -41,7 +41,7 @@ class PredictionWriter(BasePredictionWriter):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "predict" and trainer.is_global_zero:
-            refuse_existing(self._file(trainer), "predictions.path", self.overwrite)
+            refuse_predictions(self._file(trainer), self.overwrite)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

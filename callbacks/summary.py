@@ -182,7 +182,8 @@ class RunSummary(Callback):
             "run_folder",
             "log_folder",
         ):
-            if name not in figures:
+            is_told = name == "log_folder" and figures.get(name) == figures["run_folder"]
+            if name not in figures or is_told:
                 continue
             line = f"{name.replace('_', ' ')}: {figures[name]}"
             console.print(line, soft_wrap=True, markup=False, highlight=False)

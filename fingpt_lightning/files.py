@@ -32,6 +32,8 @@ from fingpt_lightning.units import format_bytes
 MAX_LINE_BYTES = 2**26
 """Of a line that is read as one value."""
 _MAX_PACKED_RATIO, _MIN_BOMB_BYTES = 500, 2**26
+JSON_LINES = ".jsonl"
+"""Ending of files with an object per line."""
 PARTIAL = ".partial"
 """The ending of what is not whole yet."""
 OWNER = "owner.lock"
@@ -669,10 +671,12 @@ def refuse_unwritable(file: Path, key: str) -> None:
 
     Raises:
         FileNotFoundError: There is no folder for it.
+        PermissionError: The folder cannot be written to.
         ValueError: It is a folder.
     """
     if not file.resolve().parent.is_dir():
         raise FileNotFoundError(f"{key} {file}: there is no folder {file.parent}")
+    refuse_read_only(file.resolve().parent, f"{key} {file}")
     if file.is_dir():
         raise ValueError(f"{key} {file} is a folder, not a file")
 
@@ -689,6 +693,7 @@ def refuse_existing(file: Path, key: str, overwrite: bool) -> None:
     Raises:
         FileExistsError: The file is there, and ``overwrite`` is false.
         NotADirectoryError: A part of its path is a file.
+        PermissionError: Its folder cannot be written to.
         ValueError: It is a folder.
     """
     refuse_blocked(file, key)
@@ -709,12 +714,28 @@ def refuse_blocked(path: Path, key: str) -> None:
 
     Raises:
         NotADirectoryError: A part of the path is a file.
+        PermissionError: The folder that is there cannot be written to.
     """
     for parent in path.parents:
         if parent.is_dir():
+            refuse_read_only(parent, f"{key} {path}")
             return
         if parent.exists():
             raise NotADirectoryError(f"{key} {path}: {parent} is a file, not a folder")
+
+
+def refuse_read_only(folder: Path, what: str) -> None:
+    """Refuses a folder in which this user may make no file.
+
+    Args:
+        folder: Folder that is there.
+        what: Beginning of the message, with the setting and its value.
+
+    Raises:
+        PermissionError: It cannot be written to.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{what}: the folder {folder} cannot be written to")
 
 
 def check_replaceable(output: Path, overwrite: bool, is_ours: bool, what: str) -> None:
@@ -729,6 +750,7 @@ def check_replaceable(output: Path, overwrite: bool, is_ours: bool, what: str) -
     Raises:
         FileExistsError: ``output`` is there and not to be replaced.
         NotADirectoryError: A part of its path is a file.
+        PermissionError: Its folder cannot be written to.
     """
     refuse_blocked(output, "output")
     if not output.exists():

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,15 @@ def test_an_option_or_a_command_in_a_sentence_exists(guide: Path) -> None:
         if first in ("fingpt", "python") or first.startswith("--"):
             for option in options_in(code.split()):
                 assert option.rstrip("+") in known, f"{guide.name}: {code}"
+
+
+@EACH_GUIDE
+def test_a_program_of_the_hub_in_a_sentence_is_installed(guide: Path) -> None:
+    there = entry_points(group="console_scripts").names
+    for code in inline_code(guide):
+        program = code.partition(" ")[0]
+        if program == "hf" or program.startswith("huggingface"):
+            assert program in there, f"{guide.name}: {code}"
 
 
 @EACH_GUIDE

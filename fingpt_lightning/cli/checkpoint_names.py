@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from fingpt_lightning.terminal.messages import nearest, nearest_name
+
 NAMED = ("last", "best")
 """The values of ``--ckpt_path`` that stand for a checkpoint of the newest run of a config."""
 
@@ -18,14 +20,20 @@ def checkpoints_named(ckpt_path: str, run_name: str, runs_dir: Path) -> list[Pat
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: The path is neither a file nor a folder.
+        ValueError: The path is neither a file nor a folder, or is a folder of checkpoints.
     """
     if ckpt_path not in NAMED:
         path = Path(ckpt_path)
         if not path.exists():
-            raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file")
+            near = nearest(ckpt_path, NAMED) or nearest_name(path)
+            raise FileNotFoundError(f"ckpt_path {ckpt_path}: no such file{near}")
         if not (path.is_file() or path.is_dir()):
             raise ValueError(f"ckpt_path {ckpt_path} is neither a file nor a folder")
+        inner = [*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")]
+        if inner:  # of a sharded checkpoint, which is a folder too, there are none
+            raise ValueError(
+                f"ckpt_path {ckpt_path} is a folder; name a checkpoint in it, as {min(inner)}"
+            )
         return [path]
     found = newest_first(run_name, runs_dir, [ckpt_path])
     if not found:

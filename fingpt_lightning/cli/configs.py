@@ -14,7 +14,7 @@ from fingpt_lightning.cli.shipped import (
     shipped_files,
     shipped_folder,
 )
-from fingpt_lightning.files import write_whole
+from fingpt_lightning.files import refuse_blocked, write_whole
 
 _USES = {CONFIGS: "fingpt fit --config NAME", SWEEPS: "fingpt sweep NAME"}
 
@@ -54,12 +54,15 @@ def copy(file: ShippedFile, folder: Path) -> list[Path]:
 
     Raises:
         FileExistsError: A file there differs; nothing is copied then.
+        NotADirectoryError: ``folder`` is a file, or lies below one.
+        PermissionError: It cannot be written to.
     """
     root = shipped_folder(file.kind)
     sources = [file.path]
     sources += [file.path.parent / block for block in blocks_of(file.path)]
     copies = {folder / source.relative_to(root): source.read_bytes() for source in sources}
     for path, content in copies.items():
+        refuse_blocked(path, "copy")
         if path.exists() and not (path.is_file() and path.read_bytes() == content):
             raise FileExistsError(f"{path} is there already and differs; copy to another folder")
     for path, content in copies.items():

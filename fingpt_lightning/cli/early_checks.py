@@ -19,7 +19,11 @@ from fingpt_lightning.cli.trainer_numbers import check_trainer_numbers
 from fingpt_lightning.compression.options import check_output as check_compression
 from fingpt_lightning.decomposition.options import check_output as check_decomposition
 from fingpt_lightning.deploy.labelled_file import LabelledFile
-from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS, check_output
+from fingpt_lightning.evaluation.run_evaluations import (
+    PREDICTIONS,
+    check_output,
+    refuse_predictions,
+)
 from fingpt_lightning.files import check_replaceable, refuse_existing, refuse_unwritable
 from fingpt_lightning.hub.card import EXPORT_MARK, has_mark, refuse_missing_results
 from fingpt_lightning.hub.pushing import refuse_no_access
@@ -32,10 +36,13 @@ from fingpt_lightning.tasks.sources import find_folder, open_split
 from fingpt_lightning.terminal.command_line import as_list
 from fingpt_lightning.terminal.inputs import (
     TASK_PREFIX,
+    TEMPLATE_CHOICES,
+    refuse_file_as_cache,
     refuse_missing_adapter,
     refuse_missing_model,
     refuse_missing_prompts,
     refuse_missing_run,
+    refuse_missing_template,
     refuse_missing_texts,
     refuse_missing_tokenizer,
     weighted_name,
@@ -134,13 +141,12 @@ def check_predictions(path: Any, overwrite: Any, run_folder: Any) -> None:
 
     Raises:
         FileExistsError: The file is there, and is not to be replaced.
-        ValueError: It is a folder.
+        ValueError: It is a folder, or its ending is that of another form.
     """
     if path is not None:
-        refuse_existing(Path(str(path)).expanduser(), "predictions.path", bool(overwrite))
+        refuse_predictions(Path(str(path)).expanduser(), bool(overwrite))
     elif run_folder is not None:
-        file = Path(str(run_folder)) / PREDICTIONS
-        refuse_existing(file, "predictions.path", bool(overwrite))
+        refuse_predictions(Path(str(run_folder)) / PREDICTIONS, bool(overwrite))
 
 
 def check_trainer_inputs(command: str, model: Mapping[str, Any], data: Mapping[str, Any]) -> None:
@@ -168,9 +174,15 @@ def check_trainer_inputs(command: str, model: Mapping[str, Any], data: Mapping[s
             find_folder(task, data["data_dir"])
     if data.get("tokenizer") is not None:
         refuse_missing_tokenizer(str(data["tokenizer"]))
+    if data.get("cache_dir") is not None:
+        refuse_file_as_cache(str(data["cache_dir"]))
+    if data.get("chat_template") is not None:
+        refuse_missing_template(str(data["chat_template"]))
     for key in _WEIGHTS:
         if model.get(key) is not None:
             refuse_missing_model(str(model[key]), model.get("revision"))
+    if model.get("teacher") is not None:
+        refuse_missing_model(str(model["teacher"]))
 
 
 def _task_names(given: Any) -> list[str]:
@@ -276,6 +288,7 @@ def _check_calibration_task(name: str, data_dir: Path | None) -> None:
 
 def _check_model(options: argparse.Namespace) -> None:
     refuse_missing_model(options.model)
+    refuse_missing_template(getattr(options, "chat_template", TEMPLATE_CHOICES[0]))
     adapters = dict(getattr(options, "adapters", None) or {})
     for path in (getattr(options, "adapter", None), *adapters.values()):
         if path is not None:

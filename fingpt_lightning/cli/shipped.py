@@ -112,6 +112,8 @@ def find_file(given: str, kind: str, option: str) -> Path:
             raise ConfigError(f"{option} {given}: {path} is neither a file nor a folder")
     if (shipped := find_shipped(given, kind)) is not None:
         return shipped.path
+    if Path(given).is_dir():
+        raise ConfigError(f"{option} {given} is a folder, not a file")
     sibling = nearest_sibling(Path(given))
     hint = f"; did you mean {sibling}?" if sibling is not None else nearest_shipped(given, kind)
     what = f"no such file, and no shipped {kind.removesuffix('s')} of that name"

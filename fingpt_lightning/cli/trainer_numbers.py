@@ -25,6 +25,8 @@ _SHARES = (
 )  # fmt: skip
 """Those of which a float is a share of the batches; a whole one above 1 is their number."""
 
+_VALIDATED = ("check_val_every_n_epoch", "val_check_interval")
+
 
 def check_trainer_numbers(values: Mapping[str, Any]) -> None:
     """Refuses numbers that a run cannot do with, or would do something else with.
@@ -35,6 +37,15 @@ def check_trainer_numbers(values: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: A number is out of its range.
     """
+    # What is left out here may stand in a block that is not read yet.
+    every_n_epoch, interval = (values.get(f"trainer.{key}", 1) for key in _VALIDATED)
+    interval = 1.0 if interval is None else interval  # as Lightning takes it
+    if every_n_epoch is None and isinstance(interval, float) and interval <= 1:
+        raise ConfigError(
+            f"trainer.val_check_interval {interval} is a share of an epoch, and"
+            " trainer.check_val_every_n_epoch null counts batches over all epochs: give a whole"
+            " number of batches, or check_val_every_n_epoch 1"
+        )
     for key, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue

@@ -35,6 +35,7 @@ from fingpt_lightning.data.tokenizers import (
     load_tokenizer,
     train_cached_tokenizer,
 )
+from fingpt_lightning.terminal.inputs import refuse_file_as_cache
 
 _log = logging.getLogger(__name__)
 
@@ -183,7 +184,12 @@ class TextBlocks(TokenizedData):
             self._check_fills_a_batch(files["train"])
 
     def prepare_tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer, trained where it has to be and has not been before."""
+        """The tokenizer, trained where it has to be and has not been before.
+
+        Raises:
+            NotADirectoryError: ``cache_dir`` is a file.
+        """
+        refuse_file_as_cache(self.cache_dir)
         if self.tokenizer_name is None:
             training = joined(self.sources.corpora("train"))
             train_cached_tokenizer(training, self.max_vocab_size, self.cache_dir)

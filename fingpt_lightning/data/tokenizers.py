@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -14,11 +13,11 @@ from fingpt_lightning.data.documents import short_pieces
 from fingpt_lightning.files import scratch_folder, sync_files, sync_folder
 from fingpt_lightning.models.formats.tokenizer import (
     check_added_tokens,
+    not_loaded,
     read_tokenizer,
     try_out,
 )
 from fingpt_lightning.terminal.inputs import refuse_missing_tokenizer
-from fingpt_lightning.terminal.messages import first_line
 from fingpt_lightning.terminal.progress import announced
 
 END_OF_TEXT = "<|endoftext|>"
@@ -34,12 +33,12 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     Truncation and padding that its file requests are switched off: documents stay whole.
 
     Raises:
-        FileNotFoundError: A path is not a folder.
-        ValueError: The folder holds no tokenizer, the hub cannot be reached or does not know the
-            name, or the tokenizer has no end-of-text token or no fast implementation.
+        FileNotFoundError: A path is not a folder, or the hub cannot be reached or does not know the
+            name.
+        ValueError: The folder holds no tokenizer, or the tokenizer has no end-of-text token or no
+            fast implementation.
     """
     folder = Path(name_or_path).expanduser()
-    refuse_missing_tokenizer(name_or_path)
     tokenizer: object
     if folder.suffix == ".gguf" and folder.is_file():
         tokenizer = read_tokenizer(folder.parent, folder.name)
@@ -129,9 +128,7 @@ def _load_from_folder(folder: Path) -> object:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
-        raise ValueError(
-            f"tokenizer: {folder} holds none that loads ({first_line(error)})"
-        ) from error
+        raise ValueError(f"tokenizer: {folder} {not_loaded(folder, error)}") from error
 
 
 def _load_from_hub(name: str) -> object:
@@ -139,12 +136,8 @@ def _load_from_hub(name: str) -> object:
         return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except Exception:
         _log.info("tokenizer %s is not in the local hub cache", name)
+    refuse_missing_tokenizer(name)
     try:
-        # One request, for without it loading repeats each failed request for most of a minute.
-        HfApi().model_info(name, timeout=10)
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(
-            f"tokenizer: {name} is neither a local folder nor to be had from the Hugging Face hub "
-            f"({first_line(error)}); name a folder, or give null to train one on the text"
-        ) from error
+        raise ValueError(f"tokenizer: {name} {not_loaded(Path(name), error)}") from error

@@ -9,8 +9,8 @@ from pathlib import Path
 from fingpt_lightning.deploy.chat import Chat
 from fingpt_lightning.deploy.loading import load_with_adapters
 from fingpt_lightning.deploy.sampling import sampling_of
-from fingpt_lightning.files import to_json, write_whole
-from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.files import JSON_LINES, to_json, write_whole
+from fingpt_lightning.terminal.messages import nearest, wrong_ending
 
 _COMMANDS = {
     "/reset": "forgets the conversation; the system text stays",
@@ -183,6 +183,8 @@ def _save(chat: Chat, name: str) -> None:
     if not name:
         raise ValueError("/save needs the name of a file")
     file = Path(name).expanduser()
+    if file.suffix != JSON_LINES:
+        raise ValueError(f"/save {wrong_ending(file, [JSON_LINES])}")
     if not chat.exchanges:
         raise ValueError("there is nothing to save yet")
     if not file.parent.is_dir():

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from fingpt_lightning.files import JSON_LINES
 from fingpt_lightning.terminal.command_line import (
     OptionParser,
     WrongOptions,
@@ -11,6 +12,7 @@ from fingpt_lightning.terminal.command_line import (
     named_paths,
     refuse_input_as_output,
 )
+from fingpt_lightning.terminal.messages import wrong_ending
 from fingpt_lightning.terminal.numbers import number_above_0, positive_int, seed, share
 
 
@@ -31,7 +33,7 @@ def build_parser() -> OptionParser:
     add("--max_new_tokens", type=positive_int, default=64, help="default: %(default)s")
     add("--batch_size", type=positive_int, default=8, help="prompts at once; default: %(default)s")
     add_sampling_options(parser)
-    add("--output", type=Path, help="JSONL file for the texts, in place of printing them")
+    add("--output", type=Path, help=".jsonl file for the texts, in place of printing them")
     add("--overwrite", action="store_true", help="replace the output")
     return parser
 
@@ -72,6 +74,9 @@ def parse_options(words: list[str]) -> argparse.Namespace:
         raise WrongOptions("--overwrite has no effect without --output")
     if options.output is not None and options.prompts is not None:
         refuse_input_as_output(options.prompts, options.output)
+    output = options.output
+    if output is not None and output.suffix != JSON_LINES and not output.is_dir():
+        raise WrongOptions(f"output {wrong_ending(output, [JSON_LINES])}")
     if options.adapter and options.adapters:
         raise WrongOptions("--adapter and --adapters: give one of them")
     check_sampling_options(options)

@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         num_labelled = min(num_done * CHUNK_ROWS, num_own_rows)
         if num_done:
             console.print(f"going on after {num_labelled:,} of {num_own_rows:,} rows")
-        with shown_progress(f"labelling {options.input}", num_own_rows, "rows") as show:
+        with shown_progress(f"labeling {options.input}", num_own_rows, "rows") as show:
             first_chunk = num_done * shard.count + shard.number - 1
             for number, rows in row_chunks(options.input, first_chunk, form):
                 if not shard.has(number):

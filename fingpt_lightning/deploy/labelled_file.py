@@ -30,7 +30,7 @@ from fingpt_lightning.files import (
     sync_folder,
     written_whole,
 )
-from fingpt_lightning.terminal.messages import nearest
+from fingpt_lightning.terminal.messages import wrong_ending
 from fingpt_lightning.terminal.shapes import kind_of
 
 Row = Mapping[str, object]
@@ -51,8 +51,7 @@ class LabelledFile:
 
     def __init__(self, path: Path, settings: Mapping[str, object], schema: Any = None) -> None:
         if path.suffix not in _FORMS:
-            hint = nearest(path.suffix, _FORMS)
-            raise ValueError(f"output {path} ends in none of {', '.join(_FORMS)}{hint}")
+            raise ValueError(f"output {wrong_ending(path, list(_FORMS))}")
         self.path, self._settings, self._schema = path, dict(settings), schema
         self.folder = parts_of(path)
 

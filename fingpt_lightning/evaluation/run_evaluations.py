@@ -9,8 +9,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fingpt_lightning.files import ROW_DECODER, refuse_blocked
+from fingpt_lightning.files import (
+    JSON_LINES,
+    ROW_DECODER,
+    refuse_blocked,
+    refuse_existing,
+    refuse_read_only,
+)
 from fingpt_lightning.metric_keys import EVAL_FIGURES
+from fingpt_lightning.terminal.messages import wrong_ending
 from fingpt_lightning.terminal.shapes import check_shape
 
 FOLDER, RESULTS, PREDICTIONS = "eval", "results.json", "predictions.jsonl"
@@ -51,13 +58,32 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
     Raises:
         NotADirectoryError: A part of its path is a file.
+        PermissionError: It cannot be written to.
         ValueError: ``folder`` is a file, or holds results that are not to be overwritten.
     """
     refuse_blocked(folder, "output")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output {folder} is a file, not a folder")
+    if folder.exists():
+        refuse_read_only(folder, f"output {folder}")
     if (folder / RESULTS).exists() and not overwrite:
         raise ValueError(f"output {folder} holds results already; --overwrite replaces them")
+
+
+def refuse_predictions(file: Path, overwrite: bool) -> None:
+    """Refuses a file of predictions to write that is there already, or cannot be.
+
+    Args:
+        file: Value of ``predictions.path``, or the file in a run folder.
+        overwrite: Whether a file of that name is replaced.
+
+    Raises:
+        OSError: The file is there and not to be replaced, or its folder cannot be had.
+        ValueError: It is a folder, or its ending is that of another form.
+    """
+    if file.suffix != JSON_LINES and not file.is_dir():
+        raise ValueError(f"predictions.path {wrong_ending(file, [JSON_LINES])}")
+    refuse_existing(file, "predictions.path", overwrite)
 
 
 def read_run_evaluations(run_folder: Path) -> list[RunEvaluation]:

@@ -23,8 +23,15 @@ def find_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_unknown_device(name)
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
+        return device
+    try:
+        torch.empty(0, device=device)
+    except (ImportError, RuntimeError, AssertionError):  # by the kind, at length
+        there = "cpu and cuda" if torch.cuda.is_available() else "cpu alone"
+        raise ValueError(f"device {name!r} is not to be had here; there is {there}") from None
     return device
 
 

@@ -15,7 +15,7 @@ from transformers import (
 from fingpt_lightning.files import files_sha256
 from fingpt_lightning.models.adapting import load_adapter
 from fingpt_lightning.models.dequantization import CHOICES, NEVER, dequantize_once
-from fingpt_lightning.models.device import AUTO_DTYPE, dtype_remark, find_dtype
+from fingpt_lightning.models.device import AUTO_DTYPE, dtype_remark, find_device, find_dtype
 from fingpt_lightning.models.formats.checkpoint import CHECKPOINT, read_checkpoint
 from fingpt_lightning.models.formats.gguf import gguf_weights
 from fingpt_lightning.models.formats.hf_folder import (
@@ -183,7 +183,7 @@ def build_model(
         ImportError: A GGUF file, and the package gguf is not installed.
         ValueError: The model cannot be loaded; the message gives the file and the reason.
     """
-    device, requested = torch.device(device), str(dtype)
+    device, requested = find_device(device) if isinstance(device, str) else device, str(dtype)
     if dtype != AUTO_DTYPE:
         dtype = _checked_dtype(dtype)
     _check_quantize(quantize)

@@ -257,6 +257,8 @@ def _read_data(cli: LightningCLI) -> _Data:
     refusal = None
     if _reads_hub(settings):
         refusal = "they lie on the hub"
+    elif not _has_tokenizer(settings):
+        refusal = f"tokenizer {settings['tokenizer']} is not on this machine"
     else:
         note = _take_tokenizer(cli)
         try:
@@ -322,9 +324,12 @@ def _take_tokenizer(cli: LightningCLI) -> str | None:
 def _reads_hub(settings: Any) -> bool:
     files = json.dumps([settings.get("train_files"), settings.get("mixture")], default=str)
     tasks_of_hub = settings.get("tasks") and settings.get("data_dir") is None
+    return "hf://" in files or bool(tasks_of_hub)
+
+
+def _has_tokenizer(settings: Any) -> bool:
     tokenizer = settings.get("tokenizer")
-    tokenizer_of_hub = tokenizer is not None and not Path(tokenizer).expanduser().exists()
-    return "hf://" in files or bool(tasks_of_hub) or tokenizer_of_hub
+    return tokenizer is None or Path(tokenizer).expanduser().exists()
 
 
 def _count(module: LightningModule, made: Blueprint, batch: Any, precision: str) -> StepBytes:
@@ -382,7 +387,7 @@ def _no_calibration(cli: LightningCLI, data: _Data, memory: MemoryPlan, free: in
     if cli.trainer.world_size > 1:
         return f"the run has {cli.trainer.world_size} processes"
     if data.num_batches is None:
-        return "there are no data"
+        return "the data were not read"
     if memory.peak > _FREE_SHARE * free:
         return f"it would take {format_bytes(memory.peak)} of {format_bytes(free)}"
     base = getattr(cli.model, "base", None) or cli.model.hparams.get("init_from")

@@ -7,7 +7,7 @@ from pathlib import Path
 from fingpt_lightning.evaluation.run_evaluations import PREDICTIONS, RESULTS
 from fingpt_lightning.files import refuse_unwritable
 from fingpt_lightning.terminal.command_line import OptionParser, WrongOptions, names
-from fingpt_lightning.terminal.messages import nearest, nearest_name
+from fingpt_lightning.terminal.messages import nearest_name, wrong_ending
 
 FORMS = (".html", ".md")
 """Endings of the pages that are written."""
@@ -46,8 +46,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     options = build_parser().read(words)
     output = options.output
     if output is not None and output.suffix not in FORMS:
-        advice = nearest(output.suffix, FORMS)
-        raise WrongOptions(f"output {output} ends in none of {', '.join(FORMS)}{advice}")
+        raise WrongOptions(f"output {wrong_ending(output, FORMS)}")
     return options
 
 
@@ -73,12 +72,16 @@ def refuse_missing_results(paths: Sequence[Path]) -> None:
         ValueError: There is one path, or a folder holds no results.
         FileNotFoundError: A folder or a file does not exist.
     """
-    if len(dict.fromkeys(path.resolve() for path in paths)) < 2:
-        raise ValueError("compare needs two results or more; fingpt report shows a single one")
+    if len({path.resolve() for path in paths}) < 2:
+        named = f"; {paths[0]} is named twice" if len(paths) > 1 else ""
+        raise ValueError(
+            f"compare needs two results or more{named}; fingpt report shows a single one"
+        )
     for folder in paths:
         if not folder.is_dir():
-            what = "is a file, not a folder" if folder.exists() else "does not exist"
-            raise FileNotFoundError(f"{folder} {what}{nearest_name(folder)}")
+            if folder.exists():
+                raise FileNotFoundError(f"{folder} is a file; name its folder, {folder.parent}")
+            raise FileNotFoundError(f"{folder} does not exist{nearest_name(folder)}")
         if not (folder / RESULTS).is_file():
             inner = sorted(folder.glob(f"eval/*/{RESULTS}"))
             advice = f"; a run has one for each step, as {inner[-1].parent}" if inner else ""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fingpt_lightning.files import refuse_blocked
+from fingpt_lightning.files import refuse_blocked, refuse_read_only
 
 STUDY, SWEEP_FILE = "study.sqlite", "sweep.yaml"
 
@@ -22,8 +22,11 @@ def refuse_used_folder(folder: Path) -> None:
 
     Raises:
         NotADirectoryError: A part of its path is a file.
+        PermissionError: It cannot be written to.
         ValueError: The folder is not empty, or is a file.
     """
     refuse_blocked(folder, "output")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output {folder} is not empty; --resume goes on with a sweep")
+    if folder.exists():
+        refuse_read_only(folder, f"output {folder}")

@@ -21,9 +21,10 @@ from fingpt_lightning.models.formats.tokenizer import (
     uses_chat_template,
 )
 from fingpt_lightning.tasks.examples import Example, Shot, Turn
-from fingpt_lightning.terminal.messages import first_line, nearest_name
+from fingpt_lightning.terminal.inputs import TEMPLATE_CHOICES, refuse_missing_template
+from fingpt_lightning.terminal.messages import first_line
 
-AUTO, NONE = "auto", "none"
+AUTO, NONE = TEMPLATE_CHOICES
 _USER, _ASSISTANT = "user", "assistant"
 _QUESTION, _ANSWER = "FingptQuestion", "FingptAnswer"
 """Texts whose places show what a template puts around them."""
@@ -263,6 +264,7 @@ def choose_chat_template(
         use_chat_template(tokenizer, None)
         return "chat template: none, as set" if own else None
     if choice != AUTO:
+        refuse_missing_template(choice)
         text = _read_template(Path(choice).expanduser())
         use_chat_template(tokenizer, text)
         _check(tokenizer, choice)
@@ -296,10 +298,6 @@ def _check(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
 
 
 def _read_template(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"chat_template {str(path)!r} is neither auto, none nor a file{nearest_name(path)}"
-        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

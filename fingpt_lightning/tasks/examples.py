@@ -209,7 +209,12 @@ def _shape_of_row(task: Task, row: Row) -> Shape:
     # The message is about the shape that was most likely meant.
     likely = min(missing, key=lambda i: (len(missing[i]), -len(task.shapes[i].columns)))
     name = missing[likely][0]
-    advice = nearest(name, row) or f"; the fields are {listed(row)}"
+    advice = nearest(name, row)
+    has_none = bool(row) and missing[likely] == list(task.shapes[likely].columns)
+    if not advice and len(missing) > 1 and has_none:
+        layouts = "; ".join(dict.fromkeys(", ".join(shape.columns) for shape in task.shapes))
+        raise ValueError(f"the fields {', '.join(row)} are of none of the layouts {layouts}")
+    advice = advice or f"; the fields are {listed(row)}"
     raise ValueError(f"no field {name!r}{advice}")
 
 

@@ -51,6 +51,7 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     """
     options = build_parser().read(words)
     if options.words[:1] == [AUDIT]:
+        options.words = [name for word in options.words for name in names(word)]
         if options.data_dir is None:
             raise WrongOptions("--data_dir is required: audit reads the rows that lie there")
         options.ngram = NGRAM if options.ngram is None else options.ngram

@@ -1,5 +1,6 @@
 """Rows as a task's files or the hub hold them, before they are interpreted."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -236,16 +237,34 @@ def _cut_rule(cut: Cut, what: str) -> str:
     return f"train_test_split(test_size={cut.test_size}, seed={cut.seed}) of {what}"
 
 
-def _hub_rows(hub: Hub, split: str) -> Iterator[NumberedRow]:
-    from datasets import load_dataset
+@functools.cache
+def _reason_of_hub(name: str, revision: str | None) -> str | None:
+    """Why the hub does not give a data set; None where it does. Asked once per process."""
+    from huggingface_hub import HfApi
 
     try:
-        rows = load_dataset(
+        HfApi().dataset_info(name, revision=revision, timeout=10)
+    except Exception as error:  # of many libraries; each means that it cannot be had
+        return first_line(error)
+    return None
+
+
+def _hub_rows(hub: Hub, split: str) -> Iterator[NumberedRow]:
+    import datasets
+
+    reason = _reason_of_hub(hub.name, hub.revision)
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    # Without it loading repeats each failed request for half a minute before it reads its cache.
+    datasets.config.HF_HUB_OFFLINE = was_offline or reason is not None
+    try:
+        rows = datasets.load_dataset(
             hub.name, hub.config, data_dir=hub.data_dir, revision=hub.revision, split=split
         )
     except Exception as error:
         raise RuntimeError(
-            f"{hub.name} cannot be had from the Hugging Face hub ({first_line(error)}); "
+            f"{hub.name} cannot be had from the Hugging Face hub ({reason or first_line(error)}); "
             "give data_dir to read local files"
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
     yield from enumerate(rows, start=1)

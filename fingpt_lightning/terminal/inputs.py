@@ -11,13 +11,24 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fingpt_lightning.terminal.messages import first_line, nearest, nearest_name, nearest_sibling
+from fingpt_lightning.terminal.messages import (
+    first_line,
+    nearest,
+    nearest_name,
+    nearest_sibling,
+    wrong_ending,
+)
 
 FILES_OF_ONE_MODEL = (".ckpt", ".gguf")
 """Suffixes of files that hold a whole model: never the name of one on the hub."""
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|xla|mtia|meta)(:\d+)?")
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|xla|mtia)(:\d+)?")
 _CONFIGS = ("config.json", "adapter_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Of which a folder with a tokenizer has one."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+TEMPLATE_CHOICES = ("auto", "none")
+"""What ``chat_template`` may be beside a file."""
+_PROMPT_FORMS = (".txt", ".jsonl")
 TASK_PREFIX = "task:"
 """What the names of tasks begin with in a calibration."""
 _WEIGHTED = re.compile(r"(?P<name>.+)=(?P<weight>[^=/]*)")
@@ -53,16 +64,29 @@ def refuse_missing_texts(paths: str | Sequence[str], key: str) -> None:
 
 
 def refuse_missing_tokenizer(name: str) -> None:
-    """Refuses a tokenizer's folder that is missing; names of the hub are not looked up.
+    """Refuses a tokenizer that is neither a local folder nor to be had from the Hugging Face hub.
+
+    Args:
+        name: Folder, GGUF file or hub name.
 
     Raises:
-        FileNotFoundError: A path is not a folder.
+        FileNotFoundError: There is no such tokenizer.
+        ValueError: It is a file of another kind.
     """
     folder = Path(name).expanduser()
     if folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file()):
         return
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if folder.exists():
+        raise ValueError(f"tokenizer: {folder} is a file; give its folder")
+    if not _HUB_NAME.fullmatch(name):
         raise FileNotFoundError(f"tokenizer: no folder {folder}{nearest_name(folder)}")
+    if _is_cached(name, (*TOKENIZER_FILES, "tokenizer_config.json")):
+        return
+    if (reason := _reason_of_hub(name, None)) is not None:
+        raise FileNotFoundError(
+            f"tokenizer: {name} is neither a local folder nor to be had from the Hugging Face hub"
+            f" ({reason}){_nearest(folder)}"
+        )
 
 
 def refuse_missing_model(name: str, revision: str | None = None) -> None:
@@ -80,11 +104,16 @@ def refuse_missing_model(name: str, revision: str | None = None) -> None:
         return
     if path.suffix in FILES_OF_ONE_MODEL or not _HUB_NAME.fullmatch(name):
         raise FileNotFoundError(f"model {name}: no such file or folder{_nearest(path)}")
+    if not _is_cached(name, _CONFIGS, revision):
+        refuse_unknown_on_hub(name, revision)
+
+
+def _is_cached(name: str, files: Sequence[str], revision: str | None = None) -> bool:
+    """Whether one of some files of a hub name has been fetched before."""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = (try_to_load_from_cache(name, file, revision=revision) for file in _CONFIGS)
-    if not any(isinstance(path, str) for path in cached):
-        refuse_unknown_on_hub(name, revision)
+    cached = (try_to_load_from_cache(name, file, revision=revision) for file in files)
+    return any(isinstance(path, str) for path in cached)
 
 
 def refuse_unknown_on_hub(name: str, revision: str | None = None) -> None:
@@ -136,17 +165,42 @@ def refuse_unknown_device(name: str) -> None:
 
 
 def refuse_missing_prompts(file: Path) -> None:
-    """Refuses a file of prompts that is missing.
+    """Refuses a file of prompts that is missing, or of another form.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is a folder.
+        ValueError: It is a folder, or neither of lines nor of JSON lines.
     """
     if not file.is_file():
         if file.is_dir():
             raise ValueError(f"prompts: {file} is a folder, not a file")
         there = [path.name for path in file.parent.glob("*")] if file.parent.is_dir() else []
         raise FileNotFoundError(f"prompts: no file {file}{nearest(file.name, there)}")
+    if file.suffix.lower() not in _PROMPT_FORMS:  # of a table each line would be a prompt
+        raise ValueError(f"prompts: {wrong_ending(file, _PROMPT_FORMS)}")
+
+
+def refuse_missing_template(choice: str) -> None:
+    """Refuses a chat template that is neither one of `TEMPLATE_CHOICES` nor a file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    path = Path(choice).expanduser()
+    if choice not in TEMPLATE_CHOICES and not path.is_file():
+        near = nearest(choice, TEMPLATE_CHOICES) or nearest_name(path)
+        raise FileNotFoundError(f"chat_template {choice!r} is neither auto, none nor a file{near}")
+
+
+def refuse_file_as_cache(folder: str | Path) -> None:
+    """Refuses a file in place of the folder of a cache.
+
+    Raises:
+        NotADirectoryError: It is a file.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"cache_dir {folder} is a file, not a folder")
 
 
 def refuse_missing_run(folder: Path) -> None:

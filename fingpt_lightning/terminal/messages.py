@@ -5,7 +5,7 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _HTTP_USER = re.compile(r"(\bhttps?:/{1,2})[^\s/?#]*@", re.IGNORECASE)
@@ -82,6 +82,19 @@ def listed(names: Iterable[str]) -> str:
     ('fpb, tfns', 'none')
     """
     return ", ".join(names) or "none"
+
+
+def wrong_ending(path: Path, endings: Sequence[str]) -> str:
+    """The part of a message that says of a file which endings are known.
+
+    >>> wrong_ending(Path("page.htm"), [".html", ".md"])
+    'page.htm ends in none of .html, .md; did you mean .html?'
+    >>> wrong_ending(Path("texts.csv"), [".jsonl"])
+    'texts.csv does not end in .jsonl'
+    """
+    if len(endings) == 1:
+        return f"{path} does not end in {endings[0]}"
+    return f"{path} ends in none of {', '.join(endings)}{nearest(path.suffix, endings)}"
 
 
 def no_field(place: str, field: str, fields: Iterable[str]) -> str:

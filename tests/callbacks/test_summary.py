@@ -96,6 +96,7 @@ def test_a_whole_run_is_summed_up_in_table_and_file(
         f"run folder: {tmp_path}\n",
     ):
         assert shown in printed
+    assert "log folder:" not in printed, "it is the run folder"
 
 
 def test_what_a_run_did_not_yield_has_no_row(

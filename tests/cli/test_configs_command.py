@@ -78,6 +78,13 @@ def test_what_differs_is_not_replaced(configs: Configs) -> None:
     assert not Path("mine/quickstart.yaml").exists(), "nothing is copied then"
 
 
+def test_a_file_in_place_of_the_folder_is_named(configs: Configs) -> None:
+    Path("news.csv").touch()
+    status, _, error = configs("quickstart", "--copy", "news.csv")
+    assert status == 1
+    assert "copy news.csv/quickstart.yaml: news.csv is a file, not a folder" in error
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -6,6 +6,7 @@ command with them switched off.
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -105,6 +106,14 @@ WRONG_FITS = (
     "--data.train_files none/*.jsonl",
     "--data.val_files [none.jsonl,value.yaml]",
     "--data.tokenizer ./none",
+    "--data.tokenizer nobody/nothing",
+    "--data.cache_dir news.csv",
+    "--ckpt_path run",
+    "--ckpt_path bestt",
+    "--trainer.check_val_every_n_epoch null --trainer.val_check_interval 0.5",
+    "--data.tokenizer key.yaml",
+    "--model.teacher ./none",
+    "--model.teacher nobody/nothing",
     "--model.init_from ./none --model.preset null",
     "--ckpt_path none.ckpt",
     "--ckpt_path last",
@@ -119,6 +128,7 @@ WRONG_TUNINGS = (
     "--data.tasks [fpd]",
     "--data.tasks fpd",
     "--data.tasks own.yaml",
+    "--data.chat_template non",
     "--data.tasks [fpb] --data.data_dir none",
     "--model.quantize nf5",
     "--model.rnk 5",
@@ -138,7 +148,8 @@ WRONG = (
     "predict --config debug_quickstart --predictions.pth x",
     "predict --config debug_quickstart --predictions.overwrite maybe",
     "predict --config debug_quickstart --ckpt_path none.ckpt",
-    f"{_PREDICT} --predictions.path texts.csv",
+    f"{_PREDICT} --predictions.path run/predictions.jsonl",
+    f"{_PREDICT} --predictions.path out.csv",
     f"{_PREDICT} --predictions.path sets --predictions.overwrite true",
     f"{_PREDICT} --trainer.default_root_dir run",
     "plan --config debug_quickstart --trainer.max_stps 3",
@@ -201,6 +212,9 @@ WRONG = (
     "generate --model ./none --prompt x --output sets --overwrite",
     "generate --model ./none --prompts texts.csv --output texts.csv --overwrite",
     "generate --model ./none --prompts sets --output out.jsonl",
+    "generate --model ./none --prompts news.csv",
+    "generate --model ./none --prompt x --output out.csv",
+    "export --model ./none --format hf --output out --prompts news.csv",
     "generate --model ./none --prompt x --temperature 0",
     "generate --model ./none --prompt x --temperature inf",
     "generate --model ./none --prompt x --temperature 1 --top_p 1.5",
@@ -276,6 +290,7 @@ WRONG = (
     "report none --outptu x",
     "report sets --output none/report.html",
     "report sets --output sets",
+    "report sets --output page.pdf",
     "sweep none",
     "sweep quick_rank --output sets",
     "sweep quick_rank --output news.csv",
@@ -304,6 +319,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "done" / CARD).write_text(EXPORT_MARK)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "predictions.jsonl").write_text("{}")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "best.ckpt").write_text("")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -351,6 +368,33 @@ def test_a_mistake_is_named_early_in_the_words_of_the_command(
 
 
 @pytest.mark.parametrize(
+    "command",
+    ["chat", "evaluate --tasks fpb", "generate --prompt x", f"{_LABEL} --overwrite", "serve"],
+)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            "--tokenizer nobody/nothing",
+            "nobody/nothing is neither a local folder nor to be had fr",
+        ),
+        ("--tokenizer news.csv", "tokenizer: news.csv is a file; give its folder"),
+        ("--chat_template non", "chat_template 'non' is neither auto, none nor a file; did you m"),
+        (
+            "--chat_template new.csv",
+            "neither auto, none nor a file; the nearest name there is n",
+        ),
+    ],
+)
+def test_what_is_read_beside_a_model_is_looked_for_early(
+    command: str, wrong: str, message: str, folder: Path
+) -> None:
+    status, found = _early([*command.split(), "--model", "run", *wrong.split()]) or (0, "")
+    assert status == 1
+    assert message in found
+
+
+@pytest.mark.parametrize(
     "line",
     [
         "evaluate --model ./none --tasks fpb",
@@ -362,10 +406,37 @@ def test_a_mistake_is_named_early_in_the_words_of_the_command(
         "export --model ./none --format hf --output out",
     ],
 )
-@pytest.mark.parametrize("device", ["banana", "tpu9", "cuda:x"])
+@pytest.mark.parametrize("device", ["banana", "meta", "tpu9", "cuda:x"])
 def test_what_is_not_the_name_of_a_device_is_a_wrong_command_line(line: str, device: str) -> None:
     message = f"argument --device: {device!r} is not cpu, cuda or a name such as cuda:1"
     assert _early([*line.split(), "--device", device]) == (2, message)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate --model run --tasks fpb --data_dir sets --output locked/out",
+        "label --model run --task fpb --input news.csv --output locked/out.csv",
+        "generate --model run --prompt x --output locked/new/out.jsonl",
+        "decompose --model run --rank_ratio .5 --output locked/out",
+        "compress --model run --size .5 --calibration task:fpb --output locked/out",
+        "export --model run --format hf --output locked/out",
+        "sweep quick_rank --output locked/out",
+        "report run --output locked/out.html",
+        "compare run run --output locked/out.md",
+        "plan --config debug_quickstart --json locked/out.json",
+        f"{_PREDICT} --predictions.path locked/out.jsonl",
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(
+    line: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "locked").mkdir()
+    access = os.access  # by which root may write everywhere
+    monkeypatch.setattr(os, "access", lambda x, mode: x.name != "locked" and access(x, mode))
+    status, found = _early(line.split()) or (0, "")
+    assert status == 1
+    assert re.fullmatch(r"\S+ locked/\S+: the folder (/\S*/)?locked cannot be written to", found)
 
 
 @pytest.mark.parametrize(
@@ -375,6 +446,11 @@ def test_what_is_not_the_name_of_a_device_is_a_wrong_command_line(line: str, dev
         ("--model.recipe narow", "expected narrow or null, got 'narow'; did you mean narrow?"),
         ("--model.optimizer spectrom", "got 'spectrom'; did you mean spectron?"),
         ("--trainer.precision bf16-mixd", "got 'bf16-mixd'; did you mean bf16-mixed?"),
+        ("--config run", "--config run is a folder, not a file"),
+        (
+            "--trainer.check_val_every_n_epoch null --trainer.val_check_interval 0.5",
+            "val_check_interval 0.5 is a share of an epoch, and trainer.check_val_every_n_epoch nu",
+        ),
     ],
 )
 def test_the_nearest_of_the_words_that_a_setting_takes_is_named(
@@ -409,8 +485,15 @@ def test_the_nearest_option_is_searched_among_those_of_the_command(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--predictions.path texts.csv", "texts.csv is there already; predictions.overwrite repl"),
-        ("--predictions.path sets --predictions.overwrite true", "sets is a folder, not a file"),
+        (
+            "--predictions.path run/predictions.jsonl",
+            "run/predictions.jsonl is there already; predictions.overwrite repl",
+        ),
+        ("--predictions.path out.csv", "out.csv does not end in .jsonl"),
+        (
+            "--predictions.path sets --predictions.overwrite true",
+            "sets is a folder, not a file",
+        ),
         ("--trainer.default_root_dir run", "run/predictions.jsonl is there already"),
     ],
 )

@@ -265,12 +265,12 @@ def test_each_kind_of_source_is_shortened_and_healed_for_each_format(
 ) -> None:
     """By the curvature of the loss too: gradients pass heads with factors of their own."""
     size = 0.6 if kind == "run" else 0.7
-    quantized = {} if form == "low_rank" else {"heal_quantized": 1}
+    heal_quantized = int(form != "low_rank")
     made = command.compress(
         sources[kind], tmp_path / "small", size=size, calibration=given / "text.jsonl", format=form,
         calibration_tokens=330, refine=0, whitening="both", drop_blocks=1, device="cpu",
         tokenizer=given / "model" if kind == "gguf" else None, heal=1, teacher_weight=0.5,
-        block_length=16, precision="32-true", **quantized,
+        block_length=16, precision="32-true", heal_quantized=heal_quantized,
     )  # fmt: skip
     assert isinstance(made, stages.Compression)
     ratio = made.small["parameters"] / made.original["parameters"]

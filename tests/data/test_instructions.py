@@ -359,7 +359,7 @@ def _batch_of(row: InstructionRow) -> dict[str, Tensor]:
         ({"train_files": []}, "train_files: no path is given"),
         ({"train_files": "{}/empty"}, "train_files: .*empty has no file that ends in"),
         ({"train_files": "{}/a.md"}, r"train_files: .*a\.md ends in none of \.jsonl, "),
-        ({"train_files": "{}/a.csv"}, r"a\.csv:2: no field 'messages'; the fields are text, lab"),
+        ({"train_files": "{}/a.csv"}, r"a\.csv:2: the fields text, label are of none of the lay"),
         ({"train_files": "{}/a.jsonl", "separator": ";"}, r"separator ';' has an effect on \.csv"),
         ({"validation_files": "{}/a.jsonl"}, "validation_files has an effect with train_files al"),
         ({"train_files": "{}/a.jsonl", "validation_files": "b"}, "validation_files: b does not ex"),

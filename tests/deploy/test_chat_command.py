@@ -120,6 +120,7 @@ def test_two_slashes_begin_a_message_with_one(talk: Talk) -> None:
         ("/reset all\n", "line 1: /reset takes no text"),
         ("/save\n", "line 1: /save needs the name of a file"),
         ("/save x.jsonl\n", "line 1: there is nothing to save yet"),
+        ("/save x.csv\n", "line 1: /save x.csv does not end in .jsonl"),
         ("Profit " * 300, r"line 1: the message has \d+ tokens with all around it; with max_new"),
     ],
 )

@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from fingpt_lightning.models import device
-from fingpt_lightning.models.device import dtype_remark, find_dtype, free_bytes
+from fingpt_lightning.models.device import dtype_remark, find_device, find_dtype, free_bytes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["hpu", "mtia:1", "xla", "xpu"])
+def test_a_device_that_this_machine_does_not_have_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(ValueError, match=f"device '{name}' is not to be had here; there is cpu"):
+        find_device(name)
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,32 @@ def _break_json(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type":\n gpt2}')
 
 
+def test_a_device_is_checked_before_weights_are_read(tmp_path: Path) -> None:
+    save(tiny_gpt2(), tmp_path)
+    with pytest.raises(ValueError, match="device 'gpu' is not cpu, cuda or a name such as cuda:1"):
+        load_model(tmp_path, device="gpu")
+    with pytest.raises(ValueError, match="device 'xpu' is not to be had here"):
+        load_model(tmp_path, device="xpu")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ("nobody/nothing", "is neither a local folder nor to be had from the Hugging Face hub ("),
+        ("{}/config.json", "config.json is a file; give its folder"),
+        ("{}/empty", "holds none of tokenizer.json, tokenizer.model, vocab.json; found nothing"),
+    ],
+)
+def test_a_tokenizer_that_is_not_there_ends_in_one_short_line(
+    tokenizer: str, message: str, tmp_path: Path
+) -> None:
+    save(tiny_gpt2(), tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((OSError, ValueError), match=re.escape(message)) as raised:
+        load_model(tmp_path, tokenizer=tokenizer.format(tmp_path))
+    assert len(str(raised.value)) < 300
+
+
 def _grow_tokenizer(folder: Path) -> None:
     tiny_tokenizer(VOCABULARY + 1).save_pretrained(folder)
 

@@ -59,6 +59,13 @@ def test_planned_bytes_are_those_that_a_run_measures(plan: Plan, config: str) ->
     assert "fits: the run accounts for" in text
 
 
+def test_a_tokenizer_that_is_not_here_is_the_reason_that_data_are_not_read(plan: Plan) -> None:
+    status, text, _ = plan("debug_quickstart.yaml", "--data.tokenizer", "nobody/nothing")
+    assert status == 0, text
+    assert "data were not read (tokenizer nobody/nothing is not on this machine)" in text
+    assert "not calibrated: the data were not read" in text
+
+
 @pytest.mark.parametrize(
     ("config", "billions", "weights_gb"),
     [
@@ -140,7 +147,7 @@ def test_a_teacher_is_counted_in_the_peak_and_in_the_time(plan: Plan, tmp_path: 
 
 
 def test_weights_that_are_held_twice_are_counted_in_the_peak(plan: Plan) -> None:
-    narrow = {
+    narrow: dict[str, Any] = {
         "recipe": "narrow", "compression": 2.0, "rank": "auto", "embedding_rank": None,
         "learning_rate": None, "vocab_size": 4096,
     }  # fmt: skip

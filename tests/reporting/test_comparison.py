@@ -203,7 +203,8 @@ def test_wrong_paths_and_options_are_one_line(
     make_result(tmp_path / "run" / "eval" / "40", 4, 0.5)
     cases: list[tuple[tuple[str | Path, ...], int, str]] = [
         ((base,), 1, "compare needs two results or more"),
-        ((base, base), 1, "compare needs two results or more"),
+        ((base, base), 1, "base is named twice; fingpt report shows a single one"),
+        ((base / "results.json", other), 1, "results.json is a file; name its folder, "),
         ((base, tmp_path / "othr"), 1, "othr does not exist; the nearest name there is other"),
         ((base, tmp_path / "run"), 1, "a run has one for each step, as"),
         ((base, old), 1, "fpb names no rows (rows_sha256)"),

@@ -135,6 +135,7 @@ def test_the_command_finds_rows_that_were_trained_on(
         (("audit",), 2, "--data_dir is required: audit reads the rows that lie there"),
         (("audit", "fbp", "--data_dir", "."), 1, "did you mean fpb?"),
         (("audit", "fpb", "--data_dir", "."), 1, "task fpb: fpb holds no split"),
+        (("audit", "tfn,fpb", "--data_dir", "."), 1, "task 'tfn' is neither shipped nor"),
         (("audit", "--data_dir", "."), 1, "data_dir . holds no split of any task"),
         (("audit", "--data_dir", "nowhere"), 1, "data_dir: no folder nowhere"),
         (("audit", "--data_dir", ".", "--train_files", "no.jsonl"), 1, "no.jsonl"),

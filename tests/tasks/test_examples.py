@@ -244,7 +244,9 @@ _CHOICES = {"query": "Question: x", "choices": ["a", "b"], "gold": 0}
         ("fpb", {"text": "x", "label": "postive"}, "label 'postive' is none of negative, neutral, "
          "positive; did you mean positive?"),
         ("fpb", {"text": "x", "lable": "neutral"}, "no field 'label'; did you mean lable?"),
-        ("fpb", {"foo": 1}, "no field 'text'; the fields are foo"),
+        ("fpb", {"headline": "x", "mood": 1}, "the fields headline, mood are of none of the layouts"
+         " text, label; sentence, label; context, target; instruction, input, output"),
+        ("fpb", {"text": "x", "mood": 1}, "no field 'label'; the fields are text, mood"),
         ("fpb", {}, "no field 'text'; the fields are none"),
         ("fpb", {"text": {"a": 1}, "label": 1}, "field 'text' holds an object, not a text"),
         ("fpb", {"text": "\ud83d", "label": 1}, "'text': half a surrogate pair at character 0"),
@@ -437,7 +439,7 @@ def test_a_wrong_turn_is_refused_in_one_line(turn: object, message: str) -> None
         ("piqa", {"context": "x", "target": "y"}, "rows of context and target have no choices to "
          "score, which task piqa needs; train on them as task alpaca or by data.train_files"),
         ("winogrande", {"instruction": "x", "input": "", "output": "y"}, "rows of instruction"),
-        ("alpaca", {"foo": 1}, "no field 'messages'; the fields are foo"),
+        ("alpaca", {"foo": 1}, "the fields foo are of none of the layouts instruction, input, "),
     ],
 )  # fmt: skip
 def test_rows_in_a_layout_that_a_task_cannot_score_say_what_to_do(

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
+import huggingface_hub
 import pytest
 
-from fingpt_lightning.tasks import Example, find_task, read_rows
+from fingpt_lightning.tasks import Example, find_task, read_rows, sources
 from fingpt_lightning.tasks.sources import open_split, splits_in
 
 # The byte 0x85 ends a line in some readings of ISO-8859-1, and a sentence may hold the separator.
@@ -249,6 +250,32 @@ def test_the_hub_is_asked_for_the_named_set_and_split(monkeypatch: pytest.Monkey
 
 def _rows_of_hub(task: str, split: str) -> list[Mapping[str, object]]:
     return [row for _, row in open_split(find_task(task), None, split).rows]
+
+
+def test_a_hub_out_of_reach_is_asked_once_and_then_only_its_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def dataset_info(api: object, name: str, **settings: object) -> None:
+        asked.append((name, settings["timeout"]))
+        raise ConnectionError("no route to host")
+
+    def load_dataset(name: str, *_: object, **__: object) -> list[dict[str, object]]:
+        assert datasets.config.HF_HUB_OFFLINE, "each failed request would be repeated"
+        if name != "allenai/ai2_arc":
+            return [{"sentence": "Shares rose.", "label": 2}] * 4
+        raise FileNotFoundError("nothing in the cache")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "_reason_of_hub", sources._reason_of_hub.__wrapped__)
+    with pytest.raises(RuntimeError, match=r"Hugging Face hub \(no route to host\); give data_dir"):
+        _rows_of_hub("arc_easy", "test")
+    assert asked == [("allenai/ai2_arc", 10)]
+    assert len(_rows_of_hub("fpb", "train")) > 0
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_a_hub_out_of_reach_is_told_in_one_line() -> None:

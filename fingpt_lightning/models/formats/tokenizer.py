@@ -9,7 +9,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fingpt_lightning.files import read_json
-from fingpt_lightning.terminal.messages import is_panic
+from fingpt_lightning.terminal.inputs import TOKENIZER_FILES
+from fingpt_lightning.terminal.messages import first_line, is_panic
 
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Names of the class that computes what ``tokenizer.json`` describes, and nothing else."""
@@ -20,12 +21,11 @@ MAX_ADDED_TOKENS = 50_000
 """With as many loading takes some seconds; models have some hundreds."""
 _USES_CHAT_TEMPLATE = "fingpt_uses_chat_template"
 """The key of ``tokenizer_config.json`` that says whether prompts are rendered as chats."""
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def holds_tokenizer(folder: Path) -> bool:
     """Whether a tokenizer is among the files of a folder."""
-    return any((folder / name).is_file() for name in _FILES)
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedTokenizerFast:
@@ -45,14 +45,26 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
     except BaseException as error:  # of many kinds, and all mean that the files are wrong
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{where} holds no tokenizer that loads ({reason})") from error
+        raise ValueError(f"{where} {not_loaded(where, error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{where}: its tokenizer has no fast implementation")
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     try_out(tokenizer, where)
     return tokenizer
+
+
+def not_loaded(where: Path, error: BaseException) -> str:
+    """The end of the message on a tokenizer that does not load.
+
+    Args:
+        where: Folder or GGUF file of the tokenizer, or hub name.
+        error: What the library raised.
+    """
+    if where.is_dir() and not holds_tokenizer(where):  # of which it writes at length
+        found = ", ".join(sorted(path.name for path in where.iterdir())[:8]) or "nothing"
+        return f"holds none of {', '.join(TOKENIZER_FILES)}; found {found}"
+    return f"holds no tokenizer that loads ({first_line(error)})"
 
 
 def _is_plain(folder: Path) -> bool:
