@@ -1,12 +1,12 @@
 """What is left of a pretrained model at a share of its parameters, by what is done to it?
 
 Each row is one model: the original, and at each share one decomposed by plain singular values, by
-whitening, in sequence, refined block by block, without some of its blocks, healed on the original's
-predictions, and rounded to NF4, after some steps of training with rounded weights or without. The
-record is written after every row, and a row in it is not made again; what a row is made of is taken
-from ``--work_dir`` where another made it; decomposition, refinement and healing go on where a
-killed call was. Tokens written and rows answered per second are of one model after the other on the
-same machine.
+whitening, in sequence, refined block by block, without some of its blocks, healed half on the
+original's predictions and half on the text, on one of these alone, and rounded to NF4, after some
+steps of training with rounded weights or without. The record is written after every row, and a row
+in it is not made again; what a row is made of is taken from ``--work_dir`` where another made it;
+decomposition, refinement and healing go on where a killed call was. Tokens written and rows
+answered per second are of one model after the other on the same machine.
 
 One row at 0.5, with what it is made of:
 ``--shares 0.73,0.5 --only "0.5: half by blocks, healed"``.
@@ -107,13 +107,13 @@ class Healing(NamedTuple):
     """
 
     before: str
-    teacher_weight: float = 1.0
+    teacher_weight: float = 0.5
 
 
 HEALINGS = {
     HEALED: Healing(REFINED),
-    "healed, teacher 0.5": Healing(REFINED, teacher_weight=0.5),
-    "healed, no teacher": Healing(REFINED, teacher_weight=0.0),
+    "healed, predictions alone": Healing(REFINED, teacher_weight=1.0),
+    "healed, text alone": Healing(REFINED, teacher_weight=0.0),
     "blocks dropped, healed": Healing(DROPPED),
     "half by blocks, healed": Healing(HALF_DROPPED),
 }
@@ -299,7 +299,7 @@ def _make(
         steps=options.heal_quantized if is_rounded else options.heal,
         batch_size=options.batch_size, block_length=options.block_length,
         learning_rate=options.learning_rate, precision=options.precision,
-        teacher_weight=1.0 if is_rounded else HEALINGS[contender].teacher_weight,
+        teacher_weight=HEALINGS[HEALED if is_rounded else contender].teacher_weight,
         teacher_dtype=options.teacher_dtype, data_dir=options.data_dir, seed=1,
         quantize="nf4" if is_rounded else None,
     )  # fmt: skip
