@@ -45,6 +45,7 @@ def test_an_overlay_fits_a_config(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(FinGPTCLI, "_run_subcommand", lambda self, subcommand: built.append(self))
     monkeypatch.setattr(inputs, "refuse_unknown_on_hub", lambda name, revision: None)
+    monkeypatch.setattr(inputs, "_reason_of_hub", lambda name, revision: None)
     monkeypatch.setenv("WANDB_SILENT", "true")
     files = [CONFIGS / "overlays" / f"{name}.yaml" for name in overlays]
     named = [word for file in (path, *files) for word in ("--config", str(file))]

@@ -163,7 +163,7 @@ def test_a_misspelt_key_of_a_config_is_named(fit: Run, tmp_path: Path) -> None:
         (b"", "text"),
         (b'{"text": "a"}\nnot json\n', r"no\.jsonl.*2"),
         (b'{"body": "a"}\n', "body"),
-        (b'{"text": 7}\n', "int"),
+        (b'{"text": 7}\n', "a number, not a text"),
         (b"\xff\xfe\x00\x01\n", r"no\.jsonl"),
         (b'{"text": "too short"}\n', "token|held out|batch"),
     ],

@@ -616,7 +616,7 @@ def test_the_tables_name_rank_and_error_of_each_layer(decompose: Decompose, mode
         (("--rank_ratio", "0"), 2, r"--rank_ratio: 0 is outside \(0, 1\]"),
         (("--rank_ratio", "1.5"), 2, r"--rank_ratio: 1.5 is outside \(0, 1\]"),
         (("--energy", "x"), 2, "--energy: 'x' is not a number"),
-        (("--compression", "0.5"), 2, "--compression: 0.5 is below 1"),
+        (("--compression", "0.5"), 2, "--compression: 0.5 is not above 1"),
         (("--compression", "9"), 1, "compression 9 is out of reach: rank 1 everywhere gives"),
         ((), 2, "one of the arguments --rank_ratio --compression --energy is required"),
         (("--rank_ratio", "0.3", "--compression", "2"), 2, "not allowed with argument"),

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fingpt_lightning
 from fingpt_lightning.cli.main import main
+from fingpt_lightning.deploy import export_command
 from fingpt_lightning.models.loading import load_model
 from tests.deploy.tiny_clients import save_clients, save_low_rank_model
 from tests.evaluation.tiny_language import write_rows
@@ -63,7 +65,6 @@ def test_an_adapter_given_apart_is_merged(export: Export, tmp_path: Path) -> Non
         (("--output", "{}"), "is there, and no export; name another folder"),
         (("--tolerance", "1e-12", "--dtype", "bfloat16"), "more than the tolerance 1e-12"),
         (("--prompts", "{}/none.txt"), "no file .*none.txt"),
-        (("--device", "meta"), "exports are made on the CPU"),
     ],
     ids=lambda value: "" if isinstance(value, str) else value[0],
 )
@@ -75,6 +76,13 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     (line,) = error.strip().splitlines()[-1:]
     assert re.search(message, line)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_gpu_is_refused(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_command, "find_device", torch.device)
+    status, _, error = export("--device", "cuda")
+    assert status == 1
+    assert "device cuda: exports are made on the CPU" in error
 
 
 def test_a_wrong_format_is_status_2(export: Export) -> None:

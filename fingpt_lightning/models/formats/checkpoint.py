@@ -103,7 +103,9 @@ def read_adapter_checkpoint(file: Path) -> AdapterCheckpoint:
     config, state = contents[_ADAPTER_CONFIG], contents["state_dict"]
     base_quantize = contents.get(_BASE_QUANTIZE)
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        if not isinstance(name, str):
+            raise ValueError(f"{file}: {name!r} is not a tensor's name")
+        if not isinstance(tensor, Tensor):
             raise ValueError(f"{file}: {name!r} holds {kind_of(tensor)}, not a tensor")
     return AdapterCheckpoint(
         config, base_quantize, {name.removeprefix(_NETWORK): t for name, t in state.items()}
