@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from benchmarks import dense_first
+from tests.support.fed_text import write_fed_text
 
 SPECTRON = {"optimizer": "spectron", "spectron_dense": True, "embedding_learning_rate": 0.03}
 GRID: dict[str, Any] = {
@@ -33,12 +34,7 @@ GRID: dict[str, Any] = {
 def test_dense_layers_become_factors_and_stand_beside_runs_from_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = tmp_path / "data" / "fed_text"
-    text.mkdir(parents=True)
-    documents = [f"The rate of year {year} rose by {year % 7} points." for year in range(300)]
-    for name, part in (("train", documents), ("validation", documents[:4])):
-        rows = [json.dumps({"text": document}) for document in part]
-        (text / f"{name}.jsonl").write_text("\n".join(rows))
+    write_fed_text(tmp_path / "data")
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(GRID))
     rates = {variant["name"]: 0.025 for variant in GRID["variants"]}
     (tmp_path / "rates.json").write_text(json.dumps({"rates": rates, "rest_rates": {}}))

@@ -13,6 +13,7 @@ from benchmarks import quality
 from benchmarks.quality_plot import _runs_over_time
 from benchmarks.quality_runs import Run, Variant, Workshop, read_grid
 from fingpt_lightning.modules import LowRankPretraining
+from tests.support.fed_text import write_fed_text
 
 SMALL = {"rank": 2, "embedding_rank": 2}
 GRID: dict[str, Any] = {
@@ -36,12 +37,7 @@ GRID: dict[str, Any] = {
 
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
-    text = tmp_path / "data" / "fed_text"
-    text.mkdir(parents=True)
-    documents = [f"The rate of year {year} rose by {year % 7} points." for year in range(300)]
-    for name, part in (("train", documents), ("validation", documents[:4])):
-        rows = [json.dumps({"text": document}) for document in part]
-        (text / f"{name}.jsonl").write_text("\n".join(rows))
+    write_fed_text(tmp_path / "data")
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(GRID))
     return [
         "quality", "--grid", str(tmp_path / "grid.yaml"), "--json", str(tmp_path / "record.json"),
