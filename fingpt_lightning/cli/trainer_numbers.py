@@ -52,6 +52,8 @@ def check_trainer_numbers(values: Mapping[str, Any]) -> None:
         group, _, name = key.rpartition(".")
         if key == "seed_everything" and not 0 <= value < 2**32:
             raise ConfigError(f"{key} {value} is outside [0, 2**32)")
+        if key == "trainer.devices" and value < 1 and value != -1:
+            raise ConfigError(f"{key} {value} is below 1; -1 takes all devices")
         if key == "last_checkpoint.every_n_train_steps" and value < 1:
             raise ConfigError(f"{key} {value} is below 1")
         if group == "trainer" and name in _LEAST:

@@ -91,4 +91,7 @@ def _storage_url(text: str) -> str:
             f"--storage: scheme {scheme!r} is none of {', '.join(_SCHEMES)}"
             f"{nearest(scheme, _SCHEMES)}"
         )
+    file = text.partition(":///")[2].partition("?")[0]
+    if scheme == "sqlite" and file and Path(file).is_dir():
+        raise WrongOptions(f"--storage: {text} is a folder; write sqlite:///FILE")
     return text

@@ -103,6 +103,17 @@ def test_help_lists_the_commands_at_once(program: list[str]) -> None:
         assert re.search(rf"^ +{word}", done.stdout, re.MULTILINE)
 
 
+def test_help_of_a_command_has_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["help", "sweep"])
+    assert ended.value.code == 0
+    assert "--storage" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["help", "swep"])
+    assert ended.value.code == 2
+    assert "did you mean sweep?" in capsys.readouterr().err
+
+
 def test_credentials_in_an_address_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["fit", "--trainer.logger.tracking_uri", "http://me:secret@host/mlflow", "--bad"]
     with pytest.raises(SystemExit):

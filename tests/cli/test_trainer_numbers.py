@@ -11,6 +11,7 @@ from fingpt_lightning.cli.trainer_numbers import check_trainer_numbers
     ("key", "taken", "refused"),
     [
         ("trainer.max_steps", (-1, 0, 7), {-2: "trainer.max_steps -2 is below -1"}),
+        ("trainer.devices", (-1, 1, 8), {0: "0 is below 1; -1 takes all", -2: "-2 is below 1"}),
         ("trainer.num_nodes", (1,), {0: "trainer.num_nodes 0 is below 1"}),
         ("trainer.accumulate_grad_batches", (1, 4), {0: "0 is below 1", -2: "-2 is below 1"}),
         ("trainer.check_val_every_n_epoch", (1,), {0: "0 is below 1"}),

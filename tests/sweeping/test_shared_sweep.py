@@ -426,6 +426,7 @@ def test_an_unreachable_server_is_one_line() -> None:
     [
         (["--storage", "postgres://a:word@h/d"], "did you mean postgresql"),
         (["--storage", "word"], "--storage is not a database URL"),
+        (["--storage", "sqlite:////"], "sqlite://// is a folder; write sqlite:///FILE"),
         (["--storage", "env:NOT_SET_HERE"], "that environment variable is not set"),
         (["--storge", "postgresql://a:word@h/d"], "did you mean --storage"),
         (["--study", "a"], "--study names a sweep in a database"),
