@@ -38,9 +38,10 @@ QUESTION = (
     " merged network, how many tokens are written, and are the answers the same?"
 )
 MERGED, LOOP = "merged, float32", "merged, plain transformers loop"
+BFLOAT16 = "merged, bfloat16"
 CONTENDERS: dict[str, tuple[str, bool, str]] = {
     MERGED: ("nf4", True, "merged"),
-    "merged, bfloat16": ("nf4", True, "merged"),
+    BFLOAT16: ("nf4", True, "merged"),
     "nf4, at every product": ("nf4", False, "never"),
     "nf4, once": ("nf4", False, "always"),
     "nf4 with adapter, at every product": ("nf4", True, "never"),
@@ -85,7 +86,7 @@ def main() -> None:
 
 def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     networks = {
-        name: _network(options.model, options.rank, *how, bfloat16="bfloat16" in name)
+        name: _network(options.model, options.rank, *how, bfloat16=name == BFLOAT16)
         for name, how in CONTENDERS.items()
     }
     tokenizer = load_model(options.model).require_tokenizer()
@@ -103,10 +104,14 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         name: lambda own=network: _texts(own, tokenizer, prompts, options.new_tokens)  # type: ignore[misc]
         for name, network in networks.items()
     }
-    peak = measured_peak_flops_per_s(torch.device("cpu"), torch.float32)
+    peaks = {  # of one thread, as rates are by CPU second
+        dtype: measured_peak_flops_per_s(torch.device("cpu"), dtype) / torch.get_num_threads()
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     flops = _flops(networks[MERGED], encoded)
     rows = _measure_in_turn("label", labels, len(examples), options.repeats)
     for row in rows:
+        peak = peaks[torch.bfloat16 if row["contender"] == BFLOAT16 else torch.float32]
         row["share_of_peak"] = flops * row["per_cpu_s"]["median"] / len(examples) / peak
     return rows + _measure_in_turn(
         "generate", texts, len(prompts) * options.new_tokens, options.repeats
@@ -243,6 +248,7 @@ def _summarized(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, float]]:
                 yield f"{what}_{key}_ratio_to_merged", ratios[name]
     by_name = {row["contender"]: row for row in rows if row["what"] == "label"}
     yield "label_share_of_peak", by_name[MERGED]["share_of_peak"]
+    yield "label_bfloat16_share_of_peak", by_name[BFLOAT16]["share_of_peak"]
     shares = [row["share_of_equal_answers"] for row in rows if "once" in row["contender"]]
     yield "share_of_equal_answers", min(shares)
 
