@@ -140,7 +140,7 @@ def trained(
         TextFiles(find_text_files(str(files[0]))), source.tokenizer, source.network.config,
         options.calibration_tokens, int(grid.data["block_length"]),
     )  # fmt: skip
-    made = decompose_model(source, request, small, calibration)
+    made = decompose_model(source, request, small, calibration, overwrite=True)
     row["decomposition_time_s"] = round(time.perf_counter() - started_s, 1)
     after = _settings(low_rank, rates)
     for name in ("rank", "embedding_rank"):
