@@ -57,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=200, help="rows to label")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each fit")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--now", default="", help="options of label that the earlier commit does without,"
+        " in quotes: '--chat_template none' for one that had no chat templates",
+    )  # fmt: skip
     parser.add_argument("--toy", action="store_true", help="a random model and a few made-up rows")
     options = parser.parse_args(arguments)
     if not options.toy and options.data_dir is None:
@@ -65,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(name)
         if options.toy:
             options.model, options.data_dir = str(toy_model(folder)), toy_data(folder)
-        names = ("limit", "steps", "repeats")
+        names = ("limit", "steps", "repeats", "now")
         settings = {key: getattr(options, key) for key in names}
         record = new_record(
             QUESTION,
@@ -105,6 +109,7 @@ def _measure(
             for what, how in LABELS.items():
                 written = folder / f"{name}.jsonl"
                 words = ["label", "--model", str(model), *how, *([str(adapter)] if how else [])]
+                words += options.now.split() if name == NOW else []
                 words += ["--task", "fpb", "--input", str(texts), "--output", str(written)]
                 seconds.setdefault((what, name), []).append(_run(checkout, [*words, "--overwrite"]))
                 found = written.read_text(encoding="utf-8").splitlines()

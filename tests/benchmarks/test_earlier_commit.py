@@ -14,9 +14,12 @@ def test_both_checkouts_run_every_work_at_toy_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[Path, str]] = []
+    told: set[Path] = set()
 
     def run(checkout: Path, words: list[str]) -> float:
         ran.append((checkout, words[0]))
+        if "--chat_template" in words:
+            told.add(checkout)
         if words[0] == "fit":
             place = Path(words[words.index("--trainer.logger.save_dir") + 1]) / "metrics.csv"
             place.parent.mkdir(parents=True)
@@ -33,9 +36,10 @@ def test_both_checkouts_run_every_work_at_toy_size(
         subprocess.run(["git", "-C", str(tmp_path), *as_someone, *words], check=True)
     path = tmp_path / "record.json"
     words = ["--toy", "--limit", str(_LIMIT), "--repeats", "1", "--earlier", str(tmp_path)]
-    earlier_commit.main([*words, "--json", str(path)])
+    earlier_commit.main([*words, "--now", "--chat_template none", "--json", str(path)])
     record = json.loads(path.read_text())
     assert {checkout for checkout, _ in ran} == {tmp_path, Path.cwd()}
+    assert told == {Path.cwd()}
     assert [word for _, word in ran] == ["fit", "label", "label", "label"] * 2
     works = [(row["work"], row["checkout"]) for row in record["rows"]]
     assert sorted(works) == sorted(
