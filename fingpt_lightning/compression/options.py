@@ -32,7 +32,7 @@ TEACHER_DTYPES = ("bfloat16", "float32")
 STORED_DTYPES = ("bfloat16", "float16", "float32")
 REFINE_STEPS = 40
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 0.0005, 0.1, 0.0
-TEACHER_WEIGHT = 1.0
+TEACHER_WEIGHT = 0.5
 
 _OF_HEALING = {
     "learning_rate": LEARNING_RATE, "warmup": WARMUP, "weight_decay": WEIGHT_DECAY,

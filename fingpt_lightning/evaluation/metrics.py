@@ -11,10 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torchmetrics.functional.classification import (
-    multiclass_confusion_matrix,
-    multiclass_matthews_corrcoef,
-)
 
 _NUM_RESAMPLES = 1000
 _PERCENTILES = (2.5, 97.5)
@@ -53,6 +49,12 @@ def label_metrics(
     Raises:
         ValueError: There are no rows.
     """
+    # Here, since it brings scipy and matplotlib, a seventh of the start of a command that labels.
+    from torchmetrics.functional.classification import (
+        multiclass_confusion_matrix,
+        multiclass_matthews_corrcoef,
+    )
+
     if not gold:
         raise ValueError("no row has a gold label")
     gold_N = torch.tensor(gold)

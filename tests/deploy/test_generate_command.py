@@ -264,3 +264,15 @@ def test_help_is_answered_without_torch(command: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "--output" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["deploy.labelling", "deploy.generation", "serving.app"])
+def test_a_model_answers_without_what_training_and_figures_need(module: str) -> None:
+    script = (
+        f"import sys, fingpt_lightning.{module}\n"
+        "found = {'lightning', 'torchmetrics', 'matplotlib'} & sys.modules.keys()\n"
+        "assert not found, found"
+    )
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
