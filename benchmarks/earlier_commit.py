@@ -22,6 +22,7 @@ import torch
 from benchmarks.evaluation import toy_data, toy_model
 from benchmarks.record import markdown_table, new_record, spread, write_record
 from fingpt_lightning.low_rank.adapters import AdapterOptions
+from fingpt_lightning.metric_keys import THROUGHPUT_STEP_TIME_S
 from fingpt_lightning.models.adapting import adapt, adapted_layers, save_adapter
 from fingpt_lightning.models.loading import load_model
 
@@ -148,7 +149,7 @@ def _fit_words(
     def step_seconds() -> list[float]:
         file = next(output.rglob("metrics.csv"))
         with file.open(encoding="utf-8") as opened:
-            found = [row.get("throughput/step_time_s") for row in csv.DictReader(opened)]
+            found = [row.get(THROUGHPUT_STEP_TIME_S) for row in csv.DictReader(opened)]
         return [float(text) for text in found if text][_WARM_UP_STEPS - 1 :]
 
     return words, step_seconds
