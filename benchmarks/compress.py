@@ -3,10 +3,11 @@
 Each row is one model: the original, and at each share one decomposed by plain singular values, by
 whitening, in sequence, refined block by block, without some of its blocks, healed half on the
 original's predictions and half on the text, on one of these alone, and rounded to NF4, after some
-steps of training with rounded weights or without. The record is written after every row, and a row
-in it is not made again; what a row is made of is taken from ``--work_dir`` where another made it;
-decomposition, refinement and healing go on where a killed call was. Tokens written and rows
-answered per second are of one model after the other on the same machine.
+steps of training with rounded weights or without. One more row at each share is what ``fingpt
+compress`` makes in a process of its own, from start to table. The record is written after every
+row, and a row in it is not made again; what a row is made of is taken from ``--work_dir`` where
+another made it; decomposition, refinement and healing go on where a killed call was. Tokens written
+and rows answered per second are of one model after the other on the same machine.
 
 One row at 0.5, with what it is made of:
 ``--shares 0.73,0.5 --only "0.5: half by blocks, healed"``.
@@ -16,7 +17,11 @@ import argparse
 import gc
 import json
 import math
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,8 +67,17 @@ ORIGINAL, REFINED, HEALED = "original", "refined", "healed"
 NF4, NF4_TRAINED = "healed, NF4", "healed, healed rounded, NF4"
 NF4_CALIBRATED = f"{NF4_TRAINED} calibrated"
 """The weights of `NF4_TRAINED`, rounded with the calibration as those of `NF4` are."""
+COMMAND = "fingpt compress"
 DROPPED, HALF_DROPPED = "blocks dropped", "half by blocks, refined"
 HEAL_QUANTIZED = 60
+_OF_COMMAND = {
+    name: {"text_tokens": "tokens"}.get(name, name)
+    for name in (
+        "calibration_tokens", "refine", "batch_size", "block_length", "learning_rate", "precision",
+        "teacher_dtype", "text_tokens",
+    )
+}  # fmt: skip
+"""Options of the command, and those of this benchmark that give them."""
 _COLORS = ("#1d4ed8", "#c2410c", "#0f766e")
 
 
@@ -123,7 +137,7 @@ def main() -> None:
     """Makes the rows that the record does not hold yet."""
     options = _parser().parse_args()
     keep_freed_memory()
-    asides = ("json", "work_dir", "data_dir", "max_rows", "only")
+    asides = ("json", "work_dir", "data_dir", "max_rows", "only", "command_heal")
     settings = {key: value for key, value in vars(options).items() if key not in asides}
     if options.heal_quantized == HEAL_QUANTIZED:
         del settings["heal_quantized"]  # as in records from before it was an option
@@ -160,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--refine", type=int, default=40, help="steps per block")
     add("--heal", type=int, default=200, help="steps")
     add("--heal_quantized", type=int, default=HEAL_QUANTIZED, help="steps with rounded weights")
+    add("--command_heal", type=int, default=250, help="steps of the row of the command")
     add("--batch_size", type=int, default=8)
     add("--block_length", type=int, default=512)
     add("--learning_rate", type=float, default=0.0005)
@@ -177,7 +192,7 @@ def contenders(shares: str) -> Iterator[tuple[float, str]]:
     """Share of the parameters and treatment of each row, in the order of the record."""
     yield 1.0, ORIGINAL
     for text in shares.split(","):
-        for name in (*WAYS, *HEALINGS, NF4, NF4_TRAINED, NF4_CALIBRATED):
+        for name in (*WAYS, *HEALINGS, NF4, NF4_TRAINED, NF4_CALIBRATED, COMMAND):
             yield float(text), name
 
 
@@ -201,9 +216,11 @@ def measured(share: float, contender: str, options: argparse.Namespace) -> dict[
         model = _model(share, contender, source, options)
         row["making_time_s"] = float(_seconds_file(model).read_text(encoding="utf-8"))
         way = contender
-        while way not in WAYS:
+        while way not in (*WAYS, COMMAND):
             way = _before(way)
         parameters = _num_parameters(_folder(share, way, options))
+    if contender == COMMAND:
+        row["heal"] = options.command_heal
     config = source.network.config
     texts = {
         name: text_calibration(
@@ -223,6 +240,8 @@ def measured(share: float, contender: str, options: argparse.Namespace) -> dict[
         if key in figures:
             row[key] = figures[key]
     row["peak_memory_gib"] = peak_rss_bytes() / 2**30
+    if contender == COMMAND:  # Linux gives kibibytes
+        row["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     return row
 
 
@@ -237,7 +256,7 @@ def _model(share: float, contender: str, source: Source, options: argparse.Names
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     seconds = 0.0
-    if contender not in WAYS:
+    if contender not in (*WAYS, COMMAND):
         base = _model(share, _before(contender), source, options)
         seconds += float(_seconds_file(base).read_text(encoding="utf-8"))
     started = time.perf_counter()
@@ -263,6 +282,9 @@ def _make(
     folder: Path, share: float, contender: str, source: Source, options: argparse.Namespace
 ) -> None:
     sources = _sources(options)
+    if contender == COMMAND:
+        _run_command(folder, share, options)
+        return
     if contender in WAYS:
         way = WAYS[contender]
         calibration = _calibration(sources, source, options) if way.is_calibrated else None
@@ -305,6 +327,24 @@ def _make(
     )  # fmt: skip
     form = "nf4" if is_rounded else "hf" if _before(contender) == DROPPED else "low_rank"
     export(load_model(checkpoint, tokenizer=before), form, folder)
+
+
+def _run_command(folder: Path, share: float, options: argparse.Namespace) -> None:
+    """The whole command, with the texts and tasks that it measures both models on itself."""
+    calibration = [
+        word if word.startswith("task:") else str(options.data_dir / word)
+        for word in options.calibration.split(",")
+    ]
+    words = ["--model", options.model, "--size", f"{share:g}", "--output", str(folder)]
+    words += ["--calibration", *calibration, "--data_dir", str(options.data_dir)]
+    words += ["--texts", *(str(options.data_dir / file) for file in TEXTS.values())]
+    words += ["--tasks", options.tasks, "--heal", str(options.command_heal)]
+    if options.limit is not None:
+        words += ["--limit", str(options.limit)]
+    for option, name in _OF_COMMAND.items():
+        words += [f"--{option}", str(getattr(options, name))]
+    command = [sys.executable, "-m", "fingpt_lightning", "compress", *words]
+    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
 
 
 def _num_blocks(source: Source, saved: float) -> int:

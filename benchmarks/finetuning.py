@@ -19,6 +19,7 @@ from fingpt_lightning.data import FinancialInstructions
 from fingpt_lightning.data.batch import IGNORED_LABEL, TokenBatch
 from fingpt_lightning.data.instruction_batches import Batching, Collate
 from fingpt_lightning.low_rank.adapters import AdapterOptions
+from fingpt_lightning.low_rank.cpu_products import faster_products
 from fingpt_lightning.models import vocabulary_loss
 from fingpt_lightning.models.adapting import adapt, adapter_state
 from fingpt_lightning.models.formats.peft_adapter import peft_state
@@ -68,6 +69,7 @@ class OurStep:
         self.optimizer.zero_grad()
         return loss.detach()
 
+    @faster_products()
     def backward(self, batch: TokenBatch) -> Tensor:
         """Forward and backward alone."""
         hidden = run_packed(

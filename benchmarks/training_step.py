@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from fingpt_lightning.low_rank import ModelBudget, RankRule
+from fingpt_lightning.low_rank.cpu_products import faster_products
 from fingpt_lightning.models import (
     Recompute,
     build_network,
@@ -139,9 +140,12 @@ class TrainingStep:
         device_type = self.tokens.device.type
         _synchronize(device_type)
         start_s = time.perf_counter()
-        with torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = self._loss()
-        loss.backward()
+        # transformers' own loop takes torch's products as they are.
+        is_ours = self.contender != "transformers"
+        with faster_products() if is_ours else nullcontext():
+            with torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16"):
+                loss = self._loss()
+            loss.backward()
         clip_grad_norm_(self.network.parameters(), 1.0, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fingpt_lightning.deploy.generation import Prompt, complete
 from fingpt_lightning.evaluation.command import evaluate
+from fingpt_lightning.low_rank.cpu_products import faster_products
 from fingpt_lightning.models.device import device_name
 from fingpt_lightning.models.families import logits_of
 from fingpt_lightning.models.loading import load_model
@@ -25,6 +26,7 @@ _PROMPTS = ("The Federal Reserve", "Shares of the company", "The dividend", "In 
 _NEW_TOKENS, _REPEATS = 32, 3
 
 
+@faster_products()
 def perplexity(network: PreTrainedModel, ids: Int[Tensor, "N T"]) -> float:
     """Exp of the mean loss of each token but the first of each row.
 

@@ -46,6 +46,7 @@ from fingpt_lightning.files import (
     write_json,
 )
 from fingpt_lightning.low_rank import LowRankEmbedding
+from fingpt_lightning.low_rank.cpu_products import faster_products
 from fingpt_lightning.low_rank.decomposition import Method
 from fingpt_lightning.low_rank.rank import resolve_rank
 from fingpt_lightning.low_rank.rank_allocation import (
@@ -229,6 +230,7 @@ def check_embedding_rank(source: Source, rank: int | float | None) -> None:
     _embedding_rank(source, rank)
 
 
+@faster_products()
 def decompose_model(
     source: Source,
     request: Request,

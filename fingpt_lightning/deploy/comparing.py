@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fingpt_lightning.low_rank.cpu_products import faster_products
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.tokenizer import check_tokens
 
@@ -75,6 +76,7 @@ def probes(
 
 
 @torch.no_grad()
+@faster_products()
 def logits_of(network: PreTrainedModel, prompts: Sequence[Probe]) -> list[Float[Tensor, "N V"]]:
     """The logits at each position of each prompt, each prompt run alone."""
     found = []

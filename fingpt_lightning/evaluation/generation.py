@@ -16,6 +16,7 @@ from fingpt_lightning.evaluation.batches import batches_of, default_batch_tokens
 from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
 from fingpt_lightning.evaluation.scoring import Prediction, kept_rows, unanswered
 from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
+from fingpt_lightning.low_rank.cpu_products import faster_products
 from fingpt_lightning.models.decoding import write_on
 from fingpt_lightning.models.families import max_positions
 from fingpt_lightning.models.formats.tokenizer import check_tokens
@@ -92,6 +93,7 @@ def _is_written(prediction: Prediction) -> bool:
 
 
 @torch.no_grad()
+@faster_products()
 def write_answers(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,

@@ -11,6 +11,7 @@ from fingpt_lightning.evaluation.answer_scores import answer_scores
 from fingpt_lightning.evaluation.batches import batches_of, default_batch_tokens, plan_batches
 from fingpt_lightning.evaluation.forward import SharedPrefix, run_trees
 from fingpt_lightning.evaluation.token_tree import build_tree, num_common_tokens
+from fingpt_lightning.low_rank.cpu_products import faster_products
 from fingpt_lightning.models.families import head_of, logit_cap, max_positions
 from fingpt_lightning.models.finite import not_finite
 from fingpt_lightning.models.formats.tokenizer import check_tokens
@@ -46,6 +47,7 @@ PENDING = Prediction(None, (), is_cut=False, is_pending=True)
 
 
 @torch.no_grad()
+@faster_products()
 def score(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,

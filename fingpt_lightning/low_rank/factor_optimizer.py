@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from fingpt_lightning.low_rank.cpu_products import faster_products, is_exact
 from fingpt_lightning.low_rank.embedding import LowRankEmbedding, OwnLowRankHead
 from fingpt_lightning.low_rank.linear import LowRankLinear
 
@@ -75,10 +76,10 @@ def has_exact_grams(matrices: Float[Tensor, "*N R F"]) -> bool:
     TF32 and bfloat16, which torch may multiply in where it is allowed to, would be all there is.
     """
     rows, columns = matrices.shape[-2:]
-    is_exact = matrices.dtype == torch.float64 or (
-        matrices.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    has_exact_products = matrices.dtype == torch.float64 or (
+        matrices.dtype == torch.float32 and is_exact(matrices.device)
     )
-    return is_exact and 2 * columns >= 3 * rows
+    return has_exact_products and 2 * columns >= 3 * rows
 
 
 def _polynomial(gram: Float[Tensor, "*N R R"]) -> Float[Tensor, "*N R R"]:
@@ -159,13 +160,14 @@ class FactorOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            if group["is_low_rank"]:
-                self._step_factors(group)
-            elif group["is_dense"]:
-                self._step_dense(group)
-            else:
-                self._step_adamw(group)
+        with faster_products():
+            for group in self.param_groups:
+                if group["is_low_rank"]:
+                    self._step_factors(group)
+                elif group["is_dense"]:
+                    self._step_dense(group)
+                else:
+                    self._step_adamw(group)
         return loss
 
     def _step_adamw(self, group: dict[str, Any]) -> None:

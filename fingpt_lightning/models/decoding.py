@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from fingpt_lightning.low_rank.cpu_products import faster_products
 from fingpt_lightning.models.decode_step import decode_step
 from fingpt_lightning.models.families import logits_of
 from fingpt_lightning.models.finite import not_finite
@@ -29,6 +30,7 @@ def greedy(logits: Float[Tensor, "B V"]) -> Int[Tensor, "B"]:
 
 
 @torch.no_grad()
+@faster_products()
 def decode(
     network: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -103,6 +105,7 @@ def run_prompts(
 
 
 @torch.no_grad()
+@faster_products()
 def write_on(
     network: PreTrainedModel,
     hidden: Float[Tensor, "B D"],

@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from fingpt_lightning.low_rank.cpu_products import faster_products
 from fingpt_lightning.terminal.inputs import refuse_unknown_device
 
 AUTO_DTYPE = "auto"
@@ -74,6 +75,7 @@ def _has_bfloat16() -> bool:
 
 
 @functools.cache
+@faster_products()
 def bfloat16_speedup(in_features: int, out_features: int) -> float:
     """Time of a product of a batch of texts in float32 over that in bfloat16, on this CPU.
 

@@ -35,6 +35,7 @@ from fingpt_lightning.evaluation.runner import predict
 from fingpt_lightning.hub.names import check_hub_name
 from fingpt_lightning.hub.pushing import Pushed, push_to_hub, refuse_no_access, upload
 from fingpt_lightning.low_rank.adapters import FrozenBase
+from fingpt_lightning.low_rank.cpu_products import faster_products
 from fingpt_lightning.metric_keys import (
     TRAIN_BYTES,
     TRAIN_GRADIENT_NORM,
@@ -384,10 +385,16 @@ class LanguageModelingModule(LightningModule):
         return self.loss_sum_and_tokens(hidden, batch["labels"])
 
     @override
+    @faster_products()
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         sums = self.training_sums(batch, self.hidden_states(batch))
         self.log_step(sums)
         return self.backward_start(sums.loss_sum)
+
+    @override
+    @faster_products()
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().backward(loss, *args, **kwargs)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -437,6 +444,7 @@ class LanguageModelingModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @override
+    @faster_products()
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         self.log_evaluation(self.batch_loss(batch, self.hidden_states(batch)))
 
@@ -445,6 +453,7 @@ class LanguageModelingModule(LightningModule):
         self.validation_step(batch, batch_idx)
 
     @override
+    @faster_products()
     def predict_step(self, batch: TokenBatch | QuestionBatch, batch_idx: int) -> list[PredictedRow]:
         """The answers to questions as `fingpt evaluate` gives them, or the losses of blocks."""
         if isinstance(batch, QuestionBatch):

@@ -4,7 +4,10 @@ import time
 
 import torch
 
+from fingpt_lightning.low_rank.cpu_products import faster_products
 
+
+@faster_products()
 def measured_peak_flops_per_s(
     device: torch.device, dtype: torch.dtype, seconds: float = 0.2
 ) -> float:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from fingpt_lightning.low_rank.adapters import FrozenBase
+from fingpt_lightning.low_rank.cpu_products import faster_products
 from fingpt_lightning.models import LossSums, Recompute, recompute_blocks
 from fingpt_lightning.pipeline import (
     Balance,
@@ -250,6 +251,7 @@ class PipelineStrategy(PipelineProcesses):
         )
 
     @override
+    @faster_products()
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         module, runtime = self._running()
         trainer = self._trainer
@@ -323,6 +325,7 @@ class PipelineStrategy(PipelineProcesses):
         return square.sqrt().to(norm.dtype if counted else square.dtype)
 
     @override
+    @faster_products()
     def validation_step(self, batch: Mapping[str, Any], *args: Any) -> None:
         module, runtime = self._running()
         with _told_by_stages(), gathered(module):
@@ -334,6 +337,7 @@ class PipelineStrategy(PipelineProcesses):
         self.validation_step(batch)
 
     @override
+    @faster_products()
     def predict_step(self, batch: Mapping[str, Any], *args: Any) -> list[Any]:
         module, runtime = self._running()
         with _told_by_stages(), gathered(module):

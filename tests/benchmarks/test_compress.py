@@ -33,7 +33,7 @@ def test_the_benchmark_goes_on_where_it_ended(
         "--data_dir", str(tmp_path / "data"), "--work_dir", str(tmp_path / "work"),
         "--tokens", "64", "--block_length", "16", "--calibration_tokens", "90", "--refine", "2",
         "--calibration", "fed_text/train.jsonl=2,task:fpb=1", "--heal", "2", "--batch_size", "2",
-        "--heal_quantized", "2",
+        "--heal_quantized", "2", "--command_heal", "1", "--teacher_dtype", "float32",
         "--precision", "32-true", "--tasks", "fpb", "--limit", "4",
     ]  # fmt: skip
 
@@ -48,18 +48,20 @@ def test_the_benchmark_goes_on_where_it_ended(
     assert isinstance(rows, list)
     assert [row["contender"] for row in rows] == ["original", "plain SVD"]
     only = ["sequential", compress.HEALED, compress.NF4_CALIBRATED]
-    again = run("--only", ";".join([*only, "0.8: blocks dropped, healed", "0.5: refined"]))
+    only += [compress.COMMAND, "0.8: blocks dropped, healed", "0.5: refined"]
+    again = run("--only", ";".join(only))
     found = again["rows"]
     assert isinstance(found, list)
     assert found[:2] == rows
     assert [row["contender"] for row in found] == [
         "original", "plain SVD", "sequential", "healed", "blocks dropped, healed",
-        compress.NF4_CALIBRATED,
+        compress.NF4_CALIBRATED, compress.COMMAND,
     ]  # fmt: skip
     made = sorted(path.name for path in (tmp_path / "work").glob("*-0_8"))
     assert made == [
         "blocks_dropped-0_8",
         "blocks_dropped_healed-0_8",
+        "fingpt_compress-0_8",
         "healed-0_8",
         "healed_healed_rounded_NF4-0_8",
         "healed_healed_rounded_NF4_calibrated-0_8",
@@ -69,6 +71,7 @@ def test_the_benchmark_goes_on_where_it_ended(
     ]
     for row in found[1:]:
         assert row["parameters"] / found[0]["parameters"] == pytest.approx(0.8, abs=0.02)
+        assert row["peak_memory_gib"] > 0.1
         assert row["mean_accuracy"] == row["fpb_accuracy"]
     ratios = again["summary"]
     assert isinstance(ratios, dict)

@@ -2,8 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fingpt_lightning.low_rank import frozen_products
-from fingpt_lightning.low_rank.frozen_products import frozen_linear, has_faster_products
+from fingpt_lightning.low_rank import cpu_products, frozen_products
+from fingpt_lightning.low_rank.cpu_products import has_faster_products
+from fingpt_lightning.low_rank.frozen_products import frozen_linear
 from tests.support.numerics import assert_no_worse
 
 
@@ -12,7 +13,8 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     # Where oneDNN is not as exact, nobody may be sent there, a test neither.
     if request.param and not has_faster_products():
         pytest.skip("this processor's float32 products are MKL's, or oneDNN rounds them")
-    monkeypatch.setattr(frozen_products, "has_faster_products", lambda: request.param)
+    for module in (cpu_products, frozen_products):
+        monkeypatch.setattr(module, "has_faster_products", lambda: request.param)
     return bool(request.param)
 
 
@@ -53,12 +55,3 @@ def test_the_setting_of_products_is_put_back() -> None:
     x = torch.randn(7, 11, requires_grad=True)
     frozen_linear(x, torch.randn(5, 11), None).sum().backward()
     assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
-
-
-def test_nobody_is_sent_where_products_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(frozen_products, "_vendor", lambda: "GenuineIntel")
-    assert not has_faster_products.__wrapped__()
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(frozen_products, "_vendor", lambda: "AuthenticAMD")
-    assert not has_faster_products.__wrapped__()
