@@ -31,6 +31,7 @@ from benchmarks.record import markdown_table, new_record, started_record, write_
 from fingpt_lightning.compression.depth import write_shorter
 from fingpt_lightning.compression.figures import measure
 from fingpt_lightning.compression.healing import heal
+from fingpt_lightning.compression.options import RECORD as COMMAND_RECORD
 from fingpt_lightning.data.calibration_text import (
     Calibration,
     CalibrationSource,
@@ -68,6 +69,7 @@ NF4, NF4_TRAINED = "healed, NF4", "healed, healed rounded, NF4"
 NF4_CALIBRATED = f"{NF4_TRAINED} calibrated"
 """The weights of `NF4_TRAINED`, rounded with the calibration as those of `NF4` are."""
 COMMAND = "fingpt compress"
+SPEEDS = ("decoded_tokens_per_s", "answered_rows_per_s")
 DROPPED, HALF_DROPPED = "blocks dropped", "half by blocks, refined"
 HEAL_QUANTIZED = 60
 _OF_COMMAND = {
@@ -236,12 +238,15 @@ def measured(share: float, contender: str, options: argparse.Namespace) -> dict[
     row |= {f"{name}_accuracy": value for name, value in figures["tasks"].items()}
     if figures["tasks"]:
         row["mean_accuracy"] = statistics.fmean(figures["tasks"].values())
-    for key in ("decoded_tokens_per_s", "answered_rows_per_s"):
-        if key in figures:
-            row[key] = figures[key]
+    row |= {key: figures[key] for key in SPEEDS if key in figures}
     row["peak_memory_gib"] = peak_rss_bytes() / 2**30
-    if contender == COMMAND:  # Linux gives kibibytes
-        row["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    if contender == COMMAND:
+        row["peak_memory_gib"] = float(_peak_file(model).read_text(encoding="utf-8"))
+        # Both speeds as the command measured them one after the other, the original's beside.
+        told = json.loads((model / COMMAND_RECORD).read_text(encoding="utf-8"))
+        for key in SPEEDS:
+            if key in told["small"]:
+                row |= {key: told["small"][key], f"original_{key}": told["original"][key]}
     return row
 
 
@@ -276,6 +281,10 @@ def _before(contender: str) -> str:
 
 def _seconds_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.seconds")
+
+
+def _peak_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.peak")
 
 
 def _make(
@@ -345,6 +354,9 @@ def _run_command(folder: Path, share: float, options: argparse.Namespace) -> Non
         words += [f"--{option}", str(getattr(options, name))]
     command = [sys.executable, "-m", "fingpt_lightning", "compress", *words]
     subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    # Linux gives kibibytes; there was no other child.
+    peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    write_whole(_peak_file(folder), str(peak_gib))
 
 
 def _num_blocks(source: Source, saved: float) -> int:
@@ -389,11 +401,10 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for row in rows[1:]:
         name = f"{row['share']:g}_{row['contender'].replace(', ', '_').replace(' ', '_')}"
         for key in (
-            *(f"{text}_perplexity" for text in TEXTS), "mean_accuracy", "decoded_tokens_per_s",
-            "answered_rows_per_s", "file_bytes",
+            *(f"{text}_perplexity" for text in TEXTS), "mean_accuracy", *SPEEDS, "file_bytes",
         ):  # fmt: skip
-            if key in row and original.get(key):
-                found[f"{key}_ratio_{name}"] = row[key] / original[key]
+            if (ratio := _ratio(key, row, original)) is not None:
+                found[f"{key}_ratio_{name}"] = ratio
         healed = next(
             (x for x in rows if (x["contender"], x["share"]) == (HEALED, row["share"])), None
         )
@@ -402,6 +413,11 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             ratios = [row[f"{t}_perplexity"] / healed[f"{t}_perplexity"] for t in TEXTS]
             found[f"perplexity_ratio_{form}_over_healed_{row['share']:g}"] = max(ratios)
     return {key: value for key, value in found.items() if math.isfinite(value)}
+
+
+def _ratio(key: str, row: Mapping[str, Any], original: Mapping[str, Any]) -> float | None:
+    beside = row.get(f"original_{key}", original.get(key))
+    return float(row[key] / beside) if key in row and beside else None
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -415,10 +431,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         ]  # fmt: skip
         cells += [f"{row[f'{text}_perplexity']:,.2f}" for text in TEXTS]
         cells.append(f"{row['mean_accuracy']:.3f}" if "mean_accuracy" in row else "-")
-        cells += [
-            f"{row[key] / original[key]:.2f}" if key in row and key in original else "-"
-            for key in ("decoded_tokens_per_s", "answered_rows_per_s")
-        ]
+        ratios = (_ratio(key, row, original) for key in SPEEDS)
+        cells += ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         cells.append(f"{row['making_time_s'] / 60:.1f}" if "making_time_s" in row else "-")
         cells.append(f"{row['peak_memory_gib']:.1f}")
         lines.append(cells)
