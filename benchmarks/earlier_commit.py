@@ -31,6 +31,7 @@ QUESTION = (
     " and are the labels the same?"
 )
 NOW, EARLIER = "now", "earlier"
+NOW_FLOAT32 = "now, --dtype float32"
 FIT = "fit, low-rank GPT-2 small, bf16"
 LABELS: dict[str, Sequence[str]] = {
     "label": (),
@@ -38,7 +39,7 @@ LABELS: dict[str, Sequence[str]] = {
     "label, int8 with adapter": ("--quantize", "int8", "--adapter"),
 }
 """Options beside the model's, the last of them followed by the adapter."""
-_WARM_UP_STEPS = 2
+_WARM_UP_STEPS = 6
 _TIMEOUT_S = 1800.0
 Seconds = dict[tuple[str, str], list[float]]
 """Of a step, or of a whole command, by work and checkout."""
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="models/smollm2-135m")
     parser.add_argument("--data_dir", type=Path, help="holds fpb/ and fed_text/; not with --toy")
     parser.add_argument("--limit", type=int, default=200, help="rows to label")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of each fit")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each fit")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--now", default="", help="options of label that the earlier commit does without,"
@@ -112,9 +113,14 @@ def _measure(
                 words = ["label", "--model", str(model), *how, *([str(adapter)] if how else [])]
                 words += options.now.split() if name == NOW else []
                 words += ["--task", "fpb", "--input", str(texts), "--output", str(written)]
-                seconds.setdefault((what, name), []).append(_run(checkout, [*words, "--overwrite"]))
-                found = written.read_text(encoding="utf-8").splitlines()
-                labels[what, name] = [json.loads(line)["fpb_label"] for line in found]
+                dtypes = (
+                    {NOW: (), NOW_FLOAT32: ("--dtype", "float32")} if name == NOW else {name: ()}
+                )
+                for row, extra in dtypes.items():
+                    taken_s = _run(checkout, [*words, *extra, "--overwrite"])
+                    seconds.setdefault((what, row), []).append(taken_s)
+                    found = written.read_text(encoding="utf-8").splitlines()
+                    labels[what, row] = [json.loads(line)["fpb_label"] for line in found]
     return seconds, labels
 
 
@@ -201,14 +207,20 @@ def summary(made: Sequence[dict[str, Any]]) -> dict[str, float]:
         made: Result of `rows`.
     """
     medians = {(row["work"], row["checkout"]): row["seconds"]["median"] for row in made}
-    ratios = {
-        f"speed_ratio_{work.split(', low')[0].replace(', ', '_').replace(' ', '_')}": earlier
-        / medians[work, NOW]
-        for (work, checkout), earlier in medians.items()
-        if checkout == EARLIER
-    }
-    same = [row["same_labels"] for row in made if "same_labels" in row]
-    return ratios | {"least_same_labels": min(same)}
+    found = {}
+    for (work, checkout), earlier in medians.items():
+        if checkout == EARLIER:
+            name = work.split(", low")[0].replace(", ", "_").replace(" ", "_")
+            found[f"speed_ratio_{name}"] = earlier / medians[work, NOW]
+            if (work, NOW_FLOAT32) in medians:
+                found[f"speed_ratio_{name}_float32"] = earlier / medians[work, NOW_FLOAT32]
+    for key, checkout in (("least_same_labels", NOW), ("least_same_labels_float32", NOW_FLOAT32)):
+        found[key] = min(row["same_labels"] for row in made if _is_labeled(row, checkout))
+    return found
+
+
+def _is_labeled(row: dict[str, Any], checkout: str) -> bool:
+    return row["checkout"] == checkout and "same_labels" in row
 
 
 def table(made: Sequence[dict[str, Any]], ratios: dict[str, float]) -> str:

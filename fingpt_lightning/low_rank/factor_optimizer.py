@@ -1,6 +1,6 @@
 """An optimizer for factors A and B and for all else: what Spectron and LoRA-Muon share.
 
-Axes: N matrices of one size, R rank, F features (in or out).
+Axes: N matrices of one size I x O, R rank, F features (in or out).
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -38,53 +38,70 @@ def embedding_factors(network: nn.Module) -> list[nn.Parameter]:
     return [p for m in layers if m.table.requires_grad for p in (m.table, m.up)]
 
 
-def orthogonalized(matrices: Float[Tensor, "*N R F"]) -> Float[Tensor, "*N R F"]:
+def orthogonalized(
+    matrices: Float[Tensor, "*N I O"], scales: Float[Tensor, "*N"] | None = None
+) -> Float[Tensor, "*N I O"]:
     """About U V' of each matrix U S V': its singular values go to between 0.7 and 1.2.
 
     Five steps X <- p(X X') X from X = G / |G|, p(Y) = a I + b Y + c Y^2, with the a, b and c that
-    raise small singular values fastest. Cost: 20 R^2 F + 10 R^3 floating-point operations per
-    matrix; 4 R^2 F + 34 R^3 where `has_exact_grams`. Then the steps run on Y = X X' alone,
-    Y <- p(Y) Y p(Y), and X is multiplied once by the product of all p(Y): the same function, as
-    polynomials of one matrix commute, 2 to 7 times as fast on a CPU.
+    raise small singular values fastest. Cost for R rows and F >= R columns, or the other way round:
+    20 R^2 F + 10 R^3 floating-point operations per matrix; 4 R^2 F + 34 R^3 where
+    `has_exact_grams`. Then the steps run on Y = X X' alone, Y <- p(Y) Y p(Y), and X is multiplied
+    once by the product of all p(Y): the same function, as polynomials of one matrix commute, 2 to 7
+    times as fast on a CPU.
 
     Args:
-        matrices: Matrices with R <= F.
+        matrices: Matrices.
+        scales: Number by which each result is multiplied; None for 1.
 
     Source: https://arxiv.org/abs/2409.20325; the coefficients are those of
     https://arxiv.org/abs/2602.12429.
     """
     x: Tensor = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny(matrices))
+    is_tall = x.shape[-2] > x.shape[-1]
     if has_exact_grams(x):
-        gram = x @ x.mT
-        product = polynomial = _polynomial(gram)
-        for _ in range(_NUM_NEWTON_SCHULZ_STEPS - 1):
-            gram = polynomial @ gram @ polynomial
-            polynomial = _polynomial(gram)
-            product = polynomial @ product
-        return product @ x
+        # The product is symmetric: it stands on either side, and X is never transposed in memory.
+        product = _product_of_polynomials(x.mT @ x if is_tall else x @ x.mT)
+        if scales is not None:
+            product *= scales[..., None, None]
+        return x @ product if is_tall else product @ x
+    x = x.mT if is_tall else x
     a, b, c = _COEFFICIENTS
     for _ in range(_NUM_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x  # a I + ... would lose digits in bfloat16
-    return x
+    x = x if scales is None else x * scales[..., None, None]
+    return x.mT if is_tall else x
 
 
-def has_exact_grams(matrices: Float[Tensor, "*N R F"]) -> bool:
-    """Whether `orthogonalized` runs on Gram matrices: wide ones, whose products are exact enough.
+def has_exact_grams(matrices: Float[Tensor, "*N I O"]) -> bool:
+    """Whether `orthogonalized` runs on Gram matrices: of long ones, if products are exact enough.
 
     An error of a Gram matrix grows up to 20,000 times: those of float32 come to 4e-4, but those of
     TF32 and bfloat16, which torch may multiply in where it is allowed to, would be all there is.
     """
-    rows, columns = matrices.shape[-2:]
+    short, long = sorted(matrices.shape[-2:])
     has_exact_products = matrices.dtype == torch.float64 or (
         matrices.dtype == torch.float32 and is_exact(matrices.device)
     )
-    return has_exact_products and 2 * columns >= 3 * rows
+    return has_exact_products and 2 * long >= 3 * short
+
+
+def _product_of_polynomials(gram: Float[Tensor, "*N R R"]) -> Float[Tensor, "*N R R"]:
+    product = polynomial = _polynomial(gram)
+    for _ in range(_NUM_NEWTON_SCHULZ_STEPS - 1):
+        gram = polynomial @ gram @ polynomial
+        polynomial = _polynomial(gram)
+        product = polynomial @ product
+    return product
 
 
 def _polynomial(gram: Float[Tensor, "*N R R"]) -> Float[Tensor, "*N R R"]:
     a, b, c = _COEFFICIENTS
-    found: Tensor = b * gram + c * (gram @ gram)
+    if gram.ndim == 3:
+        found = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    else:
+        found = b * gram + c * (gram @ gram)
     found.diagonal(dim1=-2, dim2=-1).add_(a)
     return found
 
@@ -112,7 +129,7 @@ class FactorOptimizer(Optimizer):
         eps: The eps of AdamW.
         weight_decay: Decoupled weight decay, where a group has none.
         fused: Whether AdamW runs in one kernel.
-        product_dtype: Dtype in which momenta are orthogonalized, but for wide ones on a CPU; None
+        product_dtype: Dtype in which momenta are orthogonalized, but for long ones on a CPU; None
             for the parameters' own.
 
     Raises:
@@ -225,7 +242,7 @@ class FactorOptimizer(Optimizer):
             return
         self._add_gradients(moving, group["momentum"])
         torch._foreach_mul_(moving, self._unless_skipped(1 - group["lr"] * group["weight_decay"]))
-        for some in batches(moving, lambda p: wide(p).shape):
+        for some in batches(moving, lambda p: p.shape):
             self._move(some, torch.stack([steps[p] for p in some]), group["momentum"])
 
     def _unless_skipped(self, kept: float) -> Any:
@@ -250,22 +267,21 @@ class FactorOptimizer(Optimizer):
         return p.grad.add(self.state[p]["momentum"], alpha=momentum)
 
     def _move(self, some: list[Tensor], steps_N: Float[Tensor, "N"], momentum: float) -> None:
-        momenta_NRF = torch.stack([wide(self.state[p]["momentum"]) for p in some])
-        gradients_NRF = torch.stack([wide(p.grad) for p in some if p.grad is not None])
-        moves_NRF = self._orthogonalized(gradients_NRF.add_(momenta_NRF, alpha=momentum))
-        moves_NRF *= steps_N[:, None, None]
-        self._none_if_skipped_(moves_NRF)
-        moves = [
-            move if p.shape == move.shape else move.T
-            for p, move in zip(some, moves_NRF, strict=True)
-        ]
-        torch._foreach_sub_(some, moves)
+        momenta = [self.state[p]["momentum"] for p in some]
+        nesterov_NIO = torch.stack([p.grad for p in some if p.grad is not None])
+        torch._foreach_add_(list(nesterov_NIO), momenta, alpha=momentum)
+        moves_NIO = self._orthogonalized(nesterov_NIO, steps_N)
+        torch._foreach_sub_(some, list(self._none_if_skipped_(moves_NIO)))
 
-    def _orthogonalized(self, matrices_NRF: Float[Tensor, "N R F"]) -> Float[Tensor, "N R F"]:
-        product_dtype = self.product_dtype or matrices_NRF.dtype
-        if matrices_NRF.device.type == "cpu" and has_exact_grams(matrices_NRF):
-            product_dtype = matrices_NRF.dtype  # faster there than in bfloat16, and more exact
-        return orthogonalized(matrices_NRF.to(product_dtype)).to(matrices_NRF.dtype)
+    def _orthogonalized(
+        self, matrices_NIO: Float[Tensor, "N I O"], scales_N: Float[Tensor, "N"] | None = None
+    ) -> Float[Tensor, "N I O"]:
+        dtype = matrices_NIO.dtype
+        if matrices_NIO.device.type == "cpu" and has_exact_grams(matrices_NIO):
+            # Faster there than in bfloat16, and more exact.
+            return orthogonalized(matrices_NIO, scales_N)
+        found = orthogonalized(matrices_NIO.to(self.product_dtype or dtype)).to(dtype)
+        return found if scales_N is None else found * scales_N[:, None, None]
 
 
 def _check_factors(params: Sequence[Tensor], is_embedding: bool) -> None:
@@ -281,9 +297,9 @@ def _check_factors(params: Sequence[Tensor], is_embedding: bool) -> None:
             )
 
 
-def wide(matrix: Tensor) -> Float[Tensor, "R F"]:
-    """A matrix as it is or transposed, with no more rows than columns."""
-    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+def wide(matrices: Float[Tensor, "*N I O"]) -> Float[Tensor, "*N R F"]:
+    """Matrices as they are or transposed, with no more rows than columns."""
+    return matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
 
 
 def batches(params: Sequence[Tensor], kind: Callable[[Tensor], Hashable]) -> Iterator[list[Tensor]]:

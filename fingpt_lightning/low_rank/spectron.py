@@ -87,11 +87,9 @@ class Spectron(FactorOptimizer):
 
     def _norms(self, moving: list[Tensor]) -> dict[Tensor, Tensor]:
         found: dict[Tensor, Tensor] = {}
-        for some in batches(moving, lambda p: wide(p).shape):
+        for some in batches(moving, lambda p: p.shape):
             kept = [self.state[p]["left_vector"] for p in some]
-            norms_N, vectors_NR = spectral_norms(
-                torch.stack([wide(p) for p in some]), torch.stack(kept)
-            )
+            norms_N, vectors_NR = spectral_norms(wide(torch.stack(some)), torch.stack(kept))
             torch._foreach_copy_(kept, list(vectors_NR))
             found |= zip(some, norms_N, strict=True)
         return found

@@ -78,6 +78,22 @@ def test_orthogonalizing_keeps_singular_vectors_and_evens_values_out() -> None:
     assert orthogonalized(torch.zeros(2, 3)).count_nonzero() == 0
 
 
+@pytest.mark.parametrize("by_grams", [True, False])
+def test_standing_matrices_and_scales_change_nothing_else(
+    by_grams: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factor_optimizer, "has_exact_grams", lambda _: by_grams)
+    matrices = torch.randn(3, 13, 5, dtype=torch.float64)
+    truth = torch.stack([newton_schulz(matrix) for matrix in matrices])
+    torch.testing.assert_close(orthogonalized(matrices), truth, rtol=0, atol=1e-10)
+    torch.testing.assert_close(orthogonalized(matrices.mT), truth.mT, rtol=0, atol=1e-10)
+    scales = torch.tensor([0.5, -3.0, 0.0], dtype=torch.float64)
+    scaled = scales[:, None, None] * truth
+    torch.testing.assert_close(orthogonalized(matrices, scales), scaled, rtol=0, atol=1e-10)
+    ours = orthogonalized(matrices[1], scales[1])
+    torch.testing.assert_close(ours, scaled[1], rtol=0, atol=1e-10)
+
+
 def test_everything_else_is_moved_by_torchs_adamw(kind: type[FactorOptimizer]) -> None:
     ours, theirs = factor_network(), factor_network()
     optimizer = _made(kind, ours)
