@@ -205,6 +205,10 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # The folder is ours; what lies in it is resumed from.
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            # Of Lightning with torch 2.13, about its own code.
+            warnings.filterwarnings(
+                "ignore", ".*treespec, LeafSpec\\)` is deprecated"
+            )
             yield
     finally:
         logger.setLevel(before)

@@ -85,6 +85,7 @@ def decode(
     )
 
 
+@faster_products()
 def run_prompts(
     network: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: Cache
 ) -> Float[Tensor, "B D"]:

@@ -18,6 +18,7 @@ from fingpt_lightning.deploy.adapter_bank import AdapterBank
 from fingpt_lightning.deploy.labelling import Labeller, Row
 from fingpt_lightning.deploy.sampling import Sampler, Sampling
 from fingpt_lightning.deploy.written_text import WrittenText
+from fingpt_lightning.low_rank.cpu_products import faster_products
 from fingpt_lightning.models.decode_step import decode_step
 from fingpt_lightning.models.decoding import end_tokens_of
 from fingpt_lightning.models.families import logits_of
@@ -254,7 +255,7 @@ class Engine:
         return self._slots.num_bytes()
 
     def _run(self) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), faster_products():
             while self._has_work():
                 try:
                     self._drop_late()

@@ -20,6 +20,8 @@ from fingpt_lightning.terminal.messages import process_rank
 from fingpt_lightning.units import format_duration
 
 _QUIET_S = 2.0
+_LINE_S = 60.0
+"""Seconds from one line of long work in a log to the next."""
 
 
 class SoFar(NamedTuple):
@@ -48,14 +50,23 @@ class _Display:
         what: Description of the line.
         columns: Columns after the description.
         total: Units of work, where they are known.
-        first: Line for a log when the work turns out to be long; None writes none.
+        unit: Name of what is counted, for lines of a log.
+        first: Line for a log when the work turns out to be long, and the beginning of those that
+            follow every minute; None writes none.
     """
 
     def __init__(
-        self, what: str, columns: list[ProgressColumn], total: int | None, first: str | None
+        self,
+        what: str,
+        columns: list[ProgressColumn],
+        total: int | None,
+        unit: str,
+        first: str | None,
     ) -> None:
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
         self._first, self._started_s, self.is_shown = first, time.monotonic(), False
+        self._total, self._unit, self._told_s = total, unit, 0.0
+        self._begun: tuple[float, int] | None = None
         text: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
         self._bar = Progress(*text, *columns, console=self.console, transient=True)
         self._task = self._bar.add_task(what, total=total, text="")
@@ -65,14 +76,32 @@ class _Display:
         return time.monotonic() - self._started_s
 
     def update(self, completed: int, text: Callable[[], str]) -> None:
+        if self._begun is None:
+            self._begun = self.time_s, completed  # resumed work begins in the middle
+        is_log = not self.console.is_terminal and self._first is not None
         if not self.is_shown and self.time_s >= _QUIET_S:
             self.is_shown = True
             if self.console.is_terminal:
                 self._bar.start()
             elif self._first is not None:
+                self._told_s = self.time_s
                 self.print(self._first)
         if self.is_shown:
             self._bar.update(self._task, completed=completed, text=text())
+        if is_log and self.is_shown and self.time_s - self._told_s >= _LINE_S:
+            self._told_s = self.time_s
+            self.print(f"{self._first}: {text() or self._counted(completed)}")
+
+    def _counted(self, completed: int) -> str:
+        if self._total is None:
+            return f"{completed:,} {self._unit}"
+        counted = f"{completed:,} of {self._total:,} {self._unit}"
+        assert self._begun is not None
+        begun_s, before = self._begun
+        if completed <= before:
+            return counted
+        left_s = (self.time_s - begun_s) / (completed - before) * (self._total - completed)
+        return f"{counted}, about {format_duration(left_s)} left"
 
     def stop(self) -> None:
         if self._bar.live.is_started:
@@ -88,13 +117,14 @@ def shown_progress(
 ) -> Iterator[Callable[[int], None]]:
     """Shows work that takes longer than two seconds on stderr.
 
-    A terminal sees a line that moves; anything else one line at the start and one at the end.
+    A terminal sees a line that moves; anything else one line at the start, one every minute and one
+    at the end.
 
     Args:
         what: Name of the work, as in "labeling news.csv".
         total: Units of work; None where they are not known in advance.
         unit: Name of what is counted.
-        in_log: Whether there are lines at the start and at the end too.
+        in_log: Whether there are lines in a log too.
 
     Yields:
         Function to be called with the number of units that are done.
@@ -102,7 +132,7 @@ def shown_progress(
     count = MofNCompleteColumn() if total is not None else TextColumn("{task.completed:,.0f}")
     columns: list[ProgressColumn] = [count, TextColumn(unit)]
     columns += [BarColumn(20), TimeRemainingColumn()] if total is not None else []
-    display, done = _Display(what, columns, total, what if in_log else None), 0
+    display, done = _Display(what, columns, total, unit, what if in_log else None), 0
 
     def show(now: int) -> None:
         nonlocal done
@@ -150,14 +180,14 @@ def shown_tokenizing(what: str, num_bytes: int | None) -> Iterator[Callable[[SoF
     """Shows tokenizing that takes longer than two seconds on stderr.
 
     A terminal sees a line that moves, with the time that is left where ``num_bytes`` is known;
-    anything else one line at the start. Both see one at the end.
+    anything else one line at the start and one every minute. Both see one at the end.
 
     Yields:
         Function to be called with the state of the work.
     """
     columns: list[ProgressColumn] = [BarColumn(20), TimeRemainingColumn()] if num_bytes else []
     columns.append(TextColumn("{task.fields[text]}", markup=False))
-    display, so_far = _Display(what, columns, num_bytes, f"tokenizing {what}"), SoFar()
+    display, so_far = _Display(what, columns, num_bytes, "bytes", f"tokenizing {what}"), SoFar()
 
     def show(now: SoFar) -> None:
         nonlocal so_far

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from fingpt_lightning.terminal import progress
-from fingpt_lightning.terminal.progress import SoFar, announced, shown_tokenizing
+from fingpt_lightning.terminal.progress import SoFar, announced, shown_progress, shown_tokenizing
 
 
 def _show(what: str, num_bytes: int | None = None) -> None:
@@ -62,6 +62,32 @@ def test_a_log_sees_one_line_at_the_start_and_one_at_the_end(
     first, last = capsys.readouterr().err.splitlines()
     assert first == "tokenizing piped"
     assert last.startswith("tokenized piped: 13 documents, 1 MB, 0.0 M tokens, ")
+
+
+@pytest.mark.parametrize(
+    ("total", "told"),
+    [(250, r"healing: 120 of 250 steps, about [\d.]+ \w+ left"), (None, "healing: 120 steps")],
+)
+def test_a_log_sees_how_far_long_work_has_come(
+    total: int | None,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
+    with shown_progress("healing", total, "steps") as show:
+        show(100)
+        monkeypatch.setattr(progress, "_LINE_S", 0.0)
+        show(120)
+        monkeypatch.setattr(progress, "_LINE_S", 60.0)
+        show(130)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["healing"] * 3
+    assert re.fullmatch(told, lines[1])
+    with shown_progress("in silence", total, "steps", in_log=False) as show:
+        monkeypatch.setattr(progress, "_LINE_S", 0.0)
+        show(120)
+    assert capsys.readouterr().err == ""
 
 
 def test_work_that_fails_is_not_said_to_be_done(
