@@ -206,9 +206,7 @@ def _quiet() -> Iterator[None]:
             # The folder is ours; what lies in it is resumed from.
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             # Of Lightning with torch 2.13, about its own code.
-            warnings.filterwarnings(
-                "ignore", ".*treespec, LeafSpec\\)` is deprecated"
-            )
+            warnings.filterwarnings("ignore", ".*treespec, LeafSpec\\)` is deprecated")
             yield
     finally:
         logger.setLevel(before)
