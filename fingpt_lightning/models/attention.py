@@ -148,9 +148,9 @@ def blocked_or_sdpa_attention(
 ) -> tuple[Float[Tensor, "B T H D"], None]:
     """An attention function for transformers: `causal_attention` where it is faster, else torch's.
 
-    That is in bfloat16 on the CPU, for whole causal sequences without mask, dropout, cache or
-    grouped heads. In float32 torch's kernel is as fast. With a cap on the scores it is
-    `capped_attention`.
+    That is in bfloat16 on the CPU, for whole causal sequences without mask, dropout or cache; heads
+    that share keys and values are given copies of them. In float32 torch's kernel is as fast. With
+    a cap on the scores it is `capped_attention`.
     """
     attention_mask = without_marker(query, attention_mask)
     if softcap is not None:
@@ -160,7 +160,7 @@ def blocked_or_sdpa_attention(
     applies = (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
-        and query.shape == key.shape
+        and query.shape[2] == key.shape[2]
         and query.shape[2] > 1
         and attention_mask is None
         and dropout == 0
@@ -171,6 +171,11 @@ def blocked_or_sdpa_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    per_key = query.shape[1] // key.shape[1]
+    if per_key > 1:
+        key, value = (
+            x.unsqueeze(2).expand(-1, -1, per_key, -1, -1).flatten(1, 2) for x in (key, value)
+        )
     return causal_attention(query, key, value, scale).transpose(1, 2), None
 
 

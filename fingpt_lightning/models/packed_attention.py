@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fingpt_lightning.models.attention import (
@@ -25,7 +24,6 @@ from fingpt_lightning.models.attention import (
     blocked_or_sdpa_attention,
     capped_attention,
     layer_windows,
-    without_marker,
 )
 
 IMPLEMENTATION = "fingpt_packed"
@@ -274,12 +272,8 @@ def packed_or_sdpa_attention(
         ValueError: Attention has dropout, which would differ between the rows of a beginning.
     """
     if packing is None:
-        attention_mask = without_marker(query, attention_mask)
-        if softcap is not None:
-            kwargs["softcap"] = softcap
-        attend = sdpa_attention_forward if softcap is None else blocked_or_sdpa_attention
-        return attend(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        return blocked_or_sdpa_attention(
+            module, query, key, value, attention_mask, dropout, scaling, softcap, **kwargs
         )
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported over packed rows; set it 0")

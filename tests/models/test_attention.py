@@ -10,6 +10,7 @@ from torch import Tensor
 from fingpt_lightning.low_rank import RankRule
 from fingpt_lightning.models import GPT2Shape, build_network
 from fingpt_lightning.models.attention import causal_attention
+from tests.evaluation.tiny_language import tiny_network
 from tests.support.numerics import assert_no_worse
 
 BLOCK = 8
@@ -103,3 +104,27 @@ def test_a_network_uses_it_in_bfloat16_only_where_it_applies(
     assert len(calls) == (2 if dropout == 0 else 0)
     if dropout == 0:
         torch.testing.assert_close(logits.float(), in_float32, rtol=0, atol=0.02)
+
+
+def test_heads_that_share_keys_attend_as_torch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = []
+
+    def noted(query: Tensor, key: Tensor, *others: object) -> Tensor:
+        heads.append((query.shape[1], key.shape[1]))
+        return causal_attention(query, key, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sys.modules[causal_attention.__module__], "causal_attention", noted)
+    ours: list[Tensor] = []
+    plain: list[Tensor] = []
+    for found, implementation in ((ours, "fingpt_blocked"), (plain, "sdpa")):
+        network = tiny_network("llama")
+        network.set_attn_implementation(implementation)
+        ids = torch.randint(20, (2, 2 * BLOCK + 3), generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(ids).logits
+        logits.float().square().sum().backward()
+        found += [logits, *(p.grad for p in network.parameters() if p.grad is not None)]
+    assert heads == [(4, 4)] * 2
+    assert len(ours) == len(plain) > 5
+    for one, other in zip(ours, plain, strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()
