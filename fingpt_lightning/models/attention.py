@@ -157,9 +157,12 @@ def blocked_or_sdpa_attention(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = capped_attention(query, key, value, attention_mask, scale, softcap, dropout)
         return out.transpose(1, 2), None
+    # Autocast has attention in its dtype; a Llama's rotated queries and keys come in float32.
+    is_cast = torch.is_autocast_enabled("cpu") and query.dtype == torch.float32
+    dtype = torch.get_autocast_dtype("cpu") if is_cast else query.dtype
     applies = (
         query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
+        and dtype == torch.bfloat16
         and query.shape[2] == key.shape[2]
         and query.shape[2] > 1
         and attention_mask is None
@@ -171,6 +174,7 @@ def blocked_or_sdpa_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (x.to(dtype) for x in (query, key, value))
     per_key = query.shape[1] // key.shape[1]
     if per_key > 1:
         key, value = (
