@@ -41,6 +41,7 @@ from fingpt_lightning.files import (
 from fingpt_lightning.hub.card import CARD
 from fingpt_lightning.models.device import device_name
 from fingpt_lightning.models.loading import load_model
+from fingpt_lightning.profiling import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ def _finish(
     device: str,
 ) -> None:
     """Measures both models, and makes ``WHOLE`` of the small one with its card and record."""
+    keep_freed_memory()  # as where a model is used; the stages before it hold more at a time
 
     def figures(which: str, model: str | Path, parameters: int, tokenizer: str | None) -> Any:
         def measured() -> dict[str, Any]:

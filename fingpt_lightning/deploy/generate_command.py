@@ -20,6 +20,7 @@ from fingpt_lightning.files import (
 )
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
 from fingpt_lightning.models.key_value_cache import cache_bytes_per_token
+from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.terminal.inputs import refuse_missing_prompts
 from fingpt_lightning.terminal.messages import nearest
 from fingpt_lightning.terminal.progress import shown_progress
@@ -35,6 +36,7 @@ def run(options: argparse.Namespace) -> None:
         ValueError: A prompt, a setting or the model is not valid.
         OSError: A path does not exist, or the output exists already.
     """
+    keep_freed_memory()
     sampling = sampling_of(options)
     prompts = [Prompt(options.prompt)] if options.prompts is None else read_prompts(options.prompts)
     if options.output is not None:

@@ -27,6 +27,7 @@ from fingpt_lightning.models.device import AUTO_DTYPE, device_name
 from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use
 from fingpt_lightning.models.sources import named_adapter_digest
+from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.profiling.versions import installed_versions
 from fingpt_lightning.shards.folders import device_remark
 from fingpt_lightning.shards.options import Shard
@@ -47,6 +48,7 @@ def run(options: argparse.Namespace) -> None:
         ValueError: A row, the task, the model or the output is not valid.
         OSError: A path does not exist, or the output exists already.
     """
+    keep_freed_memory()
     task = find_task(options.task)
     check_csv_settings(options.input, options.separator, options.encoding)
     form = CsvForm().overridden(options.separator, options.encoding)

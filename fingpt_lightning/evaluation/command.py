@@ -38,6 +38,7 @@ from fingpt_lightning.models.formats.peft_adapter import adapter_digest
 from fingpt_lightning.models.formats.tokenizer import chat_template_in_use, tokenizer_sha256
 from fingpt_lightning.models.loading import LoadedModel, load_model
 from fingpt_lightning.models.sources import named_adapter_digest
+from fingpt_lightning.profiling import keep_freed_memory
 from fingpt_lightning.profiling.versions import installed_versions
 from fingpt_lightning.shards.folders import (
     FinishedShard,
@@ -289,6 +290,7 @@ def run(options: argparse.Namespace) -> None:
         ValueError: A model, a task, a row or the output folder is not valid.
         FileNotFoundError: A path does not exist.
     """
+    keep_freed_memory()
     given = {key: value for key, value in vars(options).items() if key not in _OF_SHARDS}
     # Rich takes 80 columns for a file, which would cut the figures.
     console = Console(width=max(Console().width, _TABLE_WIDTH), soft_wrap=True)

@@ -7,6 +7,7 @@ out as exact as MKL's.
 """
 
 import functools
+import os
 import platform
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# oneDNN compiles the products of each triple of sizes and keeps 1024 of them, which it reads from
+# here at the first one. Where each layer has a rank of its own, a pass takes hundreds for each
+# number of tokens, and compiling them anew took half of its time.
+if not {"ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"} & os.environ.keys():
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "16384"
 
 
 class _Users:

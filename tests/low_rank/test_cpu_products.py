@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +81,22 @@ def test_nobody_is_sent_where_products_are_rounded(monkeypatch: pytest.MonkeyPat
     before = _SETTINGS.fp32_precision
     with faster_products():
         assert _SETTINGS.fp32_precision == before
+
+
+@pytest.mark.parametrize(
+    "name", ["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"]
+)
+@pytest.mark.parametrize("given", [None, "7"])
+def test_compiled_products_are_kept_unless_the_user_decides(name: str, given: str | None) -> None:
+    program = f"import os, fingpt_lightning.low_rank; print(os.environ.get({name!r}))"
+    environment = {key: text for key, text in os.environ.items() if "PRIMITIVE_CACHE" not in key}
+    if given is not None:
+        environment[name] = given
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    ours = "16384" if name.startswith("ONEDNN") else "None"
+    assert done.stdout.strip() == (given or ours)
 
 
 @pytest.mark.usefixtures("_is_faster")
