@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def new_record(question: str, config: Mapping[str, Any]) -> dict[str, Any]:
     program = f"python -m {module.name}" if module is not None else Path(sys.argv[0]).name
     return {
         "question": question,
-        "command": " ".join([program, *sys.argv[1:]]),
+        "command": f"{program} {shlex.join(sys.argv[1:])}".rstrip(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
