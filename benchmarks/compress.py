@@ -71,14 +71,11 @@ COMMAND = "fingpt compress"
 SPEEDS = ("decoded_tokens_per_s", "answered_rows_per_s")
 DROPPED, HALF_DROPPED = "blocks dropped", "half by blocks, refined"
 HEAL_QUANTIZED = 60
-_OF_COMMAND = {
-    name: {"text_tokens": "tokens"}.get(name, name)
-    for name in (
-        "calibration_tokens", "refine", "batch_size", "block_length", "learning_rate", "precision",
-        "teacher_dtype", "text_tokens",
-    )
-}  # fmt: skip
-"""Options of the command, and those of this benchmark that give them."""
+_OF_COMMAND = (
+    "calibration_tokens", "refine", "batch_size", "block_length", "learning_rate", "precision",
+    "teacher_dtype",
+)  # fmt: skip
+"""Options that the command and this benchmark have alike."""
 _COLORS = ("#1d4ed8", "#c2410c", "#0f766e")
 
 
@@ -347,8 +344,9 @@ def _run_command(folder: Path, share: float, options: argparse.Namespace) -> Non
     words += ["--tasks", options.tasks, "--heal", str(options.command_heal)]
     if options.limit is not None:
         words += ["--limit", str(options.limit)]
-    for option, name in _OF_COMMAND.items():
-        words += [f"--{option}", str(getattr(options, name))]
+    words += ["--text_tokens", str(options.tokens)]
+    for name in _OF_COMMAND:
+        words += [f"--{name}", str(getattr(options, name))]
     command = [sys.executable, "-m", "fingpt_lightning", "compress", *words]
     subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     # Linux gives kibibytes; there was no other child.

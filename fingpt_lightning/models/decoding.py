@@ -30,7 +30,6 @@ def greedy(logits: Float[Tensor, "B V"]) -> Int[Tensor, "B"]:
 
 
 @torch.no_grad()
-@faster_products()
 def decode(
     network: PreTrainedModel,
     prompts: Sequence[Sequence[int]],

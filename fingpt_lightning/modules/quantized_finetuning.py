@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from fingpt_lightning.data.batch import IGNORED_LABEL, TokenBatch
 from fingpt_lightning.low_rank.adapters import AdapterOptions, FrozenBase
+from fingpt_lightning.low_rank.cpu_products import faster_products
 from fingpt_lightning.models import LossSums, compile_blocks, recompute_blocks
 from fingpt_lightning.models.adapting import (
     ALL_LINEAR,
@@ -310,6 +311,7 @@ class QuantizedFinetuning(LanguageModelingModule):
         )
 
     @override
+    @faster_products()
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         weight = self.hparams["kl_weight"]
         if not weight:
